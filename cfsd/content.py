@@ -1,0 +1,112 @@
+"""Content digests: sha256 of files, remembered per path, size and mtime, and of row values whatever the layout."""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+READ_BYTES = 1 << 22
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of the bytes of `path`, always read in full."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class DigestMemory:
+    """sha256 of files, read again only when size or mtime changed.
+
+    Paths below `home` are remembered relative to it, so that a moved data folder is not hashed anew.
+    A lost update between two processes costs a second reading, nothing else.
+    """
+
+    def __init__(self, home: Path) -> None:
+        """Open the memory kept in `home`."""
+        self.home = home
+        self.file = home / "digests.json"
+
+    def sha256(self, path: Path) -> str:
+        """Return the sha256 of `path`."""
+        status = path.stat()
+        name, stamp = self._name(path), [status.st_size, status.st_mtime_ns]
+        known = self._load().get(name)
+        if known and known[:2] == stamp:
+            return str(known[2])
+        digest = sha256_of_file(path)
+        self.remember({name: [*stamp, digest]})
+        return digest
+
+    def remember(self, entries: dict[str, list[Any]]) -> None:
+        """Add entries of name -> [size, mtime_ns, sha256]."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, self._load() | entries)
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            loaded: dict[str, list[Any]] = json.loads(self.file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return loaded
+
+    def _name(self, path: Path) -> str:
+        absolute = path.absolute()
+        return str(absolute.relative_to(self.home)) if absolute.is_relative_to(self.home) else str(absolute)
+
+
+def digest_of_files(digests: dict[str, str]) -> str:
+    """Return the sha256 over relative names and their sha256, in name order."""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest_of_rows(files: Iterable[Path]) -> str:
+    """Return the sha256 of the row values of Parquet `files` in the given order.
+
+    How rows are divided into files, row groups and pages does not count: each column feeds
+    its lengths, its nulls and its values to hashes of their own.
+    """
+    import pyarrow.parquet as pq
+
+    parts: dict[str, Any] = defaultdict(hashlib.sha256)
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                _feed(parts, name, column)
+    return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
+
+
+def _feed(parts: dict[str, Any], name: str, column: "pa.Array[Any]") -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = pc.list_value_length(column).fill_null(-1)
+        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        _feed(parts, f"{name}/item", column.flatten())
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        for text in column.to_pylist():
+            parts[name].update(b"\1" if text is None else b"\0" + text.encode() + b"\0")
+    else:
+        parts[f"{name}/null"].update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
+        values = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
+        parts[name].update(values.to_numpy(zero_copy_only=False).tobytes())

@@ -1,0 +1,171 @@
+"""Intervals, tests and power for paired figures: pure functions of arrays, at 95 % throughout.
+
+`tests/test_forgetting.py` measures the coverage of each.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+Z = float(stats.norm.ppf(0.975))
+Z_POWER = float(stats.norm.ppf(0.8))
+RESAMPLES = 2000
+SIGN_FLIPS = 4999
+MIN_ROWS = 5
+CELLS = 1 << 17  # of one block of resamples; larger blocks leave the cache: 2 to 3 times slower
+
+
+class Interval(NamedTuple):
+    """The two ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+def paired_share_bounds(up: ArrayLike, down: ArrayLike, total: int) -> tuple[Floats, Floats]:
+    """Return both ends for a difference of paired shares, elementwise, within [-1, 1].
+
+    `up` and `down` count the documents that changed either way, `total` all documents. Never of width 0:
+    with no change at all it is +-2.77/(total + 2).
+
+    Source: Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data, Journal of Educational and Behavioral Statistics 37(4).
+    Chosen over Tango 1998 and Agresti-Min by exact coverage over 50-2000 documents, 2-30 % changed: lowest
+    0.937 against 0.933 and 0.908; highest with 20 or more expected changes 0.962, as Tango's.
+    """
+    share_up, share_down = (np.add(up, 1.0) / (total + 2), np.add(down, 1.0) / (total + 2))
+    middle = share_up - share_down
+    half = Z * np.sqrt((share_up + share_down - middle**2) / (total + 2))
+    return np.maximum(middle - half, -1.0), np.minimum(middle + half, 1.0)
+
+
+def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | None:
+    """Return the interval of sum(sums)/sum(counts), resampling rows; None below 5 rows.
+
+    Studentised, because rows are skewed: on log-normal rows the percentile bootstrap covered 0.88-0.93 at
+    20-96 rows, this one 0.93-0.94. Of width 0 where all rows have the same quotient.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5.
+    Differs: a resample's standard error counts as at least a quarter of the whole sample's; otherwise a
+    resample that drew one row over and over gives an infinite end.
+    """
+    if len(sums) < MIN_ROWS:
+        return None
+    ratio = sums.sum() / counts.sum()
+    rest = sums - ratio * counts
+    error = np.sqrt(rest @ rest) / counts.sum()
+    if error == 0:
+        return Interval(float(ratio), float(ratio))
+    columns = np.stack([rest, counts, rest**2, rest * counts, counts**2], axis=1)
+    of_rest, of_counts, rest_rest, rest_counts, counts_counts = _resampled_sums(columns, seed).T
+    shift = of_rest / of_counts
+    squares = rest_rest - 2 * shift * rest_counts + shift**2 * counts_counts
+    errors = np.sqrt(np.maximum(squares, 0.0)) / of_counts
+    low, high = np.quantile(shift / np.maximum(errors, error / 4), [0.025, 0.975])
+    widen = error * np.sqrt(len(sums) / (len(sums) - 1))
+    return Interval(float(ratio - high * widen), float(ratio - low * widen))
+
+
+def _resampled_sums(columns: Floats, seed: int) -> Floats:
+    """Return the column sums of RESAMPLES draws of rows with replacement."""
+    rng, rows = np.random.default_rng(seed), len(columns)
+    block = max(1, CELLS // rows)
+    parts = []
+    for start in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - start)
+        drawn = rng.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
+        parts.append(times @ columns)
+    return np.concatenate(parts)
+
+
+def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | None:
+    """Return the interval of the mean of paired `changes`, of which most may be 0; None below 5 documents.
+
+    `reach` is the largest change that the metric allows. Two documents are added, changed by s either way,
+    s between the mean square of the changes seen and `reach`: the idea of `paired_share_bounds`, so the
+    interval keeps a width where no document or hardly any changed. With 1 document in 20 changed out of 50
+    the percentile bootstrap covered 0.75; this one never under 0.93 over the laws in the tests.
+    """
+    if reach == 0 or len(changes) < MIN_ROWS:
+        return None
+    changed = int(np.count_nonzero(changes))
+    trust = min(1.0, 3 / max(1, changed))
+    size = np.sqrt((changes @ changes + trust * reach**2) / (changed + trust))
+    padded = np.append(changes, [size, -size])
+    found = bootstrap_ratio(padded, np.ones(len(padded)), seed=seed)
+    return found and Interval(max(found.low, -reach), min(found.high, reach))
+
+
+def interval_of_mean(values: Floats, lows: Floats, highs: Floats) -> Interval:
+    """Return the interval of the mean of independent estimates, from the interval of each.
+
+    Each side adds up its own squared distances, so skew survives and a part without changes still counts.
+
+    Source: Zou, Huang and Zhang 2009, A note on confidence interval estimation for a linear function of
+    binomial proportions, Computational Statistics and Data Analysis 53 ("MOVER").
+    """
+    below, above = np.linalg.norm(values - lows), np.linalg.norm(highs - values)
+    mean, parts = values.mean(), len(values)
+    return Interval(float(mean - below / parts), float(mean + above / parts))
+
+
+def mcnemar_p(up: int, down: int) -> float:
+    """Return the two-sided p of the exact McNemar test; 1 where nothing changed."""
+    return float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
+
+
+def sign_flip_p(changes: Floats, *, seed: int) -> float:
+    """Return the two-sided p of the paired permutation test: before and after swapped at random per document.
+
+    On 0/1 scores it is McNemar's test, but for the sampling of swaps (resolution 1/5000).
+    """
+    sizes = np.abs(changes[changes != 0])
+    if not len(sizes):
+        return 1.0
+    rng, seen = np.random.default_rng(seed), abs(float(changes.sum())) * (1 - 1e-9)
+    block = max(1, CELLS // len(sizes))
+    extreme = 0
+    for start in range(0, SIGN_FLIPS, block):
+        signs = rng.integers(0, 2, (min(block, SIGN_FLIPS - start), len(sizes)), dtype=np.int8) * 2.0 - 1.0
+        extreme += int(np.count_nonzero(np.abs(signs @ sizes) >= seen))
+    return (extreme + 1) / (SIGN_FLIPS + 1)
+
+
+def detectable_share(changed_share: float, total: int) -> float:
+    """Return the smallest drop of a share found with 80 % power at 5 %; above 1 where no drop would be.
+
+    `changed_share` is the observed share of documents that changed, taken as at least 3/total: none seen
+    among n says no more than that (the rule of three).
+    """
+    share = min(1.0, max(changed_share, 3 / total))
+    return float((Z + Z_POWER) * np.sqrt(share / total))
+
+
+def is_above(scores: Floats, level: float, *, binary: bool) -> bool:
+    """Whether the mean of `scores` is above `level`, one-sided at 2.5 %.
+
+    By a t test, and for 0/1 scores by the exact binomial test as well: the first fails where all scores
+    are equal, the second takes a single success for proof when `level` is 0.
+    """
+    if len(scores) < MIN_ROWS:
+        return False
+    error = scores.std(ddof=1) / np.sqrt(len(scores))
+    clear = scores.mean() - stats.t.ppf(0.975, len(scores) - 1) * error > level
+    if not binary:
+        return bool(clear)
+    exact = stats.binomtest(int(scores.sum()), len(scores), level, alternative="greater")
+    return bool(clear and exact.pvalue < 0.025)
+
+
+def reach_of(values: Iterable[Floats]) -> float:
+    """Return the largest possible change of a metric: 1 for scores in [0, 1], else the span of those seen."""
+    seen = np.concatenate(list(values))
+    if seen.min() >= 0 and seen.max() <= 1:
+        return 1.0
+    return float(seen.max() - seen.min())

@@ -1,0 +1,171 @@
+"""Recipe: all that decides a result. Comparison: one recipe and its named variants. Both load from YAML."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, model_validator
+
+from cfsd.checkpoint import Checkpoint
+from cfsd.errors import BadInput
+from cfsd.evaluate import EvaluateSpec
+from cfsd.filter import FilterSpec
+from cfsd.generate import GenerateSpec, ProbeSpec
+from cfsd.merge import MergeSpec
+from cfsd.mix import MixSpec
+from cfsd.spec import Spec
+from cfsd.target import Target
+from cfsd.train import TrainSpec
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Recipe(Spec):
+    """Base model, target, and how to get from one to the other without forgetting."""
+
+    seeded: ClassVar[tuple[str, ...]] = ("target", "probe", "generate", "mix", "train")
+
+    name: str = Field(description="What you call it in Prefect and MLflow; not part of any key")
+    seed: NonNegativeInt = Field(0, description="Fills every seed of the parts that is left empty")
+    base: Checkpoint = Field(description="The model to fine-tune: `tiny`, `smollm2`, `./folder`, `org/name@commit`")
+    target: Target = Field(description="What to fine-tune on")
+    probe: ProbeSpec = Field(ProbeSpec(), description="Held-out sample of the base, for measuring only")
+    generate: GenerateSpec = Field(GenerateSpec(), description="The rehearsal corpus")
+    filter: FilterSpec = Field(FilterSpec(), description="Which rows of the corpus to reject; default none")
+    mix: MixSpec = Field(MixSpec(), description="What one global batch holds")
+    train: TrainSpec = Field(TrainSpec(), description="How the base is fine-tuned")
+    merge: MergeSpec = Field(MergeSpec(), description="Interpolation of base and tuned after training")
+    evaluate: EvaluateSpec = Field(EvaluateSpec(), description="What is measured before and after")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_seeds(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        seed, filled = value.get("seed", 0), dict(value)
+        for name in cls.seeded:
+            part = filled.get(name, {})
+            if isinstance(part, Spec) and getattr(part, "seed", 0) is None:
+                filled[name] = part.model_copy(update={"seed": seed})
+            elif isinstance(part, dict) and part.get("seed") is None and (part or name != "target"):
+                filled[name] = {**part, "seed": seed}
+        return filled
+
+    def _identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super()._identity().items() if k not in ("name", "seed")}
+
+    def check(self) -> None:
+        """Raise BadInput for whatever can be told to be wrong without loading weights."""
+        self.base.check()
+        self.target.check()
+        for benchmark in self.evaluate.benchmarks:
+            benchmark.check()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
+        """Return the recipe of a YAML file, with `a.b=c` overrides. Raises BadInput naming file and field."""
+        return validated(cls, override(read_yaml(Path(path)), parse_overrides(overrides or [])), str(path))
+
+
+class Comparison(BaseModel):
+    """One recipe and named variants of it, each a set of overrides such as `{generate.rows: 0}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    variants: dict[str, dict[str, JsonValue]] = Field(
+        min_length=1, description="Name -> dotted field -> value, on top of the recipe"
+    )
+    seeds: int = Field(1, ge=1, description="Repeats per variant; mix and train vary, corpus and probe are shared")
+
+    def notes(self) -> list[str]:
+        """Return what readers of the comparison must know."""
+        if self.seeds == 1:
+            return []
+        return [
+            f"{self.seeds} seeds per variant: they vary the order of rows and the training; "
+            "corpus, probe and benchmark items are the same in all of them."
+        ]
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""
+        plain = self.recipe.model_dump(mode="json")
+        found = {}
+        for name, changes in self.variants.items():
+            for repeat in range(self.seeds):
+                own = self.recipe.seed + repeat
+                seeds = {"mix.seed": own, "train.seed": own} if repeat else {}
+                label = f"{name} seed={own}" if self.seeds > 1 else name
+                changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
+                found[label] = validated(Recipe, changed, f"variant {name!r}")
+        return found
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None, seeds: int | None = None) -> Self:
+        """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
+        content = read_yaml(Path(path))
+        if isinstance(content.get("recipe"), dict):
+            content["recipe"] = override(content["recipe"], parse_overrides(overrides or []))
+        return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"recipe {str(path)!r} does not exist (working directory {Path.cwd()})")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"recipe {str(path)!r} is not a mapping of fields such as `base: tiny`")
+    return content
+
+
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """Return {"a.b": value} of `a.b=value` texts, values read as YAML. Raises BadInput."""
+    parsed = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise BadInput(f"--set {text!r} is not of the form field.name=value")
+        parsed[name] = yaml.safe_load(value)
+    return parsed
+
+
+def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with dotted fields replaced; what is missing on the way is made. Raises BadInput."""
+    changed = dict(content)
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if not rest:
+            changed[head] = value
+            continue
+        inner = changed.get(head) or {}
+        if not isinstance(inner, dict):
+            raise BadInput(f"{name!r} cannot be set: {head} is {inner!r} here, not a mapping")
+        changed[head] = override(inner, {rest: value})
+    return changed
+
+
+def validated(model: type[M], content: Any, where: str) -> M:
+    """Return `content` as `model`. Raises BadInput with one line per mistake."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = []
+        for mistake in error.errors(include_url=False):
+            field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
+            given = "" if mistake["type"] == "missing" else f" (given {mistake['input']!r:.80})"
+            known = _fields_near(model, mistake["loc"]) if mistake["type"] == "extra_forbidden" else ""
+            lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}")
+        raise BadInput(f"{where} is not valid:\n" + "\n".join(lines)) from None
+
+
+def _fields_near(model: type[BaseModel], place: tuple[Any, ...]) -> str:
+    current: Any = model
+    for name in place[:-1]:
+        field = getattr(current, "model_fields", {}).get(name)
+        current = field.annotation if field else None
+    names = getattr(current, "model_fields", {})
+    return f"; allowed: {', '.join(names)}" if names else ""

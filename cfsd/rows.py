@@ -1,0 +1,83 @@
+"""The contract between stages: the columns of each table, and how a table is written and read.
+
+Tables are Parquet shards `<name>-00000.parquet`, so that `datasets.load_dataset("parquet", …)` reads them too.
+A written shard is whole: it appears under its name only when every row is on the disk.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# logprobs[t] = log p*(token t | tokens < t) in nats; entry 0, of the start token, is null
+SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
+CORPUS = pa.schema(
+    [
+        *SEQUENCE,
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),  # eos | length
+        ("shard", pa.int32()),
+        ("seed", pa.int64()),
+        ("text", pa.string()),  # for reading only, never tokenised again
+    ]
+)
+TARGET = pa.schema(
+    [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
+)
+MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
+REJECTS = pa.schema([("row_id", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
+DIVERGENCE = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("kl", pa.float64()),  # summed over the row's predicted tokens, nats
+        ("sampled", pa.float64()),  # sum of log p*(x_t) - log p(x_t), nats
+        ("base_nll", pa.float64()),
+        ("tuned_nll", pa.float64()),
+        ("count", pa.int64()),
+    ]
+)
+RESPONSES = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("nll", pa.float64()),  # summed over supervised tokens, nats
+        ("correct", pa.int64()),  # supervised tokens that are the model's first choice
+        ("count", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+
+
+def shard_path(folder: Path, name: str, index: int) -> Path:
+    """Return the place of one shard."""
+    return folder / f"{name}-{index:05}.parquet"
+
+
+def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
+    """Write `table` whole or not at all."""
+    temporary = folder / f".{name}-{index:05}.partial"
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(shard_path(folder, name, index))
+
+
+def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
+    """Return `rows` as a table with exactly the columns of `schema`."""
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def shards(folder: Path, name: str) -> list[Path]:
+    """Return the shards of a table in order."""
+    return sorted(folder.glob(f"{name}-[0-9]*.parquet"))
+
+
+def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a table in order, a few thousand at a time."""
+    for path in shards(folder, name):
+        yield from pq.ParquetFile(path).iter_batches(batch_size=4096, columns=columns)
+
+
+def read_rows(folder: Path, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return all rows of a small table."""
+    return [row for batch in batches(folder, name, columns) for row in batch.to_pylist()]

@@ -1,0 +1,49 @@
+"""Spec: the settings of one stage, and the digest by which its results are found again."""
+
+import hashlib
+import json
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+def digest_of(value: Any) -> str:
+    """Return the first 16 hex digits of the sha256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Spec(BaseModel):
+    """Frozen settings. Two specs with equal digests give the same result.
+
+    `version` is raised when the code behind the spec changes what it computes.
+    `neutral` names, per field added after a release, the value at which the field changes nothing:
+    while a field has it, it is left out of the digest, so that older artifacts are still found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: ClassVar[int] = 1
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def digest(self) -> str:
+        """Return 16 hex digits over the spec's class, version and settings."""
+        return digest_of([type(self).__name__, self.version, self._identity()])
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what counts for the digest: nested specs by their own digest."""
+        return {
+            name: _identified(getattr(self, name))
+            for name in sorted(type(self).model_fields)
+            if name not in self.neutral or getattr(self, name) != self.neutral[name]
+        }
+
+
+def _identified(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.digest()
+    if isinstance(value, tuple | list):
+        return [_identified(item) for item in value]
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value

@@ -1,0 +1,149 @@
+"""Summary: what one variant learned and forgot, joined from its artifacts; `summary.json` for many variants."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from cfsd.artifact import Artifact, Store
+from cfsd.content import write_json
+
+SCHEMA = 1
+
+
+class Step(BaseModel):
+    """One stage of a flow run: which artifact it gave, and whether the stage was executed for it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    artifact: Artifact
+    executed: bool
+    seconds: float  # that executing it took, now or when it was made
+
+
+class Scores(BaseModel):
+    """What was measured on one model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    benchmarks: dict[str, Artifact] = {}
+    target: Artifact | None = None
+    probe: Artifact | None = None  # divergence from the base; the tuned model only
+
+
+class Trail(BaseModel):
+    """Every artifact of one variant: enough to make its summary and report again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    recipe: dict[str, JsonValue] = {}
+    digest: str = ""
+    artifacts: dict[str, Artifact]  # by role: base, target, probe, corpus, kept, mixture, tuned, final
+    before: Scores
+    after: Scores
+    steps: tuple[Step, ...] = ()
+
+
+class Summary(BaseModel):
+    """The figures of one variant, with 95 % intervals. Signs: gain positive = learned, forgetting positive = worse."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    target_gain: dict[str, Any] | None  # base - tuned loss on held-out responses
+    target_accuracy_gain: dict[str, Any] | None  # tuned - base share of responses that greedy decoding writes
+    target: dict[str, float]  # base_loss, tuned_loss, base_accuracy, tuned_accuracy
+    probe_kl: dict[str, Any] | None
+    probe_kl_sampled: dict[str, Any] | None
+    mean_forgetting: dict[str, Any] | None
+    benchmarks: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    executed: list[str]
+    cached: list[str]
+
+
+def summarise(store: Store, trail: Trail) -> Summary:
+    """Return the figures of `trail`, computed from its score tables."""
+    from cfsd.forgetting import mean_forgetting
+
+    benchmarks = [_benchmark(store, trail, name) for name in trail.before.benchmarks]
+    mean = mean_forgetting(benchmarks)
+    return Summary(
+        name=trail.name,
+        digest=trail.digest,
+        **_target(store, trail),
+        **_probe(store, trail),
+        mean_forgetting=mean.model_dump() if mean else None,
+        benchmarks={b.benchmark: b.model_dump(mode="json") for b in benchmarks},
+        seconds=_seconds(trail.steps),
+        executed=[_label(step) for step in trail.steps if step.executed],
+        cached=[_label(step) for step in trail.steps if not step.executed],
+    )
+
+
+def _benchmark(store: Store, trail: Trail, name: str) -> Any:
+    from cfsd.forgetting import Measure, benchmark_forgetting
+
+    before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]
+    measure = Measure(**{field: before.facts[field] for field in Measure.model_fields})
+    return benchmark_forgetting(name, measure, table(store, before, "scores"), table(store, after, "scores"))
+
+
+def _target(store: Store, trail: Trail) -> dict[str, Any]:
+    from cfsd.forgetting import difference_per_token, paired_share_difference
+
+    if trail.before.target is None or trail.after.target is None:
+        return {"target_gain": None, "target_accuracy_gain": None, "target": {}}
+    base, tuned = (table(store, t, "responses") for t in (trail.before.target, trail.after.target))
+    counts = base["count"].to_numpy(float)
+    gain = difference_per_token(base["nll"].to_numpy(), tuned["nll"].to_numpy(), counts, seed=0)
+    right = [(t["correct"] == t["count"]).to_numpy() for t in (base, tuned)]
+    means = {
+        f"{role}_{figure}": float(artifact.facts[figure])  # type: ignore[arg-type]
+        for role, artifact in (("base", trail.before.target), ("tuned", trail.after.target))
+        for figure in ("loss", "accuracy")
+    }
+    accuracy = paired_share_difference(*right)
+    return {"target_gain": gain.model_dump(), "target_accuracy_gain": accuracy.model_dump(), "target": means}
+
+
+def _probe(store: Store, trail: Trail) -> dict[str, Any]:
+    from cfsd.forgetting import mean_per_token
+
+    if trail.after.probe is None:
+        return {"probe_kl": None, "probe_kl_sampled": None}
+    rows = table(store, trail.after.probe, "divergence")
+    counts = rows["count"].to_numpy(float)
+    found = {name: mean_per_token(rows[name].to_numpy(), counts, seed=0) for name in ("kl", "sampled")}
+    return {"probe_kl": found["kl"].model_dump(), "probe_kl_sampled": found["sampled"].model_dump()}
+
+
+def table(store: Store, artifact: Artifact, name: str) -> Any:
+    """Return a small table of `artifact` as a pandas DataFrame."""
+    import pandas as pd
+
+    from cfsd.rows import shard_path
+
+    return pd.read_parquet(shard_path(store.path(artifact), name, 0))
+
+
+def _label(step: Step) -> str:
+    return f"{step.stage} {step.artifact.key}"
+
+
+def _seconds(steps: tuple[Step, ...]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for step in steps:
+        if step.executed:
+            seconds[step.stage] = round(seconds.get(step.stage, 0.0) + step.seconds, 3)
+    return seconds
+
+
+def write_summary(path: Path, summaries: list[Summary]) -> None:
+    """Write `summary.json`; its schema is in docs/summary.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
+    write_json(path, {"schema": SCHEMA, "variants": variants})

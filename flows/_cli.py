@@ -1,0 +1,169 @@
+"""The command lines: options, the table at the end, one clear message for what the user can mend."""
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cfsd.errors import BadInput, CfsdError, Stopped
+from cfsd.machine import Machine
+from cfsd.recipe import Comparison, Recipe, override, parse_overrides, validated
+from cfsd.summary import Summary, Trail
+
+INTERRUPTED = 130
+console = Console(highlight=False, soft_wrap=True)
+
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, as train.epochs=2")
+]
+On = Annotated[
+    list[str], typer.Option("--machine", metavar="FIELD=VALUE", help="Change a field of the machine, as threads=1")
+]
+Home = Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")]
+Plan = Annotated[bool, typer.Option("--plan", help="Say what would run and what is cached, and stop")]
+
+
+def start(command: Callable[..., None]) -> None:
+    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (KeyboardInterrupt, Stopped):
+            _stopped()
+        except CfsdError as error:
+            _fail(str(error), 2 if isinstance(error, BadInput) else 1)
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(guarded)
+    app()
+
+
+def _stopped() -> None:
+    console.print("stopped; what is finished is kept. To continue:")
+    print(_same_command(), flush=True)
+    os._exit(INTERRUPTED)  # threads of servers and clients must not print after the last line
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _same_command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = ["-m", spec.name] if spec else [sys.argv[0]]
+    return shlex.join(["python", *module, *sys.argv[1:]])
+
+
+def _machine(changes: list[str]) -> Machine:
+    return validated(Machine, override({}, parse_overrides(changes)), "--machine")
+
+
+def mitigate_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+    plan: Plan = False,
+) -> None:
+    """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
+    loaded, on = Recipe.load(recipe, set_), _machine(machine)
+    loaded.check()
+    if plan:
+        from flows._plan import print_plan
+
+        print_plan({loaded.name: loaded}, on, console)
+        return
+    from flows.mitigate import mitigate
+
+    show(loaded.name, [mitigate(loaded, on)])
+
+
+def compare_command(
+    comparison: Annotated[Path, typer.Argument(help="A recipe and its variants in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats per variant; mix and train vary")] = None,
+    home: Home = None,
+    plan: Plan = False,
+) -> None:
+    """Run every variant of a recipe and put them into one table, one figure and one report."""
+    loaded, on = Comparison.load(comparison, set_, seeds), _machine(machine)
+    recipes = loaded.recipes()
+    for recipe in recipes.values():
+        recipe.check()
+    if plan:
+        from flows._plan import print_plan
+
+        print_plan(recipes, on, console)
+        return
+    from flows.compare import compare
+
+    show(loaded.recipe.name, compare(loaded, on))
+
+
+def measure_command(
+    base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
+    tuned: Annotated[str, typer.Argument(help="Model after")],
+    benchmark: Annotated[list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")] = [],  # noqa: B006
+    benchmarks: Annotated[Path | None, typer.Option(help="A folder of lm-eval YAML files: all of them")] = None,
+    target: Annotated[Path | None, typer.Option(help="Rows it was tuned on; columns prompt and response")] = None,
+    set_: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")] = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:  # fmt: skip
+    """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    from cfsd.benchmark_files import names_in
+    from cfsd.checkpoint import Checkpoint
+    from cfsd.evaluate import EvaluateSpec
+    from cfsd.generate import ProbeSpec
+    from cfsd.target import Target
+
+    named: list[Any] = list(benchmark)
+    if benchmarks is not None:
+        if not benchmarks.is_dir():
+            _fail(f"--benchmarks {benchmarks} is not a folder; give one that holds lm-eval YAML files", 2)
+        named += [{"name": name, "folder": str(benchmarks)} for name in names_in(benchmarks)]
+    parts = override(
+        {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}}
+        | ({"target": {"path": str(target), "seed": 0}} if target else {}),
+        parse_overrides(set_),
+    )
+    evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
+    models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
+    rows = validated(Target, parts["target"], "--target") if "target" in parts else None
+    for part in (*models, *evaluate.benchmarks, *([rows] if rows else [])):
+        part.check()
+    from flows.measure import measure
+
+    probe = validated(ProbeSpec, parts["probe"], "--set")
+    trail = measure(*models, rows, probe, evaluate, _machine(machine))
+    show(f"measure {models[1].label()} against {models[0].label()}", [trail])
+
+
+def show(title: str, trails: list[Trail]) -> None:
+    """Print the table, the report's path, how to open the pages and, last, the path of summary.json."""
+    from cfsd.report import print_summary
+    from flows._conclude import report_folder
+
+    folder = report_folder(title)
+    found = json.loads((folder / "summary.json").read_text())["variants"]
+    summaries = [Summary(name=name, **content) for name, content in found.items()]
+    print_summary(summaries, console)
+    final = trails[-1].artifacts["final"]
+    from cfsd.artifact import Store
+    from cfsd.machine import home
+
+    console.print(f"model    {Store(home()).path(final)}")
+    console.print(f"report   {folder / 'report.html'}")
+    console.print("compare runs in the browser (Prefect and MLflow): make up")
+    print(folder / "summary.json", flush=True)

@@ -1,0 +1,68 @@
+"""Where Prefect and MLflow keep things: all below the data folder, unless the environment says otherwise.
+
+Prefect reads its settings when it is imported, so this comes first and `--home` is read from the command line here.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from cfsd.machine import HOME_VARIABLE, home
+
+SERVERS = "servers.json"
+
+
+def settle_environment() -> None:
+    """Set what is not set: the data folder, the two servers that a home recorded and, without them, local ones."""
+    _home_from_command_line()
+    servers = live_servers()
+    defaults = {
+        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the flows speak for themselves
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_TRACKING_URI": servers.get("mlflow") or f"sqlite:///{home() / 'mlflow.db'}",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if "prefect" in servers:
+        defaults["PREFECT_API_URL"] = f"{servers['prefect']}/api"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    home().mkdir(parents=True, exist_ok=True)
+
+
+def _home_from_command_line() -> None:
+    for i, word in enumerate(sys.argv):
+        if word == "--home" and i + 1 < len(sys.argv):
+            os.environ[HOME_VARIABLE] = str(Path(sys.argv[i + 1]).absolute())
+        elif word.startswith("--home="):
+            os.environ[HOME_VARIABLE] = str(Path(word.removeprefix("--home=")).absolute())
+
+
+def live_servers() -> dict[str, str]:
+    """Return the URLs of the servers that this home started and that still run, by name."""
+    try:
+        recorded = json.loads((home() / SERVERS).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return {name: entry["url"] for name, entry in recorded.items() if entry.get("url") and is_alive(entry["pid"])}
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process of this number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # a child that ended but was not waited for still has its number
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return True

@@ -1,0 +1,66 @@
+"""`--plan`: the flow walked without Prefect and without doing anything; what would run, and what it costs."""
+
+import shutil
+
+from rich.console import Console
+from rich.table import Table
+
+from cfsd.artifact import Artifact
+from cfsd.errors import BadInput
+from cfsd.estimate import GIB, disk_bytes, estimate, parameters_of
+from cfsd.machine import Machine, home
+from cfsd.recipe import Recipe
+from flows.mitigate import story
+from tasks._stage import Planned, planning
+
+
+def print_plan(recipes: dict[str, Recipe], machine: Machine, console: Console) -> None:
+    """Print one line per stage that the recipes need, shared stages once."""
+    table = Table("stage", "key", "state", "tokens", "memory", "time", title="plan")
+    seen: set[object] = set()
+    total = 0.0
+    for name, recipe in recipes.items():
+        steps, artifacts = walk(recipe, machine)
+        for step in steps:
+            mark = step.key or (step.stage, *map(repr, step.inputs))
+            if mark in seen:
+                continue
+            seen.add(mark)
+            cost = estimate(step.stage, recipe, *artifacts, machine.resolved_device(), machine.micro_batch_tokens)
+            total += 0 if step.cached else cost.seconds or 0
+            table.add_row(step.stage, step.key or "-", _state(step),
+                          f"{cost.tokens:,.0f}" if cost.tokens else "", f"{cost.memory / GIB:.1f} GiB" if cost.memory else "",
+                          "" if step.cached or not cost.seconds else f"{cost.seconds:.0f} s")  # fmt: skip
+    console.print(table)
+    console.print(f"about {total / 60:.0f} minutes of computing that is not cached, within a factor of two")
+
+
+def walk(recipe: Recipe, machine: Machine) -> tuple[list[Planned], tuple[Artifact, Artifact]]:
+    """Return the steps of `recipe` in order, and its base and target as far as they are known."""
+    steps: list[Planned] = []
+    token = planning.set(steps)
+    try:
+        trail = story(recipe, machine)
+    finally:
+        planning.reset(token)
+    return steps, (trail.artifacts["base"], trail.artifacts["target"])
+
+
+def check_space(recipe: Recipe, machine: Machine) -> None:
+    """Raise BadInput when the data folder's disk cannot hold what the recipe would write."""
+    steps, (base, _) = walk(recipe, machine)
+    if all(step.cached for step in steps):
+        return
+    needed, free = disk_bytes(recipe, parameters_of(recipe, base)), shutil.disk_usage(home()).free
+    if needed > free:
+        raise BadInput(
+            f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
+            "free some, choose another data folder with --home, or lower generate.rows"
+        )
+
+
+def _state(step: Planned) -> str:
+    if step.key is None:
+        waits = sorted({str(i.facts.get("made_by")) for i in step.inputs if isinstance(i, Artifact) and not i.content})
+        return f"depends on {', '.join(waits)}"
+    return "cached" if step.cached else "runs"

@@ -1,0 +1,61 @@
+"""The main job: fine-tune on the target while rehearsing what the base model writes unprompted, and say what it cost.
+
+    python -m flows.mitigate deployments/recipes/tiny.yaml --set train.learning_rate=1e-4
+"""
+
+from prefect import flow
+
+from cfsd.machine import Machine
+from cfsd.recipe import Recipe
+from cfsd.summary import Trail
+from flows._conclude import conclude
+from tasks import record
+from tasks.evaluate import evaluate_base, evaluate_tuned
+from tasks.fetch import fetch_model
+from tasks.filter import filter_corpus
+from tasks.generate import generate_corpus, sample_probe
+from tasks.merge import merge_model
+from tasks.mix import mix_rows
+from tasks.target import prepare_target
+from tasks.train import train_model
+
+
+def story(recipe: Recipe, machine: Machine) -> Trail:
+    """Take every step of the recipe. Each is cached on its own settings and the content of its inputs:
+    a new learning rate trains and evaluates again, and never samples again.
+    """  # noqa: D205
+    base = fetch_model(recipe.base, machine)
+    target = prepare_target(base, recipe.target, machine)
+    probe = sample_probe(base, recipe.probe, machine)
+    corpus = generate_corpus(base, recipe.generate, machine)
+    kept = filter_corpus(corpus, recipe.filter, machine)
+    mixture = mix_rows(target, kept, recipe.mix, machine)
+    tuned = train_model(base, mixture, recipe.train, machine)
+    final = merge_model(base, tuned, recipe.merge, machine)
+    before = evaluate_base(base, target, recipe.evaluate, machine)
+    after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
+    return Trail(
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        digest=recipe.digest(),
+        artifacts={"base": base, "target": target, "probe": probe, "corpus": corpus, "kept": kept,
+                   "mixture": mixture, "tuned": tuned, "final": final},
+        before=before,
+        after=after,
+    )  # fmt: skip
+
+
+@flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)
+def mitigate(recipe: Recipe, machine: Machine = Machine()) -> Trail:  # noqa: B008
+    """Fine-tune on the target, rehearsing the base model's own text, and measure what was learned and forgotten."""
+    recipe.check()
+    with record.variant(recipe.name, recipe) as variant:
+        trail = story(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
+        conclude(recipe.name, [trail], [variant.run_id])
+    return trail
+
+
+if __name__ == "__main__":
+    from flows._cli import mitigate_command, start
+
+    start(mitigate_command)

@@ -1,0 +1,192 @@
+"""The pages for a team: a Prefect server with a worker and the deployments, and MLflow, over this data folder.
+
+    python -m flows.serve up | down | status
+
+They listen on 127.0.0.1 only. Their URLs and process numbers are in servers.json of the data folder, by which
+the command lines find them, so that their runs show in the same pages.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import typer
+
+from cfsd.content import write_json
+from cfsd.errors import CfsdError
+from cfsd.machine import HOME_VARIABLE, home
+from flows._environment import SERVERS, is_alive
+
+ROOT = Path(__file__).parent.parent
+HOST = "127.0.0.1"
+START_SECONDS = 180
+POOL = "gpu"
+
+
+def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> dict[str, dict[str, Any]]:
+    """Start what does not run yet and return {name: {url, pid}}. Taken ports are passed over."""
+    running = {name: entry for name, entry in recorded().items() if is_alive(entry["pid"])}
+    if "prefect" not in running:
+        running["prefect"] = _start_prefect(_free_port(prefect_port))
+        _keep(running)
+    if "mlflow" not in running:
+        running["mlflow"] = _start_mlflow(_free_port(mlflow_port))
+        _keep(running)
+    if "worker" not in running:
+        running["worker"] = _start_worker(running)
+        _keep(running)
+    return running
+
+
+def down() -> list[str]:
+    """End what this home started and return the names."""
+    ended = []
+    for name, entry in reversed(recorded().items()):
+        if is_alive(entry["pid"]):
+            _end_group(entry["pid"])
+            ended.append(name)
+    (home() / SERVERS).unlink(missing_ok=True)
+    return ended
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Return the servers that this home recorded, alive or not."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def _keep(running: dict[str, dict[str, Any]]) -> None:
+    write_json(home() / SERVERS, running)
+
+
+def _start_prefect(port: int) -> dict[str, Any]:
+    url = f"http://{HOST}:{port}"
+    command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return _started("prefect", command, url, f"{url}/api/health", _environment())
+
+
+def _start_mlflow(port: int) -> dict[str, Any]:
+    url, database = f"http://{HOST}:{port}", f"sqlite:///{home() / 'mlflow.db'}"
+    environment = _environment() | {"MLFLOW_TRACKING_URI": database}
+    _run(["mlflow", "db", "upgrade", database], environment)  # or its workers race to create the tables
+    artifacts = (home() / "mlartifacts").as_uri()
+    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
+               "--backend-store-uri", database, "--default-artifact-root", artifacts]  # fmt: skip
+    return _started("mlflow", command, url, f"{url}/health", environment)
+
+
+def _start_worker(running: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    environment = _environment() | {
+        "PREFECT_API_URL": f"{running['prefect']['url']}/api",
+        "MLFLOW_TRACKING_URI": str(running["mlflow"]["url"]),
+    }
+    _run(["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"], environment)
+    _run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"], environment)
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    return _started("worker", command, "", "", environment)
+
+
+def _environment() -> dict[str, str]:
+    """Return this process' environment without what would point the servers at themselves."""
+    own = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"
+    return own | {"PATH": path, HOME_VARIABLE: str(home()), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+
+
+def _started(name: str, command: list[str], url: str, health: str, environment: dict[str, str]) -> dict[str, Any]:
+    log = home() / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            env=environment, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+    if health:
+        _wait(lambda: _answers(health), process, log)
+    return {"url": url, "pid": process.pid, "log": str(log)}
+
+
+def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            tail = "\n".join(log.read_text().splitlines()[-10:])
+            raise CfsdError(f"a server did not start; the end of {log}:\n{tail}")
+        time.sleep(0.5)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (URLError, OSError):
+        return False
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise CfsdError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, first + 50):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex((HOST, port)) != 0:
+                return port
+    raise CfsdError(f"no free port between {first} and {first + 49} on {HOST}; give another with --prefect-port")
+
+
+def _end_group(pid: int) -> None:
+    for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            return
+        end = time.monotonic() + seconds
+        while is_alive(pid) and time.monotonic() < end:
+            time.sleep(0.2)
+        if not is_alive(pid):
+            return
+
+
+def command(
+    action: Annotated[str, typer.Argument(help="up, down or status")],
+    prefect_port: int = 4200,
+    mlflow_port: int = 5000,
+    home: Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")] = None,
+) -> None:
+    """Start or end the Prefect server, its worker and MLflow for a data folder."""
+    if action == "up":
+        running = up(prefect_port, mlflow_port)
+        print(f"Prefect  {running['prefect']['url']}  deployments mitigate and compare, form under Run > Custom run")
+        print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
+        print("end them with: make down")
+    elif action == "down":
+        print(f"ended: {', '.join(down()) or 'nothing ran'}")
+    elif action == "status":
+        for name, entry in recorded().items():
+            print(f"{name:8} {'runs' if is_alive(entry['pid']) else 'dead'} {entry['url']}")
+    else:
+        raise CfsdError(f"action {action!r} is unknown; allowed: up, down, status")
+
+
+if __name__ == "__main__":
+    from flows._cli import start
+
+    start(command)

@@ -1,0 +1,84 @@
+"""Follow a draft's journal while a stage works: progress on the terminal, metrics to whoever wants them."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cfsd.journal import METRICS, PROGRESS
+
+POLL_SECONDS = 1.0
+SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn
+
+
+class Follower:
+    """A thread that reads a draft's metrics.jsonl and progress.json until it is left."""
+
+    def __init__(
+        self, folder: Path, stage: str, console: Console, send: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
+        """Follow `folder`; `send` gets new metric records in order."""
+        self.folder, self.stage, self.console, self.send = folder, stage, console, send
+        self.offset = 0
+        self.said = time.monotonic()
+        self.left = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> "Follower":
+        """Begin to follow."""
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Send what is left and end."""
+        self.left.set()
+        self.thread.join()
+        if kind is None:
+            self._send_new()
+
+    def _run(self) -> None:
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            line = bar.add_task(self.stage, total=None, unit="")
+            while not self.left.wait(POLL_SECONDS):
+                self._send_new()
+                if progress := self._progress():
+                    bar.update(line, completed=progress["done"], total=progress["total"], unit=progress["unit"])
+                    self._say(progress)
+
+    def _progress(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def _say(self, progress: dict[str, Any]) -> None:
+        if self.console.is_terminal or time.monotonic() - self.said < SAY_SECONDS:
+            return
+        self.said = time.monotonic()
+        self.console.print(f"  {self.stage}: {progress['done']} of {progress['total']} {progress['unit']}")
+
+    def _send_new(self) -> None:
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        if path.stat().st_size < self.offset:
+            self.offset = 0  # a resumed training cut the file back to its checkpoint
+        with path.open() as file:
+            file.seek(self.offset)
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        self.offset += len(whole.encode())
+        if records := [json.loads(line) for line in whole.splitlines()]:
+            self.send(records)

@@ -1,0 +1,131 @@
+"""One decorator for every stage: its key, the store first, the record, the retries. All caching is decided here."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, cast
+
+from prefect import task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.sync import concurrency
+from prefect.context import TaskRunContext
+
+from cfsd.artifact import Artifact, Draft, Store, key_of
+from cfsd.errors import Crashed
+from cfsd.machine import Machine, home
+from tasks import record
+
+P = ParamSpec("P")
+UNKNOWN = ""  # the content of an artifact that a plan has not made yet
+GPU_SLOT = "gpu"
+
+
+class Planned(NamedTuple):
+    """What a stage would do."""
+
+    stage: str
+    key: str | None  # None: depends on a stage that has not run
+    cached: bool
+    inputs: tuple[Any, ...]
+
+
+planning: ContextVar[list[Planned] | None] = ContextVar("planning", default=None)
+
+
+def stage(
+    name: str, kind: str, *, gpu: bool = False
+) -> Callable[[Callable[Concatenate[Draft, P], None]], Callable[P, Artifact]]:
+    """Turn `work(draft, *inputs, machine)` into a call that returns the artifact, executed only if it is absent.
+
+    Inputs that are artifacts count by content, specs by digest, a Machine not at all.
+    """
+
+    def decorate(work: Callable[Concatenate[Draft, P], None]) -> Callable[P, Artifact]:
+        signature = inspect.signature(work)
+        open_signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+        def inputs_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
+            bound = open_signature.bind(*args, **kwargs)
+            return tuple(value for value in bound.arguments.values() if not isinstance(value, Machine))
+
+        def execute(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+            values = (*args, *kwargs.values())
+            machine = next((value for value in values if isinstance(value, Machine)), Machine())
+            key = key_of(name, *inputs_of(args, kwargs))
+
+            def do(draft: Draft) -> None:
+                with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
+                    work(draft, *args, **kwargs)
+
+            made = Store(home()).make(kind, key, do, environment=machine.environment(), say=record.say)
+            return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
+
+        execute.__name__, execute.__doc__ = work.__name__, work.__doc__
+        execute.__signature__ = open_signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
+        prefect_task = task(
+            execute,
+            name=name,
+            tags={"gpu"} if gpu else None,
+            cache_key_fn=lambda _, bound: _cache_key(_, name, bound),
+            persist_result=True,
+            result_serializer="json",
+            retries=1,
+            retry_condition_fn=_worth_retrying,
+        )
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> Artifact:
+            if (plan := planning.get()) is not None:
+                return _planned(plan, name, kind, inputs_of(args, kwargs))
+            store, key = Store(home()), key_of(name, *inputs_of(args, kwargs))
+            known = store.find(kind, key)
+            result = prefect_task.with_options(refresh_cache=known is None, task_run_name=f"{name} {key}")(
+                *args, **kwargs
+            )
+            made = store.find(kind, key)
+            assert made, "a stage that ended without an error leaves its artifact"
+            record.keep_step(name, store, made, executed=known is None and bool(result["executed"]), gpu=gpu)
+            return made
+
+        call.__doc__ = work.__doc__
+        return cast("Callable[P, Artifact]", call)
+
+    return decorate
+
+
+def _cache_key(_: TaskRunContext, name: str, bound: dict[str, Any]) -> str:
+    return key_of(name, *(value for value in bound.values() if not isinstance(value, Machine)))
+
+
+def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
+    known = all(value.content != UNKNOWN for value in inputs if isinstance(value, Artifact))
+    key = key_of(name, *inputs) if known else None
+    found = Store(home()).find(kind, key) if key else None
+    plan.append(Planned(name, key, found is not None, inputs))
+    return found or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, facts={"made_by": name})
+
+
+def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
+    """Say whether trying again could help: not after bad input, out of memory, NaN or a stop."""
+    try:
+        state.result()
+    except (Crashed, ConnectionError):
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+def gpu_slot(machine: Machine, *, needed: bool) -> AbstractContextManager[None]:
+    """Hold one of the server's `gpu` slots while a stage computes on CUDA; the limit is made if it is missing."""
+    if not needed or machine.resolved_device() != "cuda":
+        return nullcontext()
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        known = {limit.name for limit in client.read_global_concurrency_limits(limit=200, offset=0)}
+        if GPU_SLOT not in known:
+            from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=1))
+    return concurrency(GPU_SLOT, occupy=1, strict=True, raise_on_lease_renewal_failure=False)

@@ -1,0 +1,57 @@
+"""Measure a model: benchmarks, held-out target rows, divergence from the base on the probe."""
+
+from typing import Literal
+
+from cfsd.artifact import Artifact, Draft
+from cfsd.benchmark import Benchmark
+from cfsd.evaluate import EvaluateSpec, score_benchmark, score_probe, score_target
+from cfsd.machine import Machine
+from cfsd.summary import Scores
+from tasks._stage import stage
+
+# The role is in the key: a tuned model whose weights equal the base's is measured anew,
+# or a comparison with learning rate 0 would compare one artifact with itself.
+Role = Literal["base", "tuned"]
+
+
+def evaluate_base(
+    base: Artifact, target: Artifact | None, spec: EvaluateSpec, machine: Machine
+) -> Scores:
+    """Return the scores of the model before."""
+    return _scores(base, target, spec, "base", machine)
+
+
+def evaluate_tuned(
+    base: Artifact, tuned: Artifact, target: Artifact | None, probe: Artifact, spec: EvaluateSpec,
+    machine: Machine,
+) -> Scores:  # fmt: skip
+    """Return the scores of the model after, and its divergence from the one before."""
+    scores = _scores(tuned, target, spec, "tuned", machine)
+    return scores.model_copy(update={"probe": evaluate_probe(base, tuned, probe, machine)})
+
+
+def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine) -> Scores:
+    return Scores(
+        benchmarks={b.name: evaluate_benchmark(model, b, role, machine) for b in spec.benchmarks},
+        target=evaluate_target(model, target, spec.held_out_rows, role, machine) if target else None,
+    )
+
+
+@stage("evaluate", "scores", gpu=True)
+def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role: Role, machine: Machine) -> None:
+    """Score one benchmark; see `cfsd.score`."""
+    score_benchmark(model, benchmark, draft, machine)
+
+
+@stage("evaluate-target", "scores", gpu=True)
+def evaluate_target(
+    draft: Draft, model: Artifact, target: Artifact, most_rows: int | None, role: Role, machine: Machine
+) -> None:
+    """Score held-out responses; see `cfsd.responses`."""
+    score_target(model, target, most_rows, draft, machine)
+
+
+@stage("evaluate-probe", "scores", gpu=True)
+def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
+    """Measure the divergence from the base on the probe; see `cfsd.divergence`."""
+    score_probe(base, tuned, probe, draft, machine)

@@ -1,0 +1,576 @@
+"""Forgetting: signs, pairing, agreement with scipy, and above all the coverage of every interval."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from scipy import stats
+
+from cfsd.forgetting import (
+    BenchmarkForgetting,
+    Figure,
+    Measure,
+    benchmark_forgetting,
+    difference_per_token,
+    mean_forgetting,
+    mean_per_token,
+    paired_by_document,
+    paired_share_difference,
+)
+from cfsd.intervals import Interval, bootstrap_change, paired_share_bounds, sign_flip_p
+
+Floats = NDArray[np.float64]
+
+ACCURACY = Measure(metric="acc", higher_is_better=True, chance=0.25, kind="binary")
+SCORE = Measure(metric="f1", higher_is_better=True, chance=0.0, kind="mean")
+PERPLEXITY = Measure(metric="word_perplexity", higher_is_better=False, chance=None, kind="perplexity")
+SIZES = (50, 200, 1000, 2000)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3)
+DROPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+CELLS = [cell for cell in product(SIZES, SHARES, DROPS) if cell[2] <= cell[1]]
+
+
+def frame(values: Any, counts: Any = 1.0, filter_: str = "none") -> pd.DataFrame:
+    ids = range(len(values))
+    hashes = [f"hash{i}" for i in ids]
+    return pd.DataFrame(
+        {"doc_id": ids, "filter": filter_, "doc_hash": hashes, "value": values, "count": counts}
+    )
+
+
+def forgotten(
+    measure: Measure, before: Any, after: Any, counts: Any = 1.0, **more: Any
+) -> BenchmarkForgetting:
+    return benchmark_forgetting("quiz", measure, frame(before, counts), frame(after, counts), **more)
+
+
+def right_and_wrong(both: int, lost: int, gained: int, neither: int) -> tuple[Floats, Floats]:
+    """Return 0/1 scores before and after with these counts of documents."""
+    sizes = (both, lost, gained, neither)
+    return np.repeat([1.0, 1.0, 0.0, 0.0], sizes), np.repeat([1.0, 0.0, 1.0, 0.0], sizes)
+
+
+def ends(figure: Figure) -> tuple[float, float]:
+    assert figure.low is not None and figure.high is not None
+    return figure.low, figure.high
+
+
+# --- 0/1 scores: exact coverage, by summing over all outcomes
+
+
+def outcomes(total: int, share: float, drop: float) -> tuple[Floats, Floats, Floats]:
+    """Return lost and gained documents with the probability of each pair, all but 1e-9 of it."""
+    changed = np.arange(total + 1)
+    chance = stats.binom.pmf(changed, total, share)
+    rows = []
+    for number, weight in zip(changed[chance > 1e-12], chance[chance > 1e-12], strict=True):
+        lost = np.arange(number + 1.0)
+        rows.append((lost, number - lost, weight * stats.binom.pmf(lost, number, (1 + drop / share) / 2)))
+    lost, gained, weights = (np.concatenate(part) for part in zip(*rows, strict=True))
+    return lost, gained, weights
+
+
+def exact_coverage(
+    bounds: Callable[..., tuple[Floats, Floats]], total: int, share: float, drop: float
+) -> float:
+    lost, gained, weights = outcomes(total, share, drop)
+    low, high = bounds(lost, gained, total)
+    return float(weights[(low - 1e-12 <= drop) & (drop <= high + 1e-12)].sum())
+
+
+def plain_wald(lost: Floats, gained: Floats, total: int) -> tuple[Floats, Floats]:
+    middle = (lost - gained) / total
+    half = 1.96 * np.sqrt((lost + gained) / total - middle**2) / np.sqrt(total)
+    return middle - half, middle + half
+
+
+@pytest.mark.parametrize(("total", "share", "drop"), CELLS)
+def test_paired_share_interval_covers_in_every_cell(total: int, share: float, drop: float) -> None:
+    coverage = exact_coverage(paired_share_bounds, total, share, drop)
+    assert coverage >= 0.93
+    if total * share >= 20:
+        assert coverage <= 0.97
+
+
+def test_the_coverage_check_refuses_a_plain_wald_interval() -> None:
+    assert exact_coverage(plain_wald, 50, 0.02, 0.02) < 0.7
+    assert exact_coverage(plain_wald, 200, 0.02, 0.02) < 0.93
+
+
+def simulated_coverage(total: int, share: float, drop: float, repeats: int, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    law = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    covered = 0
+    for lost, gained, same in rng.multinomial(total, law, size=repeats):
+        low, high = ends(paired_share_difference(*right_and_wrong(same, lost, gained, 0)))
+        covered += low <= -drop <= high
+    return covered / repeats
+
+
+@pytest.mark.parametrize("cell", [(50, 0.02, 0.02), (200, 0.1, 0.05), (1000, 0.05, 0.0), (2000, 0.3, 0.3)])
+def test_paired_share_difference_covers_in_simulation(cell: tuple[int, float, float]) -> None:
+    assert simulated_coverage(*cell, repeats=2000, seed=0) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("total", "share", "drop"), CELLS)
+def test_paired_share_difference_covers_in_the_whole_study(total: int, share: float, drop: float) -> None:
+    coverage = simulated_coverage(total, share, drop, repeats=4000, seed=1)
+    assert coverage >= 0.93
+    if total * share >= 20:
+        assert coverage <= 0.97
+
+
+@pytest.mark.parametrize(("total", "share"), [(200, 0.1), (1000, 0.1), (2000, 0.3)])
+def test_a_detectable_drop_is_found_four_times_in_five(total: int, share: float) -> None:
+    changed = round(share * total)
+    figures = forgotten(ACCURACY, *right_and_wrong(total - changed, changed // 2, changed - changed // 2, 0))
+    assert figures.detectable is not None
+    lost, gained, weights = outcomes(total, share, figures.detectable)
+    low, _ = paired_share_bounds(lost, gained, total)
+    assert weights[low > 0].sum() == pytest.approx(0.8, abs=0.05)
+
+
+def test_without_any_change_the_detectable_drop_follows_the_rule_of_three() -> None:
+    figures = forgotten(ACCURACY, *right_and_wrong(60, 0, 0, 40))
+    assert figures.detectable == pytest.approx(2.8016 * np.sqrt(0.03 / 100), rel=1e-4)
+
+
+# --- 0/1 scores: values
+
+
+def test_binary_figures_by_hand() -> None:
+    figures = forgotten(ACCURACY, *right_and_wrong(50, 12, 4, 34))
+    assert (figures.base, figures.tuned, figures.num_documents) == (0.62, 0.54, 100)
+    assert figures.forgetting.value == pytest.approx(0.08)
+    assert (figures.right_to_wrong, figures.wrong_to_right) == (0.12, 0.04)
+    assert figures.p_value == stats.binomtest(12, 16).pvalue
+    assert figures.chance_corrected is not None
+    assert figures.chance_corrected.value == pytest.approx((0.62 - 0.54) / 0.75)
+    assert np.array(ends(figures.chance_corrected)) == pytest.approx(
+        np.array(ends(figures.forgetting)) / 0.75
+    )
+    assert figures.retention == pytest.approx((0.54 - 0.25) / (0.62 - 0.25))
+    # p12 = 13/102, p21 = 5/102
+    half = 1.959964 * np.sqrt((18 / 102 - (8 / 102) ** 2) / 102)
+    assert ends(figures.forgetting) == pytest.approx((8 / 102 - half, 8 / 102 + half), rel=1e-6)
+
+
+def test_lower_is_better_turns_sign_and_flips() -> None:
+    toxic = Measure(metric="toxic", higher_is_better=False, chance=None, kind="binary")
+    fewer = forgotten(toxic, *right_and_wrong(50, 12, 4, 34))
+    assert fewer.forgetting.value == pytest.approx(-0.08)
+    assert (fewer.right_to_wrong, fewer.wrong_to_right) == (0.04, 0.12)
+    assert (fewer.chance_corrected, fewer.retention) == (None, None)
+
+
+def test_gain_is_positive_where_tuned_is_right_more_often() -> None:
+    before, after = right_and_wrong(50, 4, 12, 34)
+    gain = paired_share_difference(before.astype(bool), after.astype(bool))
+    assert (gain.value, gain.unit) == (0.08, "fraction")
+
+
+counts_of_documents = st.tuples(*[st.integers(0, 60)] * 4).filter(lambda sizes: sum(sizes) > 0)
+
+
+@given(counts_of_documents)
+def test_swapping_the_models_turns_the_share_interval_around(sizes: tuple[int, int, int, int]) -> None:
+    before, after = right_and_wrong(*sizes)
+    there, back = paired_share_difference(before, after), paired_share_difference(after, before)
+    low, high = ends(there)
+    assert -1 <= low <= there.value <= high <= 1
+    assert low < high
+    assert (back.value, *ends(back)) == pytest.approx((-there.value, -high, -low))
+
+
+# --- equal scores
+
+
+@pytest.mark.parametrize("measure", [ACCURACY, SCORE, PERPLEXITY])
+def test_equal_scores_forget_exactly_nothing(measure: Measure) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.random(70) < 0.7) * 1.0 if measure.kind == "binary" else rng.random(70)
+    counts = rng.integers(1, 9, 70) if measure.kind == "perplexity" else 1.0
+    before, after = frame(values, counts), frame(values, counts).sample(frac=1, random_state=1)
+    figures = benchmark_forgetting("quiz", measure, before, after)
+    assert str(figures.forgetting.value) == "0.0"
+    assert figures.base == figures.tuned
+    assert figures.p_value == 1
+    if measure.chance is not None:
+        assert figures.retention == 1
+        low, high = ends(figures.forgetting)
+        assert low < 0 < high  # the documents seen do not rule out every other
+
+
+def test_mean_of_equal_benchmarks_is_exactly_nothing() -> None:
+    same = [forgotten(ACCURACY, values, values) for values in (np.ones(40), np.eye(1, 50)[0])]
+    mean = mean_forgetting(entry.model_copy(update={"benchmark": str(i)}) for i, entry in enumerate(same))
+    assert mean is not None
+    assert str(mean.value) == "0.0"
+    low, high = ends(mean)
+    assert low < 0 < high
+
+
+# --- other kinds
+
+
+def test_mean_scores_agree_with_the_t_interval_where_changes_are_normal() -> None:
+    rng = np.random.default_rng(3)
+    before, after = rng.normal(0.6, 0.05, 400), rng.normal(0.55, 0.05, 400)
+    figures = forgotten(SCORE, before, after)
+    expected = stats.ttest_rel(before, after).confidence_interval()
+    assert figures.forgetting.value == pytest.approx((before - after).mean())
+    width = expected.high - expected.low
+    assert ends(figures.forgetting) == pytest.approx((expected.low, expected.high), abs=0.07 * width)
+    assert figures.forgetting.unit == "f1"
+    assert (figures.right_to_wrong, figures.detectable) == (None, None)
+
+
+def test_zero_one_scores_under_another_kind_keep_their_interval() -> None:
+    before, after = right_and_wrong(44, 2, 0, 4)
+    as_mean, as_binary = forgotten(SCORE, before, after), forgotten(ACCURACY, before, after)
+    assert ends(as_mean.forgetting) == ends(as_binary.forgetting)
+
+
+def test_scores_in_points_are_not_averaged_as_fractions() -> None:
+    rng = np.random.default_rng(0)
+    figures = forgotten(SCORE, rng.uniform(0, 100, 50), rng.uniform(0, 100, 50))
+    assert figures.chance_corrected is None
+    assert figures.retention_note == "not a score from 0 to 1"
+    assert figures.forgetting.low is not None
+
+
+def test_sign_flip_test_is_mcnemars_on_zero_one_scores() -> None:
+    before, after = right_and_wrong(20, 9, 2, 20)
+    assert sign_flip_p(before - after, seed=0) == pytest.approx(stats.binomtest(9, 11).pvalue, abs=0.01)
+
+
+def test_sign_flip_test_agrees_with_scipy() -> None:
+    rng = np.random.default_rng(1)
+    before, after = rng.random(12), rng.random(12) * 0.9
+    expected = stats.permutation_test(
+        (before, after),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+    )
+    assert sign_flip_p(before - after, seed=0) == pytest.approx(expected.pvalue, abs=0.03)
+
+
+def test_perplexity_weighs_documents_by_their_tokens() -> None:
+    figures = forgotten(PERPLEXITY, [10.0, 2.0, 3.0], [16.0, 2.0, 3.0], [10, 1, 1])
+    assert figures.base == pytest.approx(15 / 12)
+    assert figures.forgetting.value == pytest.approx(6 / 12)
+    assert figures.forgetting.unit == "nats/token"
+    assert (figures.forgetting.low, figures.forgetting.high) == (None, None)
+    assert (figures.chance_corrected, figures.retention) == (None, None)
+
+
+def test_documents_without_tokens_change_nothing() -> None:
+    rng = np.random.default_rng(2)
+    counts = rng.integers(1, 50, 30) * 1.0
+    sums = counts * rng.random(30)
+    padded = mean_per_token(np.append(sums, [0.0]), np.append(counts, [0.0]), seed=0)
+    assert padded == mean_per_token(sums, counts, seed=0)
+
+
+def test_retention_needs_a_base_above_chance() -> None:
+    guessing = forgotten(ACCURACY, *right_and_wrong(20, 10, 0, 70))
+    assert (guessing.retention, guessing.retention_note) == (None, "base at chance")
+    one_in_a_hundred = ACCURACY.model_copy(update={"chance": 0.0})
+    assert forgotten(one_in_a_hundred, *right_and_wrong(1, 0, 0, 99)).retention is None
+    assert forgotten(one_in_a_hundred, *right_and_wrong(10, 10, 0, 80)).retention == pytest.approx(0.5)
+    unknown = ACCURACY.model_copy(update={"chance": None})
+    assert forgotten(unknown, *right_and_wrong(90, 0, 0, 10)).retention_note == "chance level unknown"
+
+
+# --- figures per token
+
+
+def test_per_token_interval_agrees_with_scipys_studentised_relatives() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(20, 129, 300) * 1.0
+    sums = counts * rng.lognormal(-3, 0.6, 300)
+    figure = mean_per_token(sums, counts, seed=0)
+    assert figure.value == pytest.approx(sums.sum() / counts.sum())
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert ends(figure) == pytest.approx((found.low, found.high), abs=0.1 * (found.high - found.low))
+
+
+def test_target_gain_is_positive_where_the_loss_fell_and_pairing_sharpens_it() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 60, 80) * 1.0
+    base = counts * rng.lognormal(0, 0.5, 80)
+    tuned = base - counts * rng.normal(0.1, 0.02, 80)
+    gain = difference_per_token(base, tuned, counts, seed=0)
+    low, high = ends(gain)
+    assert 0 < low < 0.1 < high
+    alone_low, alone_high = ends(mean_per_token(tuned, counts, seed=0))
+    assert high - low < 0.2 * (alone_high - alone_low)
+    assert difference_per_token(base, base, counts, seed=0).value == 0.0
+
+
+def test_seed_fixes_the_bootstrap() -> None:
+    sums, counts = np.random.default_rng(0).random((2, 40)) + 0.1
+    assert mean_per_token(sums, counts, seed=5) == mean_per_token(sums, counts, seed=5)
+    assert mean_per_token(sums, counts, seed=5) != mean_per_token(sums, counts, seed=6)
+
+
+rows = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 50)), min_size=5, max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows, st.floats(0.1, 10))
+def test_per_token_figures_turn_and_scale_with_their_sums(
+    drawn: list[tuple[float, int]], factor: float
+) -> None:
+    sums, counts = (np.array(part, dtype=np.float64) for part in zip(*drawn, strict=True))
+    figure, turned = mean_per_token(sums, counts, seed=0), mean_per_token(-factor * sums, counts, seed=0)
+    low, high = ends(figure)
+    assert low <= figure.value <= high
+    expected = (-factor * figure.value, -factor * high, -factor * low)
+    assert (turned.value, *ends(turned)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+# --- coverage of the bootstraps
+
+Law = tuple[float, Callable[[np.random.Generator, int], Any]]
+
+
+def _probe(rng: np.random.Generator, rows_: int) -> tuple[Floats, Floats]:
+    """Skewed divergences per sequence, most of them cut at 128 tokens."""
+    counts = np.where(rng.random(rows_) < 0.7, 128.0, rng.integers(5, 128, rows_))
+    return rng.lognormal(-3, 0.8, rows_) * counts, counts
+
+
+PER_TOKEN: dict[str, Law] = {
+    "normal": (0.3, lambda rng, n: (rng.normal(0.3, 1, n), np.ones(n))),
+    "lognormal": (float(np.exp(0.5)), lambda rng, n: (rng.lognormal(0, 1, n), np.ones(n))),
+    "probe": (float(np.exp(-3 + 0.32)), _probe),
+}
+CHANGES: dict[str, Law] = {
+    "dense": (2 / 35 - 0.04, lambda rng, n: rng.beta(2, 5, n) * 0.2 - 0.04),
+    "5 % change": (0.0125, lambda rng, n: np.where(rng.random(n) < 0.05, rng.uniform(-0.5, 1, n), 0)),
+    "10 % change": (0.025, lambda rng, n: np.where(rng.random(n) < 0.1, rng.uniform(-0.5, 1, n), 0)),
+    "30 % change": (
+        0.12 * 2 / 7,
+        lambda rng, n: np.where(
+            rng.random(n) < 0.3, rng.beta(2, 5, n) * rng.choice([1, -1], n, p=[0.7, 0.3]), 0
+        ),
+    ),
+}
+
+
+def per_token_coverage(name: str, rows_: int, repeats: int) -> float:
+    truth, draw = PER_TOKEN[name]
+    rng = np.random.default_rng(0)
+    found = (ends(mean_per_token(*draw(rng, rows_), seed=seed)) for seed in range(repeats))
+    return _share_covering(found, truth, repeats)
+
+
+def change_coverage(name: str, documents: int, repeats: int) -> float:
+    truth, draw = CHANGES[name]
+    rng = np.random.default_rng(0)
+    found = (bootstrap_change(draw(rng, documents), reach=1.0, seed=seed) for seed in range(repeats))
+    return _share_covering((interval for interval in found if interval is not None), truth, repeats)
+
+
+def _share_covering(
+    found: "Iterator[Interval] | Iterator[tuple[float, float]]", truth: float, repeats: int
+) -> float:
+    return sum(low <= truth <= high for low, high in found) / repeats
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_per_token_intervals_cover(name: str) -> None:
+    assert 0.91 <= per_token_coverage(name, 64, repeats=2000) <= 0.985
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_intervals_of_mean_scores_cover(name: str) -> None:
+    assert change_coverage(name, 50, repeats=2000) >= 0.91
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows_"), product(PER_TOKEN, (50, 96, 256)))
+def test_per_token_intervals_cover_in_the_whole_study(name: str, rows_: int) -> None:
+    assert 0.925 <= per_token_coverage(name, rows_, repeats=4000) <= 0.975
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "documents"), product(CHANGES, (50, 100, 200)))
+def test_intervals_of_mean_scores_cover_in_the_whole_study(name: str, documents: int) -> None:
+    assert change_coverage(name, documents, repeats=4000) >= 0.925
+
+
+# --- mean over benchmarks
+
+
+def entry(name: str, figure: Figure | None) -> BenchmarkForgetting:
+    template = forgotten(ACCURACY, *right_and_wrong(50, 12, 4, 34))
+    return template.model_copy(update={"benchmark": name, "chance_corrected": figure})
+
+
+def test_mean_forgetting_averages_and_narrows() -> None:
+    one = entry("a", Figure(value=0.1, low=0.0, high=0.3, unit="fraction"))
+    four = [one.model_copy(update={"benchmark": name}) for name in "abcd"]
+    mean = mean_forgetting([*four, entry("perplexity", None)])
+    assert mean is not None
+    assert mean.unit == "fraction"
+    assert (mean.value, *ends(mean)) == pytest.approx((0.1, 0.1 - 0.1 / 2, 0.1 + 0.2 / 2))
+    alone = mean_forgetting([one])
+    assert alone is not None
+    assert (alone.value, *ends(alone)) == pytest.approx((0.1, 0.0, 0.3))
+
+
+def test_mean_forgetting_knows_what_it_cannot_say() -> None:
+    assert mean_forgetting([entry("perplexity", None)]) is None
+    unknown = Figure(value=0.1, low=None, high=None, unit="fraction")
+    known = Figure(value=0.3, low=0.2, high=0.4, unit="fraction")
+    mean = mean_forgetting([entry("a", unknown), entry("b", known)])
+    assert mean == Figure(value=0.2, low=None, high=None, unit="fraction")
+    with pytest.raises(ValueError, match="hellaswag comes twice"):
+        mean_forgetting([entry("hellaswag", known), entry("hellaswag", known)])
+
+
+def mean_coverage(sizes: tuple[int, ...], share: float, drop: float, repeats: int) -> float:
+    """Coverage of the mean over benchmarks of these sizes with chance levels of 0 and 1/2 in turn."""
+    rng = np.random.default_rng(0)
+    template = entry("a", None)
+    levels = [0.0 if i % 2 else 0.5 for i in range(len(sizes))]
+    truth = float(np.mean([drop / (1 - level) for level in levels]))
+    covered = 0
+    for _ in range(repeats):
+        entries = []
+        for i, (total, level) in enumerate(zip(sizes, levels, strict=True)):
+            gained, lost, same = rng.multinomial(total, [(share - drop) / 2, (share + drop) / 2, 1 - share])
+            worse = paired_share_difference(*right_and_wrong(same, gained, lost, 0))
+            corrected = worse.scaled(1 / (1 - level), "fraction")
+            entries.append(template.model_copy(update={"benchmark": str(i), "chance_corrected": corrected}))
+        mean = mean_forgetting(entries)
+        assert mean is not None
+        low, high = ends(mean)
+        covered += low <= truth <= high
+    return covered / repeats
+
+
+MIXES = ((50, 50), (200,) * 5, (50, 200, 1000, 2000), (100,) * 20)
+
+
+@pytest.mark.parametrize(("sizes", "share", "drop"), [(MIXES[0], 0.02, 0.0), (MIXES[2], 0.1, 0.05)])
+def test_mean_forgetting_covers(sizes: tuple[int, ...], share: float, drop: float) -> None:
+    assert mean_coverage(sizes, share, drop, repeats=600) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "share", "how_much"), product(MIXES, (0.02, 0.1, 0.3), (0.0, 0.5, 1.0)))
+def test_mean_forgetting_covers_in_the_whole_study(
+    sizes: tuple[int, ...], share: float, how_much: float
+) -> None:
+    coverage = mean_coverage(sizes, share, share * how_much, repeats=3000)
+    assert coverage >= 0.93
+    if min(sizes) * share >= 20:
+        assert coverage <= 0.97
+
+
+# --- pairing
+
+
+def test_pairing_joins_by_document_whatever_the_order() -> None:
+    rng = np.random.default_rng(0)
+    before, after = frame(rng.random(30)), frame(rng.random(30))
+    shuffled = after.sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(paired_by_document(before, after), paired_by_document(before, shuffled))
+    assert benchmark_forgetting("quiz", SCORE, before, shuffled) == benchmark_forgetting(
+        "quiz", SCORE, before.iloc[::-1], after
+    )
+
+
+def test_pairing_keeps_filters_apart() -> None:
+    strict, loose = frame([1.0, 0.0], filter_="strict"), frame([1.0, 1.0], filter_="loose")
+    both = pd.concat([strict, loose])
+    pairs = paired_by_document(both, both)
+    assert pairs[["filter", "doc_id", "base"]].to_numpy().tolist() == [
+        ["loose", 0, 1.0],
+        ["loose", 1, 1.0],
+        ["strict", 0, 1.0],
+        ["strict", 1, 0.0],
+    ]
+    with pytest.raises(ValueError, match=r"benchmark quiz: scores of several filters \(loose, strict\)"):
+        benchmark_forgetting("quiz", ACCURACY, both, both)
+
+
+def test_unpaired_documents_are_named() -> None:
+    before = frame(np.ones(10))
+    with pytest.raises(
+        ValueError, match=r"2 of 10 documents scored for the base model only.*: 3 \(none\), 7 "
+    ):
+        benchmark_forgetting("quiz", ACCURACY, before, before.drop([3, 7]))
+    with pytest.raises(ValueError, match="scored for the tuned model only"):
+        paired_by_document(before.head(0 + 4), before)
+
+
+def _changed(column: str, value: Any) -> pd.DataFrame:
+    changed = frame(np.ones(10))
+    changed[column] = changed[column].astype(object)
+    changed.loc[4, column] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("doc_hash", "other", r"different in text \(doc_hash\).*: 4 \(none\)"),
+        ("count", 2.0, r"of different count.*: 4 \(none\)"),
+        ("value", float("nan"), r"value that is not a finite number.*: 4 \(none\)"),
+        ("value", float("inf"), r"value that is not a finite number.*: 4 \(none\)"),
+        ("value", "N/A", r"value that is not a finite number.*: 4 \(none\)"),
+        ("value", None, r"value that is not a finite number.*: 4 \(none\)"),
+        ("value", 0.5, r"neither 0 nor 1.*: 4 \(none\)"),
+        ("doc_id", 5, r"more than once.*: 5 \(none\)"),
+    ],
+)
+def test_documents_that_cannot_be_compared_are_named(column: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark_forgetting("quiz", ACCURACY, frame(np.ones(10)), _changed(column, value))
+
+
+def test_frames_without_rows_or_columns_are_refused() -> None:
+    whole = frame(np.ones(3))
+    with pytest.raises(ValueError, match="tuned model have no documents"):
+        paired_by_document(whole, whole.head(0))
+    with pytest.raises(ValueError, match="base model have no column doc_hash"):
+        paired_by_document(whole.drop(columns="doc_hash"), whole)
+
+
+def test_counts_must_suit_the_kind() -> None:
+    with pytest.raises(ValueError, match="count other than 1"):
+        forgotten(SCORE, np.ones(6), np.ones(6), counts=2.0)
+    with pytest.raises(ValueError, match=r"1 of 6 documents without a positive count of tokens: 5 "):
+        forgotten(PERPLEXITY, np.ones(6), np.ones(6), counts=[1, 1, 1, 1, 1, 0])
+    with pytest.raises(ValueError, match="no row has any tokens"):
+        mean_per_token(np.zeros(6), np.zeros(6), seed=0)
+    with pytest.raises(ValueError, match=r"first: 2\) are not finite"):
+        mean_per_token(np.array([1, 1, np.nan]), np.ones(3), seed=0)
+
+
+def test_measures_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ValidationError, match="better when lower"):
+        Measure(metric="ppl", higher_is_better=True, chance=None, kind="perplexity")
+    with pytest.raises(ValidationError, match="less than 1"):
+        Measure(metric="acc", higher_is_better=True, chance=25, kind="binary")
