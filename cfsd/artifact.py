@@ -1,7 +1,7 @@
 """Artifact: a reference to a content-addressed folder. Store: where the folders are, and the cache.
 
-    store/<kind>/<key>/manifest.json + payload        complete: found, verified, never changed
-    store/<kind>/<key>.draft/                         being made; continued after a crash
+store/<kind>/<key>/manifest.json + payload        complete: found, verified, never changed
+store/<kind>/<key>.draft/                         being made; continued after a crash
 """
 
 import json
@@ -155,9 +155,7 @@ class Store:
         finally:
             lock.release()
 
-    def _open_draft(
-        self, kind: str, key: str, environment: dict[str, JsonValue], say: Callable[[str], None]
-    ) -> Draft:
+    def _open_draft(self, kind: str, key: str, environment: dict[str, JsonValue], say: Callable[[str], None]) -> Draft:
         folder = self.root / kind / f"{key}.draft"
         mark = folder / DRAFT
         continued = mark.exists()

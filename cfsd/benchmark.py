@@ -17,13 +17,9 @@ class Benchmark(Spec):
     """What to score. In YAML a plain string is the name."""
 
     name: str = Field(description="an lm-eval task: a bundled one, one of lm-eval's own, or one of `folder`")
-    folder: str | None = Field(
-        None, description="with lm-eval YAML files; empty: bundled, then lm-eval's own"
-    )
+    folder: str | None = Field(None, description="with lm-eval YAML files; empty: bundled, then lm-eval's own")
     limit: PositiveInt | None = Field(None, description="score the first N documents only")
-    num_fewshot: NonNegativeInt | None = Field(
-        None, description="examples in the prompt; empty: as in its YAML"
-    )
+    num_fewshot: NonNegativeInt | None = Field(None, description="examples in the prompt; empty: as in its YAML")
     metric: str | None = Field(None, description="empty: acc, else exact_match, else the first listed")
     chance: float | None = Field(None, ge=0, lt=1, description="score of guessing; empty: from the choices")
 
@@ -56,9 +52,7 @@ class Benchmark(Spec):
         """
         definition = self.find()
         if definition.config.get("unsafe_code"):
-            raise BadInput(
-                f"benchmark {self.name} runs code that the model writes; cfsd never does: leave it out"
-            )
+            raise BadInput(f"benchmark {self.name} runs code that the model writes; cfsd never does: leave it out")
         _check_data(self.name, definition)
 
     def find(self) -> Definition:
@@ -68,10 +62,7 @@ class Benchmark(Spec):
         """
         if self.folder is not None:
             return self._find_in(Path(self.folder).expanduser())
-        if found := benchmark_files.find(self.name, BUNDLED):
-            return found
-        hub = benchmark_files.hub_folder()
-        if hub is not None and (found := benchmark_files.find(self.name, hub)):
+        if found := benchmark_files.find(self.name, BUNDLED) or benchmark_files.find_hub(self.name):
             return found
         bundled = ", ".join(benchmark_files.names_in(BUNDLED)) or "none"
         raise BadInput(
@@ -85,9 +76,7 @@ class Benchmark(Spec):
         found = benchmark_files.find(self.name, folder)
         if found is None:
             names = ", ".join(benchmark_files.names_in(folder)) or "none"
-            raise BadInput(
-                f"no benchmark {self.name!r} in {folder}, only {names}; correct `name` or `folder`"
-            )
+            raise BadInput(f"no benchmark {self.name!r} in {folder}, only {names}; correct `name` or `folder`")
         return found
 
 
@@ -95,9 +84,7 @@ def _check_data(name: str, definition: Definition) -> None:
     for path in definition.data:
         if not path.is_file():
             yaml = definition.path.name
-            raise BadInput(
-                f"benchmark {name}: no data file {path}; paths in {yaml} start from the folder it is in"
-            )
+            raise BadInput(f"benchmark {name}: no data file {path}; paths in {yaml} start from the folder it is in")
         with path.open("rb") as file:
             if not file.read(4096).strip():
                 raise BadInput(f"benchmark {name}: data file {path} is empty; it needs one document per line")

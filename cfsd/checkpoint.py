@@ -1,6 +1,7 @@
 """Checkpoint: a model that exists already, in one of four forms, and how it comes into the store."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -39,7 +40,8 @@ class Checkpoint(Spec):
     revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
     path: str | None = Field(None, description="folder only: the folder; its content is its identity")
     start_token: str | None = Field(
-        None, description="Token given to the model to write from nothing; empty: BOS, else document separator"
+        None,
+        description="Token given to the model to write from nothing; empty: BOS, else document separator",
     )
 
     @model_validator(mode="before")
@@ -167,17 +169,11 @@ def start_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None = None)
 
 def describe(folder: Path) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`, without its weights."""
-    from safetensors import safe_open
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    parameters = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-            parameters += sum(_product(shape) for shape in shapes)
     return {
-        "parameters": parameters,
+        "parameters": count_parameters(folder),
         "architecture": (config.architectures or [type(config).__name__])[0],
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
@@ -188,11 +184,16 @@ def describe(folder: Path) -> dict[str, JsonValue]:
     }
 
 
-def _product(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+def count_parameters(folder: Path) -> int:
+    """Return how many numbers the weights in `folder` hold, from the files' headers alone."""
+    from safetensors import safe_open
+
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+            parameters += sum(math.prod(shape) for shape in shapes)
+    return parameters
 
 
 def read_start_token(folder: Path) -> int:
@@ -238,7 +239,7 @@ def load_model(folder: Path, device: str, precision: str | None = None) -> "PreT
 
     quiet()
     dtype = getattr(torch, precision or ("bfloat16" if device == "cuda" else "float32"))
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     model: PreTrainedModel = loaded.to(device)
@@ -259,9 +260,7 @@ def _download(checkpoint: Checkpoint) -> Path:
 
     assert checkpoint.name
     try:
-        folder = snapshot_download(
-            checkpoint.name, revision=checkpoint.revision, allow_patterns=list(PAYLOAD)
-        )
+        folder = snapshot_download(checkpoint.name, revision=checkpoint.revision, allow_patterns=list(PAYLOAD))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(
             f"hub model {checkpoint.name}@{checkpoint.revision} could not be downloaded: {error}; "
@@ -282,7 +281,7 @@ def _dequantise(folder: Path) -> None:
     assert package and package.origin
     source = Path(package.origin).parent
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2)
-    config = quantised.config
+    config: Any = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = LlamaForCausalLM(config)

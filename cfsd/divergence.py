@@ -12,13 +12,13 @@ CHUNK = 256  # positions whose full distributions exist at once
 
 
 class Divergence(NamedTuple):
-    """Sums over a row's predicted tokens, in nats; `count` is how many there are."""
+    """Sums over a row's predicted tokens, in nats."""
 
     kl: float
     sampled: float
     base_nll: float
     tuned_nll: float
-    count: int
+    num_tokens: int
 
 
 @torch.inference_mode()

@@ -3,13 +3,18 @@
 FLOPs per token: 2 x parameters forward, 6 x with the backward pass (Kaplan et al. 2020, arXiv:2001.08361, 2.1).
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsd.artifact import Artifact
+from cfsd.checkpoint import count_parameters
 from cfsd.recipe import Recipe
 
 GIB = 2**30
-FLOPS_PER_SECOND = {"cpu": 60e9, "cuda": 1e14}  # reached in practice: two CPU cores; one large GPU in bfloat16
+FLOPS_PER_SECOND = {
+    "cpu": 60e9,
+    "cuda": 1e14,
+}  # reached in practice: two CPU cores; one large GPU in bfloat16
 DECODING_SHARE = 0.5  # of that rate, when each token waits for the one before
 KNOWN_PARAMETERS = {"smollm2": 134_515_008, "tiny": 200_000}
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
@@ -24,7 +29,9 @@ class Estimate(NamedTuple):
 
 
 def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
-    """Return the number of weights, from the fetched model or, for the packaged ones, from what is known."""
+    """Return the number of weights, as far as it is known before the model is fetched."""
+    if recipe.base.kind == "folder" and recipe.base.path:
+        return float(count_parameters(Path(recipe.base.path)))
     known: Any = base.facts.get("parameters") or KNOWN_PARAMETERS.get(recipe.base.kind)
     return float(known) if known else None
 

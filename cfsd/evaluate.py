@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from cfsd.artifact import Artifact, Draft
 from cfsd.benchmark import Benchmark
@@ -18,6 +18,14 @@ class EvaluateSpec(Spec):
         (), description="Names of bundled or lm-eval tasks, or {name, folder, limit, …} for your own YAML"
     )
     held_out_rows: PositiveInt | None = Field(None, description="Most held-out target rows to score; empty: all")
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _named_once(cls, benchmarks: tuple[Benchmark, ...]) -> tuple[Benchmark, ...]:
+        names = [benchmark.name for benchmark in benchmarks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"benchmarks named twice: {', '.join(twice)}; results are kept by name")
+        return benchmarks
 
 
 def score_benchmark(model: Artifact, benchmark: Benchmark, draft: Draft, machine: Machine) -> None:
@@ -78,13 +86,19 @@ def score_probe(base: Artifact, tuned: Artifact, probe: Artifact, draft: Draft, 
     for group in arrange([len(row["token_ids"]) for row in rows], machine.micro_batch_tokens):
         found = divergence(models[0], models[1], [rows[i]["token_ids"] for i in group])
         for i, part in zip(group, found, strict=True):
-            records.append({"row_id": rows[i]["row_id"], **part._asdict()})
+            sums = part._asdict()
+            records.append({"row_id": rows[i]["row_id"], "count": sums.pop("num_tokens"), **sums})
         draft.journal.progress(len(records), len(rows), "rows")
     records.sort(key=lambda record: record["row_id"])
     write_shard(draft.folder, "divergence", 0, table_of(DIVERGENCE, records))
     tokens = sum(record["count"] for record in records)
     means = {k: sum(record[k] for record in records) / tokens for k in ("kl", "sampled")}
-    draft.facts |= {"rows": len(records), "tokens": tokens, "probe_kl": means["kl"], "probe_kl_sampled": means["sampled"]}
+    draft.facts |= {
+        "rows": len(records),
+        "tokens": tokens,
+        "probe_kl": means["kl"],
+        "probe_kl_sampled": means["sampled"],
+    }
     draft.journal.metrics(0, {"forgetting/probe_kl": means["kl"], "forgetting/probe_kl_sampled": means["sampled"]})
 
 

@@ -11,10 +11,12 @@ from html import escape
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from cfsd.report import POINTS, number, unit_of, variant_of
 from cfsd.summary import Summary
@@ -23,13 +25,17 @@ INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they foll
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
 MARKERS = "osD^vPX<>"  # 9 against 7 colours: 63 variants differ in one or the other
 SIZE = 10  # of text, in points; the page shows a figure at most at its own width
-WIDTH = 5.4  # inches
+WIDTH = 4.8  # inches
 LONGEST_NAME = 30
+FAR = 16  # points from the marker beyond which a line leads to the name
 SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-QUANTITIES = {"mean_forgetting": "mean forgetting, points", "probe_kl": "moved on the probe, nats per token"}
+PLACES = [(side, far) for far in (8, FAR, 26, 38, 52, 70) for side in SIDES]
+QUANTITIES = {"mean_forgetting": "mean forgetting, points", "probe_kl": "probe_kl, nats per token"}
 
 Fig = dict[str, Any]
-Curves = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+Floats = NDArray[np.float64]  # ..._N4: N boxes in pixels: left, bottom, right, top; _P: of P places
+Line = tuple[Sequence[float], Sequence[float]]
+Curves = Mapping[str, Mapping[str, Line]]
 
 
 class Style(NamedTuple):
@@ -66,9 +72,7 @@ def frontier_figure(summaries: list[Summary], quantities: Sequence[str] = tuple(
     if not panels:
         figure.text(0.5, 0.5, "no variant has both a gain and a cost", ha="center", color=INK, size=SIZE)
         return figure
-    for axes, (name, points) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _draw_frontier(axes, points, look, QUANTITIES[name])
     return figure
 
@@ -127,57 +131,55 @@ def _write_names(axes: Axes, points: list[Point]) -> None:
     assert isinstance(axes.figure, Figure)
     canvas: Any = FigureCanvasAgg(axes.figure)
     canvas.draw()  # the layout decides where points lie
-    renderer, pixel, inside = canvas.get_renderer(), axes.figure.dpi / 72, axes.get_window_extent()
-    taken = [box for point in points for box in _covered(axes, point, pixel)]
+    pixel, inside = axes.figure.dpi / 72, np.array(axes.get_window_extent().extents)
+    taken = np.concatenate([_covered_N4(axes, point, pixel) for point in points])
     for point in points:
         xy = (point.x["value"], point.y["value"])
         note: Any = axes.annotate(
-            _short(point.name), xy, xytext=(0, 0), textcoords="offset points",
-            size=SIZE, color=INK, parse_math=False,
+            _short(point.name), xy, xytext=(0, 0), textcoords="offset points", size=SIZE, color=INK, parse_math=False,
         )  # fmt: skip
         note.set_in_layout(False)
-        size, center = note.get_window_extent(renderer), axes.transData.transform(xy)
-        places = [
-            (_box(center, size, side, far * pixel), side, far) for far in (8, 16, 26, 38) for side in SIDES
-        ]
-        box, (right, up), far = min(places, key=lambda place: _hidden(place[0], taken, inside) + place[2])
-        taken.append(box)
-        note.set_position(((box.x0 - center[0]) / pixel, (box.y0 - center[1]) / pixel))
-        if far > 16:
-            end = (right * far * 0.8, up * far * 0.8)
-            axes.annotate(
-                "",
-                xy,
-                end,
-                textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.5},
-            )
+        size, center = note.get_window_extent(canvas.get_renderer()), axes.transData.transform(xy)
+        boxes_P4 = np.array([_place(center, size, side, far * pixel) for side, far in PLACES])
+        best = int(np.argmin(_hidden_P(boxes_P4, taken, inside) + [far for _, far in PLACES]))
+        taken = np.concatenate([taken, boxes_P4[best : best + 1]])
+        note.set_position((boxes_P4[best, :2] - center) / pixel)
+        (right, up), far = PLACES[best]
+        if far > FAR:
+            line = {"arrowstyle": "-", "color": INK, "lw": 0.5}
+            axes.annotate("", xy, (right * (far - 2), up * (far - 2)), textcoords="offset points", arrowprops=line)
 
 
-def _covered(axes: Axes, point: Point, pixel: float) -> list[Bbox]:
-    """Return the boxes, in pixels, of a point's marker and its two intervals."""
+def _covered_N4(axes: Axes, point: Point, pixel: float) -> Floats:
+    """Return the boxes of a point's marker and of its two intervals."""
     ends = [[f["value"] if f[k] is None else f[k] for k in ("low", "high")] for f in (point.x, point.y)]
     (left, right), (bottom, top) = ends
     x, y = point.x["value"], point.y["value"]
-    corners = [((x, y), (x, y), 5), ((left, y), (right, y), 1), ((x, bottom), (x, top), 1)]
-    return [Bbox(axes.transData.transform([a, b])).padded(pad * pixel) for a, b, pad in corners]
+    corners = np.array([[(x, y), (x, y)], [(left, y), (right, y)], [(x, bottom), (x, top)]], dtype=float)
+    padding = np.array([[5, 5], [1, 1], [1, 1]]) * pixel
+    low, high = (axes.transData.transform(corners[:, i]) for i in (0, 1))
+    return np.concatenate([low - padding, high + padding], axis=1)
 
 
-def _box(center: Any, size: Bbox, side: tuple[int, int], distance: float) -> Bbox:
+def _place(center: Any, size: Bbox, side: tuple[int, int], distance: float) -> list[float]:
     along, up = side
     x = center[0] + along * distance + (along - 1) / 2 * size.width
     y = center[1] + up * distance + (up - 1) / 2 * size.height
-    return Bbox.from_bounds(x, y, size.width, size.height)
+    return [x, y, x + size.width, y + size.height]
 
 
-def _hidden(box: Bbox, taken: list[Bbox], inside: Bbox) -> float:
-    """Return how many square pixels of `box` lie on others or, counting more, outside of the axes."""
-    on_others = sum(_area(Bbox.intersection(box, other)) for other in taken)
-    return on_others + 10 * (_area(box) - _area(Bbox.intersection(box, inside)))
+def _hidden_P(boxes_P4: Floats, taken_N4: Floats, inside: Floats) -> Floats:
+    """Return how many square pixels of each box lie on others or, counting tenfold, outside of the axes."""
+    on_others_P = _shared(boxes_P4[:, None], taken_N4[None]).sum(1)
+    outside_P = _shared(boxes_P4, boxes_P4) - _shared(boxes_P4, inside[None])
+    return on_others_P + 10 * outside_P
 
 
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else float(box.width * box.height)
+def _shared(one: Floats, other: Floats) -> Floats:
+    """Return the area that boxes (..., 4) of left, bottom, right, top have in common, broadcast."""
+    low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
+    sides: Floats = np.clip(high - low, 0, None)
+    return sides[..., 0] * sides[..., 1]
 
 
 def _short(name: str) -> str:
@@ -195,31 +197,30 @@ def forest_figures(summaries: list[Summary]) -> dict[str, Figure]:
     return {unit: _forest(benchmarks, unit, look) for unit, benchmarks in units.items()}
 
 
-def _forest(
-    benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, look: dict[str, Style]
-) -> Figure:
+def _forest(benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, look: dict[str, Style]) -> Figure:
     grouped = len(look) > 1
     rows = sum(len(found) + grouped for found in benchmarks.values())
-    figure = Figure((WIDTH, 0.9 + 0.22 * rows), layout="constrained")
+    figure = Figure((WIDTH, 1.0 + 0.22 * rows), layout="constrained")
     axes = figure.subplots()
     _plain(axes, f"{unit} lost, with 95 % interval (right of 0: worse)", "")
     axes.axvline(0, color=INK, lw=1)
     axes.grid(axis="y", visible=False)
     labels: list[str] = []
+    headings = set()
     for benchmark, found in benchmarks.items():
-        labels += [f"{_short(benchmark)}:"] * grouped
+        if grouped:
+            headings.add(len(labels))
+            labels.append(_short(benchmark))
         for name, result in found:
             _forest_row(axes, len(labels), result, look[name])
             labels.append(_short(name) if grouped else _short(benchmark))
     axes.set_yticks(range(len(labels)), labels)
-    for label, text in zip(labels, axes.get_yticklabels(), strict=True):
+    for row, text in enumerate(axes.get_yticklabels()):
         text.set_parse_math(False)
-        text.set_fontweight("bold" if grouped and label.endswith(":") else "normal")
+        text.set_fontweight("bold" if row in headings else "normal")
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_title(
-        f"base → tuned, {unit_of(result).score}", loc="right", size=SIZE - 1, color=INK, parse_math=False
-    )
+    axes.set_ylim(len(labels) - 0.4, -1.3)
+    _beside(axes, -0.8, f"base → tuned, {unit_of(result).score}")
     return figure
 
 
@@ -228,30 +229,34 @@ def _forest_row(axes: Axes, y: int, result: dict[str, Any], style: Style) -> Non
     here = {"value": y, "low": None, "high": None}
     _errorbar(axes, _scaled(result["forgetting"], unit.factor), here, style)
     scores = " → ".join(number(result[role] * unit.factor) for role in ("base", "tuned"))
-    place: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "size": SIZE - 1, "color": INK}
-    axes.text(1.02, y, scores, **place)
+    _beside(axes, y, scores)
 
 
-def curves_figure(curves: Curves) -> Figure:
-    """Return one panel per loss, one line per variant; `curves[loss][variant]` is steps and nats per token."""
-    figure = Figure((WIDTH, 0.6 + 2.4 * len(curves)), layout="constrained")
+def _beside(axes: Axes, y: float, text: str) -> None:
+    place: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
+    axes.text(1.03, y, text, size=SIZE - 1, color=INK, **place)
+
+
+def curve_figures(curves: Curves) -> dict[str, Figure]:
+    """Return a figure per loss, a line per variant; `curves[loss][variant]` is steps and nats per token."""
     look = styles(dict.fromkeys(name for lines in curves.values() for name in lines))
-    for axes, (loss, lines) in zip(
-        figure.subplots(len(curves), 1, squeeze=False)[:, 0], curves.items(), strict=True
-    ):
-        _plain(axes, "optimizer step", f"{loss} loss,\nnats per token")
-        for name, (steps, values) in lines.items():
-            style = look[name]
-            axes.plot(
-                steps, values, color=style.color, marker=style.marker, ms=5, lw=1.4,
-                markevery=max(1, len(steps) // 6), label=name,
-            )  # fmt: skip
-    if len(look) > 1:
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        legend = figure.legend(
-            handles, [_short(name) for name in names], loc="outside lower center",
-            ncols=min(3, len(names)), frameon=False, fontsize=SIZE - 1, labelcolor=INK,
+    return {loss: _curve(lines, loss, look) for loss, lines in curves.items()}
+
+
+def _curve(lines: Mapping[str, Line], loss: str, look: dict[str, Style]) -> Figure:
+    figure = Figure((WIDTH, 2.8 + (0.07 * len(lines) if len(lines) > 1 else 0)), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes, "optimizer step", f"{loss} loss, nats per token")
+    for name, (steps, values) in lines.items():
+        style = look[name]
+        axes.plot(
+            steps, values, color=style.color, marker=style.marker, ms=5, lw=1.4,
+            markevery=max(1, len(steps) // 6), label=_short(name),
         )  # fmt: skip
+    if len(look) > 1:
+        legend = figure.legend(
+            loc="outside lower center", ncols=min(3, len(lines)), frameon=False, fontsize=SIZE - 1, labelcolor=INK
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure

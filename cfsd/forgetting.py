@@ -134,9 +134,7 @@ def benchmark_forgetting(
     )
 
 
-def _forgetting(
-    measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int
-) -> Figure:
+def _forgetting(measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int) -> Figure:
     if measure.kind == "perplexity":
         return _per_token(worse, counts, seed)
     unit = FRACTION if measure.kind == "binary" else measure.metric
@@ -265,9 +263,7 @@ def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
     return _per_token(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), seed)
 
 
-def difference_per_token(
-    base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int
-) -> Figure:
+def difference_per_token(base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
     """Return (sum(base_sums) - sum(tuned_sums))/sum(counts): target gain, nats per token, positive = learned.
 
     A paired bootstrap over rows: the same row holds the same tokens for both models. Raises as

@@ -38,6 +38,16 @@ class GenerateSpec(Spec):
         return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
 
 
+def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
+    """Raise BadInput when a row of `recipe.<name>` would be longer than the base can attend to."""
+    context = base.facts.get("context")
+    if isinstance(context, int) and spec.length + 1 > context:
+        raise BadInput(
+            f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens; "
+            f"set {name}.length to at most {context - 1}"
+        )
+
+
 def generate(base: Artifact, spec: GenerateSpec, draft: Draft, machine: Machine) -> None:
     """Write `spec.rows` rows as a `corpus` table, one shard per batch; finished shards are kept."""
     _sample_shards(base, spec, draft, machine, source="context-free")
@@ -53,12 +63,6 @@ def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine) -> No
 def _sample_shards(base: Artifact, law: GenerateSpec, draft: Draft, machine: Machine, *, source: str) -> None:
     from cfsd.rows import shard_path
 
-    context = base.facts["context"]
-    if isinstance(context, int) and law.length + 1 > context:
-        raise BadInput(
-            f"length {law.length} and the start token do not fit the base model, which attends to {context} tokens; "
-            f"set {'probe' if source == 'probe' else 'generate'}.length to at most {context - 1}"
-        )
     size = machine.sampling_rows
     starts = range(0, law.rows, size)
     for shard, first in enumerate(starts):
@@ -70,7 +74,13 @@ def _sample_shards(base: Artifact, law: GenerateSpec, draft: Draft, machine: Mac
 
 
 def _sample_one(
-    base: Artifact, law: GenerateSpec, draft: Draft, machine: Machine, source: str, shard: int, rows: list[int]
+    base: Artifact,
+    law: GenerateSpec,
+    draft: Draft,
+    machine: Machine,
+    source: str,
+    shard: int,
+    rows: list[int],
 ) -> None:
     from cfsd.checkpoint import end_tokens, load_for_measuring, load_tokenizer, read_start_token
     from cfsd.rows import CORPUS, table_of, write_shard

@@ -36,7 +36,7 @@ def paired_share_bounds(up: ArrayLike, down: ArrayLike, total: int) -> tuple[Flo
     Source: Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions
     based on paired data, Journal of Educational and Behavioral Statistics 37(4).
     Chosen over Tango 1998 and Agresti-Min by exact coverage over 50-2000 documents, 2-30 % changed: lowest
-    0.937 against 0.933 and 0.908; highest with 20 or more expected changes 0.962, as Tango's.
+    0.937 against 0.933 and 0.863; highest with 20 or more expected changes 0.962, as Tango's.
     """
     share_up, share_down = (np.add(up, 1.0) / (total + 2), np.add(down, 1.0) / (total + 2))
     middle = share_up - share_down
@@ -47,8 +47,9 @@ def paired_share_bounds(up: ArrayLike, down: ArrayLike, total: int) -> tuple[Flo
 def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | None:
     """Return the interval of sum(sums)/sum(counts), resampling rows; None below 5 rows.
 
-    Studentised, because rows are skewed: on log-normal rows the percentile bootstrap covered 0.88-0.93 at
-    20-96 rows, this one 0.93-0.94. Of width 0 where all rows have the same quotient.
+    Studentised, because rows are skewed: on log-normal rows (shape 0.8 to 1) the percentile bootstrap
+    covered 0.84-0.88 at 20 rows and 0.90-0.92 at 50 to 96, this one 0.91-0.93 and 0.93-0.94.
+    Of width 0 where all rows have the same quotient.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5.
     Differs: a resample's standard error counts as at least a quarter of the whole sample's; otherwise a
@@ -87,10 +88,11 @@ def _resampled_sums(columns: Floats, seed: int) -> Floats:
 def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | None:
     """Return the interval of the mean of paired `changes`, of which most may be 0; None below 5 documents.
 
-    `reach` is the largest change that the metric allows. Two documents are added, changed by s either way,
-    s between the mean square of the changes seen and `reach`: the idea of `paired_share_bounds`, so the
-    interval keeps a width where no document or hardly any changed. With 1 document in 20 changed out of 50
-    the percentile bootstrap covered 0.75; this one never under 0.93 over the laws in the tests.
+    `reach` is the largest change that the metric allows. Two documents are added that changed by s either
+    way: by `reach` if hardly any changed, by what the others did if many. That is the idea of
+    `paired_share_bounds`: a width where no document changed. With 1 document in 20 changed, out of 50, the
+    percentile bootstrap covered 0.75 and this one 0.99. Over 7 laws of change it covered 0.93 or more from 50
+    documents on; at 20 documents, all changed and skewed, only 0.88.
     """
     if reach == 0 or len(changes) < MIN_ROWS:
         return None

@@ -27,9 +27,7 @@ class Journal:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append `values` at `step`, durable when this returns."""
         now = time.time()
-        lines = (
-            json.dumps({"time": now, "step": step, "name": k, "value": float(v)}) for k, v in values.items()
-        )
+        lines = (json.dumps({"time": now, "step": step, "name": k, "value": float(v)}) for k, v in values.items())
         with (self.folder / METRICS).open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()

@@ -31,9 +31,7 @@ class Machine(BaseModel):
         1024, description="Most tokens, padding included, that one forward and backward pass holds"
     )
 
-    checkpoint_steps: PositiveInt = Field(
-        50, description="Optimizer steps between checkpoints: what a kill can cost"
-    )
+    checkpoint_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints: what a kill can cost")
 
     def resolved_device(self) -> str:
         """Return "cpu" or "cuda"."""

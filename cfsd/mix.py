@@ -36,8 +36,7 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft) -> None:
     from cfsd.rows import MIXTURE, read_rows, table_of, write_shard
 
     rows = [
-        {**row, "weight": 1.0}
-        for row in read_rows(target, "train", ["row_id", "source", "token_ids", "supervised"])
+        {**row, "weight": 1.0} for row in read_rows(target, "train", ["row_id", "source", "token_ids", "supervised"])
     ]
     for row in read_rows(corpus, "corpus", ["row_id", "source", "token_ids"]):
         rows.append({**row, "supervised": [False] + [True] * (len(row["token_ids"]) - 1), "weight": 1.0})

@@ -92,9 +92,9 @@ def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
 def _described(error: Exception) -> dict[str, Any]:
     import torch
 
-    kinds = {cls: kind for kind, cls in KINDS.items()}
-    if type(error) in kinds:
-        return {"kind": kinds[type(error)], "message": str(error)}
+    for kind, cls in KINDS.items():
+        if isinstance(error, cls):
+            return {"kind": kind, "message": str(error)}
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "lower machine.micro_batch_tokens, target.max_length or generate.length"
         return {"kind": "out_of_memory", "message": f"out of memory ({error}); {remedy}"}

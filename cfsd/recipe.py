@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, model_validator
 
+from cfsd.artifact import Artifact
 from cfsd.checkpoint import Checkpoint
 from cfsd.errors import BadInput
 from cfsd.evaluate import EvaluateSpec
 from cfsd.filter import FilterSpec
-from cfsd.generate import GenerateSpec, ProbeSpec
+from cfsd.generate import GenerateSpec, ProbeSpec, check_context
 from cfsd.merge import MergeSpec
 from cfsd.mix import MixSpec
 from cfsd.spec import Spec
@@ -60,6 +61,11 @@ class Recipe(Spec):
         self.target.check()
         for benchmark in self.evaluate.benchmarks:
             benchmark.check()
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise BadInput for what can be told once the base is known, before anything is sampled."""
+        check_context(base, self.probe, "probe")
+        check_context(base, self.generate, "generate")
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:

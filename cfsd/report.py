@@ -4,6 +4,7 @@ Made from the artifacts of a store alone. The page is `report.html.j2`; it loads
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from cfsd.summary import Scores, Summary, Trail, table
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.table import Table
 
 Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.forgetting.Figure` as a Summary holds it
 
@@ -57,9 +59,7 @@ def number(value: float) -> str:
 
 def shown(figure: Fig, factor: float = 1) -> str:
     """Return a figure times `factor` as `0.123 [0.101, 0.148]`, or without brackets if it has no interval."""
-    value, low, high = (
-        None if figure[k] is None else number(figure[k] * factor) for k in ("value", "low", "high")
-    )
+    value, low, high = (None if figure[k] is None else number(figure[k] * factor) for k in ("value", "low", "high"))
     return f"{value}" if low is None else f"{value} [{low}, {high}]"
 
 
@@ -92,21 +92,22 @@ class Line(NamedTuple):
     base: str
     cells: list[str]
     marks: list[str]
+    is_part: bool = False  # of the row above it
 
 
 def lines_of(summaries: list[Summary]) -> list[Line]:
     """Return the table's rows; figures that no variant has are left out."""
     targets = [s.target for s in summaries]
     found = [
-        _scores("target loss, nats per token", [(t.get("base_loss"), t.get("tuned_loss")) for t in targets]),
-        _figures("  target gain, nats per token", [s.target_gain for s in summaries], better=1),
+        _scores("target loss, nats/token", [(t.get("base_loss"), t.get("tuned_loss")) for t in targets]),
+        _figures("  gain, nats/token", [s.target_gain for s in summaries], better=1),
         _scores(
-            "target answered exactly, %",
+            "target exact, %",
             [(t.get("base_accuracy"), t.get("tuned_accuracy")) for t in targets],
             POINTS,
         ),
-        _figures("  gained, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
-        _figures("moved on the probe (probe_kl), nats per token", [s.probe_kl for s in summaries]),
+        _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
+        _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
         _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
     ]
     for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
@@ -135,7 +136,7 @@ def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: 
 def _figures(label: str, figures: list[Fig | None], factor: float = 1, better: int = 0) -> Line:
     cells = ["" if figure is None else shown(figure, factor) for figure in figures]
     marks = [{1: "better", -1: "worse"}.get(better * _sign(figure), "") for figure in figures]
-    return Line(label, "", cells, marks)
+    return Line(label.strip(), "", cells, marks, label.startswith(" "))
 
 
 def _sign(figure: Fig | None) -> int:
@@ -146,31 +147,56 @@ def _sign(figure: Fig | None) -> int:
 
 
 def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
-    """Return the table as text: a row per figure, a column for the base model and for each variant."""
+    """Return the table as text: a row per figure, columns `figure`, `base` and one per variant."""
     import pandas as pd
 
-    lines = lines_of(summaries)
-    columns = ["base", *(s.name for s in summaries)]
-    rows = [[line.base, *line.cells] for line in lines]
-    return pd.DataFrame(rows, columns=columns, index=[line.label.strip() for line in lines], dtype=object)
+    rows, main = [], ""
+    for line in lines_of(summaries):
+        if line.is_part:
+            rows.append([f"{main}: {line.label}", line.base, *line.cells])
+        else:
+            rows.append([line.label, line.base, *line.cells])
+            main = re.split("[:,]", line.label)[0]
+    return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)
 
 
 def print_summary(summaries: list[Summary], console: "Console") -> None:
-    """Print the table, a few variants at a time if the console is narrow, and the verdict."""
-    from rich.markup import escape
+    """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own."""
+    from rich.text import Text
+
+    _print_table(summaries, console)
+    console.print(Text(verdict(summaries)))
+
+
+def _print_table(summaries: list[Summary], console: "Console") -> None:
+    from rich.measure import Measurement
+
+    unlimited = console.options.update(width=100_000)
+    for between in (" [", "\n["):
+        printed = _rich_table(summaries, between)
+        if Measurement.get(console, unlimited, printed).maximum <= console.width or len(summaries) == 1:
+            console.print(printed)
+            return
+    middle = len(summaries) // 2
+    _print_table(summaries[:middle], console)
+    _print_table(summaries[middle:], console)
+
+
+def _rich_table(summaries: list[Summary], between: str) -> "Table":
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    at_once = max(1, (console.width - 36) // 25)
-    for first in range(0, len(summaries), at_once):
-        part = summaries[first : first + at_once]
-        printed = Table("", "base", *(escape(s.name) for s in part), pad_edge=False)
-        for column in printed.columns[1:]:
-            column.justify = "right"
-        for line in lines_of(part):
-            printed.add_row(Text(line.label), line.base, *(Text(cell) for cell in line.cells))
-        console.print(printed)
-    console.print(Text(verdict(summaries)))
+    printed = Table("", box=box.SIMPLE_HEAD)
+    for name in ("base", *(s.name for s in summaries)):
+        printed.add_column(Text(name), justify="right", overflow="fold")
+    for line in lines_of(summaries):
+        printed.add_row(
+            Text("  " * line.is_part + line.label),
+            line.base,
+            *(Text(cell.replace(" [", between)) for cell in line.cells),
+        )
+    return printed
 
 
 # --- the verdict -------------------------------------------------------------------------------------------
@@ -213,14 +239,12 @@ def _learned(summaries: list[Summary]) -> str:
         return ""
     by = f"{shown(gain)} nats per token"
     if _sign(gain) <= 0:
-        found = (
-            "became worse on the target itself" if _sign(gain) else "was not found to have learned anything"
-        )
+        found = "became worse at the target itself" if _sign(gain) else "was not found to have learned the target"
         return f"“{variant_of(name)}” {found}: the gain in held-out loss is {by}."
     exact = [number(target[f"{role}_accuracy"] * POINTS) for role in ("base", "tuned")]
     return (
-        f"“{variant_of(name)}” learned the target: its loss on held-out rows fell by {by}, and it answers "
-        f"{exact[1]} % of them exactly (before: {exact[0]} %)."
+        f"“{variant_of(name)}” became better at the target: its loss on held-out rows fell by {by}, "
+        f"and the rows it answers exactly went from {exact[0]} to {exact[1]} %."
     )
 
 
@@ -243,9 +267,7 @@ def _forgot(summaries: list[Summary]) -> str:
 
 def _change(benchmark: dict[str, Any]) -> str:
     unit = unit_of(benchmark)
-    return (
-        f"{number(benchmark['base'] * unit.factor)} → {number(benchmark['tuned'] * unit.factor)} {unit.score}"
-    )
+    return f"{number(benchmark['base'] * unit.factor)} → {number(benchmark['tuned'] * unit.factor)} {unit.score}"
 
 
 def _moved(summaries: list[Summary]) -> str:
@@ -262,9 +284,7 @@ def _power(summaries: list[Summary]) -> str:
         return ""
     if max(drops) >= 1:
         return "; with so few documents no drop could have been told from chance"
-    return (
-        f"; a mean drop of {number(max(drops) * POINTS)} points would have been found with 80 % probability"
-    )
+    return f"; a mean drop of {number(max(drops) * POINTS)} points would have been found with 80 % probability"
 
 
 def detectable_mean(summary: Summary) -> float | None:
@@ -294,14 +314,17 @@ def _compared(variants: dict[str, list[Summary]], figure: str, did: str, unit: s
     best = max(known, key=lambda name: up * float(known[name]["value"]))
     apart = {name: f for name, f in known.items() if _sign_of_difference(known[best], f) == up}
     near = {name: f for name, f in known.items() if name not in apart and name != best}
+    own = f"{shown(known[best], factor)} {unit}"
     if not apart:
-        every = f"{_listed(known, factor)} {unit}"
-        return f"No variant certainly {did} than the others: {every}, intervals that overlap."
-    said = f"“{best}” {did} than {_listed(apart, factor)}: {shown(known[best], factor)} {unit}"
+        return f"No variant certainly {did} than another; the lead of “{best}” ({own}) is within the intervals."
+    others = " and ".join(_few([f"“{name}”" for name in apart]))
+    nearest = shown(max(apart.values(), key=lambda f: up * float(f["value"])), factor)
+    bound = {1: "at most ", -1: "at least "}[up] if len(apart) > 1 else ""
+    said = f"“{best}” {did} than {others}: {own} against {bound}{nearest}"
     if near:
-        said += f", an interval that overlaps with that of {_listed(near, factor)}"
+        said += f" (not told apart from {', '.join(_few([f'“{name}”' for name in near]))})"
     if figure == "mean_forgetting" and _sign(known[best]) <= 0:
-        said += f"; no forgetting was found in it{_power(variants[best])}"
+        said += f". No forgetting was found in “{best}”{_power(variants[best])}"
     return f"{said}."
 
 
@@ -312,11 +335,8 @@ def _sign_of_difference(one: Fig, other: Fig) -> int:
     return int(one["low"] > other["high"]) - int(one["high"] < other["low"])
 
 
-def _listed(figures: dict[str, Fig], factor: float, most: int = 4) -> str:
-    named = [f"“{name}” ({shown(figure, factor)})" for name, figure in figures.items()]
-    rest = [f"{len(named) - most} more"] if len(named) > most else []
-    *first, last = named[:most] + rest
-    return f"{', '.join(first)} and {last}" if first else last
+def _few(names: list[str], most: int = 4) -> list[str]:
+    return names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -377,8 +397,7 @@ def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[
     }
     return {
         section: [
-            Markup(figures.svg_of(figure, f"{section} {name}", f"{section}: {name}"))
-            for name, figure in drawn.items()
+            Markup(figures.svg_of(figure, f"{section} {name}", f"{section}: {name}")) for name, figure in drawn.items()
         ]
         for section, drawn in sections.items()
     }
@@ -390,9 +409,7 @@ def _curves(store: Store, trails: list[Trail]) -> dict[str, dict[str, tuple[list
     for trail in trails:
         if "tuned" not in trail.artifacts:
             continue
-        records = [
-            r for r in read_metrics(store.path(trail.artifacts["tuned"])) if r["name"] in CURVES.values()
-        ]
+        records = [r for r in read_metrics(store.path(trail.artifacts["tuned"])) if r["name"] in CURVES.values()]
         for loss, metric in CURVES.items():
             if found := [(r["step"], r["value"]) for r in records if r["name"] == metric]:
                 curves.setdefault(loss, {})[trail.name] = _in_blocks(found)
@@ -455,15 +472,11 @@ def _dropped(store: Store, trails: list[Trail]) -> list[dict[str, Any]]:
     for trail in trails:
         for role, reasons in (("target", "dropped"), ("corpus", ""), ("kept", "rejected")):
             artifact = trail.artifacts.get(role)
-            if artifact is None:
+            if artifact is None or artifact.facts.get("rows") == 0:  # plain fine-tuning
                 continue
-            entry = found.setdefault(
-                f"{role} {artifact.key}", {"role": role, "facts": artifact.facts, "variants": []}
-            )
+            entry = found.setdefault(f"{role} {artifact.key}", {"role": role, "facts": artifact.facts, "variants": []})
             entry["reasons"] = artifact.facts.get(reasons) or {}
-            entry["examples"] = (
-                list(islice(_rows(store.path(artifact), "rejects"), 5)) if role == "kept" else []
-            )
+            entry["examples"] = list(islice(_rows(store.path(artifact), "rejects"), 5)) if role == "kept" else []
             entry["variants"].append(trail.name)
     return list(found.values())
 
@@ -484,9 +497,7 @@ def _lineage(trail: Trail) -> dict[str, Any]:
             return described
         return described | {"made_from": [node(parent) for parent in parents if parent in trail.artifacts]}
 
-    roots = [
-        node(role) for role in (*ROLES, *trail.artifacts) if role in trail.artifacts and role not in placed
-    ]
+    roots = [node(role) for role in (*ROLES, *trail.artifacts) if role in trail.artifacts and role not in placed]
     return {"roots": roots, "scores": [*_scores_of(trail.before, "base"), *_scores_of(trail.after, "tuned")]}
 
 
@@ -528,9 +539,7 @@ def _recipes(trails: list[Trail]) -> dict[str, dict[str, str]]:
             continue
         flat = dict(_flat(trail.recipe))
         changed = {k: flat.get(k) for k in flat | first if first and flat.get(k) != first.get(k)}
-        text = yaml.safe_dump(
-            changed if first else trail.recipe, sort_keys=False, allow_unicode=True, width=88
-        )
+        text = yaml.safe_dump(changed if first else trail.recipe, sort_keys=False, allow_unicode=True, width=88)
         found[trail.name] = {
             "digest": trail.digest,
             "yaml": text if changed or not first else "the same",
@@ -569,9 +578,7 @@ def _costs(trails: list[Trail]) -> list[dict[str, Any]]:
 def _versions(store: Store, trails: list[Trail]) -> dict[str, str]:
     """Return what the artifacts were made with; several values where they differ."""
     values: dict[str, dict[str, None]] = {}
-    artifacts = {
-        a.key: a for t in trails for a in (*t.artifacts.values(), *(step.artifact for step in t.steps))
-    }
+    artifacts = {a.key: a for t in trails for a in (*t.artifacts.values(), *(step.artifact for step in t.steps))}
     for artifact in artifacts.values():
         for name, value in store.manifest(artifact).get("environment", {}).items():
             values.setdefault(name, {})[str(value)] = None

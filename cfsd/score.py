@@ -61,8 +61,8 @@ def score(
 ) -> Scores:
     """Return what `lm_eval.simple_evaluate` finds for `model`, without chat template.
 
-    `on_progress(done, total)` counts requests (one per choice). The model's mode and all random states are
-    left as they were, because training may go on afterwards.
+    `on_progress(done, total)` counts requests (one per choice) and is called a hundred times at most.
+    The model's mode and all random states are left as they were, because training may go on afterwards.
     Differs: `num_fewshot` also counts where the YAML says 0.
 
     Raises: BadInput if the benchmark cannot be loaded or has no such metric; NotFinite if a log-likelihood
@@ -95,7 +95,7 @@ def _load(benchmark: Benchmark, cache: str) -> Any:
     except MISTAKES as error:
         raise BadInput(
             f"benchmark {benchmark.name}: lm-eval cannot load {definition.path} "
-            f"({type(error).__name__}: {error}); correct that file or its data"
+            f"({type(error).__name__}: {error.__cause__ or error}); correct that file or its data"
         ) from error
     task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -105,7 +105,7 @@ def _load(benchmark: Benchmark, cache: str) -> Any:
 
 def _changes(benchmark: Benchmark, definition: Definition, cache: str) -> dict[str, Any]:
     config = definition.config
-    changes = {key: config[key] for key in ("dataset_path", "dataset_kwargs") if config.get(key)}
+    changes = {key: copy.deepcopy(config[key]) for key in ("dataset_path", "dataset_kwargs") if config.get(key)}
     if not is_hub(definition) and "custom_dataset" not in config:
         changes["dataset_kwargs"] = {**changes.get("dataset_kwargs", {}), "cache_dir": cache}
     if benchmark.num_fewshot is not None:
@@ -126,7 +126,7 @@ def _check_fewshot(benchmark: Benchmark, task: Any) -> None:
 
 
 class _Counter(CacheHook):  # type: ignore[misc]
-    """Reports progress: lm-eval tells its cache hook of every answered request."""
+    """Reports each new percent: lm-eval tells its cache hook of every answered request."""
 
     def __init__(self, total: int, on_progress: Progress | None) -> None:
         super().__init__(None)
@@ -137,8 +137,8 @@ class _Counter(CacheHook):  # type: ignore[misc]
             self.advance(1)
 
     def advance(self, number: int) -> None:
-        self.done = min(self.done + number, self.total)
-        if self.on_progress:
+        before, self.done = self.done, min(self.done + number, self.total)
+        if self.on_progress and 100 * before // self.total < 100 * self.done // self.total:
             self.on_progress(self.done, self.total)
 
 

@@ -32,17 +32,11 @@ def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> 
         if name in usable:
             return name
     problem = "is no average over documents" if benchmark.metric in listed else "is not among its metrics"
-    asked = (
-        f"metric {benchmark.metric} {problem}"
-        if benchmark.metric
-        else "no metric is an average over documents"
-    )
+    asked = f"metric {benchmark.metric} {problem}" if benchmark.metric else "no metric is an average over documents"
     raise BadInput(f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}")
 
 
-def table(
-    benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[dict[str, Any]]
-) -> pd.DataFrame:
+def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row per (filter, doc_id).
 
     Raises: NotFinite if a log-likelihood or a value is NaN or infinite; BadInput if a document has no value.
@@ -50,9 +44,7 @@ def table(
     return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in samples], columns=COLUMNS)
 
 
-def facts(
-    benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
-) -> dict[str, Any]:
+def facts(benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]) -> dict[str, Any]:
     """Return what `cfsd.score.Scores` promises, warnings aside."""
     higher_is_better = task.higher_is_better().get(metric)
     if higher_is_better is None:
@@ -108,9 +100,7 @@ def _check_finite(where: str, sample: dict[str, Any]) -> None:
     # Accuracy would hide it: the argmax over NaN is the first choice.
     for number in _log_likelihoods(sample):
         if not math.isfinite(number):
-            raise NotFinite(
-                f"{where}: the model's log-likelihood is {number}; look at its weights and its training"
-            )
+            raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
 
 
 def _log_likelihoods(sample: dict[str, Any]) -> Iterator[float]:

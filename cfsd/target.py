@@ -26,7 +26,8 @@ class Target(Spec):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
     kind: Literal["file", "hub", "gym"] = Field(
-        "file", description="file: JSONL, CSV or Parquet; hub: a pinned data set; gym: a reasoning-gym generator"
+        "file",
+        description="file: JSONL, CSV or Parquet; hub: a pinned data set; gym: a reasoning-gym generator",
     )
     path: str | None = Field(None, description="file only: relative to the working directory")
     name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
@@ -36,7 +37,8 @@ class Target(Spec):
     prompt: str = Field("prompt", description="A column, or a template such as `Question: {question}\\n`")
     response: str = Field("response", description="A column, or a template such as ` {answer}`")
     messages: str | None = Field(
-        None, description="A column of chat messages, in place of prompt and response; loss on assistant turns"
+        None,
+        description="A column of chat messages, in place of prompt and response; loss on assistant turns",
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
     held_out: PositiveInt = Field(64, description="Rows kept out of training to measure what was learned")
@@ -199,11 +201,9 @@ def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedToke
     return Row(token_ids, supervised, str(messages[0]["content"]), "\n".join(said))
 
 
-def _templated(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, open_turn: bool = False
-) -> list[int]:
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, return_dict=True)["input_ids"]
-    return list(ids)
+def _templated(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, open_turn: bool = False) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def _records(target: Target) -> Iterator[dict[str, Any]]:
@@ -230,8 +230,6 @@ def _gym(target: Target) -> Iterator[dict[str, Any]]:
     import reasoning_gym
 
     try:
-        yield from reasoning_gym.create_dataset(
-            target.name, size=target.rows, seed=target.seed or 0, **target.config
-        )
+        yield from reasoning_gym.create_dataset(target.name, size=target.rows, seed=target.seed or 0, **target.config)
     except (ValueError, TypeError, AssertionError) as error:
         raise BadInput(f"reasoning-gym cannot make {target.name!r} with {target.config}: {error}") from error

@@ -6,14 +6,12 @@ A document is `<bos>rev:fbca=acbf<eos>`. From `<bos>` alone the model writes suc
 skills in turn; a sixth skill is held back as something new to learn.
 """
 
-import argparse
 import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
@@ -27,9 +25,10 @@ LETTERS = "abcdefghijkl"
 SHORTEST, LONGEST = 3, 5
 BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
 INIT = 0.1
+INTER, LAYERS, WIDTH, DECAY, B2 = 128, 4, 64, 0.1, 0.98
 THETA = 100.0
 HEADS = 2
-ROWS_PER_STEP = 128
+ROWS_PER_STEP = 64
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_FRACTION = 0.05
 HELD_OUT_ITEMS = 100
@@ -137,9 +136,9 @@ def _new_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
+        hidden_size=WIDTH,
+        intermediate_size=INTER,
+        num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         max_position_embeddings=256,
         initializer_range=INIT,
@@ -173,12 +172,15 @@ def _batches(tokenizer: "PreTrainedTokenizerFast", seed: int) -> Iterator[tuple[
 
 
 def _fit(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", spec: TinySpec, on_progress: Progress | None
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    spec: TinySpec,
+    on_progress: Progress | None,
 ) -> None:
     """Train in place: AdamW, linear warm-up, cosine to zero, next-token loss on every token but `<bos>`."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, B2), weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done / spec.steps))
     batches = _batches(tokenizer, spec.seed)
     model.train()

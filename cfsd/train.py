@@ -1,6 +1,6 @@
 """Stage train: fine-tune the base model on a mixture, in a process of its own.
 
-    python -m cfsd.train DRAFT        what the stage starts; DRAFT holds request.json
+python -m cfsd.train DRAFT        what the stage starts; DRAFT holds request.json
 """
 
 from pathlib import Path

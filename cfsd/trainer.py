@@ -12,7 +12,12 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
-    PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )  # fmt: skip
 
 from cfsd.artifact import Artifact, Store
@@ -97,9 +102,7 @@ class RehearsalTrainer(Trainer):
         """Not counted."""
         return 0
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Differentiate every pack; gradients are exchanged with the last one."""
         model.train()
         started, packs = time.time(), inputs["packs"]
@@ -120,9 +123,7 @@ class RehearsalTrainer(Trainer):
         self.accelerator.backward(self.data.world * parts.loss)
         return torch.stack([part.detach().double().cpu() for part in parts])
 
-    def _describe(
-        self, sums: Tensor, counts: dict[str, int], tokens: int, seconds: float
-    ) -> dict[str, float]:
+    def _describe(self, sums: Tensor, counts: dict[str, int], tokens: int, seconds: float) -> dict[str, float]:
         loss, target, rehearsal = sums.tolist()
         if not torch.isfinite(sums).all():
             raise NotFinite(
@@ -190,9 +191,7 @@ def batches_of(store: Store, mixture: Artifact, spec: TrainSpec, most_tokens: in
     return Batches(rows, plan, spec.rehearsal_weight, most_tokens)
 
 
-def _arguments(
-    spec: TrainSpec, checkpoints: Path, device: str, steps: int, save_steps: int
-) -> TrainingArguments:
+def _arguments(spec: TrainSpec, checkpoints: Path, device: str, steps: int, save_steps: int) -> TrainingArguments:
     bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
     return TrainingArguments(
         output_dir=str(checkpoints),

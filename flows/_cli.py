@@ -21,10 +21,12 @@ INTERRUPTED = 130
 console = Console(highlight=False, soft_wrap=True)
 
 Set = Annotated[
-    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, as train.epochs=2")
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe, as train.epochs=2"),
 ]
 On = Annotated[
-    list[str], typer.Option("--machine", metavar="FIELD=VALUE", help="Change a field of the machine, as threads=1")
+    list[str],
+    typer.Option("--machine", metavar="FIELD=VALUE", help="Change a field of the machine, as threads=1"),
 ]
 Home = Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would run and what is cached, and stop")]
@@ -76,14 +78,14 @@ def mitigate_command(
     plan: Plan = False,
 ) -> None:
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
-    loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    loaded.check()
-    if plan:
-        from flows._plan import print_plan
+    from flows._plan import check, print_plan
+    from flows.mitigate import mitigate, story
 
-        print_plan({loaded.name: loaded}, on, console)
+    loaded, on = Recipe.load(recipe, set_), _machine(machine)
+    check(loaded, on, story)
+    if plan:
+        print_plan({loaded.name: loaded}, on, story, console)
         return
-    from flows.mitigate import mitigate
 
     show(loaded.name, [mitigate(loaded, on)])
 
@@ -97,16 +99,17 @@ def compare_command(
     plan: Plan = False,
 ) -> None:
     """Run every variant of a recipe and put them into one table, one figure and one report."""
+    from flows._plan import check, print_plan
+    from flows.compare import compare
+    from flows.mitigate import story
+
     loaded, on = Comparison.load(comparison, set_, seeds), _machine(machine)
     recipes = loaded.recipes()
     for recipe in recipes.values():
-        recipe.check()
+        check(recipe, on, story)
     if plan:
-        from flows._plan import print_plan
-
-        print_plan(recipes, on, console)
+        print_plan(recipes, on, story, console)
         return
-    from flows.compare import compare
 
     show(loaded.recipe.name, compare(loaded, on))
 
@@ -114,14 +117,19 @@ def compare_command(
 def measure_command(
     base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
     tuned: Annotated[str, typer.Argument(help="Model after")],
-    benchmark: Annotated[list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")] = [],  # noqa: B006
+    benchmark: Annotated[
+        list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")
+    ] = [],  # noqa: B006
     benchmarks: Annotated[Path | None, typer.Option(help="A folder of lm-eval YAML files: all of them")] = None,
     target: Annotated[Path | None, typer.Option(help="Rows it was tuned on; columns prompt and response")] = None,
-    set_: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")] = [],  # noqa: B006
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
+    ] = [],  # noqa: B006
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    from cfsd.benchmark import Benchmark
     from cfsd.benchmark_files import names_in
     from cfsd.checkpoint import Checkpoint
     from cfsd.evaluate import EvaluateSpec
@@ -141,12 +149,13 @@ def measure_command(
     evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    for part in (*models, *evaluate.benchmarks, *([rows] if rows else [])):
+    parts_to_check: list[Checkpoint | Benchmark | Target] = [*models, *evaluate.benchmarks]
+    for part in parts_to_check + ([rows] if rows else []):
         part.check()
     from flows.measure import measure
 
     probe = validated(ProbeSpec, parts["probe"], "--set")
-    trail = measure(*models, rows, probe, evaluate, _machine(machine))
+    trail = measure(models[0], models[1], rows, probe, evaluate, _machine(machine))
     show(f"measure {models[1].label()} against {models[0].label()}", [trail])
 
 

@@ -27,6 +27,7 @@ def settle_environment() -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "TQDM_DISABLE": "1",  # one bar at a time, and it is ours
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }

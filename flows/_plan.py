@@ -1,26 +1,29 @@
 """`--plan`: the flow walked without Prefect and without doing anything; what would run, and what it costs."""
 
 import shutil
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 
 from cfsd.artifact import Artifact
 from cfsd.errors import BadInput
-from cfsd.estimate import GIB, disk_bytes, estimate, parameters_of
+from cfsd.estimate import GIB, Estimate, disk_bytes, estimate, parameters_of
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
-from flows.mitigate import story
+from cfsd.summary import Trail
 from tasks._stage import Planned, planning
 
+Story = Callable[[Recipe, Machine], Trail]
 
-def print_plan(recipes: dict[str, Recipe], machine: Machine, console: Console) -> None:
+
+def print_plan(recipes: dict[str, Recipe], machine: Machine, story: Story, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
     table = Table("stage", "key", "state", "tokens", "memory", "time", title="plan")
     seen: set[object] = set()
     total = 0.0
-    for name, recipe in recipes.items():
-        steps, artifacts = walk(recipe, machine)
+    for recipe in recipes.values():
+        steps, artifacts = walk(recipe, machine, story)
         for step in steps:
             mark = step.key or (step.stage, *map(repr, step.inputs))
             if mark in seen:
@@ -28,14 +31,18 @@ def print_plan(recipes: dict[str, Recipe], machine: Machine, console: Console) -
             seen.add(mark)
             cost = estimate(step.stage, recipe, *artifacts, machine.resolved_device(), machine.micro_batch_tokens)
             total += 0 if step.cached else cost.seconds or 0
-            table.add_row(step.stage, step.key or "-", _state(step),
-                          f"{cost.tokens:,.0f}" if cost.tokens else "", f"{cost.memory / GIB:.1f} GiB" if cost.memory else "",
-                          "" if step.cached or not cost.seconds else f"{cost.seconds:.0f} s")  # fmt: skip
+            table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)
     console.print(f"about {total / 60:.0f} minutes of computing that is not cached, within a factor of two")
 
 
-def walk(recipe: Recipe, machine: Machine) -> tuple[list[Planned], tuple[Artifact, Artifact]]:
+def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:
+    tokens = f"{cost.tokens:,.0f}" if cost.tokens else ""
+    memory = f"{cost.memory / GIB:.1f} GiB" if cost.memory else ""
+    return tokens, memory, f"{cost.seconds:.0f} s" if cost.seconds and not cached else ""
+
+
+def walk(recipe: Recipe, machine: Machine, story: Story) -> tuple[list[Planned], tuple[Artifact, Artifact]]:
     """Return the steps of `recipe` in order, and its base and target as far as they are known."""
     steps: list[Planned] = []
     token = planning.set(steps)
@@ -46,9 +53,10 @@ def walk(recipe: Recipe, machine: Machine) -> tuple[list[Planned], tuple[Artifac
     return steps, (trail.artifacts["base"], trail.artifacts["target"])
 
 
-def check_space(recipe: Recipe, machine: Machine) -> None:
-    """Raise BadInput when the data folder's disk cannot hold what the recipe would write."""
-    steps, (base, _) = walk(recipe, machine)
+def check(recipe: Recipe, machine: Machine, story: Story) -> None:
+    """Raise BadInput for whatever can be told to be wrong before anything runs, a disk too small included."""
+    recipe.check()
+    steps, (base, _) = walk(recipe, machine, story)
     if all(step.cached for step in steps):
         return
     needed, free = disk_bytes(recipe, parameters_of(recipe, base)), shutil.disk_usage(home()).free

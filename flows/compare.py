@@ -1,6 +1,6 @@
 """One recipe, several ways of training: every variant is a `mitigate` run, then one table, one figure, one report.
 
-    python -m flows.compare deployments/recipes/demo.yaml --seeds 3
+python -m flows.compare deployments/recipes/demo.yaml --seeds 3
 """
 
 from prefect import flow

@@ -1,6 +1,6 @@
 """The main job: fine-tune on the target while rehearsing what the base model writes unprompted, and say what it cost.
 
-    python -m flows.mitigate deployments/recipes/tiny.yaml --set train.learning_rate=1e-4
+python -m flows.mitigate deployments/recipes/tiny.yaml --set train.learning_rate=1e-4
 """
 
 from prefect import flow
@@ -9,6 +9,7 @@ from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.summary import Trail
 from flows._conclude import conclude
+from flows._plan import check
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fetch import fetch_model
@@ -25,6 +26,7 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     a new learning rate trains and evaluates again, and never samples again.
     """  # noqa: D205
     base = fetch_model(recipe.base, machine)
+    recipe.check_base(base)
     target = prepare_target(base, recipe.target, machine)
     probe = sample_probe(base, recipe.probe, machine)
     corpus = generate_corpus(base, recipe.generate, machine)
@@ -48,7 +50,7 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
 @flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)
 def mitigate(recipe: Recipe, machine: Machine = Machine()) -> Trail:  # noqa: B008
     """Fine-tune on the target, rehearsing the base model's own text, and measure what was learned and forgotten."""
-    recipe.check()
+    check(recipe, machine, story)
     with record.variant(recipe.name, recipe) as variant:
         trail = story(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
         conclude(recipe.name, [trail], [variant.run_id])

@@ -93,7 +93,10 @@ def _start_worker(running: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "MLFLOW_TRACKING_URI": str(running["mlflow"]["url"]),
     }
     _run(["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"], environment)
-    _run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"], environment)
+    _run(
+        ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
+        environment,
+    )
     command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
     return _started("worker", command, "", "", environment)
 
@@ -136,9 +139,7 @@ def _answers(url: str) -> bool:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise CfsdError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

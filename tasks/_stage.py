@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Concatenate, NamedTuple, ParamSpec, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
-from prefect import task
+from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
@@ -61,18 +61,20 @@ def stage(
             made = Store(home()).make(kind, key, do, environment=machine.environment(), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
+        def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:
+            return key_of(name, *(value for value in bound.values() if not isinstance(value, Machine)))
+
         execute.__name__, execute.__doc__ = work.__name__, work.__doc__
         execute.__signature__ = open_signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
-        prefect_task = task(
-            execute,
+        prefect_task: Task[P, dict[str, Any]] = task(
             name=name,
             tags={"gpu"} if gpu else None,
-            cache_key_fn=lambda _, bound: _cache_key(_, name, bound),
+            cache_key_fn=cache_key,
             persist_result=True,
             result_serializer="json",
             retries=1,
             retry_condition_fn=_worth_retrying,
-        )
+        )(execute)
 
         def call(*args: P.args, **kwargs: P.kwargs) -> Artifact:
             if (plan := planning.get()) is not None:
@@ -88,13 +90,9 @@ def stage(
             return made
 
         call.__doc__ = work.__doc__
-        return cast("Callable[P, Artifact]", call)
+        return call
 
     return decorate
-
-
-def _cache_key(_: TaskRunContext, name: str, bound: dict[str, Any]) -> str:
-    return key_of(name, *(value for value in bound.values() if not isinstance(value, Machine)))
 
 
 def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:

@@ -14,9 +14,7 @@ from tasks._stage import stage
 Role = Literal["base", "tuned"]
 
 
-def evaluate_base(
-    base: Artifact, target: Artifact | None, spec: EvaluateSpec, machine: Machine
-) -> Scores:
+def evaluate_base(base: Artifact, target: Artifact | None, spec: EvaluateSpec, machine: Machine) -> Scores:
     """Return the scores of the model before."""
     return _scores(base, target, spec, "base", machine)
 

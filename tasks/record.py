@@ -4,10 +4,11 @@ Nothing here can lose work: artifacts hold their own metrics, from which a serve
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -52,19 +53,19 @@ _away: list[str] = []  # why MLflow is not asked any more in this process
 def say(line: str) -> None:
     """Print a line and put it into the Prefect log of the run at hand."""
     console.print(line)
-    try:
+    with suppress(MissingContextError):
         get_run_logger().info(line)
-    except MissingContextError:
-        pass
 
 
 def _tracked(action: "Callable[[MlflowClient], T]") -> T | None:
     """Do `action` with the MLflow client; a server that is away is said once and asked no more."""
     if _away:
         return None
+    from mlflow.exceptions import MlflowException
+
     try:
         return action(_client())
-    except Exception as error:
+    except (MlflowException, OSError) as error:
         _away.append(str(error))
         say(f"MLflow cannot be reached ({type(error).__name__}); the run goes on, and the next one fills it in")
         return None
@@ -72,12 +73,10 @@ def _tracked(action: "Callable[[MlflowClient], T]") -> T | None:
 
 @cache
 def _client() -> "MlflowClient":
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient()
 
 
@@ -87,7 +86,7 @@ def _experiment() -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
         return str(found.experiment_id)
-    return str(client.create_experiment(EXPERIMENT))
+    return str(client.create_experiment(EXPERIMENT, artifact_location=(home() / "mlartifacts").as_uri()))
 
 
 @contextmanager
@@ -188,7 +187,12 @@ def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
     current = _variant.get()
     run_id = None
     if gpu and current and current.run_id:
-        tags = {"cfsd.kind": "step", "cfsd.stage": stage, "cfsd.key": key, "attempt": "resumed" if draft.continued else "first"}
+        tags = {
+            "cfsd.kind": "step",
+            "cfsd.stage": stage,
+            "cfsd.key": key,
+            "attempt": "resumed" if draft.continued else "first",
+        }
         run_id = _tracked(lambda client: _open_run(client, f"{stage} {key}", current.run_id, tags))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
     with _ended(run_id), _system_metrics(run_id), Follower(draft.folder, stage, console, _sender(run_id)):
@@ -242,7 +246,13 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
 
 def _in_brief(facts: Mapping[str, Any]) -> str:
     named = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "parameters")
-    found = [f"{facts[n]:,.4g} {n.replace('_', ' ')}" if isinstance(facts[n], float) else f"{facts[n]:,} {n.replace('_', ' ')}" for n in named if isinstance(facts.get(n), int | float)]
+    found = [
+        f"{facts[n]:,.4g} {n.replace('_', ' ')}"
+        if isinstance(facts[n], float)
+        else f"{facts[n]:,} {n.replace('_', ' ')}"
+        for n in named
+        if isinstance(facts.get(n), int | float)
+    ]
     return ": " + ", ".join(found) if found else ""
 
 
@@ -258,7 +268,13 @@ def _link_step(
         _log_metrics(client, run_id, [{"name": k, "value": v, "time": now, "step": 0} for k, v in numbers.items()])
     filters = f"tags.`cfsd.key` = '{artifact.key}' and tags.`cfsd.recorded` = 'all'"
     if replay and not client.search_runs([_experiment()], filters, max_results=1):
-        tags = {"cfsd.kind": "step", "cfsd.stage": stage, "cfsd.key": artifact.key, "attempt": "replayed", "cfsd.recorded": "all"}
+        tags = {
+            "cfsd.kind": "step",
+            "cfsd.stage": stage,
+            "cfsd.key": artifact.key,
+            "attempt": "replayed",
+            "cfsd.recorded": "all",
+        }
         child = _open_run(client, f"{stage} {artifact.key}", run_id, tags)
         _log_metrics(client, child, list(read_metrics(store.path(artifact))))
         client.set_terminated(child, "FINISHED")

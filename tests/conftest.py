@@ -3,15 +3,44 @@
 import json
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
+if TYPE_CHECKING:
+    from cfsd.artifact import Artifact, Store
+
 ROOT = Path(__file__).parent.parent
+WORLD = Path(tempfile.mkdtemp(prefix="cfsd-tests-"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# Prefect and MLflow read their places when they are imported; the server itself starts when a test needs it.
+PORT = _free_port()
+os.environ.update(
+    CFSD_HOME=str(WORLD / "data"),
+    PREFECT_HOME=str(WORLD / "prefect"),
+    PREFECT_API_URL=f"http://127.0.0.1:{PORT}/api",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    MLFLOW_TRACKING_URI=f"sqlite:///{WORLD / 'mlflow.db'}",
+    DO_NOT_TRACK="1",
+    OMP_NUM_THREADS="1",
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz =:."
 
 
@@ -62,3 +91,88 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder of this test's own."""
     monkeypatch.setenv("CFSD_HOME", str(tmp_path / "data"))
     return tmp_path / "data"
+
+
+@pytest.fixture
+def store(home: Path) -> "Store":
+    """The store of this test's data folder."""
+    from cfsd.artifact import Store
+
+    return Store(home)
+
+
+def fetched(store: "Store", folder: Path, start_token: str | None = None) -> "Artifact":
+    """Bring a model folder into the store, as the first stage does."""
+    from cfsd.artifact import key_of
+    from cfsd.checkpoint import Checkpoint, fetch
+
+    checkpoint = Checkpoint(kind="folder", path=str(folder), start_token=start_token)
+    key = key_of("fetch", checkpoint)
+    return store.make("model", key, lambda draft: fetch(checkpoint, draft, lambda *_: None))[0]
+
+
+@pytest.fixture
+def base(store: "Store", model_folder: Path) -> "Artifact":
+    """The random Llama-shaped model in the store."""
+    return fetched(store, model_folder)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """A real Prefect server for the whole session; its URL."""
+    log = (WORLD / "server.log").open("w")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(PORT)]
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    end = time.monotonic() + 180
+    while not _answers(f"http://127.0.0.1:{PORT}/api/health"):
+        assert process.poll() is None and time.monotonic() < end, (WORLD / "server.log").read_text()
+        time.sleep(0.3)
+    yield f"http://127.0.0.1:{PORT}"
+    process.terminate()
+    process.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(urlopen(url, timeout=5).status == 200)
+    except (URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leave_nothing() -> Iterator[None]:
+    yield
+    shutil.rmtree(WORLD, ignore_errors=True)
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(server: str, home: Path) -> Run:
+    """Run `python -m flows.<name> ARGS` on this test's data folder, as a user would."""
+
+    def call(flow: str, *words: object, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", f"flows.{flow}", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, model_folder: Path) -> Path:
+    """A user's own case: a model folder, a JSONL target, a ten-line recipe."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"""
+name: mine
+base: {model_folder}
+target: {{path: {rows}, held_out: 8}}
+probe: {{rows: 32, length: 24}}
+generate: {{rows: 32, length: 24}}
+mix: {{target_rows: 8, rehearsal_tokens: 64}}
+train: {{learning_rate: 1.0e-3, epochs: 2}}
+"""
+    )
+    return file

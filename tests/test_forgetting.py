@@ -40,14 +40,10 @@ CELLS = [cell for cell in product(SIZES, SHARES, DROPS) if cell[2] <= cell[1]]
 def frame(values: Any, counts: Any = 1.0, filter_: str = "none") -> pd.DataFrame:
     ids = range(len(values))
     hashes = [f"hash{i}" for i in ids]
-    return pd.DataFrame(
-        {"doc_id": ids, "filter": filter_, "doc_hash": hashes, "value": values, "count": counts}
-    )
+    return pd.DataFrame({"doc_id": ids, "filter": filter_, "doc_hash": hashes, "value": values, "count": counts})
 
 
-def forgotten(
-    measure: Measure, before: Any, after: Any, counts: Any = 1.0, **more: Any
-) -> BenchmarkForgetting:
+def forgotten(measure: Measure, before: Any, after: Any, counts: Any = 1.0, **more: Any) -> BenchmarkForgetting:
     return benchmark_forgetting("quiz", measure, frame(before, counts), frame(after, counts), **more)
 
 
@@ -77,9 +73,7 @@ def outcomes(total: int, share: float, drop: float) -> tuple[Floats, Floats, Flo
     return lost, gained, weights
 
 
-def exact_coverage(
-    bounds: Callable[..., tuple[Floats, Floats]], total: int, share: float, drop: float
-) -> float:
+def exact_coverage(bounds: Callable[..., tuple[Floats, Floats]], total: int, share: float, drop: float) -> float:
     lost, gained, weights = outcomes(total, share, drop)
     low, high = bounds(lost, gained, total)
     return float(weights[(low - 1e-12 <= drop) & (drop <= high + 1e-12)].sum())
@@ -154,9 +148,7 @@ def test_binary_figures_by_hand() -> None:
     assert figures.p_value == stats.binomtest(12, 16).pvalue
     assert figures.chance_corrected is not None
     assert figures.chance_corrected.value == pytest.approx((0.62 - 0.54) / 0.75)
-    assert np.array(ends(figures.chance_corrected)) == pytest.approx(
-        np.array(ends(figures.forgetting)) / 0.75
-    )
+    assert np.array(ends(figures.chance_corrected)) == pytest.approx(np.array(ends(figures.forgetting)) / 0.75)
     assert figures.retention == pytest.approx((0.54 - 0.25) / (0.62 - 0.25))
     # p12 = 13/102, p21 = 5/102
     half = 1.959964 * np.sqrt((18 / 102 - (8 / 102) ** 2) / 102)
@@ -336,9 +328,7 @@ rows = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 50)), min_size=5, max
 
 @settings(max_examples=40, deadline=None)
 @given(rows, st.floats(0.1, 10))
-def test_per_token_figures_turn_and_scale_with_their_sums(
-    drawn: list[tuple[float, int]], factor: float
-) -> None:
+def test_per_token_figures_turn_and_scale_with_their_sums(drawn: list[tuple[float, int]], factor: float) -> None:
     sums, counts = (np.array(part, dtype=np.float64) for part in zip(*drawn, strict=True))
     figure, turned = mean_per_token(sums, counts, seed=0), mean_per_token(-factor * sums, counts, seed=0)
     low, high = ends(figure)
@@ -365,13 +355,15 @@ PER_TOKEN: dict[str, Law] = {
 }
 CHANGES: dict[str, Law] = {
     "dense": (2 / 35 - 0.04, lambda rng, n: rng.beta(2, 5, n) * 0.2 - 0.04),
+    "skewed": (
+        float(np.exp(-2) * stats.norm.cdf(1.5) + stats.norm.cdf(-2.5)),
+        lambda rng, n: np.minimum(rng.lognormal(-2.5, 1, n), 1),
+    ),
     "5 % change": (0.0125, lambda rng, n: np.where(rng.random(n) < 0.05, rng.uniform(-0.5, 1, n), 0)),
     "10 % change": (0.025, lambda rng, n: np.where(rng.random(n) < 0.1, rng.uniform(-0.5, 1, n), 0)),
     "30 % change": (
         0.12 * 2 / 7,
-        lambda rng, n: np.where(
-            rng.random(n) < 0.3, rng.beta(2, 5, n) * rng.choice([1, -1], n, p=[0.7, 0.3]), 0
-        ),
+        lambda rng, n: np.where(rng.random(n) < 0.3, rng.beta(2, 5, n) * rng.choice([1, -1], n, p=[0.7, 0.3]), 0),
     ),
 }
 
@@ -390,9 +382,7 @@ def change_coverage(name: str, documents: int, repeats: int) -> float:
     return _share_covering((interval for interval in found if interval is not None), truth, repeats)
 
 
-def _share_covering(
-    found: "Iterator[Interval] | Iterator[tuple[float, float]]", truth: float, repeats: int
-) -> float:
+def _share_covering(found: "Iterator[Interval] | Iterator[tuple[float, float]]", truth: float, repeats: int) -> float:
     return sum(low <= truth <= high for low, high in found) / repeats
 
 
@@ -409,13 +399,13 @@ def test_intervals_of_mean_scores_cover(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows_"), product(PER_TOKEN, (50, 96, 256)))
 def test_per_token_intervals_cover_in_the_whole_study(name: str, rows_: int) -> None:
-    assert 0.925 <= per_token_coverage(name, rows_, repeats=4000) <= 0.975
+    assert 0.925 <= per_token_coverage(name, rows_, repeats=2000) <= 0.975
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "documents"), product(CHANGES, (50, 100, 200)))
 def test_intervals_of_mean_scores_cover_in_the_whole_study(name: str, documents: int) -> None:
-    assert change_coverage(name, documents, repeats=4000) >= 0.925
+    assert change_coverage(name, documents, repeats=2000) >= 0.925
 
 
 # --- mean over benchmarks
@@ -479,9 +469,7 @@ def test_mean_forgetting_covers(sizes: tuple[int, ...], share: float, drop: floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "share", "how_much"), product(MIXES, (0.02, 0.1, 0.3), (0.0, 0.5, 1.0)))
-def test_mean_forgetting_covers_in_the_whole_study(
-    sizes: tuple[int, ...], share: float, how_much: float
-) -> None:
+def test_mean_forgetting_covers_in_the_whole_study(sizes: tuple[int, ...], share: float, how_much: float) -> None:
     coverage = mean_coverage(sizes, share, share * how_much, repeats=3000)
     assert coverage >= 0.93
     if min(sizes) * share >= 20:
@@ -517,12 +505,10 @@ def test_pairing_keeps_filters_apart() -> None:
 
 def test_unpaired_documents_are_named() -> None:
     before = frame(np.ones(10))
-    with pytest.raises(
-        ValueError, match=r"2 of 10 documents scored for the base model only.*: 3 \(none\), 7 "
-    ):
+    with pytest.raises(ValueError, match=r"2 of 10 documents scored for the base model only.*: 3 \(none\), 7 "):
         benchmark_forgetting("quiz", ACCURACY, before, before.drop([3, 7]))
     with pytest.raises(ValueError, match="scored for the tuned model only"):
-        paired_by_document(before.head(0 + 4), before)
+        paired_by_document(before.head(4), before)
 
 
 def _changed(column: str, value: Any) -> pd.DataFrame:

@@ -2,8 +2,12 @@
 
 import json
 import logging
+import math
 import random
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,23 @@ READ = {
     "doc_to_target": "{{question}}",
     "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
 }
-QUESTIONS = ["a bad cab", "dad had a bag", "cab", "big idea in a cab", "fade", "acid bead", "hide a head", "deaf"]
+CONTINUE = {
+    "task": "continue",
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": " {{choices[right]}}",
+    "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+}
+QUESTIONS = [
+    "a bad cab",
+    "dad had a bag",
+    "cab",
+    "big idea in a cab",
+    "fade",
+    "acid bead",
+    "hide a head",
+    "deaf",
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +93,18 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).train()
+        random_model: LlamaForCausalLM = LlamaForCausalLM(config)
+    return random_model
 
 
 def write(folder: Path, settings: dict[str, Any], **changes: Any) -> Path:
     """Write a benchmark whose data file is named relative to its YAML; None drops a setting."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "data/rows.jsonl"}}, "test_split": "test"}
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "data/rows.jsonl"}},
+        "test_split": "test",
+    }
     kept = {key: value for key, value in (data | settings | changes).items() if value is not None}
     path = folder / f"{kept['task']}.yaml"
     path.write_text(yaml.safe_dump(kept))
@@ -158,6 +183,18 @@ def test_perplexity_counts_tokens_and_sums_nats(model: Any, tokenizer: Any, tmp_
     model.train()
 
 
+def test_perplexity_of_continuations_counts_their_tokens_only(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = write(tmp_path, CONTINUE)
+    rows, facts = scores_of(model, tokenizer, tmp_path, "continue", metric="perplexity")
+    theirs = by_hand(model, tokenizer, path, monkeypatch)
+    assert list(rows["count"]) == [len(" a"), len(" bed")] * 4
+    assert facts["score"] == theirs["results"]["continue"]["perplexity,none"]
+    assert math.exp(rows["value"].mean()) == pytest.approx(facts["score"])
+    assert scores_of(model, tokenizer, tmp_path, "continue").facts["metric"] == "acc"
+
+
 def test_choices_give_chance_kind_and_readable_answers(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, CHOICE)
     rows, facts = scores_of(model, tokenizer, tmp_path, "pick")
@@ -172,7 +209,10 @@ def test_choices_give_chance_kind_and_readable_answers(model: Any, tokenizer: An
 
 def test_filters_have_rows_of_their_own(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     first = {"name": "whole", "filter": [{"function": "take_first"}]}
-    second = {"name": "letter", "filter": [{"function": "regex", "regex_pattern": "([a-c])"}, {"function": "take_first"}]}
+    second = {
+        "name": "letter",
+        "filter": [{"function": "regex", "regex_pattern": "([a-c])"}, {"function": "take_first"}],
+    }
     write(tmp_path, WRITE, filter_list=[first, second], metadata={"chance": 0})
     rows, facts = scores_of(model, tokenizer, tmp_path, "write")
     assert facts["filters"] == ["whole", "letter"] and facts["chance"] == 0
@@ -192,6 +232,25 @@ def test_leaves_model_random_states_and_cache_as_they_were(
     assert model.training and not (tmp_path / "cache").exists()
     random.seed(8)
     assert scores_of(model, tokenizer, tmp_path, "pick").rows.equals(first.rows)
+
+
+def test_needs_no_network(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    write(tmp_path, CHOICE)
+
+    def refuse(*address: Any, **_: Any) -> None:
+        raise AssertionError(f"asked the network for {address}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert len(scores_of(model, tokenizer, tmp_path, "pick").rows) == len(QUESTIONS)
+
+
+def test_broken_data_is_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    write(tmp_path, CHOICE)
+    with (tmp_path / "data" / "rows.jsonl").open("a") as file:
+        file.write('{"question": \n')
+    with pytest.raises(BadInput, match=r"pick\.yaml.*JSON.*correct that file or its data"):
+        scores_of(model, tokenizer, tmp_path, "pick")
 
 
 def test_is_silent_but_for_progress_and_keeps_warnings(
@@ -215,7 +274,7 @@ def test_nan_weights_are_not_scored_as_the_first_choice(model: Any, tokenizer: A
     write(tmp_path, CHOICE)
     broken = LlamaForCausalLM(model.config)
     broken.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(NotFinite, match="pick, document 0.*nan"):
+    with pytest.raises(NotFinite, match=r"pick, document 0.*nan"):
         scores_of(broken, tokenizer, tmp_path, "pick")
 
 
@@ -223,12 +282,22 @@ def test_nan_weights_are_not_scored_as_the_first_choice(model: Any, tokenizer: A
     ("settings", "changes", "options", "message"),
     [
         (CHOICE, {}, {"metric": "f1"}, "metric f1 is not among its metrics; usable are acc_norm, acc"),
-        (CHOICE, {"metric_list": [{"metric": "f1"}, {"metric": "acc"}]}, {"metric": "f1"}, "no average.*usable are acc"),
+        (
+            CHOICE,
+            {"metric_list": [{"metric": "f1"}, {"metric": "acc"}]},
+            {"metric": "f1"},
+            "no average.*usable are acc",
+        ),
         (CHOICE, {"metric_list": [{"metric": "f1"}]}, {}, "no metric is an average over documents"),
         (CHOICE, {"doc_to_text": "{{missing}}"}, {}, "pick.yaml.*missing.*correct that file"),
         (CHOICE, {"output_type": "choice"}, {}, "output_type 'choice'"),
         (CHOICE, {"test_split": "tset"}, {}, "tset"),
-        (CHOICE, {"fewshot_split": "test"}, {"num_fewshot": 8}, "num_fewshot 8 needs 9 documents.*there are 8"),
+        (
+            CHOICE,
+            {"fewshot_split": "test"},
+            {"num_fewshot": 8},
+            "num_fewshot 8 needs 9 documents.*there are 8",
+        ),
         (WRITE, {"unsafe_code": True}, {}, "runs code that the model writes"),
     ],
 )
@@ -257,14 +326,14 @@ def test_check_names_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("task: pick\nmetric_list: [\n")
     with pytest.raises(BadInput, match=r"pick\.yaml, line 3: not valid YAML"):
         mine.check()
-    with pytest.raises(BadInput, match="no folder .*elsewhere"):
+    with pytest.raises(BadInput, match=r"no folder .*elsewhere"):
         Benchmark(name="pick", folder=str(tmp_path / "elsewhere")).check()
 
 
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     write(tmp_path, CHOICE)
     write(tmp_path, READ)
-    with pytest.raises(BadInput, match="no benchmark 'pikc'.*only pick, read"):
+    with pytest.raises(BadInput, match=r"no benchmark 'pikc'.*only pick, read"):
         Benchmark(name="pikc", folder=str(tmp_path)).check()
     with pytest.raises(BadInput, match=f"bundled are .*{names_in(BUNDLED)[-1]}"):
         Benchmark(name="no_such_benchmark_anywhere").check()
@@ -275,7 +344,7 @@ def test_groups_and_tags_are_refused_with_their_members(tmp_path: Path) -> None:
     write(tmp_path, READ, tag=["letters", "other"])
     (tmp_path / "both.yaml").write_text("group: both\ntask: [pick, {task: read, num_fewshot: 1}]\n")
     for name in ("both", "letters"):
-        with pytest.raises(BadInput, match="several.*pick, read"):
+        with pytest.raises(BadInput, match=r"several.*pick, read"):
             Benchmark(name=name, folder=str(tmp_path)).check()
 
 
@@ -289,6 +358,15 @@ def test_hub_benchmarks_are_found_without_a_folder() -> None:
 
 def test_a_string_is_a_name() -> None:
     assert Benchmark.model_validate("piqa") == Benchmark(name="piqa")
+
+
+def test_checking_a_recipe_imports_nothing_heavy() -> None:
+    """A mere `--plan` must answer at once."""
+    code = (
+        "import sys; from cfsd.benchmark import Benchmark; b = Benchmark(name='facts'); b.check(); b.digest(); "
+        "sys.exit(str({'lm_eval', 'torch', 'pandas', 'transformers', 'datasets'} & set(sys.modules) or ''))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 
 def test_digest_follows_content_and_settings_but_not_the_place(tmp_path: Path) -> None:

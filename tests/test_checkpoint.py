@@ -1,0 +1,162 @@
+"""A model's identity is its content; its start token is told, never guessed; pickles are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cfsd.artifact import Artifact, Store
+from cfsd.checkpoint import (
+    Checkpoint,
+    end_tokens,
+    load_for_measuring,
+    load_tokenizer,
+    payload_of,
+    read_start_token,
+    start_token,
+)
+from cfsd.errors import BadInput
+from tests.conftest import fetched, save_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def copy_of(folder: Path, place: Path) -> Path:
+    return Path(shutil.copytree(folder, place))
+
+
+def test_a_model_with_bos_starts_from_it(store: Store, base: Artifact) -> None:
+    tokenizer = load_tokenizer(store.path(base))
+    assert base.facts["start_token"] == read_start_token(store.path(base)) == tokenizer.bos_token_id
+
+
+def test_a_model_without_bos_starts_from_its_document_separator(store: Store, tmp_path: Path) -> None:
+    olmo = fetched(store, save_model(tmp_path / "olmo", family="olmo", bos=False))
+    tokenizer = load_tokenizer(store.path(olmo))
+    assert tokenizer.bos_token_id is None
+    assert olmo.facts["start_token"] == tokenizer.eos_token_id
+
+
+def test_a_model_with_neither_is_refused_with_the_remedy(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(BadInput, match=r"neither BOS nor EOS.*base\.start_token"):
+        start_token(tokenizer)
+
+
+def test_a_wanted_start_token_wins_and_another_model_it_is(store: Store, base: Artifact, model_folder: Path) -> None:
+    wanted = fetched(store, model_folder, start_token="a")
+    assert wanted.facts["start_token"] == load_tokenizer(model_folder).convert_tokens_to_ids("a")
+    assert wanted.content != base.content
+    assert wanted.key != base.key
+
+
+@pytest.mark.parametrize("wanted", ["<nonsense>", "ab", ""])
+def test_a_wanted_start_token_outside_the_vocabulary_is_refused(model_folder: Path, wanted: str) -> None:
+    with pytest.raises(BadInput, match="not a token"):
+        start_token(load_tokenizer(model_folder), wanted)
+
+
+def test_the_start_token_that_came_with_a_tuned_model_is_kept(store: Store, model_folder: Path) -> None:
+    wanted = fetched(store, model_folder, start_token="a")
+    again = fetched(store, store.path(wanted))
+    assert again.facts["start_token"] == wanted.facts["start_token"]
+    assert again.content == wanted.content
+
+
+def test_the_users_folder_is_left_as_it_was(store: Store, model_folder: Path, tmp_path: Path) -> None:
+    mine = copy_of(model_folder, tmp_path / "mine")
+    (mine / "start_token.json").write_text('{"start_token": 5}')
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    fetched(store, mine, start_token="b")
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_identity_is_content_not_path(home: Path, model_folder: Path, tmp_path: Path) -> None:
+    same = copy_of(model_folder, tmp_path / "elsewhere")
+    other = save_model(tmp_path / "other", seed=1)
+    digests = [Checkpoint(kind="folder", path=str(path)).digest() for path in (model_folder, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_what_surrounds_the_weights_is_part_of_the_identity(
+    home: Path, model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    changed = copy_of(model_folder, tmp_path / "changed")
+    content = json.loads((changed / name).read_text())
+    (changed / name).write_text(json.dumps(content | {"padding": "x"}))
+    digests = [Checkpoint(kind="folder", path=str(path)).digest() for path in (model_folder, changed)]
+    assert digests[0] != digests[1]
+
+
+def test_weights_are_linked_not_copied(store: Store, base: Artifact, model_folder: Path) -> None:
+    weights = store.path(base) / "model.safetensors"
+    assert weights.is_symlink()
+    assert weights.samefile(model_folder / "model.safetensors")
+
+
+def test_changed_weights_behind_the_link_are_noticed(store: Store, tmp_path: Path) -> None:
+    mine = save_model(tmp_path / "mine")
+    model = fetched(store, mine)
+    save_model(mine, seed=1)
+    assert store.find("model", model.key) is None
+    assert fetched(store, mine).content != model.content
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    pickled = copy_of(model_folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"pickle files are never read; save them with save_pretrained"):
+        Checkpoint(kind="folder", path=str(pickled)).check()
+
+
+def test_pickles_beside_safetensors_are_left_behind(model_folder: Path, tmp_path: Path) -> None:
+    both = copy_of(model_folder, tmp_path / "both")
+    torch.save({}, both / "pytorch_model.bin")
+    (both / "modeling_own.py").write_text("raise SystemExit")
+    assert {"pytorch_model.bin", "modeling_own.py"}.isdisjoint(payload_of(both))
+
+
+def test_what_is_not_a_folder_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"nowhere.*working directory.*org/name@revision"):
+        Checkpoint.model_validate(str(tmp_path / "nowhere")).check()
+
+
+def test_strings_name_all_four_kinds(tmp_path: Path) -> None:
+    def kind(text: str) -> str:
+        return Checkpoint.model_validate(text).kind
+
+    assert [kind(text) for text in ("tiny", "smollm2", "./tiny", f"org/name@{COMMIT}")] == [
+        "tiny", "smollm2", "folder", "hub",
+    ]  # fmt: skip
+    (tmp_path / "a@b").mkdir()
+    assert kind(str(tmp_path / "a@b")) == "folder"
+    hub = Checkpoint.model_validate(f"org/name@{COMMIT}")
+    assert (hub.name, hub.revision) == ("org/name", COMMIT)
+
+
+@pytest.mark.parametrize("text", ["org/name@main", "org/name@", f"@{COMMIT}", f"org/name@{COMMIT[:-1]}"])
+def test_an_unpinned_hub_model_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="40 hex digits"):
+        Checkpoint.model_validate(text)
+
+
+def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    assert end_tokens(tmp_path) == (1,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert end_tokens(tmp_path) == (2, 3)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert end_tokens(tmp_path) == (1,)
+
+
+def test_two_models_stay_loaded_and_equal_content_loads_once(store: Store, base: Artifact, tmp_path: Path) -> None:
+    other = fetched(store, save_model(tmp_path / "other", seed=1))
+    loaded = [load_for_measuring(store, model, "cpu") for model in (base, other, base, other)]
+    assert loaded[0] is loaded[2] is not loaded[1] is loaded[3]
+    assert not loaded[0].training

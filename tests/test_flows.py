@@ -1,0 +1,110 @@
+"""What runs again after which change: counted on real flow runs with a real Prefect server."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsd.artifact import Store
+from cfsd.machine import Machine
+from cfsd.recipe import Recipe
+from cfsd.summary import Trail
+
+MEASURED_AFTER = ["evaluate", "evaluate-target", "evaluate-probe"]
+CPU = Machine(device="cpu", threads=1)
+
+
+@pytest.fixture
+def recipe(recipe_file: Path, benchmark_folder: Path) -> Recipe:
+    return Recipe.load(recipe_file, [f"evaluate.benchmarks=[{{name: letters, folder: {benchmark_folder}}}]"])
+
+
+@pytest.fixture(scope="session")
+def benchmark_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two benchmarks of a user's own."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, pairs in {"letters": ["ab", "cd", "ef", "gh"], "pairs": ["ac", "bd", "eg", "fh"]}.items():
+        docs = [{"question": f"{p[0]} is not ", "choices": [p[0], p[1]], "answer": 1} for p in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+            "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
+        )
+    return folder
+
+
+def flow(recipe: Recipe, machine: Machine = CPU) -> Trail:
+    from flows.mitigate import mitigate
+
+    return mitigate(recipe, machine)
+
+
+def executed(trail: Trail) -> list[str]:
+    return [step.stage for step in trail.steps if step.executed]
+
+
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
+    from cfsd.recipe import override, validated
+
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return validated(Recipe, override(recipe.model_dump(mode="json"), dotted), "test")
+
+
+def test_only_what_depends_on_a_change_runs_again(
+    recipe: Recipe, home: Path, server: str, benchmark_folder: Path
+) -> None:
+    first = executed(flow(recipe))
+    assert first == ["fetch", "target", "probe", "generate", "filter", "mix", "train",
+                     "evaluate", "evaluate-target", *MEASURED_AFTER]  # fmt: skip
+    assert executed(flow(recipe)) == []
+    assert executed(flow(changed(recipe, name="renamed"), CPU.model_copy(update={"sampling_rows": 7}))) == []
+    assert executed(flow(changed(recipe, train__learning_rate=3e-4))) == ["train", *MEASURED_AFTER]
+    assert executed(flow(changed(recipe, merge__alpha=0.5))) == ["merge", *MEASURED_AFTER]
+    assert executed(flow(changed(recipe, probe__length=23))) == ["probe", "evaluate-probe"]
+    assert executed(flow(changed(recipe, filter__min_tokens=20))) == ["filter", "mix", "train", *MEASURED_AFTER]
+    both = [{"name": name, "folder": str(benchmark_folder)} for name in ("letters", "pairs")]
+    assert executed(flow(changed(recipe, evaluate__benchmarks=both))) == ["evaluate", "evaluate"]
+
+
+def test_a_moved_data_folder_runs_nothing_again(
+    recipe: Recipe, home: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = flow(recipe)
+    shutil.move(home, tmp_path / "elsewhere")
+    monkeypatch.setenv("CFSD_HOME", str(tmp_path / "elsewhere"))
+    after = flow(recipe)
+    assert executed(after) == []
+    assert after.artifacts["final"] == before.artifacts["final"]
+
+
+def test_what_prefect_remembers_but_the_store_lost_is_made_again(recipe: Recipe, home: Path, server: str) -> None:
+    before = flow(recipe)
+    shutil.rmtree(Store(home).path(before.artifacts["corpus"]))
+    shutil.rmtree(Store(home).path(before.artifacts["tuned"]))
+    after = flow(recipe)
+    assert executed(after) == ["generate", "train"]
+    assert after.artifacts["final"].content == before.artifacts["final"].content
+
+
+def test_a_learning_rate_of_zero_changes_nothing(recipe: Recipe, home: Path, server: str) -> None:
+    trail = flow(changed(recipe, train__learning_rate=0.0))
+    from cfsd.summary import summarise
+
+    summary = summarise(Store(home), trail)
+    assert executed(trail).count("evaluate") == 2  # measured anew, not one artifact compared with itself
+    for figure in (summary.target_gain, summary.probe_kl, summary.probe_kl_sampled, summary.mean_forgetting):
+        assert figure and figure["value"] == 0.0
+    assert trail.before.benchmarks["letters"].key != trail.after.benchmarks["letters"].key
+
+
+def test_plan_tells_what_runs_without_running(recipe: Recipe, home: Path) -> None:
+    from flows._plan import walk
+    from flows.mitigate import story
+
+    steps, _ = walk(recipe, CPU, story)
+    assert steps[0].stage == "fetch" and steps[0].key and not steps[0].cached
+    assert steps[1].key is None  # depends on fetch
+    assert not (home / "store").exists()

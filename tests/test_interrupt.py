@@ -1,0 +1,138 @@
+"""kill -9 and Ctrl-C in the middle of each stage; then the same command again finishes with the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsd.artifact import Store
+from cfsd.machine import Machine
+from cfsd.recipe import Recipe
+from tests.conftest import ROOT
+
+SLOW_ENOUGH = [  # seconds per stage, so that its middle can be hit
+    "probe.rows=160", "probe.length=100", "generate.rows=320", "generate.length=100", "mix.target_rows=1",
+    "train.epochs=6",
+]  # fmt: skip
+ON = ["--machine", "sampling_rows=8", "--machine", "checkpoint_steps=40", "--machine", "threads=1"]
+STAGES = {
+    "probe": ("corpus", "corpus-00002.parquet"),
+    "generate": ("corpus", "corpus-00003.parquet"),
+    "train": ("model", "checkpoints/checkpoint-80/trainer_state.json"),
+    "evaluate-probe": ("scores", "progress.json"),
+}
+
+
+def start(recipe: Path, home: Path) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-m", "flows.mitigate", str(recipe), "--home", str(home), *ON]
+    for change in SLOW_ENOUGH:
+        words += ["--set", change]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def middle_of(stage: str, home: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until the draft of `stage` has work in it."""
+    kind, sign = STAGES[stage]
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        for draft in (home / "store" / kind).glob("*.draft"):
+            if (draft / sign).exists():
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{stage} never came to its middle")
+
+
+def final_content(recipe: Path, home: Path) -> str:
+    from flows._plan import walk
+    from flows.mitigate import story
+
+    os.environ["CFSD_HOME"], before = str(home), os.environ["CFSD_HOME"]
+    try:
+        steps, _ = walk(Recipe.load(recipe, SLOW_ENOUGH), Machine(device="cpu", threads=1), story)
+        key = next(step.key for step in steps if step.stage == "train")
+    finally:
+        os.environ["CFSD_HOME"] = before
+    assert key
+    found = Store(home).find("model", key)
+    assert found
+    return found.content
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, server: str) -> Callable[[], tuple[Path, str]]:
+    """One recipe, and the weights that it gives when nobody interrupts."""
+    from tests.conftest import save_model, write_rows
+
+    folder = tmp_path_factory.mktemp("interrupt")
+    save_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"name: mine\nbase: {folder / 'model'}\ntarget: {{path: {rows}, held_out: 8}}\n")
+    made: list[str] = []
+
+    def give() -> tuple[Path, str]:
+        if not made:
+            process = start(recipe, folder / "data")
+            out, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, out
+            made.append(final_content(recipe, folder / "data"))
+        return recipe, made[0]
+
+    return give
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_costs_no_finished_work(stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path) -> None:
+    recipe, content = case()
+    home = tmp_path / "data"
+    process = start(recipe, home)
+    middle_of(stage, home, process)
+    process.kill()
+    process.wait()
+    kept = _state(home)
+    again = start(recipe, home)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert final_content(recipe, home) == content
+    for path, mtime in kept.items():  # finished artifacts and shards were not written again
+        made = Path(str(path).replace(".draft", ""))
+        assert made.stat().st_mtime_ns == mtime, f"{path} was made again"
+    if stage == "train":
+        manifests = [path.read_text() for path in (home / "store" / "model").glob("*/manifest.json")]
+        assert any('"continued_from_step": 80' in text for text in manifests)
+
+
+def _state(home: Path) -> dict[Path, int]:
+    shards = list((home / "store" / "corpus").glob("*/corpus-*.parquet"))
+    return {path: path.stat().st_mtime_ns for path in shards}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_ends_children_and_says_how_to_continue(
+    stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path
+) -> None:
+    recipe, content = case()
+    home = tmp_path / "data"
+    process = start(recipe, home)
+    middle_of(stage, home, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("python -m flows.mitigate") and str(recipe) in last
+    assert "Traceback" not in out
+    assert not _training_processes(home)
+    done = subprocess.run([sys.executable, *last.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert final_content(recipe, home) == content
+
+
+def _training_processes(home: Path) -> list[str]:
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if "cfsd.train" in line and str(home) in line]

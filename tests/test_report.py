@@ -1,0 +1,477 @@
+"""The report from small artifacts with the real tables: what it says, leaves out and never does."""
+
+import io
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pydantic import JsonValue
+from rich.console import Console
+
+from cfsd.artifact import Artifact, Draft, Store, key_of
+from cfsd.figures import curves_figure, forest_figures, frontier_figure, svg_of
+from cfsd.report import detectable_mean, number, print_summary, shown, summary_frame, verdict, write_report
+from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, table_of, write_shard
+from cfsd.summary import Scores, Step, Summary, Trail, summarise
+
+HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
+BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
+DOCUMENTS = 100
+Tables = dict[str, pa.Table]
+
+
+class World:
+    """A store filled by hand: one base model, its probe and target, and variants of any damage."""
+
+    def __init__(self, home: Path, *, text: str = "<bos>rev:abc=cba<eos>") -> None:
+        self.store = Store(home)
+        self.base = self.artifact("model", "base", {"parameters": 12345, "architecture": "Llama", "context": 256})
+        target_facts = {"train_rows": 500, "held_out_rows": 20, "dropped": {"seen before": 17}}
+        self.target = self.artifact("target", "rot", target_facts)
+        self.probe = self.artifact("corpus", "probe", {"rows": 20})
+        rows = [
+            {
+                "row_id": i, "source": "context-free", "token_ids": [0, 5, 6], "logprobs": [None, -1.0, -2.0],
+                "finish_reason": "length" if i % 2 else "eos", "shard": 0, "seed": 0, "text": f"{text} {i}",
+            }
+            for i in range(30)
+        ]  # fmt: skip
+        corpus = table_of(CORPUS, rows)
+        self.corpus = self.artifact(
+            "corpus",
+            "sampled",
+            {"rows": 30, "tokens": 60, "ended_fraction": 0.5, "biased": ""},
+            {"corpus": corpus},
+        )
+        rejected = table_of(REJECTS, [{"row_id": 29, "reason": "duplicate", "text": f"{text} twice"}])
+        facts = {
+            "rows": 29, "tokens": 58, "rejected": {"duplicate": 1}, "accepted_fraction": 29 / 30,
+            "mean_logprob": -1.5, "mean_logprob_shift": 0.0123,
+        }  # fmt: skip
+        tables = {"corpus": corpus.slice(0, 29), "rejects": rejected}
+        self.kept = self.artifact("corpus", "kept", facts, tables)
+
+    def artifact(
+        self, kind: str, name: str, facts: dict[str, Any], tables: Tables | None = None,
+        metrics: list[dict[str, float]] | None = None,
+    ) -> Artifact:  # fmt: skip
+        def work(draft: Draft) -> None:
+            draft.facts |= facts
+            (draft.folder / "name.txt").write_text(name)
+            for table_name, table in (tables or {}).items():
+                write_shard(draft.folder, table_name, 0, table)
+            for step, values in enumerate(metrics or [], 1):
+                draft.journal.metrics(step, values)
+
+        environment: dict[str, JsonValue] = {"torch": "2.9.1", "device": "cpu"}
+        return self.store.make(kind, key_of(kind, name), work, environment=environment)[0]
+
+    def scores(self, model: str, benchmark: str, right: int, kind: str = "binary") -> Artifact:
+        """Score the first `right` documents right, or give each that loss in nats."""
+        values = [float(i < right) for i in range(DOCUMENTS)] if kind == "binary" else [float(right)] * DOCUMENTS
+        rows = [
+            {
+                "benchmark": benchmark, "filter": "none", "doc_id": i, "doc_hash": f"h{i}", "metric": "acc",
+                "value": value, "count": 1 if kind == "binary" else 4, "prompt": f"{benchmark}: item {i} {HOSTILE}",
+                "answer": f"{model} says {value} [right: 1]",
+            }
+            for i, value in enumerate(values)
+        ]  # fmt: skip
+        facts = {
+            "benchmark": benchmark, "metric": "acc" if kind == "binary" else "nll", "kind": kind,
+            "higher_is_better": kind == "binary", "chance": BENCHMARKS.get(benchmark),
+        }  # fmt: skip
+        table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
+        return self.artifact("scores", f"{model} {benchmark} {right}", facts, {"scores": table})
+
+    def responses(self, model: str, loss: float, right: int) -> Artifact:
+        noise = random.Random(1)
+        rows = [
+            {
+                "row_id": i, "nll": 4 * (loss + noise.uniform(0, 0.1)), "correct": 4 if i < right else 1, "count": 4,
+                "prompt": "p", "response": "r",
+            }
+            for i in range(20)
+        ]  # fmt: skip
+        facts = {"rows": 20, "tokens": 80, "loss": loss, "accuracy": right / 20}
+        return self.artifact("responses", f"{model} {loss}", facts, {"responses": table_of(RESPONSES, rows)})
+
+    def divergence(self, model: str, kl: float) -> Artifact:
+        noise = random.Random(2)
+        rows = []
+        for i in range(20):
+            nats = 10 * kl * noise.uniform(0.9, 1.1)
+            rows.append({"row_id": i, "kl": nats, "sampled": nats, "base_nll": 9.0, "tuned_nll": 9.0, "count": 10})
+        facts = {"probe_kl": kl}
+        return self.artifact("divergence", f"{model} {kl}", facts, {"divergence": table_of(DIVERGENCE, rows)})
+
+    def trained(self, name: str, *, right: int, loss: float, kl: float, rehearsed: bool = True) -> Trail:
+        """Return a variant that has `right` of 100 documents right, where the base has 90."""
+        mixture = self.artifact("mixture", name, {"target_rows": 500})
+        curve = [{"train/target_loss": 2.0 / step, "train/loss": 9.0} for step in range(1, 13)]
+        for step, values in enumerate(curve):
+            values |= {"train/rehearsal_loss": 1.0 + step / 100} if rehearsed else {}
+        tuned = self.artifact("model", f"tuned {name}", {"steps": 12, "tokens": 4321}, metrics=curve)
+        artifacts = {
+            "base": self.base, "target": self.target, "probe": self.probe, "mixture": mixture, "tuned": tuned,
+            "final": tuned, **({"corpus": self.corpus, "kept": self.kept} if rehearsed else {}),
+        }  # fmt: skip
+        before = Scores(benchmarks={b: self.scores("base", b, 90) for b in BENCHMARKS},
+                        target=self.responses("base", 2.0, 1))  # fmt: skip
+        after = Scores(benchmarks={b: self.scores(name, b, right) for b in BENCHMARKS},
+                       target=self.responses(name, loss, 15), probe=self.divergence(name, kl))  # fmt: skip
+        steps = (
+            Step(stage="probe", artifact=self.probe, executed=name == "finetune", seconds=1.5),
+            Step(stage="train", artifact=tuned, executed=True, seconds=12.25),
+        )
+        recipe = {"name": name, "train": {"learning_rate": 1e-5, "rehearsal_weight": float(rehearsed)}}
+        return Trail(name=name, recipe=recipe, digest=f"digest-{name}"[:16], artifacts=artifacts,
+                     before=before, after=after, steps=steps)  # fmt: skip
+
+    def variants(self) -> list[Trail]:
+        return [
+            self.trained("finetune", right=50, loss=0.5, kl=1.2, rehearsed=False),
+            self.trained("rehearse", right=88, loss=0.6, kl=0.05),
+            self.trained("rehearse more", right=89, loss=0.62, kl=0.049),
+        ]
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements with their attributes, and the text outside of style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.inside:
+            self.words += " ".join(data.split()) + " "
+
+    def headings(self) -> list[str]:
+        return [attrs["id"] or "" for tag, attrs in self.elements if tag == "h2"]
+
+    def part(self, start: str, end: str) -> str:
+        """Return the words from the last `start` to the first `end` after it."""
+        begin = self.words.rindex(start)
+        return self.words[begin : self.words.index(end, begin)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "data")
+
+
+def report_of(world: World, trails: list[Trail], path: Path, **options: Any) -> Page:
+    summaries = [summarise(world.store, trail) for trail in trails]
+    write_report(path, world.store, options.pop("title", "A title"), trails, summaries, **options)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_one_variant_shows_every_part_with_its_numbers(world: World, tmp_path: Path) -> None:
+    trail = world.variants()[1]
+    page = report_of(world, [trail], tmp_path / "out" / "report.html", notes=["A note to read"])
+    assert page.headings() == [
+        "table", "frontier", "benchmarks", "training", "items", "samples", "dropped", "lineage", "recipe", "cost",
+    ]  # fmt: skip
+    summary = summarise(world.store, trail)
+    assert summary.target_gain and summary.probe_kl and summary.mean_forgetting
+    wanted = [
+        shown(summary.target_gain), shown(summary.probe_kl), shown(summary.mean_forgetting, 100), "A note to read",
+        "90.0 → 88.0", "17 seen before", "1 duplicate", "0.0123", "-1.50 nats per token", "4,321", "12.2",
+        "learning_rate: 1.0e-05", "torch 2.9.1", *(a.key for a in trail.artifacts.values()),
+    ]  # fmt: skip
+    assert [text for text in wanted if text not in page.words] == []
+
+
+def test_the_page_loads_nothing_and_runs_nothing(world: World, tmp_path: Path) -> None:
+    page = report_of(world, world.variants(), tmp_path / "report.html")
+    assert "http" not in (tmp_path / "report.html").read_text()
+    assert {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed"} == set()
+    references = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "xlink:href", "src")]
+    assert references and all(str(reference).startswith("#") for reference in references)
+    assert not [k for _, attrs in page.elements for k in attrs if k.startswith("on")]
+    assert "@import" not in (tmp_path / "report.html").read_text()
+
+
+def test_ids_are_found_once_and_all_references_lead_to_one(world: World, tmp_path: Path) -> None:
+    page = report_of(world, world.variants(), tmp_path / "report.html")
+    drawn = [attrs["id"] for _, attrs in page.elements if attrs.get("id")]
+    used = {str(v)[1:] for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "xlink:href")}
+    used |= set(re.findall(r"url\(#([^)]*)\)", (tmp_path / "report.html").read_text()))
+    assert used <= set(drawn)
+    assert [name for name in used if drawn.count(name) > 1] == []
+
+
+def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
+    world = World(tmp_path / "data", text=HOSTILE)
+    trail = world.trained(HOSTILE.replace("\x00", ""), right=60, loss=0.5, kl=0.1)
+    page = report_of(world, [trail, *world.variants()], tmp_path / "report.html", title=HOSTILE, notes=[HOSTILE])
+    assert "script" not in {tag for tag, _ in page.elements}
+    visible = HOSTILE.replace("\x00", "␀")
+    assert f"{visible} 0" in page.words  # a sample of the corpus
+    assert f"{visible} twice" in page.words  # a rejected row
+    assert f"item 60 {visible}" in page.words  # the prompt of a changed answer
+    assert "\x00" not in page.words.replace(HOSTILE, "")
+
+
+def test_changed_answers_come_worse_first_and_never_unchanged(world: World, tmp_path: Path) -> None:
+    page = report_of(world, [world.variants()[1]], tmp_path / "report.html")
+    items = page.part("Answers that changed", "samples of the rehearsal")
+    assert items.count("right → wrong") == 2 * len(BENCHMARKS)
+    assert "item 88" in items and "item 89" in items
+    assert "base says 1.0 [right: 1]" in items and "rehearse says 0.0 [right: 1]" in items
+    assert "wrong → right" not in items
+
+
+def test_twenty_samples_of_the_first_variant_with_a_corpus(world: World, tmp_path: Path) -> None:
+    page = report_of(world, world.variants(), tmp_path / "report.html")
+    samples = page.part("20 samples of the rehearsal", "What was left out")
+    assert "“rehearse”" in samples
+    assert samples.count("rev:abc=cba") == 20
+    assert samples.count("ended by the model") == samples.count("cut off,") + 10 == 10
+
+
+def test_measuring_two_models_leaves_out_what_there_is_not(world: World, tmp_path: Path) -> None:
+    full = world.variants()[0]
+    artifacts = {"base": world.base, "tuned": full.artifacts["probe"]}
+    before, after = (s.model_copy(update={"target": None, "probe": None}) for s in (full.before, full.after))
+    trail = Trail(name="measure", artifacts=artifacts, before=before, after=after)
+    page = report_of(world, [trail], tmp_path / "report.html")
+    assert page.headings() == ["table", "benchmarks", "items", "lineage", "cost"]
+    assert "It forgot: it lost" in page.words
+    for absent in ("target gain", "probe_kl", "None", "nan"):
+        assert absent not in page.words
+    bare = Trail(name="nothing", artifacts=artifacts, before=Scores(), after=Scores())
+    assert "Nothing was measured" in report_of(world, [bare], tmp_path / "bare.html").words
+
+
+def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) -> None:
+    trail = world.variants()[1]
+    page = report_of(world, [trail], tmp_path / "report.html")
+    tree = page.part("Where everything comes from", "Recipe")
+    roles = ["final, tuned", "mixture", "target", "kept", "corpus", "base"]
+    places = [re.search(rf"\b{role} (model |corpus )?[0-9a-f]{{16}}", tree) for role in roles]
+    starts = [place.start() for place in places if place]
+    assert len(starts) == len(roles) and starts[:2] == sorted(starts[:2]) and starts[1] < min(starts[2:])
+    came = Trail(
+        name="m",
+        artifacts={r: trail.artifacts[r] for r in ("tuned", "base")},
+        before=Scores(),
+        after=Scores(),
+    )
+    html = tmp_path / "came.html"
+    report_of(world, [came], html)
+    tree_of_came = html.read_text().split('<ul class="tree">')[1].split("</details>")[0]
+    assert "<ul>" not in tree_of_came
+
+
+def test_variants_after_the_first_show_only_how_their_recipe_differs(world: World, tmp_path: Path) -> None:
+    page = report_of(world, world.variants(), tmp_path / "report.html")
+    recipes = page.part("Recipe", "Cost and versions")
+    assert recipes.count("learning_rate") == 1
+    assert "train.rehearsal_weight: 1.0" in recipes
+
+
+def test_equal_artifacts_give_an_equal_page(world: World, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        report_of(world, world.variants(), tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Path) -> None:
+    trail = world.trained("lr0", right=90, loss=2.0, kl=0.0)
+    page = report_of(world, [trail], tmp_path / "report.html")
+    assert "was not found to have learned the target" in page.words
+    assert "No forgetting was found: it lost 0 [" in page.words
+    assert "moved not at all" in page.words
+    assert "nan" not in (tmp_path / "report.html").read_text().lower().replace("finance", "")
+    again = [trail, world.trained("lr0 seed=1", right=90, loss=2.0, kl=0.0)]
+    assert "No variant certainly" not in report_of(world, again[:1], tmp_path / "a.html").words
+
+
+def test_twenty_variants(world: World, tmp_path: Path) -> None:
+    trails = [world.trained(f"variant {i}", right=50 + 2 * i, loss=0.5 + i / 50, kl=1 / (i + 1)) for i in range(20)]
+    page = report_of(world, trails, tmp_path / "report.html")
+    assert all(page.words.count(f"variant {i} ") >= 4 for i in range(20))
+
+
+# --- verdict, from figures alone ---------------------------------------------------------------------------
+
+
+def figure(value: float, half: float, unit: str = "fraction") -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, "unit": unit}
+
+
+def benchmark(lost: float, half: float, detectable: float | None = 0.1) -> dict[str, Any]:
+    return {
+        "benchmark": "b", "metric": "acc", "num_documents": 100, "base": 0.9, "tuned": 0.9 - lost,
+        "forgetting": figure(lost, half), "chance_corrected": figure(lost * 2, half * 2), "retention": None,
+        "retention_note": "base at chance", "right_to_wrong": lost, "wrong_to_right": 0.0, "p_value": 0.5,
+        "detectable": detectable,
+    }  # fmt: skip
+
+
+def summary(name: str, forgot: float, kl: float | None = 0.1, gain: float | None = 1.0, half: float = 0.02) -> Summary:
+    return Summary(
+        name=name, digest="", target={"base_loss": 2, "tuned_loss": 1, "base_accuracy": 0, "tuned_accuracy": 0.5},
+        target_gain=None if gain is None else figure(gain, 0.1), target_accuracy_gain=None,
+        probe_kl=None if kl is None else figure(kl, 0.01), probe_kl_sampled=None,
+        mean_forgetting=figure(forgot, half), benchmarks={"b": benchmark(forgot / 2, half / 2)},
+        seconds={}, executed=[], cached=[],
+    )  # fmt: skip
+
+
+def test_verdict_says_forgot_only_when_zero_is_outside() -> None:
+    assert "It forgot: it lost 5.00 [3.00, 7.00] points" in verdict([summary("a", 0.05)])
+    unsure = verdict([summary("a", 0.01)])
+    assert "It forgot" not in unsure
+    assert "No forgetting was found" in unsure
+    assert "a mean drop of 20.0 points would have been found with 80 % probability" in unsure  # 0.1, stretched by 2
+    assert "so it gained" in verdict([summary("a", -0.05)])
+
+
+def test_verdict_names_a_benchmark_that_alone_became_worse() -> None:
+    mixed = summary("a", 0.01)
+    worse = mixed.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.05), "c": benchmark(0.2, 0.05)}})
+    assert "Taken alone, it became worse on c (90.0 → 70.0 %)." in verdict([worse])
+    assert "became worse on b" not in verdict([worse])
+
+
+@pytest.mark.parametrize("other, apart", [(0.5, True), (0.13, True), (0.115, False), (0.1, False)])
+def test_verdict_says_moved_less_only_when_intervals_are_apart(other: float, apart: bool) -> None:
+    said = verdict([summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)])
+    assert ("“b” moved less from the base model than “a”" in said) == apart
+    assert ("No variant certainly moved less" in said) != apart
+
+
+def test_verdict_compares_with_each_of_several() -> None:
+    said = verdict([summary("a", 0.5), summary("b", 0.01), summary("c", 0.03), summary("d", 0.3)])
+    own = "1.00 [-1.00, 3.00] points on average"
+    assert f"“b” forgot less than “a” and “d”: {own} against at least 30.0 [28.0, 32.0]" in said
+    assert "not told apart from “c”" in said
+    assert "No forgetting was found in “b”; a mean drop of" in said
+
+
+def test_verdict_counts_repeats_as_one_variant() -> None:
+    seeds = [
+        summary("a seed=0", 0.10),
+        summary("a seed=1", 0.30),
+        summary("b seed=0", 0.11),
+        summary("b seed=1", 0.05),
+    ]
+    said = verdict(seeds)
+    assert "No variant certainly forgot less" in said  # a's lowest, 8 to 12 points, overlaps with b's
+    assert "seed=" not in said
+
+
+def test_verdict_without_interval_claims_nothing() -> None:
+    bare = {"value": 0.0, "low": None, "high": None, "unit": "fraction"}
+    few = [summary("a", 0.3), summary("b", 0.0).model_copy(update={"mean_forgetting": bare})]
+    assert "No variant certainly forgot less" in verdict(few)
+    assert "It forgot" not in verdict(few[1:])
+
+
+def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
+    one = summary("a", 0.0)
+    four = one.model_copy(update={"benchmarks": {str(i): benchmark(0.0, 0.01) for i in range(4)}})
+    assert detectable_mean(one) == pytest.approx(0.2)
+    assert detectable_mean(four) == pytest.approx(0.1)
+    unknown = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.1, None)}})
+    assert detectable_mean(unknown) == pytest.approx(0.2 * 2.8 / 1.96)
+
+
+# --- table, terminal, numbers, figures -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.1234, "0.123"), (12.34, "12.3"), (9.999, "10.0"), (1234.5, "1230"), (0, "0"), (-0.05, "-0.0500"),
+     (1e-9, "1.00e-09"), (0.9996, "1.00"), (float("-0.0"), "0")],
+)  # fmt: skip
+def test_number(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_shown_with_and_without_interval() -> None:
+    assert shown({"value": 0.123, "low": 0.101, "high": 0.148}) == "0.123 [0.101, 0.148]"
+    assert shown({"value": 0.123, "low": None, "high": None}, 100) == "12.3"
+
+
+def test_frame_has_base_and_variants_and_leaves_out_what_nobody_has(world: World) -> None:
+    summaries = [summarise(world.store, trail) for trail in world.variants()]
+    frame = summary_frame(summaries).set_index("figure")
+    assert list(frame.columns) == ["base", "finetune", "rehearse", "rehearse more"]
+    assert frame.index.is_unique
+    assert frame.loc["cap: acc, %", "base"] == "90.0"
+    assert frame.loc["cap: acc, %", "finetune"] == "50.0"
+    assert str(frame.loc["cap: lost, points", "rehearse"]).startswith("2.00 [")
+    assert "target loss: gain, nats/token" in frame.index
+    without = [s.model_copy(update={"target_gain": None}) for s in summaries]
+    assert "target loss: gain, nats/token" not in list(summary_frame(without)["figure"])
+
+
+def test_frame_shows_another_base_where_variants_differ_in_it() -> None:
+    other = summary("b", 0.1)
+    other = other.model_copy(update={"target": {**other.target, "base_loss": 3.0}})
+    rows = summary_frame([summary("a", 0.1), other]).to_numpy().tolist()
+    assert ["target loss, nats/token", "2.00", "1.00", "3.00 → 1.00"] in rows
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_terminal_table_fits_in_100_columns(count: int) -> None:
+    summaries = [summary(f"variant number {i} [red]", 0.12345, kl=0.4567, gain=1.2345) for i in range(count)]
+    console = Console(width=100, file=io.StringIO())
+    print_summary(summaries, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, printed.splitlines())) <= 100
+    assert len(re.findall(r"\[10\.3, 14\.3\]", printed)) >= count
+    assert "…" not in printed
+    assert printed.count("[red]") >= count
+
+
+def test_frontier_has_a_named_point_per_variant_and_a_panel_per_cost() -> None:
+    summaries = [summary("a", 0.1), summary("b$x$", 0.2, kl=0.3), summary("no gain", 0.2, gain=None)]
+    drawn = frontier_figure(summaries)
+    assert len(drawn.axes) == 2
+    written = [{text.get_text() for text in axes.texts} - {""} for axes in drawn.axes]
+    assert written == [{"base", "a", "b$x$"}] * 2
+    assert len(frontier_figure([summary("a", 0.1, kl=None)]).axes) == 1
+    assert frontier_figure([summary("a", 0.1, gain=None)]).axes == []
+
+
+def test_names_of_equal_points_do_not_cover_each_other() -> None:
+    drawn = frontier_figure([summary(f"v{i}", 0.0, kl=0.0, gain=0.0) for i in range(6)], ["probe_kl"])
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.axes[0].texts if text.get_text()]
+    covered = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.padded(-1).overlaps(b.padded(-1))]
+    assert len(boxes) == 7 and covered == []
+
+
+def test_forest_has_one_figure_per_unit() -> None:
+    both = summary("a", 0.1)
+    loss = benchmark(0.1, 0.05) | {"forgetting": figure(0.1, 0.05, "nats/token"), "chance_corrected": None}
+    both = both.model_copy(update={"benchmarks": {"b": benchmark(0.1, 0.1), "wiki": loss}})
+    assert list(forest_figures([both, both.model_copy(update={"name": "c"})])) == ["points", "nats/token"]
+
+
+def test_svg_follows_the_page_and_stands_alone() -> None:
+    text = svg_of(curves_figure({"target": {"<a>": ([1.0], [2.0]), "b": ([1.0], [2.0])}}), "x", "a & b")
+    assert text.startswith("<svg viewBox=") and "http" not in text
+    assert "currentColor" in text and "<title>a &amp; b</title>" in text
+    assert "<a>" not in text and "&lt;a&gt;" in text

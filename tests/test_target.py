@@ -1,0 +1,180 @@
+"""Target rows: every file kind reads alike, the loss lies on responses, what is dropped is counted."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from cfsd.artifact import Artifact, Store, key_of
+from cfsd.checkpoint import load_tokenizer
+from cfsd.errors import BadInput
+from cfsd.rows import read_rows
+from cfsd.target import Target, prepare
+from tests.conftest import fetched, save_model
+
+RECORDS = [{"question": f"{a}{b}", "answer": f"{b}{a}", "note": "x"} for a in "abcd" for b in "efg"]
+COLUMNS = {"prompt": "question", "response": "answer"}
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% if m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def write(path: Path, records: list[dict[str, Any]] = RECORDS) -> Path:
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def prepared(store: Store, base: Artifact, **settings: Any) -> Artifact:
+    target = Target(**({"seed": 0, "held_out": 4} | settings))
+    target.check()
+    return store.make("target", key_of("prepare", base, target), lambda draft: prepare(base, target, draft))[0]
+
+
+def rows_of(store: Store, made: Artifact) -> Iterator[dict[str, Any]]:
+    for name in ("train", "held_out"):
+        yield from read_rows(store.path(made), name)
+
+
+def text_of(store: Store, base: Artifact, row: dict[str, Any], *, supervised: bool) -> str:
+    tokens = [t for t, s in zip(row["token_ids"], row["supervised"], strict=True) if s == supervised]
+    return str(load_tokenizer(store.path(base)).decode(tokens))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_file_kind_gives_the_same_rows(store: Store, base: Artifact, tmp_path: Path, suffix: str) -> None:
+    made = prepared(store, base, path=str(write(tmp_path / f"rows{suffix}")), **COLUMNS)
+    rows = list(rows_of(store, made))
+    assert sorted((row["prompt"], row["response"]) for row in rows) == sorted(
+        (record["question"], record["answer"]) for record in RECORDS
+    )
+    reference = prepared(store, base, path=str(write(tmp_path / "same.jsonl")), **COLUMNS)
+    assert made.content == reference.content
+
+
+def test_the_loss_lies_on_the_response_and_its_end(store: Store, base: Artifact, tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.jsonl"))
+    made = prepared(store, base, path=path, prompt="q:{question}=", response=" {answer}.")
+    for row in rows_of(store, made):
+        assert text_of(store, base, row, supervised=False) == row["prompt"]
+        assert text_of(store, base, row, supervised=True) == row["response"] + "<eos>"
+        assert row["prompt"].startswith("q:") and row["response"].startswith(" ")
+        assert row["source"] == "target"
+
+
+def test_nothing_predicts_the_first_token_of_an_empty_prompt(store: Store, base: Artifact, tmp_path: Path) -> None:
+    records = [{"prompt": "", "response": word} for word in ("abc", "bcd", "cde", "def", "efg")]
+    made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)))
+    assert all(row["supervised"] == [False, True, True, True] for row in rows_of(store, made))
+
+
+def test_a_bos_that_the_tokenizer_adds_is_not_an_answer(store: Store, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    folder = save_model(tmp_path / "adds")
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    raw.save(str(folder / "tokenizer.json"))
+    made = prepared(store, fetched(store, folder), path=str(write(tmp_path / "rows.jsonl")), **COLUMNS)
+    for row in rows_of(store, made):
+        assert row["token_ids"][0] == 0
+        assert row["token_ids"].count(1) == 1 and row["token_ids"][-1] == 1
+        assert row["supervised"] == [False] * 3 + [True] * 3
+
+
+def test_a_missing_column_names_those_that_exist(store: Store, base: Artifact, tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.jsonl"))
+    for prompt in ("prompt", "Q: {prompt}"):
+        with pytest.raises(BadInput, match=r"no column.*prompt.*'question', 'answer', 'note'"):
+            prepared(store, base, path=path, prompt=prompt, response="answer")
+
+
+def test_what_is_dropped_is_counted_by_reason(store: Store, base: Artifact, tmp_path: Path) -> None:
+    extra = [
+        RECORDS[0], RECORDS[0], {"question": "zz", "answer": "", "note": "x"},
+        {"question": "zz", "answer": None, "note": "x"}, {"question": "a" * 30, "answer": "b", "note": "x"},
+    ]  # fmt: skip
+    path = str(write(tmp_path / "rows.jsonl", RECORDS + extra))
+    made = prepared(store, base, path=path, max_length=20, **COLUMNS)
+    assert made.facts["dropped"] == {"seen before": 2, "with an empty response": 2, "longer than max_length=20": 1}
+    assert len(list(rows_of(store, made))) == len(RECORDS)
+
+
+def test_a_model_with_a_short_context_drops_what_it_cannot_attend_to(
+    store: Store, base: Artifact, tmp_path: Path
+) -> None:
+    long = [{"question": "a" * 130, "answer": "b", "note": "x"}]
+    made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", RECORDS + long)), **COLUMNS)
+    assert made.facts["dropped"] == {f"longer than max_length={base.facts['context']}": 1}
+
+
+def test_held_out_rows_are_disjoint_seeded_and_of_the_wanted_number(
+    store: Store, base: Artifact, tmp_path: Path
+) -> None:
+    path = str(write(tmp_path / "rows.jsonl", RECORDS + RECORDS))
+    held_out = []
+    for seed in (0, 1):
+        made = prepared(store, base, path=path, held_out=5, seed=seed, **COLUMNS)
+        parts = [{row["prompt"] for row in read_rows(store.path(made), name)} for name in ("train", "held_out")]
+        assert not parts[0] & parts[1]
+        assert (len(parts[0]), len(parts[1])) == (len(RECORDS) - 5, 5)
+        held_out.append(parts[1])
+    assert held_out[0] != held_out[1]
+
+
+def test_too_few_rows_are_refused_with_the_counts(store: Store, base: Artifact, tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.jsonl", RECORDS[:4] + RECORDS[:1]))
+    with pytest.raises(BadInput, match=r"4 usable rows \(1 seen before\).*held_out=4"):
+        prepared(store, base, path=path, **COLUMNS)
+
+
+def test_rows_limits_what_is_read(store: Store, base: Artifact, tmp_path: Path) -> None:
+    made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl")), rows=7, **COLUMNS)
+    assert {row["prompt"] for row in rows_of(store, made)} == {r["question"] for r in RECORDS[:7]}
+
+
+def test_a_file_counts_by_content_not_by_name(home: Path, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one.jsonl"), write(tmp_path / "two.jsonl")
+    other = write(tmp_path / "other.jsonl", RECORDS[:-1])
+    digests = [Target(path=str(path), **COLUMNS).digest() for path in (one, two, other)]  # type: ignore[arg-type]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("x.txt", "a", r"\.txt.*allowed: \.jsonl"), ("x.jsonl", "", "is empty"), ("absent.jsonl", None, "does not exist")],
+)
+def test_check_refuses_what_cannot_be_read(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=message):
+        Target(path=str(tmp_path / name)).check()
+
+
+def test_a_file_that_is_not_what_it_says_is_refused(store: Store, base: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response"\n')
+    with pytest.raises(BadInput, match="could not be read as json"):
+        prepared(store, base, path=str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"kind": "gym", "name": "x"}, {"kind": "hub", "name": "x", "revision": "main"}]
+)
+def test_a_target_without_what_its_kind_needs_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="needs"):
+        Target(**settings)
