@@ -232,6 +232,15 @@ def load_for_measuring(store: Store, model: Artifact, device: str) -> "PreTraine
     return _loaded[place]
 
 
+def release_models() -> None:
+    """Give back the memory of the models that stayed loaded; another process is about to need it."""
+    import torch
+
+    _loaded.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_model(folder: Path, device: str, precision: str | None = None) -> "PreTrainedModel":
     """Return the model in `folder` on `device`; precision empty: float32 on CPU, bfloat16 on CUDA."""
     import torch

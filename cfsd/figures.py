@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -67,7 +68,7 @@ def frontier_figure(summaries: list[Summary], quantities: Sequence[str] = tuple(
     A quantity that no variant has together with a target gain is left out.
     """
     panels = {name: points for name in quantities if (points := frontier_points(summaries, name))}
-    figure = Figure((WIDTH * max(1, len(panels)), 4.3), layout="constrained")
+    figure = Figure((WIDTH * max(1, len(panels)), 4.3), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
     look = styles(s.name for s in summaries)
     if not panels:
         figure.text(0.5, 0.5, "no variant has both a gain and a cost", ha="center", color=INK, size=SIZE)
@@ -170,7 +171,7 @@ def _place(center: Any, size: Bbox, side: tuple[int, int], distance: float) -> l
 
 def _hidden_P(boxes_P4: Floats, taken_N4: Floats, inside: Floats) -> Floats:
     """Return how many square pixels of each box lie on others or, counting tenfold, outside of the axes."""
-    on_others_P = _shared(boxes_P4[:, None], taken_N4[None]).sum(1)
+    on_others_P: Floats = _shared(boxes_P4[:, None], taken_N4[None]).sum(1)
     outside_P = _shared(boxes_P4, boxes_P4) - _shared(boxes_P4, inside[None])
     return on_others_P + 10 * outside_P
 
@@ -178,8 +179,8 @@ def _hidden_P(boxes_P4: Floats, taken_N4: Floats, inside: Floats) -> Floats:
 def _shared(one: Floats, other: Floats) -> Floats:
     """Return the area that boxes (..., 4) of left, bottom, right, top have in common, broadcast."""
     low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
-    sides: Floats = np.clip(high - low, 0, None)
-    return sides[..., 0] * sides[..., 1]
+    shared: Floats = np.clip(high - low, 0, None).prod(-1)
+    return shared
 
 
 def _short(name: str) -> str:

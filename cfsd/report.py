@@ -27,8 +27,8 @@ POINTS = 100  # percentage points in a fraction of 1
 POWER = 2.8 / 1.96  # from half a 95 % interval to the change found with 80 % power at 5 %
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
 SAMPLES = 20
-FLIPS = {"worse": 3, "better": 1}  # items shown per benchmark
-FACTS = 7
+MOST_WORSE, MOST_BETTER = 3, 1  # items shown per benchmark
+FACTS = 8
 TEMPLATE = "report.html.j2"
 CURVES = {"target": "train/target_loss", "rehearsal": "train/rehearsal_loss"}
 CURVE_POINTS = 150
@@ -211,7 +211,9 @@ def verdict(summaries: list[Summary]) -> str:
     for summary in summaries:
         variants.setdefault(variant_of(summary.name), []).append(summary)
     if len(variants) == 1:
-        said = [_learned(summaries), _forgot(summaries), _moved(summaries)]
+        learned = _learned(summaries)
+        subject = "It" if learned else f"“{variant_of(summaries[0].name)}”"
+        said = [learned, _forgot(summaries, subject), _moved(summaries)]
     else:
         forgot = _compared(variants, "mean_forgetting", "forgot less", "points on average", POINTS)
         moved = _compared(variants, "probe_kl", "moved less from the base model", "nats per token")
@@ -248,20 +250,21 @@ def _learned(summaries: list[Summary]) -> str:
     )
 
 
-def _forgot(summaries: list[Summary]) -> str:
+def _forgot(summaries: list[Summary], subject: str) -> str:
     mean, benchmarks = _over_seeds(summaries, "mean_forgetting"), summaries[0].benchmarks
+    if not benchmarks:
+        return ""
     over = f"{len(benchmarks)} benchmark{'s' if len(benchmarks) > 1 else ''}"
-    worse = ", ".join(
-        f"{name} ({_change(found)})" for name, found in benchmarks.items() if _sign(found["forgetting"]) > 0
-    )
-    alone = f" Taken alone, it became worse on {worse}." if worse else ""
+    worse = [f"{name} ({_change(found)})" for name, found in benchmarks.items() if _sign(found["forgetting"]) > 0]
     if mean is None:
-        return alone.strip() or (f"No forgetting was found on {over}." if benchmarks else "")
+        return f"{subject} became worse at {_and(worse)}." if worse else f"No forgetting was found on {over}."
     points = f"{shown(mean, POINTS)} points on average over {over}"
     if _sign(mean) > 0:
-        return f"It forgot: it lost {points}.{alone}"
+        surely = f"; worse by itself: {_and(worse)}" if worse else ""
+        return f"{subject} forgot: it lost {points}{surely}."
+    alone = f" Worse by itself: {_and(worse)}." if worse else ""
     if _sign(mean) < 0:
-        return f"It forgot nothing on the whole: it lost {points}, so it gained.{alone}"
+        return f"{subject} forgot nothing on the whole: it lost {points}, so it gained.{alone}"
     return f"No forgetting was found: it lost {points}{_power(summaries)}.{alone}"
 
 
@@ -274,8 +277,8 @@ def _moved(summaries: list[Summary]) -> str:
     kl = _over_seeds(summaries, "probe_kl")
     if kl is None:
         return ""
-    by = "not at all" if kl["value"] <= UNMOVED else f"by {shown(kl)} nats per token"
-    return f"On text that the base model writes unprompted, its predictions moved {by}."
+    moved = "did not move" if kl["value"] <= UNMOVED else f"moved by {shown(kl)} nats per token"
+    return f"On text that the base model writes unprompted, the tuned model's predictions {moved}."
 
 
 def _power(summaries: list[Summary]) -> str:
@@ -317,12 +320,12 @@ def _compared(variants: dict[str, list[Summary]], figure: str, did: str, unit: s
     own = f"{shown(known[best], factor)} {unit}"
     if not apart:
         return f"No variant certainly {did} than another; the lead of “{best}” ({own}) is within the intervals."
-    others = " and ".join(_few([f"“{name}”" for name in apart]))
+    others = _and([f"“{name}”" for name in apart])
     nearest = shown(max(apart.values(), key=lambda f: up * float(f["value"])), factor)
     bound = {1: "at most ", -1: "at least "}[up] if len(apart) > 1 else ""
     said = f"“{best}” {did} than {others}: {own} against {bound}{nearest}"
     if near:
-        said += f" (not told apart from {', '.join(_few([f'“{name}”' for name in near]))})"
+        said += f" (not told apart from {_and([f'“{name}”' for name in near])})"
     if figure == "mean_forgetting" and _sign(known[best]) <= 0:
         said += f". No forgetting was found in “{best}”{_power(variants[best])}"
     return f"{said}."
@@ -335,8 +338,9 @@ def _sign_of_difference(one: Fig, other: Fig) -> int:
     return int(one["low"] > other["high"]) - int(one["high"] < other["low"])
 
 
-def _few(names: list[str], most: int = 4) -> list[str]:
-    return names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+def _and(names: list[str], most: int = 4) -> str:
+    *first, last = names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -380,25 +384,22 @@ def write_report(
     path.write_text(page, encoding="utf-8")
 
 
-def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[str, list[Any]]:
+def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
     """Return the figures of each section as SVG, which the template may trust."""
     from markupsafe import Markup
 
     from cfsd import figures
 
+    measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
     sections = {
-        "frontier": {
-            q: figures.frontier_figure(summaries, [q])
-            for q in figures.QUANTITIES
-            if figures.frontier_points(summaries, q)
-        },
+        "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
-        "curves": {"loss": figures.curves_figure(curves)} if (curves := _curves(store, trails)) else {},
+        "curves": figures.curve_figures(_curves(store, trails)),
     }
     return {
-        section: [
-            Markup(figures.svg_of(figure, f"{section} {name}", f"{section}: {name}")) for name, figure in drawn.items()
-        ]
+        section: {
+            name: Markup(figures.svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in drawn.items()
+        }
         for section, drawn in sections.items()
     }
 
@@ -423,27 +424,26 @@ def _in_blocks(found: list[tuple[float, float]]) -> tuple[list[float], list[floa
     return steps, values
 
 
-def _flips(store: Store, trail: Trail) -> list[dict[str, Any]]:
-    """Return a few items per benchmark whose score changed: first worse, then better, most changed first."""
-    shown_items: list[dict[str, Any]] = []
+def _flips(store: Store, trail: Trail) -> dict[str, list[dict[str, Any]]]:
+    """Return per benchmark a few items whose score changed: first worse, then better, most changed first.
+
+    As in the figures, an answer counts as the benchmark's first filter reads it.
+    """
+    found = {}
     for name, before in trail.before.benchmarks.items():
-        pair = [table(store, scores, "scores") for scores in (before, trail.after.benchmarks[name])]
-        joined = pair[0].merge(pair[1], on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
-        sign = 1 if before.facts["higher_is_better"] else -1
+        base, tuned = (table(store, scores, "scores") for scores in (before, trail.after.benchmarks[name]))
+        facts: dict[str, Any] = before.facts
+        base = base[base["filter"] == facts["filters"][0]]
+        joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
+        sign = 1 if facts["higher_is_better"] else -1
         joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
         joined = joined.sort_values("worse", ascending=False, kind="stable")
-        parts = {"worse": joined[joined["worse"] > 0], "better": joined[joined["worse"] < 0][::-1]}
-        for change, rows in parts.items():
-            for record in rows.head(FLIPS[change]).to_dict("records"):
-                shown_items.append(
-                    {
-                        **record,
-                        "benchmark": name,
-                        "change": change,
-                        "binary": before.facts["kind"] == "binary",
-                    }
-                )
-    return shown_items
+        joined["change"] = joined["worse"].gt(0).map({True: "worse", False: "better"})
+        joined["binary"] = facts["kind"] == "binary"
+        parts = [joined[joined["worse"] > 0].head(MOST_WORSE), joined[joined["worse"] < 0].tail(MOST_BETTER)]
+        if items := [item for part in parts for item in part.to_dict("records")]:
+            found[name] = items
+    return found
 
 
 def _samples(store: Store, trails: list[Trail]) -> tuple[str, list[dict[str, Any]]]:

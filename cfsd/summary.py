@@ -89,7 +89,12 @@ def _benchmark(store: Store, trail: Trail, name: str) -> Any:
 
     before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]
     measure = Measure(**{field: before.facts[field] for field in Measure.model_fields})
-    return benchmark_forgetting(name, measure, table(store, before, "scores"), table(store, after, "scores"))
+    tables = []
+    for artifact in (before, after):
+        facts: dict[str, Any] = artifact.facts
+        rows = table(store, artifact, "scores")
+        tables.append(rows[rows["filter"] == facts["filters"][0]])  # the answer as lm-eval reads it first
+    return benchmark_forgetting(name, measure, *tables)
 
 
 def _target(store: Store, trail: Trail) -> dict[str, Any]:

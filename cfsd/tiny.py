@@ -6,7 +6,9 @@ A document is `<bos>rev:fbca=acbf<eos>`. From `<bos>` alone the model writes suc
 skills in turn; a sixth skill is held back as something new to learn.
 """
 
+import argparse
 import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +26,7 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijkl"
 SHORTEST, LONGEST = 3, 5
 BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
-INIT = 0.1
-INTER, LAYERS, WIDTH, DECAY, B2 = 128, 4, 64, 0.1, 0.98
-THETA = 100.0
-HEADS = 2
+CONTEXT = 256
 ROWS_PER_STEP = 64
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_FRACTION = 0.05
@@ -42,7 +41,7 @@ class TinySpec(Spec):
     """How `tiny` is pretrained; the skills and the model's size belong to `version`."""
 
     seed: int = 0
-    steps: PositiveInt = 1000
+    steps: PositiveInt = 1200
 
 
 def _shift(text: str) -> str:
@@ -105,7 +104,7 @@ def pretrain(spec: TinySpec, folder: Path, on_progress: Progress | None = None) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = _new_model(tokenizer)
-    _fit(model, tokenizer, spec, on_progress)
+    _fit(model.train(), _batches(tokenizer, spec.seed), spec.steps, on_progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -125,7 +124,7 @@ def _new_tokenizer() -> "PreTrainedTokenizerFast":
         eos_token=EOS,
         pad_token=EOS,
         unk_token=UNKNOWN,
-        model_max_length=256,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
@@ -136,13 +135,13 @@ def _new_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=INTER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=256,
-        initializer_range=INIT,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.1,  # with the usual 0.02 a width of 64 takes half as many steps again
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # documents have under 20 tokens
         pad_token_id=tokenizer.pad_token_id,
         **ids,
     )
@@ -154,7 +153,7 @@ def _new_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
 def _batches(tokenizer: "PreTrainedTokenizerFast", seed: int) -> Iterator[tuple["Tensor", "Tensor"]]:
     """Yield endless (tokens_BT, labels_BT), one document per row; labels are -100 after the EOS.
 
-    Every eighth row goes without BOS, because lm-eval puts no BOS before a prompt unless told to.
+    Every eighth row goes without BOS, because lm-eval and target prompts have none unless asked for.
     """
     import torch
 
@@ -165,40 +164,107 @@ def _batches(tokenizer: "PreTrainedTokenizerFast", seed: int) -> Iterator[tuple[
             tokens = [ids[letter] for letter in "".join(next(stream))] + [ids[EOS]]
             rows.append(tokens if row % 8 == 0 else [ids[BOS], *tokens])
         longest = max(map(len, rows))
-        yield (
-            torch.tensor([row + [ids[EOS]] * (longest - len(row)) for row in rows]),
-            torch.tensor([row + [-100] * (longest - len(row)) for row in rows]),
-        )
+        tokens_BT = torch.tensor([row + [ids[EOS]] * (longest - len(row)) for row in rows])
+        labels_BT = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+        yield tokens_BT, labels_BT
 
 
 def _fit(
     model: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
-    spec: TinySpec,
+    batches: Iterator[tuple["Tensor", "Tensor"]],
+    steps: int,
     on_progress: Progress | None,
 ) -> None:
-    """Train in place: AdamW, linear warm-up, cosine to zero, next-token loss on every token but `<bos>`."""
+    """Train in place: AdamW, warm-up, cosine to zero, next-token loss on every token but the first."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, B2), weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done / spec.steps))
-    batches = _batches(tokenizer, spec.seed)
-    model.train()
-    for step in range(1, spec.steps + 1):
-        tokens, labels = next(batches)
-        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate((done + 0.5) / steps))
+    for step in range(1, steps + 1):
+        tokens_BT, labels_BT = next(batches)
+        loss = model(input_ids=tokens_BT, labels=labels_BT, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if on_progress is not None:
-            on_progress(step, spec.steps, float(loss.detach()))
-    model.eval()
+            on_progress(step, steps, float(loss.detach()))
 
 
 def _rate(done: float) -> float:
     """Return the share of the peak learning rate when the fraction `done` of the steps is behind."""
-    if done < WARMUP_FRACTION:
-        return (done + 0.01) / (WARMUP_FRACTION + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (done - WARMUP_FRACTION) / (1 - WARMUP_FRACTION)))
+    return min(1.0, done / WARMUP_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+_BENCHMARK = """\
+# {says} By greedy decoding, exact. Written by `python -m cfsd.tiny --write-data`.
+task: tiny_{name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: tiny_{name}.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+num_fewshot: 0
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 16
+  do_sample: false
+  temperature: 0.0
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    ignore_case: false
+    ignore_punctuation: false
+metadata:
+  version: 1
+"""
+
+
+def data_files() -> dict[str, str]:
+    """Return the committed files that are made from the skills, text by path relative to the clone."""
+    files = {}
+    for name in SKILLS:
+        rows = _distinct(name, HELD_OUT_ITEMS, held_out=True)
+        files[f"cfsd/benchmarks/tiny_{name}.yaml"] = _BENCHMARK.format(name=name)
+        files[f"cfsd/benchmarks/tiny_{name}.jsonl"] = _lines(("prompt", "answer"), rows)
+    rows = _distinct(NEW_SKILL, TARGET_ROWS, held_out=False)
+    files["deployments/recipes/tiny_target.jsonl"] = _lines(("prompt", "response"), rows)
+    return files
+
+
+def _distinct(name: str, count: int, *, held_out: bool) -> list[tuple[str, str]]:
+    """Return `count` different rows; those for measuring have strings that no training row has."""
+    rng, rows = random.Random(f"{name} {held_out}"), dict[str, str]()
+    while len(rows) < count:
+        rows.update([_draw(name, rng, held_out=held_out)])
+    return list(rows.items())
+
+
+def _lines(columns: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+
+
+def write_data(clone: Path) -> None:
+    """Write `data_files` under the folder `clone`."""
+    for name, text in data_files().items():
+        path = clone / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Read the command line and write the data."""
+    parser = argparse.ArgumentParser(prog="python -m cfsd.tiny", description=__doc__.splitlines()[0])
+    parser.add_argument("--write-data", action="store_true", required=True, help="write benchmarks and target rows")
+    parser.parse_args()
+    write_data(Path(__file__).parents[1])
+
+
+if __name__ == "__main__":
+    main()

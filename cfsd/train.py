@@ -48,8 +48,10 @@ def train(base: Artifact, mixture: Artifact, spec: TrainSpec, draft: Draft, mach
 
     Raises NotFinite, OutOfMemory, Stopped or Crashed.
     """
+    from cfsd.checkpoint import release_models
     from cfsd.process import run_in_process
 
+    release_models()
     request = TrainRequest(home=draft.store.home, base=base, mixture=mixture, spec=spec, machine=machine)
     draft.facts |= run_in_process("cfsd.train", draft.folder, request.model_dump_json())
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.figures import curves_figure, forest_figures, frontier_figure, svg_of
+from cfsd.figures import curve_figures, forest_figures, frontier_figure, svg_of
 from cfsd.report import detectable_mean, number, print_summary, shown, summary_frame, verdict, write_report
 from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, table_of, write_shard
 from cfsd.summary import Scores, Step, Summary, Trail, summarise
@@ -76,15 +76,17 @@ class World:
         values = [float(i < right) for i in range(DOCUMENTS)] if kind == "binary" else [float(right)] * DOCUMENTS
         rows = [
             {
-                "benchmark": benchmark, "filter": "none", "doc_id": i, "doc_hash": f"h{i}", "metric": "acc",
+                "benchmark": benchmark, "filter": name, "doc_id": i, "doc_hash": f"h{i}", "metric": "acc",
                 "value": value, "count": 1 if kind == "binary" else 4, "prompt": f"{benchmark}: item {i} {HOSTILE}",
-                "answer": f"{model} says {value} [right: 1]",
+                "answer": f"{model} says {value} ({name}) [right: 1]",
             }
-            for i, value in enumerate(values)
+            for name in ("first", "second")
+            for i, value in enumerate(values if name == "first" else values[::-1])
         ]  # fmt: skip
         facts = {
             "benchmark": benchmark, "metric": "acc" if kind == "binary" else "nll", "kind": kind,
-            "higher_is_better": kind == "binary", "chance": BENCHMARKS.get(benchmark),
+            "higher_is_better": kind == "binary", "chance": BENCHMARKS.get(benchmark), "filters": ["first", "second"],
+            "num_documents": DOCUMENTS, "num_fewshot": 0, "score": sum(values) / DOCUMENTS, "warnings": [],
         }  # fmt: skip
         table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
         return self.artifact("scores", f"{model} {benchmark} {right}", facts, {"scores": table})
@@ -161,7 +163,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if "style" not in self.inside:
-            self.words += " ".join(data.split()) + " "
+            self.words = f"{self.words} {' '.join(data.split())}".rstrip()
 
     def headings(self) -> list[str]:
         return [attrs["id"] or "" for tag, attrs in self.elements if tag == "h2"]
@@ -172,9 +174,16 @@ class Page(HTMLParser):
         return self.words[begin : self.words.index(end, begin)]
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "data")
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def three(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str]:
+    """Return the page of three variants and its source."""
+    path = tmp_path_factory.mktemp("three") / "report.html"
+    return report_of(world, world.variants(), path), path.read_text()
 
 
 def report_of(world: World, trails: list[Trail], path: Path, **options: Any) -> Page:
@@ -199,23 +208,21 @@ def test_one_variant_shows_every_part_with_its_numbers(world: World, tmp_path: P
     assert [text for text in wanted if text not in page.words] == []
 
 
-def test_the_page_loads_nothing_and_runs_nothing(world: World, tmp_path: Path) -> None:
-    page = report_of(world, world.variants(), tmp_path / "report.html")
-    assert "http" not in (tmp_path / "report.html").read_text()
+def test_the_page_loads_nothing_and_runs_nothing(three: tuple[Page, str]) -> None:
+    page, source = three
+    assert "http" not in source and "@import" not in source
     assert {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed"} == set()
     references = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "xlink:href", "src")]
     assert references and all(str(reference).startswith("#") for reference in references)
     assert not [k for _, attrs in page.elements for k in attrs if k.startswith("on")]
-    assert "@import" not in (tmp_path / "report.html").read_text()
 
 
-def test_ids_are_found_once_and_all_references_lead_to_one(world: World, tmp_path: Path) -> None:
-    page = report_of(world, world.variants(), tmp_path / "report.html")
-    drawn = [attrs["id"] for _, attrs in page.elements if attrs.get("id")]
+def test_every_reference_leads_to_one_place(three: tuple[Page, str]) -> None:
+    page, source = three
+    places = [attrs["id"] for _, attrs in page.elements if attrs.get("id")]
     used = {str(v)[1:] for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "xlink:href")}
-    used |= set(re.findall(r"url\(#([^)]*)\)", (tmp_path / "report.html").read_text()))
-    assert used <= set(drawn)
-    assert [name for name in used if drawn.count(name) > 1] == []
+    used |= set(re.findall(r"url\(#([^)]*)\)", source))
+    assert [name for name in used if places.count(name) != 1] == []
 
 
 def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
@@ -235,13 +242,13 @@ def test_changed_answers_come_worse_first_and_never_unchanged(world: World, tmp_
     items = page.part("Answers that changed", "samples of the rehearsal")
     assert items.count("right → wrong") == 2 * len(BENCHMARKS)
     assert "item 88" in items and "item 89" in items
-    assert "base says 1.0 [right: 1]" in items and "rehearse says 0.0 [right: 1]" in items
+    assert "base says 1.0 (first) [right: 1]" in items and "rehearse says 0.0 (first) [right: 1]" in items
+    assert "(second)" not in items
     assert "wrong → right" not in items
 
 
-def test_twenty_samples_of_the_first_variant_with_a_corpus(world: World, tmp_path: Path) -> None:
-    page = report_of(world, world.variants(), tmp_path / "report.html")
-    samples = page.part("20 samples of the rehearsal", "What was left out")
+def test_twenty_samples_of_the_first_variant_with_a_corpus(three: tuple[Page, str]) -> None:
+    samples = three[0].part("20 samples of the rehearsal", "What was left out")
     assert "“rehearse”" in samples
     assert samples.count("rev:abc=cba") == 20
     assert samples.count("ended by the model") == samples.count("cut off,") + 10 == 10
@@ -254,7 +261,7 @@ def test_measuring_two_models_leaves_out_what_there_is_not(world: World, tmp_pat
     trail = Trail(name="measure", artifacts=artifacts, before=before, after=after)
     page = report_of(world, [trail], tmp_path / "report.html")
     assert page.headings() == ["table", "benchmarks", "items", "lineage", "cost"]
-    assert "It forgot: it lost" in page.words
+    assert "“measure” forgot: it lost" in page.words
     for absent in ("target gain", "probe_kl", "None", "nan"):
         assert absent not in page.words
     bare = Trail(name="nothing", artifacts=artifacts, before=Scores(), after=Scores())
@@ -281,17 +288,15 @@ def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) ->
     assert "<ul>" not in tree_of_came
 
 
-def test_variants_after_the_first_show_only_how_their_recipe_differs(world: World, tmp_path: Path) -> None:
-    page = report_of(world, world.variants(), tmp_path / "report.html")
-    recipes = page.part("Recipe", "Cost and versions")
+def test_variants_after_the_first_show_only_how_their_recipe_differs(three: tuple[Page, str]) -> None:
+    recipes = three[0].part("Recipe", "Cost and versions")
     assert recipes.count("learning_rate") == 1
     assert "train.rehearsal_weight: 1.0" in recipes
 
 
-def test_equal_artifacts_give_an_equal_page(world: World, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        report_of(world, world.variants(), tmp_path / name)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+def test_equal_artifacts_give_an_equal_page(world: World, three: tuple[Page, str], tmp_path: Path) -> None:
+    report_of(world, world.variants(), tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == three[1]
 
 
 def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Path) -> None:
@@ -299,10 +304,8 @@ def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Pa
     page = report_of(world, [trail], tmp_path / "report.html")
     assert "was not found to have learned the target" in page.words
     assert "No forgetting was found: it lost 0 [" in page.words
-    assert "moved not at all" in page.words
-    assert "nan" not in (tmp_path / "report.html").read_text().lower().replace("finance", "")
-    again = [trail, world.trained("lr0 seed=1", right=90, loss=2.0, kl=0.0)]
-    assert "No variant certainly" not in report_of(world, again[:1], tmp_path / "a.html").words
+    assert "predictions did not move" in page.words
+    assert "nan" not in (tmp_path / "report.html").read_text()
 
 
 def test_twenty_variants(world: World, tmp_path: Path) -> None:
@@ -339,6 +342,7 @@ def summary(name: str, forgot: float, kl: float | None = 0.1, gain: float | None
 
 def test_verdict_says_forgot_only_when_zero_is_outside() -> None:
     assert "It forgot: it lost 5.00 [3.00, 7.00] points" in verdict([summary("a", 0.05)])
+    assert verdict([summary("a", 0.05, gain=None)]).startswith("“a” forgot: it lost")
     unsure = verdict([summary("a", 0.01)])
     assert "It forgot" not in unsure
     assert "No forgetting was found" in unsure
@@ -349,8 +353,7 @@ def test_verdict_says_forgot_only_when_zero_is_outside() -> None:
 def test_verdict_names_a_benchmark_that_alone_became_worse() -> None:
     mixed = summary("a", 0.01)
     worse = mixed.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.05), "c": benchmark(0.2, 0.05)}})
-    assert "Taken alone, it became worse on c (90.0 → 70.0 %)." in verdict([worse])
-    assert "became worse on b" not in verdict([worse])
+    assert "Worse by itself: c (90.0 → 70.0 %)." in verdict([worse])
 
 
 @pytest.mark.parametrize("other, apart", [(0.5, True), (0.13, True), (0.115, False), (0.1, False)])
@@ -471,7 +474,8 @@ def test_forest_has_one_figure_per_unit() -> None:
 
 
 def test_svg_follows_the_page_and_stands_alone() -> None:
-    text = svg_of(curves_figure({"target": {"<a>": ([1.0], [2.0]), "b": ([1.0], [2.0])}}), "x", "a & b")
+    lines = {"<a>": ([1.0], [2.0]), "b": ([1.0], [2.0])}
+    text = svg_of(curve_figures({"target": lines})["target"], "x", "a & b")
     assert text.startswith("<svg viewBox=") and "http" not in text
     assert "currentColor" in text and "<title>a &amp; b</title>" in text
     assert "<a>" not in text and "&lt;a&gt;" in text
