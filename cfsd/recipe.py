@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, model_validator
 
 from cfsd.artifact import Artifact
-from cfsd.checkpoint import Checkpoint
+from cfsd.checkpoint import Checkpoint, expanded
 from cfsd.errors import BadInput
 from cfsd.evaluate import EvaluateSpec
 from cfsd.filter import FilterSpec
@@ -70,7 +70,7 @@ class Recipe(Spec):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
         """Return the recipe of a YAML file, with `a.b=c` overrides. Raises BadInput naming file and field."""
-        return validated(cls, override(read_yaml(Path(path)), parse_overrides(overrides or [])), str(path))
+        return validated(cls, overridden(read_yaml(Path(path)), overrides or []), str(path))
 
 
 class Comparison(BaseModel):
@@ -111,7 +111,7 @@ class Comparison(BaseModel):
         """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
         content = read_yaml(Path(path))
         if isinstance(content.get("recipe"), dict):
-            content["recipe"] = override(content["recipe"], parse_overrides(overrides or []))
+            content["recipe"] = overridden(content["recipe"], overrides or [])
         return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
 
 
@@ -135,8 +135,25 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise BadInput(f"--set {text!r} is not of the form field.name=value")
-        parsed[name] = yaml.safe_load(value)
+        parsed[name] = _value(value)
     return parsed
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set value {text!r} is not valid YAML: {error}") from error
+    if isinstance(value, dict) and all(inner is None for inner in value.values()):
+        return text  # `{answer}` is a template, although YAML reads a mapping
+    return value
+
+
+def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return a recipe's fields with `a.b=c` overrides applied, short forms of the base written out first."""
+    if "base" in recipe:
+        recipe = recipe | {"base": expanded(recipe["base"])}
+    return override(recipe, parse_overrides(overrides))
 
 
 def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

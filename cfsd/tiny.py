@@ -1,4 +1,4 @@
-"""The `tiny` base model: pretrained here, from scratch, on five string skills, so that forgetting shows sharply.
+"""The `tiny` base model: pretrained here from scratch on five string skills, so that forgetting is sharp.
 
     python -m cfsd.tiny --write-data    # writes the committed benchmarks and target rows anew
 
@@ -49,7 +49,7 @@ def _shift(text: str) -> str:
     return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in text)
 
 
-_ANSWERS: dict[str, Callable[[str], str]] = {
+ANSWERS: dict[str, Callable[[str], str]] = {
     "rev": lambda text: text[::-1],
     "srt": lambda text: "".join(sorted(text)),
     "dup": lambda text: "".join(letter * 2 for letter in text),
@@ -62,12 +62,12 @@ _ANSWERS: dict[str, Callable[[str], str]] = {
 def _skill(name: str) -> Skill:
     def draw(rng: random.Random) -> tuple[str, str]:
         text = "".join(rng.choices(LETTERS, k=rng.randint(SHORTEST, LONGEST)))
-        return f"{name}:{text}=", _ANSWERS[name](text)
+        return f"{name}:{text}=", ANSWERS[name](text)
 
     return draw
 
 
-SKILLS: Mapping[str, Skill] = {name: _skill(name) for name in _ANSWERS}
+SKILLS: Mapping[str, Skill] = {name: _skill(name) for name in ANSWERS}
 NEW_SKILL = "rot"
 PRETRAINED = tuple(name for name in SKILLS if name != NEW_SKILL)
 
@@ -178,7 +178,12 @@ def _fit(
     """Train in place: AdamW, warm-up, cosine to zero, next-token loss on every token but the first."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=PEAK_LEARNING_RATE,
+        betas=(0.9, 0.98),
+        weight_decay=0.1,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate((done + 0.5) / steps))
     for step in range(1, steps + 1):
         tokens_BT, labels_BT = next(batches)
@@ -198,7 +203,7 @@ def _rate(done: float) -> float:
 
 
 _BENCHMARK = """\
-# {says} By greedy decoding, exact. Written by `python -m cfsd.tiny --write-data`.
+# String skill: is the answer exact, as in `{example}`? Written by `python -m cfsd.tiny --write-data`.
 task: tiny_{name}
 dataset_path: json
 dataset_kwargs:
@@ -231,7 +236,7 @@ def data_files() -> dict[str, str]:
     files = {}
     for name in SKILLS:
         rows = _distinct(name, HELD_OUT_ITEMS, held_out=True)
-        files[f"cfsd/benchmarks/tiny_{name}.yaml"] = _BENCHMARK.format(name=name)
+        files[f"cfsd/benchmarks/tiny_{name}.yaml"] = _BENCHMARK.format(name=name, example="".join(rows[0]))
         files[f"cfsd/benchmarks/tiny_{name}.jsonl"] = _lines(("prompt", "answer"), rows)
     rows = _distinct(NEW_SKILL, TARGET_ROWS, held_out=False)
     files["deployments/recipes/tiny_target.jsonl"] = _lines(("prompt", "response"), rows)
@@ -261,7 +266,7 @@ def write_data(clone: Path) -> None:
 def main() -> None:
     """Read the command line and write the data."""
     parser = argparse.ArgumentParser(prog="python -m cfsd.tiny", description=__doc__.splitlines()[0])
-    parser.add_argument("--write-data", action="store_true", required=True, help="write benchmarks and target rows")
+    parser.add_argument("--write-data", action="store_true", required=True, help="benchmarks, target rows")
     parser.parse_args()
     write_data(Path(__file__).parents[1])
 

@@ -161,7 +161,7 @@ def measure_command(
 
 def show(title: str, trails: list[Trail]) -> None:
     """Print the table, the report's path, how to open the pages and, last, the path of summary.json."""
-    from cfsd.report import print_summary
+    from cfsd.verdict import print_summary
     from flows._conclude import report_folder
 
     folder = report_folder(title)

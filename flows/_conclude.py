@@ -18,7 +18,8 @@ def conclude(
 ) -> list[Summary]:
     """Write the report and summary.json of `trails`, and show both where people look."""
     from cfsd.figures import frontier_figure
-    from cfsd.report import summary_frame, write_report
+    from cfsd.report import write_report
+    from cfsd.table import summary_frame
 
     store, folder = Store(home()), report_folder(title)
     folder.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,7 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     run_id = _tracked(lambda client: _open_run(client, name, _comparison.get(), tags))
     if recipe:
         _tracked(lambda client: _log_recipe(client, run_id, recipe))
+    say(f"[bold]{name}[/]" if console.is_terminal else name)
     opened = Variant(name, run_id)
     token = _variant.set(opened)
     with _ended(run_id):

@@ -51,7 +51,7 @@ CASES: dict[str, Case] = {
     "no such benchmark": (_set("evaluate.benchmarks=[no_such_thing]"), "no benchmark 'no_such_thing'"),
     "no benchmark folder": (_set("evaluate.benchmarks=[{name: a, folder: nowhere}]"), "no folder nowhere"),
     "two benchmarks of one name": (_set("evaluate.benchmarks=[facts, facts]"), "named twice: facts"),
-    "base that does not exist": (_set("base=./nowhere"), "base './nowhere' is not a folder"),
+    "base that does not exist": (_set("base=./nowhere"), "model 'nowhere' is not a folder"),
     "base that is not a model": (_not_a_model, "is not a model: config.json and *.safetensors are needed"),
     "unpinned hub model": (_set("base={kind: hub, name: org/name}"), "40 hex digits"),
     "unpinned data set": (_set("target={kind: hub, name: org/rows}"), "40 hex digits"),

@@ -29,7 +29,9 @@ def toy(seed: int, vocabulary: int = TOKENS) -> GPT2LMHeadModel:
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(config).double().eval()
+    model: GPT2LMHeadModel = GPT2LMHeadModel(config).double()
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,8 @@ def log_law(model: GPT2LMHeadModel) -> Tensor:
     """Return log p of each of TEXTS, computed apart from the objective."""
     texts = torch.tensor(TEXTS)
     logprobs = model(texts).logits.log_softmax(-1)
-    return logprobs[:, :-1].gather(2, texts[:, 1:, None])[..., 0].sum(1)
+    sums: Tensor = logprobs[:, :-1].gather(2, texts[:, 1:, None])[..., 0].sum(1)
+    return sums
 
 
 def entropy_and_kl(base: GPT2LMHeadModel, model: GPT2LMHeadModel) -> tuple[float, float]:
@@ -70,7 +73,7 @@ def loss_and_gradient(model: GPT2LMHeadModel, packs: Sequence[Pack]) -> tuple[fl
     total = 0.0
     for pack in packs:
         loss = losses(model, pack).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -201,7 +204,7 @@ def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut() -> No
         for step in range(20):
             optimizer.zero_grad()
             for pack in packs_of(mixed_rows(step, 11), 1.0, most_tokens):
-                losses(model, pack).loss.backward()  # type: ignore[no-untyped-call]
+                losses(model, pack).loss.backward()
             optimizer.step()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert relative(*trained) < 1e-9

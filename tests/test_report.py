@@ -15,9 +15,11 @@ from rich.console import Console
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
 from cfsd.figures import curve_figures, forest_figures, frontier_figure, svg_of
-from cfsd.report import detectable_mean, number, print_summary, shown, summary_frame, verdict, write_report
+from cfsd.report import write_report
 from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, table_of, write_shard
 from cfsd.summary import Scores, Step, Summary, Trail, summarise
+from cfsd.table import number, shown, summary_frame
+from cfsd.verdict import detectable_mean, print_summary, verdict
 
 HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
 BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
@@ -360,7 +362,14 @@ def test_verdict_names_a_benchmark_that_alone_became_worse() -> None:
 def test_verdict_says_moved_less_only_when_intervals_are_apart(other: float, apart: bool) -> None:
     said = verdict([summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)])
     assert ("“b” moved less from the base model than “a”" in said) == apart
-    assert ("No variant certainly moved less" in said) != apart
+    assert ("In how far they moved from the base model, no variant is certainly ahead" in said) != apart
+
+
+@pytest.mark.parametrize("other, apart", [(1.5, True), (1.15, False)])
+def test_verdict_says_learned_more_only_when_intervals_are_apart(other: float, apart: bool) -> None:
+    said = verdict([summary("a", 0.05, gain=1.0), summary("b", 0.05, gain=other)])
+    assert ("“b” learned more of the target than “a”" in said) == apart
+    assert ("In what they gained on the target, no variant is certainly ahead" in said) != apart
 
 
 def test_verdict_compares_with_each_of_several() -> None:
@@ -379,15 +388,18 @@ def test_verdict_counts_repeats_as_one_variant() -> None:
         summary("b seed=1", 0.05),
     ]
     said = verdict(seeds)
-    assert "No variant certainly forgot less" in said  # a's lowest, 8 to 12 points, overlaps with b's
+    assert "In what they forgot, no variant is certainly ahead" in said  # a's lowest, 8 to 12 points, overlaps with b's
     assert "seed=" not in said
 
 
 def test_verdict_without_interval_claims_nothing() -> None:
     bare = {"value": 0.0, "low": None, "high": None, "unit": "fraction"}
     few = [summary("a", 0.3), summary("b", 0.0).model_copy(update={"mean_forgetting": bare})]
-    assert "No variant certainly forgot less" in verdict(few)
-    assert "It forgot" not in verdict(few[1:])
+    assert "In what they forgot, no variant is certainly ahead" in verdict(few)
+    for said in (verdict(few), verdict(few[1:])):
+        assert "It forgot" not in said and "No forgetting was found" not in said
+    unlearned = few[0].model_copy(update={"target_gain": bare})
+    assert "too few to say whether “a” learned" in verdict([unlearned])
 
 
 def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
@@ -471,6 +483,13 @@ def test_forest_has_one_figure_per_unit() -> None:
     loss = benchmark(0.1, 0.05) | {"forgetting": figure(0.1, 0.05, "nats/token"), "chance_corrected": None}
     both = both.model_copy(update={"benchmarks": {"b": benchmark(0.1, 0.1), "wiki": loss}})
     assert list(forest_figures([both, both.model_copy(update={"name": "c"})])) == ["points", "nats/token"]
+
+
+def test_names_are_written_as_they_are() -> None:
+    named = [summary("v$x_1$", 0.1), summary("w$x_1$", 0.2)]
+    lines = {s.name: ([1.0], [2.0]) for s in named}
+    for drawn in (frontier_figure(named), forest_figures(named)["points"], curve_figures({"target": lines})["target"]):
+        assert "v$x_1$" in Page(svg_of(drawn, "x", "")).words
 
 
 def test_svg_follows_the_page_and_stands_alone() -> None:

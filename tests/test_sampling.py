@@ -49,7 +49,8 @@ def drawn(world: World, law: GenerateSpec, rows: Sequence[int], stream: str = "c
 @torch.inference_mode()
 def next_law(world: World, contexts: list[list[int]]) -> Tensor:
     """Return p(next token | context), computed apart from the sampler, in float64."""
-    return world.model(torch.tensor(contexts), use_cache=False).logits[:, -1].double().softmax(-1)
+    law: Tensor = world.model(torch.tensor(contexts), use_cache=False).logits[:, -1].double().softmax(-1)
+    return law
 
 
 def p_value(tokens: list[int], law: Tensor) -> float:

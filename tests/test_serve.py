@@ -69,7 +69,11 @@ def test_a_run_started_through_the_api_completes_and_shows_in_mlflow(
     url = f"{pages['prefect']}/deployments/{deployment['id']}/create_flow_run"
     run = ask(url, {"parameters": {"recipe": recipe, "machine": {"threads": 1}}})
     end = time.monotonic() + 240
-    while (state := ask(f"{pages['prefect']}/flow_runs/{run['id']}")["state"])["type"] not in ("COMPLETED", "FAILED", "CRASHED"):
+    while (state := ask(f"{pages['prefect']}/flow_runs/{run['id']}")["state"])["type"] not in (
+        "COMPLETED",
+        "FAILED",
+        "CRASHED",
+    ):
         assert time.monotonic() < end, state
         time.sleep(1)
     assert state["type"] == "COMPLETED", state

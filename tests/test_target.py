@@ -18,7 +18,9 @@ from cfsd.rows import read_rows
 from cfsd.target import Target, prepare
 from tests.conftest import fetched, save_model
 
-RECORDS = [{"question": f"{a}{b}", "answer": f"{b}{a}", "note": "x"} for a in "abcd" for b in "efg"]
+RECORDS: list[dict[str, Any]] = [
+    {"question": f"{a}{b}", "answer": f"{b}{a}", "note": "x"} for a in "abcd" for b in "efg"
+]
 COLUMNS = {"prompt": "question", "response": "answer"}
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% if m['role'] == 'assistant' %}"
@@ -105,7 +107,7 @@ def test_a_missing_column_names_those_that_exist(store: Store, base: Artifact, t
 
 
 def test_what_is_dropped_is_counted_by_reason(store: Store, base: Artifact, tmp_path: Path) -> None:
-    extra = [
+    extra: list[dict[str, Any]] = [
         RECORDS[0], RECORDS[0], {"question": "zz", "answer": "", "note": "x"},
         {"question": "zz", "answer": None, "note": "x"}, {"question": "a" * 30, "answer": "b", "note": "x"},
     ]  # fmt: skip
@@ -151,7 +153,7 @@ def test_rows_limits_what_is_read(store: Store, base: Artifact, tmp_path: Path) 
 def test_a_file_counts_by_content_not_by_name(home: Path, tmp_path: Path) -> None:
     one, two = write(tmp_path / "one.jsonl"), write(tmp_path / "two.jsonl")
     other = write(tmp_path / "other.jsonl", RECORDS[:-1])
-    digests = [Target(path=str(path), **COLUMNS).digest() for path in (one, two, other)]  # type: ignore[arg-type]
+    digests = [Target(path=str(path), **COLUMNS).digest() for path in (one, two, other)]
     assert digests[0] == digests[1] != digests[2]
 
 

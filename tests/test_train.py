@@ -61,8 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> World
     return world_in(Store(folder / "data"), model_folder, write_rows(folder / "rows.jsonl", count=48))
 
 
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def signals_given_back() -> Iterator[None]:
     """A training in this process takes over the signals; give them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -165,7 +165,7 @@ def test_without_rehearsal_it_is_the_stock_trainer(world: World, tmp_path: Path)
     found, wanted = weights(world, ours), load_file(tmp_path / "model.safetensors")
     start = load_file(world.store.path(world.base) / "model.safetensors")
     assert distance(found, wanted) < 1e-5
-    assert distance(found, start) > 1e-2
+    assert distance(found, start) > 1e-3
     records = [r["value"] for r in read_metrics(world.store.path(ours)) if r["name"] == "train/loss"]
     assert records == pytest.approx([log["loss"] for log in stock.state.log_history if "loss" in log], abs=1e-4)
 
@@ -199,8 +199,11 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_a_remedy(world: World)
 @pytest.mark.xfail(strict=True, reason="trainer.py fit saves without looking: the last update may be the bad one")
 def test_weights_that_are_not_finite_are_never_saved(world: World) -> None:
     """One step: its loss is finite, what it makes of the weights is not."""
+    spec = SPEC.model_copy(update={"learning_rate": 1e39, "epochs": 1})
     with pytest.raises(NotFinite):
-        trained(world, "one step", one_step(world), SPEC.model_copy(update={"learning_rate": 1e39, "epochs": 1}))
+        assert all(
+            t.isfinite().all() for t in weights(world, trained(world, "one step", one_step(world), spec)).values()
+        )
 
 
 def one_step(world: World) -> Artifact:

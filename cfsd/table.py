@@ -1,0 +1,160 @@
+"""The figures of many variants as a table: for a page, a data frame and the terminal."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cfsd.summary import Summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.forgetting.Figure` as a Summary holds it
+
+POINTS = 100  # percentage points in a fraction of 1
+
+
+def number(value: float) -> str:
+    """Return `value` with three significant digits, without an exponent where that is readable."""
+    if value == 0:
+        return "0"
+    if not 1e-5 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def shown(figure: Fig, factor: float = 1) -> str:
+    """Return a figure times `factor` as `0.123 [0.101, 0.148]`, or without brackets if it has no interval."""
+    value, low, high = (None if figure[k] is None else number(figure[k] * factor) for k in ("value", "low", "high"))
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def variant_of(name: str) -> str:
+    """Return the variant that `name` is a repeat of: "rehearse" for "rehearse seed=3"."""
+    return name.partition(" seed=")[0]
+
+
+class Unit(NamedTuple):
+    """How a benchmark's scores and losses are shown, and by what they are multiplied for that."""
+
+    score: str
+    lost: str
+    factor: float
+
+
+def unit_of(benchmark: dict[str, Any]) -> Unit:
+    """Return the unit of a `BenchmarkForgetting`: percent for shares, else its own."""
+    unit = benchmark["forgetting"]["unit"]
+    return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One row of the table, as text; `marks` says per variant "worse", "better" or nothing for certain."""
+
+    label: str
+    base: str
+    cells: list[str]
+    marks: list[str]
+    is_part: bool = False  # of the row above it
+
+
+def lines_of(summaries: list[Summary]) -> list[Line]:
+    """Return the table's rows; figures that no variant has are left out."""
+    targets = [s.target for s in summaries]
+    found = [
+        _scores("target loss, nats/token", [(t.get("base_loss"), t.get("tuned_loss")) for t in targets]),
+        _figures("  gain, nats/token", [s.target_gain for s in summaries], better=1),
+        _scores(
+            "target exact, %",
+            [(t.get("base_accuracy"), t.get("tuned_accuracy")) for t in targets],
+            POINTS,
+        ),
+        _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
+        _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
+        _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
+    ]
+    for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
+        results = [s.benchmarks.get(name) for s in summaries]
+        first = next(result for result in results if result)
+        unit = unit_of(first)
+        pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]
+        metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
+        found.append(_scores(f"{name}: {metric}{unit.score}", pairs, unit.factor))
+        lost = [r["forgetting"] if r else None for r in results]
+        found.append(_figures(f"  lost, {unit.lost}", lost, unit.factor, better=-1))
+    return [line for line in found if any(line.cells)]
+
+
+def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: float = 1) -> Line:
+    bases = [base for base, _ in pairs if base is not None]
+    cells = []
+    for base, tuned in pairs:
+        text = "" if tuned is None else number(tuned * factor)
+        if base is not None and base != bases[0]:  # not the base model, or the rows, of the first variant
+            text = f"{number(base * factor)} → {text}"
+        cells.append(text)
+    return Line(label, number(bases[0] * factor) if bases else "", cells, ["" for _ in cells])
+
+
+def _figures(label: str, figures: list[Fig | None], factor: float = 1, better: int = 0) -> Line:
+    cells = ["" if figure is None else shown(figure, factor) for figure in figures]
+    marks = [{1: "better", -1: "worse"}.get(better * sign_of(figure), "") for figure in figures]
+    return Line(label.strip(), "", cells, marks, label.startswith(" "))
+
+
+def sign_of(figure: Fig | None) -> int:
+    """Return 1 or -1 where the whole interval is on that side of 0, else 0."""
+    if figure is None or figure["low"] is None:
+        return 0
+    return int(figure["low"] > 0) - int(figure["high"] < 0)
+
+
+def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
+    """Return the table as text: a row per figure, columns `figure`, `base` and one per variant."""
+    import pandas as pd
+
+    rows, main = [], ""
+    for line in lines_of(summaries):
+        if line.is_part:
+            rows.append([f"{main}: {line.label}", line.base, *line.cells])
+        else:
+            rows.append([line.label, line.base, *line.cells])
+            main = re.split("[:,]", line.label)[0]
+    return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)
+
+
+def print_table(summaries: list[Summary], console: "Console") -> None:
+    from rich.measure import Measurement
+
+    unlimited = console.options.update(width=100_000)
+    for between in (" [", "\n["):
+        printed = _rich_table(summaries, between)
+        if Measurement.get(console, unlimited, printed).maximum <= console.width or len(summaries) == 1:
+            console.print(printed)
+            return
+    middle = len(summaries) // 2
+    print_table(summaries[:middle], console)
+    print_table(summaries[middle:], console)
+
+
+def _rich_table(summaries: list[Summary], between: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    printed = Table("", box=box.SIMPLE_HEAD)
+    for name in ("base", *(s.name for s in summaries)):
+        printed.add_column(Text(name), justify="right", overflow="fold")
+    for line in lines_of(summaries):
+        printed.add_row(
+            Text("  " * line.is_part + line.label),
+            line.base,
+            *(Text(cell.replace(" [", between)) for cell in line.cells),
+        )
+    return printed
