@@ -16,7 +16,7 @@ FLOPS_PER_SECOND = {
     "cuda": 1e14,
 }  # reached in practice: two CPU cores; one large GPU in bfloat16
 DECODING_SHARE = 0.5  # of that rate, when each token waits for the one before
-KNOWN_PARAMETERS = {"smollm2": 134_515_008, "tiny": 200_000}
+KNOWN_PARAMETERS = {"smollm2": 134_515_008, "tiny": 177_088}
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
 
 

@@ -130,6 +130,7 @@ def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
 
 
 def print_table(summaries: list[Summary], console: "Console") -> None:
+    """Print the table, in parts where the console is too narrow for all variants."""
     from rich.measure import Measurement
 
     unlimited = console.options.update(width=100_000)

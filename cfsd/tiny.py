@@ -228,6 +228,7 @@ metric_list:
     ignore_punctuation: false
 metadata:
   version: 1
+  chance: 0
 """
 
 

@@ -247,13 +247,10 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
 
 def _in_brief(facts: Mapping[str, Any]) -> str:
     named = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "parameters")
-    found = [
-        f"{facts[n]:,.4g} {n.replace('_', ' ')}"
-        if isinstance(facts[n], float)
-        else f"{facts[n]:,} {n.replace('_', ' ')}"
-        for n in named
-        if isinstance(facts.get(n), int | float)
-    ]
+    found = [f"{facts['benchmark']}"] if "benchmark" in facts else []
+    for name in named:
+        if isinstance(value := facts.get(name), int | float):
+            found.append(f"{value:,.4g} {name.replace('_', ' ')}" if isinstance(value, float) else f"{value:,} {name}")
     return ": " + ", ".join(found) if found else ""
 
 

@@ -20,7 +20,7 @@ from cfsd.trainer import CHECKPOINTS
 from tests.conftest import write_rows
 from tests.test_train import World, signals_given_back, trained, world_in
 
-MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=3)
+MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=5)
 SPEC = TrainSpec(learning_rate=1e-3, epochs=16, seed=0)
 KEY = "interrupted"
 STEPS = 5 * SPEC.epochs
@@ -50,8 +50,13 @@ def saved_step(draft: Path) -> int:
     return max(steps)
 
 
+def written_step(draft: Path) -> int:
+    """Return the last step in the journal."""
+    return max((int(record["step"]) for record in read_metrics(draft)), default=0)
+
+
 def interrupted(world: World, number: signal.Signals, after_step: int) -> CfsdError:
-    """Send `number` to the training process once a checkpoint after `after_step` is whole; return what make raised."""
+    """Send `number` to the training process a step after a whole checkpoint; return what make raised."""
     raised: list[CfsdError] = []
 
     def run() -> None:
@@ -63,7 +68,7 @@ def interrupted(world: World, number: signal.Signals, after_step: int) -> CfsdEr
     thread = threading.Thread(target=run)
     thread.start()
     draft = world.store.root / "model" / f"{KEY}.draft"
-    wait_for(lambda: saved_step(draft) > after_step or not thread.is_alive())
+    wait_for(lambda: written_step(draft) > saved_step(draft) > after_step or not thread.is_alive())
     for child in psutil.Process().children():
         if "cfsd.train" in child.cmdline():
             os.kill(child.pid, number)
