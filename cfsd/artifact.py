@@ -25,7 +25,10 @@ MANIFEST = "manifest.json"
 DRAFT = "draft.json"
 ERROR = "error.json"
 REQUEST = "request.json"
+FACTS = "facts.json"
 LOG = "log.txt"
+CHECKPOINTS = "checkpoints"
+SCRATCH = {DRAFT, ERROR, REQUEST, FACTS, PROGRESS}  # goes when the artifact is complete
 ASIDE = {MANIFEST, METRICS, LOG, "README.md"}  # not payload: not in the content digest
 
 
@@ -90,10 +93,8 @@ class Store:
     def find(self, kind: str, key: str) -> Artifact | None:
         """Return the artifact, or None if it is absent or any of its files is missing or changed."""
         folder = self.root / kind / key
-        if not (folder / MANIFEST).exists():
-            return None
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if self.damage(folder, manifest):
+        manifest = _manifest(folder)
+        if manifest is None or self.damage(folder, manifest):
             return None
         return Artifact(kind=kind, key=key, content=manifest["content"], facts=manifest["facts"])
 
@@ -134,6 +135,9 @@ class Store:
         with self.lock(kind, key, say):
             if found := self.find(kind, key):
                 return found, False
+            waiting = self.root / kind / f"{key}.draft"
+            if (done := _manifest(waiting)) and not self.damage(waiting, done):
+                return self._put_in_place(waiting, kind, key), False
             draft = self._open_draft(kind, key, environment or {}, say)
             started = time.time()
             work(draft)
@@ -171,27 +175,49 @@ class Store:
     def _complete(
         self, draft: Draft, kind: str, key: str, environment: dict[str, JsonValue], seconds: float
     ) -> Artifact:
-        for leftover in (DRAFT, ERROR, REQUEST, PROGRESS, ".*"):
-            for path in draft.folder.glob(leftover):
-                path.unlink()
-        files = {str(p.relative_to(draft.folder)): p for p in sorted(draft.folder.rglob("*")) if p.is_file()}
+        files = {name: path for name, path in _files(draft.folder).items() if not _is_scratch(name)}
         stamps = {name: _synced(path) for name, path in files.items()}
         digests = {name: str(stamp[2]) for name, stamp in stamps.items()}
-        content = _content(files, digests)
         manifest = {
-            "schema": 1, "kind": kind, "key": key, "content": content, "facts": draft.facts,
+            "schema": 1, "kind": kind, "key": key, "content": _content(files, digests), "facts": draft.facts,
             "files": digests, "environment": environment,
             "seconds": round(seconds, 3), "created": time.time(),
         }  # fmt: skip
         write_json(draft.folder / MANIFEST, manifest)
-        folder = draft.folder.with_name(key)
+        place = (self.root / kind / key).relative_to(self.home)
+        self.memory.remember({str(place / name): stamp for name, stamp in stamps.items()})
+        return self._put_in_place(draft.folder, kind, key)
+
+    def _put_in_place(self, draft: Path, kind: str, key: str) -> Artifact:
+        """Rename a draft that has its manifest. Until then it keeps its scratch: a kill here loses nothing."""
+        for name, path in _files(draft).items():
+            if _is_scratch(name):
+                path.unlink()
+        shutil.rmtree(draft / CHECKPOINTS, ignore_errors=True)
+        folder = draft.with_name(key)
         if folder.exists():  # damaged: `find` refused it
             shutil.rmtree(folder)
-        draft.folder.rename(folder)
+        draft.rename(folder)
         _sync_folder(folder.parent)
-        place = folder.relative_to(self.home)
-        self.memory.remember({str(place / name): stamp for name, stamp in stamps.items()})
-        return Artifact(kind=kind, key=key, content=content, facts=draft.facts)
+        found = self.find(kind, key)
+        assert found, "the manifest was just written"
+        return found
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _is_scratch(name: str) -> bool:
+    return name in SCRATCH or name.startswith((".", f"{CHECKPOINTS}/"))
 
 
 def _synced(path: Path) -> list[Any]:

@@ -307,8 +307,13 @@ def _dequantise(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2).save_pretrained(folder)
 
 
-def copy_model_side(source: Path, folder: Path) -> None:
-    """Copy what surrounds the weights (tokenizer, templates, configs, start token) to a tuned model's folder."""
-    for name, path in payload_of(source).items():
+def save_model(model: "PreTrainedModel", base_folder: Path, folder: Path) -> None:
+    """Write `model` in the number format of its base, with everything that surrounded the base's weights."""
+    import torch
+
+    stored = json.loads((base_folder / "config.json").read_text())
+    dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for name, path in payload_of(base_folder).items():
         if "safetensors" not in name and not (folder / name).exists():
             shutil.copyfile(path, folder / name)

@@ -104,8 +104,9 @@ def _feed(parts: dict[str, Any], name: str, column: "pa.Array[Any]") -> None:
         parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
         _feed(parts, f"{name}/item", column.flatten())
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        for text in column.to_pylist():
-            parts[name].update(b"\1" if text is None else b"\0" + text.encode() + b"\0")
+        lengths = pc.binary_length(column).fill_null(-1)
+        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        parts[name].update("".join(text or "" for text in column.to_pylist()).encode())
     else:
         parts[f"{name}/null"].update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
         values = column.fill_null(False if pa.types.is_boolean(column.type) else 0)

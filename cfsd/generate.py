@@ -41,7 +41,7 @@ class GenerateSpec(Spec):
 def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
     """Raise BadInput when a row of `recipe.<name>` would be longer than the base can attend to."""
     context = base.facts.get("context")
-    if isinstance(context, int) and spec.length + 1 > context:
+    if spec.rows and isinstance(context, int) and spec.length + 1 > context:
         raise BadInput(
             f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens; "
             f"set {name}.length to at most {context - 1}"

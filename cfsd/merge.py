@@ -20,12 +20,11 @@ def merge(base: Path, tuned: Path, spec: MergeSpec, folder: Path, device: str) -
     """
     import torch
 
-    from cfsd.checkpoint import load_model
-    from cfsd.trainer import save
+    from cfsd.checkpoint import load_model, save_model
 
     start, end = load_model(base, device, "float32"), load_model(tuned, device, "float32")
     anchors = dict(start.named_parameters())
     with torch.no_grad():
         for name, parameter in end.named_parameters():  # a tied weight is listed once
             parameter.lerp_(anchors[name], 1 - spec.alpha)
-    save(end, base, folder)
+    save_model(end, base, folder)

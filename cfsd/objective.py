@@ -67,7 +67,8 @@ def losses(model: nn.Module, pack: Pack) -> Losses:
     columns = wanted_BT.any(0).nonzero()[:, 0]
     output: Any = model(input_ids=pack.token_ids_BT, use_cache=False, logits_to_keep=columns)
     mask_BK = wanted_BT[:, columns]
-    logits_NV = output.logits[mask_BK].float()
+    logits_NV = output.logits[mask_BK]
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     next_N = pack.token_ids_BT[:, 1:][:, columns][mask_BK]
     nll_N = nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
     coefficient_N = pack.coefficient_BT[:, 1:][:, columns][mask_BK].to(nll_N.dtype)

@@ -19,16 +19,16 @@ from typing import Any
 from filelock import FileLock
 from pydantic import JsonValue
 
-from cfsd.artifact import ERROR, LOG, REQUEST
+from cfsd.artifact import ERROR, FACTS, LOG, REQUEST
 from cfsd.content import write_json
-from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped
+from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
 
-FACTS = "facts.json"
 KINDS: dict[str, type[CfsdError]] = {
     "bad_input": BadInput,
     "out_of_memory": OutOfMemory,
     "not_finite": NotFinite,
     "stopped": Stopped,
+    "damaged": StoreError,
     "crash": Crashed,
 }
 STOP_SECONDS = 120  # a stopping child writes a checkpoint first
@@ -90,11 +90,11 @@ def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
 
 
 def _described(error: Exception) -> dict[str, Any]:
-    import torch
-
     for kind, cls in KINDS.items():
         if isinstance(error, cls):
             return {"kind": kind, "message": str(error)}
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "lower machine.micro_batch_tokens, target.max_length or generate.length"
         return {"kind": "out_of_memory", "message": f"out of memory ({error}); {remedy}"}

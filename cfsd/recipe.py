@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cfsd.artifact import Artifact
 from cfsd.checkpoint import Checkpoint, expanded
@@ -84,6 +93,17 @@ class Comparison(BaseModel):
     )
     seeds: int = Field(1, ge=1, description="Repeats per variant; mix and train vary, corpus and probe are shared")
 
+    @field_validator("variants")
+    @classmethod
+    def _no_seed(cls, variants: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+        for name, changes in variants.items():
+            if "seed" in changes:
+                raise ValueError(
+                    f"variant {name!r} sets seed, which only fills seeds that are empty, and none is any more; "
+                    "set train.seed or mix.seed, or repeat every variant with `seeds`"
+                )
+        return variants
+
     def notes(self) -> list[str]:
         """Return what readers of the comparison must know."""
         if self.seeds == 1:
@@ -99,9 +119,9 @@ class Comparison(BaseModel):
         found = {}
         for name, changes in self.variants.items():
             for repeat in range(self.seeds):
-                own = self.recipe.seed + repeat
-                seeds = {"mix.seed": own, "train.seed": own} if repeat else {}
-                label = f"{name} seed={own}" if self.seeds > 1 else name
+                parts = (self.recipe.mix.seed, self.recipe.train.seed)
+                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
+                label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 found[label] = validated(Recipe, changed, f"variant {name!r}")
         return found

@@ -102,8 +102,8 @@ def truncated(logprobs_BV: Tensor, law: GenerateSpec) -> Tensor:
         return logprobs_BV.exp()
     probs_BV = (logprobs_BV / law.temperature).softmax(-1)
     if law.top_k:
-        kept_BK = probs_BV.topk(min(law.top_k, probs_BV.shape[1])).values
-        probs_BV = torch.where(probs_BV >= kept_BK[:, -1:], probs_BV, 0.0)
+        kept_BK, index_BK = probs_BV.topk(min(law.top_k, probs_BV.shape[1]))
+        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index_BK, kept_BK)
     if law.top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV

@@ -1,5 +1,7 @@
 """Target: what to fine-tune on, as tokenised rows with a train and a held-out part."""
 
+import csv
+import json
 import random
 import re
 from collections import Counter
@@ -14,12 +16,12 @@ from cfsd.artifact import Artifact, Draft
 from cfsd.content import DigestMemory
 from cfsd.errors import BadInput
 from cfsd.machine import home
-from cfsd.spec import Spec
+from cfsd.spec import Spec, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Target(Spec):
@@ -185,6 +187,8 @@ def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedToke
         raise BadInput(f"target column {target.messages!r} is not a list of messages; columns: {', '.join(record)}")
     if not tokenizer.chat_template:
         raise BadInput("target.messages is set, but this model has no chat template; use prompt and response")
+    if messages[0]["role"] == "assistant":
+        raise BadInput("a chat in the target begins with the assistant; it must begin with a user or system message")
     token_ids = _templated(tokenizer, messages)
     supervised = [False] * len(token_ids)
     for turn, message in enumerate(messages):
@@ -208,28 +212,69 @@ def _templated(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, ope
 
 def _records(target: Target) -> Iterator[dict[str, Any]]:
     if target.kind == "gym":
-        yield from _gym(target)
-        return
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    cache = str(home() / "datasets")
+        return _gym(target)
     if target.kind == "hub":
-        yield from load_dataset(target.name, revision=target.revision, split=target.split, cache_dir=cache)
-        return
-    path = Path(target.path or "")
-    loader = FILES[path.suffix]
+        return _hub(target)
+    return _file(Path(target.path or ""))
+
+
+def _file(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        yield from load_dataset(loader, data_files=str(path), split="train", cache_dir=cache)
-    except Exception as error:  # the reader's own errors have no common class
-        cause = error.__cause__ or error
-        raise BadInput(f"target {str(path)!r} could not be read as {loader}: {cause}") from error
+        yield from READERS[path.suffix](path)
+    except (ValueError, OSError) as error:  # json and csv errors, Arrow's and those of text encodings are ValueErrors
+        raise BadInput(f"target {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
+
+
+# Readers that guess types turn the answer 007 into 7, so these do not guess.
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
+            yield from json.loads(content)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _hub(target: Target) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(
+            target.name, revision=target.revision, split=target.split, cache_dir=str(home() / "datasets")
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"data set {target.name}@{target.revision} could not be loaded: {error}; check the id, the split "
+            f"{target.split!r} and the network, or give a local file"
+        ) from error
 
 
 def _gym(target: Target) -> Iterator[dict[str, Any]]:
     import reasoning_gym
 
+    # item i is made from seed + i there, so neighbouring seeds would share nearly all items
+    seed = int(digest_of(["gym", target.seed]), 16) % 2**31
     try:
-        yield from reasoning_gym.create_dataset(target.name, size=target.rows, seed=target.seed or 0, **target.config)
+        yield from reasoning_gym.create_dataset(target.name, size=target.rows, seed=seed, **target.config)
     except (ValueError, TypeError, AssertionError) as error:
         raise BadInput(f"reasoning-gym cannot make {target.name!r} with {target.config}: {error}") from error

@@ -1,6 +1,7 @@
 """The training loop: transformers.Trainer, with our global batches, objective and journal."""
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -20,16 +21,15 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import copy_model_side, load_model
+from cfsd.artifact import CHECKPOINTS, Artifact, Store
+from cfsd.batches import GlobalBatch, plan_batches
+from cfsd.checkpoint import load_model, save_model
 from cfsd.errors import NotFinite, Stopped
-from cfsd.journal import Journal
-from cfsd.mix import GlobalBatch, plan_batches
+from cfsd.journal import Journal, read_metrics
 from cfsd.objective import Pack, Row, losses, packs_of
 from cfsd.rows import read_rows
 from cfsd.train import TrainRequest, TrainSpec
 
-CHECKPOINTS = "checkpoints"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -143,7 +143,7 @@ class RehearsalTrainer(Trainer):
         if "grad_norm" not in logs:
             return
         norm, step = logs["grad_norm"], self.state.global_step
-        if norm != norm:
+        if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite at step {step}; lower train.learning_rate")
         self.clipped += norm > self.args.max_grad_norm
         shared = {"train/gradient_norm": norm, "train/learning_rate": logs["learning_rate"]}
@@ -166,11 +166,14 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     journal.cut_back(_step_of(last))
     trainer = RehearsalTrainer(model, _arguments(spec, checkpoints, device, len(data), machine.checkpoint_steps),
                                data, journal)  # fmt: skip
+    clipped = [r["value"] for r in read_metrics(folder) if r["name"] == "train/clipped_steps"]
+    trainer.clipped = int(clipped[-1]) if clipped else 0
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < len(data):
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
-    save(model, base_folder, folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise NotFinite("the trained weights are not finite; lower train.learning_rate")
+    save_model(model, base_folder, folder)
     tokens = sum(data[step]["tokens"] for step in range(len(data)))
     return {"steps": len(data), "tokens": tokens, "continued_from_step": _step_of(last)}
 
@@ -213,14 +216,6 @@ def _arguments(spec: TrainSpec, checkpoints: Path, device: str, steps: int, save
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def save(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
-    """Write `model` in the number format of its base, with everything that surrounded the base's weights."""
-    stored = json.loads((base_folder / "config.json").read_text())
-    dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    copy_model_side(base_folder, folder)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

@@ -83,7 +83,6 @@ def test_a_draft_of_another_environment_starts_anew_and_says_so(store: Store) ->
     assert store.manifest(artifact)["environment"] == {"torch": "2"}
 
 
-@pytest.mark.xfail(strict=True, reason="artifact.py _complete unlinks draft.json before it hashes and syncs")
 def test_a_full_disk_at_the_very_end_loses_no_work(store: Store) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -118,7 +117,6 @@ def test_a_damaged_artifact_is_absent_and_made_again(store: Store, change: str) 
     store.verify(again)
 
 
-@pytest.mark.xfail(strict=True, reason="artifact.py Store.find lets JSONDecodeError of manifest.json escape")
 def test_a_damaged_manifest_is_an_absent_artifact(store: Store) -> None:
     artifact, _ = made(store)
     (store.path(artifact) / "manifest.json").write_text('{"schema": 1, "fi')

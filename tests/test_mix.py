@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cfsd.artifact import Store, key_of
 from cfsd.microbatch import arrange, pad
-from cfsd.mix import GlobalBatch, MixSpec, mix, plan_batches
+from cfsd.batches import GlobalBatch, plan_batches
+from cfsd.mix import MixSpec, mix
 from cfsd.rows import CORPUS, TARGET, read_rows, table_of, write_shard
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)

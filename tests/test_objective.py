@@ -83,10 +83,6 @@ def sampled(base: GPT2LMHeadModel, count: int, seed: int) -> list[Row]:
     return rehearsal([s.token_ids for s in sample(base, START, (), law, range(count), stream="context-free")])
 
 
-FLOAT32 = pytest.mark.xfail(strict=True, reason="objective.py losses: `.float()` rounds float64 logits to float32")
-
-
-@FLOAT32
 def test_the_expected_loss_is_entropy_plus_kl(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> None:
     """Every text once, weighted by its probability: the expectation without sampling."""
     entropy, kl = entropy_and_kl(base, tuned)
@@ -96,7 +92,6 @@ def test_the_expected_loss_is_entropy_plus_kl(base: GPT2LMHeadModel, tuned: GPT2
     assert LENGTH * loss - entropy == pytest.approx(kl, rel=1e-9)
 
 
-@FLOAT32
 def test_the_expected_gradient_vanishes_at_the_base_and_nowhere_else(
     base: GPT2LMHeadModel, tuned: GPT2LMHeadModel
 ) -> None:

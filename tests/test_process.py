@@ -62,10 +62,7 @@ def test_facts_come_back(child: Callable[[str], Path]) -> None:
         ("raise MemoryError('full')", OutOfMemory, r"full.*machine\.micro_batch_tokens"),
         ("raise ValueError('odd')", Crashed, "ValueError: odd"),
         ("print('last words', flush=True); os._exit(3)", Crashed, "(?s)code 3.*last words"),
-        pytest.param(
-            "raise StoreError('damaged')", StoreError, "^damaged$",
-            marks=pytest.mark.xfail(strict=True, reason="process.py KINDS lacks StoreError: a retried Crashed"),
-        ),
+        ("raise StoreError('damaged')", StoreError, "^damaged$"),
     ],
 )  # fmt: skip
 def test_errors_arrive_as_what_they_are(

@@ -142,22 +142,14 @@ def test_repeats_vary_mix_and_train_and_share_what_is_measured_with(content: dic
     assert [seeds(found[f"rehearse seed={seed}"]) for seed in (3, 4, 5)] == [[3, 3, 3, s, s] for s in (3, 4, 5)]
 
 
-@pytest.mark.xfail(strict=True, reason="recipe.py Comparison.recipes: repeat 0 keeps mix.seed, repeat 1 may equal it")
 def test_repeats_never_repeat_a_seed_that_was_written_out(content: dict[str, Any]) -> None:
     found = comparison(content | {"mix": {"seed": 1}, "train": {"seed": 1}}, seeds=3).recipes()
     assert len({recipe.digest() for label, recipe in found.items() if "rehearse" in label}) == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="recipe.py Comparison.recipes fills seeds first: a variant's `seed` does nothing"
-)
-def test_a_variants_seed_has_an_effect_or_is_refused(content: dict[str, Any]) -> None:
-    compared = comparison(content, variants={"one": {}, "two": {"seed": 9}})
-    try:
-        found = compared.recipes()
-    except BadInput:
-        return
-    assert found["one"].digest() != found["two"].digest()
+def test_a_variants_seed_is_refused(content: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"variant 'two' sets seed.*train\.seed"):
+        comparison(content, variants={"one": {}, "two": {"seed": 9}})
 
 
 def test_a_wrong_variant_is_named(content: dict[str, Any]) -> None:

@@ -130,7 +130,6 @@ def test_every_step_is_recorded_once_with_the_same_values(world: World, finished
     assert one == two
 
 
-@pytest.mark.xfail(strict=True, reason="trainer.py RehearsalTrainer.clipped starts at 0 again after a resume")
 def test_the_count_of_clipped_steps_goes_on(world: World, finished: Artifact, through: Artifact) -> None:
     one, two = (recorded(world, model)[STEPS, "train/clipped_steps"] for model in (finished, through))
     assert two > 0
