@@ -1,8 +1,8 @@
 """The command lines: options, the table at the end, one clear message for what the user can mend."""
 
+import atexit
 import functools
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -49,10 +49,19 @@ def start(command: Callable[..., None]) -> None:
     app()
 
 
+_last_words: list[str] = []
+
+
 def _stopped() -> None:
-    console.print("stopped; what is finished is kept. To continue:")
-    print(_same_command(), flush=True)
-    os._exit(INTERRUPTED)  # threads of servers and clients must not print after the last line
+    _last_words.extend(["stopped; what is finished is kept. To continue:", _same_command()])
+    sys.exit(INTERRUPTED)
+
+
+@atexit.register
+def _say_last_words() -> None:
+    """Print after everything that ends at exit; this was registered before any of it, so it comes last."""
+    for line in _last_words:
+        print(line, flush=True)
 
 
 def _fail(message: str, code: int) -> None:

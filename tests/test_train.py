@@ -237,7 +237,7 @@ def test_a_full_disk_at_the_end_is_continued_from_the_last_checkpoint(
     often = MACHINE.model_copy(update={"checkpoint_steps": 5})
     go: Callable[[], Artifact] = lambda: trained(world, "full disk", world.mixture, machine=often)  # noqa: E731
     with monkeypatch.context() as disk:
-        disk.setattr("cfsd.trainer.copy_model_side", full)
+        disk.setattr("cfsd.trainer.save_model", full)
         with pytest.raises(OSError, match="No space"):
             go()
     again = go()

@@ -1,0 +1,96 @@
+"""Several ways of training, and two models that exist: what runs once, what is written, what is last on the screen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Run, save_model, write_rows
+
+ON = ["--machine", "threads=1"]
+
+
+@pytest.fixture
+def comparison_file(recipe_file: Path) -> Path:
+    recipe = yaml.safe_load(recipe_file.read_text())
+    variants = {"finetune": {"generate.rows": 0}, "rehearse": {}, "strong": {"train.rehearsal_weight": 3.0}}
+    file = recipe_file.with_name("comparison.yaml")
+    file.write_text(yaml.safe_dump({"recipe": recipe, "variants": variants}))
+    return file
+
+
+def summary_of(done: Any) -> dict[str, Any]:
+    path = Path(done.stdout.strip().splitlines()[-1])
+    assert path.name == "summary.json"
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def test_variants_share_what_they_can(run: Run, comparison_file: Path) -> None:
+    done = run("compare", comparison_file, *ON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = summary_of(done)
+    assert summary["schema"] == 1 and list(summary["variants"]) == ["finetune", "rehearse", "strong"]
+    stages = {n: [label.split()[0] for label in v["executed"]] for n, v in summary["variants"].items()}
+    measured = ["evaluate-target", "evaluate-probe"]
+    first = ["fetch", "target", "probe", "generate", "filter", "mix", "train", "evaluate-target"]
+    assert stages["finetune"] == first + measured
+    assert stages["rehearse"] == ["generate", "filter", "mix", "train", *measured]
+    assert stages["strong"] == ["train", *measured]
+    for variant in summary["variants"].values():
+        for figure in ("target_gain", "target_accuracy_gain", "probe_kl"):
+            assert variant[figure]["low"] <= variant[figure]["value"] <= variant[figure]["high"]
+    assert summary["variants"]["finetune"]["seconds"].keys() == set(first + measured)
+    report = Path(done.stdout.strip().splitlines()[-1]).with_name("report.html").read_text()
+    assert "rehearse" in report and "strong" in report
+    again = summary_of(run("compare", comparison_file, *ON))
+    assert all(variant["executed"] == [] for variant in again["variants"].values())
+    figures = ("target_gain", "probe_kl")
+    assert all(again["variants"][n][f] == v[f] for n, v in summary["variants"].items() for f in figures)
+
+
+def test_seeds_repeat_training_on_one_corpus(run: Run, comparison_file: Path, home: Path) -> None:
+    done = run("compare", comparison_file, "--seeds", 2, *ON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = summary_of(done)
+    assert list(summary["variants"])[:2] == ["finetune seed=0", "finetune seed=1"]
+    assert [label.split()[0] for label in summary["variants"]["rehearse seed=1"]["executed"]] == [
+        "mix", "train", "evaluate-target", "evaluate-probe",
+    ]  # fmt: skip
+    two = [summary["variants"][f"rehearse seed={seed}"]["probe_kl"]["value"] for seed in (0, 1)]
+    assert two[0] != two[1]
+    assert "2 seeds per variant" in (home / "reports" / "mine" / "report.html").read_text()
+
+
+def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    words = ["--target", rows, "--set", "probe.rows=16", "--set", "probe.length=16", "--set", "target.held_out=8"]
+    done = run("measure", model_folder, other, *words, *ON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary_of(done)["variants"]["other"]
+    assert found["probe_kl"]["low"] > 0 and found["target_gain"]["unit"] == "nats/token"
+    same = summary_of(run("measure", model_folder, model_folder, *words, *ON))["variants"]
+    assert next(iter(same.values()))["probe_kl"]["value"] == 0.0
+
+
+def test_every_shipped_recipe_loads_and_has_what_it_names() -> None:
+    from cfsd.recipe import Comparison, Recipe, read_yaml
+
+    for path in sorted((ROOT / "deployments" / "recipes").glob("*.yaml")):
+        kind = Comparison if "variants" in read_yaml(path) else Recipe
+        loaded = kind.load(path)
+        for recipe in loaded.recipes().values() if isinstance(loaded, Comparison) else [loaded]:
+            recipe.check()
+            assert recipe.digest() == recipe.digest()
+
+
+def test_every_field_says_what_it_does() -> None:
+    from cfsd.machine import Machine
+    from cfsd.recipe import Recipe
+    from flows.fields import rows
+
+    assert [name for name, _, text in rows(Recipe) + rows(Machine) if not text] == []
+    assert "train.rehearsal_weight" in {name for name, _, _ in rows(Recipe)}
