@@ -49,7 +49,8 @@ def verdict(summaries: list[Summary]) -> str:
         subject = "It" if learned else f"“{variant_of(summaries[0].name)}”"
         said = [learned, _forgot(summaries, subject), _moved(summaries)]
     else:
-        said = [_compared(variants, figure) for figure in COMPARED]
+        compared = [_compared(variants, figure) for figure in COMPARED]
+        said = [sentence for _, sentence in sorted(compared, key=lambda found: not found[0])]  # what is sure comes first
     return " ".join(sentence for sentence in said if sentence)
 
 
@@ -140,11 +141,11 @@ def detectable_mean(summary: Summary) -> float | None:
     return math.sqrt(sum(squares)) / len(squares) if squares else None
 
 
-def _compared(variants: dict[str, list[Summary]], figure: str) -> str:
-    """Say which variant is ahead; for certain only of those whose interval lies apart from its own."""
+def _compared(variants: dict[str, list[Summary]], figure: str) -> tuple[bool, str]:
+    """Say whether a variant is ahead for certain, of those whose interval lies apart from its own, and which."""
     known = {name: f for name, repeats in variants.items() if (f := _over_seeds(repeats, figure))}
     if len(known) < 2:
-        return ""
+        return False, ""
     words = COMPARED[figure]
     best = max(known, key=lambda name: words.up * float(known[name]["value"]))
     apart = {name: f for name, f in known.items() if _sign_of_difference(known[best], f) == words.up}
@@ -161,7 +162,7 @@ def _compared(variants: dict[str, list[Summary]], figure: str) -> str:
         )
     if figure == "mean_forgetting" and sign_of(known[best]) <= 0 and known[best]["low"] is not None:
         said += f". No forgetting was found in “{best}”{_power(variants[best])}"
-    return f"{said}."
+    return bool(apart), f"{said}."
 
 
 def _quoted(names: Iterable[str]) -> str:

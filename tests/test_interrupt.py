@@ -16,7 +16,7 @@ from cfsd.recipe import Recipe
 from tests.conftest import ROOT
 
 SLOW_ENOUGH = [  # seconds per stage, so that its middle can be hit
-    "probe.rows=160", "probe.length=100", "generate.rows=320", "generate.length=100", "mix.target_rows=1",
+    "probe.rows=80", "probe.length=100", "generate.rows=120", "generate.length=100", "mix.target_rows=1",
     "train.epochs=6",
 ]  # fmt: skip
 ON = ["--machine", "sampling_rows=8", "--machine", "checkpoint_steps=40", "--machine", "threads=1"]
