@@ -49,8 +49,9 @@ def verdict(summaries: list[Summary]) -> str:
         subject = "It" if learned else f"“{variant_of(summaries[0].name)}”"
         said = [learned, _forgot(summaries, subject), _moved(summaries)]
     else:
+        # what is sure comes first
         compared = [_compared(variants, figure) for figure in COMPARED]
-        said = [sentence for _, sentence in sorted(compared, key=lambda found: not found[0])]  # what is sure comes first
+        said = [sentence for _, sentence in sorted(compared, key=lambda found: not found[0])]
     return " ".join(sentence for sentence in said if sentence)
 
 

@@ -88,6 +88,7 @@ def mitigate_command(
 ) -> None:
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
     from flows._plan import check, print_plan
+    from flows._temporary_server import prefect_server
     from flows.mitigate import mitigate, story
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
@@ -96,7 +97,9 @@ def mitigate_command(
         print_plan({loaded.name: loaded}, on, story, console)
         return
 
-    show(loaded.name, [mitigate(loaded, on)])
+    with prefect_server():
+        trail = mitigate(loaded, on)
+    show(loaded.name, [trail])
 
 
 def compare_command(
@@ -109,6 +112,7 @@ def compare_command(
 ) -> None:
     """Run every variant of a recipe and put them into one table, one figure and one report."""
     from flows._plan import check, print_plan
+    from flows._temporary_server import prefect_server
     from flows.compare import compare
     from flows.mitigate import story
 
@@ -120,7 +124,9 @@ def compare_command(
         print_plan(recipes, on, story, console)
         return
 
-    show(loaded.recipe.name, compare(loaded, on))
+    with prefect_server():
+        trails = compare(loaded, on)
+    show(loaded.recipe.name, trails)
 
 
 def measure_command(
@@ -161,10 +167,12 @@ def measure_command(
     parts_to_check: list[Checkpoint | Benchmark | Target] = [*models, *evaluate.benchmarks]
     for part in parts_to_check + ([rows] if rows else []):
         part.check()
+    from flows._temporary_server import prefect_server
     from flows.measure import measure
 
     probe = validated(ProbeSpec, parts["probe"], "--set")
-    trail = measure(models[0], models[1], rows, probe, evaluate, _machine(machine))
+    with prefect_server():
+        trail = measure(models[0], models[1], rows, probe, evaluate, _machine(machine))
     show(f"measure {models[1].label()} against {models[0].label()}", [trail])
 
 

@@ -36,10 +36,10 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> dict[str, dict[str,
     """Start what does not run yet and return {name: {url, pid}}. Taken ports are passed over."""
     running = {name: entry for name, entry in recorded().items() if is_alive(entry["pid"])}
     if "prefect" not in running:
-        running["prefect"] = _start_prefect(_free_port(prefect_port))
+        running["prefect"] = _start_prefect(free_port(prefect_port))
         _keep(running)
     if "mlflow" not in running:
-        running["mlflow"] = _start_mlflow(_free_port(mlflow_port))
+        running["mlflow"] = _start_mlflow(free_port(mlflow_port))
         _keep(running)
     if "worker" not in running:
         running["worker"] = _start_worker(running)
@@ -117,11 +117,12 @@ def _started(name: str, command: list[str], url: str, health: str, environment: 
             env=environment, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
     if health:
-        _wait(lambda: _answers(health), process, log)
+        wait_until(lambda: answers(health), process, log)
     return {"url": url, "pid": process.pid, "log": str(log)}
 
 
-def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Return when `ready`. Raises CfsdError with the end of `log` if the process ends or takes too long."""
     end = time.monotonic() + START_SECONDS
     while not ready():
         if process.poll() is not None or time.monotonic() > end:
@@ -130,7 +131,8 @@ def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Pa
         time.sleep(0.5)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Say whether `url` answers with 200."""
     try:
         with urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
@@ -144,7 +146,8 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise CfsdError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def _free_port(first: int) -> int:
+def free_port(first: int) -> int:
+    """Return the first port from `first` on that nobody listens on."""
     for port in range(first, first + 50):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -133,6 +133,47 @@ def test_ctrl_c_ends_children_and_says_how_to_continue(
     assert final_content(recipe, home) == content
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_temporary_server_ends_with_its_command(
+    number: int, case: Callable[[], tuple[Path, str]], tmp_path: Path
+) -> None:
+    """Ctrl-C in a terminal reaches the whole process group; a kill reaches the command alone."""
+    home = tmp_path / "data"
+    own = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
+    words = [sys.executable, "-m", "flows.mitigate", str(case()[0]), "--home", str(home), *ON]
+    changes = [word for change in SLOW_ENOUGH for word in ("--set", change)]
+    process = subprocess.Popen(
+        [*words, *changes], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=own,
+        start_new_session=True,
+    )  # fmt: skip
+    middle_of("generate", home, process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    out, _ = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, out
+        assert out.strip().splitlines()[-1].startswith("python -m flows.mitigate")
+        assert "Traceback" not in out
+    time.sleep(2)
+    assert not _processes("flows._temporary_server", f"CFSD_HOME={home}")
+
+
+def _processes(words: str, variable: str) -> list[str]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, environment = (
+                (folder / name).read_bytes().replace(b"\0", b" ").decode() for name in ("cmdline", "environ")
+            )
+        except (OSError, UnicodeDecodeError):
+            continue
+        if words in line and variable in environment:
+            found.append(line)
+    return found
+
+
 def _training_processes(home: Path) -> list[str]:
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     return [line for line in found.splitlines() if "cfsd.train" in line and str(home) in line]

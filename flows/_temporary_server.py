@@ -1,0 +1,54 @@
+"""A Prefect server for the time of one command, where none is there.
+
+    python -m flows._temporary_server PORT        what the command starts
+
+Prefect's own temporary server shares the terminal, so that Ctrl-C ends it before the flow could say that it was
+stopped, and it outlives a command that was killed. This one has a session of its own and dies with its parent.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flows.serve import HOST, answers, free_port, wait_until
+
+FIRST_PORT = 24200
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Give the flows of this block a server: the one that the settings name, else a temporary one."""
+    from prefect.logging.handlers import APILogHandler
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from cfsd.machine import home
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    port, log = free_port(FIRST_PORT), home() / "logs" / "prefect.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        command = [sys.executable, "-m", __name__, str(port)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    try:
+        wait_until(lambda: answers(f"http://{HOST}:{port}/api/health"), process, log)
+        with temporary_settings({PREFECT_API_URL: f"http://{HOST}:{port}/api"}):
+            yield
+    finally:
+        APILogHandler().flush()  # or its thread complains that the server is gone
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    from cfsd.process import end_with_parent
+
+    end_with_parent()
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host=HOST, port=int(sys.argv[1]))
