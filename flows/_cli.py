@@ -181,7 +181,7 @@ def show(title: str, trails: list[Trail]) -> None:
     from cfsd.verdict import print_summary
     from flows._conclude import report_folder
 
-    folder = report_folder(title)
+    folder = report_folder(title, trails)
     found = json.loads((folder / "summary.json").read_text())["variants"]
     summaries = [Summary(name=name, **content) for name, content in found.items()]
     print_summary(summaries, console)

@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cfsd.artifact import Store
 from cfsd.machine import home
+from cfsd.spec import digest_of
 from cfsd.summary import Summary, Trail, summarise, write_summary
 from tasks import record
 
@@ -21,7 +22,7 @@ def conclude(
     from cfsd.report import write_report
     from cfsd.table import summary_frame
 
-    store, folder = Store(home()), report_folder(title)
+    store, folder = Store(home()), report_folder(title, trails)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [summarise(store, trail) for trail in trails]
     files = [folder / name for name in ("report.html", "summary.json", "frontier.png", "trails.json")]
@@ -38,9 +39,10 @@ def conclude(
     return summaries
 
 
-def report_folder(title: str) -> Path:
-    """Return where the report of a run of this name lies."""
-    return home() / "reports" / _slug(title)
+def report_folder(title: str, trails: Sequence[Trail]) -> Path:
+    """Return where the report lies: by name and by what was run, so that no run takes another one's place."""
+    run = digest_of([(trail.name, trail.digest, trail.artifacts["final"].key) for trail in trails])
+    return home() / "reports" / f"{_slug(title)}-{run[:8]}"
 
 
 def _slug(title: str) -> str:

@@ -3,6 +3,7 @@
 Nothing here can lose work: artifacts hold their own metrics, from which a server that was away is filled later.
 """
 
+import getpass
 import json
 import logging
 import sys
@@ -121,7 +122,7 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
 def _open_run(client: "MlflowClient", name: str, parent: str | None, tags: dict[str, str]) -> str:
     _end_dead_runs(client)
     parents = {"mlflow.parentRunId": parent} if parent else {}
-    source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.user": "cfsd"}
+    source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.user": getpass.getuser()}
     run = client.create_run(_experiment(), run_name=name, tags={**tags, **parents, **source})
     return str(run.info.run_id)
 

@@ -61,7 +61,8 @@ def test_seeds_repeat_training_on_one_corpus(run: Run, comparison_file: Path, ho
     ]  # fmt: skip
     two = [summary["variants"][f"rehearse seed={seed}"]["probe_kl"]["value"] for seed in (0, 1)]
     assert two[0] != two[1]
-    assert "2 seeds per variant" in (home / "reports" / "mine" / "report.html").read_text()
+    report = Path(done.stdout.strip().splitlines()[-1]).with_name("report.html")
+    assert report.is_relative_to(home) and "2 seeds per variant" in report.read_text()
 
 
 def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> None:
