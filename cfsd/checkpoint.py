@@ -118,6 +118,8 @@ def payload_of(folder: Path) -> dict[str, Path]:
             f"{str(folder)!r} is not a model: config.json and *.safetensors are needed "
             "(weights in pickle files are never read; save them with save_pretrained)"
         )
+    if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in files):
+        raise BadInput(f"{str(folder)!r} has no tokenizer; copy the tokenizer files of the model it was tuned from")
     return files
 
 
@@ -176,12 +178,18 @@ def describe(folder: Path) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`, without its weights."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        sizes = {"vocabulary": config.vocab_size, "width": config.hidden_size}
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise BadInput(
+            f"the model's config.json cannot be used ({error}); allowed: causal language models that transformers "
+            "knows by itself, without remote code"
+        ) from error
     return {
         "parameters": count_parameters(folder),
         "architecture": (config.architectures or [type(config).__name__])[0],
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
+        **sizes,
         "context": getattr(config, "max_position_embeddings", None),
         "start_token": read_start_token(folder),
         "end_tokens": list(end_tokens(folder)),
@@ -220,7 +228,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in `folder`."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise BadInput(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     return tokenizer
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
 
+from cfsd.errors import BadInput
+
 HOME_VARIABLE = "CFSD_HOME"
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
@@ -35,10 +37,12 @@ class Machine(BaseModel):
 
     def resolved_device(self) -> str:
         """Return "cpu" or "cuda"."""
-        if self.device != "auto":
-            return self.device
+        if self.device == "cpu":
+            return "cpu"
         import torch
 
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("machine.device is cuda, but torch finds none here; set it to cpu or auto")
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def resolved_threads(self) -> int:

@@ -4,6 +4,7 @@ Tables are Parquet shards `<name>-00000.parquet`, so that `datasets.load_dataset
 A written shard is whole: it appears under its name only when every row is on the disk.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     """Write `table` whole or not at all."""
     temporary = folder / f".{name}-{index:05}.partial"
     pq.write_table(table, temporary, compression="zstd")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(shard_path(folder, name, index))
 
 

@@ -44,6 +44,7 @@ class Target(Spec):
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
     held_out: PositiveInt = Field(64, description="Rows kept out of training to measure what was learned")
+    measure_only: bool = Field(False, description="Keep every row from training: to measure models that exist")
     max_length: PositiveInt = Field(1024, description="Longer rows (tokens) are dropped and counted, never cut")
     seed: NonNegativeInt | None = Field(None, description="Split and generator; empty: the recipe's")
 
@@ -104,7 +105,8 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     kept = list(_unique(_rows(target, tokenizer, ends, dropped), dropped))
     _enough(target, kept, dropped)
     random.Random(f"split {target.seed}").shuffle(kept)
-    parts = {"held_out": kept[: target.held_out], "train": kept[target.held_out :]}
+    held_out = len(kept) if target.measure_only else target.held_out
+    parts = {"held_out": kept[:held_out], "train": kept[held_out:]}
     for name, rows in parts.items():
         records = [{"row_id": i, "source": "target", **row._asdict()} for i, row in enumerate(rows)]
         write_shard(draft.folder, name, 0, table_of(TARGET, records))
@@ -119,7 +121,7 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
 
 
 def _enough(target: Target, kept: list[Row], dropped: Counter[str]) -> None:
-    if len(kept) > target.held_out:
+    if len(kept) > (0 if target.measure_only else target.held_out):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
     raise BadInput(
@@ -175,9 +177,10 @@ def _fill(template: str, record: dict[str, Any]) -> str:
         if "{" not in template:
             raise KeyError(template)
         return template.format(**record)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise BadInput(
-            f"target has no column for {template!r} ({error}); its columns are {', '.join(map(repr, record))}"
+            f"target has no column for {template!r} ({error}); its columns are {', '.join(map(repr, record))}; "
+            "a brace that is meant as one is written twice"
         ) from None
 
 
@@ -187,6 +190,10 @@ def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedToke
         raise BadInput(f"target column {target.messages!r} is not a list of messages; columns: {', '.join(record)}")
     if not tokenizer.chat_template:
         raise BadInput("target.messages is set, but this model has no chat template; use prompt and response")
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise BadInput(f"messages in target column {target.messages!r} need `role` and `content`, both texts")
     if messages[0]["role"] == "assistant":
         raise BadInput("a chat in the target begins with the assistant; it must begin with a user or system message")
     token_ids = _templated(tokenizer, messages)
@@ -220,14 +227,17 @@ def _records(target: Target) -> Iterator[dict[str, Any]]:
 
 def _file(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        yield from READERS[path.suffix](path)
+        for number, record in enumerate(READERS[path.suffix](path), 1):
+            if not isinstance(record, dict):
+                raise ValueError(f"row {number} is not an object with named fields")
+            yield record
     except (ValueError, OSError) as error:  # json and csv errors, Arrow's and those of text encodings are ValueErrors
         raise BadInput(f"target {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
 
 
 # Readers that guess types turn the answer 007 into 7, so these do not guess.
 def _json(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
             yield from json.loads(content)
             return
@@ -241,8 +251,11 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            if None in row:
+                raise ValueError(f"line {number} has more cells than there are columns")
+            yield row
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

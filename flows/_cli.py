@@ -136,7 +136,9 @@ def measure_command(
         list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")
     ] = [],  # noqa: B006
     benchmarks: Annotated[Path | None, typer.Option(help="A folder of lm-eval YAML files: all of them")] = None,
-    target: Annotated[Path | None, typer.Option(help="Rows it was tuned on; columns prompt and response")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Rows of the target that TUNED was not trained on; columns prompt and response")
+    ] = None,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
@@ -155,12 +157,20 @@ def measure_command(
     if benchmarks is not None:
         if not benchmarks.is_dir():
             _fail(f"--benchmarks {benchmarks} is not a folder; give one that holds lm-eval YAML files", 2)
-        named += [{"name": name, "folder": str(benchmarks)} for name in names_in(benchmarks)]
+        if not (names := names_in(benchmarks)):
+            _fail(f"--benchmarks {benchmarks} holds no benchmark; give a folder of lm-eval YAML files with `task:`", 2)
+        named += [{"name": name, "folder": str(benchmarks)} for name in names]
     parts = override(
         {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}}
-        | ({"target": {"path": str(target), "seed": 0}} if target else {}),
+        | ({"target": {"path": str(target), "seed": 0, "measure_only": True}} if target else {}),
         parse_overrides(set_),
     )
+    if unknown := set(parts) - {"probe", "evaluate", "target"}:
+        _fail(
+            f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate and, with --target, target",
+            2,
+        )
+    on = _machine(machine)
     evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
@@ -172,7 +182,7 @@ def measure_command(
 
     probe = validated(ProbeSpec, parts["probe"], "--set")
     with prefect_server():
-        trail = measure(models[0], models[1], rows, probe, evaluate, _machine(machine))
+        trail = measure(models[0], models[1], rows, probe, evaluate, on)
     show(f"measure {models[1].label()} against {models[0].label()}", [trail])
 
 

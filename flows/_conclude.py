@@ -41,7 +41,7 @@ def conclude(
 
 def report_folder(title: str, trails: Sequence[Trail]) -> Path:
     """Return where the report lies: by name and by what was run, so that no run takes another one's place."""
-    run = digest_of([(trail.name, trail.digest, trail.artifacts["final"].key) for trail in trails])
+    run = digest_of([trail.model_dump(mode="json", exclude={"steps"}) for trail in trails])
     return home() / "reports" / f"{_slug(title)}-{run[:8]}"
 
 

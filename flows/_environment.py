@@ -7,6 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from cfsd.machine import HOME_VARIABLE, home
 
@@ -52,18 +55,14 @@ def live_servers() -> dict[str, str]:
         recorded = json.loads((home() / SERVERS).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return {name: entry["url"] for name, entry in recorded.items() if entry.get("url") and is_alive(entry["pid"])}
+    return {name: entry["url"] for name, entry in recorded.items() if entry.get("url") and is_alive(entry)}
 
 
-def is_alive(pid: int) -> bool:
-    """Say whether a process of this number runs."""
+def is_alive(entry: dict[str, Any]) -> bool:
+    """Say whether the process of a servers.json entry runs; its number alone may be another's by now."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(entry["pid"])
+        same = abs(process.create_time() - entry["started"]) < 2
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    try:  # a child that ended but was not waited for still has its number
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return True

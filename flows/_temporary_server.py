@@ -1,19 +1,18 @@
 """A Prefect server for the time of one command, where none is there.
 
-    python -m flows._temporary_server PORT        what the command starts
+    python -m flows._temporary_server SOCKET        what the command starts; an open file's number
 
 Prefect's own temporary server shares the terminal, so that Ctrl-C ends it before the flow could say that it was
 stopped, and it outlives a command that was killed. This one has a session of its own and dies with its parent.
 """
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.serve import HOST, answers, free_port, wait_until
-
-FIRST_PORT = 24200
+from flows.serve import HOST, answers, wait_until
 
 
 @contextmanager
@@ -27,11 +26,14 @@ def prefect_server() -> Iterator[None]:
     if PREFECT_API_URL.value():
         yield
         return
-    port, log = free_port(FIRST_PORT), home() / "logs" / "prefect.log"
+    log = home() / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        command = [sys.executable, "-m", __name__, str(port)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    with log.open("a") as out, socket.create_server((HOST, 0)) as place:  # held from here on: no other can take it
+        port, number = place.getsockname()[1], place.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(number)],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=(number,),
+        )  # fmt: skip
     try:
         wait_until(lambda: answers(f"http://{HOST}:{port}/api/health"), process, log)
         with temporary_settings({PREFECT_API_URL: f"http://{HOST}:{port}/api"}):
@@ -51,4 +53,5 @@ if __name__ == "__main__":
     from cfsd.process import end_with_parent
 
     end_with_parent()
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host=HOST, port=int(sys.argv[1]))
+    settings = uvicorn.Config("prefect.server.api.server:create_app", factory=True)
+    uvicorn.Server(settings).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import typer
 
 from cfsd.content import write_json
@@ -34,7 +35,7 @@ POOL = "gpu"
 
 def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> dict[str, dict[str, Any]]:
     """Start what does not run yet and return {name: {url, pid}}. Taken ports are passed over."""
-    running = {name: entry for name, entry in recorded().items() if is_alive(entry["pid"])}
+    running = {name: entry for name, entry in recorded().items() if is_alive(entry)}
     if "prefect" not in running:
         running["prefect"] = _start_prefect(free_port(prefect_port))
         _keep(running)
@@ -51,8 +52,8 @@ def down() -> list[str]:
     """End what this home started and return the names."""
     ended = []
     for name, entry in reversed(recorded().items()):
-        if is_alive(entry["pid"]):
-            _end_group(entry["pid"])
+        if is_alive(entry):
+            _end_group(entry)
             ended.append(name)
     (home() / SERVERS).unlink(missing_ok=True)
     return ended
@@ -118,7 +119,8 @@ def _started(name: str, command: list[str], url: str, health: str, environment: 
         )  # fmt: skip
     if health:
         wait_until(lambda: answers(health), process, log)
-    return {"url": url, "pid": process.pid, "log": str(log)}
+    started = psutil.Process(process.pid).create_time()
+    return {"url": url, "pid": process.pid, "started": started, "log": str(log)}
 
 
 def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -156,16 +158,16 @@ def free_port(first: int) -> int:
     raise CfsdError(f"no free port between {first} and {first + 49} on {HOST}; give another with --prefect-port")
 
 
-def _end_group(pid: int) -> None:
+def _end_group(entry: dict[str, Any]) -> None:
     for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
         try:
-            os.killpg(pid, number)
+            os.killpg(entry["pid"], number)
         except ProcessLookupError:
             return
         end = time.monotonic() + seconds
-        while is_alive(pid) and time.monotonic() < end:
+        while is_alive(entry) and time.monotonic() < end:
             time.sleep(0.2)
-        if not is_alive(pid):
+        if not is_alive(entry):
             return
 
 

@@ -6,6 +6,7 @@ Nothing here can lose work: artifacts hold their own metrics, from which a serve
 import getpass
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,9 +123,16 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
 def _open_run(client: "MlflowClient", name: str, parent: str | None, tags: dict[str, str]) -> str:
     _end_dead_runs(client)
     parents = {"mlflow.parentRunId": parent} if parent else {}
-    source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.user": getpass.getuser()}
+    source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.user": _user()}
     run = client.create_run(_experiment(), run_name=name, tags={**tags, **parents, **source})
     return str(run.info.run_id)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container may run under a number without a name
+        return str(os.getuid())
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     yield {"home": home, "env": own, **urls}
     down = subprocess.run([*command, "down", "--home", str(home)], **place)
     assert down.returncode == 0 and "worker" in down.stdout
-    assert not any(is_alive(entry["pid"]) for entry in servers.values())
+    assert not any(is_alive(entry) for entry in servers.values())
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
