@@ -167,7 +167,7 @@ def measure_command(
     )
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         _fail(
-            f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate and, with --target, target",
+            f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target",
             2,
         )
     on = _machine(machine)
