@@ -1,6 +1,5 @@
 """Stage evaluate: what a model scores on benchmarks, on held-out target rows, and on the probe against the base."""
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveInt, field_validator
@@ -100,10 +99,3 @@ def score_probe(base: Artifact, tuned: Artifact, probe: Artifact, draft: Draft, 
         "probe_kl_sampled": means["sampled"],
     }
     draft.journal.metrics(0, {"forgetting/probe_kl": means["kl"], "forgetting/probe_kl_sampled": means["sampled"]})
-
-
-def table_path(folder: Path, name: str) -> Path:
-    """Return the only shard of a small table."""
-    from cfsd.rows import shard_path
-
-    return shard_path(folder, name, 0)

@@ -1,7 +1,7 @@
 """One decorator for every stage: its key, the store first, the record, the retries. All caching is decided here."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec
@@ -46,8 +46,7 @@ def stage(
         open_signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
         def inputs_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-            bound = open_signature.bind(*args, **kwargs)
-            return tuple(value for value in bound.arguments.values() if not isinstance(value, Machine))
+            return counted(open_signature.bind(*args, **kwargs).arguments)
 
         def execute(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
             values = (*args, *kwargs.values())
@@ -62,7 +61,7 @@ def stage(
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
         def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:
-            return key_of(name, *(value for value in bound.values() if not isinstance(value, Machine)))
+            return key_of(name, *counted(bound))
 
         execute.__name__, execute.__doc__ = work.__name__, work.__doc__
         execute.__signature__ = open_signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
@@ -93,6 +92,11 @@ def stage(
         return call
 
     return decorate
+
+
+def counted(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the inputs that belong to a key: all but the machine."""
+    return tuple(value for value in inputs.values() if not isinstance(value, Machine))
 
 
 def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
