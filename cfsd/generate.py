@@ -2,16 +2,25 @@
 
 Source: Bansal and Sanghavi 2025, arXiv:2505.13811: rehearsing this text estimates KL(base || tuned) without bias,
 at temperature 1 and without truncation. Any other setting estimates the divergence from another law.
+The other sources are what the method is compared to: text after the target's prompts, after the chat template,
+and documents of the user's own.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cfsd.artifact import Artifact, Draft
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
+from cfsd.replay import Replay
 from cfsd.spec import Spec
+
+if TYPE_CHECKING:
+    from cfsd.shards import Sampler
+
+Source = Literal["context-free", "template", "contextual", "replay"]
+SHARDS_PER_SOURCE = 1_000_000
 
 
 class ProbeSpec(Spec):
@@ -25,16 +34,52 @@ class ProbeSpec(Spec):
 class GenerateSpec(Spec):
     """The rehearsal corpus. The defaults sample the model's own law exactly."""
 
+    neutral: ClassVar[dict[str, Any]] = {
+        "source": "context-free", "fractions": {}, "replay": None, "min_length": 0, "fill": False, "top_logprobs": 0,
+    }  # fmt: skip
+
     rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
-    length: PositiveInt = Field(128, description="Most tokens sampled per sequence, after the start token")
+    length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
+    source: Literal["context-free", "template", "contextual", "replay", "mixed"] = Field(
+        "context-free",
+        description="context-free: from the start token alone, the method; template: after the chat template's text "
+        "before a user turn; contextual: after target prompts; replay: documents of yours; mixed: see fractions",
+    )
+    fractions: dict[Source, float] = Field(
+        {}, description="mixed only: each source's share of rows x length tokens, as {context-free: 0.5, replay: 0.5}"
+    )
+    replay: Replay | None = Field(None, description="replay only: where the documents are")
+    min_length: NonNegativeInt = Field(0, description="No text ends before this many tokens: biased above 0")
+    fill: bool = Field(
+        False, description="Go on after a text's end, parted as the model was trained, until the row is full: biased"
+    )
     temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples another law: biased")
     top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the tail is never sampled: biased")
     top_k: NonNegativeInt = Field(0, description="0: off. Otherwise only the k likeliest tokens: biased")
+    top_logprobs: NonNegativeInt = Field(
+        0, le=4096, description="Store the log-probabilities of the k likeliest tokens per position; 0: none"
+    )
     seed: NonNegativeInt | None = Field(None, description="Empty: the recipe's")
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if bool(self.fractions) != (self.source == "mixed"):
+            raise ValueError(f"fractions {self.fractions} with source {self.source}; they belong to source mixed")
+        if self.fractions and (min(self.fractions.values()) <= 0 or abs(sum(self.fractions.values()) - 1) > 1e-6):
+            raise ValueError(f"fractions {self.fractions} must be positive and add up to 1")
+        if (self.replay is not None) != ("replay" in self.sources()):
+            raise ValueError("`replay` says where documents are, and source replay needs it: give both or neither")
+        if self.min_length > self.length:
+            raise ValueError(f"min_length {self.min_length} is above length {self.length}")
+        return self
+
+    def sources(self) -> list[Source]:
+        """Return the sources that rows come from, in a fixed order."""
+        return sorted(self.fractions) if self.source == "mixed" else [self.source]
+
     def biases(self) -> list[str]:
-        """Return which settings make the corpus follow another law than the base model's."""
-        neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        """Return which settings make the rows follow another law than the model's own."""
+        neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_length": 0, "fill": False}
         return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
 
 
@@ -48,81 +93,35 @@ def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> 
         )
 
 
-def generate(base: Artifact, spec: GenerateSpec, draft: Draft, machine: Machine) -> None:
-    """Write `spec.rows` rows as a `corpus` table, one shard per batch; finished shards are kept."""
-    _sample_shards(base, spec, draft, machine, source="context-free")
-    draft.facts["biased"] = ", ".join(spec.biases())
-
-
-def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine) -> None:
-    """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
-    law = GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed)
-    _sample_shards(base, law, draft, machine, source="probe")
-
-
-def _sample_shards(base: Artifact, law: GenerateSpec, draft: Draft, machine: Machine, *, source: str) -> None:
-    from cfsd.rows import shard_path
-
-    size = machine.sampling_rows
-    starts = range(0, law.rows, size)
-    for shard, first in enumerate(starts):
-        if not shard_path(draft.folder, "corpus", shard).exists():
-            rows = list(range(first, min(first + size, law.rows)))
-            _sample_one(base, law, draft, machine, source, shard, rows)
-        draft.journal.progress(min(first + size, law.rows), law.rows, "rows")
-    draft.facts |= _facts(draft)
-
-
-def _sample_one(
+def generate(
     base: Artifact,
-    law: GenerateSpec,
+    target: Artifact | None,
+    spec: GenerateSpec,
     draft: Draft,
     machine: Machine,
-    source: str,
-    shard: int,
-    rows: list[int],
+    sampler: "Sampler | None" = None,
 ) -> None:
-    from cfsd.checkpoint import end_tokens, load_for_measuring, load_tokenizer, read_start_token
-    from cfsd.rows import CORPUS, table_of, write_shard
-    from cfsd.sampling import sample
+    """Write the `corpus` table shard by shard; finished shards are kept whatever happens.
 
-    machine.settle()
-    folder = draft.store.path(base)
-    model = load_for_measuring(draft.store, base, machine.resolved_device())
+    `target` is needed by source contextual only. `sampler` works on shards elsewhere than on this machine; those
+    that it loses are asked for again.
+    """
+    from cfsd.corpus_table import corpus_facts
+    from cfsd.shards import ShardJob, sample_source
 
-    def on_step(step: int) -> None:
-        done = rows[0] + len(rows) * step / law.length
-        draft.journal.progress(int(done), law.rows, "rows")
-
-    sampled = sample(
-        model, read_start_token(folder), end_tokens(folder), law, rows, stream=source, where=f"shard {shard}",
-        on_step=on_step,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(folder)
-    records = [
-        {
-            "row_id": row, "source": source, "token_ids": s.token_ids, "logprobs": [None, *s.logprobs],
-            "finish_reason": s.finish_reason, "shard": shard, "seed": law.seed or 0,
-            "text": tokenizer.decode(s.token_ids),
-        }
-        for row, s in zip(rows, sampled, strict=True)
-    ]  # fmt: skip
-    write_shard(draft.folder, "corpus", shard, table_of(CORPUS, records))
-    tokens = sum(len(s.logprobs) for s in sampled)
-    nats = sum(sum(s.logprobs) for s in sampled)
-    draft.journal.metrics(rows[-1] + 1, {"generate/tokens": tokens, "generate/mean_logprob": nats / tokens})
+    job = ShardJob.of(draft, base, target, spec, machine)
+    for position, source in enumerate(spec.sources()):
+        tokens = spec.fractions[source] * spec.rows * spec.length if spec.fractions else None
+        sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
+    draft.facts |= corpus_facts(draft.folder)
+    draft.facts |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}
 
 
-def _facts(draft: Draft) -> dict[str, JsonValue]:
-    from cfsd.rows import batches
+def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: "Sampler | None" = None) -> None:
+    """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
+    from cfsd.corpus_table import corpus_facts
+    from cfsd.shards import ShardJob, sample_source
 
-    rows = tokens = ended = 0
-    nats = 0.0
-    for batch in batches(draft.folder, "corpus", ["logprobs", "finish_reason"]):
-        columns = batch.to_pydict()
-        rows += batch.num_rows
-        tokens += sum(len(values) - 1 for values in columns["logprobs"])
-        nats += sum(sum(values[1:]) for values in columns["logprobs"])
-        ended += columns["finish_reason"].count("eos")
-    share = {"mean_logprob": nats / tokens, "ended_fraction": ended / rows} if rows else {}
-    return {"rows": rows, "tokens": tokens, **share}
+    law = GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed)
+    sample_source(ShardJob.of(draft, base, None, law, machine), "probe", 0, None, draft, sampler)
+    draft.facts |= corpus_facts(draft.folder)

@@ -4,13 +4,14 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 from cfsd.errors import BadInput
 
 HOME_VARIABLE = "CFSD_HOME"
+SAMPLING = ("probe", "generate")  # the stages whose work is divided into shards
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
@@ -28,12 +29,30 @@ class Machine(BaseModel):
         "auto", description="Where tensors live; auto takes CUDA if there is one"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads per process; empty: all cores")
-    sampling_rows: PositiveInt = Field(64, description="Rows sampled together; also the rows of one shard")
+    processes: PositiveInt | None = Field(
+        None, description="Processes that sample, each with its own model; empty: one per GPU, or one on CPU"
+    )
+    sampling_rows: PositiveInt = Field(128, description="Rows sampled together; also the rows of one shard")
+    engine: Literal["torch", "server"] = Field(
+        "torch", description="torch: our own decoding loop; server: an OpenAI-compatible one that serves the base"
+    )
+    base_url: str | None = Field(None, description="server only: such as http://127.0.0.1:8000/v1")
+    served_model: str | None = Field(None, description="server only: the model's name there; empty: its only one")
+    in_flight: PositiveInt = Field(16, description="server only: requests that wait for an answer at the same time")
+    cluster: str | None = Field(
+        None, description="Ray cluster to spread shards over: `local`, `auto` or ray://host:10001; needs a shared disk"
+    )
     micro_batch_tokens: PositiveInt = Field(
         1024, description="Most tokens, padding included, that one forward and backward pass holds"
     )
 
     checkpoint_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints: what a kill can cost")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.engine == "server") != (self.base_url is not None):
+            raise ValueError(f"base_url is {self.base_url!r} with engine {self.engine}; they belong together")
+        return self
 
     def resolved_device(self) -> str:
         """Return "cpu" or "cuda"."""
@@ -45,25 +64,38 @@ class Machine(BaseModel):
             raise BadInput("machine.device is cuda, but torch finds none here; set it to cpu or auto")
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def resolved_threads(self) -> int:
-        """Return the number of CPU threads that a process uses."""
+    def resolved_processes(self) -> int:
+        """Return how many processes sample at the same time."""
+        if self.processes or self.resolved_device() == "cpu":
+            return self.processes or 1
+        import torch
+
+        return torch.cuda.device_count()
+
+    def resolved_threads(self, processes: int = 1) -> int:
+        """Return the number of CPU threads of each of `processes`."""
         if self.threads:
             return self.threads
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // processes)
 
-    def settle(self) -> None:
+    def settle(self, processes: int = 1) -> None:
         """Make torch use this machine's threads. Called once by whatever is about to compute."""
         import torch
 
-        torch.set_num_threads(self.resolved_threads())
+        torch.set_num_threads(self.resolved_threads(processes))
 
-    def environment(self) -> dict[str, JsonValue]:
-        """Return what a draft must share with the process that continues it, for equal bits."""
-        return {
-            "sampling_rows": self.sampling_rows,
-            "micro_batch_tokens": self.micro_batch_tokens,
+    def environment(self, stage: str) -> dict[str, JsonValue]:
+        """Return what a draft of `stage` must share with the process that continues it, for equal bits."""
+        sampling = stage in SAMPLING
+        shape: dict[str, JsonValue] = (
+            {"sampling_rows": self.sampling_rows, "engine": self.engine}
+            if sampling
+            else {"micro_batch_tokens": self.micro_batch_tokens}
+        )
+        return shape | {
             "device": self.resolved_device(),
-            "threads": self.resolved_threads(),
+            "threads": self.resolved_threads(self.resolved_processes() if sampling else 1),
             "python": platform.python_version(),
             **{name: version(name) for name in COUNTED_PACKAGES},
         }

@@ -35,37 +35,51 @@ STOP_SECONDS = 120  # a stopping child writes a checkpoint first
 PR_SET_PDEATHSIG = 1
 
 
+class Child:
+    """`python -m module folder` in a process group of its own; what it says lies in `folder`."""
+
+    def __init__(self, module: str, folder: Path, request: str, environment: dict[str, str] | None = None) -> None:
+        """Start it, with `environment` on top of this process' own."""
+        self.folder = folder
+        for name in (ERROR, FACTS):
+            (folder / name).unlink(missing_ok=True)
+        (folder / REQUEST).write_text(request)
+        with (folder / LOG).open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, str(folder)],
+                stdout=log, stderr=log, start_new_session=True, env={**os.environ, **(environment or {})},
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Ask it to end, and make it end when it takes too long."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def answer(self) -> dict[str, JsonValue]:
+        """Return the facts that it wrote before it ended. Raises what its error.json says."""
+        if (self.folder / FACTS).exists():
+            facts: dict[str, JsonValue] = json.loads((self.folder / FACTS).read_text())
+            (self.folder / FACTS).unlink()
+            return facts
+        raise _error_of(self.folder, self.process.returncode)
+
+
 def run_in_process(module: str, folder: Path, request: str) -> dict[str, JsonValue]:
     """Run `python -m module folder` to its end and return the facts it wrote.
 
     An interrupt here ends the child first. Raises what the child's error.json says.
     """
-    (folder / ERROR).unlink(missing_ok=True)
-    (folder / FACTS).unlink(missing_ok=True)
-    (folder / REQUEST).write_text(request)
-    with (folder / LOG).open("a") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)], stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            child.wait()
-        except BaseException:
-            _stop(child)
-            raise
-    if (folder / FACTS).exists():
-        facts: dict[str, JsonValue] = json.loads((folder / FACTS).read_text())
-        (folder / FACTS).unlink()
-        return facts
-    raise _error_of(folder, child.returncode)
-
-
-def _stop(child: "subprocess.Popen[bytes]") -> None:
-    child.terminate()
+    child = Child(module, folder, request)
     try:
-        child.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+        child.process.wait()
+    except BaseException:
+        child.stop()
+        raise
+    return child.answer()
 
 
 def _error_of(folder: Path, code: int) -> CfsdError:
@@ -93,12 +107,19 @@ def _described(error: Exception) -> dict[str, Any]:
     for kind, cls in KINDS.items():
         if isinstance(error, cls):
             return {"kind": kind, "message": str(error)}
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         remedy = "lower machine.micro_batch_tokens, target.max_length or generate.length"
         return {"kind": "out_of_memory", "message": f"out of memory ({error}); {remedy}"}
     return {"kind": "crash", "message": f"{type(error).__name__}: {error}"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether `error` is a device's or the allocator's complaint about memory."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU allocator's words
 
 
 def end_with_parent() -> None:

@@ -68,6 +68,8 @@ class Recipe(Spec):
         """Raise BadInput for whatever can be told to be wrong without loading weights."""
         self.base.check()
         self.target.check()
+        if self.generate.replay:
+            self.generate.replay.check()
         for benchmark in self.evaluate.benchmarks:
             benchmark.check()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# logprobs[t] = log p*(token t | tokens < t) in nats; entry 0, of the start token, is null
+# logprobs[t] = log p*(token t | tokens < t) in nats; null where the token was given, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
 CORPUS = pa.schema(
     [
@@ -24,11 +24,12 @@ CORPUS = pa.schema(
         ("text", pa.string()),  # for reading only, never tokenised again
     ]
 )
+NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
 MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
-REJECTS = pa.schema([("row_id", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
+REJECTS = pa.schema([("row_id", pa.int64()), ("source", pa.string()), ("reason", pa.string()), ("text", pa.string())])
 DIVERGENCE = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -51,6 +52,18 @@ RESPONSES = pa.schema(
 )
 
 
+def corpus_schema(top_logprobs: int, vocabulary: int) -> pa.Schema:
+    """Return the columns of a corpus that stores the `top_logprobs` likeliest tokens of each position (0: none).
+
+    `topk_ids` and `topk_logprobs` hold length x k entries per row, `rest_logprob` the log of the remaining mass.
+    """
+    if not top_logprobs:
+        return CORPUS
+    ids = pa.uint16() if vocabulary <= NARROW_IDS else pa.int32()
+    stored = {"topk_ids": ids, "topk_logprobs": pa.float16(), "rest_logprob": pa.float32()}
+    return pa.schema([*CORPUS, *((name, pa.list_(kind)) for name, kind in stored.items())])
+
+
 def shard_path(folder: Path, name: str, index: int) -> Path:
     """Return the place of one shard."""
     return folder / f"{name}-{index:05}.parquet"
@@ -58,7 +71,7 @@ def shard_path(folder: Path, name: str, index: int) -> Path:
 
 def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     """Write `table` whole or not at all."""
-    temporary = folder / f".{name}-{index:05}.partial"
+    temporary = folder / f".{name}-{index:05}.{os.getpid()}.partial"
     pq.write_table(table, temporary, compression="zstd")
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -72,7 +85,7 @@ def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
 
 def shards(folder: Path, name: str) -> list[Path]:
     """Return the shards of a table in order."""
-    return sorted(folder.glob(f"{name}-[0-9]*.parquet"))
+    return sorted(folder.glob(f"{name}-[0-9]*.parquet"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
 
 
 def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

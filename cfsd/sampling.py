@@ -1,112 +1,227 @@
-"""Draw sequences from a causal language model, exactly by its own law. B rows, V vocabulary."""
+"""Draw sequences from a causal language model, exactly by its own law. B rows, V vocabulary, P given tokens."""
 
-import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from cfsd.errors import NotFinite
+from cfsd.cache import preallocated
+from cfsd.drawing import Law, Top, draw, law_of, likeliest, sampled_probs, uniforms
+from cfsd.errors import BadInput, NotFinite
 from cfsd.generate import GenerateSpec
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
+log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """One sequence: the start token and what followed, and log p* of each token that followed, in nats."""
+    """One row: its tokens from the first given one on, and log p* of each, in nats; None where it was given."""
 
     token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
+    logprobs: list[float | None]
+    finish_reason: str  # eos | length
+    top: Top | None = None
 
 
-def uniforms(seed: int, stream: str, row: int, length: int) -> np.ndarray[Any, Any]:
-    """Return `length` numbers in [0, 1) that depend on nothing but the arguments.
+class Turns(NamedTuple):
+    """What happens when a text ends: `between` is inserted and the row goes on, at most `more` times."""
 
-    Number t of row r is the same whatever else is sampled beside it; `stream` keeps probe and corpus apart.
-    """
-    key = np.frombuffer(hashlib.sha256(f"{stream} {seed}".encode()).digest()[:16], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row])).random(length)
+    more: int = 0
+    between: Sequence[int] = ()
 
 
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
-    start: int,
+    prompts: Sequence[Sequence[int]],
     ends: Sequence[int],
     law: GenerateSpec,
     rows: Sequence[int],
     *,
     stream: str,
+    turns: Turns = Turns(),  # noqa: B008
     where: str = "",
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[Sample]:
-    """Return one sequence per entry of `rows`, each from `start` alone, until an end token or `law.length`.
+    """Return one row per entry of `rows`: its prompt (one token at least), then `law.length` tokens or up to an end.
+
+    Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of draws.
+    Number t after the prompt of row r is drawn with number t of (law.seed, stream, r), whatever the batch.
+    `on_step` gets the number of positions that are done after the longest common part of the prompts.
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    device = model.device
     drawn = np.stack([uniforms(law.seed or 0, stream, row, law.length) for row in rows])
-    uniform_BT = torch.from_numpy(drawn).to(device)
-    samples = [Sample([start], [], "length") for _ in rows]
-    alive = torch.arange(len(rows), device=device)  # which sample each row of the batch still writes
-    last_B = torch.full((len(rows),), start, device=device)
-    ended_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    end_E = torch.tensor(list(ends) or [-1], device=device)
-    cache = DynamicCache(config=model.config)
-    for step in range(law.length):
-        output = model(input_ids=last_B[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logprobs_BV = output.logits[:, -1].float().log_softmax(-1)
-        if not bool(torch.isfinite(logprobs_BV.amax(-1)).all()):
-            raise NotFinite(f"the base model's logits are not finite at token {step} of {where or 'the batch'}")
-        last_B = draw(logprobs_BV, uniform_BT[alive, step], law)
-        chosen_B = logprobs_BV.gather(1, last_B[:, None])[:, 0]
-        _append(samples, alive, ended_B, last_B, chosen_B)
-        ended_B = ended_B | torch.isin(last_B, end_E)
-        on_step(step + 1)
-        if bool(ended_B.all()):
-            break
-        left = (~ended_B).nonzero()[:, 0]
-        if len(left) < COMPACT_BELOW * len(alive):
+    batch = Batch(prompts, torch.from_numpy(drawn), ends, law, turns, where, model.device)
+    cache = preallocated(model, batch.capacity)
+    if cache is None:
+        _with_generate(model, batch)
+    else:
+        _decode(model, batch, cache, on_step)
+    return batch.samples()
+
+
+def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], None]) -> None:
+    new_BT, step = batch.tokens[:, : batch.common], 0
+    while True:
+        logits_BV = model(input_ids=new_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        last_B = batch.take(law_of(logits_BV))
+        step += 1
+        on_step(step)
+        going_B = ~batch.ended[batch.alive]
+        count = int(going_B.sum())
+        if count == 0:
+            return
+        if count < COMPACT_BELOW * len(going_B):
+            left = going_B.nonzero()[:, 0]
             cache.batch_select_indices(left)
-            alive, last_B, ended_B = alive[left], last_B[left], ended_B[left]
-    stops = set(ends)
-    return [s._replace(finish_reason="eos") if s.logprobs and s.token_ids[-1] in stops else s for s in samples]
+            batch.alive, last_B = batch.alive[left], last_B[left]
+        new_BT = last_B[:, None]
 
 
-def _append(samples: list[Sample], alive: Tensor, ended_B: Tensor, tokens_B: Tensor, logprobs_B: Tensor) -> None:
-    state = zip(alive.tolist(), ended_B.tolist(), tokens_B.tolist(), logprobs_B.tolist(), strict=True)
-    for index, ended, token, logprob in state:
-        if not ended:
-            samples[index].token_ids.append(token)
-            samples[index].logprobs.append(logprob)
+class Batch:
+    """Rows that are written together: what is given, what was drawn, who has ended.
 
-
-def draw(logprobs_BV: Tensor, uniform_B: Tensor, law: GenerateSpec) -> Tensor:
-    """Return one token per row by inverting the cumulative sum at `uniform_B`.
-
-    The sum is in float64: in float32 its error, about 1e-6 over 50,000 tokens, would swallow rare tokens.
+    tokens, logprobs: B x capacity; `at` is the position that is written next, the same in all rows.
     """
-    cumulative_BV = truncated(logprobs_BV, law).double().cumsum(-1)
-    point_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-    token_B = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0]
-    return token_B.clamp(max=logprobs_BV.shape[1] - 1)
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniform_BT: Tensor,
+        ends: Sequence[int],
+        law: GenerateSpec,
+        turns: Turns,
+        where: str,
+        device: torch.device,
+    ) -> None:
+        """Lay out the prompts."""
+        self.law, self.turns, self.ends, self.where = law, turns, list(ends), where
+        lengths = [len(prompt) for prompt in prompts]
+        self.capacity, self.common, self.at = max(lengths) + law.length, min(lengths), min(lengths)
+        rows = len(lengths)
+        given = np.zeros((rows, self.capacity), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            given[row, : len(prompt)] = prompt
+        self.tokens = torch.from_numpy(given).to(device)
+        self.uniform = uniform_BT.to(device)
+        self.prompt_length = torch.tensor(lengths, device=device)
+        self.logprobs = torch.full((rows, self.capacity), float("nan"), device=device)
+        self.top = self._room_for_top(rows, device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.by_end = torch.zeros_like(self.ended)  # whether an end token was the reason
+        self.length = torch.full((rows,), self.capacity, device=device)  # tokens of the row, once it has ended
+        self.alive = torch.arange(rows, device=device)  # the rows of the batch that still go through the model
+        self.turns_left = torch.full((rows,), turns.more, device=device)
+        self.inserting = torch.full((rows,), -1, device=device)  # place in turns.between; -1: drawing
+        self.between = torch.tensor(list(turns.between) or [0], device=device)
+        self.end_tokens = torch.tensor(self.ends or [-1], device=device)
+
+    def _room_for_top(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not (count := self.law.top_logprobs):
+            return None
+        shape = (rows, self.capacity, count)
+        ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        nan = torch.full(shape, float("nan"), device=device)
+        return ids, nan, torch.full(shape[:2], float("nan"), device=device)
+
+    def take(self, law: Law) -> Tensor:
+        """Write the next token of every living row, drawn from `law` where it is not given, and return them.
+
+        Raises NotFinite.
+        """
+        if not law.finite():
+            raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where or 'the batch'}")
+        alive, at = self.alive, self.at
+        after_B = at - self.prompt_length[alive]  # tokens since the prompt; negative while it lasts
+        probs_BV = sampled_probs(law, self.law, self.ends, after_B < self.law.min_length)
+        drawn_B = draw(probs_BV, self.uniform[alive, after_B.clamp(0, self.law.length - 1)])
+        inserting_B = self.inserting[alive]
+        token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], drawn_B)
+        token_B = torch.where(after_B < 0, self.tokens[alive, at], token_B)
+        sampled_B = (after_B >= 0) & (inserting_B < 0) & ~self.ended[alive]
+        self._write(law, token_B, sampled_B)
+        self._turn(token_B, sampled_B, after_B)
+        self.at += 1
+        return token_B
+
+    def _write(self, law: Law, token_B: Tensor, sampled_B: Tensor) -> None:
+        alive, at = self.alive, self.at
+        self.tokens[alive, at] = token_B
+        chosen_B = law.logprobs(token_B[:, None])[:, 0].float()
+        self.logprobs[alive, at] = chosen_B.masked_fill(~sampled_B, float("nan"))
+        if self.top is None:
+            return
+        ids_BK, logprobs_BK, rest_B = likeliest(law, self.law.top_logprobs)
+        ids, logprobs, rest = self.top
+        ids[alive, at, : ids_BK.shape[1]] = ids_BK.int()
+        logprobs[alive, at, : ids_BK.shape[1]] = logprobs_BK.float().masked_fill(~sampled_B[:, None], float("nan"))
+        rest[alive, at] = rest_B.float().masked_fill(~sampled_B, float("nan"))
+
+    def _turn(self, token_B: Tensor, sampled_B: Tensor, after_B: Tensor) -> None:
+        """End rows, or begin and continue what is inserted after an end."""
+        alive = self.alive
+        inserting_B = self.inserting[alive]
+        inserting_B = torch.where(inserting_B >= 0, inserting_B + 1, inserting_B)
+        inserting_B = inserting_B.masked_fill(inserting_B >= len(self.turns.between), -1)
+        end_B = sampled_B & torch.isin(token_B, self.end_tokens)
+        another_B = end_B & (self.turns_left[alive] > 0)
+        self.turns_left[alive] -= another_B.long()
+        if self.turns.between:
+            inserting_B = inserting_B.masked_fill(another_B, 0)
+        self.inserting[alive] = inserting_B
+        over_B = (end_B & ~another_B) | (after_B + 1 >= self.law.length)
+        newly_B = over_B & ~self.ended[alive]
+        self.length[alive] = torch.where(newly_B, self.at + 1, self.length[alive])
+        self.by_end[alive] |= newly_B & end_B & ~another_B
+        self.ended[alive] |= newly_B
+
+    def samples(self) -> list[Sample]:
+        """Return the rows as they were written."""
+        lengths, by_end = self.length.tolist(), self.by_end.tolist()
+        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
+        top = [part.cpu().numpy() for part in self.top] if self.top else None
+        found = []
+        for row, length in enumerate(lengths):
+            ids = tokens[row, :length].tolist()
+            given = np.isnan(logprobs[row, :length])
+            known = [None if g else v for g, v in zip(given.tolist(), logprobs[row, :length].tolist(), strict=True)]
+            reason = "eos" if by_end[row] else "length"
+            found.append(Sample(ids, known, reason, Top(*(part[row, :length] for part in top)) if top else None))
+        return found
 
 
-def truncated(logprobs_BV: Tensor, law: GenerateSpec) -> Tensor:
-    """Return the probabilities, not normalised, that are sampled: the model's own unless `law` is biased."""
-    if not law.biases():
-        return logprobs_BV.exp()
-    probs_BV = (logprobs_BV / law.temperature).softmax(-1)
-    if law.top_k:
-        kept_BK, index_BK = probs_BV.topk(min(law.top_k, probs_BV.shape[1]))
-        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index_BK, kept_BK)
-    if law.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        outside_BV = before_BV >= law.top_p * sorted_BV.sum(-1, keepdim=True)
-        probs_BV = probs_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(-1)), 0.0)
-    return probs_BV
+def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
+    """Write the rows through `generate`, whose bookkeeping knows this model's own kind of cache.
+
+    The draw is ours all the same: a processor leaves `generate` one token to choose from.
+    """
+    if batch.turns.more or batch.common != batch.capacity - batch.law.length:
+        raise BadInput(
+            f"{type(model).__name__} keeps its own kind of state, so rows go through transformers' generate, which "
+            "needs prompts of one length and one text to a row; use generate.source context-free without fill"
+        )
+    log.warning("%s keeps its own kind of state: sampling through generate, which is slower", type(model).__name__)
+
+    class Drawn(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+            token_B = batch.take(law_of(scores))
+            return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
+
+    plain = GenerationConfig(
+        do_sample=False, max_new_tokens=batch.law.length, eos_token_id=batch.ends or None,
+        pad_token_id=batch.ends[0] if batch.ends else 0,
+    )  # fmt: skip
+    writer: Any = model
+    own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
+    writer.generation_config = plain  # whatever `plain` leaves open is filled from here: penalties, truncation
+    try:
+        processors = LogitsProcessorList([Drawn()])
+        writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)
+    finally:
+        writer.generation_config = own

@@ -29,7 +29,7 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     recipe.check_base(base)
     target = prepare_target(base, recipe.target, machine)
     probe = sample_probe(base, recipe.probe, machine)
-    corpus = generate_corpus(base, recipe.generate, machine)
+    corpus = generate_corpus(base, target, recipe.generate, machine)
     kept = filter_corpus(corpus, recipe.filter, machine)
     mixture = mix_rows(target, kept, recipe.mix, machine)
     tuned = train_model(base, mixture, recipe.train, machine)

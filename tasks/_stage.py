@@ -57,7 +57,7 @@ def stage(
                 with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
 
-            made = Store(home()).make(kind, key, do, environment=machine.environment(), say=record.say)
+            made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
         def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:

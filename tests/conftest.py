@@ -48,7 +48,7 @@ def save_model(folder: Path, *, seed: int = 0, family: str = "llama", bos: bool 
     """Write a random model whose law is far from uniform, with its tokenizer; families differ in architecture."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = ["<bos>", "<eos>"] if bos else ["<eos>"]
     vocabulary = {token: i for i, token in enumerate([*special, *LETTERS])}
@@ -59,17 +59,34 @@ def save_model(folder: Path, *, seed: int = 0, family: str = "llama", bos: bool 
         tokenizer_object=raw, bos_token="<bos>" if bos else None, eos_token="<eos>", pad_token="<eos>"
     )
     ids: dict[str, Any] = {"eos_token_id": vocabulary["<eos>"], "pad_token_id": vocabulary["<eos>"]}
-    config = {"llama": LlamaConfig, "olmo": OlmoConfig}[family](
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=vocabulary.get("<bos>"), tie_word_embeddings=True, initializer_range=scale, **ids,
-    )  # fmt: skip
+    config = _config(
+        family, vocab_size=len(vocabulary), bos_token_id=vocabulary.get("<bos>"), initializer_range=scale, **ids
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = ids["eos_token_id"]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _config(family: str, **common: Any) -> Any:
+    """Return two layers of width 32 in the shape of `family`."""
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, OlmoConfig, Qwen2Config
+
+    if family == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if family == "gemma2":  # every other layer sees a window of six tokens; scores and logits are capped
+        return Gemma2Config(head_dim=8, sliding_window=6, **sizes, **common)
+    if family == "qwen2":
+        return Qwen2Config(**sizes, **common)
+    return {"llama": LlamaConfig, "olmo": OlmoConfig}[family](
+        **sizes | {"num_attention_heads": 2}, **common
+    )  # fmt: skip
 
 
 def write_rows(path: Path, count: int = 40, seed: int = 0) -> Path:

@@ -1,0 +1,98 @@
+"""Records: rows with named fields, read from the user's own files or from a pinned data set of a hub.
+
+Readers that guess types turn the answer 007 into 7, so these do not guess.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cfsd.errors import BadInput
+from cfsd.machine import home
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
+
+Record = dict[str, Any]
+
+
+def check_file(path: Path, what: str, setting: str, needed: str, allowed: Sequence[str] = FILES) -> None:
+    """Raise BadInput if `path` is no readable kind of file, or empty.
+
+    `what` names it, `setting` is where the user gave it, `needed` says what it should hold.
+    """
+    if not path.is_file():
+        raise BadInput(f"{what} {str(path)!r} does not exist (working directory {Path.cwd()}); fix {setting}")
+    if path.suffix not in allowed:
+        raise BadInput(f"{what} {str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(allowed)}")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{what} {str(path)!r} is empty; {needed}")
+
+
+def file_records(path: Path, what: str, column: str | None = None) -> Iterator[Record]:
+    """Yield the records of a file in order; a `column` that the file has may come without the others.
+
+    A `.json` file that is one list is held whole, anything else is read as it is needed.
+    Raises BadInput naming `what`, the file and the place when it is not what its suffix says.
+    """
+    try:
+        for number, record in enumerate(READERS[path.suffix](path, column), 1):
+            if not isinstance(record, dict):
+                raise ValueError(f"row {number} is not an object with named fields")
+            yield record
+    except (ValueError, OSError, csv.Error) as error:  # errors of json, Arrow and text encodings are ValueErrors
+        raise BadInput(f"{what} {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
+
+
+def _json(path: Path, _: str | None) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as file:
+        if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
+            yield from json.loads(content)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+
+
+def _csv(path: Path, _: str | None) -> Iterator[Any]:
+    csv.field_size_limit(LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in (reader := csv.DictReader(file)):
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
+            yield row
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    columns = [column] if column in file.schema_arrow.names else None
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        yield from batch.to_pylist()
+
+
+READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def hub_records(
+    name: str, revision: str, split: str, subset: str | None = None, column: str | None = None
+) -> Iterator[Record]:
+    """Yield the records of a pinned data set, memory-mapped from a cache in the data folder; raises BadInput."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = load_dataset(name, subset, revision=revision, split=split, cache_dir=str(home() / "datasets"))
+        yield from loaded.select_columns([column]) if column in loaded.column_names else loaded
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: the data set is a script
+        raise BadInput(
+            f"data set {name}@{revision} could not be loaded: {error}; check the id, the split "
+            f"{split!r} and the network, or give a local file"
+        ) from error

@@ -1,0 +1,189 @@
+"""The rows of one shard: what they begin with, which engine writes them, and what happens when memory runs out."""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from cfsd.artifact import Store
+from cfsd.checkpoint import end_tokens, load_for_measuring, load_tokenizer, read_start_token
+from cfsd.corpus_table import DROPPED, HALVED, corpus_table
+from cfsd.errors import BadInput, OutOfMemory
+from cfsd.process import is_out_of_memory
+from cfsd.rows import write_shard
+from cfsd.sampling import Sample, Turns, sample
+from cfsd.shards import SPAN, Look, Shard, ShardJob
+
+STARTS = pa.schema([("token_ids", pa.list_(pa.int32()))])
+REMEDY = "lower machine.sampling_rows or generate.length"
+
+
+class Base(NamedTuple):
+    """What of the base model every row needs."""
+
+    folder: Path
+    start: int
+    ends: tuple[int, ...]
+    tokenizer: Any
+
+
+@cache
+def _base(folder: Path, content: str) -> Base:
+    return Base(folder, read_start_token(folder), end_tokens(folder), load_tokenizer(folder))
+
+
+def _base_of(job: ShardJob) -> Base:
+    return _base(Store(job.home).path(job.base), job.base.content)
+
+
+def write_starts(job: ShardJob, source: str, rows: int) -> None:
+    """Write what the rows of `source` begin with, one Parquet row group per shard, where it is not the same for all."""
+    path = _starts_path(job, source)
+    if source not in ("contextual", "replay") or (path.exists() and pq.read_metadata(path).num_rows >= rows):
+        return
+    temporary = path.with_name(f"{path.name}.partial")
+    with pq.ParquetWriter(temporary, STARTS) as writer:
+        group: list[list[int]] = []
+        for ids in _starts(job, source, rows):
+            group.append(ids)
+            if len(group) == job.machine.sampling_rows:
+                writer.write_table(pa.table([group], schema=STARTS))
+                group = []
+        if group:
+            writer.write_table(pa.table([group], schema=STARTS))
+    temporary.replace(path)
+
+
+def _starts_path(job: ShardJob, source: str) -> Path:
+    return job.folder / f".starts-{source}.parquet"
+
+
+def _starts(job: ShardJob, source: str, rows: int) -> Any:
+    base, law = _base_of(job), job.law
+    if source == "replay":
+        from cfsd.replay import replay_rows
+
+        assert law.replay
+        return replay_rows(
+            law.replay, base.tokenizer, base.start, base.ends, rows=rows, length=law.length, seed=law.seed or 0
+        )
+    from cfsd.starts import contextual_starts
+
+    if job.target is None:
+        raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
+    context = job.base.facts.get("context")
+    most = context - law.length if isinstance(context, int) else 1 << 30
+    return contextual_starts(Store(job.home).path(job.target), rows, law.seed or 0, most)
+
+
+def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: None) -> None:
+    """Write one shard. Raises NotFinite naming it, OutOfMemory, BadInput, or ConnectionError for a dead server."""
+    base, notes = _base_of(job), {SPAN: shard.span()}
+    rows = _rows_of(job, base, shard)
+    samples: Sequence[Sample | str]
+    if shard.source == "replay" or job.machine.engine == "torch":
+        job.machine.settle(job.machine.resolved_processes())
+        samples, parts = _within_memory(job, shard, rows, look)
+        notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
+    else:
+        samples = _from_server(job, base, shard, rows, look)
+    kept = [(row, s) for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)]
+    if dropped := Counter(s for s in samples if isinstance(s, str)):
+        notes[DROPPED] = json.dumps(dropped).encode()
+    vocabulary: Any = job.base.facts.get("vocabulary", 1 << 31)
+    table = corpus_table(
+        [s for _, s in kept], [row for row, _ in kept], source=shard.source, shard=shard.index, seed=job.law.seed or 0,
+        tokenizer=base.tokenizer, top_logprobs=job.law.top_logprobs, vocabulary=vocabulary,
+    )  # fmt: skip
+    write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))
+
+
+class Rows(NamedTuple):
+    """Rows to be written: what each begins with, what ends a text and what follows an end."""
+
+    ids: list[int]
+    prompts: list[list[int]]
+    ends: tuple[int, ...]
+    turns: Turns
+
+    def part(self, first: int, last: int) -> "Rows":
+        """Return some of them."""
+        return self._replace(ids=self.ids[first:last], prompts=self.prompts[first:last])
+
+
+def _rows_of(job: ShardJob, base: Base, shard: Shard) -> Rows:
+    ids = list(range(shard.first, shard.last))
+    if shard.source in ("contextual", "replay"):
+        starts = pq.ParquetFile(_starts_path(job, shard.source))
+        group = starts.read_row_group(shard.first // job.machine.sampling_rows)
+        return Rows(ids, group["token_ids"].to_pylist()[: len(ids)], base.ends, Turns())
+    if shard.source == "template":
+        from cfsd.starts import template_start
+
+        turn = template_start(base.tokenizer)
+        if turn.end_id is None:
+            return Rows(ids, [turn.prefix_ids] * len(ids), base.ends, Turns())
+        return Rows(ids, [turn.prefix_ids] * len(ids), (*base.ends, turn.end_id), Turns(1, turn.between_ids))
+    # where one token both ends and begins a text (OLMo, GPT-2), it parts texts by itself
+    parting = [] if base.start in base.ends else [base.start]
+    turns = Turns(job.law.length, parting) if job.law.fill else Turns()
+    return Rows(ids, [[base.start]] * len(ids), base.ends, turns)
+
+
+def _within_memory(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> tuple[list[Sample], int]:
+    """Return the rows and in how many parts they were sampled: halves of halves until they fit in memory."""
+    count = len(rows.ids)
+    try:
+        return _with_torch(job, shard, rows, look), 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if count == 1:
+            raise OutOfMemory(f"out of memory with one row of shard {shard.index} ({error}); {REMEDY}") from error
+    gc.collect()  # outside the handler, whose traceback holds the cache that did not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"out of memory: shard {shard.index} goes on with {count // 2} rows at a time", flush=True)
+    first, a = _within_memory(job, shard, rows.part(0, count // 2), look)
+    second, b = _within_memory(job, shard, rows.part(count // 2, count), look)
+    return first + second, a + b
+
+
+def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sample]:
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
+    where = f"shard {shard.index}"
+    if shard.source == "replay":
+        from cfsd.scoring import score_given
+
+        return score_given(model, rows.prompts, rows.ends, top_logprobs=job.law.top_logprobs, where=where)
+    lengths = [len(prompt) for prompt in rows.prompts]
+    steps = max(lengths) - min(lengths) + job.law.length
+
+    def on_step(step: int) -> None:
+        look(len(rows.ids) * step / steps)
+
+    return sample(
+        model, rows.prompts, rows.ends, job.law, rows.ids, stream=shard.source, turns=rows.turns, where=where,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def _from_server(job: ShardJob, base: Base, shard: Shard, rows: Rows, look: Look) -> Sequence[Sample | str]:
+    from cfsd.server import Connection, sample_from_server
+
+    def on_done(done: int) -> None:
+        look(done)
+
+    machine = job.machine
+    connection = Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
+    return sample_from_server(
+        connection, rows.prompts, job.law, rows.ids, stream=shard.source, ends=rows.ends, tokenizer=base.tokenizer,
+        on_done=on_done,
+    )  # fmt: skip
