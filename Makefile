@@ -28,7 +28,8 @@ demo-tiny: $(DONE)  ## The same on a model of five string skills (3 minutes)
 test: $(DONE)  ## All tests but the slow ones
 	$(BIN)/python -m pytest
 
-slow: $(DONE)  ## The tests that take minutes each
+slow: $(DONE)  ## The tests that take minutes each, with Ray
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m slow
 
 check: $(DONE)  ## Format, lint, types

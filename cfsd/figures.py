@@ -90,7 +90,7 @@ def _scaled(figure: Fig, factor: float) -> Fig:
 
 
 def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], label: str) -> None:
-    _plain(axes, "target gain, nats per token (right: learned more)", f"{label} (up: worse)")
+    plain_axes(axes, "target gain, nats per token (right: learned more)", f"{label} (up: worse)")
     nothing = {"value": 0.0, "low": None, "high": None}
     axes.axhline(0, color=LINE, lw=1, zorder=0)
     axes.axvline(0, color=LINE, lw=1, zorder=0)
@@ -116,7 +116,8 @@ def _reach(figure: Fig) -> list[list[float]]:
     ]
 
 
-def _plain(axes: Axes, x: str, y: str) -> None:
+def plain_axes(axes: Axes, x: str, y: str) -> None:
+    """Give `axes` its labels and the look of every figure."""
     axes.set_xlabel(x, size=SIZE, color=INK)
     axes.set_ylabel(y, size=SIZE, color=INK)
     axes.tick_params(labelsize=SIZE - 1, colors=INK, color=LINE)
@@ -203,7 +204,7 @@ def _forest(benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, 
     rows = sum(len(found) + grouped for found in benchmarks.values())
     figure = Figure((WIDTH, 1.0 + 0.22 * rows), layout="constrained")
     axes = figure.subplots()
-    _plain(axes, f"{unit} lost, with 95 % interval (right of 0: worse)", "")
+    plain_axes(axes, f"{unit} lost, with 95 % interval (right of 0: worse)", "")
     axes.axvline(0, color=INK, lw=1)
     axes.grid(axis="y", visible=False)
     labels: list[str] = []
@@ -247,7 +248,7 @@ def curve_figures(curves: Curves) -> dict[str, Figure]:
 def _curve(lines: Mapping[str, Line], loss: str, look: dict[str, Style]) -> Figure:
     figure = Figure((WIDTH, 2.8 + (0.07 * len(lines) if len(lines) > 1 else 0)), layout="constrained")
     axes = figure.subplots()
-    _plain(axes, "optimizer step", f"{loss} loss, nats per token")
+    plain_axes(axes, "optimizer step", f"{loss} loss, nats per token")
     for name, (steps, values) in lines.items():
         style = look[name]
         axes.plot(

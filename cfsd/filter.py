@@ -1,84 +1,286 @@
 """Stage filter: keep or reject each row, with a reason.
 
 Off by default: rejecting rows bends the estimate of the divergence, and the facts say by how much.
+
+A row gets the reason of the first rule that rejects it. The rules are asked in this order, cheap ones first:
+min_tokens, max_tokens, min_mean_logprob, max_mean_logprob, duplicates, repetition, overlap_words, near_duplicates.
+So a copy counts as an exact duplicate, not as a near one; and what a row is compared with has passed the rules before.
 """
 
+import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, PositiveInt
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, model_validator
 
 from cfsd.artifact import Draft
 from cfsd.spec import Spec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from cfsd.filter_rules import Rows, Rule, Verdict
+    from cfsd.overlap import Reference
+
+PASSED = ".passed"  # in the draft: rows that passed every rule but near_duplicates
+SCRATCH = ".scratch"
+READ_BYTES, READ_ROWS = 32 << 20, 4096  # one batch at most, about
+SHARD_BYTES, SHARD_ROWS = 64 << 20, 16384  # one shard at most, about
 
 
 class FilterSpec(Spec):
     """Which rows of a corpus to reject. Every rule is off unless set."""
 
+    neutral: ClassVar[dict[str, Any]] = {
+        "near_duplicates": None, "repetition": False, "min_mean_logprob": None, "max_mean_logprob": None,
+        "overlap_words": None,
+    }  # fmt: skip
+
     duplicates: bool = Field(False, description="Reject rows whose tokens were seen before")
+    near_duplicates: float | None = Field(
+        None, ge=0.6, le=1,
+        description="Reject rows that share this part (Jaccard index) of their 5-grams of tokens with an earlier row; "
+        "usual: 0.8",
+    )  # fmt: skip
     min_tokens: PositiveInt | None = Field(None, description="Reject rows with fewer sampled tokens")
     max_tokens: PositiveInt | None = Field(None, description="Reject rows with more sampled tokens")
+    min_mean_logprob: float | None = Field(
+        None, le=0, allow_inf_nan=False,
+        description="Reject rows that the base finds less likely: mean log-probability per sampled token, in nats",
+    )  # fmt: skip
+    max_mean_logprob: float | None = Field(
+        None, le=0, allow_inf_nan=False,
+        description="Reject rows that the base finds more likely: mean log-probability per sampled token, in nats",
+    )  # fmt: skip
+    repetition: bool = Field(
+        False, description="Reject texts that repeat themselves more than Gopher's limits allow (arXiv:2112.11446)"
+    )
+    overlap_words: int | None = Field(
+        None, ge=2,
+        description="Reject texts that share this many words in a row with a document of a benchmark or with a "
+        "held-out row of the target; 13 as for GPT-3 (arXiv:2005.14165)",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for low, high in (("min_tokens", "max_tokens"), ("min_mean_logprob", "max_mean_logprob")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least} is above {high} {most}: every row would be rejected; swap them")
+        return self
 
 
-class Rules:
-    """The rules of a spec, with what they remember."""
+@dataclass
+class Sums:
+    """What the facts need of many rows."""
 
-    def __init__(self, spec: FilterSpec) -> None:
-        """Start with nothing seen."""
-        self.spec = spec
-        self.seen: set[int] = set()
+    rows: int = 0
+    tokens: int = 0
+    nats: float = 0.0
 
-    def reason(self, row: dict[str, Any]) -> str | None:
-        """Return why `row` is rejected, or None."""
-        sampled = len(row["token_ids"]) - 1
-        if self.spec.min_tokens is not None and sampled < self.spec.min_tokens:
-            return f"fewer than {self.spec.min_tokens} tokens"
-        if self.spec.max_tokens is not None and sampled > self.spec.max_tokens:
-            return f"more than {self.spec.max_tokens} tokens"
-        return "duplicate" if self.spec.duplicates and self._seen_before(row["token_ids"]) else None
-
-    def _seen_before(self, token_ids: list[int]) -> bool:
-        mark = hash(tuple(token_ids))  # 64 bits: among a million rows a false match has odds of 3e-8
-        if mark in self.seen:
-            return True
-        self.seen.add(mark)
-        return False
+    def add(self, counts: NDArray[np.int64], nats: NDArray[np.float64]) -> None:
+        """Count more rows."""
+        self.rows += len(counts)
+        self.tokens += int(counts.sum())
+        self.nats = float(np.add.accumulate(np.append(self.nats, nats))[-1])  # row by row: equal for any batches
 
 
-def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft) -> None:
-    """Write the accepted rows of `corpus` as a `corpus` table and the others, with reasons, as `rejects`."""
-    from cfsd.rows import CORPUS, REJECTS, batches, table_of, write_shard
+@dataclass
+class Outcome:
+    """What became of the rows that were judged."""
 
-    rules = Rules(spec)
-    reasons: Counter[str] = Counter()
-    nats: Counter[str] = Counter()
-    for index, batch in enumerate(batches(corpus, "corpus")):
-        kept, rejected = [], []
-        for row in batch.to_pylist():
-            sums = {"tokens": len(row["token_ids"]) - 1, "nats": sum(row["logprobs"][1:]), "rows": 1}
-            nats.update({f"all {k}": v for k, v in sums.items()})
-            if reason := rules.reason(row):
-                reasons[reason] += 1
-                rejected.append({**row, "reason": reason})
-                continue
-            kept.append(row)
-            nats.update(sums)
-        write_shard(draft.folder, "corpus", index, table_of(CORPUS, kept))
-        if rejected:
-            table = table_of(REJECTS, [{k: r[k] for k in REJECTS.names} for r in rejected])
-            write_shard(draft.folder, "rejects", index, table)
-        draft.journal.progress(int(nats["all rows"]), int(nats["all rows"]), "rows")
-    draft.facts |= _facts(nats, reasons)
+    seen: Sums = field(default_factory=Sums)
+    kept: Sums = field(default_factory=Sums)
+    reasons: Counter[str] = field(default_factory=Counter)
+    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows it was asked about
 
 
-def _facts(nats: Counter[str], reasons: Counter[str]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"rows": nats["rows"], "tokens": nats["tokens"], "rejected": dict(reasons)}
-    if nats["tokens"]:
-        before, after = nats["all nats"] / nats["all tokens"], nats["nats"] / nats["tokens"]
-        facts |= {
-            "accepted_fraction": nats["rows"] / nats["all rows"],
-            "mean_logprob": after,
-            "mean_logprob_shift": after - before,
-        }
+def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: "Reference | None" = None) -> None:
+    """Write the accepted rows of `corpus` as a `corpus` table and the others, with reasons, as `rejects`.
+
+    Every column is kept. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
+    A million rows of 128 tokens take about 120 MB more than a thousand. An interrupted filter starts anew.
+    """
+    from cfsd.filter_rules import rules_of
+
+    _clear(draft.folder)
+    rules = rules_of(spec, reference)
+    if not rules and spec.near_duplicates is None:
+        outcomes = [_copy(corpus, draft)]
+    else:
+        outcomes = list(_judge(corpus, rules, spec.near_duplicates, draft))
+    _clear_scratch(draft.folder)
+    draft.facts |= _facts(outcomes)
+
+
+def _clear(folder: Path) -> None:
+    from cfsd.rows import shards
+
+    _clear_scratch(folder)
+    for path in (*shards(folder, "corpus"), *shards(folder, "rejects")):
+        path.unlink()
+
+
+def _clear_scratch(folder: Path) -> None:
+    for name in (PASSED, SCRATCH):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _copy(corpus: Path, draft: Draft) -> Outcome:
+    """Copy the shards as they are; only log-probabilities are read, for the facts."""
+    from cfsd.rows import shards
+
+    for path in shards(corpus, "corpus"):
+        partial = draft.folder / f".{path.name}.partial"
+        shutil.copyfile(path, partial)
+        partial.replace(draft.folder / path.name)
+    sums = Sums()
+    for rows in _read(corpus, draft, ["logprobs"]):
+        sums.add(rows.counts, rows.nats)
+    return Outcome(seen=sums, kept=sums)
+
+
+def _judge(corpus: Path, rules: "Mapping[str, Rule]", near: float | None, draft: Draft) -> Iterator[Outcome]:
+    """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
+    most = _fitting(SHARD_BYTES, SHARD_ROWS, *_size(corpus))
+    rejects = Shards(draft.folder, "rejects", SHARD_ROWS)
+    if rules:
+        passed = draft.folder / PASSED if near is not None else draft.folder
+        yield _part(_read(corpus, draft), rules, Shards(passed, "corpus", most), rejects)
+        corpus = passed
+    if near is not None:
+        from cfsd.filter_rules import listed
+        from cfsd.near_duplicates import duplicates_of
+
+        def progress(done: int, total: int) -> None:
+            draft.journal.progress(done, total, "rows searched for near duplicates")
+
+        places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
+        near_rule = {"near_duplicates": listed(places, "near duplicate")}
+        yield _part(_read(corpus, draft), near_rule, Shards(draft.folder, "corpus", most), rejects)
+    rejects.close()
+
+
+def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Shards", rejects: "Shards") -> Outcome:
+    """Ask the rules about every row, and write each row where it belongs."""
+    import pyarrow as pa
+
+    outcome = Outcome()
+    asked: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    for rows in batches:
+        left = np.arange(rows.batch.num_rows)
+        verdicts: list[Verdict] = []
+        for name, rule in rules.items():
+            found = list(rule(rows, left))
+            asked[name] += len(left)
+            left = np.setdiff1d(left, [verdict.place for verdict in found], assume_unique=True)
+            passed[name] += len(left)
+            verdicts += found
+        outcome.seen.add(rows.counts, rows.nats)
+        outcome.kept.add(rows.counts[left], rows.nats[left])
+        outcome.reasons.update(verdict.reason for verdict in verdicts)
+        accepted.add(rows.batch.take(pa.array(left)) if verdicts else rows.batch)
+        if verdicts:
+            rejects.add(_rejected(rows.batch, sorted(verdicts)))
+    accepted.close()
+    outcome.accepted = {name: passed[name] / asked[name] for name in rules if asked[name]}
+    return outcome
+
+
+def _rejected(batch: "pa.RecordBatch", verdicts: "list[Verdict]") -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    from cfsd.rows import REJECTS
+
+    told = [{"reason": verdict.reason, "detail": verdict.detail} for verdict in verdicts]
+    reasons = pa.RecordBatch.from_pylist(told, schema=pa.schema([("reason", pa.string()), ("detail", pa.string())]))
+    rows = batch.take(pa.array([verdict.place for verdict in verdicts], pa.int64()))
+    columns = [reasons[name] if name in reasons.schema.names else rows[name] for name in REJECTS.names]
+    return pa.RecordBatch.from_arrays(columns, schema=REJECTS)
+
+
+def _facts(outcomes: list[Outcome]) -> dict[str, Any]:
+    before, after = outcomes[0].seen, outcomes[-1].kept
+    facts: dict[str, Any] = {"rows": after.rows, "tokens": after.tokens, "rejected": {}, "accepted_by_rule": {}}
+    for outcome in outcomes:
+        facts["rejected"] |= outcome.reasons
+        facts["accepted_by_rule"] |= outcome.accepted
+    if before.rows:
+        facts["accepted_fraction"] = after.rows / before.rows
+    if after.tokens:
+        mean = after.nats / after.tokens
+        facts |= {"mean_logprob": mean, "mean_logprob_shift": mean - before.nats / before.tokens}
     return facts
+
+
+def _read(corpus: Path, draft: Draft, columns: list[str] | None = None) -> "Iterator[Rows]":
+    """Yield the table in batches of bounded size, and say how far it is."""
+    import pyarrow.parquet as pq
+
+    from cfsd.filter_rules import measured
+    from cfsd.rows import shards
+
+    total, size = _size(corpus)
+    most = _fitting(READ_BYTES, READ_ROWS, total, size)
+    done = 0
+    for path in shards(corpus, "corpus"):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=most, columns=columns):
+            yield measured(batch, done)
+            done += batch.num_rows
+            draft.journal.progress(done, total, "rows")
+
+
+def _size(corpus: Path) -> tuple[int, int]:
+    """Return how many rows the table has, and how many bytes they take uncompressed."""
+    import pyarrow.parquet as pq
+
+    from cfsd.rows import shards
+
+    metadata = [pq.read_metadata(path) for path in shards(corpus, "corpus")]
+    groups = [part.row_group(i).total_byte_size for part in metadata for i in range(part.num_row_groups)]
+    return sum(part.num_rows for part in metadata), sum(groups)
+
+
+def _fitting(most_bytes: int, most_rows: int, rows: int, size: int) -> int:
+    return max(1, min(most_rows, most_bytes * max(rows, 1) // max(size, 1)))
+
+
+class Shards:
+    """A table that is written while its rows arrive, `most` rows to a shard."""
+
+    def __init__(self, folder: Path, name: str, most: int) -> None:
+        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self.name, self.most = folder, name, most
+        self.written = 0
+        self.waiting: list[pa.RecordBatch] = []
+
+    def add(self, batch: "pa.RecordBatch") -> None:
+        """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
+        if self.waiting and self.waiting[0].schema != batch.schema:
+            self.close()
+        self.waiting.append(batch)
+        while sum(part.num_rows for part in self.waiting) >= self.most:
+            self._write()
+
+    def close(self) -> None:
+        """Write what waits; a table without rows is one empty shard."""
+        if self.waiting:
+            self._write()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        from cfsd.rows import write_shard
+
+        table = pa.Table.from_batches(self.waiting)
+        if table.num_rows or not self.written:
+            write_shard(self.folder, self.name, self.written, table.slice(0, self.most))
+            self.written += 1
+        self.waiting = table.slice(self.most).to_batches()

@@ -23,6 +23,7 @@ from cfsd.filter import FilterSpec
 from cfsd.generate import GenerateSpec, ProbeSpec, check_context
 from cfsd.merge import MergeSpec
 from cfsd.mix import MixSpec
+from cfsd.selection import SelectSpec
 from cfsd.spec import Spec
 from cfsd.target import Target
 from cfsd.train import TrainSpec
@@ -33,7 +34,7 @@ M = TypeVar("M", bound=BaseModel)
 class Recipe(Spec):
     """Base model, target, and how to get from one to the other without forgetting."""
 
-    seeded: ClassVar[tuple[str, ...]] = ("target", "probe", "generate", "mix", "train")
+    seeded: ClassVar[tuple[str, ...]] = ("target", "probe", "generate", "select", "mix", "train")
 
     name: str = Field(description="What you call it in Prefect and MLflow; not part of any key")
     seed: NonNegativeInt = Field(0, description="Fills every seed of the parts that is left empty")
@@ -42,6 +43,7 @@ class Recipe(Spec):
     probe: ProbeSpec = Field(ProbeSpec(), description="Held-out sample of the base, for measuring only")
     generate: GenerateSpec = Field(GenerateSpec(), description="The rehearsal corpus")
     filter: FilterSpec = Field(FilterSpec(), description="Which rows of the corpus to reject; default none")
+    select: SelectSpec = Field(SelectSpec(), description="Which rows of target and corpus to take; default all")
     mix: MixSpec = Field(MixSpec(), description="What one global batch holds")
     train: TrainSpec = Field(TrainSpec(), description="How the base is fine-tuned")
     merge: MergeSpec = Field(MergeSpec(), description="Interpolation of base and tuned after training")
@@ -62,7 +64,8 @@ class Recipe(Spec):
         return filled
 
     def _identity(self) -> dict[str, Any]:
-        return {k: v for k, v in super()._identity().items() if k not in ("name", "seed")}
+        left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
+        return {k: v for k, v in super()._identity().items() if k not in left_out}
 
     def check(self) -> None:
         """Raise BadInput for whatever can be told to be wrong without loading weights."""

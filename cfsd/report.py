@@ -11,22 +11,24 @@ from typing import Any
 import yaml
 
 from cfsd.artifact import Artifact, Store
+from cfsd.corpus_page import corpora_of
 from cfsd.journal import read_metrics
+from cfsd.page import write_page
 from cfsd.summary import Scores, Summary, Trail, table
-from cfsd.table import lines_of, number, shown, unit_of
-from cfsd.verdict import verdict
+from cfsd.table import lines_of, number, unit_of
+from cfsd.verdict import verdict, warnings
 
-SAMPLES = 20
 MOST_WORSE, MOST_BETTER = 3, 1  # items shown per benchmark
 FACTS = 8
 TEMPLATE = "report.html.j2"
 CURVES = {"target": "train/target_loss", "rehearsal": "train/rehearsal_loss"}
 CURVE_POINTS = 150
-ROLES = ("final", "tuned", "mixture", "target", "kept", "corpus", "probe", "base")
+ROLES = ("final", "tuned", "mixture", "target", "selected", "kept", "corpus", "probe", "base")
 MADE_FROM = {  # an artifact whose first source is not there came from outside
     "final": ("tuned", "base"),
     "tuned": ("mixture", "base"),
     "mixture": ("target", "kept"),
+    "selected": ("kept",),
     "kept": ("corpus",),
     "target": ("base",),
     "corpus": ("base",),
@@ -43,33 +45,25 @@ def write_report(
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "shown": shown, "visible": _visible, "clip": _clip}
-    samples_of, samples = _samples(store, trails)
-    page = environment.get_template(TEMPLATE).render(
+    write_page(
+        path,
+        TEMPLATE,
         title=title,
         verdict=verdict(summaries),
+        warnings=warnings(summaries),
         notes=notes,
         summaries=summaries,
         lines=lines_of(summaries),
         unit_of=unit_of,
         drawn=_drawn(store, trails, summaries),
         flips={trail.name: _flips(store, trail) for trail in trails},
-        samples_of=samples_of,
-        samples=samples,
-        dropped=_dropped(store, trails),
+        corpora=corpora_of(store, {trail.name: trail.artifacts for trail in trails}),
+        dropped=_dropped(trails),
         lineage={trail.name: _lineage(trail) for trail in trails},
         recipes=_recipes(trails),
         costs=_costs(trails),
         versions=_versions(store, trails),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
 def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
@@ -134,38 +128,13 @@ def _flips(store: Store, trail: Trail) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _samples(store: Store, trails: list[Trail]) -> tuple[str, list[dict[str, Any]]]:
-    """Return the first variant with a corpus and its first rows, each with its mean log-probability."""
-    for trail in trails:
-        for role in ("kept", "corpus"):
-            artifact = trail.artifacts.get(role)
-            if artifact and (rows := list(islice(_rows(store.path(artifact), "corpus"), SAMPLES))):
-                for row in rows:
-                    logprobs = row["logprobs"][1:]
-                    row["tokens"], row["mean"] = len(logprobs), sum(logprobs) / max(1, len(logprobs))
-                return trail.name, rows
-    return "", []
-
-
-def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    from cfsd.rows import batches
-
-    for batch in batches(folder, name):
-        yield from batch.to_pylist()
-
-
-def _dropped(store: Store, trails: list[Trail]) -> list[dict[str, Any]]:
-    """Return per target and corpus what was kept of it, what was not, and why, with the variants it is of."""
+def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
+    """Return per target how many of its rows were not used, and why, with the variants it is of."""
     found: dict[str, dict[str, Any]] = {}
     for trail in trails:
-        for role, reasons in (("target", "dropped"), ("corpus", ""), ("kept", "rejected")):
-            artifact = trail.artifacts.get(role)
-            if artifact is None or artifact.facts.get("rows") == 0:  # plain fine-tuning
-                continue
-            entry = found.setdefault(f"{role} {artifact.key}", {"role": role, "facts": artifact.facts, "variants": []})
-            entry["reasons"] = artifact.facts.get(reasons) or {}
-            entry["examples"] = list(islice(_rows(store.path(artifact), "rejects"), 5)) if role == "kept" else []
-            entry["variants"].append(trail.name)
+        if artifact := trail.artifacts.get("target"):
+            fresh = {"facts": artifact.facts, "reasons": artifact.facts.get("dropped") or {}, "variants": []}
+            found.setdefault(artifact.key, fresh)["variants"].append(trail.name)
     return list(found.values())
 
 
@@ -282,13 +251,3 @@ def _versions(store: Store, trails: list[Trail]) -> dict[str, str]:
         for name, value in store.manifest(artifact).get("environment", {}).items():
             values.setdefault(name, {})[str(value)] = None
     return {name: ", ".join(found) for name, found in values.items()}
-
-
-def _visible(text: str) -> str:
-    """Return `text` with control characters as pictures of themselves, so that no page swallows them."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
-
-
-def _clip(text: str, start: int, end: int) -> str:
-    """Return at most `start` first and `end` last characters of `text`."""
-    return text if len(text) <= start + end + 5 else f"{text[:start]} […] {text[len(text) - end :]}"

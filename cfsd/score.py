@@ -83,6 +83,27 @@ def score(
         return Scores(rows, found | {"warnings": warnings[:MOST_WARNINGS]})
 
 
+def documents(benchmark: Benchmark) -> list[str]:
+    """Return the prompt and the right answer of every document that is scored without `limit`, examples left out.
+
+    Raises: BadInput if the benchmark cannot be loaded.
+    """
+    benchmark.check()
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(_seeded(torch.device("cpu")))
+        task = _load(benchmark, stack.enter_context(TemporaryDirectory(prefix="cfsd-score-")))
+        return [_prompt_and_answer(task, document) for document in task.eval_docs]
+
+
+def _prompt_and_answer(task: Any, document: Any) -> str:
+    prompt, answer = task.doc_to_text(document), task.doc_to_target(document)
+    answer = answer[0] if isinstance(answer, list) else answer  # of several right ones
+    choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else []
+    parts = [choices[part] if choices and isinstance(part, int) else str(part) for part in (prompt, answer)]
+    return " ".join(parts)
+
+
 def _load(benchmark: Benchmark, cache: str) -> Any:
     """Return lm-eval's task object; local data is read into `cache` and needs no network."""
     definition = benchmark.find()

@@ -40,9 +40,11 @@ class Trail(BaseModel):
     name: str
     recipe: dict[str, JsonValue] = {}
     digest: str = ""
-    artifacts: dict[str, Artifact]  # by role: base, target, probe, corpus, kept, mixture, tuned, final
-    before: Scores
-    after: Scores
+    artifacts: dict[
+        str, Artifact
+    ]  # by role: base, target, chosen, probe, corpus, kept, selected, mixture, tuned, final
+    before: Scores = Scores()
+    after: Scores = Scores()
     steps: tuple[Step, ...] = ()
 
 
@@ -60,6 +62,7 @@ class Summary(BaseModel):
     probe_kl_sampled: dict[str, Any] | None
     mean_forgetting: dict[str, Any] | None
     benchmarks: dict[str, dict[str, Any]]
+    corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     seconds: dict[str, float]
     executed: list[str]
     cached: list[str]
@@ -67,6 +70,7 @@ class Summary(BaseModel):
 
 def summarise(store: Store, trail: Trail) -> Summary:
     """Return the figures of `trail`, computed from its score tables."""
+    from cfsd.corpus_view import corpus_warnings
     from cfsd.forgetting import mean_forgetting
 
     benchmarks = [_benchmark(store, trail, name) for name in trail.before.benchmarks]
@@ -78,6 +82,7 @@ def summarise(store: Store, trail: Trail) -> Summary:
         **_probe(store, trail),
         mean_forgetting=mean.model_dump() if mean else None,
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in benchmarks},
+        corpus_warnings=corpus_warnings(trail.artifacts["corpus"].facts) if "corpus" in trail.artifacts else [],
         seconds=_seconds(trail.steps),
         executed=[_label(step) for step in trail.steps if step.executed],
         cached=[_label(step) for step in trail.steps if not step.executed],

@@ -1,7 +1,5 @@
 """Target: what to fine-tune on, as tokenised rows with a train and a held-out part."""
 
-import csv
-import json
 import random
 import re
 from collections import Counter
@@ -16,12 +14,11 @@ from cfsd.artifact import Artifact, Draft
 from cfsd.content import DigestMemory
 from cfsd.errors import BadInput
 from cfsd.machine import home
+from cfsd.records import check_file, file_records, hub_records
 from cfsd.spec import Spec, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Target(Spec):
@@ -73,13 +70,8 @@ class Target(Spec):
             return
         if self.kind == "hub":
             return
-        path = Path(self.path or "")
-        if not path.is_file():
-            raise BadInput(f"target {str(path)!r} does not exist (working directory {Path.cwd()}); fix target.path")
-        if path.suffix not in FILES:
-            raise BadInput(f"target {str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(FILES)}")
-        if path.stat().st_size == 0:
-            raise BadInput(f"target {str(path)!r} is empty; rows with {self.prompt!r} and {self.response!r} are needed")
+        needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
+        check_file(Path(self.path or ""), "target", "target.path", needed)
 
 
 class Row(NamedTuple):
@@ -221,65 +213,8 @@ def _records(target: Target) -> Iterator[dict[str, Any]]:
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
-        return _hub(target)
-    return _file(Path(target.path or ""))
-
-
-def _file(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        for number, record in enumerate(READERS[path.suffix](path), 1):
-            if not isinstance(record, dict):
-                raise ValueError(f"row {number} is not an object with named fields")
-            yield record
-    except (ValueError, OSError) as error:  # json and csv errors, Arrow's and those of text encodings are ValueErrors
-        raise BadInput(f"target {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
-
-
-# Readers that guess types turn the answer 007 into 7, so these do not guess.
-def _json(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
-            yield from json.loads(content)
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from error
-
-
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            if None in row:
-                raise ValueError(f"line {number} has more cells than there are columns")
-            yield row
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
-
-
-READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
-def _hub(target: Target) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(
-            target.name, revision=target.revision, split=target.split, cache_dir=str(home() / "datasets")
-        )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"data set {target.name}@{target.revision} could not be loaded: {error}; check the id, the split "
-            f"{target.split!r} and the network, or give a local file"
-        ) from error
+        return hub_records(target.name or "", target.revision or "", target.split)
+    return file_records(Path(target.path or ""), "target")
 
 
 def _gym(target: Target) -> Iterator[dict[str, Any]]:

@@ -26,8 +26,8 @@ from cfsd.batches import GlobalBatch, plan_batches
 from cfsd.checkpoint import load_model, save_model
 from cfsd.errors import NotFinite, Stopped
 from cfsd.journal import Journal, read_metrics
-from cfsd.objective import Pack, Row, losses, packs_of
-from cfsd.rows import read_rows
+from cfsd.mixture import MixtureRows
+from cfsd.objective import Pack, losses, packs_of
 from cfsd.train import TrainRequest, TrainSpec
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -37,7 +37,7 @@ class Batches(Dataset[dict[str, Any]]):
     """One item is one rank's share of one global batch."""
 
     def __init__(
-        self, rows: list[Row], plan: list[GlobalBatch], rehearsal_weight: float, most_tokens: int,
+        self, rows: MixtureRows, plan: list[GlobalBatch], rehearsal_weight: float, most_tokens: int,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         """Cut every global batch of `plan` into packs of at most `most_tokens`."""
@@ -181,11 +181,10 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
 def batches_of(store: Store, mixture: Artifact, spec: TrainSpec, most_tokens: int) -> Batches:
     """Return the global batches of the whole training."""
     facts: dict[str, Any] = mixture.facts
-    records = read_rows(store.path(mixture), "mixture", ["source", "token_ids", "supervised", "weight"])
-    rows = [Row(**record) for record in records]
+    rows = MixtureRows(store.path(mixture))
     plan = plan_batches(
-        [row.source for row in rows],
-        [sum(row.supervised) for row in rows],
+        rows.sources(),
+        rows.supervised_tokens(),
         target_rows=facts["batch_target_rows"],
         rehearsal_tokens=facts["batch_rehearsal_tokens"] if spec.rehearsal_weight else 0,
         epochs=spec.epochs,

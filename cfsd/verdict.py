@@ -55,6 +55,15 @@ def verdict(summaries: list[Summary]) -> str:
     return " ".join(sentence for sentence in said if sentence)
 
 
+def warnings(summaries: list[Summary]) -> list[str]:
+    """Return a line per way in which the corpus of some variants is not the base model's own law."""
+    found: dict[str, dict[str, None]] = {}
+    for summary in summaries:
+        for warning in summary.corpus_warnings:
+            found.setdefault(warning, {})[variant_of(summary.name)] = None
+    return [f"Warning: the corpus of {_quoted(names)} is {warning}." for warning, names in found.items()]
+
+
 def _over_seeds(repeats: list[Summary], name: str) -> Fig | None:
     figures = [figure for s in repeats if (figure := getattr(s, name)) is not None]
     if not figures or len(figures) < len(repeats):
@@ -187,4 +196,5 @@ def print_summary(summaries: list[Summary], console: "Console") -> None:
     from rich.text import Text
 
     print_table(summaries, console)
-    console.print(Text(verdict(summaries)))
+    for said in (verdict(summaries), *warnings(summaries)):
+        console.print(Text(said))

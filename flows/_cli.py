@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,12 @@ On = Annotated[
 ]
 Home = Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would run and what is cached, and stop")]
+
+
+class Until(StrEnum):
+    """Where to stop."""
+
+    filter = "filter"
 
 
 def start(command: Callable[..., None]) -> None:
@@ -85,21 +92,40 @@ def mitigate_command(
     machine: On = [],  # noqa: B006
     home: Home = None,
     plan: Plan = False,
+    until: Annotated[
+        Until | None, typer.Option(help="filter: make the corpus, write a page that shows it, and stop")
+    ] = None,
 ) -> None:
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
     from flows._plan import check, print_plan
     from flows._temporary_server import prefect_server
+    from flows.corpus import corpus, corpus_story
     from flows.mitigate import mitigate, story
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    check(loaded, on, story)
+    steps = corpus_story if until else story
+    check(loaded, on, steps)
     if plan:
-        print_plan({loaded.name: loaded}, on, story, console)
+        print_plan({loaded.name: loaded}, on, steps, console)
         return
 
     with prefect_server():
-        trail = mitigate(loaded, on)
-    show(loaded.name, [trail])
+        trail = corpus(loaded, on) if until else mitigate(loaded, on)
+    show_corpus(trail) if until else show(loaded.name, [trail])
+
+
+def show_corpus(trail: Trail) -> None:
+    """Print what the corpus is and, last, the path of the page that shows it."""
+    from cfsd.artifact import Store
+    from cfsd.machine import home
+    from flows._conclude import report_folder
+
+    for role in ("corpus", "kept", "selected"):
+        artifact = trail.artifacts[role]
+        facts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.facts.items() if v not in ("", {})}
+        console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in facts.items())}")
+        console.print(f"         {Store(home()).path(artifact)}")
+    print(report_folder(trail.name, [trail]) / "corpus.html", flush=True)
 
 
 def compare_command(

@@ -39,6 +39,19 @@ def conclude(
     return summaries
 
 
+def conclude_corpus(title: str, trails: list[Trail], run_id: str | None) -> Path:
+    """Write the page that shows the corpora of `trails`, and the trails themselves, which lead to every row."""
+    from cfsd.corpus_page import write_corpus_page
+
+    folder = report_folder(title, trails)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("corpus.html", "trails.json")]
+    write_corpus_page(files[0], Store(home()), title, {trail.name: trail.artifacts for trail in trails})
+    files[1].write_text(json.dumps([trail.model_dump(mode="json") for trail in trails], indent=1))
+    record.conclusion(run_id, None, files[:1])
+    return files[0]
+
+
 def report_folder(title: str, trails: Sequence[Trail]) -> Path:
     """Return where the report lies: by name and by what was run, so that no run takes another one's place."""
     run = digest_of([trail.model_dump(mode="json", exclude={"steps"}) for trail in trails])

@@ -10,14 +10,12 @@ from cfsd.recipe import Recipe
 from cfsd.summary import Trail
 from flows._conclude import conclude
 from flows._plan import check
+from flows.corpus import corpus_story
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
-from tasks.fetch import fetch_model
-from tasks.filter import filter_corpus
-from tasks.generate import generate_corpus, sample_probe
+from tasks.generate import sample_probe
 from tasks.merge import merge_model
 from tasks.mix import mix_rows
-from tasks.target import prepare_target
 from tasks.train import train_model
 
 
@@ -25,26 +23,16 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     """Take every step of the recipe. Each is cached on its own settings and the content of its inputs:
     a new learning rate trains and evaluates again, and never samples again.
     """  # noqa: D205
-    base = fetch_model(recipe.base, machine)
-    recipe.check_base(base)
-    target = prepare_target(base, recipe.target, machine)
+    trail = corpus_story(recipe, machine)
+    base, target, chosen, rehearsed = (trail.artifacts[role] for role in ("base", "target", "chosen", "selected"))
     probe = sample_probe(base, recipe.probe, machine)
-    corpus = generate_corpus(base, target, recipe.generate, machine)
-    kept = filter_corpus(corpus, recipe.filter, machine)
-    mixture = mix_rows(target, kept, recipe.mix, machine)
+    mixture = mix_rows(chosen, rehearsed, recipe.mix, machine)
     tuned = train_model(base, mixture, recipe.train, machine)
     final = merge_model(base, tuned, recipe.merge, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
-    return Trail(
-        name=recipe.name,
-        recipe=recipe.model_dump(mode="json"),
-        digest=recipe.digest(),
-        artifacts={"base": base, "target": target, "probe": probe, "corpus": corpus, "kept": kept,
-                   "mixture": mixture, "tuned": tuned, "final": final},
-        before=before,
-        after=after,
-    )  # fmt: skip
+    made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
+    return trail.model_copy(update={"artifacts": trail.artifacts | made, "before": before, "after": after})
 
 
 @flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)

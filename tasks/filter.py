@@ -1,12 +1,38 @@
 """Reject corpus rows, with reasons; by default none."""
 
 from cfsd.artifact import Artifact, Draft
+from cfsd.benchmark import Benchmark
+from cfsd.evaluate import EvaluateSpec
 from cfsd.filter import FilterSpec, filter_rows
 from cfsd.machine import Machine
+from cfsd.overlap import reference
 from tasks._stage import stage
 
 
+def filter_corpus(
+    corpus: Artifact, target: Artifact, evaluate: EvaluateSpec, spec: FilterSpec, machine: Machine
+) -> Artifact:
+    """Part the corpus into accepted rows and rejects; see `cfsd.filter`.
+
+    Target and benchmarks count only if the spec compares with them, and then by their documents, not by how they
+    are scored.
+    """
+    if spec.overlap_words is None:
+        return _filter(corpus, None, None, spec, machine)
+    documents = tuple(Benchmark(name=benchmark.name, folder=benchmark.folder) for benchmark in evaluate.benchmarks)
+    return _filter(corpus, target, EvaluateSpec(benchmarks=documents), spec, machine)
+
+
 @stage("filter", "corpus")
-def filter_corpus(draft: Draft, corpus: Artifact, spec: FilterSpec, machine: Machine) -> None:
-    """Part the corpus into accepted rows and rejects; see `cfsd.filter`."""
-    filter_rows(draft.store.path(corpus), spec, draft)
+def _filter(
+    draft: Draft,
+    corpus: Artifact,
+    target: Artifact | None,
+    benchmarks: EvaluateSpec | None,
+    spec: FilterSpec,
+    machine: Machine,
+) -> None:
+    """Reject the rows that a rule of `spec` is against."""
+    target_folder = draft.store.path(target) if target else None
+    texts = reference(target_folder, benchmarks.benchmarks if benchmarks else ())
+    filter_rows(draft.store.path(corpus), spec, draft, texts)

@@ -271,7 +271,10 @@ def _link_step(
     client.set_tag(run_id, f"cfsd.{stage}.{name}" if name else f"cfsd.{stage}", artifact.key)
     numbers = {f"{stage}/{k}": v for k, v in artifact.facts.items() if isinstance(v, int | float)}
     now = time.time()
-    if stage in ("generate", "filter", "mix"):
+    for word in ("biased", "approximate"):  # in what the corpus is not an exact sample of the base
+        if stage == "generate" and artifact.facts.get(word):
+            client.set_tag(run_id, f"cfsd.{word}", str(artifact.facts[word]))
+    if stage in ("generate", "filter", "select", "mix"):
         _log_metrics(client, run_id, [{"name": k, "value": v, "time": now, "step": 0} for k, v in numbers.items()])
     filters = f"tags.`cfsd.key` = '{artifact.key}' and tags.`cfsd.recorded` = 'all'"
     if replay and not client.search_runs([_experiment()], filters, max_results=1):

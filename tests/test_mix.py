@@ -4,15 +4,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsd.artifact import Store, key_of
+from cfsd.artifact import Artifact, Store, key_of
 from cfsd.batches import GlobalBatch, plan_batches
 from cfsd.microbatch import arrange, pad
 from cfsd.mix import MixSpec, mix
-from cfsd.rows import CORPUS, TARGET, read_rows, table_of, write_shard
+from cfsd.mixture import MixtureRows
+from cfsd.objective import Row
+from cfsd.rows import TARGET, corpus_schema, read_rows, shards, table_of, write_shard
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -83,28 +86,91 @@ def test_the_rehearsal_does_not_depend_on_how_many_epochs_follow() -> None:
     assert plan(10, [5] * 8, epochs=3)[:4] == plan(10, [5] * 8, epochs=1)
 
 
-def test_the_mixture_supervises_responses_and_every_sampled_token(store: Store, tmp_path: Path) -> None:
-    targets = [
-        {"row_id": i, "source": "target", "token_ids": [2, 3, 4, 1], "supervised": [False, False, True, True],
+def write_target(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Write rows of two prompt tokens, a response and an end."""
+    rows = [
+        {"row_id": i, "source": "target", "token_ids": [2, 3, 4 + i, 1], "supervised": [False, False, True, True],
          "prompt": "ab", "response": "c"}
-        for i in range(3)
+        for i in range(count)
     ]  # fmt: skip
-    corpus = [
-        {"row_id": i, "source": "context-free", "token_ids": [0, 5, 6][: i + 2],
-         "logprobs": [None, -1.0, -1.0][: i + 2], "finish_reason": "length", "shard": 0, "seed": 0, "text": ""}
-        for i in range(2)
+    write_shard(folder, "train", 0, table_of(TARGET, rows))
+    return rows
+
+
+def write_corpus(folder: Path, texts: list[tuple[str, str]], top_logprobs: int = 0, per_shard: int = 2) -> None:
+    """Write a row per (source, tokens): "." a given token, "x" a sampled one."""
+    rows = [
+        {"row_id": i, "source": source, "token_ids": list(range(10 * i, 10 * i + len(tokens))),
+         "logprobs": [None if token == "." else -1.0 for token in tokens], "finish_reason": "length", "shard": 0,
+         "seed": 0, "text": "", "topk_ids": [7] * (top_logprobs * len(tokens)),
+         "topk_logprobs": [-1.0] * (top_logprobs * len(tokens)), "rest_logprob": [-2.0] * len(tokens)}
+        for i, (source, tokens) in enumerate(texts)
     ]  # fmt: skip
-    write_shard(tmp_path, "train", 0, table_of(TARGET, targets))
-    write_shard(tmp_path, "corpus", 0, table_of(CORPUS, corpus))
-    spec = MixSpec(target_rows=2, rehearsal_tokens=3, seed=5)
-    made = store.make("mixture", key_of("mix", spec), lambda draft: mix(tmp_path, tmp_path, spec, draft))[0]
+    for shard, first in enumerate(range(0, len(rows), per_shard)):
+        table = table_of(corpus_schema(top_logprobs, 100), rows[first : first + per_shard])
+        write_shard(folder, "corpus", shard, table)
+
+
+def mixed(store: Store, folder: Path, spec: MixSpec) -> Artifact:
+    return store.make("mixture", key_of("mix", spec), lambda draft: mix(folder, folder, spec, draft))[0]
+
+
+TEXTS = [("context-free", ".x"), ("template", "...xx"), ("context-free", ".xxxx.xx"), ("replay", "xxx")]
+
+
+@pytest.mark.parametrize("top_logprobs", [0, 3])
+def test_the_mixture_supervises_responses_and_every_sampled_token(
+    store: Store, tmp_path: Path, top_logprobs: int
+) -> None:
+    target = write_target(tmp_path, 3)
+    write_corpus(tmp_path, TEXTS, top_logprobs)
+    made = mixed(store, tmp_path, MixSpec(target_rows=2, rehearsal_tokens=3, seed=5))
     rows = read_rows(store.path(made), "mixture")
-    assert [row["token_ids"] for row in rows] == [r["token_ids"] for r in (*targets, *corpus)]
-    assert [row["supervised"] for row in rows[3:]] == [[False, True], [False, True, True]]
+    assert [(row["row_id"], row["source"]) for row in rows] == [
+        *((i, "target") for i in range(3)), *((i, source) for i, (source, _) in enumerate(TEXTS)),
+    ]  # fmt: skip
+    assert [row["token_ids"] for row in rows[:3]] == [row["token_ids"] for row in target]
     assert [row["supervised"] for row in rows[:3]] == [[False, False, True, True]] * 3
-    assert made.facts["target_tokens"] == 6
-    assert made.facts["rehearsal_tokens"] == 3
-    assert made.facts["rehearsal_rows"] == 2
+    assert [row["token_ids"][0] for row in rows[3:]] == [0, 10, 20, 30]
+    assert ["".join(".x"[on] for on in row["supervised"]) for row in rows[3:]] == [tokens for _, tokens in TEXTS]
+    assert {name for row in rows for name in row} == {"row_id", "source", "token_ids", "supervised", "weight"}
+    facts: Any = made.facts
+    assert (facts["target_rows"], facts["target_tokens"]) == (3, 6)
+    assert (facts["rehearsal_rows"], facts["rehearsal_tokens"]) == (4, 12)
+    assert facts["rehearsal_rows_by_source"] == {"context-free": 2, "template": 1, "replay": 1}
+    assert facts["rehearsal_tokens_by_source"] == {"context-free": 7, "template": 2, "replay": 3}
+
+
+def test_a_mixture_without_rehearsal_draws_none(store: Store, tmp_path: Path) -> None:
+    write_target(tmp_path, 3)
+    facts: Any = mixed(store, tmp_path, MixSpec(seed=0)).facts
+    assert (facts["rehearsal_rows"], facts["batch_rehearsal_tokens"], facts["rehearsal_rows_by_source"]) == (0, 0, {})
+
+
+def test_the_mixture_is_one_table_however_it_is_cut(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are of bounded size; their number is no part of the content."""
+    write_target(tmp_path, 3)
+    write_corpus(tmp_path, TEXTS * 5)
+    whole = mixed(store, tmp_path, MixSpec(seed=0))
+    monkeypatch.setattr("cfsd.mix.SHARD_TOKENS", 12)
+    cut = mixed(store, tmp_path, MixSpec(seed=1))
+    tokens = [sum(map(len, pq.read_table(p)["token_ids"].to_pylist())) for p in shards(store.path(cut), "mixture")]
+    assert len(tokens) > 5 and all(count < 12 + 13 for count in tokens)
+    assert cut.content == whole.content
+
+
+def test_rows_in_memory_are_those_on_disk(store: Store, tmp_path: Path) -> None:
+    write_target(tmp_path, 3)
+    write_corpus(tmp_path, TEXTS * 3)
+    folder = store.path(mixed(store, tmp_path, MixSpec(seed=0)))
+    stored = [Row(**row) for row in read_rows(folder, "mixture", list(Row._fields))]
+    rows = MixtureRows(folder)
+    assert [rows[i] for i in range(len(rows))] == stored
+    assert type(rows[0].token_ids[0]) is int and type(rows[0].supervised[0]) is bool and type(rows[0].weight) is float
+    assert rows.sources() == [row.source for row in stored]
+    assert rows.supervised_tokens() == [sum(row.supervised) for row in stored]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60))

@@ -16,7 +16,7 @@ from rich.console import Console
 from cfsd.artifact import Artifact, Draft, Store, key_of
 from cfsd.figures import curve_figures, forest_figures, frontier_figure, svg_of
 from cfsd.report import write_report
-from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, table_of, write_shard
+from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard
 from cfsd.summary import Scores, Step, Summary, Trail, summarise
 from cfsd.table import number, shown, summary_frame
 from cfsd.verdict import detectable_mean, print_summary, verdict
@@ -198,14 +198,14 @@ def test_one_variant_shows_every_part_with_its_numbers(world: World, tmp_path: P
     trail = world.variants()[1]
     page = report_of(world, [trail], tmp_path / "out" / "report.html", notes=["A note to read"])
     assert page.headings() == [
-        "table", "frontier", "benchmarks", "training", "items", "samples", "dropped", "lineage", "recipe", "cost",
+        "table", "frontier", "benchmarks", "training", "items", "corpus", "dropped", "lineage", "recipe", "cost",
     ]  # fmt: skip
     summary = summarise(world.store, trail)
     assert summary.target_gain and summary.probe_kl and summary.mean_forgetting
     wanted = [
         shown(summary.target_gain), shown(summary.probe_kl), shown(summary.mean_forgetting, 100), "A note to read",
-        "90.0 → 88.0", "17 seen before", "1 duplicate", "0.0123", "-1.50 nats per token", "4,321", "12.2",
-        "learning_rate: 1.0e-05", "torch 2.9.1", *(a.key for a in trail.artifacts.values()),
+        "90.0 → 88.0", "17 seen before", "duplicate: 1 row", "96.7 % of the rows", "-1.50 nats per token", "4,321",
+        "12.2", "learning_rate: 1.0e-05", "torch 2.9.1", *(a.key for a in trail.artifacts.values()),
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.words] == []
 
@@ -233,7 +233,7 @@ def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
     page = report_of(world, [trail, *world.variants()], tmp_path / "report.html", title=HOSTILE, notes=[HOSTILE])
     assert "script" not in {tag for tag, _ in page.elements}
     visible = HOSTILE.replace("\x00", "␀")
-    assert f"{visible} 0" in page.words  # a sample of the corpus
+    assert f"{visible} 28" in page.words  # a sample of the corpus
     assert f"{visible} twice" in page.words  # a rejected row
     assert f"item 60 {visible}" in page.words  # the prompt of a changed answer
     assert "\x00" not in page.words.replace(HOSTILE, "")
@@ -241,7 +241,7 @@ def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
 
 def test_changed_answers_come_worse_first_and_never_unchanged(world: World, tmp_path: Path) -> None:
     page = report_of(world, [world.variants()[1]], tmp_path / "report.html")
-    items = page.part("Answers that changed", "samples of the rehearsal")
+    items = page.part("Answers that changed", "The rehearsal corpus")
     assert items.count("right → wrong") == 2 * len(BENCHMARKS)
     assert "item 88" in items and "item 89" in items
     assert "base says 1.0 (first) [right: 1]" in items and "rehearse says 0.0 (first) [right: 1]" in items
@@ -249,11 +249,29 @@ def test_changed_answers_come_worse_first_and_never_unchanged(world: World, tmp_
     assert "wrong → right" not in items
 
 
-def test_twenty_samples_of_the_first_variant_with_a_corpus(three: tuple[Page, str]) -> None:
-    samples = three[0].part("20 samples of the rehearsal", "What was left out")
-    assert "“rehearse”" in samples
-    assert samples.count("rev:abc=cba") == 20
-    assert samples.count("ended by the model") == samples.count("cut off,") + 10 == 10
+def test_variants_with_one_corpus_show_it_once(three: tuple[Page, str]) -> None:
+    corpus = three[0].part("The rehearsal corpus", "Target rows left out")
+    assert "rehearse, rehearse more: corpus" not in corpus  # one corpus needs no name
+    assert corpus.count("Price of filtering") == corpus.count("20 samples to read") == 1
+    assert corpus.count("ended by the model, row") + corpus.count("cut off, row") == 20
+
+
+def test_a_corpus_of_another_law_is_warned_of(world: World, tmp_path: Path) -> None:
+    facts = {"rows": 30, "biased": "top_p=0.9", "approximate": "ids reconstructed"}
+    rows = pa.Table.from_batches(batches(world.store.path(world.corpus), "corpus"))
+    biased = world.artifact("corpus", "biased", facts, {"corpus": rows.slice(1)})
+    plain, exact, bent = world.variants()
+    bent = bent.model_copy(update={"artifacts": {**bent.artifacts, "corpus": biased}})
+    trails = [plain, exact, bent]
+    warned = [f"Warning: the corpus of “rehearse more” is {what}." for what in
+              ("biased: top_p=0.9", "approximate: ids reconstructed")]  # fmt: skip
+    page, summaries = report_of(world, trails, tmp_path / "report.html"), [summarise(world.store, t) for t in trails]
+    said = page.part(verdict(summaries)[:40], "Training a language model further")
+    assert [line for line in warned if line not in said] == []
+    console = Console(width=200, file=io.StringIO())
+    print_summary(summaries, console)
+    assert console.file.getvalue().splitlines()[-2:] == warned  # type: ignore[attr-defined]
+    assert "Warning" not in report_of(world, [plain, exact], tmp_path / "exact.html").words
 
 
 def test_measuring_two_models_leaves_out_what_there_is_not(world: World, tmp_path: Path) -> None:

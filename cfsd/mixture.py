@@ -1,0 +1,56 @@
+"""A mixture in memory: five bytes per token and 26 per row. R rows, T tokens."""
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from cfsd.objective import Row
+from cfsd.rows import batches
+
+
+class MixtureRows:
+    """The rows of a mixture, each made from flat arrays when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the `mixture` table in `folder`."""
+        codes: dict[str, int] = {}
+        # They grow in place; to join as many NumPy arrays would take twice the memory.
+        ids_T, supervised_T, ends_R = array("i"), array("b"), array("q", [0])
+        counts_R, weight_R, source_R = array("q"), array("f"), array("h")
+        for batch in batches(folder, "mixture", ["source", "token_ids", "supervised", "weight"]):
+            flags = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
+            row_T = pc.list_parent_indices(batch["supervised"]).to_numpy()
+            lengths = pc.list_value_length(batch["token_ids"]).to_numpy()
+            ids_T.frombytes(batch["token_ids"].flatten().to_numpy().tobytes())
+            supervised_T.frombytes(flags.tobytes())
+            ends_R.frombytes((ends_R[-1] + lengths.cumsum(dtype=np.int64)).tobytes())
+            counts_R.frombytes(np.bincount(row_T[flags], minlength=batch.num_rows).tobytes())
+            weight_R.frombytes(batch["weight"].to_numpy().tobytes())
+            source_R.extend(codes.setdefault(name, len(codes)) for name in batch["source"].to_pylist())
+        self._ids_T, self._supervised_T = np.asarray(ids_T), np.asarray(supervised_T).view(np.bool_)
+        self._ends_R, self._weight_R, self._source_R = ends_R, weight_R, source_R
+        self._names, self._counts_R = list(codes), counts_R
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._source_R)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return one row."""
+        tokens = slice(self._ends_R[index], self._ends_R[index + 1])
+        return Row(
+            self._names[self._source_R[index]],
+            self._ids_T[tokens].tolist(),
+            self._supervised_T[tokens].tolist(),
+            self._weight_R[index],
+        )
+
+    def sources(self) -> list[str]:
+        """Return the source of every row."""
+        return [self._names[code] for code in self._source_R]
+
+    def supervised_tokens(self) -> list[int]:
+        """Return how many tokens of every row count in a loss."""
+        return self._counts_R.tolist()

@@ -1,0 +1,151 @@
+"""Requests to a completions server: where it is, how often it is asked again, what is told when it does not answer."""
+
+import asyncio
+import os
+import random
+from typing import Any, Self
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from cfsd.errors import BadInput, Crashed
+from cfsd.server_rows import Answer, read_answer
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+TOO_MANY, BROKEN = 429, 500
+LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
+
+
+class Connection(BaseModel):
+    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str
+    model: str | None = Field(None, description="The model's name there; empty: its only one")
+    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
+    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
+    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
+    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
+    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        try:
+            url = httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"base_url {value!r} is no URL: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+            where = f"{url.scheme}://{url.host}{url.path}"  # without what may be a secret
+            raise ValueError(
+                f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
+                f"environment variable {KEY_VARIABLE}"
+            )
+        plain = value.rstrip("/")
+        return plain if plain.endswith("/v1") else f"{plain}/v1"
+
+
+class ServerGone(Crashed):
+    """A server did not answer although it was asked again and again. Worth a retry: finished shards are kept."""
+
+
+class Refused(BadInput):
+    """A server answered that it will not do what it was asked."""
+
+
+class Client:
+    """Asks one server, again where that can help."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Prepare for `connection`; nothing is sent yet."""
+        self.connection = connection
+        self.key = os.environ.get(KEY_VARIABLE, "")
+        secure = connection.base_url.startswith("https:")
+        self.verify = httpx.create_ssl_context(trust_env=connection.trust_env) if secure else False
+        self.all: list[httpx.AsyncClient] = []
+        self.idle: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> Self:
+        """Open it."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close what is open."""
+        for http in self.all:
+            await http.aclose()
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """Send it over a connection that nobody uses.
+
+        A client each, because one pool looks at all its connections whenever a request comes or goes: 16 of them
+        doubled the time of short requests.
+        """
+        http = self.idle.pop() if self.idle else self._another()
+        try:
+            return await http.request(method, path, json=body)
+        finally:
+            self.idle.append(http)
+
+    def _another(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(self.connection.timeout, connect=min(10.0, self.connection.timeout))
+        http = httpx.AsyncClient(
+            base_url=self.connection.base_url,
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            timeout=timeout,
+            verify=self.verify,
+            trust_env=self.connection.trust_env,
+        )
+        self.all.append(http)
+        return http
+
+    async def complete(self, body: dict[str, Any]) -> Answer:
+        """Return the completion of one prompt."""
+        return read_answer(await self.ask("POST", "/completions", body))
+
+    async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the JSON of an answer. Raises Refused (what it will not do) or ServerGone (no answer)."""
+        attempts = self.connection.retries + 1
+        for attempt in range(attempts):
+            wanted = None
+            try:
+                response = await self._request(method, path, body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code == httpx.codes.OK:
+                    return self._json(response)
+                problem = f"{response.status_code}: {self._message(response)}"
+                if response.status_code < BROKEN and response.status_code != TOO_MANY:
+                    raise Refused(f"the server {self.connection.base_url} refused {method} {path}, {problem}")
+                wanted = response.headers.get("Retry-After")
+            if attempt + 1 < attempts:
+                await asyncio.sleep(self._seconds(attempt, wanted))
+        raise ServerGone(
+            f"the server {self.connection.base_url} gave no answer to {method} {path} in {attempts} attempts (the "
+            f"last: {problem}); finished shards are kept: start the server and run the same command again"
+        )
+
+    def _seconds(self, attempt: int, wanted: str | None) -> float:
+        """Return how long to wait: what the server asks for, else twice the last time, with jitter."""
+        if wanted is not None and wanted.strip().isdigit():
+            return min(float(wanted), LONGEST_WAIT)
+        return min(self.connection.backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
+
+    def _message(self, response: httpx.Response) -> str:
+        try:
+            body = response.json()
+            error = body.get("error") or body.get("detail") or body.get("message") or body
+            text = str(error.get("message", error) if isinstance(error, dict) else error)
+        except (ValueError, AttributeError):
+            text = response.text
+        text = " ".join(text.split())
+        return (text.replace(self.key, "***") if self.key else text)[:500]
+
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            raise Refused(
+                f"{self.connection.base_url} does not answer in JSON; give the base URL of a completions server"
+            ) from error

@@ -1,0 +1,343 @@
+"""The server engine against a real HTTP server: exact rows, honest about doubt, stubborn where it helps."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from scipy.stats import chisquare
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from cfsd.checkpoint import load_model, load_tokenizer
+from cfsd.errors import BadInput, Crashed
+from cfsd.generate import GenerateSpec
+from cfsd.sampling import Sample
+from cfsd.server import Connection, ServerGone, sample_from_server, served_by
+from cfsd.server_check import check_server
+from cfsd.server_rows import Answer, Pieces
+from tests.conftest import save_model
+from tests.loopback_server import Loopback, Manners, serving
+
+START, END = 0, 1
+LENGTH = 8
+SIGNIFICANCE = 1e-3
+
+
+class World(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = save_model(tmp_path_factory.mktemp("served"), scale=0.2)
+    return World(load_model(folder, "cpu").eval(), load_tokenizer(folder))
+
+
+Serve = Callable[..., Loopback]
+
+
+@pytest.fixture
+def serve(world: World) -> Iterator[Serve]:
+    """Start servers of the tiny model, or of another, with the manners that are named."""
+    with ExitStack() as stack:
+
+        def start(model: PreTrainedModel | None = None, port: int = 0, **manners: Any) -> Loopback:
+            return stack.enter_context(serving(model or world.model, world.tokenizer, Manners(**manners), port))
+
+        yield start
+
+
+def to(server: Loopback, **settings: Any) -> Connection:
+    return Connection(base_url=server.url, **{"backoff": 0.01, "retries": 3, **settings})
+
+
+def rows(world: World, connection: Connection, count: int, **law: Any) -> list[Sample | str]:
+    asked = GenerateSpec(rows=count, **{"length": LENGTH, "seed": 5, **law})
+    return sample_from_server(
+        connection, [[START]] * count, asked, range(count), stream="context-free", ends=(END,),
+        tokenizer=world.tokenizer,
+    )  # fmt: skip
+
+
+def samples(world: World, connection: Connection, count: int, **law: Any) -> list[Sample]:
+    found = [row for row in rows(world, connection, count, **law) if isinstance(row, Sample)]
+    assert len(found) == count
+    return found
+
+
+def check(world: World, connection: Connection, **law: Any) -> dict[str, Any]:
+    asked = GenerateSpec(**{"length": LENGTH, "seed": 5, **law})
+    return check_server(connection, world.model, START, asked, world.tokenizer, (END,))
+
+
+@torch.inference_mode()
+def fresh(world: World, sample: Sample) -> list[float]:
+    """Return log p of each token after the first, from one pass over the row."""
+    logprobs = world.model(torch.tensor([sample.token_ids]), use_cache=False).logits[0].log_softmax(-1)
+    return [logprobs[t, token].item() for t, token in enumerate(sample.token_ids[1:])]
+
+
+def assert_exact(world: World, found: list[Sample]) -> None:
+    """Fail unless rows end where they should and carry the model's own log-probabilities."""
+    for s in found:
+        assert s.token_ids[0] == START and s.logprobs[0] is None
+        assert s.logprobs[1:] == pytest.approx(fresh(world, s), abs=1e-4)
+        assert END not in s.token_ids[1:-1]
+        assert s.finish_reason == ("eos" if s.token_ids[-1] == END else "length")
+        assert s.finish_reason == "eos" or len(s.token_ids) == LENGTH + 1
+    assert {s.finish_reason for s in found} == {"eos", "length"}
+
+
+def p_value(tokens: list[int], law: torch.Tensor) -> float:
+    expected = law.double().numpy() * len(tokens)
+    common = expected >= 5
+    counts = np.bincount(tokens, minlength=len(expected))
+    seen, wanted = [*counts[common], counts[~common].sum()], [*expected[common], expected[~common].sum()]
+    return float(chisquare(seen, np.array(wanted) / sum(wanted) * sum(seen)).pvalue)
+
+
+def test_first_and_second_tokens_follow_the_models_softmax(world: World, serve: Serve) -> None:
+    found = samples(world, to(serve()), 800, length=2)
+    with torch.inference_mode():
+        first = world.model(torch.tensor([[START]])).logits[0, -1].softmax(-1)
+        goes_on = [token for token in range(len(first)) if token != END]
+        after = world.model(torch.tensor([[START, token] for token in goes_on])).logits[:, -1].softmax(-1)
+    second = (first[goes_on, None] * after).sum(0)
+    assert p_value([s.token_ids[1] for s in found], first) > SIGNIFICANCE
+    assert p_value([s.token_ids[2] for s in found if len(s.token_ids) > 2], second / second.sum()) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("owned_by", ["vllm", "sglang", "llamacpp", "unheard-of"])
+def test_rows_are_exact_whoever_serves(world: World, serve: Serve, owned_by: str) -> None:
+    assert_exact(world, samples(world, to(serve(owned_by=owned_by)), 24))
+
+
+def test_log_probabilities_are_the_models_own_under_a_biased_law(world: World, serve: Serve) -> None:
+    assert_exact(world, samples(world, to(serve()), 32, temperature=1.5, top_k=20))
+
+
+def test_no_parameter_of_the_law_is_left_to_the_servers_defaults(world: World, serve: Serve) -> None:
+    for owned_by, off in {"vllm": -1, "sglang": -1, "llamacpp": 0, "me": 0}.items():
+        server = serve(owned_by=owned_by, text_prompts=owned_by == "me")
+        samples(world, to(server), 3)
+        for body in server.requests:
+            neutral = {"temperature": 1, "top_p": 1, "top_k": off, "min_p": 0, "n": 1}
+            neutral |= {"presence_penalty": 0, "frequency_penalty": 0}
+            assert neutral.items() <= body.items()
+            assert body.get("repetition_penalty", body.get("repeat_penalty")) == 1
+        assert len({body["seed"] for body in server.requests[-3:]}) == 3
+
+
+def test_a_row_depends_on_seed_stream_and_number_alone(world: World, serve: Serve) -> None:
+    server = serve()
+    alone = samples(world, to(server, in_flight=1), 12)
+    assert samples(world, to(server), 12) == alone
+    assert samples(world, to(server), 12, seed=6) != alone
+    assert len({tuple(s.token_ids) for s in alone}) > 8
+
+
+def test_top_logprobs_are_the_models_likeliest(world: World, serve: Serve) -> None:
+    for s in samples(world, to(serve()), 8, top_logprobs=5):
+        assert s.top is not None
+        with torch.inference_mode():
+            logprobs = world.model(torch.tensor([s.token_ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        best = logprobs.topk(5)
+        assert s.top.ids[1:].tolist() == best.indices.tolist()
+        np.testing.assert_allclose(s.top.logprobs[1:], best.values, atol=1e-4)
+        np.testing.assert_allclose(s.top.rest[1:], (1 - best.values.exp().sum(-1)).log(), atol=1e-3)
+        assert np.isnan(s.top.logprobs[0]).all() and np.isnan(s.top.rest[0])
+
+
+def test_no_row_ends_before_min_length(world: World, serve: Serve) -> None:
+    def shortest(**law: Any) -> int:
+        ended = [s for s in samples(world, to(serve()), 60, **law) if s.finish_reason == "eos"]
+        return min(len(s.token_ids) - 1 for s in ended)
+
+    assert shortest() < 7 < shortest(min_length=7)
+    with pytest.raises(BadInput, match="min_length is 7"):
+        rows(world, to(serve(owned_by="llamacpp")), 1, min_length=7)
+
+
+def test_never_more_requests_at_once_than_allowed(world: World, serve: Serve) -> None:
+    server = serve(seconds=0.02)
+    done: list[int] = []
+    sample_from_server(
+        to(server, in_flight=3), [[START]] * 20, GenerateSpec(length=4), range(20), stream="s", ends=(END,),
+        tokenizer=world.tokenizer, on_done=done.append,
+    )  # fmt: skip
+    assert server.most == 3
+    assert done == list(range(1, 21))
+
+
+def test_failures_that_pass_are_tried_again_and_leave_no_trace(world: World, serve: Serve) -> None:
+    expected = samples(world, to(serve()), 16)
+    server = serve(failures={0: 503, 3: 500, 4: 429, 5: 0, 9: 502})
+    assert samples(world, to(server), 16) == expected
+    assert len(server.requests) == 1 + 16 + 5
+
+
+def test_a_server_that_asks_to_wait_is_given_its_time(world: World, serve: Serve) -> None:
+    started = time.monotonic()
+    samples(world, to(serve(failures={1: 429}, retry_after="1")), 2)
+    assert time.monotonic() - started >= 1
+
+
+def test_a_server_that_died_is_reported_as_worth_a_retry_and_its_successor_goes_on(world: World, serve: Serve) -> None:
+    expected = samples(world, to(serve()), 24)
+    with serving(world.model, world.tokenizer, Manners(die_after=10)) as dying:
+        connection = to(dying)
+        with pytest.raises(ServerGone, match=r"finished shards are kept: start the server and run the same command"):
+            rows(world, connection, 24)
+    with pytest.raises(Crashed, match=connection.base_url):  # nobody there at all
+        rows(world, connection, 24)
+    serve(port=int(connection.base_url.rsplit(":", 1)[1].removesuffix("/v1")))
+    assert samples(world, connection, 24) == expected
+
+
+def test_a_refusal_is_final_and_says_what_the_server_said_without_the_key(
+    world: World, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server = serve(failures=dict.fromkeys(range(9), 401), complaint="no such key: {key}")
+    with pytest.raises(BadInput, match=r"401: no such key: Bearer \*\*\*") as caught:
+        rows(world, to(server), 3)
+    assert "secret" not in str(caught.value)
+    assert [headers["Authorization"] for headers in server.headers] == ["Bearer sk-very-secret"]
+    with pytest.raises(ValidationError) as refused:
+        Connection(base_url="http://me:sk-very-secret@host/v1")
+    assert "secret" not in str(refused.value.errors()[0]["msg"])
+
+
+def test_one_model_is_served_or_one_is_named(world: World, serve: Serve) -> None:
+    server = serve(models=["tiny", "tiny-lora"])
+    with pytest.raises(BadInput, match=r"serves 2 models; set machine.served_model to one of: tiny, tiny-lora"):
+        rows(world, to(server), 1)
+    with pytest.raises(BadInput, match="does not serve 'other'"):
+        rows(world, to(server, model="other"), 1)
+    samples(world, to(server, model="tiny-lora"), 1)
+    assert server.requests[-1]["model"] == "tiny-lora"
+
+
+def test_prompts_go_as_text_where_ids_are_refused(world: World, serve: Serve) -> None:
+    server = serve(text_prompts=True)
+    assert_exact(world, samples(world, to(server), 24))
+    assert server.requests[-1]["prompt"] == "<bos>"
+
+
+def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serve) -> None:
+    for strings in (False, True):
+        with pytest.raises(BadInput, match=r"where \[0\] was given \(1 in all\)"):
+            rows(world, to(serve(extra_start=True, strings=strings)), 1)
+
+
+@pytest.mark.parametrize("manners", [{}, {"list_end": False}, {"list_end": False, "text_prompts": True}])
+def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: Serve, manners: dict[str, Any]) -> None:
+    expected = samples(world, to(serve(owned_by="other")), 40)
+    connection = to(serve(owned_by="other", strings=True, **manners))
+    for exact, found in zip(expected, rows(world, connection, 40), strict=True):
+        if isinstance(found, str):
+            assert found == "the text ends at once, and the server does not list its end"
+            assert exact.token_ids == [START, END]
+        else:
+            assert found.token_ids == exact.token_ids
+            assert found.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
+    served = served_by(connection, [START], GenerateSpec(), (END,), world.tokenizer)
+    assert served.facts()["ids"] == "approximate: ids reconstructed"
+
+
+def test_an_end_that_is_neither_listed_nor_echoed_is_refused(world: World, serve: Serve) -> None:
+    with pytest.raises(BadInput, match="nobody knows how likely the end was"):
+        rows(world, to(serve(owned_by="other", list_end=False, echo=False)), 40)
+
+
+def test_a_row_goes_on_where_a_server_stops_at_a_token_that_ends_nothing(world: World, serve: Serve) -> None:
+    found = samples(world, to(serve(own_stops=(START,))), 60)
+    assert_exact(world, found)
+    assert any(START in s.token_ids[1:-1] for s in found)
+
+
+def test_a_stop_that_may_have_been_another_token_is_drawn_and_counted(world: World, serve: Serve) -> None:
+    found = rows(world, to(serve(owned_by="other", strings=True, list_end=False, own_stops=(START,))), 60)
+    reasons = {row for row in found if isinstance(row, str)}
+    assert "the server stopped at <bos>, which ends no text of this model" in reasons
+    assert_exact(world, [row for row in found if isinstance(row, Sample)])
+
+
+def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
+    raw = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"])})
+    )
+    raw.decoder = decoders.ByteLevel()
+    pieces = Pieces(PreTrainedTokenizerFast(tokenizer_object=raw))
+
+    def ids(text: str, *names: str) -> list[int] | str:
+        answer = Answer(None, list(names), [-1.0] * len(names), [], text, False, len(names), 1, None)
+        return pieces.ids(answer, [], [])
+
+    vocabulary = raw.get_vocab()
+    assert ids("ab b", "ab", " ", "b") == [vocabulary["ab"], vocabulary["Ġ"], vocabulary["b"]]
+    assert ids("é", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}") == "a piece is not exactly one token"
+    assert ids("é", "", "") == "a piece is not exactly one token"
+    assert ids("abé", "a", "b") == "the tokens do not spell the text"
+
+
+@pytest.mark.parametrize(
+    ("manners", "law", "message"),
+    [
+        ({"context": 6}, {}, "cut a row after 5 of 8 tokens"),
+        ({"no_logprobs": True}, {}, "gives no log-probabilities"),
+        ({}, {"top_logprobs": 25}, "--max-logprobs"),
+        ({"strings": True}, {"top_logprobs": 2}, "names tokens by their text"),
+        ({}, {"fill": True}, "use the torch engine"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_with_the_remedy(
+    world: World, serve: Serve, manners: dict[str, Any], law: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        rows(world, to(serve(**manners)), 8, **law)
+
+
+@pytest.mark.parametrize("law", [{}, {"temperature": 0.7, "top_k": 9, "min_length": 4}])
+def test_the_start_check_passes_the_recipes_model_and_law(world: World, serve: Serve, law: dict[str, Any]) -> None:
+    facts = check(world, to(serve()), **law)
+    assert facts["first_token_p_value"] > SIGNIFICANCE
+    assert facts["logprob_difference_max"] < 1e-4
+    assert (facts["ids"], facts["checked_rows_dropped"]) == ("exact", 0)
+
+
+def test_the_start_check_passes_a_server_of_strings_and_says_so(world: World, serve: Serve) -> None:
+    facts = check(world, to(serve(owned_by="other", strings=True, list_end=False)))
+    assert facts["first_token_p_value"] > SIGNIFICANCE
+    assert facts["ids"] == "approximate: ids reconstructed"
+
+
+@pytest.mark.parametrize(
+    ("manners", "message"),
+    [
+        ({"temperature": 0.6}, r"first tokens .* do not follow .* They look like temperature=0\.\d"),
+        ({"top_k": 8}, r"first tokens .* do not follow .* They look like top_k=8"),
+        (
+            {"temperature": 0.6, "scale_logprobs": True},
+            r"log-probabilities .* after a temperature of 0\.\d.*raw_logprobs",
+        ),
+    ],
+)
+def test_the_start_check_names_what_the_server_does_otherwise(
+    world: World, serve: Serve, manners: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        check(world, to(serve(**manners)))
+
+
+def test_the_start_check_refuses_other_weights(world: World, serve: Serve, tmp_path: Path) -> None:
+    other = load_model(save_model(tmp_path, seed=1, scale=0.2), "cpu").eval()
+    with pytest.raises(BadInput, match=r"not those of the recipe's model: .* serve the model of the recipe's base"):
+        check(world, to(serve(other)))
