@@ -73,5 +73,6 @@ def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
 
 def disk_bytes(recipe: Recipe, weights: float | None) -> float:
     """Return about how many bytes the artifacts of `recipe` take, a checkpoint while training included."""
-    sampled = recipe.probe.rows * recipe.probe.length + recipe.generate.rows * recipe.generate.length
-    return 16 * sampled + 20 * (weights or 0)
+    corpus = recipe.generate.rows * recipe.generate.length
+    stored = 4 * recipe.generate.top_logprobs * corpus  # an id and a log-probability, two bytes each
+    return 16 * (recipe.probe.rows * recipe.probe.length + corpus) + stored + 20 * (weights or 0)

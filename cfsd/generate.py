@@ -107,9 +107,11 @@ def generate(
     that it loses are asked for again.
     """
     from cfsd.corpus_table import corpus_facts
+    from cfsd.shard_rows import check_engine
     from cfsd.shards import ShardJob, sample_source
 
     job = ShardJob.of(draft, base, target, spec, machine)
+    draft.facts |= check_engine(job)
     for position, source in enumerate(spec.sources()):
         tokens = spec.fractions[source] * spec.rows * spec.length if spec.fractions else None
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
@@ -120,8 +122,10 @@ def generate(
 def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: "Sampler | None" = None) -> None:
     """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
     from cfsd.corpus_table import corpus_facts
+    from cfsd.shard_rows import check_engine
     from cfsd.shards import ShardJob, sample_source
 
-    law = GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed)
-    sample_source(ShardJob.of(draft, base, None, law, machine), "probe", 0, None, draft, sampler)
+    job = ShardJob.of(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
+    draft.facts |= check_engine(job)
+    sample_source(job, "probe", 0, None, draft, sampler)
     draft.facts |= corpus_facts(draft.folder)

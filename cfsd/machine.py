@@ -66,6 +66,8 @@ class Machine(BaseModel):
 
     def resolved_processes(self) -> int:
         """Return how many processes sample at the same time."""
+        if self.engine == "server":
+            return 1
         if self.processes or self.resolved_device() == "cpu":
             return self.processes or 1
         import torch

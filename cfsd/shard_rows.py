@@ -6,20 +6,25 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import JsonValue
 
 from cfsd.artifact import Store
 from cfsd.checkpoint import end_tokens, load_for_measuring, load_tokenizer, read_start_token
 from cfsd.corpus_table import DROPPED, HALVED, corpus_table
 from cfsd.errors import BadInput, OutOfMemory
+from cfsd.machine import Machine
 from cfsd.process import is_out_of_memory
 from cfsd.rows import write_shard
 from cfsd.sampling import Sample, Turns, sample
 from cfsd.shards import SPAN, Look, Shard, ShardJob
+
+if TYPE_CHECKING:
+    from cfsd.server_client import Connection
 
 STARTS = pa.schema([("token_ids", pa.list_(pa.int32()))])
 REMEDY = "lower machine.sampling_rows or generate.length"
@@ -41,6 +46,26 @@ def _base(folder: Path, content: str) -> Base:
 
 def _base_of(job: ShardJob) -> Base:
     return _base(Store(job.home).path(job.base), job.base.content)
+
+
+def check_engine(job: ShardJob) -> dict[str, JsonValue]:
+    """Return what a server that is to sample says of itself, once it has shown that it serves the base's own law.
+
+    Raises BadInput naming what differs.
+    """
+    if job.machine.engine == "torch" or not job.law.rows or job.law.sources() == ["replay"]:
+        return {}
+    from cfsd.server_check import check_server
+
+    base = _base_of(job)
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
+    return check_server(_connection(job.machine), model, base.start, job.law, base.tokenizer, base.ends)
+
+
+def _connection(machine: Machine) -> "Connection":
+    from cfsd.server_client import Connection
+
+    return Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
 
 
 def write_starts(job: ShardJob, source: str, rows: int) -> None:
@@ -176,14 +201,12 @@ def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sam
 
 
 def _from_server(job: ShardJob, base: Base, shard: Shard, rows: Rows, look: Look) -> Sequence[Sample | str]:
-    from cfsd.server import Connection, sample_from_server
+    from cfsd.server import sample_from_server
 
     def on_done(done: int) -> None:
         look(done)
 
-    machine = job.machine
-    connection = Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
     return sample_from_server(
-        connection, rows.prompts, job.law, rows.ids, stream=shard.source, ends=rows.ends, tokenizer=base.tokenizer,
-        on_done=on_done,
+        _connection(job.machine), rows.prompts, job.law, rows.ids, stream=shard.source, ends=rows.ends,
+        tokenizer=base.tokenizer, on_done=on_done,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cfsd import filter as stage
 from cfsd.artifact import Artifact, Store, key_of
 from cfsd.evaluate import EvaluateSpec
-from cfsd.filter import FilterSpec, Shards, filter_rows
+from cfsd.filter import FilterSpec, Shards, Sums, filter_rows
 from cfsd.machine import Machine
 from cfsd.rows import CORPUS, batches, corpus_schema, read_rows, shards, table_of, write_shard
 from tasks._stage import Planned, planning
@@ -250,6 +250,15 @@ def test_the_result_does_not_depend_on_how_rows_are_batched(seed: int, cuts: lis
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage, "READ_ROWS", size)
             two = made_from(Store(Path(folder, "two")), cut, spec, HARBOUR)
+    assert one == two
+
+
+def test_sums_do_not_depend_on_how_rows_are_batched() -> None:
+    nats, counts = np.random.default_rng(0).exponential(size=1000), np.ones(1000, np.int64)
+    one, two = Sums(), Sums()
+    one.add(counts, nats)
+    for part in np.split(np.arange(1000), [3, 400, 999]):
+        two.add(counts[part], nats[part])
     assert one == two
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.checkpoint import end_tokens, load_for_measuring, load_model, read_start_token
+from cfsd.artifact import Artifact, Draft, Store, key_of
+from cfsd.checkpoint import end_tokens, load_for_measuring, load_model, load_tokenizer, read_start_token
 from cfsd.errors import BadInput, NotFinite, OutOfMemory
 from cfsd.generate import GenerateSpec, ProbeSpec, check_context, generate, probe
 from cfsd.machine import Machine
@@ -21,8 +22,10 @@ from cfsd.mix import MixSpec, mix
 from cfsd.replay import Replay
 from cfsd.rows import read_rows, shards
 from cfsd.sampling import sample
+from cfsd.server import ServerGone
 from cfsd.target import Target, prepare
 from tests.conftest import fetched, write_rows
+from tests.loopback_server import Manners, serving
 
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=32)
 
@@ -252,3 +255,32 @@ def test_a_field_at_its_neutral_value_leaves_the_digest_alone() -> None:
         len({GenerateSpec(**s).digest() for s in ({}, {"fill": True}, {"top_logprobs": 8}, {"source": "template"})})
         == 4
     )
+
+
+def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards_only(
+    store: Store, base: Artifact
+) -> None:
+    model, tokenizer = load_model(store.path(base), "cpu").eval(), load_tokenizer(store.path(base))
+    law = GenerateSpec(rows=96, length=10, seed=0, top_logprobs=3)
+
+    def work(url: str) -> Callable[[Draft], None]:
+        machine = Machine(device="cpu", engine="server", base_url=url, in_flight=4, sampling_rows=16)
+        return lambda draft: generate(base, None, law, draft, machine)
+
+    with serving(model, tokenizer, Manners(die_after=600)) as dying, pytest.raises(ServerGone, match="same command"):
+        store.make("corpus", "f" * 16, work(dying.url))
+    finished = shards(store.root / "corpus" / f"{'f' * 16}.draft", "corpus")
+    assert 0 < len(finished) < 6
+    stamps = [path.stat().st_mtime_ns for path in finished]
+    with serving(model, tokenizer, Manners()) as successor:
+        corpus = store.make("corpus", "f" * 16, work(successor.url))[0]
+    assert [path.stat().st_mtime_ns for path in shards(store.path(corpus), "corpus")[: len(stamps)]] == stamps
+    facts: Any = corpus.facts
+    assert facts["rows"] == 96
+    assert facts["first_token_p_value"] > 1e-4
+    for row in read_rows(store.path(corpus), "corpus")[::8]:
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([row["token_ids"]])).logits[0].log_softmax(-1)
+        fresh = [logprobs[t, token].item() for t, token in enumerate(row["token_ids"][1:])]
+        assert row["logprobs"][1:] == pytest.approx(fresh, abs=1e-4)
+        assert row["topk_ids"][3:6] == logprobs[0].topk(3).indices.tolist()
