@@ -23,9 +23,9 @@ FIRST_TOKENS = 512
 ROWS, ROW_LENGTH = 8, 32
 SIGNIFICANCE = 1e-4  # seeds are fixed, so a false alarm would come back each time
 SMALLEST_EXPECTED = 5.0  # counts per bin; rarer tokens are counted together
-# Mean |difference| of log-probabilities, nats. Float32 servers: 1e-5; llama.cpp's 4-bit weights against the same
-# weights dequantised: see docs/LOG.md; another model or temperature: above 0.3.
-TOLERANCE = 0.1
+# Mean |difference| of log-probabilities, nats. A float32 server is 1e-5 away; llama.cpp's 4-bit SmolLM2-135M, which
+# rounds activations to 8 bits, 0.07 from the same weights dequantised; other weights or another temperature over 0.3.
+TOLERANCE = 0.15
 TEMPERATURES = np.round(np.arange(0.1, 2.05, 0.05), 2)
 
 
@@ -63,7 +63,8 @@ def check_server(
     """Return the facts of a check of the server against the recipe's own `model`, which is passed.
 
     FIRST_TOKENS first tokens against `law` by chi-square; the log-probabilities of ROWS rows against a fresh forward
-    pass, their mean absolute difference at most `tolerance` nats. Raises BadInput naming what differs and what to do.
+    pass, their mean absolute difference at most `tolerance` nats. At temperature 1 the signed mean difference estimates
+    KL(server || model) per token. Raises BadInput naming what differs and what to do.
     """
     served = served_by(connection, [start], law, ends, tokenizer)
 
@@ -93,6 +94,7 @@ def check_server(
         **served.facts(),
         "first_token_p_value": p,
         "logprob_difference_mean": float(np.abs(apart).mean()),
+        "logprob_difference_signed": float(apart.mean()),
         "logprob_difference_max": float(np.abs(apart).max()),
         "checked_rows_dropped": len(dropped),
     }

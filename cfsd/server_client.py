@@ -60,7 +60,7 @@ class Client:
     def __init__(self, connection: Connection) -> None:
         """Prepare for `connection`; nothing is sent yet."""
         self.connection = connection
-        self.key = os.environ.get(KEY_VARIABLE, "")
+        self.key = os.environ.get(KEY_VARIABLE, "").strip()
         secure = connection.base_url.startswith("https:")
         self.verify = httpx.create_ssl_context(trust_env=connection.trust_env) if secure else False
         self.all: list[httpx.AsyncClient] = []
@@ -110,8 +110,8 @@ class Client:
             wanted = None
             try:
                 response = await self._request(method, path, body)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
+            except httpx.RequestError as error:
+                problem = self._redacted(f"{type(error).__name__}: {error}")
             else:
                 if response.status_code == httpx.codes.OK:
                     return self._json(response)
@@ -139,8 +139,10 @@ class Client:
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError):
             text = response.text
-        text = " ".join(text.split())
-        return (text.replace(self.key, "***") if self.key else text)[:500]
+        return self._redacted(" ".join(text.split()))[:500]
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
 
     def _json(self, response: httpx.Response) -> Any:
         try:

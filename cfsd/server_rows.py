@@ -56,8 +56,11 @@ class Served(NamedTuple):
 
     def facts(self) -> dict[str, str]:
         """Return what a corpus should say about where it came from."""
-        approximate = "approximate: ids reconstructed"
-        return {"server": self.kind, "served_model": self.model, "ids": "exact" if self.ids == "exact" else approximate}
+        return {
+            "server": "llama-cpp-python" if self.kind == LLAMA_CPP_PYTHON else self.kind,
+            "served_model": self.model.rsplit("/", 1)[1] if self.model.startswith("/") else self.model,
+            "ids": "exact" if self.ids == "exact" else "approximate: ids reconstructed",
+        }
 
 
 class Answer(NamedTuple):

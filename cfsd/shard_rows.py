@@ -3,8 +3,9 @@
 import gc
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,29 +69,27 @@ def _connection(machine: Machine) -> "Connection":
     return Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
 
 
-def write_starts(job: ShardJob, source: str, rows: int) -> None:
-    """Write what the rows of `source` begin with, one Parquet row group per shard, where it is not the same for all."""
-    path = _starts_path(job, source)
-    if source not in ("contextual", "replay") or (path.exists() and pq.read_metadata(path).num_rows >= rows):
-        return
-    temporary = path.with_name(f"{path.name}.partial")
-    with pq.ParquetWriter(temporary, STARTS) as writer:
-        group: list[list[int]] = []
-        for ids in _starts(job, source, rows):
-            group.append(ids)
-            if len(group) == job.machine.sampling_rows:
+def write_starts(job: ShardJob, source: str, rows: int) -> dict[str, JsonValue]:
+    """Write what the rows of `source` begin with, one Parquet row group per shard, where it is not the same for all.
+
+    Returns how many prompts of the target left no room for a text.
+    """
+    path = job.folder / f".starts-{source}.parquet"
+    if source not in ("contextual", "replay"):
+        return {}
+    if not path.exists() or pq.read_metadata(path).num_rows < rows:
+        dropped = Counter[str]()
+        starts = _starts(job, source, rows, dropped)
+        temporary, size = path.with_name(f"{path.name}.partial"), job.machine.sampling_rows
+        with pq.ParquetWriter(temporary, STARTS.with_metadata({DROPPED: json.dumps(dropped)})) as writer:
+            while group := list(islice(starts, size)):
                 writer.write_table(pa.table([group], schema=STARTS))
-                group = []
-        if group:
-            writer.write_table(pa.table([group], schema=STARTS))
-    temporary.replace(path)
+        temporary.replace(path)
+    found = json.loads((pq.read_schema(path).metadata or {}).get(DROPPED, b"{}"))
+    return {"dropped_prompts": found} if found else {}
 
 
-def _starts_path(job: ShardJob, source: str) -> Path:
-    return job.folder / f".starts-{source}.parquet"
-
-
-def _starts(job: ShardJob, source: str, rows: int) -> Any:
+def _starts(job: ShardJob, source: str, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:
     base, law = _base_of(job), job.law
     if source == "replay":
         from cfsd.replay import replay_rows
@@ -103,9 +102,14 @@ def _starts(job: ShardJob, source: str, rows: int) -> Any:
 
     if job.target is None:
         raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
+    target = Store(job.home).path(job.target)
+    return iter(contextual_starts(target, rows, law.seed or 0, _room(job), dropped))
+
+
+def _room(job: ShardJob) -> int:
+    """Return how many tokens the base can attend to beside `law.length`."""
     context = job.base.facts.get("context")
-    most = context - law.length if isinstance(context, int) else 1 << 30
-    return contextual_starts(Store(job.home).path(job.target), rows, law.seed or 0, most)
+    return context - job.law.length if isinstance(context, int) else 1 << 30
 
 
 def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: None) -> None:
@@ -146,13 +150,18 @@ class Rows(NamedTuple):
 def _rows_of(job: ShardJob, base: Base, shard: Shard) -> Rows:
     ids = list(range(shard.first, shard.last))
     if shard.source in ("contextual", "replay"):
-        starts = pq.ParquetFile(_starts_path(job, shard.source))
+        starts = pq.ParquetFile(job.folder / f".starts-{shard.source}.parquet")
         group = starts.read_row_group(shard.first // job.machine.sampling_rows)
         return Rows(ids, group["token_ids"].to_pylist()[: len(ids)], base.ends, Turns())
     if shard.source == "template":
         from cfsd.starts import template_start
 
         turn = template_start(base.tokenizer)
+        if len(turn.prefix_ids) > _room(job):
+            raise BadInput(
+                f"the chat template's {len(turn.prefix_ids)} tokens and generate.length {job.law.length} do not fit "
+                f"the base model; set generate.length to at most {job.law.length + _room(job) - len(turn.prefix_ids)}"
+            )
         if turn.end_id is None:
             return Rows(ids, [turn.prefix_ids] * len(ids), base.ends, Turns())
         return Rows(ids, [turn.prefix_ids] * len(ids), (*base.ends, turn.end_id), Turns(1, turn.between_ids))

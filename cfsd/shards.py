@@ -99,7 +99,7 @@ def sample_source(
     size = job.machine.sampling_rows
     rows = job.law.rows if tokens is None else math.ceil(tokens / job.law.length)
     while True:
-        write_starts(job, source, rows)
+        draft.facts |= write_starts(job, source, rows)
         shards = shards_of(source, first_index, rows, size)
         _sample_missing(job, shards, draft, sampler)
         if tokens is None:

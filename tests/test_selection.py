@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.corpus_table import corpus_facts
+from cfsd.corpus_table import HALVED, corpus_facts
 from cfsd.errors import BadInput
 from cfsd.geometric_median import MOST_STEPS, geometric_median, match
 from cfsd.rows import CORPUS, batches, read_rows, shards, table_of, write_shard
@@ -172,7 +172,9 @@ def corpus(store: Store, count: int = 10, shard: int = 7) -> Artifact:
 
     def write(draft: Draft) -> None:
         for index, first in enumerate(range(0, count, shard)):
-            write_shard(draft.folder, "corpus", index, table.append_column("topk_ids", more)[first : first + shard])
+            part = table.append_column("topk_ids", more)[first : first + shard]
+            note = {} if index else {HALVED: b"2"}  # which holds for that shard alone
+            write_shard(draft.folder, "corpus", index, part.replace_schema_metadata(note))
         draft.facts |= corpus_facts(draft.folder)
         draft.facts |= {"biased": "temperature=0.7", "rejected": {"duplicate": 1}, "top_logprobs": 2}
 

@@ -204,7 +204,7 @@ def test_a_server_that_died_is_reported_as_worth_a_retry_and_its_successor_goes_
 def test_a_refusal_is_final_and_says_what_the_server_said_without_the_key(
     world: World, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
     server = serve(failures=dict.fromkeys(range(9), 401), complaint="no such key: {key}")
     with pytest.raises(BadInput, match=r"401: no such key: Bearer \*\*\*") as caught:
         rows(world, to(server), 3)

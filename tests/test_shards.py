@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -284,3 +285,27 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
         fresh = [logprobs[t, token].item() for t, token in enumerate(row["token_ids"][1:])]
         assert row["logprobs"][1:] == pytest.approx(fresh, abs=1e-4)
         assert row["topk_ids"][3:6] == logprobs[0].topk(3).indices.tolist()
+
+
+def test_a_chat_template_that_leaves_no_room_is_refused(store: Store, tmp_path: Path, model_folder: Path) -> None:
+    chat = tmp_path / "chat"
+    shutil.copytree(model_folder, chat)
+    opening = "a " * 50
+    (chat / "chat_template.jinja").write_text(
+        "{{ bos_token }}" + opening + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}b:{% endif %}"
+    )
+    base = fetched(store, chat)
+    rows = read_rows(store.path(made(store, base, GenerateSpec(rows=400, length=27, source="template"))), "corpus")
+    for row in rows:
+        known = [value is not None for value in row["logprobs"]]
+        assert known[:101] == [False] * 101
+        assert row["source"] == "template"
+    two_turns = [row for row in rows if row["token_ids"].count(1) == 2]
+    assert two_turns
+    for row in two_turns:
+        first = row["token_ids"].index(1)
+        assert row["logprobs"][first + 1 : first + 3] == [None, None]
+        assert row["finish_reason"] == "eos"
+    with pytest.raises(BadInput, match=r"generate\.length to at most 27"):
+        made(store, base, GenerateSpec(rows=4, length=28, source="template"))
