@@ -31,11 +31,10 @@ def histogram_figure(histogram: Histogram, label: str) -> Figure:
         rows = f"{total:,} row{'s' if total != 1 else ''}"
         share, edges = 100 * np.array(counts) / total, np.array(histogram.edges)
         colour, line = COLOURS[index], LINES[index]
-        axes.stairs(share, edges, fill=True, color=colour, alpha=0.25, lw=0)
+        if index == 0:  # what is used; filling the others too makes mud
+            axes.stairs(share, edges, fill=True, color=colour, alpha=0.3, lw=0)
         axes.stairs(share, edges, color=colour, lw=1.5, ls=line, label=f"{name}, {rows}")
     axes.set_ylim(0, None)
     if len(histogram.counts) > 1:
-        figure.legend(
-            loc="outside lower center", ncols=len(histogram.counts), frameon=False, fontsize=SIZE - 1, labelcolor=INK
-        )
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=SIZE - 1, labelcolor=INK)
     return figure

@@ -46,12 +46,20 @@ def inventory(folder: Path) -> Inventory:
     return Inventory(rows, tokens, top_k, dict(bytes_of))
 
 
+class Fractions(NamedTuple):
+    """Which part of the rows each figure of n-grams is computed on; 1 or more: all."""
+
+    distinct: float
+    repetition: float
+    pairs: float
+
+
 class Measured:
     """What was counted; `add` takes one more batch."""
 
-    def __init__(self, ngram_fraction: float, pair_fraction: float) -> None:
-        """Count n-grams in this fraction of the rows, and remember those of `pair_fraction` row by row."""
-        self.fractions = ngram_fraction, pair_fraction
+    def __init__(self, fractions: Fractions) -> None:
+        """Start with nothing counted."""
+        self.fractions = fractions
         self.rows = self.tokens = self.given = self.ngram_tokens = 0
         self.nats = 0.0
         self.has_logprobs = False
@@ -77,8 +85,9 @@ class Measured:
                 self.sources[source or "unknown"] += length
         if "finish_reason" in batch.schema.names:
             self.finish_reasons.update(reason or "unknown" for reason in batch.column("finish_reason").to_pylist())
-        self._add_ngrams(rows.of(spread(self.rows, count, self.fractions[0])))
-        self._add_pairs(rows, spread(self.rows, count, self.fractions[1]))
+        self._add_distinct(rows.of(spread(self.rows, count, self.fractions.distinct)))
+        self.repetition += repetition(ngrams(rows.of(spread(self.rows, count, self.fractions.repetition)), PAIR_ORDER))
+        self._add_pairs(rows, spread(self.rows, count, self.fractions.pairs))
         self.rows += count
         self.tokens += int(length_R.sum())
         self.given += len(rows.ids_T) - int(length_R.sum())
@@ -107,13 +116,10 @@ class Measured:
             entry[0] += count
             entry[1] += summed
 
-    def _add_ngrams(self, rows: Rows) -> None:
+    def _add_distinct(self, rows: Rows) -> None:
         self.ngram_tokens += int(rows.sampled_T.sum())
         for order in ORDERS:
-            grams = ngrams(rows, order)
-            self._hashes[order].append(grams.hash_G)
-            if order == PAIR_ORDER:
-                self.repetition += repetition(grams)
+            self._hashes[order].append(ngrams(rows, order).hash_G)
 
     def _add_pairs(self, rows: Rows, chosen_R: NDArray[np.bool_]) -> None:
         grams = ngrams(rows.of(chosen_R), PAIR_ORDER)
@@ -145,9 +151,9 @@ class Measured:
         return shares
 
 
-def measure(folder: Path, ngram_fraction: float, pair_fraction: float) -> Measured:
+def measure(folder: Path, fractions: Fractions) -> Measured:
     """Return what is counted of the corpus table in `folder`."""
-    measured = Measured(ngram_fraction, pair_fraction)
+    measured = Measured(fractions)
     for batch in batches(folder, "corpus", COLUMNS):
         measured.add(batch)
     return measured

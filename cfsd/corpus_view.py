@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cfsd.artifact import Artifact, Store
-from cfsd.corpus_measure import Inventory, Measured, inventory, measure
+from cfsd.corpus_measure import Fractions, Inventory, Measured, inventory, measure
 from cfsd.corpus_ngrams import nearest_pairs
 from cfsd.corpus_text import Decode, Rejected, TextRow, decoder, rejected_by, rows_at, text_row
 
@@ -40,8 +40,8 @@ class Stage:
     distinct: dict[int, float]  # distinct-n by n; 1: no n-gram comes twice
     repetition: float | None  # mean over rows of the share of 4-grams that stood earlier in the row
     most_repetitive: float | None  # the same share, exceeded by one row in twenty
-    ngram_rows: int
-    ngram_tokens: int
+    repetition_rows: int  # that were looked at
+    ngram_tokens: int  # that distinct-n was counted on
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,13 @@ def _measured(store: Store, places: dict[str, Artifact], sizes: dict[str, Invent
     found: dict[str, Measured] = {}
     for name, artifact in places.items():
         size = sizes[name]
-        pairs = min(PAIR_ROWS / max(1, size.rows), NGRAM_TOKENS / max(1, size.tokens)) if name == [*places][-1] else 0.0
-        found[name] = measure(store.path(artifact), tokens / max(1, size.tokens), pairs)
+        most = NGRAM_TOKENS / max(1, size.tokens)
+        fractions = Fractions(
+            distinct=tokens / max(1, size.tokens),
+            repetition=most,
+            pairs=min(most, PAIR_ROWS / max(1, size.rows)) if name == [*places][-1] else 0,
+        )
+        found[name] = measure(store.path(artifact), fractions)
     return found
 
 
@@ -201,7 +206,7 @@ def _stage(name: str, key: str, found: Measured) -> Stage:
         distinct=found.distinct(),
         repetition=float(np.mean(repeated)) if repeated else None,
         most_repetitive=float(np.quantile(repeated, 0.95)) if repeated else None,
-        ngram_rows=len(repeated),
+        repetition_rows=len(repeated),
         ngram_tokens=found.ngram_tokens,
     )
 

@@ -1,4 +1,4 @@
-"""A mixture in memory: five bytes per token and 26 per row. R rows, T tokens."""
+"""A mixture in memory: five bytes per token and 22 per row. R rows, T tokens."""
 
 from array import array
 from pathlib import Path

@@ -29,7 +29,15 @@ TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
 MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
-REJECTS = pa.schema([("row_id", pa.int64()), ("source", pa.string()), ("reason", pa.string()), ("text", pa.string())])
+REJECTS = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),  # the number or the words that the reason is about
+        ("text", pa.string()),
+    ]
+)
 DIVERGENCE = pa.schema(
     [
         ("row_id", pa.int64()),

@@ -33,8 +33,8 @@ class SelectSpec(Spec):
     )
     method: Literal["geometric-median", "random"] = Field(
         "geometric-median",
-        description="geometric-median: rows whose mean is that of the bulk, so that up to half of the rows may be "
-        "bad; random: what it is compared with",
+        description="geometric-median: rows whose mean is that of the bulk, which leaves out most bad rows while they "
+        "are fewer than half; random: what it is compared with",
     )
     seed: NonNegativeInt | None = Field(None, description="random only; empty: the recipe's")
 
@@ -118,8 +118,6 @@ def _kept(folder: Path, table: str, keep: Array) -> Iterator["pa.RecordBatch"]:
 
 
 def _write(folder: Path, table: str, kept: Iterable["pa.RecordBatch"]) -> None:
-    import pyarrow as pa
-
     from cfsd.rows import write_shard
 
     waiting: list[pa.RecordBatch] = []
@@ -128,10 +126,16 @@ def _write(folder: Path, table: str, kept: Iterable["pa.RecordBatch"]) -> None:
         rows, size = sum(part.num_rows for part in waiting), sum(part.nbytes for part in waiting)
         other = bool(waiting) and waiting[0].schema != batch.schema  # sources may differ in their columns
         if other or rows >= SHARD_ROWS or size >= SHARD_BYTES:
-            write_shard(folder, table, index, pa.Table.from_batches(waiting))
+            write_shard(folder, table, index, _joined(waiting))
             waiting, index = [], index + 1
         waiting.append(batch)
-    write_shard(folder, table, index, pa.Table.from_batches(waiting))
+    write_shard(folder, table, index, _joined(waiting))
+
+
+def _joined(batches: list["pa.RecordBatch"]) -> "pa.Table":
+    import pyarrow as pa
+
+    return pa.Table.from_batches(batches).replace_schema_metadata(None)  # notes of a shard do not hold for its rows
 
 
 def _target_facts(rows: Artifact, folder: Path) -> dict[str, JsonValue]:
