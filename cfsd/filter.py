@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,18 +140,19 @@ def _copy(corpus: Path, draft: Draft) -> Outcome:
         shutil.copyfile(path, partial)
         partial.replace(draft.folder / path.name)
     sums = Sums()
-    for rows in _read(corpus, draft, ["logprobs"]):
+    for rows in _read(corpus, _size(corpus), draft, ["logprobs"]):
         sums.add(rows.counts, rows.nats)
     return Outcome(seen=sums, kept=sums)
 
 
 def _judge(corpus: Path, rules: "Mapping[str, Rule]", near: float | None, draft: Draft) -> Iterator[Outcome]:
     """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
-    most = _fitting(SHARD_BYTES, SHARD_ROWS, *_size(corpus))
-    rejects = Shards(draft.folder, "rejects", SHARD_ROWS)
+    size = _size(corpus)
+    most = size.fitting(SHARD_BYTES, SHARD_ROWS)
+    rejects = Shards(draft.folder, "rejects", most)
     if rules:
         passed = draft.folder / PASSED if near is not None else draft.folder
-        yield _part(_read(corpus, draft), rules, Shards(passed, "corpus", most), rejects)
+        yield _part(_read(corpus, size, draft), rules, Shards(passed, "corpus", most), rejects)
         corpus = passed
     if near is not None:
         from cfsd.filter_rules import listed
@@ -162,7 +163,7 @@ def _judge(corpus: Path, rules: "Mapping[str, Rule]", near: float | None, draft:
 
         places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
         near_rule = {"near_duplicates": listed(places, "near duplicate")}
-        yield _part(_read(corpus, draft), near_rule, Shards(draft.folder, "corpus", most), rejects)
+        yield _part(_read(corpus, _size(corpus), draft), near_rule, Shards(draft.folder, "corpus", most), rejects)
     rejects.close()
 
 
@@ -219,36 +220,46 @@ def _facts(outcomes: list[Outcome]) -> dict[str, Any]:
     return facts
 
 
-def _read(corpus: Path, draft: Draft, columns: list[str] | None = None) -> "Iterator[Rows]":
+class Size(NamedTuple):
+    """How many rows a table has, and how many bytes they take uncompressed."""
+
+    rows: int
+    bytes: int
+
+    def fitting(self, most_bytes: int, most_rows: int) -> int:
+        """Return how many rows of mean size fit."""
+        return max(1, min(most_rows, most_bytes * max(self.rows, 1) // max(self.bytes, 1)))
+
+
+def _size(corpus: Path) -> Size:
+    import pyarrow.parquet as pq
+
+    from cfsd.rows import shards
+
+    rows = size = 0
+    for path in shards(corpus, "corpus"):
+        metadata = pq.read_metadata(path)
+        rows += metadata.num_rows
+        size += sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return Size(rows, size)
+
+
+def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = None) -> "Iterator[Rows]":
     """Yield the table in batches of bounded size, and say how far it is."""
     import pyarrow.parquet as pq
 
     from cfsd.filter_rules import measured
     from cfsd.rows import shards
 
-    total, size = _size(corpus)
-    most = _fitting(READ_BYTES, READ_ROWS, total, size)
-    done = 0
+    most = size.fitting(READ_BYTES, READ_ROWS)
+    done = told = 0
     for path in shards(corpus, "corpus"):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=most, columns=columns):
             yield measured(batch, done)
             done += batch.num_rows
-            draft.journal.progress(done, total, "rows")
-
-
-def _size(corpus: Path) -> tuple[int, int]:
-    """Return how many rows the table has, and how many bytes they take uncompressed."""
-    import pyarrow.parquet as pq
-
-    from cfsd.rows import shards
-
-    metadata = [pq.read_metadata(path) for path in shards(corpus, "corpus")]
-    groups = [part.row_group(i).total_byte_size for part in metadata for i in range(part.num_row_groups)]
-    return sum(part.num_rows for part in metadata), sum(groups)
-
-
-def _fitting(most_bytes: int, most_rows: int, rows: int, size: int) -> int:
-    return max(1, min(most_rows, most_bytes * max(rows, 1) // max(size, 1)))
+            if done - told >= most or done == size.rows:  # a file is synced each time
+                draft.journal.progress(done, size.rows, "rows")
+                told = done
 
 
 class Shards:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -131,7 +132,8 @@ def _map(runner: "RayTaskRunner[Any]", job: ShardJob, shards: list[Shard], look:
         # max_retries: whoever asked asks again; max_calls: a worker with a GPU would load the model for every shard
         with remote_options(**needs, max_retries=0, max_calls=0):
             while waiting or running:
-                while waiting and len(running) < AHEAD:
+                until = time.monotonic() + POLL_SECONDS
+                while waiting and len(running) < AHEAD and time.monotonic() < until:
                     future = runner.submit(sample_one, {"job": there, "shard": waiting.popleft()})
                     running[future.wrapped_future] = future
                 ended, _ = ray.wait(list(running), num_returns=len(running), timeout=POLL_SECONDS)

@@ -165,6 +165,9 @@ def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifac
     sizes = [stage.rows for stage in view.stages]
     assert view.accepted_fraction == sizes[2] / sizes[0]
     means = [stage.mean_logprob or 0.0 for stage in view.stages]
+    tokens = [stage.ngram_tokens for stage in view.stages]
+    assert tokens[2] == view.last.tokens and max(tokens) < 1.15 * min(tokens)  # distinct-n on about as much
+    assert tokens[0] < view.stages[0].tokens / 2
     assert view.mean_logprob_shift == pytest.approx(means[2] - means[0]) != 0
     for histogram in (view.lengths, view.mean_logprobs):
         assert histogram
@@ -257,7 +260,7 @@ def test_stored_top_logprobs_engine_and_halved_shards_are_told(store: Store, mak
     assert view.bytes_per_token.keys() >= {"topk_ids", "token_ids", "logprobs"}
     words = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus}}).words
     wanted = ["The 8 largest log-probabilities", "from the torch engine", "2 shards were sampled in smaller batches",
-              "the base model's own law exactly", "could not be used: 3 no log-probabilities"]  # fmt: skip
+              "the base model's own law exactly", "could not be used: no log-probabilities (3)"]  # fmt: skip
     assert [text for text in wanted if text not in words] == []
 
 

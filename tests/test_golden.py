@@ -74,7 +74,7 @@ class Stages:
         look = ProbeSpec(rows=6, length=10, seed=0)
         held = self.make("probe", lambda draft: probe(base, look, draft, MACHINE))
         law = GenerateSpec(rows=24, length=10, seed=0)
-        corpus = self.make("corpus", lambda draft: generate(base, law, draft, MACHINE))
+        corpus = self.make("corpus", lambda draft: generate(base, None, law, draft, MACHINE))
         rules = FilterSpec(duplicates=True, max_tokens=9)
         kept = self.make("kept", lambda draft: filter_rows(self.store.path(corpus), rules, draft))
         spec = MixSpec(target_rows=4, rehearsal_tokens=20, seed=0)

@@ -47,7 +47,7 @@ def world_in(store: Store, model: Path, rows: Path) -> World:
 
     def mixed(count: int) -> Artifact:
         law, look, spec = GenerateSpec(rows=count, length=16, seed=0), FilterSpec(), MixSpec(target_rows=BATCH, seed=0)
-        corpus = store.make("corpus", f"{count:016}", lambda draft: generate(base, law, draft, MACHINE))[0]
+        corpus = store.make("corpus", f"{count:016}", lambda draft: generate(base, None, law, draft, MACHINE))[0]
         kept = store.make("corpus", key_of("f", corpus), lambda d: filter_rows(store.path(corpus), look, d))[0]
         folders = store.path(prepared), store.path(kept)
         return store.make("mixture", key_of("mix", kept), lambda draft: mix(*folders, spec, draft))[0]
