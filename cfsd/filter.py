@@ -290,7 +290,8 @@ class Shards:
 
         from cfsd.rows import write_shard
 
-        table = pa.Table.from_batches(self.waiting)
+        # notes of the shards that rows come from (a halved batch) would be untrue of this one
+        table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
         if table.num_rows or not self.written:
             write_shard(self.folder, self.name, self.written, table.slice(0, self.most))
             self.written += 1

@@ -51,6 +51,7 @@ def test_variants_share_what_they_can(run: Run, comparison_file: Path) -> None:
     assert all(again["variants"][n][f] == v[f] for n, v in summary["variants"].items() for f in figures)
 
 
+@pytest.mark.slow
 def test_seeds_repeat_training_on_one_corpus(run: Run, comparison_file: Path, home: Path) -> None:
     done = run("compare", comparison_file, "--seeds", 2, *ON)
     assert done.returncode == 0, done.stdout + done.stderr

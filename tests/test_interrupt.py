@@ -26,6 +26,9 @@ STAGES = {
     "train": ("model", "checkpoints/checkpoint-80/trainer_state.json"),
     "evaluate-probe": ("scores", "progress.json"),
 }
+SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code
+KILLED = [pytest.param(s, marks=SLOW if s == "probe" else ()) for s in STAGES]
+STOPPED = [pytest.param(s, marks=SLOW if s in ("probe", "evaluate-probe") else ()) for s in STAGES]
 
 
 def start(recipe: Path, home: Path) -> "subprocess.Popen[str]":
@@ -87,7 +90,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, server: str) -> Callable[[], 
     return give
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", KILLED)
 def test_kill_9_costs_no_finished_work(stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path) -> None:
     recipe, content = case()
     home = tmp_path / "data"
@@ -113,7 +116,7 @@ def _state(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in shards}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STOPPED)
 def test_ctrl_c_ends_children_and_says_how_to_continue(
     stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path
 ) -> None:
