@@ -5,14 +5,17 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH = 150  # of a table in a file
 
 
 def seconds_in_turn(commands: dict[str, list[str]], rounds: int, **place: Any) -> dict[str, list[float]]:
@@ -25,6 +28,36 @@ def seconds_in_turn(commands: dict[str, list[str]], rounds: int, **place: Any) -
             if turn:
                 taken[name].append(time.perf_counter() - started)
     return taken
+
+
+class Worker:
+    """A process that takes jobs and gives answers, one JSON object a line each; at work only while it is asked.
+
+    Whoever compares peak memory must not hold much itself: on Linux a child's ru_maxrss starts at its parent's.
+    """
+
+    def __init__(self, name: str, command: list[str], **place: Any) -> None:
+        """Start it."""
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, **place
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def ask(self, do: str, **job: Any) -> dict[str, Any]:
+        """Return its answer to one job."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"do": do, **job}) + "\n")
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{self.name} ended during {do} {job}; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def row(metric: str, ours: list[float], peer: list[float], aim: str) -> dict[str, Any]:
@@ -41,14 +74,22 @@ def row(metric: str, ours: list[float], peer: list[float], aim: str) -> dict[str
     }
 
 
-def tell(part: str, rows: list[dict[str, Any]]) -> None:
-    """Print the table and write benchmarks/results/<part>.json."""
-    table = Table(*rows[0], title=f"{part} (medians)")
+def tell(
+    part: str, rows: list[dict[str, Any]], notes: Sequence[str] = (), *, folder: Path = RESULTS, **detail: Any
+) -> None:
+    """Print the table and what must be known to read it, and write both to <part>.json in `folder`.
+
+    `detail`, such as single measurements, goes to the file only.
+    """
+    table = Table(title=f"{part} (medians)")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=name == "metric", overflow="fold")
     for entry in rows:
         table.add_row(*map(str, entry.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table, *notes, sep="\n")
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{part}.json"
-    file.write_text(json.dumps({"part": part, "machine": machine, "rows": rows}, indent=1) + "\n")
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{part}.json"
+    found = {"part": part, "machine": machine, "rows": rows, "notes": list(notes), **detail}
+    file.write_text(json.dumps(found, indent=1) + "\n")
     print(file)

@@ -51,7 +51,11 @@ class Machine(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if (self.engine == "server") != (self.base_url is not None):
-            raise ValueError(f"base_url is {self.base_url!r} with engine {self.engine}; they belong together")
+            raise ValueError(f"base_url is given with engine {self.engine}, or not with server; they belong together")
+        if self.base_url is not None:
+            from cfsd.server_client import Connection
+
+            Connection(base_url=self.base_url)  # says what is wrong with it
         return self
 
     def resolved_device(self) -> str:

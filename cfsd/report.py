@@ -23,11 +23,13 @@ FACTS = 8
 TEMPLATE = "report.html.j2"
 CURVES = {"target": "train/target_loss", "rehearsal": "train/rehearsal_loss"}
 CURVE_POINTS = 150
-ROLES = ("final", "tuned", "mixture", "target", "selected", "kept", "corpus", "probe", "base")
+ROLES = ("final", "tuned", "mixture", "chosen", "target", "selected", "kept", "corpus", "probe", "base")
+SELECTED_FROM = {"chosen": "target", "selected": "kept"}  # the same artifact where nothing was selected
 MADE_FROM = {  # an artifact whose first source is not there came from outside
     "final": ("tuned", "base"),
     "tuned": ("mixture", "base"),
-    "mixture": ("target", "kept"),
+    "mixture": ("chosen", "selected"),
+    "chosen": ("target",),
     "selected": ("kept",),
     "kept": ("corpus",),
     "target": ("base",),
@@ -132,7 +134,7 @@ def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
     """Return per target how many of its rows were not used, and why, with the variants it is of."""
     found: dict[str, dict[str, Any]] = {}
     for trail in trails:
-        if artifact := trail.artifacts.get("target"):
+        if artifact := trail.artifacts.get("chosen") or trail.artifacts.get("target"):
             fresh = {"facts": artifact.facts, "reasons": artifact.facts.get("dropped") or {}, "variants": []}
             found.setdefault(artifact.key, fresh)["variants"].append(trail.name)
     return list(found.values())
@@ -141,20 +143,22 @@ def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
 def _lineage(trail: Trail) -> dict[str, Any]:
     """Return the tree of what the variant's model was made from, and what was measured on base and tuned."""
     placed: set[str] = set()
+    known = {role: trail.artifacts[whole] for role, whole in SELECTED_FROM.items() if whole in trail.artifacts}
+    artifacts = known | trail.artifacts
 
     def node(role: str) -> dict[str, Any]:
-        artifact = trail.artifacts[role]
-        roles = [other for other in ROLES if trail.artifacts.get(other) == artifact] or [role]
-        described = _described(artifact, ", ".join(roles))
+        artifact = artifacts[role]
+        roles = [other for other in ROLES if artifacts.get(other) == artifact] or [role]
+        described = _described(artifact, ", ".join(r for r in roles if SELECTED_FROM.get(r) not in roles))
         if role in placed:
             return described | {"facts": "as above"}
         placed.update(roles)
         parents = MADE_FROM.get(roles[-1], ())
-        if not parents or parents[0] not in trail.artifacts:
+        if not parents or parents[0] not in artifacts:
             return described
-        return described | {"made_from": [node(parent) for parent in parents if parent in trail.artifacts]}
+        return described | {"made_from": [node(parent) for parent in parents if parent in artifacts]}
 
-    roots = [node(role) for role in (*ROLES, *trail.artifacts) if role in trail.artifacts and role not in placed]
+    roots = [node(role) for role in (*ROLES, *artifacts) if role in artifacts and role not in placed]
     return {"roots": roots, "scores": [*_scores_of(trail.before, "base"), *_scores_of(trail.after, "tuned")]}
 
 

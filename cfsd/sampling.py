@@ -14,6 +14,7 @@ from cfsd.cache import preallocated
 from cfsd.drawing import Law, Top, draw, law_of, likeliest, sampled_probs, uniforms
 from cfsd.errors import BadInput, NotFinite
 from cfsd.generate import GenerateSpec
+from cfsd.packed_head import packed_head
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
 log = logging.getLogger(__name__)
@@ -59,10 +60,11 @@ def sample(
     drawn = np.stack([uniforms(law.seed or 0, stream, row, law.length) for row in rows])
     batch = Batch(prompts, torch.from_numpy(drawn), ends, law, turns, where, model.device)
     cache = preallocated(model, batch.capacity)
-    if cache is None:
-        _with_generate(model, batch)
-    else:
-        _decode(model, batch, cache, on_step)
+    with packed_head(model, len(rows)):
+        if cache is None:
+            _with_generate(model, batch)
+        else:
+            _decode(model, batch, cache, on_step)
     return batch.samples()
 
 

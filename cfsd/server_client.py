@@ -19,7 +19,7 @@ LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
 class Connection(BaseModel):
     """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     base_url: str
     model: str | None = Field(None, description="The model's name there; empty: its only one")

@@ -24,6 +24,7 @@ from cfsd.verdict import detectable_mean, print_summary, verdict
 HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
 BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
 DOCUMENTS = 100
+SELECTED = {"train_rows": 5, "held_out_rows": 20, "selected": 5, "of": 500, "method": "random"}
 Tables = dict[str, pa.Table]
 
 
@@ -306,6 +307,21 @@ def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) ->
     report_of(world, [came], html)
     tree_of_came = html.read_text().split('<ul class="tree">')[1].split("</details>")[0]
     assert "<ul>" not in tree_of_came
+
+
+def test_lineage_shows_a_selection_only_where_there_was_one(world: World, tmp_path: Path) -> None:
+    trail = world.variants()[1]
+    whole = trail.artifacts | {"chosen": trail.artifacts["target"], "selected": trail.artifacts["kept"]}
+    part = whole | {"chosen": world.artifact("target", "part", SELECTED)}
+    trees = []
+    for artifacts in (trail.artifacts, whole, part):
+        changed = trail.model_copy(update={"artifacts": artifacts})
+        page = report_of(world, [changed], tmp_path / "report.html")
+        trees.append(page.part("Where everything comes from", "Recipe"))
+    assert trees[0] == trees[1] and "chosen" not in trees[0]
+    mixture, chosen, target = (trees[2].index(a.key) for a in (part["mixture"], part["chosen"], part["target"]))
+    assert "5 rows to train on (selected from 500 by random), 20 held out" in page.words
+    assert mixture < chosen < target and trees[2].count(part["chosen"].key) == 1
 
 
 def test_variants_after_the_first_show_only_how_their_recipe_differs(three: tuple[Page, str]) -> None:

@@ -104,7 +104,7 @@ def p_value(tokens: list[int], law: torch.Tensor) -> float:
 
 
 def test_first_and_second_tokens_follow_the_models_softmax(world: World, serve: Serve) -> None:
-    found = samples(world, to(serve()), 800, length=2)
+    found = samples(world, to(serve()), 600, length=2)
     with torch.inference_mode():
         first = world.model(torch.tensor([[START]])).logits[0, -1].softmax(-1)
         goes_on = [token for token in range(len(first)) if token != END]
@@ -212,7 +212,7 @@ def test_a_refusal_is_final_and_says_what_the_server_said_without_the_key(
     assert [headers["Authorization"] for headers in server.headers] == ["Bearer sk-very-secret"]
     with pytest.raises(ValidationError) as refused:
         Connection(base_url="http://me:sk-very-secret@host/v1")
-    assert "secret" not in str(refused.value.errors()[0]["msg"])
+    assert "secret" not in str(refused.value)
 
 
 def test_one_model_is_served_or_one_is_named(world: World, serve: Serve) -> None:

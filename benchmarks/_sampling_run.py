@@ -1,0 +1,285 @@
+"""One contender of the sampling benchmark, in a process of its own so that its peak memory is its own.
+
+python -m benchmarks._sampling_run ours|peer|peer-static|bound MODEL_FOLDER      jobs in, answers out: one JSON a line
+python -m benchmarks._sampling_run fetch DATA_FOLDER [MODEL_FOLDER]              prints where the model is
+"""
+
+import functools
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from benchmarks._bound import attention_flops, flops_per_token, limit, skeleton
+from cfsd import cache, sampling
+from cfsd.checkpoint import Checkpoint, end_tokens, fetch, load_model, load_tokenizer, read_start_token
+from cfsd.corpus_table import corpus_table
+from cfsd.generate import GenerateSpec
+from cfsd.rows import shard_path, write_shard
+from cfsd.sampling import Sample, sample
+
+TEXT = Path(__file__).parents[1] / "README.md"  # any real text will do: it is what the windows' caches are filled from
+Answer = dict[str, Any]
+OnStep = Callable[[int], None]
+
+
+def main() -> None:
+    """Do the jobs that come on standard input."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    role, folder = sys.argv[1], Path(sys.argv[2])
+    if role == "fetch":
+        print(_fetch(folder, sys.argv[3:]))
+        return
+    contender = Bound(folder) if role == "bound" else Contender(role, folder)
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = getattr(contender, job.pop("do"))(**job)
+        answer["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(answer), flush=True)
+
+
+def _fetch(data: Path, given: Sequence[str]) -> Path:
+    from cfsd.artifact import Store
+
+    checkpoint = Checkpoint(kind="folder", path=given[0]) if given else Checkpoint(kind="smollm2")
+    store = Store(data)
+    return store.path(store.make("model", "base", lambda draft: fetch(checkpoint, draft, lambda *_: None))[0])
+
+
+class Bound:
+    """The machine's rate of matrix products, at the model's own shapes and at squares."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look at the model in `folder`, without its weights."""
+        self.model = skeleton(folder)
+
+    def rate(self, rows: int) -> Answer:
+        """Measure what a forward pass over `rows` tokens cannot exceed."""
+        return limit(self.model, rows)._asdict()
+
+    def price(self, positions: list[int]) -> Answer:
+        """Return the floating-point operations of one token, and what attention adds at `positions`."""
+        attention = {position: attention_flops(self.model, position) for position in positions}
+        return {"flops_per_token": flops_per_token(self.model), "attention_flops": attention}
+
+
+class Contender:
+    """Our sampler, or transformers' generate with its default or its static cache."""
+
+    def __init__(self, role: str, folder: Path) -> None:
+        """Load the model in `folder`."""
+        self.role, self.folder = role, folder
+        self.model = load_model(folder, "cpu", "float32").eval().requires_grad_(False)
+        self.start, self.ends = read_start_token(folder), end_tokens(folder)
+
+    def whole(self, rows: int, length: int, seed: int = 0, top: int = 0, *, store: bool = False) -> Answer:
+        """Sample `rows` rows from the start token to their ends; with `store`, also write them as a shard."""
+        prompts = [[self.start]] * rows
+        started = time.perf_counter()
+        if self.role == "ours":
+            law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
+            samples = sample(self.model, prompts, self.ends, law, range(rows), stream="bench")
+            counts = [len(s.token_ids) - 1 for s in samples]
+            extra = self._stored(samples, seed, top) if store else {}
+        else:
+            torch.manual_seed(seed)
+            counts, extra = self._generate(prompts, length, self.ends), {}
+        return {"seconds": time.perf_counter() - started, "tokens": sum(counts), **extra}
+
+    def window(self, rows: int, after: int, steps: int, room: int) -> Answer:
+        """Return seconds per step of `steps` after a prompt of `after` tokens, in a run that has room for `room`.
+
+        No row ends. The first two are not timed: one is the prompt's, one may lay out memory.
+        """
+        clock = Clock(steps)
+        with PromptOnce(self.model):
+            self._until(clock, [self._text(after)] * rows, room)
+        return {"step_seconds": (clock.times[-1] - clock.times[1]) / (steps - 2)}
+
+    def profile(self, rows: int, after: int, steps: int, room: int) -> Answer:
+        """Return seconds per step by section, of ours; once per process."""
+        sections = Sections()
+        with PromptOnce(self.model):
+            clock = Clock(steps, sections.clear)
+            sections.watch(self.model)
+            self._until(clock, [self._text(after)] * rows, room)
+        total = (clock.times[-1] - clock.times[0]) / (steps - 1)
+        known = {name: seconds / (steps - 1) for name, seconds in sections.seconds.items()}
+        return {"total": total, "sections": known | {"the loop": total - sum(known.values())}}
+
+    def _until(self, clock: "Clock", prompts: list[list[int]], room: int) -> None:
+        try:
+            if self.role == "ours":
+                law = GenerateSpec(rows=len(prompts), length=room)
+                sample(self.model, prompts, (), law, range(len(prompts)), stream="bench", on_step=clock)
+            else:
+                self._generate(prompts, room, (), clock)
+        except Enough:
+            return
+        raise AssertionError(f"{self.role} gave {len(clock.times)} of {clock.steps} steps")
+
+    def _generate(
+        self, prompts: list[list[int]], length: int, ends: Sequence[int], on_step: OnStep | None = None
+    ) -> list[int]:
+        """Return how many tokens of each row were sampled; what generate pads after an end does not count."""
+        given_BP = torch.tensor(prompts)
+        law = GenerationConfig(
+            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=length, use_cache=True,
+            eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
+            cache_implementation="static" if self.role == "peer-static" else None,
+        )  # fmt: skip
+        self.model.generation_config = law  # generate takes from there what `law` leaves open
+        told = StoppingCriteriaList([Told(on_step)] if on_step else [])
+        out_BT = self.model.generate(
+            given_BP, attention_mask=torch.ones_like(given_BP), generation_config=law, stopping_criteria=told
+        )
+        new_BT = cast(torch.Tensor, out_BT)[:, given_BP.shape[1] :]
+        end_BT = torch.isin(new_BT, torch.tensor(list(ends) or [-1]))
+        before_BT = end_BT.cumsum(1) - end_BT.long()  # ends before this token
+        return [int(count) for count in (before_BT == 0).sum(1)]
+
+    def _stored(self, samples: list[Sample], seed: int, top: int) -> Answer:
+        with tempfile.TemporaryDirectory() as folder:
+            table = corpus_table(
+                samples, range(len(samples)), source="context-free", shard=0, seed=seed,
+                tokenizer=self._tokenizer(), top_logprobs=top, vocabulary=self.model.config.vocab_size,
+            )  # fmt: skip
+            write_shard(Path(folder), "corpus", 0, table)
+            return {"bytes": shard_path(Path(folder), "corpus", 0).stat().st_size}
+
+    @functools.cache  # noqa: B019 - one contender to a process
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.folder)
+
+    @functools.cache  # noqa: B019
+    def _text(self, count: int) -> list[int]:
+        ids = self._tokenizer().encode(TEXT.read_text(), add_special_tokens=False)
+        assert len(ids) >= count, f"{TEXT.name} has only {len(ids)} tokens"
+        return [self.start, *ids][:count]
+
+
+class Enough(Exception):
+    """A window has its steps."""
+
+
+class Clock:
+    """Note when each step was done, and stop after `steps` of them, the prompt's included."""
+
+    def __init__(self, steps: int, on_first: Callable[[], None] = lambda: None) -> None:
+        """Call `on_first` when the prompt is done."""
+        self.steps, self.on_first = steps, on_first
+        self.times: list[float] = []
+
+    def __call__(self, step: int) -> None:
+        if not self.times:
+            self.on_first()
+        self.times.append(time.perf_counter())
+        if len(self.times) == self.steps:
+            raise Enough
+
+
+class Told(StoppingCriteria):
+    """Never stops; tells of each step of generate, at the same point as our `on_step`."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        """Keep whom to tell."""
+        self.on_step = on_step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.on_step(0)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class PromptOnce:
+    """The prompt's forward pass is made for one row, whose keys and values all rows get: their prompts are equal.
+
+    It is not timed, and for 64 rows of 500 tokens it would take longer than all that is.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take over `model.forward` while entered."""
+        self.model, self.forward = model, model.forward
+
+    def __enter__(self) -> None:
+        @functools.wraps(self.forward)  # generate reads the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given_BP, past = kwargs["input_ids"], kwargs["past_key_values"]
+            if given_BP.shape[1] == 1:
+                return self.forward(*args, **kwargs)
+            own: Any = DynamicCache(config=self.model.config)
+            logits = self.forward(input_ids=given_BP[:1], past_key_values=own, use_cache=True, logits_to_keep=1).logits
+            for index, layer in enumerate(own.layers):
+                rows = (len(given_BP), -1, -1, -1)
+                past.update(layer.keys.expand(rows), layer.values.expand(rows), index)
+            return CausalLMOutputWithPast(logits=logits.expand(len(given_BP), -1, -1), past_key_values=past)
+
+        self.model.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        self.model.forward = self.forward
+
+
+class Sections:
+    """Seconds by section; what a section calls in another one counts there."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inside: list[float] = []
+
+    def clear(self) -> None:
+        """Forget what was counted so far."""
+        self.seconds.clear()
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Time the parts of our sampler; lasts as long as the process."""
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                self._time(module, "forward", "head" if module is head else "layers: matrix products")
+        self._time(torch.nn.functional, "scaled_dot_product_attention", "layers: attention")
+        self._time(model, "forward", "layers: norms, rotation and the rest")
+        self._time(cache.PreallocatedLayer, "update", "cache")
+        self._time(cache.PreallocatedLayer, "batch_select_indices", "cache")
+        self._time(sampling, "law_of", "drawing: softmax")
+        self._time(sampling, "sampled_probs", "drawing: the draw")
+        self._time(sampling, "draw", "drawing: the draw")
+        self._time(sampling, "likeliest", "top log-probabilities")
+        self._time(sampling.Batch, "take", "bookkeeping")
+
+    def _time(self, owner: Any, name: str, section: str) -> None:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.inside.append(0.0)
+            started = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - started
+                self.seconds[section] += took - self.inside.pop()
+                if self.inside:
+                    self.inside[-1] += took
+
+        setattr(owner, name, timed)
+
+
+if __name__ == "__main__":
+    main()
