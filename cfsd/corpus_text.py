@@ -67,7 +67,8 @@ def decoder(store: Store, base: Artifact | None) -> Decode | None:
 
 def rows_at(folder: Path, places: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Return the rows at `places`, counted from 0 through the whole corpus table; shards without one stay closed."""
-    wanted, found, first = set(places), {}, 0
+    found: dict[int, dict[str, Any]] = {}
+    wanted, first = set(places), 0
     for path in shards(folder, "corpus"):
         file = pq.ParquetFile(path)
         end = first + file.metadata.num_rows

@@ -51,7 +51,8 @@ class Machine(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if (self.engine == "server") != (self.base_url is not None):
-            raise ValueError(f"base_url is given with engine {self.engine}, or not with server; they belong together")
+            lacking = "needs base_url" if self.engine == "server" else "takes no base_url; set engine=server"
+            raise ValueError(f"engine {self.engine} {lacking}")
         if self.base_url is not None:
             from cfsd.server_client import Connection
 

@@ -204,7 +204,8 @@ def validated(model: type[M], content: Any, where: str) -> M:
         lines = []
         for mistake in error.errors(include_url=False):
             field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
-            given = "" if mistake["type"] == "missing" else f" (given {mistake['input']!r:.80})"
+            secret = "base_url" in mistake["loc"] or isinstance(mistake["input"], dict)  # a URL may hold a password
+            given = "" if mistake["type"] == "missing" or secret else f" (given {mistake['input']!r:.80})"
             known = _fields_near(model, mistake["loc"]) if mistake["type"] == "extra_forbidden" else ""
             lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}")
         raise BadInput(f"{where} is not valid:\n" + "\n".join(lines)) from None

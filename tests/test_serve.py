@@ -129,7 +129,9 @@ def test_the_deployed_recipe_is_the_shipped_one() -> None:
     from cfsd.recipe import Comparison, Recipe
 
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-    mitigate, compare = (next(d for d in deployments if d["name"] == name) for name in ("mitigate", "compare"))
+    names = ("mitigate", "corpus", "compare")
+    mitigate, corpus, compare = (next(d for d in deployments if d["name"] == name) for name in names)
     shipped = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
     assert Recipe.model_validate(mitigate["parameters"]["recipe"]) == shipped
+    assert Recipe.model_validate(corpus["parameters"]["recipe"]) == shipped
     assert Comparison.model_validate(compare["parameters"]["comparison"]).recipe == shipped
