@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """What is measured; at `long` tokens only through windows of `steps` steps."""
 
     rounds: int = 3
-    batches: tuple[int, ...] = (64, 128, 192)
+    batches: tuple[int, ...] = (64, 128)
     length: int = 64
     long_batches: tuple[int, ...] = (32, 128)
     long: int = 512
