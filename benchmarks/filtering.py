@@ -1,6 +1,6 @@
 """What the filters and the mixing of a large corpus cost: seconds, memory, and whether both grow in line with it.
 
-make bench PART=filtering                     10k, 100k and 1M rows of 128 tokens; 15 minutes, 6 GB of disk
+make bench PART=filtering                     10k, 100k and 1M rows of 128 tokens; 6 minutes, 4 GB of disk
 python -m benchmarks.filtering 10000          other sizes
 
 Each part runs in a process of its own, whose imports do not count. Texts are made of invented words by Zipf's law.

@@ -104,9 +104,12 @@ def sample_source(
         _sample_missing(job, shards, draft, sampler)
         if tokens is None:
             return
-        if (lacking := tokens - sum(_tokens(job.folder, shard) for shard in shards)) <= 0:
+        done = sum(_tokens(job.folder, shard) for shard in shards)
+        if done >= tokens:
             return _cut(job.folder, shards, tokens)
-        rows += max(1, math.ceil(lacking / ((tokens - lacking) / rows)))
+        if not done:
+            raise BadInput(f"{rows} rows of source {source} hold not one sampled token, so no fraction can be filled")
+        rows += max(1, math.ceil((tokens - done) * rows / done))
 
 
 def _tokens(folder: Path, shard: Shard) -> int:
