@@ -89,6 +89,8 @@ def stage(
             return made
 
         call.__doc__ = work.__doc__
+        # pickled by name, as what stands in its module: flows travel to a cluster's workers
+        call.__module__, call.__name__, call.__qualname__ = work.__module__, work.__name__, work.__qualname__
         return call
 
     return decorate

@@ -57,7 +57,7 @@ def test_only_what_depends_on_a_change_runs_again(
     recipe: Recipe, home: Path, server: str, benchmark_folder: Path
 ) -> None:
     first = executed(flow(recipe))
-    assert first == ["fetch", "target", "probe", "generate", "filter", "mix", "train",
+    assert first == ["fetch", "target", "generate", "filter", "probe", "mix", "train",
                      "evaluate", "evaluate-target", *MEASURED_AFTER]  # fmt: skip
     assert executed(flow(recipe)) == []
     assert executed(flow(changed(recipe, name="renamed"), CPU.model_copy(update={"sampling_rows": 7}))) == []
@@ -65,6 +65,8 @@ def test_only_what_depends_on_a_change_runs_again(
     assert executed(flow(changed(recipe, merge__alpha=0.5))) == ["merge", *MEASURED_AFTER]
     assert executed(flow(changed(recipe, probe__length=23))) == ["probe", "evaluate-probe"]
     assert executed(flow(changed(recipe, filter__min_tokens=20))) == ["filter", "mix", "train", *MEASURED_AFTER]
+    selected = ["embed", "select", "mix", "train", *MEASURED_AFTER]
+    assert executed(flow(changed(recipe, select__corpus_rows=20))) == selected
     both = [{"name": name, "folder": str(benchmark_folder)} for name in ("letters", "pairs")]
     assert executed(flow(changed(recipe, evaluate__benchmarks=both))) == ["evaluate", "evaluate"]
 
