@@ -1,5 +1,7 @@
 """Shards on a Ray cluster: workers die, users interrupt, models break, and the corpus is the same."""
 
+import importlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -61,6 +64,14 @@ def test_without_a_cluster_there_is_no_sampler() -> None:
         assert sampler is None
 
 
+@pytest.mark.parametrize("name", ["mitigate", "compare", "measure"])
+def test_a_flow_travels_to_the_workers(name: str) -> None:
+    """With every shard goes the flow that it belongs to, pickled; in a worker it is the flow that stands there."""
+    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    there = cloudpickle.loads(cloudpickle.dumps(flow))
+    assert there.name == flow.name and there.fn.__code__ == flow.fn.__code__
+
+
 @pytest.mark.slow
 @needs_ray
 def test_ray_is_imported_only_for_a_cluster() -> None:
@@ -80,8 +91,6 @@ def test_a_cluster_that_does_not_answer_is_named(home: Path) -> None:
 
 
 def start(tmp_path: Path, base: "Artifact") -> "subprocess.Popen[str]":
-    import json
-
     script = tmp_path / "sampling_flow.py"
     script.write_text(FLOW)
     words = [sys.executable, str(script), base.model_dump_json(), json.dumps(LAW), json.dumps(TWO_WORKERS)]

@@ -35,7 +35,7 @@ def test_variants_share_what_they_can(run: Run, comparison_file: Path) -> None:
     assert summary["schema"] == 1 and list(summary["variants"]) == ["finetune", "rehearse", "strong"]
     stages = {n: [label.split()[0] for label in v["executed"]] for n, v in summary["variants"].items()}
     measured = ["evaluate-target", "evaluate-probe"]
-    first = ["fetch", "target", "probe", "generate", "filter", "mix", "train", "evaluate-target"]
+    first = ["fetch", "target", "generate", "filter", "probe", "mix", "train", "evaluate-target"]
     assert stages["finetune"] == first + measured
     assert stages["rehearse"] == ["generate", "filter", "mix", "train", *measured]
     assert stages["strong"] == ["train", *measured]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from cfsd.artifact import Store
@@ -22,10 +23,11 @@ SLOW_ENOUGH = [  # seconds per stage, so that its middle can be hit
 ON = ["--machine", "sampling_rows=8", "--machine", "checkpoint_steps=40", "--machine", "threads=1"]
 STAGES = {
     "probe": ("corpus", "corpus-00002.parquet"),
-    "generate": ("corpus", "corpus-00003.parquet"),
+    "generate": ("corpus", "corpus-00002.parquet"),
     "train": ("model", "checkpoints/checkpoint-80/trainer_state.json"),
     "evaluate-probe": ("scores", "progress.json"),
 }
+SOURCES = {"probe": "probe", "generate": "context-free"}
 SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code
 KILLED = [pytest.param(s, marks=SLOW if s == "probe" else ()) for s in STAGES]
 STOPPED = [pytest.param(s, marks=SLOW if s in ("probe", "evaluate-probe") else ()) for s in STAGES]
@@ -45,10 +47,14 @@ def middle_of(stage: str, home: Path, process: "subprocess.Popen[str]") -> None:
     while time.monotonic() < end:
         assert process.poll() is None, process.stdout and process.stdout.read()
         for draft in (home / "store" / kind).glob("*.draft"):
-            if (draft / sign).exists():
+            if (draft / sign).exists() and (kind != "corpus" or _source(draft / sign) == SOURCES[stage]):
                 return
         time.sleep(0.01)
     raise AssertionError(f"{stage} never came to its middle")
+
+
+def _source(shard: Path) -> str:
+    return str(pq.read_table(shard, columns=["source"])["source"][0])
 
 
 def final_content(recipe: Path, home: Path) -> str:
