@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, Crashed
 from cfsd.machine import Machine
 from cfsd.shards import Look, Sampler, Shard, ShardJob
 from tasks.record import say
@@ -90,8 +90,8 @@ def _joined(machine: Machine) -> "Iterator[RayTaskRunner[Any]]":
             stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise BadInput(
-                f"machine.cluster is {named}, which cannot be joined ({error}); "
-                f"give the address of a cluster that runs, or {LOCAL} for one on this machine"
+                f"machine.cluster is {named}, which cannot be joined ({' '.join(str(error).split())}); give a cluster "
+                f"that runs, with RAY_AUTH_MODE=token in the environment where it wants a token, or {LOCAL}"
             ) from error
         _say_if_nothing_fits(_needs(machine), ray.nodes())
         yield runner
@@ -137,11 +137,12 @@ def _map(runner: "RayTaskRunner[Any]", job: ShardJob, shards: list[Shard], look:
                     future = runner.submit(sample_one, {"job": there, "shard": waiting.popleft()})
                     running[future.wrapped_future] = future
                 ended, _ = ray.wait(list(running), num_returns=len(running), timeout=POLL_SECONDS)
-                lost += [future for future in map(running.pop, ended) if _is_lost(future)]
+                lost += _lost([running.pop(reference) for reference in ended])
                 look(0.0)
     finally:
-        for reference in running:
-            ray.cancel(reference)
+        with suppress(ConnectionError, ray.exceptions.RayError):
+            for reference in running:
+                ray.cancel(reference)
         _close([*lost, *running.values()])
 
 
@@ -152,25 +153,34 @@ def _settled(job: ShardJob) -> ShardJob:
     return job.model_copy(update={"machine": machine.model_copy(update=fixed)})
 
 
-def _is_lost(future: "PrefectRayFuture[Any]") -> bool:
-    """Say whether the worker of an ended shard died. Raises what the shard itself raised."""
+def _lost(ended: "list[PrefectRayFuture[Any]]") -> "list[PrefectRayFuture[Any]]":
+    """Return those whose worker died, and say so. Raises what a shard itself raised."""
+    reasons = {i: why for i, future in enumerate(ended) if (why := _why_lost(future))}
+    if reasons:
+        why = ", ".join(sorted(set(reasons.values())))
+        say(f"shards lost with their workers: {len(reasons)} ({why}); they are sampled again")
+    return [ended[i] for i in reasons]
+
+
+def _why_lost(future: "PrefectRayFuture[Any]") -> str:
+    """Return an empty text for a shard that was made."""
     import ray
+    from prefect.settings import PREFECT_API_URL
 
     try:
         state = ray.get(future.wrapped_future)
     except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
-        from prefect.settings import PREFECT_API_URL
-
         raise BadInput(
             f"a node of the cluster could not begin a shard ({str(error).strip().splitlines()[-1]}); every node needs "
             f"the packages of this one, the code at {ROOT} and a way to the Prefect server {PREFECT_API_URL.value()}"
         ) from error
+    except ray.exceptions.LocalRayletDiedError as error:
+        raise Crashed(f"the cluster is gone ({type(error).__name__}); finished shards are kept") from error
     except ray.exceptions.RayError as error:
-        say(f"a worker of the cluster was lost ({type(error).__name__}); its shard is sampled again")
-        return True
+        return type(error).__name__
     if state.is_failed():
         state.result()
-    return bool(state.is_crashed())
+    return str(state.name) if state.is_crashed() else ""
 
 
 def _close(futures: "list[PrefectRayFuture[Any]]") -> None:
@@ -180,7 +190,7 @@ def _close(futures: "list[PrefectRayFuture[Any]]") -> None:
     from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterId, TaskRunFilterState
     from prefect.client.schemas.filters import TaskRunFilterStateType as Types
     from prefect.client.schemas.objects import StateType
-    from prefect.states import Crashed
+    from prefect.states import Crashed as CrashedState
 
     if not futures:
         return
@@ -188,4 +198,4 @@ def _close(futures: "list[PrefectRayFuture[Any]]") -> None:
     begun = TaskRunFilterState(type=Types(any_=[StateType.PENDING, StateType.RUNNING]))
     with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         for run in client.read_task_runs(task_run_filter=TaskRunFilter(id=ids, state=begun)):
-            client.set_task_run_state(run.id, Crashed(message="its worker was lost or stopped"), force=True)
+            client.set_task_run_state(run.id, CrashedState(message="its worker was lost or stopped"), force=True)
