@@ -80,7 +80,9 @@ def loss_and_gradient(model: GPT2LMHeadModel, packs: Sequence[Pack]) -> tuple[fl
 
 def sampled(base: GPT2LMHeadModel, count: int, seed: int) -> list[Row]:
     law = GenerateSpec(length=LENGTH, seed=seed)
-    return rehearsal([s.token_ids for s in sample(base, START, (), law, range(count), stream="context-free")])
+    return rehearsal(
+        [s.token_ids for s in sample(base, [[START]] * count, (), law, range(count), stream="context-free")]
+    )
 
 
 def test_the_expected_loss_is_entropy_plus_kl(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> None:
