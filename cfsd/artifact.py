@@ -43,7 +43,7 @@ class Artifact(BaseModel):
     facts: dict[str, JsonValue] = {}
 
 
-Identified = Artifact | Spec | str | int | float | None
+Identified = Artifact | Spec | str | int | float | None | tuple[Spec, ...]
 
 
 def key_of(stage: str, *inputs: Identified) -> str:
@@ -57,6 +57,8 @@ def key_of(stage: str, *inputs: Identified) -> str:
 def _identity(value: Identified) -> JsonValue:
     if isinstance(value, Artifact):
         return f"{value.kind}:{value.content}"
+    if isinstance(value, tuple):
+        return [part.digest() for part in value]
     return value.digest() if isinstance(value, Spec) else value
 
 

@@ -3,12 +3,15 @@
 FLOPs per token: 2 x parameters forward, 6 x with the backward pass (Kaplan et al. 2020, arXiv:2001.08361, 2.1).
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfsd.artifact import Artifact
+from cfsd.artifact import Artifact, Store
 from cfsd.checkpoint import count_parameters
+from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
+from cfsd.training_memory import Shapes, load_of, training_memory
 
 GIB = 2**30
 FLOPS_PER_SECOND = {
@@ -17,6 +20,14 @@ FLOPS_PER_SECOND = {
 }  # reached in practice: two CPU cores; one large GPU in bfloat16
 DECODING_SHARE = 0.5  # of that rate, when each token waits for the one before
 KNOWN_PARAMETERS = {"smollm2": 134_515_008, "tiny": 177_088}
+KNOWN_SHAPES = {
+    "smollm2": Shapes(576, 30, 1536, heads=9, kv_heads=3, vocabulary=49_152, tied=True),
+    "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=100),
+}
+COMPUTING = {  # stages that hold the model, and how many times its weights' memory: gradients and moments count too
+    "probe": 1, "generate": 1, "embed": 1, "weigh": 1, "evaluate": 1, "evaluate-target": 1, "evaluate-probe": 2,
+    "fisher": 3, "train": 4,
+}  # fmt: skip
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
 
 
@@ -36,22 +47,50 @@ def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
     return float(known) if known else None
 
 
-def estimate(
-    stage: str, recipe: Recipe, base: Artifact, target: Artifact, device: str, micro_batch_tokens: int
-) -> Estimate:
-    """Return what `stage` of `recipe` costs."""
+def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:
+    """Return the model's sizes, from its config.json where it is on this machine already."""
+    folder = Path(recipe.base.path) if recipe.base.path else Store(home()).path(base) if base.content else None
+    config = folder / "config.json" if folder else None
+    if config and config.exists():
+        return Shapes.of_config(json.loads(config.read_text()))
+    return KNOWN_SHAPES.get(recipe.base.kind)
+
+
+def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Estimate:
+    """Return what `stage` of `recipe` costs on `machine`."""
     weights = parameters_of(recipe, base)
-    vocabulary: Any = base.facts.get("vocabulary", 50_000)
     tokens = _tokens(stage, recipe, target)
+    memory = _memory(stage, recipe, base, machine)
     if weights is None or tokens is None:
-        return Estimate(tokens, None, None)
-    rate = FLOPS_PER_SECOND[device]
-    if stage == "train":  # float32 weights, gradients and two AdamW moments; logits, their log-softmax and gradients
-        return Estimate(tokens, 16 * weights + 16 * micro_batch_tokens * vocabulary, 6 * weights * tokens / rate)
-    models = 2 if stage == "evaluate-probe" else 1
-    speed = rate * (DECODING_SHARE if stage in ("probe", "generate") else 1)
-    memory = 4 * weights * models + 8 * micro_batch_tokens * vocabulary
-    return Estimate(tokens, memory, 2 * models * weights * tokens / speed)
+        return Estimate(tokens, memory, None)
+    rate = FLOPS_PER_SECOND[machine.resolved_device()]
+    if stage == "train" and machine.resolved_device() == "cuda":
+        rate *= machine.resolved_training_processes()
+    if stage in ("probe", "generate"):
+        rate *= DECODING_SHARE
+    return Estimate(tokens, memory, _passes(stage, recipe, machine) * 2 * weights * tokens / rate)
+
+
+def _passes(stage: str, recipe: Recipe, machine: Machine) -> float:
+    """Return how many forward passes a token costs; the way back is two."""
+    if stage == "evaluate-probe":
+        return 2
+    if stage == "fisher":
+        return 3
+    return 3 + machine.gradient_checkpointing if stage == "train" else 1
+
+
+def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> float | None:
+    """Return bytes per process."""
+    shapes = shapes_of(recipe, base)
+    if stage == "train" and shapes:
+        return training_memory(shapes, load_of(recipe.train, machine)).total()
+    weights = parameters_of(recipe, base)
+    vocabulary: Any = shapes.vocabulary if shapes else base.facts.get("vocabulary", 50_000)
+    if weights is None or stage not in COMPUTING:
+        return None
+    copies = COMPUTING[stage]
+    return float(4 * weights * copies) + (16 if copies > 2 else 8) * machine.micro_batch_tokens * vocabulary
 
 
 def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
@@ -64,9 +103,13 @@ def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
     facts: Any = target.facts
     if stage == "evaluate-target":
         return float(facts["held_out_tokens"]) if "held_out_tokens" in facts else None
+    if stage == "fisher":
+        return recipe.train.methods.ewc.rows * recipe.generate.length
+    if stage == "weigh":
+        return float(facts["train_tokens"]) if "train_tokens" in facts else None
     if stage == "train" and "train_rows" in facts:
         steps = recipe.train.epochs * -(-facts["train_rows"] // recipe.mix.target_rows)
-        rehearsed = recipe.mix.rehearsal_tokens if recipe.generate.rows and recipe.train.rehearsal_weight else 0
+        rehearsed = recipe.mix.rehearsal_tokens if recipe.generate.rows and recipe.train.rehearsal.weight else 0
         return float(recipe.train.epochs * facts["train_tokens"] + steps * rehearsed)
     return None
 

@@ -6,21 +6,18 @@ Only imported when a figure is drawn.
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
 
+from cfsd.point_labels import Label, write_labels
 from cfsd.summary import Summary
-from cfsd.table import POINTS, number, unit_of, variant_of
+from cfsd.table import POINTS, number, sweep_of, unit_of, variant_of
 
 INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they follow light and dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
@@ -28,19 +25,14 @@ MARKERS = "osD^vPX<>"  # 9 against 7 colours: 63 variants differ in one or the o
 SIZE = 10  # of text, in points; the page shows a figure at most at its own width
 WIDTH = 4.8  # inches
 LONGEST_NAME = 30
-FAR = 16  # points from the marker beyond which a line leads to the name
-SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-PLACES = [(side, far) for far in (8, FAR, 26, 38, 52, 70) for side in SIDES]
+MOST_NAMED = 6  # points of a sweep that are named; of more, about so many, evenly
 QUANTITIES = {"mean_forgetting": "mean forgetting, points", "probe_kl": "probe_kl, nats per token"}
 
 Fig = dict[str, Any]
-Floats = NDArray[np.float64]  # ..._N4: N boxes in pixels: left, bottom, right, top; _P: of P places
-Line = tuple[Sequence[float], Sequence[float]]
-Curves = Mapping[str, Mapping[str, Line]]
 
 
 class Style(NamedTuple):
-    """How one variant looks in every figure; its repeats look alike."""
+    """How one variant looks in every figure; its repeats look alike, and so do the points of a sweep."""
 
     color: str
     marker: str
@@ -57,9 +49,10 @@ class Point(NamedTuple):
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Return the look of each name."""
     names = list(names)
-    variants = list(dict.fromkeys(map(variant_of, names)))
-    looks = [Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(variants))]
-    return {name: looks[variants.index(variant_of(name))] for name in names}
+    alike = {name: sweep.family if (sweep := sweep_of(name)) else variant_of(name) for name in names}
+    groups = list(dict.fromkeys(alike.values()))
+    looks = [Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(groups))]
+    return {name: looks[groups.index(alike[name])] for name in names}
 
 
 def frontier_figure(summaries: list[Summary], quantities: Sequence[str] = tuple(QUANTITIES)) -> Figure:
@@ -95,16 +88,52 @@ def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], labe
     axes.axhline(0, color=LINE, lw=1, zorder=0)
     axes.axvline(0, color=LINE, lw=1, zorder=0)
     axes.plot(0, 0, marker="o", ms=7, mfc="none", mec=INK, ls="none")
+    sweeps = _sweeps(points)
+    for sweep in sweeps:
+        xs, ys = ([getattr(point, axis)["value"] for point in sweep] for axis in "xy")
+        axes.plot(xs, ys, color=look[sweep[0].name].color, lw=0.8, zorder=1)
+    small = {point.name for sweep in sweeps if len(sweep) > MOST_NAMED for point in sweep}
     for point in points:
-        _errorbar(axes, point.x, point.y, look[point.name])
+        _errorbar(axes, point.x, point.y, look[point.name], small=point.name in small)
     axes.margins(0.16)
-    _write_names(axes, [Point("base", nothing, nothing), *points])
+    texts = {point.name: short(point.name) for point in points}
+    for sweep in sweeps:
+        texts |= _sweep_texts(sweep)
+    labels = [_label("base", Point("base", nothing, nothing)), *(_label(texts[p.name], p) for p in points)]
+    write_labels(axes, labels, size=SIZE, color=INK)
 
 
-def _errorbar(axes: Axes, x: Fig, y: Fig, style: Style) -> None:
+def _sweeps(points: list[Point]) -> list[list[Point]]:
+    """Return the points of each sweep in its order, apart for each seed; at least two."""
+    found: dict[tuple[str, str], list[tuple[float, Point]]] = {}
+    for point in points:
+        if sweep := sweep_of(point.name):
+            repeat = point.name[len(variant_of(point.name)) :]
+            found.setdefault((sweep.family, repeat), []).append((sweep.value, point))
+    groups = (sorted(group, key=lambda pair: pair[0]) for group in found.values() if len(group) > 1)
+    return [[point for _, point in group] for group in groups]
+
+
+def _sweep_texts(sweep: list[Point]) -> dict[str, str]:
+    """Return what is written at each point: the name in full at the first, then values, not at every one of many."""
+    step = -(-(len(sweep) - 1) // (MOST_NAMED - 1))
+    last = len(sweep) - 1
+    named = {last, *(i for i in range(0, last, step) if i == 0 or last - i >= step)}
+    values = {p.name: found.text if (found := sweep_of(p.name)) else "" for p in sweep}
+    texts = {point.name: values[point.name] if i in named else "" for i, point in enumerate(sweep)}
+    return texts | {sweep[0].name: short(sweep[0].name)}
+
+
+def _label(text: str, point: Point) -> Label:
+    ends = [(f["value"] if f["low"] is None else f["low"], f["value"] if f["high"] is None else f["high"])
+            for f in (point.x, point.y)]  # fmt: skip
+    return Label(text, point.x["value"], point.y["value"], *ends)
+
+
+def _errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False) -> None:
+    size: Any = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
     axes.errorbar(
-        x["value"], y["value"], xerr=_reach(x), yerr=_reach(y),
-        fmt=style.marker, color=style.color, ms=7, lw=1.4, capsize=2.5,
+        x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), fmt=style.marker, color=style.color, **size,
     )  # fmt: skip
 
 
@@ -128,63 +157,8 @@ def plain_axes(axes: Axes, x: str, y: str) -> None:
         spine.set_visible(name in ("left", "bottom"))
 
 
-def _write_names(axes: Axes, points: list[Point]) -> None:
-    """Write each name near its point, where it covers the least of points, intervals and other names."""
-    assert isinstance(axes.figure, Figure)
-    canvas: Any = FigureCanvasAgg(axes.figure)
-    canvas.draw()  # the layout decides where points lie
-    pixel, inside = axes.figure.dpi / 72, np.array(axes.get_window_extent().extents)
-    taken = np.concatenate([_covered_N4(axes, point, pixel) for point in points])
-    for point in points:
-        xy = (point.x["value"], point.y["value"])
-        note: Any = axes.annotate(
-            _short(point.name), xy, xytext=(0, 0), textcoords="offset points", size=SIZE, color=INK, parse_math=False,
-        )  # fmt: skip
-        note.set_in_layout(False)
-        size, center = note.get_window_extent(canvas.get_renderer()), axes.transData.transform(xy)
-        boxes_P4 = np.array([_place(center, size, side, far * pixel) for side, far in PLACES])
-        best = int(np.argmin(_hidden_P(boxes_P4, taken, inside) + [far for _, far in PLACES]))
-        taken = np.concatenate([taken, boxes_P4[best : best + 1]])
-        note.set_position((boxes_P4[best, :2] - center) / pixel)
-        (right, up), far = PLACES[best]
-        if far > FAR:
-            line = {"arrowstyle": "-", "color": INK, "lw": 0.5}
-            axes.annotate("", xy, (right * (far - 2), up * (far - 2)), textcoords="offset points", arrowprops=line)
-
-
-def _covered_N4(axes: Axes, point: Point, pixel: float) -> Floats:
-    """Return the boxes of a point's marker and of its two intervals."""
-    ends = [[f["value"] if f[k] is None else f[k] for k in ("low", "high")] for f in (point.x, point.y)]
-    (left, right), (bottom, top) = ends
-    x, y = point.x["value"], point.y["value"]
-    corners = np.array([[(x, y), (x, y)], [(left, y), (right, y)], [(x, bottom), (x, top)]], dtype=float)
-    padding = np.array([[5, 5], [1, 1], [1, 1]]) * pixel
-    low, high = (axes.transData.transform(corners[:, i]) for i in (0, 1))
-    return np.concatenate([low - padding, high + padding], axis=1)
-
-
-def _place(center: Any, size: Bbox, side: tuple[int, int], distance: float) -> list[float]:
-    along, up = side
-    x = center[0] + along * distance + (along - 1) / 2 * size.width
-    y = center[1] + up * distance + (up - 1) / 2 * size.height
-    return [x, y, x + size.width, y + size.height]
-
-
-def _hidden_P(boxes_P4: Floats, taken_N4: Floats, inside: Floats) -> Floats:
-    """Return how many square pixels of each box lie on others or, counting tenfold, outside of the axes."""
-    on_others_P: Floats = _shared(boxes_P4[:, None], taken_N4[None]).sum(1)
-    outside_P = _shared(boxes_P4, boxes_P4) - _shared(boxes_P4, inside[None])
-    return on_others_P + 10 * outside_P
-
-
-def _shared(one: Floats, other: Floats) -> Floats:
-    """Return the area that boxes (..., 4) of left, bottom, right, top have in common, broadcast."""
-    low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
-    shared: Floats = np.clip(high - low, 0, None).prod(-1)
-    return shared
-
-
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """Return a name that fits beside a point or into a legend."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
@@ -212,10 +186,10 @@ def _forest(benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, 
     for benchmark, found in benchmarks.items():
         if grouped:
             headings.add(len(labels))
-            labels.append(_short(benchmark))
+            labels.append(short(benchmark))
         for name, result in found:
             _forest_row(axes, len(labels), result, look[name])
-            labels.append(_short(name) if grouped else _short(benchmark))
+            labels.append(short(name) if grouped else short(benchmark))
     axes.set_yticks(range(len(labels)), labels)
     for row, text in enumerate(axes.get_yticklabels()):
         text.set_parse_math(False)
@@ -237,31 +211,6 @@ def _forest_row(axes: Axes, y: int, result: dict[str, Any], style: Style) -> Non
 def _beside(axes: Axes, y: float, text: str) -> None:
     place: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
     axes.text(1.03, y, text, size=SIZE - 1, color=INK, **place)
-
-
-def curve_figures(curves: Curves) -> dict[str, Figure]:
-    """Return a figure per loss, a line per variant; `curves[loss][variant]` is steps and nats per token."""
-    look = styles(dict.fromkeys(name for lines in curves.values() for name in lines))
-    return {loss: _curve(lines, loss, look) for loss, lines in curves.items()}
-
-
-def _curve(lines: Mapping[str, Line], loss: str, look: dict[str, Style]) -> Figure:
-    figure = Figure((WIDTH, 2.8 + (0.07 * len(lines) if len(lines) > 1 else 0)), layout="constrained")
-    axes = figure.subplots()
-    plain_axes(axes, "optimizer step", f"{loss} loss, nats per token")
-    for name, (steps, values) in lines.items():
-        style = look[name]
-        axes.plot(
-            steps, values, color=style.color, marker=style.marker, ms=5, lw=1.4,
-            markevery=max(1, len(steps) // 6), label=_short(name),
-        )  # fmt: skip
-    if len(look) > 1:
-        legend = figure.legend(
-            loc="outside lower center", ncols=min(3, len(lines)), frameon=False, fontsize=SIZE - 1, labelcolor=INK
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    return figure
 
 
 def svg_of(figure: Figure, name: str, description: str) -> str:

@@ -12,6 +12,7 @@ from cfsd.errors import BadInput
 
 HOME_VARIABLE = "CFSD_HOME"
 SAMPLING = ("probe", "generate")  # the stages whose work is divided into shards
+TRAINING = "train"  # the stage whose work is done by several processes at once
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
@@ -45,7 +46,16 @@ class Machine(BaseModel):
     micro_batch_tokens: PositiveInt = Field(
         1024, description="Most tokens, padding included, that one forward and backward pass holds"
     )
-
+    training_processes: PositiveInt | None = Field(
+        None, description="Processes that train one model together; empty: one per GPU, or one on CPU"
+    )
+    sharding: Literal["replicate", "shard"] = Field(
+        "replicate",
+        description="replicate: every training process holds the whole model (DDP); shard: a part of it (FSDP2; CUDA)",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each layer's activations anew on the way back: less memory, about a third more time"
+    )
     checkpoint_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints: what a kill can cost")
 
     @model_validator(mode="after")
@@ -79,6 +89,25 @@ class Machine(BaseModel):
 
         return torch.cuda.device_count()
 
+    def resolved_training_processes(self) -> int:
+        """Return how many processes train one model together."""
+        if self.training_processes or self.resolved_device() == "cpu":
+            return self.training_processes or 1
+        import torch
+
+        return torch.cuda.device_count()
+
+    def resolved_sharding(self) -> Literal["replicate", "shard"]:
+        """Return how the training processes divide the model. Raises BadInput where sharding would do nothing."""
+        if self.sharding == "shard":
+            device, processes = self.resolved_device(), self.resolved_training_processes()
+            if device == "cpu" or processes == 1:
+                raise BadInput(
+                    f"machine.sharding is shard, but {processes} process{'es' if processes > 1 else ''} on {device} "
+                    "would train; sharding needs CUDA and machine.training_processes above 1: set it to replicate"
+                )
+        return self.sharding
+
     def resolved_threads(self, processes: int = 1) -> int:
         """Return the number of CPU threads of each of `processes`."""
         if self.threads:
@@ -94,15 +123,16 @@ class Machine(BaseModel):
 
     def environment(self, stage: str) -> dict[str, JsonValue]:
         """Return what a draft of `stage` must share with the process that continues it, for equal bits."""
-        sampling = stage in SAMPLING
-        shape: dict[str, JsonValue] = (
-            {"sampling_rows": self.sampling_rows, "engine": self.engine}
-            if sampling
-            else {"micro_batch_tokens": self.micro_batch_tokens}
-        )
+        shape: dict[str, JsonValue] = {"micro_batch_tokens": self.micro_batch_tokens}
+        processes = 1
+        if stage in SAMPLING:
+            shape, processes = {"sampling_rows": self.sampling_rows, "engine": self.engine}, self.resolved_processes()
+        elif stage == TRAINING:  # both decide in which order gradients are summed
+            processes = self.resolved_training_processes()
+            shape |= {"training_processes": processes, "sharding": self.resolved_sharding()}
         return shape | {
             "device": self.resolved_device(),
-            "threads": self.resolved_threads(self.resolved_processes() if sampling else 1),
+            "threads": self.resolved_threads(processes),
             "python": platform.python_version(),
             **{name: version(name) for name in COUNTED_PACKAGES},
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt
 
@@ -12,24 +12,35 @@ from cfsd.spec import Spec
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from cfsd.flow_weights import Weights
+
 SHARD_TOKENS = 1 << 22  # a shard ends with the batch that reaches it: 17 MB, or the longest 4,096 rows
 
 
 class MixSpec(Spec):
-    """What one global batch holds. Devices and micro-batches only arrange its rows."""
+    """What one global batch holds, and what its rows weigh. Devices and micro-batches only arrange its rows."""
+
+    neutral: ClassVar[dict[str, Any]] = {"flow": "off", "flow_average": "token"}
 
     target_rows: PositiveInt = Field(8, description="Target rows per global batch")
     rehearsal_tokens: NonNegativeInt = Field(
         1024, description="Most rehearsal tokens per global batch, in whole rows, at least one"
     )
     seed: NonNegativeInt | None = Field(None, description="Order of the rows of each source; empty: the recipe's")
+    flow: Literal["off", "sample", "token"] = Field(
+        "off", description="FLOW: weigh target rows (sample) or each of their tokens by how well the base predicts them"
+    )
+    flow_average: Literal["token", "row"] = Field(
+        "token", description="flow only: what counts the same before weights: every token, or every row as in the paper"
+    )
 
 
-def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft) -> None:
+def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
     """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
 
     Of a corpus row the tokens that have a log-probability count: sampled ones, not given ones. Log-probabilities
-    themselves stay in the corpus, where `source` and `row_id` find them.
+    themselves stay in the corpus, where `source` and `row_id` find them. With FLOW, target rows (or their tokens) get
+    the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
     """
     import pyarrow.parquet as pq
 
@@ -38,33 +49,73 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft) -> None:
     paths = [*shards(target, "train"), *shards(corpus, "corpus")]
     done, total = 0, sum(pq.read_metadata(path).num_rows for path in paths)
     sizes: dict[str, tuple[int, int]] = {}
-    for index, table in enumerate(_tables(_mixed(target, corpus), sizes)):
+    weights = _weights(spec, losses)
+    for index, table in enumerate(_tables(_mixed(target, corpus, weights), sizes)):
         write_shard(draft.folder, "mixture", index, table)
         done += table.num_rows
         draft.journal.progress(done, total, "rows")
-    draft.facts |= _facts(sizes, spec)
+    draft.facts |= _facts(sizes, spec) | _weight_facts(spec, weights)
 
 
-def _mixed(target: Path, corpus: Path) -> "Iterator[pa.RecordBatch]":
+def _weights(spec: MixSpec, losses: Path | None) -> "Weights | None":
+    from cfsd.flow_weights import flow_weights
+
+    if spec.flow == "off":
+        return None
+    assert losses, "FLOW weighs rows by the base's losses"
+    return flow_weights(losses, spec.flow, spec.flow_average)
+
+
+def _mixed(target: Path, corpus: Path, weights: "Weights | None") -> "Iterator[pa.RecordBatch]":
     """Yield the rows of both in the form of the mixture."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from cfsd.rows import MIXTURE, SEQUENCE, batches
+    from cfsd.rows import SEQUENCE, batches, mixture_schema
 
     names = [name for name, _ in SEQUENCE]
+    schema = mixture_schema(token_weights=weights is not None and weights.token_N is not None)
 
-    def with_loss(batch: pa.RecordBatch, supervised: pa.ListArray) -> pa.RecordBatch:
-        weight = pa.array(np.ones(batch.num_rows, np.float32))
-        return pa.record_batch([*(batch[name] for name in names), supervised, weight], schema=MIXTURE)
+    def with_loss(batch: pa.RecordBatch, supervised: pa.ListArray, weighed: list[pa.Array]) -> pa.RecordBatch:
+        columns = [*(batch[name] for name in names), supervised, *weighed]
+        return pa.record_batch(columns[: len(schema)], schema=schema)
 
+    row = 0
     for batch in batches(target, "train", [*names, "supervised"]):
-        yield with_loss(batch, batch["supervised"])
+        weighed = _weighed(batch, weights, row) if weights else _all_one(batch.num_rows)
+        yield with_loss(batch, batch["supervised"], weighed)
+        row += batch.num_rows
     for batch in batches(corpus, "corpus", [*names, "logprobs"]):
         ends = pc.list_value_length(batch["logprobs"]).to_numpy().cumsum(dtype=np.int32)
         offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-        yield with_loss(batch, pa.ListArray.from_arrays(offsets, batch["logprobs"].flatten().is_valid()))
+        sampled = pa.ListArray.from_arrays(offsets, batch["logprobs"].flatten().is_valid())
+        yield with_loss(batch, sampled, _all_one(batch.num_rows))
+
+
+def _all_one(rows: int) -> "list[pa.Array]":
+    import numpy as np
+    import pyarrow as pa
+
+    return [pa.array(np.ones(rows, np.float32)), pa.nulls(rows, pa.list_(pa.float32()))]
+
+
+def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.Array]":
+    """Return the weights of the target's rows from `row` on, and of their tokens (0 where no loss lies)."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = slice(row, row + batch.num_rows)
+    assert np.array_equal(weights.ids_R[rows], batch["row_id"].to_numpy()), "losses of another target"
+    if weights.token_N is None:
+        return [pa.array(weights.row_R[rows])]
+    counted_T = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
+    weight_T = np.zeros(len(counted_T), np.float32)
+    weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
+    ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
+    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
+    return [pa.array(np.ones(batch.num_rows, np.float32)), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
 
 
 def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]) -> "Iterator[pa.Table]":
@@ -112,4 +163,19 @@ def _facts(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, JsonVa
         "batch_target_rows": spec.target_rows,
         "batch_rehearsal_tokens": spec.rehearsal_tokens if rehearsal_rows else 0,
         "seed": spec.seed,
+    }
+
+
+def _weight_facts(spec: MixSpec, weights: "Weights | None") -> dict[str, JsonValue]:
+    import numpy as np
+
+    if weights is None:
+        return {}
+    weight = weights.row_R if weights.token_N is None else weights.token_N
+    return {
+        "flow": spec.flow,
+        "tau": weights.tau,
+        "smallest_weight": float(weight.min()),
+        "median_weight": float(np.median(weight)),
+        "largest_weight": float(weight.max()),
     }

@@ -1,13 +1,14 @@
-"""A mixture in memory: five bytes per token and 22 per row. R rows, T tokens."""
+"""A mixture in memory: five bytes per token and 22 per row, with weights per token nine and 30. R rows, T tokens."""
 
 from array import array
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from cfsd.objective import Row
-from cfsd.rows import batches
+from cfsd.packs import Row
+from cfsd.rows import batches, shards
 
 
 class MixtureRows:
@@ -19,7 +20,10 @@ class MixtureRows:
         # They grow in place; to join as many NumPy arrays would take twice the memory.
         ids_T, supervised_T, ends_R = array("i"), array("b"), array("q", [0])
         counts_R, weight_R, source_R = array("q"), array("f"), array("h")
-        for batch in batches(folder, "mixture", ["source", "token_ids", "supervised", "weight"]):
+        token_weight_T, weight_ends_R = array("f"), array("q", [0])
+        names = ["source", "token_ids", "supervised", "weight"]
+        self._per_token = "token_weights" in pq.read_schema(shards(folder, "mixture")[0]).names
+        for batch in batches(folder, "mixture", [*names, "token_weights"] if self._per_token else names):
             flags = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
             row_T = pc.list_parent_indices(batch["supervised"]).to_numpy()
             lengths = pc.list_value_length(batch["token_ids"]).to_numpy()
@@ -28,9 +32,14 @@ class MixtureRows:
             ends_R.frombytes((ends_R[-1] + lengths.cumsum(dtype=np.int64)).tobytes())
             counts_R.frombytes(np.bincount(row_T[flags], minlength=batch.num_rows).tobytes())
             weight_R.frombytes(batch["weight"].to_numpy().tobytes())
+            if self._per_token:
+                token_weight_T.frombytes(batch["token_weights"].flatten().to_numpy().tobytes())
+                lengths = pc.fill_null(pc.list_value_length(batch["token_weights"]), 0).to_numpy()
+                weight_ends_R.frombytes((weight_ends_R[-1] + lengths.cumsum(dtype=np.int64)).tobytes())
             source_R.extend(codes.setdefault(name, len(codes)) for name in batch["source"].to_pylist())
         self._ids_T, self._supervised_T = np.asarray(ids_T), np.asarray(supervised_T).view(np.bool_)
         self._ends_R, self._weight_R, self._source_R = ends_R, weight_R, source_R
+        self._token_weight_T, self._weight_ends_R = np.asarray(token_weight_T), weight_ends_R
         self._names, self._counts_R = list(codes), counts_R
 
     def __len__(self) -> int:
@@ -45,7 +54,21 @@ class MixtureRows:
             self._ids_T[tokens].tolist(),
             self._supervised_T[tokens].tolist(),
             self._weight_R[index],
+            self._token_weights(index),
         )
+
+    def _token_weights(self, index: int) -> list[float] | None:
+        if not self._per_token or self._weight_ends_R[index] == self._weight_ends_R[index + 1]:
+            return None
+        return self._token_weight_T[self._weight_ends_R[index] : self._weight_ends_R[index + 1]].tolist()
+
+    def first_rehearsal_row(self) -> int:
+        """Return how many rows the target has; the corpus' row j is row j + this of the mixture."""
+        return sum(self._names[code] == "target" for code in self._source_R)
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens every row has."""
+        return np.diff(np.asarray(self._ends_R)).tolist()
 
     def sources(self) -> list[str]:
         """Return the source of every row."""

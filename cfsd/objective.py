@@ -1,77 +1,152 @@
 """The loss: token-mean over the target + weight x token-mean over the rehearsal, each over the global batch.
 
-B rows, T tokens, V vocabulary.
+B rows, T tokens, N tokens that count, D hidden width.
 
 Source: Bansal and Sanghavi 2025, arXiv:2505.13811. Differs: the paper sums over whole strings; a token mean with a
 weight of its own does not change with lengths or batch layout, lambda_string = lambda x mean response tokens
-/ mean rehearsal tokens.
+/ mean rehearsal tokens. The divergence in place of the likelihood is the same expectation with less variance
+(chain rule); Marek et al. 2026, arXiv:2605.26097, found it to keep more.
 """
 
-from collections.abc import Sequence
+import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from cfsd.microbatch import arrange, pad
+from cfsd.packs import Pack
+from cfsd.rehearsal import RehearsalSpec
+from cfsd.token_loss import Head, Reference, token_losses
 
-
-class Pack(NamedTuple):
-    """Rows that one forward pass holds. Entry t belongs to token t, which token t-1 predicts."""
-
-    token_ids_BT: Tensor
-    coefficient_BT: Tensor  # what the token's -log p is multiplied by; 0: not in the loss
-    target_BT: Tensor  # bool: the token belongs to the target's loss
+log = logging.getLogger(__name__)
 
 
 class Losses(NamedTuple):
-    """The loss of a pack, to be differentiated, and plain sums of -log p in nats, to be looked at."""
+    """The loss of a pack, to be differentiated, and plain sums over its tokens in nats, to be looked at."""
 
     loss: Tensor
     target_nll: Tensor
-    rehearsal_nll: Tensor
+    rehearsal: Tensor  # in the form that is trained on
+    divergence: Tensor  # from the base, over tokens of rehearsal rows seen for the first time; 0 where not known
 
 
-class Row(NamedTuple):
-    """One row of the mixture."""
+class Objective:
+    """Turns a model's forward pass into that of a pack, so that the whole loss lies within one call of the model.
 
-    source: str
-    token_ids: list[int]
-    supervised: list[bool]
-    weight: float
+    DDP and FSDP gather weights and exchange gradients around that call; an output layer that is used outside of it
+    would have no weights there.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None) -> None:
+        """Take over the forward pass of `model`; `base` is needed where its law is the live reference."""
+        self.model, self.spec, self.base = model, spec, base
+        self.head_of = head_of(model)
+        self._plain: Any = model.forward
+        model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
+
+    def remove(self) -> None:
+        """Give the model its own forward pass back."""
+        del self.model.forward
+
+    def forward(
+        self, *args: Any, pack: Pack | None = None, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None,
+        **named: Any,
+    ) -> Any:  # fmt: skip
+        """Return the Losses of `pack`; without one, whatever the model itself returns."""
+        if pack is None:
+            return self._plain(*args, **named)
+        return self.losses(pack, rehearsal_weight, spec or self.spec)
+
+    def losses(self, pack: Pack, rehearsal_weight: float, spec: RehearsalSpec) -> Losses:
+        """Return the losses of `pack`, its rehearsal's in the form of `spec`."""
+        counted_BT, target_BT = pack.coefficient_BT[:, 1:] != 0, pack.target_BT[:, 1:]
+        masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
+        given_ND, head = self._given(self.model, pack.token_ids_BT, masks)
+        next_N = _picked(pack.token_ids_BT[:, 1:], masks)
+        num_target = int(masks[0].sum())
+        coefficient_N = _picked(pack.coefficient_BT[:, 1:], masks)
+        coefficient_N[num_target:] *= rehearsal_weight
+        found = token_losses(given_ND, head, next_N, coefficient_N, self._reference(pack, masks[1], spec))
+        fresh_M = pack.fresh_BT[:, 1:][masks[1]]
+        divergence_M = self._divergence(pack, found.loss_N[num_target:], found.nll_N[num_target:], spec)
+        sums = found.nll_N[:num_target].sum(), found.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
+        return Losses(found.total, *sums)
+
+    def _given(self, model: PreTrainedModel, token_ids_BT: Tensor, masks: tuple[Tensor, ...]) -> tuple[Tensor, Head]:
+        """Return the hidden states of the tokens that count and the head, or their logits and no head."""
+        head = self.head_of(model)
+        if head is None:
+            logits: Tensor = (self._plain if model is self.model else model)(
+                input_ids=token_ids_BT, use_cache=False
+            ).logits
+            return _picked(logits[:, :-1], masks), Head(None)
+        hidden: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        return _picked(hidden[:, :-1], masks), head
+
+    def _reference(self, pack: Pack, rehearsal_BT: Tensor, spec: RehearsalSpec) -> Reference | None:
+        rows_B = rehearsal_BT.any(1)
+        if spec.loss == "nll" or not bool(rows_B.any()):
+            return None
+        if spec.reference == "stored":
+            return Reference(pack.stored, spec.tail)
+        assert self.base is not None
+        with torch.no_grad():
+            hidden_MD, head = self._given(self.base, pack.token_ids_BT[rows_B], (rehearsal_BT[rows_B],))
+        return Reference(hidden_MD=hidden_MD, head=head)
+
+    def _divergence(self, pack: Pack, loss_M: Tensor, nll_M: Tensor, spec: RehearsalSpec) -> Tensor:
+        """Return the divergence per rehearsal token: dense, or from the drawn token where that is all there is."""
+        if spec.loss == "kl":
+            return loss_M
+        return nll_M + pack.stored.drawn_M.to(nll_M) if pack.stored is not None else torch.zeros_like(nll_M)
 
 
-def packs_of(rows: Sequence[Row], rehearsal_weight: float, most_tokens: int) -> list[Pack]:
-    """Return the packs of one global batch. Their losses add up to the batch's loss, however they are cut."""
-    counts = {True: 0, False: 0}
-    for row in rows:
-        counts[row.source == "target"] += sum(row.supervised)
-    weights = {True: 1.0, False: rehearsal_weight}
-    packs = []
-    for group in arrange([len(row.token_ids) for row in rows], most_tokens):
-        members = [rows[i] for i in group]
-        coefficients = []
-        for row in members:
-            part = row.source == "target"
-            scale = row.weight * weights[part] / counts[part] if counts[part] else 0.0
-            coefficients.append([scale if counted else 0.0 for counted in row.supervised])
-        marks = [[row.source == "target" and counted for counted in row.supervised] for row in members]
-        token_ids = pad([row.token_ids for row in members])
-        packs.append(Pack(token_ids, pad(coefficients, torch.float64), pad(marks, torch.bool)))
-    return packs
+def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([values[mask] for mask in masks])
 
 
-def losses(model: nn.Module, pack: Pack) -> Losses:
-    """Return the losses of `pack`; logits exist only where some row's next token counts."""
-    wanted_BT = pack.coefficient_BT[:, 1:] != 0
-    columns = wanted_BT.any(0).nonzero()[:, 0]
-    output: Any = model(input_ids=pack.token_ids_BT, use_cache=False, logits_to_keep=columns)
-    mask_BK = wanted_BT[:, columns]
-    logits_NV = output.logits[mask_BK]
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    next_N = pack.token_ids_BT[:, 1:][:, columns][mask_BK]
-    nll_N = nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
-    coefficient_N = pack.coefficient_BT[:, 1:][:, columns][mask_BK].to(nll_N.dtype)
-    target_N = pack.target_BT[:, 1:][:, columns][mask_BK]
-    plain_N = nll_N.detach()
-    return Losses((coefficient_N * nll_N).sum(), plain_N[target_N].sum(), plain_N[~target_N].sum())
+def losses(
+    model: nn.Module, pack: Pack, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None
+) -> Losses:  # fmt: skip
+    """Return the losses of `pack` by a model that an Objective has taken over, however it is wrapped."""
+    found: Losses = model(pack=pack, rehearsal_weight=rehearsal_weight, spec=spec)
+    return found
+
+
+@torch.no_grad()
+def head_of(model: PreTrainedModel) -> Any:
+    """Return a function that gives the output layer of a model like `model`, or None where it is more than one.
+
+    Found by trying: the logits of a few tokens against those of each form that is known.
+    """
+    layer: Any = model.get_output_embeddings()
+    config: Any = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+
+    def head(model: PreTrainedModel) -> Head:
+        layer: Any = model.get_output_embeddings()
+        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+    if isinstance(layer, nn.Linear) and _gives_the_logits(model, head(model)):
+        return head
+    log.warning("%s: the output is more than one linear layer; all logits of a pack are held at once", type(model))
+    return lambda model: None
+
+
+def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
+    token_ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    try:
+        wanted: Any = model(input_ids=token_ids, use_cache=False).logits
+        hidden: Any = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(training)
+    assert head.weight_VD is not None
+    found = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
+    if head.softcap is not None:
+        found = (found / head.softcap).tanh() * head.softcap
+    return bool(torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3))

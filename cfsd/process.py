@@ -1,6 +1,7 @@
 """Run a stage in a process of its own, which ends with its parent and says why it ended.
 
-The parent writes request.json into the draft; the child answers with facts.json, or with error.json.
+The parent writes request.json into the draft; the child answers with facts.json, or with error.json. Several processes
+that work together are one child to their parent: a launcher (`cfsd.launch`), whose ranks serve the request.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from pydantic import JsonValue
 from cfsd.artifact import ERROR, FACTS, LOG, REQUEST
 from cfsd.content import write_json
 from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
+from cfsd.remedies import memory_remedies
 
 KINDS: dict[str, type[CfsdError]] = {
     "bad_input": BadInput,
@@ -33,21 +35,30 @@ KINDS: dict[str, type[CfsdError]] = {
 }
 STOP_SECONDS = 120  # a stopping child writes a checkpoint first
 PR_SET_PDEATHSIG = 1
+WRITER_LOCK = ".writer.lock"
+RANKS = ".ranks"  # a file per rank that failed
+RANK = "RANK"  # set by the launcher alone
+PARENT = "CFSD_PARENT"  # a child that starts slowly may find that its parent is gone already
+DISTRIBUTED = (RANK, "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 class Child:
     """`python -m module folder` in a process group of its own; what it says lies in `folder`."""
 
-    def __init__(self, module: str, folder: Path, request: str, environment: dict[str, str] | None = None) -> None:
-        """Start it, with `environment` on top of this process' own."""
+    def __init__(
+        self, module: str, folder: Path, request: str, environment: dict[str, str] | None = None, processes: int = 1
+    ) -> None:
+        """Start it, or a launcher of `processes` of it, with `environment` on top of this process' own."""
         self.folder = folder
         for name in (ERROR, FACTS):
             (folder / name).unlink(missing_ok=True)
         (folder / REQUEST).write_text(request)
+        words = [module, str(folder)] if processes == 1 else ["cfsd.launch", str(folder), module, str(processes)]
+        inherited = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
         with (folder / LOG).open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(folder)],
-                stdout=log, stderr=log, start_new_session=True, env={**os.environ, **(environment or {})},
+                [sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True,
+                env={**inherited, PARENT: str(os.getpid()), **(environment or {})},
             )  # fmt: skip
 
     def stop(self) -> None:
@@ -68,12 +79,12 @@ class Child:
         raise _error_of(self.folder, self.process.returncode)
 
 
-def run_in_process(module: str, folder: Path, request: str) -> dict[str, JsonValue]:
-    """Run `python -m module folder` to its end and return the facts it wrote.
+def run_in_process(module: str, folder: Path, request: str, processes: int = 1) -> dict[str, JsonValue]:
+    """Run `python -m module folder`, in `processes` that work together, and return the facts that it (rank 0) wrote.
 
     An interrupt here ends the child first. Raises what the child's error.json says.
     """
-    child = Child(module, folder, request)
+    child = Child(module, folder, request, processes=processes)
     try:
         child.process.wait()
     except BaseException:
@@ -86,45 +97,69 @@ def _error_of(folder: Path, code: int) -> CfsdError:
     if (folder / ERROR).exists():
         error = json.loads((folder / ERROR).read_text())
         return KINDS[error["kind"]](error["message"])
+    if code == -signal.SIGTERM:
+        return Stopped("stopped before a step was done; run again")
+    return Crashed(f"the process ended with code {code} and no word; {log_end(folder)}")
+
+
+def log_end(folder: Path) -> str:
+    """Return the end of a draft's log, for a message."""
     tail = "\n".join((folder / LOG).read_text().splitlines()[-15:])
-    return Crashed(f"the process ended with code {code} and no word; the end of {folder / LOG}:\n{tail}")
+    return f"the end of {folder / LOG}:\n{tail}"
 
 
 def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
-    """Do `work(folder, request)` for the folder in sys.argv, as the child of `run_in_process`."""
-    folder = Path(sys.argv[1])
+    """Do `work(folder, request)` for the folder in sys.argv, as the child of `run_in_process` or one rank of it."""
+    folder, rank = Path(sys.argv[1]), os.environ.get(RANK)
     end_with_parent()
-    with FileLock(folder / ".writer.lock"):  # an orphan of an earlier attempt may need a moment to die
+    # an orphan of an earlier attempt may need a moment to die; the launcher holds the draft's own lock
+    with FileLock(folder / (WRITER_LOCK if rank is None else f".writer.{rank}.lock")):
+        request = (folder / REQUEST).read_text()
         try:
-            write_json(folder / FACTS, work(folder, (folder / REQUEST).read_text()))
+            facts = work(folder, request)
         except Exception as error:
+            now = time.time()
             traceback.print_exc()
-            write_json(folder / ERROR, _described(error))
+            word = _described(error, request)
+            if rank is None:
+                write_json(folder / ERROR, word)
+            else:
+                write_json(folder / RANKS / f"{rank}.json", word | {"rank": int(rank), "time": now})
             sys.exit(1)
+        if rank in (None, "0"):
+            write_json(folder / FACTS, facts)
+        if rank is not None:
+            _leave_the_others()
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def _leave_the_others() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _described(error: Exception, request: str) -> dict[str, Any]:
     for kind, cls in KINDS.items():
         if isinstance(error, cls):
             return {"kind": kind, "message": str(error)}
     if is_out_of_memory(error):
-        remedy = "lower machine.micro_batch_tokens, target.max_length or generate.length"
-        return {"kind": "out_of_memory", "message": f"out of memory ({error}); {remedy}"}
+        return {"kind": "out_of_memory", "message": f"out of memory ({error}); {memory_remedies(request)}"}
     return {"kind": "crash", "message": f"{type(error).__name__}: {error}"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error` is a device's or the allocator's complaint about memory."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError):
+        return True
+    if (torch := sys.modules.get("torch")) and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU allocator's words
 
 
 def end_with_parent() -> None:
     """Make this process die when its parent does, even when that is killed."""
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT) or os.getppid())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

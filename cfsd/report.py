@@ -12,17 +12,15 @@ import yaml
 
 from cfsd.artifact import Artifact, Store
 from cfsd.corpus_page import corpora_of
-from cfsd.journal import read_metrics
 from cfsd.page import write_page
 from cfsd.summary import Scores, Summary, Trail, table
 from cfsd.table import lines_of, number, unit_of
+from cfsd.training_story import names_of_models, panels_of
 from cfsd.verdict import verdict, warnings
 
 MOST_WORSE, MOST_BETTER = 3, 1  # items shown per benchmark
 FACTS = 8
 TEMPLATE = "report.html.j2"
-CURVES = {"target": "train/target_loss", "rehearsal": "train/rehearsal_loss"}
-CURVE_POINTS = 150
 ROLES = ("final", "tuned", "mixture", "chosen", "target", "selected", "kept", "corpus", "probe", "base")
 SELECTED_FROM = {"chosen": "target", "selected": "kept"}  # the same artifact where nothing was selected
 MADE_FROM = {  # an artifact whose first source is not there came from outside
@@ -64,6 +62,8 @@ def write_report(
         lineage={trail.name: _lineage(trail) for trail in trails},
         recipes=_recipes(trails),
         costs=_costs(trails),
+        models=names_of_models(trails),
+        trainings=_trainings(trails, summaries),
         versions=_versions(store, trails),
     )
 
@@ -72,40 +72,25 @@ def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[
     """Return the figures of each section as SVG, which the template may trust."""
     from markupsafe import Markup
 
-    from cfsd import figures
+    from cfsd import curves, figures
 
+    panels, models = panels_of(store, trails), names_of_models(trails)
+    names = [summary.name for summary in summaries]
+    benchmarks = {panel.name for panel in panels if panel.is_benchmark}
+    drawn = curves.curve_figures(panels, names, models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
     sections = {
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
-        "curves": figures.curve_figures(_curves(store, trails)),
+        "curves": {name: figure for name, figure in drawn.items() if name not in benchmarks},
+        "watched": {name: figure for name, figure in drawn.items() if name in benchmarks},
     }
     return {
         section: {
-            name: Markup(figures.svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in drawn.items()
+            name: Markup(figures.svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in found.items()
         }
-        for section, drawn in sections.items()
+        for section, found in sections.items()
     }
-
-
-def _curves(store: Store, trails: list[Trail]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Return the losses of training, each averaged over blocks of steps where there are many steps."""
-    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for trail in trails:
-        if "tuned" not in trail.artifacts:
-            continue
-        records = [r for r in read_metrics(store.path(trail.artifacts["tuned"])) if r["name"] in CURVES.values()]
-        for loss, metric in CURVES.items():
-            if found := [(r["step"], r["value"]) for r in records if r["name"] == metric]:
-                curves.setdefault(loss, {})[trail.name] = _in_blocks(found)
-    return curves
-
-
-def _in_blocks(found: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    size = -(-len(found) // CURVE_POINTS)
-    blocks = [found[i : i + size] for i in range(0, len(found), size)]
-    steps, values = ([sum(pair[k] for pair in block) / len(block) for block in blocks] for k in (0, 1))
-    return steps, values
 
 
 def _flips(store: Store, trail: Trail) -> dict[str, list[dict[str, Any]]]:
@@ -245,6 +230,12 @@ def _costs(trails: list[Trail]) -> list[dict[str, Any]]:
             entry["tokens"] = step.artifact.facts.get("tokens")
             entry["made" if step.executed else "found"].append(trail.name)
     return list(found.values())
+
+
+def _trainings(trails: list[Trail], summaries: list[Summary]) -> list[dict[str, Any]]:
+    """Return a row per trained model: its variants and what its training cost."""
+    names = names_of_models(trails)
+    return [{"name": names[s.name], **s.training} for s in summaries if s.name in names and s.training]
 
 
 def _versions(store: Store, trails: list[Trail]) -> dict[str, str]:

@@ -11,11 +11,13 @@ from cfsd.microbatch import arrange, pad
 
 @torch.inference_mode()
 def score_responses(
-    model: PreTrainedModel, rows: list[dict[str, Any]], most_tokens: int, on_progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
+    model: PreTrainedModel, rows: list[dict[str, Any]], most_tokens: int, on_progress: Callable[[int], None],
+    *, per_token: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return per row the summed -log p of its supervised tokens and how many are the model's first choice.
 
     All of them first choice is the same as: greedy decoding of the prompt writes exactly this response.
+    `per_token` adds `token_nll`, the -log p of each supervised token.
     """
     found: dict[int, dict[str, Any]] = {}
     for group in arrange([len(row["token_ids"]) for row in rows], most_tokens):
@@ -28,10 +30,11 @@ def score_responses(
             next_N = token_ids_BT[place, 1:][wanted_BT[place]]
             nll_N = torch.nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
             found[i] = {
-                **{k: rows[i][k] for k in ("row_id", "prompt", "response")},
+                **{k: rows[i][k] for k in ("row_id", "prompt", "response") if k in rows[i]},
                 "nll": nll_N.double().sum().item(),
                 "correct": int((logits_NV.argmax(-1) == next_N).sum()),
                 "count": len(next_N),
+                **({"token_nll": nll_N.tolist()} if per_token else {}),
             }
         on_progress(len(found))
     return [found[i] for i in range(len(rows))]

@@ -29,6 +29,14 @@ TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
 MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
+LOSSES = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("nll", pa.float64()),  # summed over supervised tokens, nats
+        ("count", pa.int64()),
+        ("token_nll", pa.list_(pa.float32())),  # of each supervised token
+    ]
+)
 REJECTS = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -70,6 +78,11 @@ def corpus_schema(top_logprobs: int, vocabulary: int) -> pa.Schema:
     ids = pa.uint16() if vocabulary <= NARROW_IDS else pa.int32()
     stored = {"topk_ids": ids, "topk_logprobs": pa.float16(), "rest_logprob": pa.float32()}
     return pa.schema([*CORPUS, *((name, pa.list_(kind)) for name, kind in stored.items())])
+
+
+def mixture_schema(*, token_weights: bool) -> pa.Schema:
+    """Return the columns of a mixture; `token_weights` has an entry per token, null where all of a row's are 1."""
+    return MIXTURE.append(pa.field("token_weights", pa.list_(pa.float32()))) if token_weights else MIXTURE
 
 
 def shard_path(folder: Path, name: str, index: int) -> Path:

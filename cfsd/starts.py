@@ -1,16 +1,15 @@
 """What a row begins with where it is not the start token alone: a chat template's opening, or a target's prompt."""
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from cfsd.chat_date import dated_template
 from cfsd.errors import BadInput
 from cfsd.rows import batches
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTENT = "Xqzcontentqzx"  # what a user says so that the place can be found; no template writes or changes it
-TODAY = datetime(2024, 7, 26)
-DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 OTHER_SOURCES = "set generate.source to context-free, or take a model tuned for chats"
 
 
@@ -65,10 +62,10 @@ def _around_content(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise BadInput(f"generate.source is template, but this model has no chat template; {OTHER_SOURCES}")
     try:
-        template = DATE.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
         text: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": CONTENT}], chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+            [{"role": "user", "content": CONTENT}], chat_template=dated_template(tokenizer),
+            add_generation_prompt=True, tokenize=False,
+        )  # fmt: skip
     except (TemplateError, TypeError, ValueError) as error:
         raise BadInput(f"this model's chat template cannot write a user's turn ({error}); {OTHER_SOURCES}") from error
     parts = str(text).split(CONTENT)

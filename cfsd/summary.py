@@ -1,5 +1,6 @@
 """Summary: what one variant learned and forgot, joined from its artifacts; `summary.json` for many variants."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,27 @@ class Summary(BaseModel):
     mean_forgetting: dict[str, Any] | None
     benchmarks: dict[str, dict[str, Any]]
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
+    budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
+    stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap
+    training: dict[str, Any] | None = None  # seconds, tokens, peak_memory, …; None for a model from outside
     seconds: dict[str, float]
     executed: list[str]
     cached: list[str]
 
 
-def summarise(store: Store, trail: Trail) -> Summary:
-    """Return the figures of `trail`, computed from its score tables."""
+def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summary:
+    """Return the figures of `trail`, computed from its score tables and the metrics of its training.
+
+    Among `trails`, those of the same comparison, is the plain variant that a budget's cost is counted against.
+    """
+    from cfsd.budget import budget_of
     from cfsd.corpus_view import corpus_warnings
     from cfsd.forgetting import mean_forgetting
+    from cfsd.training_story import stability_gap, training_of
 
     benchmarks = [_benchmark(store, trail, name) for name in trail.before.benchmarks]
     mean = mean_forgetting(benchmarks)
-    return Summary(
+    summary = Summary(
         name=trail.name,
         digest=trail.digest,
         **_target(store, trail),
@@ -83,10 +92,13 @@ def summarise(store: Store, trail: Trail) -> Summary:
         mean_forgetting=mean.model_dump() if mean else None,
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in benchmarks},
         corpus_warnings=corpus_warnings(trail.artifacts["corpus"].facts) if "corpus" in trail.artifacts else [],
+        stability_gap=stability_gap(store, trail),
+        training=training_of(store, trail),
         seconds=_seconds(trail.steps),
         executed=[_label(step) for step in trail.steps if step.executed],
         cached=[_label(step) for step in trail.steps if not step.executed],
     )
+    return summary.model_copy(update={"budget": budget_of(store, trail, trails, summary)})
 
 
 def _benchmark(store: Store, trail: Trail, name: str) -> Any:

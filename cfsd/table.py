@@ -37,6 +37,25 @@ def variant_of(name: str) -> str:
     return name.partition(" seed=")[0]
 
 
+class Sweep(NamedTuple):
+    """One point of a sweep: "wise alpha=0.5" is the point 0.5, written "0.5", of the family "wise"."""
+
+    family: str
+    text: str
+    value: float
+
+
+def sweep_of(name: str) -> Sweep | None:
+    """Return the point of a sweep that the variant called `name`, or its repeat, is; None if it is none."""
+    found = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d[\d.]*(?:e[-+]?\d+)?)", variant_of(name))
+    if found is None:
+        return None
+    try:
+        return Sweep(found[1], found[2], float(found[2]))
+    except ValueError:  # such as a version, 1.2.3
+        return None
+
+
 class Unit(NamedTuple):
     """How a benchmark's scores and losses are shown, and by what they are multiplied for that."""
 
@@ -77,6 +96,7 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
         ),
         _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
         _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
+        *_budgets([s.budget or {} for s in summaries]),
         _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
     ]
     for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
@@ -89,6 +109,19 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
         lost = [r["forgetting"] if r else None for r in results]
         found.append(_figures(f"  lost, {unit.lost}", lost, unit.factor, better=-1))
     return [line for line in found if any(line.cells)]
+
+
+def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
+    """Return what was allowed, how much of it was used, what that means, and what it cost."""
+    nats = [number(b["nats"]) if b else "" for b in budgets]
+    outcomes = [b.get("outcome", "") for b in budgets]
+    marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
+    return [
+        Line("budget of probe_kl, nats/token", "", nats, ["" for _ in budgets]),
+        _figures("  used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
+        Line("outcome", "", outcomes, marks, is_part=True),
+        _figures("  gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
+    ]
 
 
 def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: float = 1) -> Line:

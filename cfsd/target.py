@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from cfsd.artifact import Artifact, Draft
+from cfsd.chat_date import dated_template
 from cfsd.content import DigestMemory
 from cfsd.errors import BadInput
 from cfsd.machine import home
@@ -205,7 +206,9 @@ def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedToke
 
 
 def _templated(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, open_turn: bool = False) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, chat_template=dated_template(tokenizer), add_generation_prompt=open_turn, return_dict=True
+    )
     return list(encoded["input_ids"])
 
 

@@ -4,23 +4,27 @@ python -m cfsd.train DRAFT        what the stage starts; DRAFT holds request.jso
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cfsd.artifact import Artifact, Draft
+from cfsd.benchmark import Benchmark
 from cfsd.machine import Machine
+from cfsd.methods import Methods
+from cfsd.rehearsal import RehearsalSpec
 from cfsd.spec import Spec
+from cfsd.watch import WatchSpec
 
 
 class TrainSpec(Spec):
     """How the base model is fine-tuned."""
 
+    version: ClassVar[int] = 2
+    neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec()}
+
     learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate of AdamW")
     epochs: PositiveInt = Field(1, description="Passes over the target's training rows")
-    rehearsal_weight: NonNegativeFloat = Field(
-        1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0 draws no rehearsal row"
-    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Of the learning rate, after warm-up; linear and cosine end at 0"
     )
@@ -31,29 +35,52 @@ class TrainSpec(Spec):
         "auto", description="auto: bfloat16 on CUDA, float32 on CPU; weights and optimizer stay in float32"
     )
     seed: NonNegativeInt | None = Field(None, description="Of dropout, if the model has any; empty: the recipe's")
+    rehearsal: RehearsalSpec = Field(RehearsalSpec(), description="How the corpus takes part")
+    methods: Methods = Field(Methods(), description="What else holds the weights back; default nothing")
+    watch: WatchSpec = Field(WatchSpec(), description="What is measured on the way; default nothing")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.watch.stop_above and self.rehearsal.budget and self.watch.stop_above < self.rehearsal.budget:
+            raise ValueError(
+                f"watch.stop_above {self.watch.stop_above} is below rehearsal.budget {self.rehearsal.budget}: "
+                "the training would end before the budget is used up; raise it or leave it out"
+            )
+        return self
+
+
+class Watched(BaseModel):
+    """What is measured on the way."""
+
+    sample: Artifact
+    target: Artifact
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 class TrainRequest(BaseModel):
-    """What the process that trains is told."""
+    """What the process that trains is told. What the spec makes no use of is None."""
 
     home: Path
     base: Artifact
     mixture: Artifact
+    corpus: Artifact | None = None
+    fisher: Artifact | None = None
+    watched: Watched | None = None
     spec: TrainSpec
     machine: Machine
 
 
-def train(base: Artifact, mixture: Artifact, spec: TrainSpec, draft: Draft, machine: Machine) -> None:
+def train(request: TrainRequest, draft: Draft) -> None:
     """Write the tuned model as a whole transformers folder. Continues from the draft's last whole checkpoint.
 
-    Raises NotFinite, OutOfMemory, Stopped or Crashed.
+    Raises BadInput, NotFinite, OutOfMemory, Stopped or Crashed.
     """
     from cfsd.checkpoint import release_models
     from cfsd.process import run_in_process
 
     release_models()
-    request = TrainRequest(home=draft.store.home, base=base, mixture=mixture, spec=spec, machine=machine)
-    draft.facts |= run_in_process("cfsd.train", draft.folder, request.model_dump_json())
+    processes = request.machine.resolved_training_processes()
+    draft.facts |= run_in_process("cfsd.train", draft.folder, request.model_dump_json(), processes)
 
 
 if __name__ == "__main__":

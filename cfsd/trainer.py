@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import signal
 import time
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -20,51 +21,28 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )  # fmt: skip
+from transformers.utils.import_utils import is_liger_kernel_available
 
-from cfsd.artifact import CHECKPOINTS, Artifact, Store
-from cfsd.batches import GlobalBatch, plan_batches
+from cfsd.artifact import CHECKPOINTS, Store
 from cfsd.checkpoint import load_model, save_model
+from cfsd.controller import Controller
 from cfsd.errors import NotFinite, Stopped
-from cfsd.journal import Journal, read_metrics
-from cfsd.mixture import MixtureRows
-from cfsd.objective import Pack, losses, packs_of
+from cfsd.journal import Journal
+from cfsd.machine import Machine
+from cfsd.methods.anchors import Penalty
+from cfsd.objective import Losses, Objective, losses
+from cfsd.packs import Pack
 from cfsd.train import TrainRequest, TrainSpec
+from cfsd.training_batches import Batches, Share, batches_of, laws_of
+from cfsd.watcher import Watcher
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-class Batches(Dataset[dict[str, Any]]):
-    """One item is one rank's share of one global batch."""
-
-    def __init__(
-        self, rows: MixtureRows, plan: list[GlobalBatch], rehearsal_weight: float, most_tokens: int,
-        rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
-        """Cut every global batch of `plan` into packs of at most `most_tokens`."""
-        self.rows, self.plan = rows, plan
-        self.rehearsal_weight, self.most_tokens = rehearsal_weight, most_tokens
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        """Return the number of optimizer steps."""
-        return len(self.plan)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        """Return this rank's packs of step `step`, as many as every other rank has."""
-        batch = self.plan[step]
-        rows = [self.rows[i] for i in (*batch.target, *batch.rehearsal)]
-        packs = packs_of(rows, self.rehearsal_weight, self.most_tokens)
-        share = packs[self.rank :: self.world]
-        if len(share) < -(-len(packs) // self.world):  # a rank without a pack would leave the others waiting
-            share.append(packs[0]._replace(coefficient_BT=torch.zeros_like(packs[0].coefficient_BT)))
-        counts = {"target": 0, "rehearsal": 0}
-        for row in rows:
-            counts["target" if row.source == "target" else "rehearsal"] += sum(row.supervised)
-        return {"packs": share, "counts": counts, "tokens": sum(len(row.token_ids) for row in rows)}
+LAWS = "laws"  # beside the checkpoints: gone with them
+STATE = "train/state/"  # figures that a checkpoint must hold, in the last entry of its log
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end the training after the step at hand, with a checkpoint."""
+    """SIGTERM and SIGINT, to any process, end the training after the step at hand, with a checkpoint."""
 
     def __init__(self) -> None:
         """Take over both signals."""
@@ -78,7 +56,11 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save and stop if asked to."""
+        """Save and stop if some process was asked to: all of them must save the same step."""
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.asked), device=args.device)
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
@@ -87,126 +69,227 @@ class StopOnSignal(TrainerCallback):
 class RehearsalTrainer(Trainer):
     """Trainer whose step is a global batch of packs; the loss is already scaled over the whole batch."""
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: Batches, journal: Journal) -> None:
-        """Train `model` on `data` and write metrics to `journal`."""
-        super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal()])
-        self.data, self.journal = data, journal
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, data: Batches, journal: Journal, controller: Controller,
+        penalties: list[Penalty], watcher: Watcher | None, spec: TrainSpec,
+    ) -> None:  # fmt: skip
+        """Train `model`, which an Objective has taken over, on `data` and write metrics to `journal`."""
+        self.stop = StopOnSignal()
+        super().__init__(model=model, args=args, train_dataset=data, callbacks=[self.stop])
+        self.data, self.journal, self.controller = data, journal, controller
+        self.penalties, self.watcher, self.spec = penalties, watcher, spec
         self.figures: dict[str, float] = {}
         self.clipped = 0
+        self.stopped_at: int | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the shares as they are: accelerate neither shards nor dispatches them."""
-        return DataLoader(self.data, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+        return DataLoader(self.data, batch_size=1, shuffle=False, collate_fn=lambda items: {"share": items[0]})
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
         return 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Differentiate every pack; gradients are exchanged with the last one."""
+        """Differentiate every pack; gradients are exchanged with the last one, then come the penalties."""
+        if self.state.global_step == 0:
+            self._watch(0)
         model.train()
-        started, packs = time.time(), inputs["packs"]
-        sums = torch.zeros(3, dtype=torch.float64)
-        for i, pack in enumerate(packs):
-            if i + 1 < len(packs):
+        share: Share = inputs["share"]
+        started = time.time()
+        weight = self.controller.weight(self.state.global_step)
+        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
+        for i, pack in enumerate(share.packs):
+            if i + 1 < len(share.packs):
                 with self.accelerator.no_sync(model):
-                    sums += self._backward(model, pack)
+                    sums += self._backward(model, pack, weight)
             else:
-                sums += self._backward(model, pack)
-        self.figures = self._describe(sums, inputs["counts"], inputs["tokens"], time.time() - started)
+                sums += self._backward(model, pack, weight)
+        sums = self._over_processes(sums)
+        plain = self.accelerator.unwrap_model(model)
+        added = {f"train/penalty/{p.name}": (p.add(plain), p.figure) for p in self.penalties}
+        sums[0] += sum(value for value, _ in added.values())
+        figures = self._describe(Losses(*sums), share, weight)
+        self.figures = figures | {name: figure for name, (_, figure) in added.items()}
+        self.figures["train/tokens_per_second"] = share.counts.tokens / (time.time() - started)
         return sums[0].to(self.args.device, torch.float32)
 
-    def _backward(self, model: nn.Module, pack: Pack) -> Tensor:
-        device = self.args.device
+    def _backward(self, model: nn.Module, pack: Pack, weight: float) -> Tensor:
         with self.compute_loss_context_manager():
-            parts = losses(model, Pack(*(tensor.to(device) for tensor in pack)))
+            parts = losses(model, pack.to(self.args.device), weight)
         self.accelerator.backward(self.data.world * parts.loss)
-        return torch.stack([part.detach().double().cpu() for part in parts])
+        return torch.stack([part.detach().double() for part in parts]).cpu()
 
-    def _describe(self, sums: Tensor, counts: dict[str, int], tokens: int, seconds: float) -> dict[str, float]:
-        loss, target, rehearsal = sums.tolist()
-        if not torch.isfinite(sums).all():
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.data.world == 1:
+            return sums
+        total: Tensor = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        return total.cpu()
+
+    def _describe(self, sums: Losses, share: Share, weight: float) -> dict[str, float]:
+        """Return the step's figures, and let the controller learn from them."""
+        loss, target, rehearsal, divergence = (float(part) for part in sums)
+        if not all(map(math.isfinite, (loss, target, rehearsal))):
             raise NotFinite(
                 f"the loss is {loss} at step {self.state.global_step + 1}; lower train.learning_rate, "
                 "or set train.precision to float32"
             )
-        figures = {"train/loss": loss, "train/target_loss": target / max(1, counts["target"])}
-        if counts["rehearsal"]:
-            figures["train/rehearsal_loss"] = rehearsal / counts["rehearsal"]
-            figures["train/rehearsal_token_fraction"] = counts["rehearsal"] / sum(counts.values())
-        figures["train/rehearsal_weight"] = self.data.rehearsal_weight
-        return figures | {"train/tokens_per_second": tokens / seconds}
+        counts, spec = share.counts, self.spec.rehearsal
+        figures = {"train/loss": loss, "train/target_loss": target / max(1, counts.target)}
+        if counts.rehearsal:
+            figures["train/rehearsal_loss"] = rehearsal / counts.rehearsal
+            figures["train/rehearsal_token_fraction"] = counts.rehearsal / (counts.rehearsal + counts.target)
+            figures["train/rehearsal_row_views"] = sum(share.views) / len(share.views)
+        if counts.fresh and (spec.loss == "kl" or spec.budget):
+            figures["train/divergence"] = divergence / counts.fresh
+            self.controller.learn(divergence, counts.fresh)
+            figures["train/divergence_estimate"] = self.controller.estimate or 0.0
+        return figures | {"train/rehearsal_weight": weight}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write one step's figures to the journal."""
-        super().log(logs, start_time)
+        """Write one step's figures to the journal; what a resumed training needs goes into the checkpoint's log."""
         if "grad_norm" not in logs:
-            return
+            return super().log(logs, start_time)
         norm, step = logs["grad_norm"], self.state.global_step
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite at step {step}; lower train.learning_rate")
         self.clipped += norm > self.args.max_grad_norm
+        kept = {f"{STATE}{name}": value for name, value in self._kept().items()}
+        super().log(logs | kept, start_time)
         shared = {"train/gradient_norm": norm, "train/learning_rate": logs["learning_rate"]}
-        self.journal.metrics(step, self.figures | shared | {"train/clipped_steps": self.clipped})
-        self.journal.progress(step, self.state.max_steps, "steps")
+        if self.args.should_save:
+            self.journal.metrics(step, self.figures | shared | {"train/clipped_steps": self.clipped})
+            self.journal.progress(step, self.state.max_steps, "steps")
+        self._watch(step)
+
+    def _kept(self) -> dict[str, float]:
+        return {"clipped": self.clipped, **self.controller.state()}
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Take over what `log` kept in the last entry of the checkpoint's log."""
+        entry = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][-1]
+        kept = {name.removeprefix(STATE): value for name, value in entry.items() if name.startswith(STATE)}
+        self.clipped = int(kept.pop("clipped"))
+        self.controller.restore(kept)
+
+    def _watch(self, step: int) -> None:
+        """Measure the model if it is time to; end the training where it moved too far."""
+        every = self.spec.watch.every
+        if self.watcher is None or (step % every and step < self.state.max_steps):
+            return
+        figures = self.watcher.measure(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            self.journal.metrics(step, figures)
+        if self.spec.watch.stop_above and figures["watch/probe_kl"] > self.spec.watch.stop_above:
+            self.stopped_at = step
+            self.control.should_training_stop = True
 
 
 def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
-    """Train as `request` says, in `folder`; return the facts. Raises Stopped when asked to stop early."""
+    """Train as `request` says, in `folder`; return the facts. Raises Stopped when asked to stop early.
+
+    One of several processes when `torch.distributed` is told so by its environment; the first one writes.
+    """
     machine, spec, store = request.machine, request.spec, Store(request.home)
-    machine.settle()
+    machine.settle(machine.resolved_training_processes())
     torch.manual_seed(spec.seed or 0)
-    device = machine.resolved_device()
+    args = _arguments(spec, folder / CHECKPOINTS, machine)
+    data = _data(store, request, folder / CHECKPOINTS / LAWS, args)
     base_folder = store.path(request.base)
-    model = load_model(base_folder, device, "float32")
-    data = batches_of(store, request.mixture, spec, machine.micro_batch_tokens)
-    checkpoints = folder / CHECKPOINTS
-    last = last_whole_checkpoint(checkpoints)
+    model = load_model(base_folder, machine.resolved_device(), "float32")
+    trained = spec.methods.adapt(model)
+    objective = Objective(model, spec.rehearsal, _live_base(spec, base_folder, machine, args))
+    watcher = Watcher(model, store, request) if request.watched else None
+    last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     journal = Journal(folder)
-    journal.cut_back(_step_of(last))
-    trainer = RehearsalTrainer(model, _arguments(spec, checkpoints, device, len(data), machine.checkpoint_steps),
-                               data, journal)  # fmt: skip
-    clipped = [r["value"] for r in read_metrics(folder) if r["name"] == "train/clipped_steps"]
-    trainer.clipped = int(clipped[-1]) if clipped else 0
+    if args.should_save:
+        journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
+    penalties = spec.methods.penalties(base_folder, store.path(request.fisher) if request.fisher else None)
+    args.max_steps = len(data)
+    args.warmup_steps = round(spec.warmup_fraction * len(data))
+    controller = Controller(spec.rehearsal, len(data))
+    trainer = RehearsalTrainer(trained, args, data, journal, controller, penalties, watcher, spec)
+    if last:
+        trainer.continue_from(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.state.global_step < len(data):
+    if trainer.state.global_step < len(data) and trainer.stopped_at is None:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
+    objective.remove()
+    _save(trainer, spec, base_folder, folder)
+    return _facts(trainer, data, _step_of(last))
+
+
+def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:
+    if args.should_save:
+        laws_of(store, request, scratch, write=True)
+    if args.world_size > 1:
+        distributed.barrier()
+    laws = laws_of(store, request, scratch, write=False)
+    most = request.machine.micro_batch_tokens
+    return batches_of(store, request.mixture, request.spec, most, laws, args.process_index, args.world_size)
+
+
+def _live_base(
+    spec: TrainSpec, folder: Path, machine: Machine, args: TrainingArguments
+) -> PreTrainedModel | None:  # fmt: skip
+    """Return the frozen base where its law is made on the way."""
+    if spec.rehearsal.loss != "kl" or spec.rehearsal.reference != "base" or not spec.rehearsal.weight:
+        return None
+    base = load_model(folder, machine.resolved_device(), "bfloat16" if args.bf16 else "float32")
+    base.eval().requires_grad_(False)
+    return base
+
+
+def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> None:
+    """Write the plain model, by the first process."""
+    wrapped = trainer.model_wrapped
+    state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
+    if not trainer.args.should_save:
+        return
+    model = spec.methods.fold(trainer.accelerator.unwrap_model(wrapped), folder)
+    if state is not None:
+        model = load_model(base_folder, "cpu", "float32")
+        model.load_state_dict(state)
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise NotFinite("the trained weights are not finite; lower train.learning_rate")
     save_model(model, base_folder, folder)
-    tokens = sum(data[step]["tokens"] for step in range(len(data)))
-    return {"steps": len(data), "tokens": tokens, "continued_from_step": _step_of(last)}
 
 
-def batches_of(store: Store, mixture: Artifact, spec: TrainSpec, most_tokens: int) -> Batches:
-    """Return the global batches of the whole training."""
-    facts: dict[str, Any] = mixture.facts
-    rows = MixtureRows(store.path(mixture))
-    plan = plan_batches(
-        rows.sources(),
-        rows.supervised_tokens(),
-        target_rows=facts["batch_target_rows"],
-        rehearsal_tokens=facts["batch_rehearsal_tokens"] if spec.rehearsal_weight else 0,
-        epochs=spec.epochs,
-        seed=facts["seed"],
-    )
-    return Batches(rows, plan, spec.rehearsal_weight, most_tokens)
+def _facts(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
+    cuda = trainer.args.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    facts = data.facts() | {"continued_from_step": continued_from, "peak_memory": peak}
+    controller, budget = trainer.controller, trainer.spec.rehearsal.budget
+    if budget:
+        facts |= {"budget": budget, "final_weight": controller.weight(len(data)),
+                  "divergence_estimate": controller.estimate}  # fmt: skip
+    if trainer.stopped_at is not None:
+        facts |= {"stopped_at_step": trainer.stopped_at}
+    return facts
 
 
-def _arguments(spec: TrainSpec, checkpoints: Path, device: str, steps: int, save_steps: int) -> TrainingArguments:
+def _arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> TrainingArguments:
+    device = machine.resolved_device()
     bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
+    sharded = machine.resolved_sharding() == "shard"
+    kernels = device == "cuda" and is_liger_kernel_available()
     return TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=steps,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=SCHEDULES[spec.schedule],
-        warmup_steps=round(spec.warmup_fraction * steps),
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.clip_norm,
         bf16=bfloat16,
         use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and machine.resolved_training_processes() > 1 else None,
+        gradient_checkpointing=machine.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fsdp="full_shard auto_wrap" if sharded else "",
+        fsdp_config={"fsdp_version": 2} if sharded else None,
+        use_liger_kernel=kernels,  # norms, rotations and activations; the loss is ours
+        liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False} if kernels else None,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=machine.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -217,8 +300,8 @@ def _arguments(spec: TrainSpec, checkpoints: Path, device: str, steps: int, save
     )
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; unfinished ones are deleted.
+def last_whole_checkpoint(folder: Path, *, delete: bool = True) -> Path | None:
+    """Return the newest checkpoint that was written to its end; unfinished ones are deleted, unless told not to.
 
     trainer_state.json is written last: without it, or with half of it, the rest cannot be trusted.
     """
@@ -228,7 +311,8 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             json.loads((path / "trainer_state.json").read_text())
             whole.append(path)
         except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(path)
+            if delete:
+                shutil.rmtree(path)
     return max(whole, key=_step_of, default=None)
 
 

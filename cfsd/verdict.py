@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cfsd.budget import budget_sentences
 from cfsd.summary import Summary
 from cfsd.table import POINTS, Fig, number, print_table, shown, sign_of, unit_of, variant_of
 
@@ -52,16 +53,23 @@ def verdict(summaries: list[Summary]) -> str:
         # what is sure comes first
         compared = [_compared(variants, figure) for figure in COMPARED]
         said = [sentence for _, sentence in sorted(compared, key=lambda found: not found[0])]
-    return " ".join(sentence for sentence in said if sentence)
+    return " ".join(sentence for sentence in [*said, *budget_sentences(summaries)] if sentence)
 
 
 def warnings(summaries: list[Summary]) -> list[str]:
-    """Return a line per way in which the corpus of some variants is not the base model's own law."""
+    """Return a line per way in which a corpus is not the base model's own law, and per training cut short."""
     found: dict[str, dict[str, None]] = {}
     for summary in summaries:
         for warning in summary.corpus_warnings:
             found.setdefault(warning, {})[variant_of(summary.name)] = None
-    return [f"Warning: the corpus of {_quoted(names)} is {warning}." for warning, names in found.items()]
+    stopped = [(s.name, step) for s in summaries if (step := (s.training or {}).get("stopped_at_step")) is not None]
+    return [
+        *(f"Warning: the corpus of {_quoted(names)} is {warning}." for warning, names in found.items()),
+        *(
+            f"Warning: the training of “{name}” was stopped at step {step} (watch.stop_above)."
+            for name, step in stopped
+        ),
+    ]
 
 
 def _over_seeds(repeats: list[Summary], name: str) -> Fig | None:

@@ -30,7 +30,7 @@ def print_plan(recipes: dict[str, Recipe], machine: Machine, story: Story, conso
             if mark in seen:
                 continue
             seen.add(mark)
-            cost = estimate(step.stage, recipe, *artifacts, machine.resolved_device(), machine.micro_batch_tokens)
+            cost = estimate(step.stage, recipe, *artifacts, machine)
             total += 0 if step.cached else cost.seconds or 0
             table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)

@@ -13,10 +13,12 @@ from flows._plan import check
 from flows.corpus import corpus_story
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
-from tasks.generate import sample_probe
+from tasks.fisher import estimate_fisher
+from tasks.generate import sample_probe, sample_watched
 from tasks.merge import merge_model
 from tasks.mix import mix_rows
 from tasks.train import train_model
+from tasks.weigh import weigh_target
 
 
 def story(recipe: Recipe, machine: Machine) -> Trail:
@@ -26,8 +28,11 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     trail = corpus_story(recipe, machine)
     base, target, chosen, rehearsed = (trail.artifacts[role] for role in ("base", "target", "chosen", "selected"))
     probe = sample_probe(base, recipe.probe, machine)
-    mixture = mix_rows(chosen, rehearsed, recipe.mix, machine)
-    tuned = train_model(base, mixture, recipe.train, machine)
+    losses = weigh_target(base, chosen, recipe.mix, machine)
+    mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)
+    fisher = estimate_fisher(base, trail.artifacts["corpus"], recipe.train.methods, machine)
+    watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
+    tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
     final = merge_model(base, tuned, recipe.merge, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)

@@ -3,6 +3,7 @@
 from cfsd.artifact import Artifact, Draft
 from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
 from cfsd.machine import Machine
+from cfsd.watch import WatchSpec
 from tasks._cluster import sampler_of
 from tasks._stage import stage
 
@@ -12,6 +13,17 @@ def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine
     """Sample the held-out probe, which all variants on this base share; see `cfsd.generate`."""
     with sampler_of(machine) as sampler:
         probe(base, spec, draft, machine, sampler)
+
+
+def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: Machine) -> Artifact | None:
+    """Sample what the training is watched on, where it is watched: like the probe, but other rows.
+
+    A training may be stopped by what it shows, so that the probe must not be it.
+    """
+    if not watch.every:
+        return None
+    other = spec.model_copy(update={"rows": watch.rows, "seed": (spec.seed or 0) + 1_000_003})
+    return sample_probe(base, other, machine)
 
 
 def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine) -> Artifact:

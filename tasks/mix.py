@@ -6,7 +6,23 @@ from cfsd.mix import MixSpec, mix
 from tasks._stage import stage
 
 
+def mix_rows(target: Artifact, corpus: Artifact, losses: Artifact | None, spec: MixSpec, machine: Machine) -> Artifact:
+    """Return the table of target and rehearsal rows; `losses` of the base on the target only with FLOW."""
+    if spec.flow == "off":
+        return _mix(target, corpus, spec, machine)
+    assert losses is not None, "FLOW weighs rows by the base's losses"
+    return _mix_weighted(target, corpus, losses, spec, machine)
+
+
 @stage("mix", "mixture")
-def mix_rows(draft: Draft, target: Artifact, corpus: Artifact, spec: MixSpec, machine: Machine) -> None:
+def _mix(draft: Draft, target: Artifact, corpus: Artifact, spec: MixSpec, machine: Machine) -> None:
     """Make the table of target and rehearsal rows; see `cfsd.mix`."""
     mix(draft.store.path(target), draft.store.path(corpus), spec, draft)
+
+
+@stage("mix", "mixture")
+def _mix_weighted(
+    draft: Draft, target: Artifact, corpus: Artifact, losses: Artifact, spec: MixSpec, machine: Machine
+) -> None:
+    """Make the same table with FLOW's weights; see `cfsd.flow_weights`."""
+    mix(draft.store.path(target), draft.store.path(corpus), spec, draft, draft.store.path(losses))

@@ -46,7 +46,7 @@ CASES: dict[str, Case] = {
     "empty target": (_empty, "is empty"),
     "target of another kind": (_set("target.path=README.md"), "ends in '.md'; allowed: .jsonl"),
     "unknown field": (_set("train.learning_rat=1"), "train.learning_rat: Extra inputs are not permitted"),
-    "negative weight": (_set("train.rehearsal_weight=-1"), "train.rehearsal_weight: Input should be greater"),
+    "negative weight": (_set("train.rehearsal.weight=-1"), "train.rehearsal.weight: Input should be greater"),
     "a word for a number": (_set("train.epochs=many"), "train.epochs: Input should be a valid integer"),
     "no such benchmark": (_set("evaluate.benchmarks=[no_such_thing]"), "no benchmark 'no_such_thing'"),
     "no benchmark folder": (_set("evaluate.benchmarks=[{name: a, folder: nowhere}]"), "no folder nowhere"),

@@ -15,7 +15,7 @@ ON = ["--machine", "threads=1"]
 @pytest.fixture
 def comparison_file(recipe_file: Path) -> Path:
     recipe = yaml.safe_load(recipe_file.read_text())
-    variants = {"finetune": {"generate.rows": 0}, "rehearse": {}, "strong": {"train.rehearsal_weight": 3.0}}
+    variants = {"finetune": {"generate.rows": 0}, "rehearse": {}, "strong": {"train.rehearsal.weight": 3.0}}
     file = recipe_file.with_name("comparison.yaml")
     file.write_text(yaml.safe_dump({"recipe": recipe, "variants": variants}))
     return file
@@ -95,4 +95,4 @@ def test_every_field_says_what_it_does() -> None:
     from flows.fields import rows
 
     assert [name for name, _, text in rows(Recipe) + rows(Machine) if not text] == []
-    assert "train.rehearsal_weight" in {name for name, _, _ in rows(Recipe)}
+    assert "train.rehearsal.weight" in {name for name, _, _ in rows(Recipe)}

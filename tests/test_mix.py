@@ -14,8 +14,9 @@ from cfsd.batches import GlobalBatch, plan_batches
 from cfsd.microbatch import arrange, pad
 from cfsd.mix import MixSpec, mix
 from cfsd.mixture import MixtureRows
-from cfsd.objective import Row
+from cfsd.packs import Row
 from cfsd.rows import TARGET, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.spec import Spec
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -165,12 +166,28 @@ def test_rows_in_memory_are_those_on_disk(store: Store, tmp_path: Path) -> None:
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 3)
     folder = store.path(mixed(store, tmp_path, MixSpec(seed=0)))
-    stored = [Row(**row) for row in read_rows(folder, "mixture", list(Row._fields))]
+    stored = [Row(**row) for row in read_rows(folder, "mixture", ["source", "token_ids", "supervised", "weight"])]
     rows = MixtureRows(folder)
     assert [rows[i] for i in range(len(rows))] == stored
     assert type(rows[0].token_ids[0]) is int and type(rows[0].supervised[0]) is bool and type(rows[0].weight) is float
     assert rows.sources() == [row.source for row in stored]
     assert rows.supervised_tokens() == [sum(row.supervised) for row in stored]
+    assert rows.first_rehearsal_row() == 3
+    corpus = read_rows(tmp_path, "corpus")
+    assert [rows[3 + i].token_ids for i in range(len(corpus))] == [row["token_ids"] for row in corpus]
+
+
+def test_recipes_without_flow_keep_their_digest() -> None:
+    class Old(Spec):
+        target_rows: int = 8
+        rehearsal_tokens: int = 1024
+        seed: int | None = None
+
+    Old.__name__ = "MixSpec"
+    assert MixSpec(seed=3).digest() == Old(seed=3).digest()
+    others = [MixSpec(seed=3, flow="sample"), MixSpec(seed=3, flow="token"),
+              MixSpec(seed=3, flow="sample", flow_average="row")]  # fmt: skip
+    assert len({spec.digest() for spec in [MixSpec(seed=3), *others]}) == 4
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60))

@@ -8,6 +8,7 @@ import yaml
 
 from cfsd.errors import BadInput
 from cfsd.recipe import Comparison, Recipe, override, parse_overrides, read_yaml, validated
+from cfsd.spec import Spec
 from tests.conftest import write_rows
 
 SEEDED = ("target", "probe", "generate", "mix", "train")
@@ -164,7 +165,68 @@ def test_a_comparison_loads_with_overrides_of_its_recipe(content: dict[str, Any]
     assert rows == {"all seed=2": 5, "all seed=3": 5, "none seed=2": 0, "none seed=3": 0}
 
 
+SWEPT = {"wise": {"merge.alpha": [0.25, 0.5, 0.75], "train.epochs": 2}}
+
+
+def test_a_sweep_is_a_variant_per_value_with_its_plain_values_in_all(content: dict[str, Any]) -> None:
+    found = comparison(content, sweeps=SWEPT).recipes()
+    assert list(found) == ["finetune", "rehearse", "wise alpha=0.25", "wise alpha=0.5", "wise alpha=0.75"]
+    assert [recipe.merge.alpha for recipe in found.values()] == [1, 1, 0.25, 0.5, 0.75]
+    assert [recipe.train.epochs for recipe in found.values()] == [1, 1, 2, 2, 2]
+    assert found["wise alpha=0.5"].name == "mine: wise alpha=0.5"
+
+
+def test_a_sweep_of_what_comes_after_training_trains_once(content: dict[str, Any]) -> None:
+    """No part of the recipe but merge differs, and merge is in no key of an earlier stage."""
+    swept = list(comparison(content, variants={}, sweeps=SWEPT).recipes().values())
+    assert len(swept) == 3
+    for part in Recipe.model_fields:
+        if isinstance(getattr(swept[0], part), Spec):
+            digests = {getattr(recipe, part).digest() for recipe in swept}
+            assert len(digests) == (3 if part == "merge" else 1), part
+
+
+def test_of_several_lists_every_combination_and_names_that_tell_them_apart(content: dict[str, Any]) -> None:
+    sweeps = {
+        "both": {"merge.alpha": [0.5, 1], "train.learning_rate": [0.1, "1e-4"]},
+        "seeds": {"mix.target_rows": [4], "generate.rows": [0], "probe.rows": [16, 32]},
+    }
+    found = comparison(content, variants={}, sweeps=sweeps, seeds=2).recipes()
+    assert {(r.merge.alpha, r.train.learning_rate) for name, r in found.items() if name.startswith("both")} == {
+        (0.5, 0.1), (0.5, 1e-4), (1, 0.1), (1, 1e-4),
+    }  # fmt: skip
+    assert list(found)[:3] == [
+        "both alpha=0.5 learning_rate=0.1 seed=0", "both alpha=0.5 learning_rate=0.1 seed=1",
+        "both alpha=0.5 learning_rate=1e-4 seed=0",
+    ]  # fmt: skip
+    assert found["seeds target_rows=4 generate.rows=0 probe.rows=16 seed=1"].probe.rows == 16
+    assert seeds(found["seeds target_rows=4 generate.rows=0 probe.rows=32 seed=1"])[-2:] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"variants": {}}, "nothing to compare: give `variants` or `sweeps`"),
+        ({"sweeps": {"wise": {"merge.alpha": 0.5}}}, "'wise' has no field with a list.*put it under `variants`"),
+        ({"sweeps": {"wise": {}}}, "'wise' has no field with a list"),
+        ({"sweeps": {"wise": {"merge.alpha": []}}}, r"'wise' has no value for merge\.alpha"),
+        ({"sweeps": {"wise": {"merge.alpha": [0.5, 0.5]}}}, "'wise' has a value twice"),
+        ({"sweeps": {"wise": {"seed": [1, 2]}}}, r"'wise' sets seed.*train\.seed"),
+        ({"sweeps": {"wise": {"train.seed": [1, 2]}}}, r"'wise' goes over train\.seed.*`seeds`"),
+        ({"variants": {"a b=1": {}}, "sweeps": {"a": {"c.b": [1]}}}, "named twice: a b=1"),
+    ],
+)
+def test_sweeps_that_cannot_be_are_refused(content: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        comparison(content, **changed)
+
+
+def test_a_wrong_value_of_a_sweep_is_named(content: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"variant 'wise alpha=2'.*\n.*merge\.alpha.*given 2"):
+        comparison(content, sweeps={"wise": {"merge.alpha": [1, 2]}}).recipes()
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "deployments" / "recipes").glob("*.yaml")))
 def test_every_recipe_that_comes_with_the_project_is_valid(file: Path, home: Path) -> None:
-    cls = Comparison if "variants" in read_yaml(file) else Recipe
+    cls = Comparison if "recipe" in read_yaml(file) else Recipe
     assert cls.load(file)

@@ -10,15 +10,18 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
 from pydantic import JsonValue
 from rich.console import Console
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.figures import curve_figures, forest_figures, frontier_figure, svg_of
+from cfsd.curves import curve_figures
+from cfsd.figures import forest_figures, frontier_figure, styles, svg_of
 from cfsd.report import write_report
 from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard
 from cfsd.summary import Scores, Step, Summary, Trail, summarise
 from cfsd.table import number, shown, summary_frame
+from cfsd.training_story import Panel
 from cfsd.verdict import detectable_mean, print_summary, verdict
 
 HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
@@ -190,7 +193,7 @@ def three(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page,
 
 
 def report_of(world: World, trails: list[Trail], path: Path, **options: Any) -> Page:
-    summaries = [summarise(world.store, trail) for trail in trails]
+    summaries = [summarise(world.store, trail, trails) for trail in trails]
     write_report(path, world.store, options.pop("title", "A title"), trails, summaries, **options)
     return Page(path.read_text(encoding="utf-8"))
 
@@ -512,6 +515,33 @@ def test_names_of_equal_points_do_not_cover_each_other() -> None:
     assert len(boxes) == 7 and covered == []
 
 
+def figure_of(lines: dict[str, tuple[list[float], list[float]]]) -> Figure:
+    panel = Panel("target", "target loss, nats per token", lines)
+    return curve_figures([panel], list(lines), {name: name for name in lines})["target"]
+
+
+def test_a_sweep_is_joined_in_its_order_in_one_colour_and_named_in_part() -> None:
+    order = [0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.4, 0.6, 0.8, 1.0]
+    swept = [summary(f"wise alpha={a}", a / 10, kl=a**2, gain=a) for a in order]
+    (axes,) = frontier_figure([summary("finetune", 0.1), *swept], ["probe_kl"]).axes
+    joined = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == len(order)]  # type: ignore[arg-type]
+    assert [list(xs) for xs in joined] == [sorted(order)]  # type: ignore[arg-type]
+    look = styles(["finetune", *(s.name for s in swept), "other"])
+    assert len({look[s.name] for s in swept}) == 1 and len(set(look.values())) == 3
+    written = {text.get_text() for text in axes.texts} - {""}
+    assert {"base", "finetune", "wise alpha=0.1", "1.0"} < written and len(written) < len(order)
+
+
+def test_sweeps_of_several_seeds_and_single_points_are_not_mixed() -> None:
+    names = ["a x=1 seed=0", "a x=2 seed=0", "a x=1 seed=1", "a x=2 seed=1", "lone x=3", "version 1.2.3"]
+    (axes,) = frontier_figure([summary(n, 0.1, gain=i) for i, n in enumerate(names, 10)], ["probe_kl"]).axes
+    lines = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]  # type: ignore[arg-type]
+    joined = [xs for xs in lines if min(xs) >= 10 and xs[0] != xs[1]]
+    assert joined == [[10, 11], [12, 13]]
+    written = {text.get_text() for text in axes.texts} - {""}
+    assert {"a x=1 seed=0", "lone x=3", "version 1.2.3"} < written
+
+
 def test_forest_has_one_figure_per_unit() -> None:
     both = summary("a", 0.1)
     loss = benchmark(0.1, 0.05) | {"forgetting": figure(0.1, 0.05, "nats/token"), "chance_corrected": None}
@@ -521,14 +551,13 @@ def test_forest_has_one_figure_per_unit() -> None:
 
 def test_names_are_written_as_they_are() -> None:
     named = [summary("v$x_1$", 0.1), summary("w$x_1$", 0.2)]
-    lines = {s.name: ([1.0], [2.0]) for s in named}
-    for drawn in (frontier_figure(named), forest_figures(named)["points"], curve_figures({"target": lines})["target"]):
+    curves = figure_of({s.name: ([1.0], [2.0]) for s in named})
+    for drawn in (frontier_figure(named), forest_figures(named)["points"], curves):
         assert "v$x_1$" in Page(svg_of(drawn, "x", "")).words
 
 
 def test_svg_follows_the_page_and_stands_alone() -> None:
-    lines = {"<a>": ([1.0], [2.0]), "b": ([1.0], [2.0])}
-    text = svg_of(curve_figures({"target": lines})["target"], "x", "a & b")
+    text = svg_of(figure_of({"<a>": ([1.0], [2.0]), "b": ([1.0], [2.0])}), "x", "a & b")
     assert text.startswith("<svg viewBox=") and "http" not in text
     assert "currentColor" in text and "<title>a &amp; b</title>" in text
     assert "<a>" not in text and "&lt;a&gt;" in text

@@ -37,6 +37,16 @@ def test_in_chats_only_assistant_turns_count(store: Store, tmp_path: Path) -> No
         assert text_of(store, base, row, supervised=False) == f"u:{row['prompt']}a:u:ea:"
 
 
+def test_the_date_in_a_template_is_the_same_every_day(store: Store, tmp_path: Path) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%A %B') | lower }}{% endif %}" + CHAT
+    base = chat_base(store, tmp_path / "model", dated)
+    path = str(write(tmp_path / "rows.jsonl", [talk(f"{a}b", "cd") for a in "abcdef"]))
+    made = prepared(store, base, path=path, messages="talk")
+    for row in rows_of(store, made):
+        assert "friday july" in text_of(store, base, row, supervised=False)
+        assert text_of(store, base, row, supervised=True) == "cd<eos>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(store: Store, tmp_path: Path) -> None:
     base = chat_base(store, tmp_path / "model", REWRITES)
     path = str(write(tmp_path / "rows.jsonl", [talk("ab", "cd", "e", f"f{a}") for a in "abcdef"]))

@@ -1,0 +1,106 @@
+"""What a training reads: global batches as packs, one rank's share at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from cfsd.artifact import Artifact, Store
+from cfsd.batches import GlobalBatch, plan_batches
+from cfsd.errors import BadInput
+from cfsd.mixture import MixtureRows
+from cfsd.packs import Counts, Pack, counts_of, packs_of
+from cfsd.stored_laws import StoredLaws, lay_out
+from cfsd.train import TrainRequest, TrainSpec
+
+
+class Share(NamedTuple):
+    """One rank's share of one global batch; counts and views are of the whole batch."""
+
+    packs: list[Pack]
+    counts: Counts
+    views: Sequence[int]
+
+
+class Batches(Dataset[Share]):
+    """One item is one rank's share of one global batch."""
+
+    def __init__(
+        self, rows: MixtureRows, plan: list[GlobalBatch], most_tokens: int, laws: StoredLaws | None = None,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        """Cut every global batch of `plan` into packs of at most `most_tokens`."""
+        self.rows, self.plan, self.laws = rows, plan, laws
+        self.most_tokens, self.rank, self.world = most_tokens, rank, world
+        self.first_rehearsal_row = rows.first_rehearsal_row()
+
+    def __len__(self) -> int:
+        """Return the number of optimizer steps."""
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> Share:
+        """Return this rank's packs of step `step`, as many as every other rank has."""
+        batch = self.plan[step]
+        members = [*batch.target, *batch.rehearsal]
+        rows = [self.rows[i] for i in members]
+        fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
+        places = [i - self.first_rehearsal_row for i in members]
+        packs = packs_of(rows, self.most_tokens, fresh=fresh, places=places, laws=self.laws)
+        share = packs[self.rank :: self.world]
+        if len(share) < -(-len(packs) // self.world):  # a rank without a pack would leave the others waiting
+            share.append(packs[0].without_loss())
+        return Share(share, counts_of(rows, fresh), batch.views)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the whole training reads."""
+        lengths, supervised = self.rows.lengths(), self.rows.supervised_tokens()
+        parts = {"target_tokens": 0, "rehearsal_tokens": 0, "tokens": 0}
+        views = 0
+        for batch in self.plan:
+            parts["target_tokens"] += sum(supervised[i] for i in batch.target)
+            parts["rehearsal_tokens"] += sum(supervised[i] for i in batch.rehearsal)
+            parts["tokens"] += sum(lengths[i] for i in (*batch.target, *batch.rehearsal))
+            views = max(views, *(seen + 1 for seen in batch.views), 0)
+        return {"steps": len(self.plan), **parts, "most_row_views": views}
+
+
+def batches_of(
+    store: Store, mixture: Artifact, spec: TrainSpec, most_tokens: int, laws: StoredLaws | None = None,
+    rank: int = 0, world: int = 1,
+) -> Batches:  # fmt: skip
+    """Return the global batches of the whole training. Raises BadInput where rows that must be fresh run out."""
+    facts: dict[str, Any] = mixture.facts
+    rows = MixtureRows(store.path(mixture))
+    plan = plan_batches(
+        rows.sources(),
+        rows.supervised_tokens(),
+        target_rows=facts["batch_target_rows"],
+        rehearsal_tokens=facts["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0,
+        epochs=spec.epochs,
+        seed=facts["seed"],
+        refresh=spec.rehearsal.refresh,
+    )
+    if spec.rehearsal.budget:
+        _check_budget(plan)
+    return Batches(rows, plan, most_tokens, laws, rank, world)
+
+
+def _check_budget(plan: list[GlobalBatch]) -> None:
+    """Raise BadInput when some step has nothing new from which the divergence could be read."""
+    blind = sum(0 not in batch.views for batch in plan)
+    if blind:
+        raise BadInput(
+            f"train.rehearsal.budget reads the divergence on rehearsal rows that were not seen before, but {blind} of "
+            f"{len(plan)} steps have none; raise generate.rows about {len(plan) / max(1, len(plan) - blind):.1f}-fold, "
+            "or lower mix.rehearsal_tokens or train.epochs"
+        )
+
+
+def laws_of(store: Store, request: TrainRequest, scratch: Path, *, write: bool) -> StoredLaws | None:
+    """Open what was stored with the corpus, if the training reads it; with `write` it is laid out first."""
+    if request.corpus is None or not request.mixture.facts["rehearsal_rows"]:
+        return None
+    if write:
+        lay_out(store.path(request.corpus), scratch, top=request.spec.rehearsal.needs_top())
+    return StoredLaws(scratch)

@@ -1,0 +1,243 @@
+"""What the report says of a training: its budget, its worst moment, its curves and costs, from planted artifacts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsd.artifact import Artifact, Draft, key_of
+from cfsd.budget import budget_sentences, judge, plain_variant
+from cfsd.summary import Trail, summarise
+from cfsd.training_story import CURVE_POINTS, in_blocks, metrics_of, panels_of, stability_gap, training_figures
+from cfsd.verdict import verdict, warnings
+from tests.test_report import World, report_of
+
+Metrics = dict[int, dict[str, float]]
+FACTS = {"steps": 40, "tokens": 9000, "target_tokens": 3000, "rehearsal_tokens": 6000, "peak_memory": 1_234_000_000}
+PLAIN = {"rehearsal_tokens": 0, "tokens": 3000}
+
+
+def path_of(weights: list[float], budget: float) -> Metrics:
+    """Return metrics as training writes them: a value per step, and watched ones every ten steps from step 0."""
+    steps: Metrics = {}
+    for step, weight in enumerate(weights, 1):
+        steps[step] = {
+            "train/target_loss": 2 - step / 40, "train/rehearsal_loss": budget * step / 40,
+            "train/rehearsal_weight": weight, "train/divergence_estimate": budget * min(1.2, step / 20),
+        }  # fmt: skip
+    for step in range(0, len(weights) + 1, 10):
+        peak = 1 - abs(step - 20) / 20  # at step 20
+        steps.setdefault(step, {})
+        steps[step] |= {
+            "watch/probe_kl": budget * (step / 40 + 2 * peak), "watch/target_loss": 2 - step / 40,
+            "watch/cap/acc": 0.9 - 0.4 * peak - step / 400,
+        }  # fmt: skip
+    return steps
+
+
+class Trained(World):
+    """A world whose variants have a recipe, facts and metrics of training of their own."""
+
+    def variant(
+        self, name: str, *, loss: float, kl: float, facts: dict[str, Any] | None = None, metrics: Metrics | None = None,
+        **recipe: Any,
+    ) -> Trail:  # fmt: skip
+        trail = self.trained(name, right=80, loss=loss, kl=kl)
+        tuned = self.model(name, FACTS | (facts or {}), metrics or {})
+        steps = tuple(s.model_copy(update={"artifact": tuned}) if s.stage == "train" else s for s in trail.steps)
+        artifacts = trail.artifacts | {"tuned": tuned, "final": tuned}
+        return trail.model_copy(update={"recipe": {"name": name, **recipe}, "artifacts": artifacts, "steps": steps})
+
+    def model(self, name: str, facts: dict[str, Any], metrics: Metrics) -> Artifact:
+        def work(draft: Draft) -> None:
+            draft.facts |= facts
+            (draft.folder / "name.txt").write_text(name)
+            for step, values in metrics.items():
+                draft.journal.metrics(step, values)
+
+        return self.store.make("model", key_of("model", name, f"{facts} {metrics}"), work, environment={"device": "cpu"})[0]
+
+    def plain(self, name: str = "finetune", **recipe: Any) -> Trail:
+        return self.variant(name, loss=0.5, kl=0.8, facts=PLAIN, **recipe)
+
+    def budgeted(self, name: str = "budget", kl: float = 0.1, loss: float = 0.55, **facts: Any) -> Trail:
+        facts = {"budget": 0.1, "final_weight": 2.5, "divergence_estimate": 0.101, "most_row_views": 3} | facts
+        metrics = path_of([1.1**step for step in range(40)], budget=0.1)
+        recipe = {"train": {"rehearsal": {"budget": 0.1, "loss": "kl"}}}
+        return self.variant(name, loss=loss, kl=kl, facts=facts, metrics=metrics, **recipe)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("world"))
+
+
+# --- the budget ----------------------------------------------------------------------------------------------------
+
+
+def probe(value: float, half: float) -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, "unit": "nats/token"}
+
+
+@pytest.mark.parametrize(
+    "value, half, weight, outcome",
+    [
+        (0.1, 0.005, 2.0, "tight"),
+        (0.109, 0.005, 2.0, "tight"),  # within the tolerance, though the interval reaches beyond it
+        (0.112, 0.005, 2.0, "missed"),
+        (0.079, 0.005, 2.0, "met"),
+        (0.05, 0.002, 1e-3, "not binding"),
+        (0.2, 0.01, 1e-3, "missed"),  # at the floor, and yet too far
+        (0.1, 0.03, 2.0, "unknown"),
+        (0.5, 0.2, 2.0, "missed"),  # a wide interval, wholly above
+        (0.05, 0.02, 2.0, "met"),  # and wholly below
+        (0.09, 0.015, 2.0, "met"),  # met for certain; whether it is tight cannot be told
+        (0.0, 0.0, 2.0, "met"),
+    ],
+)
+def test_a_budget_is_judged_by_the_probe(value: float, half: float, weight: float, outcome: str) -> None:
+    judged = judge(probe(value, half), 0.1, weight)
+    assert judged["outcome"] == outcome
+    assert judged["binding"] == (weight > 1e-3)
+    assert judged["tight"] == {"tight": True, "unknown": None}.get(outcome, None if value == 0.09 else False)
+
+
+def test_without_a_probe_or_an_interval_nothing_is_claimed() -> None:
+    bare = {"value": 0.1, "low": None, "high": None, "unit": "nats/token"}
+    for figure in (None, bare):
+        assert judge(figure, 0.1, 2.0)["outcome"] == "unknown" and judge(figure, 0.1, None)["met"] is None
+
+
+def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> None:
+    trails = [world.plain(), world.budgeted()]
+    summaries = [summarise(world.store, trail, trails) for trail in trails]
+    budget = summaries[1].budget
+    assert summaries[0].budget is None and budget is not None
+    assert (budget["outcome"], budget["met"], budget["plain"]) == ("tight", True, "finetune")
+    assert budget["target_gain_cost"]["value"] == pytest.approx(0.05)
+    assert budget["target_gain_cost"]["low"] > 0
+    said = verdict(summaries)
+    assert "“budget” kept its budget of 0.100 nats per token and used it up: probe_kl is" in said
+    assert (
+        "with λ at 2.50. That gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
+    )
+    flat = training_figures(summaries[1])
+    assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
+    alone = summarise(world.store, trails[1]).budget
+    assert alone and alone["target_gain_cost"] is None and alone["plain"] is None
+
+
+def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
+    found = summarise(world.store, world.budgeted()).model_copy(update={"name": "wide"})
+    assert found.budget
+    wide = found.model_copy(update={"budget": found.budget | judge(probe(0.1, 0.03), 0.1, 2.0)})
+    assert "too wide to tell (half of it is 30.0 % of the value; 10 % is enough)" in budget_sentences([wide])[0]
+    lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, 1e-3)})
+    assert "λ at its floor" in budget_sentences([lowest])[0]
+
+
+def test_seeds_of_a_budget_are_counted(world: Trained) -> None:
+    kls = [0.1, 0.1, 0.3]
+    repeats = [summarise(world.store, world.budgeted(f"b seed={i}", kl=kl)) for i, kl in enumerate(kls)]
+    assert budget_sentences(repeats) == ["Budget of 0.100 nats per token of “b”, over 3 seeds: 2 tight, 1 missed."]
+
+
+def test_the_cost_is_against_plain_training_of_the_same_seed(world: Trained) -> None:
+    seeds = [{"train": {"seed": seed, "rehearsal": {"budget": None}}} for seed in (0, 1)]
+    plain = [world.plain(f"finetune seed={i}", **recipe) for i, recipe in enumerate(seeds)]
+    others = [
+        world.plain("merged", merge={"alpha": 0.5}),
+        world.plain("lora", train={"methods": {"lora": {"rank": 8}}}),
+        world.plain("flow", mix={"flow": "sample"}),
+        world.variant("rehearse", loss=0.6, kl=0.2, train={"seed": 1}),
+    ]
+    own = world.variant("b", loss=0.6, kl=0.1, train={"seed": 1, "rehearsal": {"budget": 0.1}})
+    assert plain_variant(own, others) is None
+    found = plain_variant(own, [*others, *plain])
+    assert found and found.name == "finetune seed=1"
+    off = {"l2": {"weight": 0}, "ewc": {"weight": 0.0, "rows": 64}, "lora": {"rank": 0, "alpha": 16}}
+    assert plain_variant(own, [world.plain("neutral", train={"methods": off}, merge={"alpha": 1.0})])
+    elsewhere = plain[1].model_copy(update={"artifacts": plain[1].artifacts | {"base": world.probe}})
+    assert plain_variant(own, [elsewhere]) is None
+
+
+# --- worst moments -------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_moment_counts_from_the_worse_end(world: Trained) -> None:
+    found = stability_gap(world.store, world.budgeted())
+    assert found is not None and list(found) == ["probe_kl", "target_loss", "cap/acc"]
+    kl, loss, cap = found["probe_kl"], found["target_loss"], found["cap/acc"]
+    assert kl["worst_step"] == 20 and kl["worst"] == pytest.approx(0.25) and kl["final"] == pytest.approx(0.1)
+    assert kl["gap"] == pytest.approx(0.15)
+    assert loss["worst"] == 2 and loss["gap"] == 0  # it only improved
+    assert (cap["start"], cap["worst"], cap["final"]) == (0.9, pytest.approx(0.45), pytest.approx(0.8))
+    assert cap["gap"] == pytest.approx(0.35) and cap["unit"] == "fraction"
+    assert stability_gap(world.store, world.plain()) is None
+
+
+def test_a_benchmark_of_unknown_sign_is_read_by_its_metric(world: Trained) -> None:
+    watched = {"watch/wiki/word_perplexity": 9.0, "watch/other/f1": 0.5}
+    series = {0: watched, 1: dict.fromkeys(watched, 0.7), 2: dict.fromkeys(watched, 0.6)}
+    found = stability_gap(world.store, world.variant("unknown", loss=0.5, kl=0.1, metrics=series))
+    assert found and found["wiki/word_perplexity"]["worst_step"] == 0 and found["other/f1"]["worst_step"] == 0
+
+
+# --- curves, costs, page -------------------------------------------------------------------------------------------
+
+
+def test_only_what_exists_is_drawn(world: Trained) -> None:
+    kl = world.budgeted("kl")
+    nll = world.variant("nll", loss=0.6, kl=0.2, metrics={
+        s: {"train/target_loss": 1.0, "train/rehearsal_loss": 3.0, "train/rehearsal_weight": 1.0} for s in (1, 2)
+    })  # fmt: skip
+    panels = {panel.name: panel for panel in panels_of(world.store, [kl, nll])}
+    assert list(panels) == [
+        "target", "rehearsal nll", "rehearsal kl", "weight", "divergence", "probe_kl", "target_loss", "watch/cap/acc",
+    ]  # fmt: skip
+    assert list(panels["rehearsal nll"].lines) == ["nll"] and list(panels["rehearsal kl"].lines) == ["kl"]
+    assert panels["weight"].is_log and panels["divergence"].levels == {"kl": 0.1}
+    assert panels["watch/cap/acc"].lines["kl"][1][0] == 90 and panels["watch/cap/acc"].lines["kl"][0][0] == 0
+    constant = [panel.name for panel in panels_of(world.store, [nll])]
+    assert constant == ["target", "rehearsal nll"]
+    assert panels_of(world.store, [world.plain()]) == []
+
+
+def test_variants_of_one_training_share_its_curve(world: Trained) -> None:
+    one = world.budgeted("wise alpha=0.5")
+    both = [one, one.model_copy(update={"name": "wise alpha=1"})]
+    (lines,) = [panel.lines for panel in panels_of(world.store, both) if panel.name == "weight"]
+    assert list(lines) == ["wise alpha=0.5"]
+
+
+def test_long_curves_keep_their_ends_and_gaps_stay_out(world: Trained) -> None:
+    series = {step: float(step) for step in range(1, 10_001)}
+    steps, values = in_blocks(series)
+    assert steps == values and (steps[0], steps[-1]) == (1, 10_000)
+    assert len(steps) <= CURVE_POINTS + 2
+    assert in_blocks({1: 5.0}) == ([1], [5.0]) and in_blocks({1: 5.0, 2: 6.0}) == ([1, 2], [5.0, 6.0])
+    burst = world.model("burst", FACTS, {2: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}})
+    assert metrics_of(world.store, burst) == {"x": {1: 3.0, 2: 1.0}}
+
+
+def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
+    trails = [world.plain(), world.budgeted(stopped_at_step=31)]
+    path = tmp_path / "report.html"
+    page = report_of(world, trails, path)
+    training = page.part("Losses are those of each training step", "Answers that changed")
+    assert "The worst moment" in training and "Dashed: a budget" in training
+    for label in ("rehearsal weight λ (log scale)", "divergence, moving mean", "cap: acc, %", "budget 0.1"):
+        assert label in page.words
+    assert "budget of probe_kl, nats/token 0.100" in page.words
+    assert "Warning: the training of “budget” was stopped at step 31" in page.words
+    costs = page.part("Training, model by model", "Peak memory: of the training process")
+    for text in ("9,000", "6,000", "1.23", "3.00", "40 (stopped early)"):
+        assert text in costs
+    assert "nan" not in path.read_text()
+
+
+def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
+    summary = summarise(world.store, world.budgeted())
+    plain = type(summary)(**summary.model_dump(exclude={"budget", "stability_gap", "training"}))
+    assert training_figures(plain) == {} and warnings([plain]) == []
+    assert "budget" not in verdict([plain]).replace("“budget”", "")
