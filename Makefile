@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DONE = $(VENV)/.installed
 PART ?= overhead
+WORKERS ?= 2
 
 .PHONY: help setup demo demo-tiny test slow check format bench up down clean
 
@@ -26,7 +27,7 @@ demo-tiny: $(DONE)  ## The same on a model of five string skills (3 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
 
 test: $(DONE)  ## All tests but the slow ones
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(DONE)  ## The tests that take minutes each, with Ray
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
@@ -41,7 +42,8 @@ format: $(DONE)  ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=overhead
+bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=training
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.$(PART)
 
 up: $(DONE)  ## Prefect with a worker, and MLflow, on 127.0.0.1 over the data folder

@@ -77,6 +77,17 @@ def flops_per_token(model: nn.Module) -> int:
     return 2 * sum(weight.numel() for weight in _weights(model))
 
 
+def training_flops(model: nn.Module) -> tuple[int, int]:
+    """Return what a training step takes for each real token, and on top for each token whose loss counts.
+
+    The layers see every token; the head is needed only where there is a loss. Attention's own products are left out.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    total = 3 * flops_per_token(model)
+    at_loss = 6 * head.weight.numel()
+    return total - at_loss, at_loss
+
+
 def attention_flops(model: nn.Module, position: int) -> int:
     """Return what attention's own products add for the token that sees `position` others."""
     config: Any = model.config

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cfsd.figures import INK, SIZE, WIDTH, Style, plain_axes, short, styles
 from cfsd.table import sweep_of
@@ -14,6 +15,7 @@ LEGEND_ROW = 0.21  # inches
 PALEST = 0.35  # opacity of the first of a sweep; the last is opaque
 FEW = 12  # points up to which each has its marker
 LETTERS = 46  # of a legend's row
+LONGEST = 30  # letters of an axis label on one line
 
 
 def curve_figures(panels: Sequence[Panel], names: Sequence[str], models: Mapping[str, str]) -> dict[str, Figure]:
@@ -43,9 +45,12 @@ def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float]
     rows = -(-len(labels) // columns) if len(models) > 1 else 0
     figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
     axes = figure.subplots()
-    plain_axes(axes, "optimizer step", panel.label)
+    plain_axes(axes, "optimizer step", panel.label.replace(", ", ",\n") if len(panel.label) > LONGEST else panel.label)
     if panel.is_log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for name, (steps, values) in panel.lines.items():
         every = max(1, len(steps) // 6) if len(steps) > FEW else 1
         axes.plot(

@@ -86,7 +86,7 @@ def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> flo
     if stage == "train" and shapes:
         return training_memory(shapes, load_of(recipe.train, machine)).total()
     weights = parameters_of(recipe, base)
-    vocabulary: Any = shapes.vocabulary if shapes else base.facts.get("vocabulary", 50_000)
+    vocabulary: float = shapes.vocabulary if shapes else float(str(base.facts.get("vocabulary", 50_000)))
     if weights is None or stage not in COMPUTING:
         return None
     copies = COMPUTING[stage]

@@ -18,11 +18,11 @@ Array = np.ndarray[Any, Any]
 
 
 class Weights(NamedTuple):
-    """Weights of the target's training rows in their order, float32; either of rows or of tokens."""
+    """Weights of the target's training rows in their order, float32; rows weigh 1 where tokens are weighed."""
 
     tau: float  # nats per token
     ids_R: Array
-    row_R: Array | None
+    row_R: Array
     token_N: Array | None
     ends_R: Array  # [R + 1]: tokens ends[i] to ends[i + 1] are row i's
 
@@ -44,7 +44,9 @@ def flow_weights(losses: Path, flow: Literal["sample", "token"], average: Litera
     total = float(weight.sum(dtype=np.float64) if per_token else (weight * count_R).sum())
     weight *= ends_R[-1] / total
     scaled = weight.astype(np.float32)
-    return Weights(tau, ids_R, None if per_token else scaled, scaled if per_token else None, ends_R)
+    if per_token:
+        return Weights(tau, ids_R, np.ones(len(ids_R), np.float32), scaled, ends_R)
+    return Weights(tau, ids_R, scaled, None, ends_R)
 
 
 def _read(losses: Path, per_token: bool) -> tuple[Array, Array, Array, Array]:

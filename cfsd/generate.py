@@ -84,13 +84,16 @@ class GenerateSpec(Spec):
 
 
 def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
-    """Raise BadInput when a row of `recipe.<name>` would be longer than the base can attend to."""
+    """Raise BadInput when `recipe.<name>` asks for longer rows, or more stored tokens, than the base has."""
     context = base.facts.get("context")
     if spec.rows and isinstance(context, int) and spec.length + 1 > context:
         raise BadInput(
             f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens; "
             f"set {name}.length to at most {context - 1}"
         )
+    vocabulary, wanted = base.facts.get("vocabulary"), getattr(spec, "top_logprobs", 0)
+    if isinstance(vocabulary, int) and wanted > vocabulary:
+        raise BadInput(f"{name}.top_logprobs is {wanted}, but the base knows {vocabulary} tokens: that is the most")
 
 
 def generate(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, field_validator
 
 from cfsd.artifact import Draft
 from cfsd.spec import Spec
@@ -33,6 +33,11 @@ class MixSpec(Spec):
     flow_average: Literal["token", "row"] = Field(
         "token", description="flow only: what counts the same before weights: every token, or every row as in the paper"
     )
+
+    @field_validator("flow", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare `off`
 
 
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
@@ -115,7 +120,7 @@ def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.
     weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
     ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
     offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-    return [pa.array(np.ones(batch.num_rows, np.float32)), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
+    return [pa.array(weights.row_R[rows]), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
 
 
 def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]) -> "Iterator[pa.Table]":

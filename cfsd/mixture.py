@@ -60,7 +60,8 @@ class MixtureRows:
     def _token_weights(self, index: int) -> list[float] | None:
         if not self._per_token or self._weight_ends_R[index] == self._weight_ends_R[index + 1]:
             return None
-        return self._token_weight_T[self._weight_ends_R[index] : self._weight_ends_R[index + 1]].tolist()
+        weights: list[float] = self._token_weight_T[slice(*self._weight_ends_R[index : index + 2])].tolist()
+        return weights
 
     def first_rehearsal_row(self) -> int:
         """Return how many rows the target has; the corpus' row j is row j + this of the mixture."""
@@ -68,7 +69,8 @@ class MixtureRows:
 
     def lengths(self) -> list[int]:
         """Return how many tokens every row has."""
-        return np.diff(np.asarray(self._ends_R)).tolist()
+        lengths: list[int] = np.diff(np.asarray(self._ends_R)).tolist()
+        return lengths
 
     def sources(self) -> list[str]:
         """Return the source of every row."""

@@ -163,10 +163,10 @@ class Comparison(BaseModel):
 
     def expanded_variants(self) -> dict[str, dict[str, JsonValue]]:
         """Return the overrides of every variant, those of sweeps after the others."""
-        swept = {}
+        found = dict(self.variants)
         for name, changes in self.sweeps.items():
-            swept |= _swept(name, changes)
-        return self.variants | swept
+            found |= _swept(name, changes)
+        return found
 
     def recipes(self) -> dict[str, Recipe]:
         """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""

@@ -95,6 +95,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 if any(grad is not None for grad in grads):
                     slope_CV = chunk.slope(coefficient_N[rows]).to(cast)
                     _accumulate(grads, rows, slope_CV, hidden_ND[rows].to(cast), used)
+                    del slope_CV
+                del chunk  # or it would live on beside the next one
         ctx.grads, ctx.dtypes = grads, [None if t is None else t.dtype for t in inputs]
         ctx.mark_non_differentiable(loss_N, nll_N)
         return (coefficient_N * loss_N).sum(), loss_N, nll_N
@@ -220,7 +222,8 @@ class _Chunk:
         tail_C1 = self.logits_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True) - self.norm_C1
         mass_C1 = rest_C.exp()[:, None]
         self.mass_C1 = probs_CK.sum(-1, keepdim=True) + mass_C1
-        self.given, self.tail_share_C1 = (ids_CK, probs_CK), mass_C1 / tail_C1.exp()
+        share_C1 = (rest_C[:, None] - tail_C1).clamp(max=80).exp()  # r may underflow: 0 x infinity in the slope
+        self.given, self.tail_share_C1 = (ids_CK, probs_CK), share_C1
         return (mass_C1 * (rest_C[:, None] - tail_C1))[:, 0].nan_to_num(0.0)  # no rest at all: 0 x infinity
 
     def slope(self, coefficient_C: Tensor) -> Tensor:

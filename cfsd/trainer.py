@@ -258,7 +258,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
 def _facts(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
     cuda = trainer.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    facts = data.facts() | {"continued_from_step": continued_from, "peak_memory": peak}
+    facts = data.facts(trainer.state.global_step) | {"continued_from_step": continued_from, "peak_memory": peak}
     controller, budget = trainer.controller, trainer.spec.rehearsal.budget
     if budget:
         facts |= {"budget": budget, "final_weight": controller.weight(len(data)),

@@ -52,17 +52,17 @@ class Batches(Dataset[Share]):
             share.append(packs[0].without_loss())
         return Share(share, counts_of(rows, fresh), batch.views)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what the whole training reads."""
+    def facts(self, steps: int) -> dict[str, Any]:
+        """Return what the first `steps` steps read."""
         lengths, supervised = self.rows.lengths(), self.rows.supervised_tokens()
         parts = {"target_tokens": 0, "rehearsal_tokens": 0, "tokens": 0}
         views = 0
-        for batch in self.plan:
+        for batch in self.plan[:steps]:
             parts["target_tokens"] += sum(supervised[i] for i in batch.target)
             parts["rehearsal_tokens"] += sum(supervised[i] for i in batch.rehearsal)
             parts["tokens"] += sum(lengths[i] for i in (*batch.target, *batch.rehearsal))
             views = max(views, *(seen + 1 for seen in batch.views), 0)
-        return {"steps": len(self.plan), **parts, "most_row_views": views}
+        return {"steps": steps, **parts, "most_row_views": views}
 
 
 def batches_of(

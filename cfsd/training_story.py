@@ -163,7 +163,7 @@ def panels_of(store: Store, trails: Sequence[Trail]) -> list[Panel]:
         alike = [name for name, own in forms.items() if own == form]
         found.append(panel(f"rehearsal {form}", label, "train/rehearsal_loss", alike))
     found.append(_moving(panel("weight", "rehearsal weight λ (log scale)", "train/rehearsal_weight", is_log=True)))
-    estimate = "divergence, moving mean, nats per token"
+    estimate = "moving mean of the divergence, nats per token"
     found.append(panel("divergence", estimate, "train/divergence_estimate", levels=budgets))
     found.append(panel("probe_kl", "watched probe_kl, nats per token", "watch/probe_kl", levels=budgets))
     found.append(panel("target_loss", "watched target loss, nats per token", "watch/target_loss"))
@@ -183,14 +183,10 @@ def _moving(panel: Panel) -> Panel:
 
 
 def in_blocks(series: Series, factor: float = 1) -> Line:
-    """Return steps and values times `factor`, averaged over blocks where there are more than CURVE_POINTS.
-
-    The first and the last stay as they are: they are what a curve starts from and ends at.
-    """
+    """Return steps and values times `factor`, averaged over blocks where there are more than CURVE_POINTS."""
     found = list(series.items())
-    size = -(-max(1, len(found) - 2) // CURVE_POINTS)
-    blocks = [found[:1], *(found[i : min(i + size, len(found) - 1)] for i in range(1, len(found) - 1, size))]
-    blocks += [found[-1:]] if len(found) > 1 else []
+    size = -(-len(found) // CURVE_POINTS)
+    blocks = [found[i : i + size] for i in range(0, len(found), size)]
     steps, values = ([sum(pair[k] for pair in block) / len(block) for block in blocks] for k in (0, 1))
     return steps, [value * factor for value in values]
 

@@ -69,7 +69,8 @@ def _packs(base: PreTrainedModel, token_rows: list[list[int]], most_tokens: int)
         members = [token_rows[i] for i in group]
         rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in members]
         (pack,) = packs_of(rows, len(rows) * len(members[0]), fresh=[True] * len(rows))  # longest first: one pack
-        samples = score_given(base, members, (), top_logprobs=TOP, most_tokens=most_tokens)
+        most = min(TOP, base.config.get_text_config().vocab_size)
+        samples = score_given(base, members, (), top_logprobs=most, most_tokens=most_tokens)
         real_BT = pack.coefficient_BT != 0
         packs.append(pack._replace(fresh_BT=pack.fresh_BT & real_BT, stored=_stored(samples)))
     return packs

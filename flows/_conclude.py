@@ -24,7 +24,7 @@ def conclude(
 
     store, folder = Store(home()), report_folder(title, trails)
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = [summarise(store, trail) for trail in trails]
+    summaries = [summarise(store, trail, trails) for trail in trails]
     files = [folder / name for name in ("report.html", "summary.json", "frontier.png", "trails.json")]
     write_report(files[0], store, title, trails, summaries, list(notes))
     write_summary(files[1], summaries)

@@ -26,6 +26,7 @@ from cfsd.journal import read_metrics
 from cfsd.machine import home
 from cfsd.recipe import Recipe
 from cfsd.summary import Step, Summary
+from cfsd.training_story import training_figures
 from tasks._follow import Follower
 
 if TYPE_CHECKING:
@@ -318,4 +319,4 @@ def headline(summary: Summary) -> dict[str, float]:
         for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
             if figure and figure[part] is not None:
                 flat[name + suffix] = figure[part]
-    return flat
+    return flat | training_figures(summary)

@@ -73,10 +73,10 @@ def test_half_of_f_is_the_divergence_of_a_small_step_per_token(
 ) -> None:
     """The quotient misses by O(eps): a tenth of the step misses by about a tenth."""
     wanted = float(exact[name].view(-1)[coordinate]) * LENGTH / 2
-    misses = [abs(kl_after(name, coordinate, step) / step**2 - wanted) / wanted for step in (1e-3, 1e-4)]
+    misses = [abs(kl_after(name, coordinate, step) / step**2 - wanted) / wanted for step in (1e-2, 1e-3)]
     assert wanted > 1e-7
-    assert misses[1] < 1e-3
-    assert misses[1] < 0.2 * misses[0]
+    assert misses[1] < 1e-2
+    assert misses[1] < 0.2 * misses[0] + 1e-4
 
 
 def test_every_parameter_has_its_f_a_tied_one_once(exact: dict[str, Tensor]) -> None:
@@ -87,13 +87,13 @@ def test_every_parameter_has_its_f_a_tied_one_once(exact: dict[str, Tensor]) -> 
 
 def test_sampled_rows_agree_within_the_error_of_sampling(exact: dict[str, Tensor]) -> None:
     """Per coordinate the squared gradient's spread over texts tells how far the mean of n of them lies off."""
-    model, count = toy(), 512
+    model, count = toy(), 256
     law = log_law(model).exp()
     drawn = torch.multinomial(law, count, replacement=True, generator=torch.Generator().manual_seed(0))
     found = fisher_of(model, [Text(TEXTS[i], SAMPLED) for i in drawn.tolist()], [1.0] * count)
     scores = []
-    for name, coordinate in COORDINATES:
-        per_text = torch.tensor([_squared(name, coordinate, text) for text in TEXTS], dtype=torch.float64)
+    squares = torch.tensor([_squared(model, text) for text in TEXTS], dtype=torch.float64)
+    for (name, coordinate), per_text in zip(COORDINATES, squares.T, strict=True):
         mean = float(law @ per_text)
         spread = float(law @ (per_text - mean).square()) ** 0.5
         assert float(exact[name].view(-1)[coordinate]) == pytest.approx(mean / LENGTH, rel=1e-9)
@@ -102,13 +102,12 @@ def test_sampled_rows_agree_within_the_error_of_sampling(exact: dict[str, Tensor
     assert any(abs(score) > 0.05 for score in scores)
 
 
-def _squared(name: str, coordinate: int, text: list[int]) -> float:
-    """Return the square of d log p(text) / d theta_i, computed apart from the stage."""
-    model = toy()
+def _squared(model: GPT2LMHeadModel, text: list[int]) -> list[float]:
+    """Return the squares of d log p(text) / d theta_i at COORDINATES, computed apart from the stage."""
     ids = torch.tensor([text])
     log_p = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
-    (gradient,) = torch.autograd.grad(log_p, model.get_parameter(name))
-    return float(gradient.view(-1)[coordinate]) ** 2
+    gradients = torch.autograd.grad(log_p, [model.get_parameter(name) for name, _ in COORDINATES])
+    return [float(g.view(-1)[i]) ** 2 for g, (_, i) in zip(gradients, COORDINATES, strict=True)]
 
 
 def test_given_tokens_do_not_count_and_weights_need_not_add_up_to_one() -> None:

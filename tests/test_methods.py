@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel
 
 from cfsd.checkpoint import load_model, write_start_token
@@ -243,7 +243,7 @@ def _on_one_of_two(rank: int, place: str, base: Path, fisher: Path) -> None:
 def test_shards_of_two_processes_are_pulled_as_the_whole_is(
     folders: dict[str, Path], fisher: Path, tmp_path: Path
 ) -> None:
-    multiprocessing.spawn(_on_one_of_two, (str(tmp_path / "meet"), folders["llama"], fisher), nprocs=2)
+    spawn(_on_one_of_two, (str(tmp_path / "meet"), folders["llama"], fisher), nprocs=2)
 
 
 # Adapters

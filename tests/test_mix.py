@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,6 +176,10 @@ def test_rows_in_memory_are_those_on_disk(store: Store, tmp_path: Path) -> None:
     assert rows.first_rehearsal_row() == 3
     corpus = read_rows(tmp_path, "corpus")
     assert [rows[3 + i].token_ids for i in range(len(corpus))] == [row["token_ids"] for row in corpus]
+
+
+def test_a_bare_off_in_yaml_is_off() -> None:
+    assert MixSpec.model_validate(yaml.safe_load("flow: off")) == MixSpec()
 
 
 def test_recipes_without_flow_keep_their_digest() -> None:

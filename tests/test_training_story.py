@@ -55,7 +55,9 @@ class Trained(World):
             for step, values in metrics.items():
                 draft.journal.metrics(step, values)
 
-        return self.store.make("model", key_of("model", name, f"{facts} {metrics}"), work, environment={"device": "cpu"})[0]
+        return self.store.make(
+            "model", key_of("model", name, f"{facts} {metrics}"), work, environment={"device": "cpu"}
+        )[0]
 
     def plain(self, name: str = "finetune", **recipe: Any) -> Trail:
         return self.variant(name, loss=0.5, kl=0.8, facts=PLAIN, **recipe)
@@ -118,9 +120,7 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     assert budget["target_gain_cost"]["low"] > 0
     said = verdict(summaries)
     assert "“budget” kept its budget of 0.100 nats per token and used it up: probe_kl is" in said
-    assert (
-        "with λ at 2.50. That gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
-    )
+    assert "λ at 2.50. That gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
     flat = training_figures(summaries[1])
     assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
     alone = summarise(world.store, trails[1]).budget
@@ -210,11 +210,9 @@ def test_variants_of_one_training_share_its_curve(world: Trained) -> None:
     assert list(lines) == ["wise alpha=0.5"]
 
 
-def test_long_curves_keep_their_ends_and_gaps_stay_out(world: Trained) -> None:
-    series = {step: float(step) for step in range(1, 10_001)}
-    steps, values = in_blocks(series)
-    assert steps == values and (steps[0], steps[-1]) == (1, 10_000)
-    assert len(steps) <= CURVE_POINTS + 2
+def test_long_curves_are_averaged_and_what_is_no_number_stays_out(world: Trained) -> None:
+    steps, values = in_blocks({step: float(step % 2) for step in range(1, 10_001)}, 10)
+    assert len(steps) <= CURVE_POINTS and all(4.5 < value < 5.5 for value in values)
     assert in_blocks({1: 5.0}) == ([1], [5.0]) and in_blocks({1: 5.0, 2: 6.0}) == ([1, 2], [5.0, 6.0])
     burst = world.model("burst", FACTS, {2: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}})
     assert metrics_of(world.store, burst) == {"x": {1: 3.0, 2: 1.0}}
@@ -226,12 +224,12 @@ def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
     page = report_of(world, trails, path)
     training = page.part("Losses are those of each training step", "Answers that changed")
     assert "The worst moment" in training and "Dashed: a budget" in training
-    for label in ("rehearsal weight λ (log scale)", "divergence, moving mean", "cap: acc, %", "budget 0.1"):
+    for label in ("rehearsal weight λ (log scale)", "moving mean of the divergence", "cap: acc, %", "budget 0.1"):
         assert label in page.words
     assert "budget of probe_kl, nats/token 0.100" in page.words
     assert "Warning: the training of “budget” was stopped at step 31" in page.words
     costs = page.part("Training, model by model", "Peak memory: of the training process")
-    for text in ("9,000", "6,000", "1.23", "3.00", "40 (stopped early)"):
+    for text in ("9,000", "6,000", "1.23 3", "31 of 40"):
         assert text in costs
     assert "nan" not in path.read_text()
 

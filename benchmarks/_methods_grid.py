@@ -1,0 +1,176 @@
+"""What the study of methods tries: every method with its strengths, one table for both studies."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks._result import RESULTS
+from cfsd.machine import Machine
+from cfsd.recipe import Recipe, override, read_yaml, validated
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "deployments" / "recipes"
+TINY_DOCUMENTS = 6000  # of the tiny model's pretraining; a study takes 1500 rows of them
+PLAIN, RATE = "finetune", "train.learning_rate"
+Changes = dict[str, Any]  # dotted field of the recipe -> value
+
+
+class Method(NamedTuple):
+    """One way of training: what sets it apart, and its strengths by name, weakest hold on the base first."""
+
+    changes: Changes
+    strengths: dict[str, Changes]
+
+
+class Study(NamedTuple):
+    """A recipe, the methods tried on it, and how the budgets' runs differ from it."""
+
+    name: str
+    content: dict[str, Any]  # of the recipe
+    methods: dict[str, Method]
+    seeds: tuple[int, ...]  # reported; seed 0 chooses strengths and is not among them
+    machine: Machine
+    documents: Callable[[], Iterator[str]]  # real text, for replay
+    budgets: Changes
+    results: Path = RESULTS
+    pictures: Path = ROOT / "docs"
+
+    def recipe(self, changes: Changes, seed: int, label: str) -> Recipe:
+        """Return the study's recipe with `changes`; `seed` decides the order of rows and the training."""
+        named = {"name": f"{self.content['name']}: {label}", "mix.seed": seed, "train.seed": seed}
+        return validated(Recipe, override(self.content, changes | named), label)
+
+    def changes(self, method: str, strength: str) -> Changes:
+        """Return all that sets one method at one strength apart."""
+        found = self.methods[method]
+        return found.changes | found.strengths[strength]
+
+    def quick(self, folder: Path) -> "Study":
+        """Return two methods, one epoch, two seeds, with the results in `folder`: to try the scripts."""
+        short = {name: Method(m.changes, dict(list(m.strengths.items())[:2])) for name, m in self.methods.items()}
+        methods = {name: short[name] for name in (PLAIN, "kl stored")}
+        content = override(self.content, {"train.epochs": 1})
+        short_name, places = f"{self.name}-quick", {"results": folder, "pictures": folder}
+        return self._replace(name=short_name, content=content, methods=methods, seeds=(1, 2), **places)
+
+
+def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
+    """Return the study `tiny` or `demo`; the text that replay reads is going to lie in `folder`."""
+    content = read_yaml(RECIPES / f"study-{name}.yaml")
+    methods = {method: _method(row, name, folder) for method, row in TABLE.items()}
+    first = Study(
+        name, content, methods, tuple(range(1, 6)), Machine(threads=1, checkpoint_steps=10_000), tiny_documents,
+        {"generate.rows": 8000, "probe.rows": 2000},
+    )  # fmt: skip
+    second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents,
+              "budgets": {"generate.rows": 400, "probe.rows": 384}}  # fmt: skip
+    study = first if name == "tiny" else first._replace(**second)
+    return study._replace(seeds=tuple(range(1, seeds + 1))) if seeds else study
+
+
+def replay_file(name: str, folder: Path) -> Path:
+    """Return where a study's real text lies."""
+    return folder / f"replay-{name}.jsonl"
+
+
+def _method(row: "Row", name: str, folder: Path) -> Method:
+    changes = row.changes
+    if changes.get("generate.source") == "replay":
+        changes = changes | {"generate.replay": {"path": str(replay_file(name, folder))}}
+    return Method(changes, {_label(s): s for s in (row.tiny if name == "tiny" else row.demo)})
+
+
+def _label(strength: Changes) -> str:
+    """Return `weight=0.3`, or `rank=8 learning_rate=0.001`."""
+    return " ".join(f"{field.rpartition('.')[2]}={json.dumps(value)}" for field, value in strength.items())
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A method of both studies; they try the same number of strengths for every method."""
+
+    changes: Changes
+    tiny: list[Changes]
+    demo: list[Changes]
+
+
+def _over(field: str, *values: float) -> list[Changes]:
+    return [{field: value} for value in values]
+
+
+def _low_rank(*pairs: tuple[int, float]) -> list[Changes]:
+    return [{"train.methods.lora.rank": rank, RATE: rate} for rank, rate in pairs]
+
+
+RATES = (_over(RATE, 2e-3, 1e-3, 5e-4, 2.5e-4), _over(RATE, 3e-4, 1e-4, 3e-5))
+WEIGHTS = (_over("train.rehearsal.weight", 0.3, 1, 3, 10), _over("train.rehearsal.weight", 1, 3, 10))
+NO_CORPUS: Changes = {"generate.rows": 0}
+STORED: Changes = {"train.rehearsal.loss": "kl"}
+
+TABLE = {
+    PLAIN: Row(NO_CORPUS, *RATES),
+    "nll": Row({}, *WEIGHTS),
+    "kl stored": Row(STORED, *WEIGHTS),
+    "kl live base": Row(STORED | {"train.rehearsal.reference": "base"}, *WEIGHTS),
+    "L2": Row(
+        NO_CORPUS,
+        _over("train.methods.l2.weight", 0.001, 0.01, 0.1, 1),
+        _over("train.methods.l2.weight", 0.01, 0.1, 1),
+    ),
+    "EWC": Row(
+        {"train.rehearsal.weight": 0, "generate.rows": 256, "generate.top_logprobs": 0},  # for the Fisher matrix alone
+        _over("train.methods.ewc.weight", 1, 10, 100, 1000),
+        _over("train.methods.ewc.weight", 1, 10, 100),
+    ),
+    "LoRA": Row(
+        NO_CORPUS,
+        _low_rank((16, 1e-2), (16, 3e-3), (4, 1e-2), (4, 3e-3)),
+        _low_rank((32, 1e-3), (8, 3e-3), (8, 1e-3)),
+    ),
+    "WiSE-FT": Row(NO_CORPUS, _over("merge.alpha", 0.8, 0.6, 0.4, 0.2), _over("merge.alpha", 0.75, 0.5, 0.25)),
+    "FLOW": Row(NO_CORPUS | {"mix.flow": "sample"}, *RATES),
+    "contextual": Row({"generate.source": "contextual"}, *WEIGHTS),
+    "replay": Row({"generate.source": "replay", "generate.top_logprobs": 0}, *WEIGHTS),
+    "FLOW+kl": Row(STORED | {"mix.flow": "sample"}, *WEIGHTS),
+}
+
+
+# --- real text -----------------------------------------------------------------------------------------------------
+
+
+def write_documents(documents: Iterator[str], path: Path) -> None:
+    """Write documents as JSONL, once."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    partial.replace(path)
+
+
+def tiny_documents() -> Iterator[str]:
+    """Yield what `tiny` was pretrained on, the first documents of it."""
+    from cfsd.tiny import TinySpec, documents
+
+    for _, (prompt, answer) in zip(range(TINY_DOCUMENTS), documents(TinySpec().seed), strict=False):
+        yield prompt + answer
+
+
+def technical_documents() -> Iterator[str]:
+    """Yield Python's own documentation by topic, without the paragraphs that the benchmark measures on."""
+    from pydoc_data.topics import topics
+
+    from cfsd.benchmark_files import BUNDLED
+
+    lines = (BUNDLED / "technical_english.jsonl").read_text().splitlines()
+    measured = {_plain(json.loads(line)["text"]) for line in lines}
+    for _, text in sorted(topics.items()):
+        kept = [part for part in text.split("\n\n") if not any(m in _plain(part) for m in measured)]
+        yield "\n\n".join(kept)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,73 @@
+"""Run many recipes one after the other in one flow; what the store holds is not made again."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cfsd.artifact import Store
+from cfsd.errors import NotFinite
+from cfsd.machine import Machine, home
+from cfsd.recipe import Recipe
+from cfsd.summary import Trail
+from flows._temporary_server import prefect_server
+from flows.mitigate import story
+from tasks import record
+
+
+class Cost(NamedTuple):
+    """What training took, as recorded when it was done."""
+
+    seconds: float
+    peak_memory: int
+
+
+class Runner:
+    """Takes the stories of `total` recipes and says after each how long the rest may take."""
+
+    def __init__(self, total: int, machine: Machine) -> None:
+        """Begin to count."""
+        self.total, self.machine = total, machine
+        self.done = 0
+        self.taken: list[float] = []  # seconds of those that really trained
+        self.store = Store(home())
+
+    def run(self, recipe: Recipe) -> Trail | None:
+        """Take the whole story of `recipe`; None where its training met numbers that are not finite."""
+        started = time.time()
+        try:
+            trail: Trail | None = story(recipe, self.machine)
+        except NotFinite as error:
+            print(f"{recipe.name}: left out, {error}", flush=True)
+            trail = None
+        self.done += 1
+        taken = time.time() - started
+        if trail is None or self.made(trail) >= started:
+            self.taken.append(taken)
+        print(f"[{self.done}/{self.total}] {recipe.name}: {taken:.0f} s, {self._left()}", flush=True)
+        return trail
+
+    def made(self, trail: Trail) -> float:
+        """Return when the tuned model was made, in seconds of the epoch."""
+        return float(self.store.manifest(trail.artifacts["tuned"])["created"])
+
+    def _left(self) -> str:
+        if not self.taken:
+            return "found in the store"
+        left = sum(self.taken) / len(self.taken) * (self.total - self.done)
+        return f"about {left / 60:.0f} min left"
+
+    def cost(self, trail: Trail) -> Cost:
+        """Return what training the model of `trail` took."""
+        tuned = trail.artifacts["tuned"]
+        memory = tuned.facts["peak_memory"]
+        assert isinstance(memory, int | float)
+        return Cost(float(self.store.manifest(tuned)["seconds"]), int(memory))
+
+
+def in_one_flow(name: str, work: Callable[[], None]) -> None:
+    """Do `work`, which takes stories, as a single flow run; the stages' own lines are left out."""
+    from prefect import flow  # not above: it reads its settings when imported, and `flows` makes them
+
+    record.console.quiet = True
+    with prefect_server():
+        flow(name=name, validate_parameters=False, persist_result=False)(work)()

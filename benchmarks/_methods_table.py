@@ -1,0 +1,201 @@
+"""The figures of the study of methods: halves, the choice of strengths, intervals over seeds, the table."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cfsd.artifact import Artifact, Store
+from cfsd.figures import frontier_figure, styles
+from cfsd.forgetting import (
+    Figure,
+    Measure,
+    benchmark_forgetting,
+    difference_per_token,
+    mean_forgetting,
+    mean_per_token,
+)
+from cfsd.summary import Summary, Trail, table
+from cfsd.table import POINTS, shown
+
+EVEN, ODD = 0, 1
+ENOUGH = 0.95  # of plain fine-tuning's target gain
+FEWEST_SEEDS = 5  # for an interval that speaks for other seeds
+MB = 1e6
+MAIN = ("target_gain", "probe_kl", "mean_forgetting")
+RULE = (
+    "On even documents with seed 0: of the strengths with at least 95 % of plain fine-tuning's largest target gain the "
+    "one that forgot least on average; those within the 95 % interval of the least count as tied, and the least "
+    "probe_kl decides. If none has 95 %, the one with the largest target gain."
+)
+
+
+class Tables(NamedTuple):
+    """What was measured on one model, document by document, before and after."""
+
+    target: tuple[pd.DataFrame, pd.DataFrame]  # row_id, nll, count
+    probe: pd.DataFrame  # row_id, kl, count
+    benchmarks: dict[str, tuple[Measure, pd.DataFrame, pd.DataFrame]]  # doc_id, value, …
+
+
+def tables_of(store: Store, trail: Trail) -> Tables:
+    """Read the score tables of `trail`; of a benchmark's filters the first."""
+    before, after = trail.before, trail.after
+    assert before.target and after.target and after.probe
+    benchmarks = {}
+    for name, base in before.benchmarks.items():
+        facts: dict[str, Any] = base.facts
+        measure = Measure(**{field: facts[field] for field in Measure.model_fields})
+        pair = (_first_filter(store, scores, facts["filters"][0]) for scores in (base, after.benchmarks[name]))
+        benchmarks[name] = (measure, *pair)
+    target = table(store, before.target, "responses"), table(store, after.target, "responses")
+    return Tables(target, table(store, after.probe, "divergence"), benchmarks)  # type: ignore[arg-type]
+
+
+def _first_filter(store: Store, scores: Artifact, name: str) -> pd.DataFrame:
+    rows: pd.DataFrame = table(store, scores, "scores")
+    return rows[rows["filter"] == name]
+
+
+def half(tables: Tables, parity: int) -> Tables:
+    """Return every second document: EVEN or ODD doc_id of benchmarks, row_id of target and probe."""
+
+    def kept(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+        return frame[frame[column] % 2 == parity].reset_index(drop=True)
+
+    base, tuned = tables.target
+    return Tables(
+        (kept(base, "row_id"), kept(tuned, "row_id")),
+        kept(tables.probe, "row_id"),
+        {n: (m, kept(b, "doc_id"), kept(t, "doc_id")) for n, (m, b, t) in tables.benchmarks.items()},
+    )
+
+
+def figures_of(tables: Tables) -> dict[str, Figure]:
+    """Return MAIN, as far as known, and each loss benchmark's rise; intervals over documents."""
+    base, tuned = tables.target
+    counts = base["count"].to_numpy(float)
+    gain = difference_per_token(base["nll"].to_numpy(), tuned["nll"].to_numpy(), counts, seed=0)
+    moved = mean_per_token(tables.probe["kl"].to_numpy(), tables.probe["count"].to_numpy(float), seed=0)
+    found = [benchmark_forgetting(n, measure, b, t) for n, (measure, b, t) in tables.benchmarks.items()]
+    mean = mean_forgetting(found)
+    losses = {b.benchmark: b.forgetting for b in found if tables.benchmarks[b.benchmark][0].kind == "perplexity"}
+    return {"target_gain": gain, "probe_kl": moved} | ({"mean_forgetting": mean} if mean else {}) | losses
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+
+def choose(tried: dict[str, dict[str, Figure]], plain_gain: float) -> str:
+    """Return the strength that RULE takes; `plain_gain` is plain fine-tuning's largest target gain."""
+    learned = {s: f for s, f in tried.items() if f["target_gain"].value >= ENOUGH * plain_gain}
+    if not learned:
+        return max(tried, key=lambda strength: tried[strength]["target_gain"].value)
+    forgot = {s: f["mean_forgetting"] for s, f in learned.items() if "mean_forgetting" in f}
+    tied = set(learned)
+    if forgot:
+        least = min(forgot.values(), key=lambda figure: figure.value)
+        limit = least.value if least.high is None else least.high
+        tied = {strength for strength, figure in forgot.items() if figure.value <= limit}
+    return min(tied, key=lambda strength: learned[strength]["probe_kl"].value)
+
+
+# --- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def averaged(repeats: Sequence[Tables]) -> Tables:
+    """Return each document's mean over the repeats of one method; a mean of 0/1 scores is no longer 0 or 1."""
+
+    def mean(frames: Sequence[pd.DataFrame], key: str, value: str) -> pd.DataFrame:
+        ordered = [frame.sort_values(key, ignore_index=True) for frame in frames]
+        assert all(frame[key].equals(ordered[0][key]) for frame in ordered), "the seeds share all documents"
+        return ordered[0].assign(**{value: np.mean([frame[value].to_numpy(float) for frame in ordered], axis=0)})
+
+    first = repeats[0]
+    benchmarks = {}
+    for name, (measure, base, _) in first.benchmarks.items():
+        kind = "mean" if measure.kind == "binary" and len(repeats) > 1 else measure.kind
+        tuned = mean([repeat.benchmarks[name][2] for repeat in repeats], "doc_id", "value")
+        benchmarks[name] = (measure.model_copy(update={"kind": kind}), base, tuned)
+    target = first.target[0], mean([repeat.target[1] for repeat in repeats], "row_id", "nll")
+    return Tables(target, mean([repeat.probe for repeat in repeats], "row_id", "kl"), benchmarks)
+
+
+def over_seeds(repeats: Sequence[Tables]) -> dict[str, Figure]:
+    """Return the mean over seeds of every figure. Interval: over documents, from FEWEST_SEEDS on over seeds as well.
+
+    The two parts are independent, so that each side's distances add up in squares (as in
+    `cfsd.intervals.interval_of_mean`): that of the seed-averaged documents, and t x s / sqrt(seeds).
+    What of a document's change is due to the seed alone is in both: the interval is rather too wide.
+    """
+    figures, each = figures_of(averaged(repeats)), [figures_of(repeat) for repeat in repeats]
+    if len(repeats) < FEWEST_SEEDS:
+        return figures
+    return {name: _widened(figure, [found[name].value for found in each]) for name, figure in figures.items()}
+
+
+def _widened(figure: Figure, values: Sequence[float]) -> Figure:
+    if figure.low is None or figure.high is None:
+        return figure
+    reach = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    low = figure.value - math.hypot(figure.value - figure.low, reach)
+    high = figure.value + math.hypot(figure.high - figure.value, reach)
+    return figure.model_copy(update={"low": low, "high": high})
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """One method at its chosen strength, over the reported seeds."""
+
+    method: str
+    strength: str
+    reached: bool | None  # 95 % of plain fine-tuning's gain where strengths were chosen; None: given, not chosen
+    figures: dict[str, Figure]
+    seeds: dict[int, dict[str, Figure]]
+    seconds: float  # median over seeds
+    peak_memory: int
+
+
+def markdown(results: Sequence[Result], losses: Sequence[str]) -> str:
+    """Return the table; a strength with `*` reached less than 95 % of plain fine-tuning's target gain."""
+    head = ["method", "strength", "target gain, nats/token", "probe_kl, nats/token", "mean forgetting, points",
+            *(f"{name} loss, rise" for name in losses), "training, s", "peak memory, MB"]  # fmt: skip
+    lines = [head, ["---", "---", *["--:"] * (len(head) - 2)]]
+    for result in results:
+        factors = {"target_gain": 1, "probe_kl": 1, "mean_forgetting": POINTS, **dict.fromkeys(losses, 1)}
+        cells = [_cell(result.figures.get(name), factor) for name, factor in factors.items()]
+        mark = "*" if result.reached is False else ""
+        cost = [f"{result.seconds:.0f}", f"{result.peak_memory / MB:.0f}"]
+        lines.append([result.method, result.strength + mark, *cells, *cost])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _cell(figure: Figure | None, factor: float) -> str:
+    return shown(figure.model_dump(), factor) if figure else "-"
+
+
+def picture(results: Sequence[Result]) -> Any:
+    """Return the frontier: a point per method with its interval, and each seed as a small dot."""
+    figure = frontier_figure([_summary(result) for result in results])
+    look = styles(result.method for result in results)
+    drawn = [name for name in ("mean_forgetting", "probe_kl") if any(name in r.figures for r in results)]
+    for axes, name in zip(figure.axes, drawn, strict=True):
+        factor = POINTS if name == "mean_forgetting" else 1
+        for result in results:
+            points = [(f["target_gain"].value, f[name].value * factor) for f in result.seeds.values() if name in f]
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, ls="none", marker=".", ms=3, color=look[result.method].color, alpha=0.6)
+    return figure
+
+
+def _summary(result: Result) -> Summary:
+    figures = {name: f.model_dump() if (f := result.figures.get(name)) else None for name in MAIN}
+    return Summary(
+        name=result.method, digest="", **figures, target_accuracy_gain=None, target={}, probe_kl_sampled=None,
+        benchmarks={}, seconds={}, executed=[], cached=[],
+    )  # fmt: skip

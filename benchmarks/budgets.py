@@ -1,0 +1,137 @@
+"""Budgets of divergence: are they met and used up, and what do they cost on the target?
+
+python -m benchmarks.budgets tiny|demo [--home FOLDER] [--quick]
+make bench PART=budgets
+
+Plain fine-tuning says how far the model moves (probe_kl); then rehearsal by `kl` from stored laws with 1/8, 1/4 and
+1/2 of that as its budget. The probe is enlarged until half of each interval is at most 10 % of the value.
+"""
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks._methods_grid import NO_CORPUS, PLAIN, STORED, Changes, Study, study_of
+from benchmarks._methods_run import Runner, in_one_flow
+from benchmarks.methods import Name
+from cfsd.budget import WIDEST
+from cfsd.errors import NotFinite
+from cfsd.machine import home
+from cfsd.summary import Summary, Trail, summarise
+from cfsd.table import shown
+from cfsd.training_story import metrics_of
+from flows._cli import Home, start
+
+SHARES = (0.125, 0.25, 0.5)
+MOST_TRIES = 3  # of larger probes
+AIM = 0.9 * WIDEST
+
+
+def budgets_command(
+    name: Annotated[Name, typer.Argument(help="tiny: five string skills; demo: SmolLM2-135M")] = Name.tiny,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of rows and the training")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="One epoch: to try the script")] = False,
+    home: Home = None,
+) -> None:
+    """Train with three budgets and say which were met, which were tight and what they cost."""
+    study = study_of(name, _folder())
+    study = study.quick(_folder()) if quick else study
+    in_one_flow(f"budgets-{study.name}", lambda: _study(study, Runner(1 + len(SHARES), study.machine), seed))
+
+
+def _folder() -> Path:
+    return home() / "studies"
+
+
+def _study(study: Study, runner: Runner, seed: int) -> None:
+    probe = {"probe.rows": study.budgets["probe.rows"]}
+    plain = _measured(study, runner, NO_CORPUS | probe, seed, PLAIN)
+    moved = _summary(runner, plain, []).probe_kl
+    assert moved
+    print(f"{PLAIN}: probe_kl {shown(moved)}", flush=True)
+    trails = {PLAIN: plain}
+    for share in SHARES:
+        label = f"budget {share:g} of {PLAIN}"
+        # rounded: the budget is in the key, and the last bits of a measured figure need not come again
+        budget = {"train.rehearsal.budget": float(f"{share * moved['value']:.4g}")}
+        trails[label] = _measured(study, runner, STORED | study.budgets | budget, seed, label)
+    summaries = {label: _summary(runner, trail, list(trails.values())) for label, trail in trails.items()}
+    _tell(study, seed, [_row(runner, label, trails[label], summaries[label]) for label in trails])
+
+
+def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: str) -> Trail:
+    """Train once, and measure on ever larger probes until the interval is narrow enough to judge."""
+    for attempt in range(1, MOST_TRIES + 1):
+        trail = runner.run(study.recipe(changes, seed, f"{label} seed={seed}"))
+        if trail is None:
+            raise NotFinite(f"{label}: no budget can be judged; lower train.learning_rate")
+        figure = _summary(runner, trail, []).probe_kl
+        assert figure and figure["low"] is not None
+        width = (figure["high"] - figure["low"]) / 2 / figure["value"]
+        if width <= WIDEST or attempt == MOST_TRIES:
+            return trail
+        rows = math.ceil(changes["probe.rows"] * (width / AIM) ** 2)
+        print(f"{label}: half of the interval is {width:.0%} of the value; the probe gets {rows} rows", flush=True)
+        changes = changes | {"probe.rows": rows}
+        runner.total += 1
+    raise AssertionError("the last attempt returns")
+
+
+def _summary(runner: Runner, trail: Trail, trails: list[Trail]) -> Summary:
+    return summarise(runner.store, trail, trails)
+
+
+def _row(runner: Runner, label: str, trail: Trail, summary: Summary) -> dict[str, Any]:
+    weights = list(metrics_of(runner.store, trail.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())
+    known = summary.budget or {}
+    return {
+        "run": label,
+        "budget": known.get("nats"),
+        "probe_kl": summary.probe_kl,
+        "ratio": known.get("ratio"),
+        **{name: known.get(name) for name in ("outcome", "met", "tight", "half_width")},
+        "weight_start": weights[0] if weights and known else None,
+        "weight_end": weights[-1] if weights and known else None,
+        "target_gain": summary.target_gain,
+        "target_gain_cost": known.get("target_gain_cost"),
+        "probe_rows": trail.artifacts["probe"].facts["rows"],
+        "most_row_views": trail.artifacts["tuned"].facts.get("most_row_views"),
+        "steps": trail.artifacts["tuned"].facts["steps"],
+    }
+
+
+def _tell(study: Study, seed: int, rows: list[dict[str, Any]]) -> None:
+    text = markdown(rows)
+    gains = [row["target_gain"]["value"] for row in [*rows[1:], rows[0]]]
+    order = "rises with the budget, plain fine-tuning last" if gains == sorted(gains) else "does not rise throughout"
+    notes = [f"Target gain {order}: {', '.join(f'{gain:.4f}' for gain in gains)}."]
+    print("\n" + text + "\n" + "\n".join(notes), flush=True)
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": study.machine.threads}
+    found = {"part": f"budgets-{study.name}", "machine": machine, "seed": seed, "rows": rows, "notes": notes}
+    study.results.mkdir(parents=True, exist_ok=True)
+    file = study.results / f"budgets-{study.name}.json"
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.with_suffix(".md").write_text(text + "\n" + "\n".join(f"* {note}" for note in notes) + "\n")
+    print(file, flush=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the table; met: probe_kl at most 1.1 x the budget; tight: also at least 0.8 x."""
+    head = ["run", "budget", "probe_kl", "of the budget", "met", "tight", "weight, first to last", "target gain"]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for row in rows:
+        path = "-" if row["weight_end"] is None else f"{row['weight_start']:.3g} to {row['weight_end']:.3g}"
+        budget = "-" if row["budget"] is None else f"{row['budget']:.4g}"
+        ratio = "-" if row["ratio"] is None else shown(row["ratio"])
+        judged = [{True: "yes", False: "no", None: "-"}[row[name]] for name in ("met", "tight")]
+        lines.append([row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, shown(row["target_gain"])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    start(budgets_command)

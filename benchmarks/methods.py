@@ -1,0 +1,210 @@
+"""The study of methods: what each learns and forgets at the strength chosen for it, with intervals, time and memory.
+
+python -m benchmarks.methods tiny|demo [--home FOLDER] [--seeds N] [--strengths chosen.json] [--quick]
+make bench PART=methods
+
+Interrupted, the same command goes on: every run is cached in the data folder. Strengths are chosen by
+`_methods_table.RULE` on even documents with seed 0; the other documents and other seeds are reported.
+"""
+
+import json
+import os
+import platform
+from enum import StrEnum
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from benchmarks._methods_grid import PLAIN, Study, replay_file, study_of, write_documents
+from benchmarks._methods_run import Runner, in_one_flow
+from benchmarks._methods_table import (
+    ENOUGH,
+    EVEN,
+    MAIN,
+    ODD,
+    RULE,
+    Result,
+    Tables,
+    choose,
+    figures_of,
+    half,
+    markdown,
+    over_seeds,
+    picture,
+    tables_of,
+)  # fmt: skip
+from cfsd.errors import BadInput
+from cfsd.forgetting import Figure
+from cfsd.machine import home
+from cfsd.recipe import Recipe
+from flows._cli import Home, start
+
+Tried = dict[str, dict[str, dict[str, Figure]]]  # method -> strength -> figure
+
+
+class Name(StrEnum):
+    """The studies."""
+
+    tiny = "tiny"
+    demo = "demo"
+
+
+class Chosen(NamedTuple):
+    """A strength, and whether it learned enough; None where it was given."""
+
+    strength: str
+    reached: bool | None
+
+
+def methods_command(
+    name: Annotated[Name, typer.Argument(help="tiny: five string skills, 5 seeds; demo: SmolLM2-135M, 2 seeds")] = (
+        Name.tiny
+    ),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Reported seeds, from 1 on")] = None,
+    strengths: Annotated[
+        Path | None, typer.Option(help="JSON of method -> strength, or a result: nothing is chosen, only reported")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two methods, one epoch, two seeds: to try the script")
+    ] = False,
+    home: Home = None,
+) -> None:
+    """Choose a strength for every method, report the chosen ones on other documents and seeds."""
+    study = study_of(name, _folder(), seeds)
+    study = study.quick(_folder()) if quick else study
+    given = _given(study, strengths) if strengths else None
+    write_documents(study.documents(), replay_file(name, _folder()))
+    for method, found in study.methods.items():
+        for strength in found.strengths:
+            _recipe(study, method, strength, 0).check()  # before anything runs
+    tries = 0 if given else sum(len(method.strengths) for method in study.methods.values())
+    runner = Runner(tries + len(study.methods) * len(study.seeds), study.machine)
+    in_one_flow(f"methods-{study.name}", lambda: _study(study, runner, given))
+
+
+def _folder() -> Path:
+    return home() / "studies"
+
+
+def _given(study: Study, path: Path) -> dict[str, Chosen]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    content = content.get("chosen", content)
+    for method, found in study.methods.items():
+        if content.get(method) not in found.strengths:
+            raise BadInput(
+                f"--strengths {path}: {method} has {content.get(method)!r}; allowed: {', '.join(found.strengths)}"
+            )
+    return {method: Chosen(content[method], None) for method in study.methods}
+
+
+def _study(study: Study, runner: Runner, given: dict[str, Chosen] | None) -> None:
+    tried = {} if given else _try_all(study, runner)
+    chosen = given or _choose_all(study, tried)
+    for method, choice in chosen.items():
+        print(f"{method}: {choice.strength}" + (" (less than 95 %)" if choice.reached is False else ""), flush=True)
+    results = [found for method, choice in chosen.items() if (found := _report(study, runner, method, choice))]
+    _tell(study, results, tried)
+
+
+def _recipe(study: Study, method: str, strength: str, seed: int) -> Recipe:
+    return study.recipe(study.changes(method, strength), seed, f"{method} {strength} seed={seed}")
+
+
+def _try_all(study: Study, runner: Runner) -> Tried:
+    """Return the figures of every strength on even documents with seed 0."""
+    tried: Tried = {}
+    for method, found in study.methods.items():
+        tried[method] = {}
+        for strength in found.strengths:
+            if trail := runner.run(_recipe(study, method, strength, 0)):
+                tried[method][strength] = figures_of(half(tables_of(runner.store, trail), EVEN))
+                print(f"    {_brief(tried[method][strength])}", flush=True)
+    return tried
+
+
+def _choose_all(study: Study, tried: Tried) -> dict[str, Chosen]:
+    plain = max(figures["target_gain"].value for figures in tried[PLAIN].values())
+    chosen = {}
+    for method, strengths in tried.items():
+        if strengths:  # of a method that never gave finite numbers there is nothing to report
+            strength = choose(strengths, plain)
+            chosen[method] = Chosen(strength, strengths[strength]["target_gain"].value >= ENOUGH * plain)
+    return chosen
+
+
+def _report(study: Study, runner: Runner, method: str, choice: Chosen) -> Result | None:
+    """Return the figures of the chosen strength on odd documents with the other seeds."""
+    repeats: dict[int, Tables] = {}
+    costs = []
+    for seed in study.seeds:
+        if trail := runner.run(_recipe(study, method, choice.strength, seed)):
+            repeats[seed] = half(tables_of(runner.store, trail), ODD)
+            costs.append(runner.cost(trail))
+    if not repeats:
+        return None
+    figures = over_seeds(list(repeats.values()))
+    print(f"    {_brief(figures)}", flush=True)
+    seeds = {seed: figures_of(tables) for seed, tables in repeats.items()}
+    seconds, memory = median(cost.seconds for cost in costs), max(cost.peak_memory for cost in costs)
+    return Result(method, choice.strength, choice.reached, figures, seeds, seconds, memory)
+
+
+def _brief(figures: dict[str, Figure]) -> str:
+    return ", ".join(f"{name} {figures[name].value:.4f}" for name in MAIN if name in figures)
+
+
+def _tell(study: Study, results: list[Result], tried: Tried) -> None:
+    losses = [name for name in results[0].figures if name not in MAIN]
+    text = markdown(results, losses)
+    notes = _notes(study, results, tried)
+    print("\n" + text + "\n" + "\n".join(notes), flush=True)
+    found = {
+        "part": f"methods-{study.name}",
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": study.machine.threads},
+        "seeds": list(study.seeds),
+        "chosen": {result.method: result.strength for result in results},
+        "rows": [
+            result._asdict() | {f: _plain(getattr(result, f)) for f in ("figures", "seeds")} for result in results
+        ],
+        "tried": _plain(tried),
+        "notes": notes,
+    }
+    study.results.mkdir(parents=True, exist_ok=True)
+    file = study.results / f"methods-{study.name}.json"
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.with_suffix(".md").write_text(text + "\n" + "\n".join(f"* {note}" for note in notes) + "\n")
+    picture(results).savefig(study.pictures / f"methods-{study.name}.png", dpi=150)
+    print(file, flush=True)
+
+
+def _notes(study: Study, results: list[Result], tried: Tried) -> list[str]:
+    many = len(results[0].seeds) >= 5
+    over = "documents and seeds (t over seeds)" if many else "documents; the seeds' own values are in the JSON"
+    notes = [
+        RULE,
+        f"Reported: odd documents, seeds {', '.join(map(str, study.seeds))}; 95 % intervals over {over}.",
+        "Training: the whole stage with the start of its process, median over seeds; memory: the most of any seed.",
+    ]
+    if few := [result.method for result in results if result.reached is False]:
+        notes.append(f"Less than 95 % of plain fine-tuning's gain at every strength (*): {', '.join(few)}.")
+    edges = [r.method for r in results if r.method in tried and r.strength in _ends(list(tried[r.method]))]
+    if edges:
+        notes.append(f"The chosen strength is the first or last tried: {', '.join(edges)}.")
+    return notes
+
+
+def _ends(strengths: list[str]) -> set[str]:
+    return {strengths[0], strengths[-1]} if len(strengths) > 2 else set()
+
+
+def _plain(content: Any) -> Any:
+    """Return figures as JSON."""
+    if isinstance(content, Figure):
+        return content.model_dump(mode="json")
+    return {str(name): _plain(value) for name, value in content.items()}
+
+
+if __name__ == "__main__":
+    start(methods_command)
