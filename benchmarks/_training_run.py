@@ -58,11 +58,13 @@ def main() -> None:
 
 
 def _contend(role: str, data: Path, settings: Answer, say: Any) -> None:
-    transformers_trainer.DEFAULT_CALLBACKS.append(Gate(say))  # the same clock for both, wherever they make a Trainer
+    gate = Gate(say)
+    transformers_trainer.DEFAULT_CALLBACKS.append(gate)  # the same clock for both, wherever they make a Trainer
     try:
         _ours(data, settings) if role == "ours" else _peer(data, settings)
     except Exception as error:
-        sys.stdin.readline()
+        if not gate.left:  # no job is under way: the answer is to the next one
+            sys.stdin.readline()
         say({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
 
 

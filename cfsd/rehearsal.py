@@ -30,7 +30,7 @@ class RehearsalSpec(Spec):
         None, description="Divergence that is accepted, in nats per token: lambda is steered so that it is used up"
     )
     budget_rate: PositiveFloat = Field(
-        0.3, description="How fast lambda follows: the step in its logarithm where the divergence is twice the budget"
+        0.2, description="How fast lambda follows: what each step adds to its logarithm at e times the budget"
     )
     refresh: Literal["cycle", "once", "fresh"] = Field(
         "cycle",

@@ -16,7 +16,7 @@ from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.train import TrainSpec
 from cfsd.training_memory import Choice, Load, Shapes, choices, load_of, training_memory
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_rows
 
 LLAMA_1B = Shapes(2048, 16, 8192, heads=32, kv_heads=8, vocabulary=128_256, tied=True)
 LLAMA_8B = Shapes(4096, 32, 14_336, heads=32, kv_heads=8, vocabulary=128_256)
@@ -116,7 +116,8 @@ def test_what_is_asked_for_is_counted(change: Load, part: str) -> None:
 
 
 def test_the_plan_of_a_recipe_reads_the_models_own_sizes(model_folder: Path, home: Path, tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"name": "x", "base": str(model_folder), "target": {"kind": "skills"}})
+    rows = write_rows(tmp_path / "rows.jsonl")
+    recipe = Recipe.model_validate({"name": "x", "base": str(model_folder), "target": {"path": str(rows)}})
     unknown = Artifact(kind="model", key="", content="")
     machine = Machine(device="cpu", micro_batch_tokens=512)
     config = Shapes.of_config(json.loads((model_folder / "config.json").read_text()))

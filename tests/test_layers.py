@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"generate", "filter", "selection", "embed", "mix", "train", "evaluate", "merge"}
+STAGES = {"generate", "filter", "selection", "embed", "mix", "train", "evaluate", "merge", "weigh", "fisher"}
 SCORE = {"cfsd/score.py", "cfsd/score_rows.py"}
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "mlflow", "prefect", "pandas", "pyarrow")
 LAYERS = ("cfsd", "tasks", "flows")

@@ -375,12 +375,12 @@ def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut(form: s
 
 
 def after_sgd(base: Any, weight: float, rate: float) -> float:
-    """Return the divergence after 200 steps on a few target rows, with every text as rehearsal."""
+    """Return the divergence after 120 steps on a few target rows, with every text as rehearsal."""
     target = [Row("target", text, [False, False, True, True], 1.0) for text in TEXTS[:40:7]]
     packs, model = cut([*target, *every_text(base)], 400), copy.deepcopy(base)
     Objective(model, LIVE, base)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    for _ in range(200):
+    for _ in range(120):
         optimizer.zero_grad()
         losses(model, packs[0], weight).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -390,13 +390,11 @@ def after_sgd(base: Any, weight: float, rate: float) -> float:
 
 def test_the_divergence_falls_to_nothing_as_lambda_grows(base: Any) -> None:
     """SGD with a rate of 1 / lambda and no clipping. Without rehearsal the same rates would move it further."""
-    weights = [1.0, 10.0, 100.0, 1000.0]
-    found = [after_sgd(base, weight, 0.05 / weight) for weight in weights]
-    print(found, [after_sgd(base, 0.0, 0.05 / weight) for weight in weights])
-    for before, after in pairwise(found):
-        assert after < before / 3
-    assert found[-1] < 1e-6
-    assert all(kl < 0.7 * after_sgd(base, 0.0, 0.05 / weight) for kl, weight in zip(found, weights, strict=True))
+    found = [after_sgd(base, weight, 0.05 / weight) for weight in (1.0, 10.0, 100.0, 1000.0)]
+    assert all(after < before / 2 for before, after in pairwise(found))
+    assert found[-1] < found[-2] / 30  # as 1 / lambda^2 in the end
+    assert found[-1] < 1e-4
+    assert found[-1] < after_sgd(base, 0.0, 0.05 / 1000) / 30
 
 
 def looked_at(model: Any, packs: Sequence[Pack], spec: RehearsalSpec, base: Any) -> Losses:

@@ -22,7 +22,6 @@ from cfsd.train import TrainRequest, TrainSpec
 from cfsd.trainer import fit
 from tests.conftest import fetched, save_model
 
-
 SMALL = {"shapes": Shapes(32, 1, 64, heads=2, kv_heads=2, vocabulary=64, tied=True)._asdict(), "spec": {}}
 LENGTH = 128  # tokens per row, or a few less
 

@@ -1,0 +1,85 @@
+"""Which rows make a step: the order comes from seeds alone, and how often a row was seen is known."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from cfsd.batches import GlobalBatch, Refresh, plan_batches
+from cfsd.errors import BadInput
+
+TARGET, REHEARSAL = 10, 24
+SOURCES = ["target"] * TARGET + ["context-free"] * REHEARSAL
+LENGTHS = [3] * TARGET + [2 + i % 5 for i in range(REHEARSAL)]
+TOKENS = 12
+
+
+def plan(refresh: Refresh = "cycle", epochs: int = 3, **given: Any) -> list[GlobalBatch]:
+    settings = {"target_rows": 4, "rehearsal_tokens": TOKENS, "epochs": epochs, "seed": 0, "refresh": refresh}
+    return plan_batches(SOURCES, LENGTHS, **settings | given)
+
+
+@pytest.mark.parametrize("refresh", ["cycle", "once"])
+def test_every_epoch_passes_over_the_target_in_an_order_of_its_own(refresh: Refresh) -> None:
+    batches = plan(refresh)
+    orders = [[row for batch in batches[i : i + 3] for row in batch.target] for i in (0, 3, 6)]
+    assert [len(batch.target) for batch in batches] == [4, 4, 2] * 3
+    assert all(sorted(order) == list(range(TARGET)) for order in orders)
+    assert all(one != two for one, two in pairwise(orders))
+
+
+def test_a_batch_takes_whole_rows_while_they_fit() -> None:
+    for batch in plan():
+        used = sum(LENGTHS[i] for i in batch.rehearsal)
+        assert TOKENS - max(LENGTHS) < used <= TOKENS
+    alone = plan(rehearsal_tokens=1)
+    assert all(len(batch.rehearsal) == 1 for batch in alone)  # one at least, however long
+
+
+def test_cycling_sees_every_row_before_any_row_again() -> None:
+    drawn = [row for batch in plan("cycle", 12) for row in batch.rehearsal]
+    for turn in range(len(drawn) // REHEARSAL):
+        assert len(set(drawn[turn * REHEARSAL : (turn + 1) * REHEARSAL])) == REHEARSAL
+    assert drawn[:REHEARSAL] != drawn[REHEARSAL : 2 * REHEARSAL]
+
+
+def test_once_shows_each_epoch_the_first_ones_rows() -> None:
+    batches = plan("once")
+    first = [batch.rehearsal for batch in batches[:3]]
+    assert [batch.rehearsal for batch in batches] == first * 3
+    assert [set(batch.views) for batch in batches] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
+
+
+def test_once_takes_whole_rows_that_no_other_refresh_would_take_twice() -> None:
+    assert plan("once")[:3] == plan("cycle")[:3] == plan("fresh", 1)
+
+
+@pytest.mark.parametrize("refresh", ["cycle", "once"])
+def test_views_count_the_earlier_times_a_row_was_seen(refresh: Refresh) -> None:
+    seen: Counter[int] = Counter()
+    for batch in plan(refresh, 12):
+        assert batch.views == [seen[row] for row in batch.rehearsal]
+        seen.update(batch.rehearsal)
+    assert max(seen.values()) > 1
+
+
+def test_fresh_rows_are_never_seen_twice_and_running_out_is_told_with_the_remedy() -> None:
+    batches = plan("fresh", 2)
+    drawn = [row for batch in batches for row in batch.rehearsal]
+    assert len(set(drawn)) == len(drawn) and not any(any(batch.views) for batch in batches)
+    with pytest.raises(BadInput, match=r"corpus has 24 rows, but 12 steps of 12.*raise generate\.rows or lower mix"):
+        plan("fresh", 4)
+
+
+def test_without_rehearsal_tokens_or_rows_there_is_none_and_the_target_stays() -> None:
+    batches = plan(rehearsal_tokens=0)
+    assert all(batch.rehearsal == batch.views == [] for batch in batches)
+    assert [batch.target for batch in batches] == [batch.target for batch in plan()]
+    alone = plan_batches(["target"] * 4, [3] * 4, target_rows=2, rehearsal_tokens=9, epochs=1, seed=0, refresh="fresh")
+    assert all(batch.rehearsal == [] for batch in alone)
+
+
+def test_the_seed_alone_decides() -> None:
+    assert plan() == plan()
+    assert plan(seed=1) != plan()

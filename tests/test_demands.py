@@ -1,0 +1,79 @@
+"""What a training asks of the corpus is told before anything is sampled, with what to change."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cfsd.demands import check_rehearsal
+from cfsd.generate import GenerateSpec
+from cfsd.replay import Replay
+from cfsd.train import TrainSpec
+
+REPLAY = Replay(path="documents.jsonl")
+
+
+def train(methods: dict[str, Any] | None = None, **rehearsal: Any) -> TrainSpec:
+    return TrainSpec.model_validate({"rehearsal": rehearsal, "methods": methods or {}})
+
+
+def generate(**given: Any) -> GenerateSpec:
+    return GenerateSpec.model_validate(given)
+
+
+def replayed(**given: Any) -> GenerateSpec:
+    return generate(source="replay", replay=REPLAY, **given)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "training"),
+    [
+        (generate(), train()),
+        (generate(rows=0), train(loss="kl")),
+        (generate(), train(loss="kl", weight=0)),
+        (generate(), train(loss="kl", reference="base")),
+        (generate(top_logprobs=16), train(loss="kl")),
+        (generate(top_logprobs=16), train(loss="kl", budget=0.1)),
+        (generate(), train(budget=0.1)),
+        (replayed(), train()),
+        (replayed(top_logprobs=16), train(loss="kl", tail="bucket")),
+        (replayed(), train(loss="kl", reference="base")),
+        (generate(), train({"ewc": {"weight": 1}})),
+        (generate(source="contextual"), train({"ewc": {"weight": 0, "rows": 9999}})),
+    ],
+)
+def test_what_fits_together_is_let_through(corpus: GenerateSpec, training: TrainSpec) -> None:
+    check_rehearsal(corpus, training)
+
+
+MIXED = generate(
+    source="mixed", fractions={"context-free": 0.5, "replay": 0.5}, replay=REPLAY, top_logprobs=16
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("corpus", "training", "remedy"),
+    [
+        (generate(), train(loss="kl"), r"set generate\.top_logprobs.*or train\.rehearsal\.reference to base"),
+        (generate(rows=0), train(budget=0.1), r"generate\.rows is 0; set rows, or budget to null"),
+        (replayed(top_logprobs=16), train(loss="kl"), "set tail to bucket"),
+        (MIXED, train(loss="kl"), "set tail to bucket"),
+        (replayed(), train(budget=0.1), r"use another generate\.source"),
+        (generate(rows=100), train({"ewc": {"weight": 1}}), r"ewc\.rows=256.*has 100 of source context-free: raise"),
+        (generate(source="contextual"), train({"ewc": {"weight": 1}}), r"set generate\.source to context-free"),
+    ],
+)
+def test_what_the_corpus_lacks_is_named_with_the_remedy(corpus: GenerateSpec, training: TrainSpec, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        check_rehearsal(corpus, training)
+
+
+def test_stopping_before_the_budget_is_used_up_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"stop_above 0\.01 is below rehearsal\.budget 0\.1"):
+        TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": 0.01}})
+
+
+@pytest.mark.parametrize("given", [{"stop_above": 0.1}, {"benchmarks": ["tiny_rev"]}])
+def test_watching_something_needs_to_know_how_often(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"need watch\.every"):
+        TrainSpec.model_validate({"watch": given})
