@@ -160,13 +160,13 @@ def _prepare(data: Path, plan: Answer) -> Answer:
     made = {"base": base, "corpus": corpus, "probe": probe, "mixture": mixed("mixture", recipe.mix)}
     made["single"] = mixed("single", recipe.mix.model_copy(update={"target_rows": 1, "rehearsal_tokens": 1}))
     (data / "bench.json").write_text(json.dumps({name: found.model_dump(mode="json") for name, found in made.items()}))
-    batches = {name: _counts(data, name) for name in ("mixture", "single")}
-    return {"batches": batches, "vocabulary": load_model(store.path(base), "cpu").config.vocab_size}
+    return {name: _counts(Bench.at(data), name) for name in ("mixture", "single")}
 
 
-def _counts(data: Path, mixture: str) -> list[dict[str, int]]:
+def _counts(bench: Bench, mixture: str) -> list[dict[str, int]]:
+    """Return the tokens of each step: in the target's loss, in the rehearsal's, and all."""
     counts = []
-    for rows in _rows_by_batch(Bench.at(data), mixture):
+    for rows in _rows_by_batch(bench, mixture):
         parts = {"target": 0, "rehearsal": 0, "tokens": sum(len(row.token_ids) for row in rows)}
         for row in rows:
             parts["target" if row.source == "target" else "rehearsal"] += sum(row.supervised)

@@ -38,20 +38,21 @@ def tail(data: Path) -> Answer:
     bench = Bench.at(data)
     folder, moved = bench.store.path(bench.base), data / "runs" / MOVED
     base, model = (load_model(place, "cpu", "float32").eval() for place in (folder, moved))
+    tops = [k for k in TOPS if k <= base.config.vocab_size]
     rows = read_rows(bench.store.path(bench.probe), "corpus")
     sums: dict[str, list[float]] = {}
     for row in rows:
-        for name, loss_N in _forms(base, model, row).items():
+        for name, loss_N in _forms(base, model, row, tops).items():
             sums.setdefault(name, []).append(loss_N.double().sum().item())
     tokens = sum(sum(value is not None for value in row["logprobs"]) for row in rows)
     whole = np.asarray(sums.pop("whole"))
     forms = {name: _ratio(np.asarray(values), whole) for name, values in sums.items()}
     stored = bench.store.path(bench.probe)
-    sizes = {k: _bytes(stored, data, k, base.config.vocab_size) / tokens for k in (0, *TOPS)}
+    sizes = {k: _bytes(stored, data, k, base.config.vocab_size) / tokens for k in (0, *tops)}
     return {"forms": forms, "bytes_per_token": sizes, "nats_per_token": whole.sum() / tokens, "rows": len(rows)}
 
 
-def _forms(base: Any, model: Any, row: dict[str, Any]) -> dict[str, Tensor]:
+def _forms(base: Any, model: Any, row: dict[str, Any], tops: list[int]) -> dict[str, Tensor]:
     """Return the losses of the row's sampled tokens: whole, and as stored with each k and either tail."""
     ids_T = torch.tensor(row["token_ids"])
     at = [t for t, value in enumerate(row["logprobs"]) if value is not None]
@@ -63,19 +64,18 @@ def _forms(base: Any, model: Any, row: dict[str, Any]) -> dict[str, Tensor]:
         return token_losses(model_NV, Head(None), next_N, ones_N, reference).loss_N
 
     found = {"whole": loss(Reference(hidden_MD=base_NV))}
-    for k in TOPS:
-        stored = _first(row, at, k)
+    for k in tops:
+        stored = _first(row, at, k, base.config.vocab_size)
         for form in ("sampled", "bucket"):
             found[f"{form} {k}"] = loss(Reference(stored=stored, tail=form))
     return found
 
 
-def _first(row: dict[str, Any], at: list[int], k: int) -> Stored:
+def _first(row: dict[str, Any], at: list[int], k: int, vocabulary: int) -> Stored:
     """Return what would be stored with only the first `k` of the row's likeliest tokens."""
     width = len(row["topk_ids"]) // len(row["token_ids"])
-    ids_NK, logprobs_NK = (
-        torch.tensor([row[name][t * width : (t + 1) * width] for t in at]) for name in ("topk_ids", "topk_logprobs")
-    )
+    spans = [slice(t * width, t * width + min(width, vocabulary)) for t in at]  # a small vocabulary does not fill it
+    ids_NK, logprobs_NK = (torch.tensor([row[name][span] for span in spans]) for name in ("topk_ids", "topk_logprobs"))
     rest_N = torch.tensor([row["rest_logprob"][t] for t in at])
     drawn_N = torch.tensor([row["logprobs"][t] for t in at])
     left_N = torch.cat([logprobs_NK[:, k:], rest_N[:, None]], 1).logsumexp(1)

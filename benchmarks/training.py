@@ -99,7 +99,7 @@ def main() -> None:
     plan, started = QUICK if given.quick else Plan(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cfsd-training-") as folder:
         wanted = {**plan._asdict(), "model": str(given.model.absolute()) if given.model else None}
-        made = _once(Path(folder), "prepare", json.dumps(wanted))["batches"]
+        made = _once(Path(folder), "prepare", json.dumps(wanted))
         _bench(plan, Place(Path(folder), made["mixture"], made["single"]), started, quick=given.quick)
 
 

@@ -9,6 +9,7 @@ weight of its own does not change with lengths or batch layout, lambda_string = 
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,13 +52,13 @@ class Objective:
         del self.model.forward
 
     def forward(
-        self, *args: Any, pack: Pack | None = None, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None,
-        **named: Any,
+        self, *args: Any, pack: Callable[[], Pack] | None = None, rehearsal_weight: float = 1.0,
+        spec: RehearsalSpec | None = None, **named: Any,
     ) -> Any:  # fmt: skip
-        """Return the Losses of `pack`; without one, whatever the model itself returns."""
+        """Return the Losses of what `pack` returns; without one, whatever the model itself returns."""
         if pack is None:
             return self._plain(*args, **named)
-        return self.losses(pack, rehearsal_weight, spec or self.spec)
+        return self.losses(pack(), rehearsal_weight, spec or self.spec)
 
     def losses(self, pack: Pack, rehearsal_weight: float, spec: RehearsalSpec) -> Losses:
         """Return the losses of `pack`, its rehearsal's in the form of `spec`."""
@@ -111,7 +112,8 @@ def losses(
     model: nn.Module, pack: Pack, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None
 ) -> Losses:  # fmt: skip
     """Return the losses of `pack` by a model that an Objective has taken over, however it is wrapped."""
-    found: Losses = model(pack=pack, rehearsal_weight=rehearsal_weight, spec=spec)
+    # wrapped: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
+    found: Losses = model(pack=lambda: pack, rehearsal_weight=rehearsal_weight, spec=spec)
     return found
 
 

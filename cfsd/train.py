@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 
 from cfsd.artifact import Artifact, Draft
 from cfsd.benchmark import Benchmark
+from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.methods import Methods
 from cfsd.rehearsal import RehearsalSpec
@@ -78,6 +79,8 @@ def train(request: TrainRequest, draft: Draft) -> None:
     from cfsd.checkpoint import release_models
     from cfsd.process import run_in_process
 
+    if request.machine.resolved_sharding() == "shard" and request.spec.methods.lora.is_on():
+        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")
     release_models()
     processes = request.machine.resolved_training_processes()
     draft.facts |= run_in_process("cfsd.train", draft.folder, request.model_dump_json(), processes)

@@ -180,9 +180,22 @@ class RehearsalTrainer(Trainer):
         figures = self.watcher.measure(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             self.journal.metrics(step, figures)
-        if self.spec.watch.stop_above and figures["watch/probe_kl"] > self.spec.watch.stop_above:
+        if self.spec.watch.stop_above and self._first_says(figures["watch/probe_kl"]) > self.spec.watch.stop_above:
             self.stopped_at = step
             self.control.should_training_stop = True
+
+    def _first_says(self, value: float) -> float:
+        """Return the first process' value: those of others may differ in the last bit, and all must decide alike."""
+        if self.data.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        distributed.broadcast(shared, 0)
+        return float(shared)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process' state before the file that says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
 
 def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
@@ -282,10 +295,13 @@ def _arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> Training
         bf16=bfloat16,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and machine.resolved_training_processes() > 1 else None,
-        gradient_checkpointing=machine.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=machine.gradient_checkpointing and not sharded,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        fsdp="full_shard auto_wrap" if sharded else "",
-        fsdp_config={"fsdp_version": 2} if sharded else None,
+        fsdp=sharded,
+        fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
+        if sharded
+        else None,
         use_liger_kernel=kernels,  # norms, rotations and activations; the loss is ours
         liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False} if kernels else None,
         save_strategy="steps",

@@ -1,5 +1,7 @@
-"""Training: plain fine-tuning is transformers' own, rehearsal adds to it, and an interruption changes no bit."""
+"""Training: plain fine-tuning is transformers' own, rehearsal adds to it, and each setting does what it says."""
 
+import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +16,21 @@ from transformers import Trainer, TrainingArguments
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
 from cfsd.checkpoint import load_model, load_tokenizer, read_start_token
-from cfsd.errors import NotFinite
+from cfsd.divergence import divergence
+from cfsd.errors import BadInput, NotFinite, StoreError
 from cfsd.evaluate import score_probe
 from cfsd.filter import FilterSpec, filter_rows
+from cfsd.fisher import FisherSpec, fisher
 from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
 from cfsd.journal import read_metrics
 from cfsd.machine import Machine
 from cfsd.mix import MixSpec, mix
+from cfsd.rehearsal import RehearsalSpec
+from cfsd.rows import read_rows
 from cfsd.target import Target, prepare
-from cfsd.train import TrainRequest, TrainSpec
-from cfsd.trainer import batches_of, fit, last_whole_checkpoint
+from cfsd.train import TrainRequest, TrainSpec, Watched
+from cfsd.trainer import fit, last_whole_checkpoint
+from cfsd.training_batches import batches_of
 from tests.conftest import fetched, save_model, write_rows
 
 MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=1000)
@@ -32,27 +39,38 @@ SPEC = TrainSpec(learning_rate=1e-3, epochs=EPOCHS, seed=0)
 BATCH = 8
 
 
+STEPS = 5 * EPOCHS
+
+
 class World(NamedTuple):
     store: Store
     base: Artifact
     mixture: Artifact  # target and rehearsal
     plain: Artifact  # the same target without rehearsal
+    target: Artifact
+    corpus: Artifact  # of `mixture`, with the eight likeliest tokens of each position
+    sample: Artifact  # another sample of the base
 
 
-def world_in(store: Store, model: Path, rows: Path) -> World:
-    """Go the way of a recipe up to the mixture."""
+def world_in(store: Store, model: Path, rows: Path, corpus_rows: int = 100, rehearsal_tokens: int = 96) -> World:
+    """Go the way of a recipe up to the mixture; by default there is a corpus row for every step of two epochs."""
     base = fetched(store, model)
     target = Target(path=str(rows), held_out=8, seed=0)
     prepared = store.make("target", key_of("prepare", base, target), lambda draft: prepare(base, target, draft))[0]
+    mixing = MixSpec(target_rows=BATCH, rehearsal_tokens=rehearsal_tokens, seed=0)
 
-    def mixed(count: int) -> Artifact:
-        law, look, spec = GenerateSpec(rows=count, length=16, seed=0), FilterSpec(), MixSpec(target_rows=BATCH, seed=0)
-        corpus = store.make("corpus", f"{count:016}", lambda draft: generate(base, None, law, draft, MACHINE))[0]
-        kept = store.make("corpus", key_of("f", corpus), lambda d: filter_rows(store.path(corpus), look, d))[0]
+    def corpus_of(count: int) -> Artifact:
+        law, look = GenerateSpec(rows=count, length=16, seed=0, top_logprobs=8), FilterSpec()
+        made = store.make("corpus", f"{count:016}", lambda draft: generate(base, None, law, draft, MACHINE))[0]
+        return store.make("corpus", key_of("f", made), lambda d: filter_rows(store.path(made), look, d))[0]
+
+    def mixed(kept: Artifact) -> Artifact:
         folders = store.path(prepared), store.path(kept)
-        return store.make("mixture", key_of("mix", kept), lambda draft: mix(*folders, spec, draft))[0]
+        return store.make("mixture", key_of("mix", kept), lambda draft: mix(*folders, mixing, draft))[0]
 
-    return World(store, base, mixed(60), mixed(0))
+    corpus, look = corpus_of(corpus_rows), ProbeSpec(rows=24, length=12, seed=5)
+    sample = store.make("corpus", "sample", lambda draft: probe(base, look, draft, MACHINE))[0]
+    return World(store, base, mixed(corpus), mixed(corpus_of(0)), prepared, corpus, sample)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +88,50 @@ def signals_given_back() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def request_of(world: World, mixture: Artifact, spec: TrainSpec, machine: Machine = MACHINE) -> TrainRequest:
+    """What the stage would ask for: inputs that the spec makes no use of are None."""
+    return TrainRequest(
+        home=world.store.home,
+        base=world.base,
+        mixture=mixture,
+        corpus=world.corpus if spec.rehearsal.reads_corpus() else None,
+        fisher=fisher_in(world, spec.methods.ewc.rows) if spec.methods.ewc.is_on() else None,
+        watched=Watched(sample=world.sample, target=world.target) if spec.watch.every else None,
+        spec=spec,
+        machine=machine,
+    )
+
+
+def fisher_in(world: World, rows: int) -> Artifact:
+    spec = FisherSpec(rows=rows)
+    work: Callable[[Draft], None] = lambda draft: fisher(world.base, world.corpus, spec, draft, MACHINE)  # noqa: E731
+    return world.store.make("fisher", f"{rows:016}", work)[0]
+
+
 def trained(world: World, key: str, mixture: Artifact, spec: TrainSpec = SPEC, machine: Machine = MACHINE) -> Artifact:
-    request = TrainRequest(home=world.store.home, base=world.base, mixture=mixture, spec=spec, machine=machine)
+    request = request_of(world, mixture, spec, machine)
 
     def work(draft: Draft) -> None:
         draft.facts |= fit(draft.folder, request)
 
     return world.store.make("model", key, work)[0]
+
+
+def spec_with(**given: Any) -> TrainSpec:
+    return TrainSpec.model_validate(SPEC.model_dump(exclude={"rehearsal", "methods", "watch"}) | given)
+
+
+def figures(world: World, model: Artifact, name: str) -> dict[int, float]:
+    """Return a metric by step."""
+    return {r["step"]: r["value"] for r in read_metrics(world.store.path(model)) if r["name"] == name}
+
+
+def diverged(world: World, model: Artifact) -> float:
+    """Return KL(base || model) in nats per token of the sample, over the whole vocabulary."""
+    at_base, at_model = (load_model(world.store.path(m), "cpu", "float32").eval() for m in (world.base, model))
+    rows = [row["token_ids"] for row in read_rows(world.store.path(world.sample), "corpus", ["token_ids"])]
+    found = divergence(at_base, at_model, rows)
+    return sum(part.kl for part in found) / sum(part.num_tokens for part in found)
 
 
 def weights(world: World, model: Artifact) -> dict[str, Tensor]:
@@ -113,7 +168,7 @@ def test_the_result_is_a_whole_transformers_folder(world: World) -> None:
 
 
 def test_weight_zero_and_no_rehearsal_rows_are_one_training(world: World) -> None:
-    idle = trained(world, "idle", world.mixture, SPEC.model_copy(update={"rehearsal_weight": 0.0}))
+    idle = trained(world, "idle", world.mixture, spec_with(rehearsal={"weight": 0.0}))
     plain = trained(world, "plain", world.plain)
     rehearsed = trained(world, "learns", world.mixture)
     assert bit_equal(weights(world, idle), weights(world, plain))
@@ -243,3 +298,183 @@ def test_a_full_disk_at_the_end_is_continued_from_the_last_checkpoint(
     again = go()
     assert again.facts["continued_from_step"] == 5 * EPOCHS
     assert again.content == trained(world, "learns", world.mixture).content
+
+
+# Rehearsal
+
+
+KL = {
+    "sampled": RehearsalSpec(loss="kl", weight=10.0),
+    "bucket": RehearsalSpec(loss="kl", weight=10.0, tail="bucket"),
+    "base": RehearsalSpec(loss="kl", weight=10.0, reference="base"),
+}
+
+
+@pytest.mark.parametrize("form", KL)
+def test_every_form_of_the_divergence_holds_the_model_near_the_base(world: World, form: str) -> None:
+    held = trained(world, f"held {form}", world.mixture, spec_with(rehearsal=KL[form].model_dump()))
+    assert 0 < diverged(world, held) < diverged(world, trained(world, "plain", world.plain)) / 2
+    steps = figures(world, held, "train/divergence")
+    assert list(steps) == list(range(1, STEPS + 1))
+    assert abs(steps[1]) < (2e-2 if form == "sampled" else 1e-3)  # before the first update
+
+
+def test_stored_laws_and_the_live_base_train_nearly_alike(world: World) -> None:
+    """The bucket lacks a little, the sampled tail adds noise; the likelihood is another loss."""
+    base = weights(world, trained(world, "held base", world.mixture, spec_with(rehearsal=KL["base"].model_dump())))
+    near = {
+        form: distance(
+            weights(world, trained(world, f"held {form}", world.mixture, spec_with(rehearsal=KL[form].model_dump()))),
+            base,
+        )
+        for form in ("bucket", "sampled")
+    }
+    likelihood = trained(world, "held nll", world.mixture, spec_with(rehearsal={"weight": 10.0}))
+    assert max(near.values()) < distance(weights(world, likelihood), base)
+
+
+def test_lambda_moves_on_its_schedule_and_row_views_are_counted(world: World) -> None:
+    spec = spec_with(epochs=4, rehearsal={"weight": 8.0, "final_weight": 0.5})
+    model = trained(world, "schedule", world.mixture, spec)
+    path = list(figures(world, model, "train/rehearsal_weight").values())
+    assert (path[0], path[-1]) == pytest.approx((8.0, 0.5))
+    assert [math.log(b / a) for a, b in zip(path, path[1:], strict=False)] == pytest.approx(
+        [math.log(0.5 / 8) / 19] * 19
+    )
+    views = list(figures(world, model, "train/rehearsal_row_views").values())
+    assert views[0] == 0 < views[-1] and views == sorted(views)
+    assert model.facts["most_row_views"] == math.ceil(views[-1]) + 1
+
+
+def test_a_loss_says_what_it_is_made_of(world: World) -> None:
+    model = trained(world, "learns", world.mixture)
+    for step, loss in figures(world, model, "train/loss").items():
+        parts = [figures(world, model, f"train/{part}_loss")[step] for part in ("target", "rehearsal")]
+        assert loss == pytest.approx(sum(parts), rel=1e-5)
+    assert not figures(world, model, "train/divergence")
+    assert model.facts["peak_memory"] > 1e7  # type: ignore[operator]
+
+
+def test_a_budget_steers_lambda_by_what_fresh_rows_show(world: World) -> None:
+    """A generous budget lets lambda fall, a tight one makes it rise; the state is in the facts and the journal."""
+    found = {}
+    for budget in (1e-4, 10.0):
+        spec = spec_with(rehearsal={"budget": budget, "loss": "kl", "tail": "bucket"})
+        model = trained(world, f"budget {budget}", world.mixture, spec)
+        path = figures(world, model, "train/rehearsal_weight")
+        estimates = figures(world, model, "train/divergence_estimate")
+        assert path[1] == pytest.approx(1.0) and len(set(path.values())) == STEPS
+        assert model.facts["budget"] == budget
+        assert model.facts["divergence_estimate"] == pytest.approx(estimates[STEPS])
+        found[budget] = path[STEPS], model.facts["final_weight"]
+    assert found[10.0][0] < 0.5 < 1.5 < found[1e-4][0]
+    assert found[10.0][1] < found[10.0][0] and found[1e-4][1] > found[1e-4][0]  # type: ignore[operator]
+
+
+def test_with_the_likelihood_a_budget_reads_the_drawn_tokens(world: World) -> None:
+    model = trained(world, "budget nll", world.mixture, spec_with(rehearsal={"budget": 0.05}))
+    assert abs(figures(world, model, "train/divergence")[1]) < 1e-4  # what the sampler recorded is the base's own
+    assert set(figures(world, model, "train/rehearsal_loss")) == set(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "words"),
+    [
+        ({"refresh": "fresh"}, r"no row may come twice; raise generate\.rows or lower mix\.rehearsal_tokens"),
+        ({"budget": 0.1}, r"steps have none; raise generate\.rows about [\d.]+-fold"),
+    ],
+)
+def test_a_corpus_that_is_too_small_is_refused_with_the_remedy(
+    world: World, rehearsal: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        trained(world, f"too small {rehearsal}"[:20], world.mixture, spec_with(epochs=9, rehearsal=rehearsal))
+
+
+def test_a_corpus_that_is_not_the_mixtures_is_refused(world: World) -> None:
+    stranger = world._replace(corpus=world.sample)
+    law, other = GenerateSpec(rows=100, length=16, seed=1, top_logprobs=8), "stranger"
+    made = world.store.make("corpus", other, lambda draft: generate(world.base, None, law, draft, MACHINE))[0]
+    stranger = world._replace(corpus=made)
+    with pytest.raises(StoreError, match="is not the mixture's"):
+        trained(stranger, "stranger", world.mixture, spec_with(rehearsal={"loss": "kl"}))
+
+
+# Precision and memory
+
+
+def test_bfloat16_trains_near_float32(world: World) -> None:
+    half = trained(world, "bfloat16", world.mixture, spec_with(precision="bfloat16", rehearsal=KL["base"].model_dump()))
+    whole = trained(world, "held base", world.mixture, spec_with(rehearsal=KL["base"].model_dump()))
+    start, end = weights(world, world.base), weights(world, whole)
+    assert {tensor.dtype for tensor in weights(world, half).values()} == {torch.float32}
+    assert 0 < distance(weights(world, half), end) < distance(start, end) / 2
+    losses = [list(figures(world, model, "train/target_loss").values()) for model in (half, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def test_checkpointing_of_activations_gives_the_same_weights(world: World) -> None:
+    lean = MACHINE.model_copy(update={"gradient_checkpointing": True})
+    one, two = trained(world, "lean", world.mixture, machine=lean), trained(world, "learns", world.mixture)
+    assert distance(weights(world, one), weights(world, two)) < 1e-6
+
+
+# Watching
+
+
+def test_watching_changes_no_weight_and_measures_from_step_0_to_the_last(world: World) -> None:
+    spec = spec_with(watch={"every": 4, "rows": 24})
+    model, plain = trained(world, "watched", world.mixture, spec), trained(world, "learns", world.mixture)
+    assert bit_equal(weights(world, model), weights(world, plain))
+    kl, target = (figures(world, model, f"watch/{name}") for name in ("probe_kl", "target_loss"))
+    assert list(kl) == list(target) == [0, 4, 8, STEPS]
+    assert abs(kl[0]) < 1e-4 < kl[4] < kl[STEPS]
+    assert kl[STEPS] == pytest.approx(diverged(world, model), rel=1e-3)
+    assert target[STEPS] < target[0] - 0.1
+    assert figures(world, model, "train/loss") == figures(world, plain, "train/loss")
+
+
+def test_a_training_that_moves_too_far_ends_with_a_whole_model(world: World) -> None:
+    spec = spec_with(watch={"every": 3, "stop_above": 1e-4})
+    model = trained(world, "too far", world.mixture, spec)
+    assert model.facts["stopped_at_step"] == 3
+    assert list(figures(world, model, "train/loss")) == [1, 2, 3]
+    assert list(figures(world, model, "watch/probe_kl")) == [0, 3]
+    assert 1e-4 < diverged(world, model) < diverged(world, trained(world, "learns", world.mixture))
+    assert "stopped_at_step" not in trained(world, "learns", world.mixture).facts
+
+
+# Methods
+
+
+@pytest.mark.parametrize("methods", [{"l2": {"weight": 1.0}}, {"ewc": {"weight": 10.0, "rows": 20}}])
+def test_a_penalty_keeps_the_model_nearer_to_the_base(world: World, methods: dict[str, Any]) -> None:
+    (name,) = methods
+    pulled, free = trained(world, name, world.plain, spec_with(methods=methods)), trained(world, "plain", world.plain)
+    start = weights(world, world.base)
+    if name == "l2":
+        assert distance(weights(world, pulled), start) < 0.9 * distance(weights(world, free), start)
+    assert diverged(world, pulled) < 0.9 * diverged(world, free)
+    penalty = figures(world, pulled, f"train/penalty/{name}")
+    assert penalty[1] == 0 < penalty[2]
+    added = figures(world, pulled, "train/loss")[STEPS] - figures(world, pulled, "train/target_loss")[STEPS]
+    assert added > 0
+
+
+def test_lora_leaves_a_plain_model_and_its_adapter(world: World) -> None:
+    spec = spec_with(learning_rate=1e-2, methods={"lora": {"rank": 4}})
+    model = trained(world, "lora", world.mixture, spec)
+    folder, found, start = world.store.path(model), weights(world, model), weights(world, world.base)
+    assert found.keys() == start.keys() and load_model(folder, "cpu").config.vocab_size
+    changed = {name for name in start if not torch.equal(found[name], start[name])}
+    assert changed and all("_proj" in name for name in changed)
+    assert all(int(torch.linalg.matrix_rank((found[n] - start[n]).double(), atol=1e-4)) <= 4 for n in changed)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    losses = figures(world, model, "train/target_loss")
+    assert losses[STEPS] < losses[1] - 0.05
+
+
+def test_lora_with_learning_rate_zero_is_the_base(world: World) -> None:
+    spec = spec_with(learning_rate=0.0, methods={"lora": {"rank": 4}})
+    assert bit_equal(weights(world, trained(world, "still lora", world.mixture, spec)), weights(world, world.base))

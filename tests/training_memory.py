@@ -13,13 +13,13 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.estimate import Shapes
 from cfsd.generate import GenerateSpec, generate
 from cfsd.machine import Machine
 from cfsd.mix import MixSpec, mix
 from cfsd.target import Target, prepare
 from cfsd.train import TrainRequest, TrainSpec
 from cfsd.trainer import fit
+from cfsd.training_memory import Shapes
 from tests.conftest import fetched, save_model
 
 SMALL = {"shapes": Shapes(32, 1, 64, heads=2, kv_heads=2, vocabulary=64, tied=True)._asdict(), "spec": {}}
