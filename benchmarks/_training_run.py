@@ -184,22 +184,23 @@ def _spec(settings: Answer) -> TrainSpec:
     return TrainSpec.model_validate(given)
 
 
-def request_of(bench: Bench, spec: TrainSpec, mixture: str = "mixture") -> TrainRequest:
-    """Return what the process that trains would be told."""
+def request_of(bench: Bench, spec: TrainSpec, mixture: str = "mixture", **machine: Any) -> TrainRequest:
+    """Return what the process that trains would be told; `machine` are settings other than the default ones."""
     return TrainRequest(
         home=bench.store.home,
         base=bench.base,
         mixture=getattr(bench, mixture),
         corpus=bench.corpus if spec.rehearsal.reads_corpus() else None,
         spec=spec,
-        machine=Machine(device="cpu", checkpoint_steps=NEVER),
+        machine=Machine(device="cpu", checkpoint_steps=NEVER, **machine),
     )
 
 
 def _ours(data: Path, settings: Answer) -> None:
     folder = data / "runs" / settings["name"]
     folder.mkdir(parents=True)
-    fit(folder, request_of(Bench.at(data), _spec(settings["train"]), settings.get("mixture", "mixture")))
+    mixture, machine = settings.get("mixture", "mixture"), settings.get("machine", {})
+    fit(folder, request_of(Bench.at(data), _spec(settings["train"]), mixture, **machine))
 
 
 def _peer(data: Path, settings: Answer) -> None:

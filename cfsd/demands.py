@@ -15,7 +15,7 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
         _check_stored(generate, rehearsal.tail)
     if generate.rows and rehearsal.budget and "replay" in generate.sources():
         raise ValueError(
-            "train.rehearsal.budget needs text of the base's own: on source replay its divergence is not what the probe "
+            "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
             "measures; use another generate.source or set rehearsal.weight"
         )
     if ewc.is_on() and (generate.rows < ewc.rows or generate.source != "context-free"):

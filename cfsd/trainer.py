@@ -298,7 +298,7 @@ def _arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> Training
         ddp_find_unused_parameters=False,
         gradient_checkpointing=machine.gradient_checkpointing and not sharded,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        fsdp=sharded,
+        fsdp="full_shard auto_wrap" if sharded else "",
         fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
         if sharded
         else None,
