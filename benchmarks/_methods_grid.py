@@ -64,7 +64,7 @@ def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
         {"generate.rows": 8000, "probe.rows": 2000},
     )  # fmt: skip
     second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents,
-              "budgets": {"generate.rows": 400, "probe.rows": 384}}  # fmt: skip
+              "budgets": {"generate.rows": 200, "probe.rows": 384}}  # fmt: skip
     study = first if name == "tiny" else first._replace(**second)
     return study._replace(seeds=tuple(range(1, seeds + 1))) if seeds else study
 
@@ -118,13 +118,13 @@ TABLE = {
     "kl live base": Row(STORED | {"train.rehearsal.reference": "base"}, *WEIGHTS),
     "L2": Row(
         NO_CORPUS,
-        _over("train.methods.l2.weight", 0.001, 0.01, 0.1, 1),
-        _over("train.methods.l2.weight", 0.01, 0.1, 1),
+        _over("train.methods.l2.weight", 0.01, 0.1, 1, 10),
+        _over("train.methods.l2.weight", 0.1, 1, 10),
     ),
     "EWC": Row(
         {"train.rehearsal.weight": 0, "generate.rows": 256, "generate.top_logprobs": 0},  # for the Fisher matrix alone
-        _over("train.methods.ewc.weight", 1, 10, 100, 1000),
-        _over("train.methods.ewc.weight", 1, 10, 100),
+        _over("train.methods.ewc.weight", 10, 100, 1000, 10_000),
+        _over("train.methods.ewc.weight", 10, 100, 1000),
     ),
     "LoRA": Row(
         NO_CORPUS,

@@ -122,14 +122,26 @@ def _tell(study: Study, seed: int, rows: list[dict[str, Any]]) -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table; met: probe_kl at most 1.1 x the budget; tight: also at least 0.8 x."""
-    head = ["run", "budget", "probe_kl", "of the budget", "met", "tight", "weight, first to last", "target gain"]
+    head = [
+        "run",
+        "budget",
+        "probe_kl",
+        "of the budget",
+        "met",
+        "tight",
+        "weight, first to last",
+        "target gain",
+        "given up",
+    ]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for row in rows:
         path = "-" if row["weight_end"] is None else f"{row['weight_start']:.3g} to {row['weight_end']:.3g}"
         budget = "-" if row["budget"] is None else f"{row['budget']:.4g}"
         ratio = "-" if row["ratio"] is None else shown(row["ratio"])
         judged = [{True: "yes", False: "no", None: "-"}[row[name]] for name in ("met", "tight")]
-        lines.append([row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, shown(row["target_gain"])])
+        cost = "-" if row["target_gain_cost"] is None else shown(row["target_gain_cost"])
+        gain = [shown(row["target_gain"]), cost]
+        lines.append([row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, *gain])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

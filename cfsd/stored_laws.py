@@ -71,9 +71,8 @@ class StoredLaws:
                 found.append(np.asarray(self.flat[name][tokens])[counted])
         drawn_M = _tensor(parts["logprobs"], 0)
         if "topk_ids" not in parts:
-            return Stored(
-                torch.zeros(len(drawn_M), 0, dtype=torch.int32), *(torch.zeros(len(drawn_M), 0),) * 2, drawn_M
-            )
+            none_MK = torch.zeros(len(drawn_M), 0)
+            return Stored(none_MK.int(), none_MK, torch.zeros(len(drawn_M)), drawn_M)
         width = self.flat["topk_ids"].shape[1]
         top = [_tensor(parts[name], width if name.startswith("topk") else 0) for name in TOP]
         return Stored(top[0], top[1], top[2], drawn_M)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from pydantic import ValidationError
@@ -28,12 +29,15 @@ def test_a_schedule_goes_evenly_in_the_logarithm() -> None:
     assert Controller(RehearsalSpec(weight=4.0, final_weight=0.25), 1).weight(0) == pytest.approx(4.0)
 
 
-def test_one_step_is_the_rate_times_the_surprise() -> None:
-    """log lambda += rate x (estimate / budget - 1)."""
-    controller = Controller(SPEC.model_copy(update={"budget_rate": 0.5}), 10)
-    controller.learn(1.5 * BUDGET * 40, 40)
-    assert controller.weight(1) == pytest.approx(math.exp(0.5 * 0.5))
-    assert controller.estimate == pytest.approx(1.5 * BUDGET)
+@pytest.mark.parametrize("quotient", [0.5, 1.3])
+def test_while_the_surprise_stays_lambda_moves_by_rate_times_it(quotient: float) -> None:
+    controller, path = Controller(SPEC.model_copy(update={"budget_rate": 0.5}), 10), []
+    for step in range(5):
+        controller.learn(quotient * BUDGET * 40, 40)
+        path.append(math.log(controller.weight(step)))
+    assert [after - before for before, after in pairwise(path)] == pytest.approx([0.5 * math.log(quotient)] * 4)
+    assert (path[0] > 0) == (quotient > 1)
+    assert controller.estimate == pytest.approx(quotient * BUDGET)
 
 
 def test_the_estimate_weighs_tokens_and_forgets() -> None:
@@ -57,10 +61,13 @@ def test_a_step_without_fresh_rows_changes_nothing() -> None:
     assert controller.state() == before
 
 
-def test_one_wild_step_does_not_throw_lambda_far() -> None:
-    controller = Controller(SPEC, 10)
-    controller.learn(1e6, 10)
-    assert 1 < controller.weight(1) < 2
+def test_a_wild_step_throws_lambda_no_further_than_a_bad_one() -> None:
+    weights = []
+    for nats in (10 * BUDGET, 1e6):
+        controller = Controller(SPEC, 10)
+        controller.learn(nats * 10, 10)
+        weights.append(controller.weight(1))
+    assert weights[0] == weights[1] < HIGHEST / 4
 
 
 def test_lambda_stays_within_its_bounds() -> None:

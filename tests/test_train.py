@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,6 @@ from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
 from cfsd.journal import read_metrics
 from cfsd.machine import Machine
 from cfsd.mix import MixSpec, mix
-from cfsd.rehearsal import RehearsalSpec
 from cfsd.rows import read_rows
 from cfsd.target import Target, prepare
 from cfsd.train import TrainRequest, TrainSpec, Watched
@@ -303,34 +303,28 @@ def test_a_full_disk_at_the_end_is_continued_from_the_last_checkpoint(
 # Rehearsal
 
 
-KL = {
-    "sampled": RehearsalSpec(loss="kl", weight=10.0),
-    "bucket": RehearsalSpec(loss="kl", weight=10.0, tail="bucket"),
-    "base": RehearsalSpec(loss="kl", weight=10.0, reference="base"),
-}
+def held(world: World, form: str, **given: Any) -> Artifact:
+    """Return the model of a fast training with much rehearsal, in one form of its loss."""
+    forms = {"none": {"weight": 0.0}, "nll": {}, "sampled": {"loss": "kl"}, "bucket": {"loss": "kl", "tail": "bucket"}}
+    chosen = {"weight": 100.0} | forms.get(form, {"loss": "kl", "reference": "base"})
+    spec = spec_with(learning_rate=3e-3, rehearsal=chosen, **given)
+    return trained(world, f"held {form} {len(given)}", world.mixture, spec)
 
 
-@pytest.mark.parametrize("form", KL)
+@pytest.mark.parametrize("form", ["sampled", "bucket", "base"])
 def test_every_form_of_the_divergence_holds_the_model_near_the_base(world: World, form: str) -> None:
-    held = trained(world, f"held {form}", world.mixture, spec_with(rehearsal=KL[form].model_dump()))
-    assert 0 < diverged(world, held) < diverged(world, trained(world, "plain", world.plain)) / 2
-    steps = figures(world, held, "train/divergence")
+    model = held(world, form)
+    assert 0 < diverged(world, model) < 0.65 * diverged(world, held(world, "none"))
+    steps = figures(world, model, "train/divergence")
     assert list(steps) == list(range(1, STEPS + 1))
-    assert abs(steps[1]) < (2e-2 if form == "sampled" else 1e-3)  # before the first update
+    assert abs(steps[1]) < 1e-4 < abs(steps[STEPS])  # the first is before any update
 
 
-def test_stored_laws_and_the_live_base_train_nearly_alike(world: World) -> None:
-    """The bucket lacks a little, the sampled tail adds noise; the likelihood is another loss."""
-    base = weights(world, trained(world, "held base", world.mixture, spec_with(rehearsal=KL["base"].model_dump())))
-    near = {
-        form: distance(
-            weights(world, trained(world, f"held {form}", world.mixture, spec_with(rehearsal=KL[form].model_dump()))),
-            base,
-        )
-        for form in ("bucket", "sampled")
-    }
-    likelihood = trained(world, "held nll", world.mixture, spec_with(rehearsal={"weight": 10.0}))
-    assert max(near.values()) < distance(weights(world, likelihood), base)
+def test_the_bucket_trains_nearly_as_the_live_base_does(world: World) -> None:
+    """It lacks the inside of a tail of eight of 33 tokens; the likelihood is another loss."""
+    wanted = weights(world, held(world, "base"))
+    near, far = (distance(weights(world, held(world, form)), wanted) for form in ("bucket", "nll"))
+    assert near < far / 2
 
 
 def test_lambda_moves_on_its_schedule_and_row_views_are_counted(world: World) -> None:
@@ -338,9 +332,8 @@ def test_lambda_moves_on_its_schedule_and_row_views_are_counted(world: World) ->
     model = trained(world, "schedule", world.mixture, spec)
     path = list(figures(world, model, "train/rehearsal_weight").values())
     assert (path[0], path[-1]) == pytest.approx((8.0, 0.5))
-    assert [math.log(b / a) for a, b in zip(path, path[1:], strict=False)] == pytest.approx(
-        [math.log(0.5 / 8) / 19] * 19
-    )
+    moves = [math.log(after / before) for before, after in pairwise(path)]
+    assert moves == pytest.approx([math.log(0.5 / 8) / 19] * 19)
     views = list(figures(world, model, "train/rehearsal_row_views").values())
     assert views[0] == 0 < views[-1] and views == sorted(views)
     assert model.facts["most_row_views"] == math.ceil(views[-1]) + 1
@@ -363,12 +356,12 @@ def test_a_budget_steers_lambda_by_what_fresh_rows_show(world: World) -> None:
         model = trained(world, f"budget {budget}", world.mixture, spec)
         path = figures(world, model, "train/rehearsal_weight")
         estimates = figures(world, model, "train/divergence_estimate")
-        assert path[1] == pytest.approx(1.0) and len(set(path.values())) == STEPS
+        assert path[1] == pytest.approx(1.0) and list(path) == list(range(1, STEPS + 1))
         assert model.facts["budget"] == budget
         assert model.facts["divergence_estimate"] == pytest.approx(estimates[STEPS])
         found[budget] = path[STEPS], model.facts["final_weight"]
-    assert found[10.0][0] < 0.5 < 1.5 < found[1e-4][0]
-    assert found[10.0][1] < found[10.0][0] and found[1e-4][1] > found[1e-4][0]  # type: ignore[operator]
+    assert found[10.0][0] < 0.1 < 1.5 < found[1e-4][0]
+    assert found[10.0][1] <= found[10.0][0] and found[1e-4][1] >= found[1e-4][0]  # type: ignore[operator]
 
 
 def test_with_the_likelihood_a_budget_reads_the_drawn_tokens(world: World) -> None:
@@ -392,7 +385,6 @@ def test_a_corpus_that_is_too_small_is_refused_with_the_remedy(
 
 
 def test_a_corpus_that_is_not_the_mixtures_is_refused(world: World) -> None:
-    stranger = world._replace(corpus=world.sample)
     law, other = GenerateSpec(rows=100, length=16, seed=1, top_logprobs=8), "stranger"
     made = world.store.make("corpus", other, lambda draft: generate(world.base, None, law, draft, MACHINE))[0]
     stranger = world._replace(corpus=made)
@@ -403,14 +395,25 @@ def test_a_corpus_that_is_not_the_mixtures_is_refused(world: World) -> None:
 # Precision and memory
 
 
-def test_bfloat16_trains_near_float32(world: World) -> None:
-    half = trained(world, "bfloat16", world.mixture, spec_with(precision="bfloat16", rehearsal=KL["base"].model_dump()))
-    whole = trained(world, "held base", world.mixture, spec_with(rehearsal=KL["base"].model_dump()))
+@pytest.mark.parametrize("rehearsal", [{}, {"loss": "kl"}, {"loss": "kl", "reference": "base"}])
+def test_bfloat16_trains_near_float32(world: World, rehearsal: dict[str, Any]) -> None:
+    half, whole = (
+        trained(
+            world, f"{precision} {len(rehearsal)}", world.mixture, spec_with(precision=precision, rehearsal=rehearsal)
+        )
+        for precision in ("bfloat16", "float32")
+    )
     start, end = weights(world, world.base), weights(world, whole)
     assert {tensor.dtype for tensor in weights(world, half).values()} == {torch.float32}
     assert 0 < distance(weights(world, half), end) < distance(start, end) / 2
     losses = [list(figures(world, model, "train/target_loss").values()) for model in (half, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    print(
+        "STEP1",
+        rehearsal,
+        figures(world, half, "train/divergence").get(1),
+        distance(weights(world, half), end) / distance(start, end),
+    )
 
 
 def test_checkpointing_of_activations_gives_the_same_weights(world: World) -> None:
@@ -447,7 +450,7 @@ def test_a_training_that_moves_too_far_ends_with_a_whole_model(world: World) -> 
 # Methods
 
 
-@pytest.mark.parametrize("methods", [{"l2": {"weight": 1.0}}, {"ewc": {"weight": 10.0, "rows": 20}}])
+@pytest.mark.parametrize("methods", [{"l2": {"weight": 10.0}}, {"ewc": {"weight": 100.0, "rows": 60}}])
 def test_a_penalty_keeps_the_model_nearer_to_the_base(world: World, methods: dict[str, Any]) -> None:
     (name,) = methods
     pulled, free = trained(world, name, world.plain, spec_with(methods=methods)), trained(world, "plain", world.plain)

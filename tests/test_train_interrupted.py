@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -15,13 +16,21 @@ from cfsd.artifact import Artifact, Store
 from cfsd.errors import CfsdError, Crashed, NotFinite, Stopped
 from cfsd.journal import read_metrics
 from cfsd.machine import Machine
+from cfsd.methods import Methods
 from cfsd.train import TrainSpec, train
 from cfsd.trainer import CHECKPOINTS
 from tests.conftest import write_rows
-from tests.test_train import World, signals_given_back, trained, world_in
+from tests.test_train import World, request_of, signals_given_back, trained, world_in
 
 MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=5)
-SPEC = TrainSpec(learning_rate=1e-3, epochs=16, seed=0)
+TWO = Machine(device="cpu", threads=1, checkpoint_steps=5, micro_batch_tokens=64, training_processes=2)
+SPEC = TrainSpec.model_validate(  # all that has a state of its own
+    {
+        "learning_rate": 1e-3, "epochs": 16, "seed": 0, "rehearsal": {"loss": "kl", "budget": 0.01},
+        "methods": {"l2": {"weight": 0.1}, "ewc": {"weight": 1.0, "rows": 20}}, "watch": {"every": 7},
+    }
+)  # fmt: skip
+LORA = SPEC.model_copy(update={"methods": Methods.model_validate({"lora": {"rank": 4, "dropout": 0.1}})})
 KEY = "interrupted"
 STEPS = 5 * SPEC.epochs
 
@@ -29,14 +38,17 @@ STEPS = 5 * SPEC.epochs
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> World:
     folder = tmp_path_factory.mktemp("world")
-    return world_in(Store(folder / "data"), model_folder, write_rows(folder / "rows.jsonl", count=48))
+    rows = write_rows(folder / "rows.jsonl", count=48)
+    return world_in(Store(folder / "data"), model_folder, rows, corpus_rows=400, rehearsal_tokens=32)
 
 
 __all__ = ["signals_given_back"]  # a fixture that every test of this module uses too
 
 
-def make(world: World, key: str, spec: TrainSpec = SPEC) -> Artifact:
-    return world.store.make("model", key, lambda draft: train(world.base, world.mixture, spec, draft, MACHINE))[0]
+def make(world: World, key: str, spec: TrainSpec = SPEC, machine: Machine = MACHINE) -> Artifact:
+    """Train in processes of their own, as the stage does."""
+    request, environment = request_of(world, world.mixture, spec, machine), machine.environment("train")
+    return world.store.make("model", key, lambda draft: train(request, draft), environment=environment)[0]
 
 
 def saved_step(draft: Path) -> int:
@@ -55,22 +67,25 @@ def written_step(draft: Path) -> int:
     return max((int(record["step"]) for record in read_metrics(draft)), default=0)
 
 
-def interrupted(world: World, number: signal.Signals, after_step: int) -> CfsdError:
-    """Send `number` to the training process a step after a whole checkpoint; return what make raised."""
+def interrupted(
+    world: World, number: signal.Signals, wanted: Callable[[int, int], bool], key: str = KEY, spec: TrainSpec = SPEC,
+    machine: Machine = MACHINE,
+) -> CfsdError:  # fmt: skip
+    """Send `number` to the training process when `wanted(written step, saved step)`; return what make raised."""
     raised: list[CfsdError] = []
 
     def run() -> None:
         try:
-            make(world, KEY)
+            make(world, key, spec, machine)
         except CfsdError as error:
             raised.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    draft = world.store.root / "model" / f"{KEY}.draft"
-    wait_for(lambda: written_step(draft) > saved_step(draft) > after_step or not thread.is_alive())
+    draft = world.store.root / "model" / f"{key}.draft"
+    wait_for(lambda: wanted(written_step(draft), saved_step(draft)) or not thread.is_alive())
     for child in psutil.Process().children():
-        if "cfsd.train" in child.cmdline():
+        if {"cfsd.train", "cfsd.launch"} & set(child.cmdline()):
             os.kill(child.pid, number)
     thread.join(60)
     assert raised, "the training ended before it was interrupted"
@@ -88,9 +103,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 def finished(world: World) -> Artifact:
     """The model of a training that was killed, continued, asked to stop, and continued to its end."""
     draft = world.store.root / "model" / f"{KEY}.draft"
-    assert isinstance(interrupted(world, signal.SIGKILL, 3), Crashed)
+    assert isinstance(interrupted(world, signal.SIGKILL, lambda written, saved: written > saved > 3), Crashed)
     killed_at = saved_step(draft)
-    stopped = interrupted(world, signal.SIGTERM, killed_at + 3)
+    stopped = interrupted(world, signal.SIGTERM, lambda written, saved: written > saved > killed_at + 3)
     stopped_at = saved_step(draft)
     assert isinstance(stopped, Stopped)
     assert f"after step {stopped_at} of {STEPS}, which is saved" in str(stopped)
@@ -119,25 +134,59 @@ def recorded(world: World, model: Artifact) -> dict[tuple[int, str], float]:
     records = list(read_metrics(world.store.path(model)))
     steps = [record["step"] for record in records if record["name"] == "train/loss"]
     assert steps == list(range(1, STEPS + 1))
+    assert len({(r["step"], r["name"]) for r in records}) == len(records)
     return {(r["step"], r["name"]): r["value"] for r in records if "per_second" not in r["name"]}
 
 
 def test_every_step_is_recorded_once_with_the_same_values(world: World, finished: Artifact, through: Artifact) -> None:
+    """Lambda, the estimate, both penalties, the count of clipped steps and what was watched among them."""
+    one, two = (recorded(world, model) for model in (finished, through))
+    assert one == two
+    last = {name: value for (step, name), value in two.items() if step == STEPS}
+    assert {"train/penalty/l2", "train/penalty/ewc", "train/divergence_estimate", "watch/probe_kl"} <= set(last)
+    assert last["train/clipped_steps"] > 0 and last["train/rehearsal_weight"] != 1.0
+
+
+def test_the_facts_are_those_of_one_training(finished: Artifact, through: Artifact) -> None:
     one, two = (
-        {key: value for key, value in recorded(world, model).items() if key[1] != "train/clipped_steps"}
+        {name: value for name, value in model.facts.items() if name not in ("continued_from_step", "peak_memory")}
         for model in (finished, through)
     )
-    assert one == two
-
-
-def test_the_count_of_clipped_steps_goes_on(world: World, finished: Artifact, through: Artifact) -> None:
-    one, two = (recorded(world, model)[STEPS, "train/clipped_steps"] for model in (finished, through))
-    assert two > 0
-    assert one == two
+    assert one == two and {"budget", "final_weight", "divergence_estimate"} <= set(one)
 
 
 def test_what_ends_the_training_process_arrives_with_its_remedy(world: World) -> None:
     with pytest.raises(NotFinite, match=r"lower train\.learning_rate"):
-        make(world, "explodes", SPEC.model_copy(update={"learning_rate": 1e30}))
+        make(world, "explodes", TrainSpec(learning_rate=1e30, seed=0))
     error = json.loads((world.store.root / "model" / "explodes.draft" / "error.json").read_text())
     assert error["kind"] == "not_finite"
+
+
+def same_model(world: World, one: Artifact, two: Artifact) -> None:
+    folders = [world.store.path(model) for model in (one, two)]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    assert one.content == two.content
+    assert recorded(world, one) == recorded(world, two)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_was_killed_goes_on_to_the_same_bits(world: World) -> None:
+    killed = interrupted(world, signal.SIGKILL, lambda written, saved: written > saved > 3, "killed lora", LORA)
+    assert isinstance(killed, Crashed)
+    made = make(world, "killed lora", LORA)
+    assert made.facts["continued_from_step"] != 0
+    same_model(world, made, trained(world, "whole lora", world.mixture, LORA, MACHINE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [MACHINE, TWO], ids=["one process", "two processes"])
+def test_killed_at_ten_random_steps_the_bits_are_those_of_one_training(world: World, machine: Machine) -> None:
+    """The step at which the kill arrives is random by itself too: a training does several in a poll."""
+    processes = machine.resolved_training_processes()
+    key, steps = f"ten kills {processes}", sorted(random.Random(processes).sample(range(2, STEPS - 6), 10))
+    for step in steps:
+        killed = interrupted(world, signal.SIGKILL, lambda written, _, step=step: written >= step, key, SPEC, machine)
+        assert isinstance(killed, Crashed)
+        print("killed after step", written_step(world.store.root / "model" / f"{key}.draft"))
+    same_model(world, make(world, key, SPEC, machine), make(world, f"whole {processes}", SPEC, machine))
