@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def main() -> None:
 
 def _contend(role: str, data: Path, settings: Answer, say: Any) -> None:
     gate = Gate(say)
-    transformers_trainer.DEFAULT_CALLBACKS.append(gate)  # the same clock for both, wherever they make a Trainer
+    callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
+    callbacks.append(gate)  # the same clock for both, wherever they make a Trainer
     try:
         _ours(data, settings) if role == "ours" else _peer(data, settings)
     except Exception as error:
@@ -206,14 +208,14 @@ def _ours(data: Path, settings: Answer) -> None:
 def _peer(data: Path, settings: Answer) -> None:
     """Train by TRL's SFTTrainer on the same batches; its defaults stay, but for precision and `settings`."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
+    trl: Any = import_module("trl")
     bench = Bench.at(data)
     folder = bench.store.path(bench.base)
     layout: str = settings["layout"]
     batches = _rows_by_batch(bench, settings.get("mixture", "mixture"))
     parts = [_as_dataset(batch, packed=layout == "packed") for batch in batches]
-    config = SFTConfig(
+    config = trl.SFTConfig(
         output_dir=str(data / "runs" / settings["name"]),
         max_steps=len(batches),
         per_device_train_batch_size=max(map(len, parts)),
@@ -226,7 +228,7 @@ def _peer(data: Path, settings: Answer) -> None:
         bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=0,
     )  # fmt: skip
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
+    class InOrder(trl.SFTTrainer):  # type: ignore[misc]
         """Takes the rows in our order, in batches of our sizes."""
 
         def get_train_dataloader(self) -> Any:
@@ -243,11 +245,10 @@ def _peer(data: Path, settings: Answer) -> None:
 
 def _as_dataset(rows: list[Any], *, packed: bool) -> Any:
     from datasets import Dataset
-    from trl import pack_dataset
 
     labels = [[t if s else -100 for t, s in zip(row.token_ids, row.supervised, strict=True)] for row in rows]
     found = Dataset.from_dict({"input_ids": [row.token_ids for row in rows], "labels": labels})
-    return pack_dataset(found, 1024, "bfd") if packed else found
+    return import_module("trl").pack_dataset(found, 1024, "bfd") if packed else found
 
 
 def _spans(lengths: Any) -> Iterator[list[int]]:

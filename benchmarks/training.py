@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a transformers folder; default: the packaged SmolLM2-135M")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark itself")
     given = parser.parse_args()
+    if find_spec("trl") is None:
+        parser.error("TRL is not installed, against which training is measured: pip install --editable '.[bench]'")
     plan, started = QUICK if given.quick else Plan(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cfsd-training-") as folder:
         wanted = {**plan._asdict(), "model": str(given.model.absolute()) if given.model else None}

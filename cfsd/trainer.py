@@ -21,7 +21,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )  # fmt: skip
-from transformers.utils.import_utils import is_liger_kernel_available
 
 from cfsd.artifact import CHECKPOINTS, Store
 from cfsd.checkpoint import load_model, save_model
@@ -33,10 +32,10 @@ from cfsd.methods.anchors import Penalty
 from cfsd.objective import Losses, Objective, losses
 from cfsd.packs import Pack
 from cfsd.train import TrainRequest, TrainSpec
+from cfsd.training_arguments import training_arguments
 from cfsd.training_batches import Batches, Share, batches_of, laws_of
 from cfsd.watcher import Watcher
 
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 LAWS = "laws"  # beside the checkpoints: gone with them
 STATE = "train/state/"  # figures that a checkpoint must hold, in the last entry of its log
 
@@ -206,7 +205,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     machine, spec, store = request.machine, request.spec, Store(request.home)
     machine.settle(machine.resolved_training_processes())
     torch.manual_seed(spec.seed or 0)
-    args = _arguments(spec, folder / CHECKPOINTS, machine)
+    args = training_arguments(spec, folder / CHECKPOINTS, machine)
     data = _data(store, request, folder / CHECKPOINTS / LAWS, args)
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
@@ -279,41 +278,6 @@ def _facts(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dic
     if trainer.stopped_at is not None:
         facts |= {"stopped_at_step": trainer.stopped_at}
     return facts
-
-
-def _arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> TrainingArguments:
-    device = machine.resolved_device()
-    bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
-    sharded = machine.resolved_sharding() == "shard"
-    kernels = device == "cuda" and is_liger_kernel_available()
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type=SCHEDULES[spec.schedule],
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.clip_norm,
-        bf16=bfloat16,
-        use_cpu=device == "cpu",
-        ddp_backend="gloo" if device == "cpu" and machine.resolved_training_processes() > 1 else None,
-        ddp_find_unused_parameters=False,
-        gradient_checkpointing=machine.gradient_checkpointing and not sharded,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        fsdp="full_shard auto_wrap" if sharded else "",
-        fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
-        if sharded
-        else None,
-        use_liger_kernel=kernels,  # norms, rotations and activations; the loss is ours
-        liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False} if kernels else None,
-        save_strategy="steps",
-        save_steps=machine.checkpoint_steps,
-        save_total_limit=1,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        gradient_accumulation_steps=1,
-        seed=spec.seed or 0,
-        report_to=[],
-        disable_tqdm=True,
-    )
 
 
 def last_whole_checkpoint(folder: Path, *, delete: bool = True) -> Path | None:

@@ -21,12 +21,12 @@ from cfsd.filter import FilterSpec, filter_rows
 from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
 from cfsd.machine import Machine
 from cfsd.mix import MixSpec, mix
-from cfsd.objective import packs_of
+from cfsd.packs import packs_of
 from cfsd.rows import read_rows
 from cfsd.spec import Spec
 from cfsd.target import Target, prepare
 from cfsd.train import TrainSpec
-from cfsd.trainer import batches_of
+from cfsd.training_batches import batches_of
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS: dict[str, type[Spec]] = {
@@ -100,7 +100,7 @@ class Stages:
         """Return the global batches, and the coefficients of the first one in millionths."""
         data = batches_of(self.store, mixture, TrainSpec(epochs=2, seed=0), 64)
         first = [data.rows[i] for i in (*data.plan[0].target, *data.plan[0].rehearsal)]
-        packs = packs_of(first, 2.0, 40)
+        packs = packs_of(first, 40)
         return [[batch.target, batch.rehearsal] for batch in data.plan] + [
             [round(value * 1e6) for value in pack.coefficient_BT.flatten().tolist()] for pack in packs
         ]

@@ -235,19 +235,19 @@ def test_stored_in_float16_the_bucket_has_a_thousandth_of_a_gradient_at_the_base
 def test_the_sampled_loss_converges_to_the_kl_at_the_rate_of_sampling(base: Any, tuned: Any) -> None:
     entropy, kl = entropy_and_kl(base, tuned)
     misses: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for count, seed in product((64, 1024), range(24)):
+    for count, seed in product((64, 576), range(24)):
         packs = cut(sampled(base, count, seed), 4096, base, 2)
         for form in ("nll", "live", "sampled"):
             loss, _ = loss_and_gradient(tuned, packs, FORMS[form].spec, base)
             misses[form, count].append(LENGTH * loss - kl - (entropy if form == "nll" else 0))
     errors = {key: math.sqrt(sum(miss**2 for miss in found) / len(found)) for key, found in misses.items()}
     spread = float(log_law(tuned).sub(log_law(base).exp() @ log_law(tuned)).square() @ log_law(base).exp()) ** 0.5
-    for count in (64, 1024):  # root mean square of 24 draws: its own error is about 15 %
+    for count in (64, 576):  # root mean square of 24 draws: its own error is about 15 %
         assert errors["nll", count] == pytest.approx(spread / math.sqrt(count), rel=0.5)
         assert errors["live", count] < errors["nll", count] / 3
         assert errors["live", count] < errors["sampled", count] < errors["nll", count]
     for form in ("nll", "live", "sampled"):
-        assert errors[form, 64] / errors[form, 1024] == pytest.approx(4, rel=0.4)
+        assert errors[form, 64] / errors[form, 576] == pytest.approx(3, rel=0.4)
 
 
 def test_the_divergence_varies_far_less_than_the_likelihood(base: Any, tuned: Any) -> None:
@@ -359,7 +359,8 @@ def test_normalising_per_micro_batch_would_be_noticed(form: str) -> None:
 )
 def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut(form: str, family: str) -> None:
     (spec, stored), trained = FORMS[form], []
-    for most_tokens, plant in ((1, False), (10_000, False), (40, True)):
+    cuts = [(1, False), (10_000, False), (40, True)]
+    for most_tokens, plant in cuts if form in ("nll", "live") and family == "gpt2" else cuts[:2]:
         model, base = toy(2, 11, family), toy(3, 11, family)
         Objective(model, spec, base)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -371,16 +372,16 @@ def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut(form: s
             optimizer.step()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert relative(trained[0], trained[1]) < ROUNDING[family]
-    assert relative(trained[2], trained[1]) > 1e-4
+    assert all(relative(planted, trained[1]) > 1e-4 for planted in trained[2:])
 
 
 def after_sgd(base: Any, weight: float, rate: float) -> float:
-    """Return the divergence after 120 steps on a few target rows, with every text as rehearsal."""
+    """Return the divergence after 80 steps on a few target rows, with every text as rehearsal."""
     target = [Row("target", text, [False, False, True, True], 1.0) for text in TEXTS[:40:7]]
     packs, model = cut([*target, *every_text(base)], 400), copy.deepcopy(base)
     Objective(model, LIVE, base)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    for _ in range(120):
+    for _ in range(80):
         optimizer.zero_grad()
         losses(model, packs[0], weight).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -155,6 +155,7 @@ def test_the_facts_are_those_of_one_training(finished: Artifact, through: Artifa
     assert one == two and {"budget", "final_weight", "divergence_estimate"} <= set(one)
 
 
+@pytest.mark.slow
 def test_what_ends_the_training_process_arrives_with_its_remedy(world: World) -> None:
     with pytest.raises(NotFinite, match=r"lower train\.learning_rate"):
         make(world, "explodes", TrainSpec(learning_rate=1e30, seed=0))
