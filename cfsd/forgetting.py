@@ -4,47 +4,48 @@ Sign: positive forgetting is always worse, positive gain always better.
 """
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from cfsd.intervals import (
-    Floats,
-    Interval,
-    bootstrap_change,
-    bootstrap_ratio,
-    detectable_share,
-    interval_of_mean,
-    is_above,
-    mcnemar_p,
-    paired_share_bounds,
-    reach_of,
-    sign_flip_p,
+from cfsd.intervals import Floats, bootstrap_change, interval_of_mean, is_above, mcnemar_p, reach_of, sign_flip_p
+from cfsd.pairing import paired_by_document, refuse
+from cfsd.power import detectable_change, detectable_share
+from cfsd.quantities import (
+    FRACTION,
+    NATS,
+    Figure,
+    all_zero_or_one,
+    difference_per_token,
+    exponential,
+    figure_of,
+    mean_per_token,
+    paired_share_difference,
+    per_token,
+    share_difference,
 )
 
-NATS = "nats/token"
-FRACTION = "fraction"
-KEY = ["filter", "doc_id"]
-COLUMNS = [*KEY, "doc_hash", "value", "count"]
+__all__ = [
+    "FRACTION",
+    "NATS",
+    "BenchmarkForgetting",
+    "Figure",
+    "Measure",
+    "benchmark_forgetting",
+    "difference_per_token",
+    "mean_forgetting",
+    "mean_per_token",
+    "paired_by_document",
+    "paired_share_difference",
+]
 
-
-class Figure(BaseModel):
-    """A value with its 95 % interval; both ends are None where no interval is known."""
-
-    model_config = ConfigDict(frozen=True)
-
-    value: FiniteFloat
-    low: FiniteFloat | None
-    high: FiniteFloat | None
-    unit: str
-
-    def scaled(self, factor: float, unit: str) -> "Figure":
-        """Return the figure times a positive `factor`, in `unit`."""
-        low, high = (None if end is None else end * factor for end in (self.low, self.high))
-        return Figure(value=self.value * factor, low=low, high=high, unit=unit)
+WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
+BOOTSTRAP = "studentised bootstrap over paired documents"
+TOO_FEW = "none: fewer than 5 documents, or a metric that cannot change"
+MCNEMAR = "exact McNemar"
+PERMUTATION = "paired permutation"
 
 
 class Measure(BaseModel):
@@ -73,7 +74,11 @@ class BenchmarkForgetting(BaseModel):
 
     `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents; it
     may disagree with the interval near 0.05, McNemar's test being the more cautious of the two.
-    `detectable`: smallest drop found with 80 % power at 5 %; above 1 where no drop would be.
+    `detectable`: smallest worsening found with 80 % power at 5 %, in the benchmark's unit; above 1 where no
+    drop of a share would be; None where nothing is known of it (no interval, or of width 0).
+    `q_value`: `p_value` after the false-discovery control of `cfsd.discoveries.controlled` (None before it).
+    `perplexity_factor`: tuned perplexity / base perplexity, the exponential of `forgetting`.
+    `interval_method`, `test`: what `forgetting`'s interval and `p_value` were made with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,6 +96,10 @@ class BenchmarkForgetting(BaseModel):
     wrong_to_right: float | None
     p_value: float | None
     detectable: float | None
+    q_value: float | None = None
+    perplexity_factor: Figure | None = None
+    interval_method: str = ""
+    test: str = ""
 
 
 def benchmark_forgetting(
@@ -112,36 +121,58 @@ def benchmark_forgetting(
         raise ValueError(f"benchmark {name}: {error}") from error
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
     worse = base - tuned if measure.higher_is_better else tuned - base
-    up, down = int(np.count_nonzero(worse > 0)), int(np.count_nonzero(worse < 0))
-    binary, total = measure.kind == "binary", len(pairs)
-    forgetting = _forgetting(measure, base, tuned, worse, counts, seed)
-    corrected = _chance_corrected(measure, forgetting, base, tuned)
+    forgetting, method = _forgetting(measure, base, tuned, worse, counts, seed)
     retention, note = _retention(measure, base, tuned)
     return BenchmarkForgetting(
         benchmark=name,
         metric=measure.metric,
-        num_documents=total,
+        num_documents=len(pairs),
         base=base.sum() / counts.sum(),
         tuned=tuned.sum() / counts.sum(),
         forgetting=forgetting,
-        chance_corrected=corrected,
+        chance_corrected=_chance_corrected(measure, forgetting, base, tuned),
         retention=retention,
         retention_note=note,
-        right_to_wrong=up / total if binary else None,
-        wrong_to_right=down / total if binary else None,
-        p_value=mcnemar_p(up, down) if binary else sign_flip_p(worse, seed=seed),
-        detectable=detectable_share((up + down) / total, total) if binary else None,
+        perplexity_factor=exponential(forgetting) if measure.kind == "perplexity" else None,
+        interval_method=method,
+        **(_of_flips(worse) if measure.kind == "binary" else _of_changes(worse, forgetting, seed)),
     )
 
 
-def _forgetting(measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int) -> Figure:
-    if measure.kind == "perplexity":
-        return _per_token(worse, counts, seed)
+def _of_flips(worse: Floats) -> dict[str, Any]:
+    up, down, total = int(np.count_nonzero(worse > 0)), int(np.count_nonzero(worse < 0)), len(worse)
+    return {
+        "right_to_wrong": up / total,
+        "wrong_to_right": down / total,
+        "p_value": mcnemar_p(up, down),
+        "detectable": detectable_share((up + down) / total, total),
+        "test": MCNEMAR,
+    }
+
+
+def _of_changes(worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
+    return {
+        "right_to_wrong": None,
+        "wrong_to_right": None,
+        "p_value": sign_flip_p(worse, seed=seed),
+        "detectable": detectable_change(forgetting),
+        "test": PERMUTATION,
+    }
+
+
+def _forgetting(
+    measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int
+) -> tuple[Figure, str]:
+    """Return the figure and what its interval was made with."""
     unit = FRACTION if measure.kind == "binary" else measure.metric
-    if _all_zero_or_one(base) and _all_zero_or_one(tuned):
-        return _share_difference(worse > 0, worse < 0, unit)
-    interval = bootstrap_change(worse, reach=reach_of([base, tuned]), seed=seed)
-    return _figure(worse.sum() / len(worse), interval, unit)
+    if measure.kind == "perplexity":
+        figure = per_token(worse, counts, seed)
+    elif all_zero_or_one(base) and all_zero_or_one(tuned):
+        return share_difference(worse > 0, worse < 0, unit), WALD
+    else:
+        interval = bootstrap_change(worse, reach=reach_of([base, tuned]), seed=seed)
+        figure = figure_of(worse.sum() / len(worse), interval, unit)
+    return figure, TOO_FEW if figure.low is None else BOOTSTRAP
 
 
 def _chance_corrected(measure: Measure, forgetting: Figure, base: Floats, tuned: Floats) -> Figure | None:
@@ -156,7 +187,7 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
         return None, "not a score from 0 to 1"
     if measure.chance is None:
         return None, "chance level unknown"
-    if not is_above(base, measure.chance, binary=_all_zero_or_one(base)):
+    if not is_above(base, measure.chance, binary=all_zero_or_one(base)):
         return None, "base at chance"
     return float((tuned.mean() - measure.chance) / (base.mean() - measure.chance)), ""
 
@@ -189,42 +220,7 @@ def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     ends = [(figure.low, figure.high) for figure in figures.values()]
     known = all(low is not None for low, _ in ends)
     interval = interval_of_mean(values, *np.array(ends, dtype=np.float64).T) if known else None
-    return _figure(values.mean(), interval, FRACTION)
-
-
-def paired_by_document(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per document, sorted: `filter`, `doc_id`, `doc_hash`, `count`, `base`, `tuned`.
-
-    Raises:
-        ValueError: columns missing, no rows, a document repeated, on one side only, or with another hash or
-            count on either side, a value that is not finite; the message names the documents.
-    """
-    sides = [_checked(side, frame) for side, frame in (("base", before), ("tuned", after))]
-    joined = sides[0].merge(sides[1], on=KEY, how="outer", suffixes=("_base", "_tuned"), indicator=True)
-    for side, only in (("base", "left_only"), ("tuned", "right_only")):
-        _refuse(joined, joined["_merge"] == only, f"scored for the {side} model only; score both on the same")
-    changed = joined["doc_hash_base"] != joined["doc_hash_tuned"]
-    _refuse(joined, changed, "different in text (doc_hash) for base and tuned; score both on the same data")
-    recounted = joined["count_base"] != joined["count_tuned"]
-    _refuse(joined, recounted, "of different count for base and tuned; their figures have different units")
-    names = {"doc_hash_base": "doc_hash", "count_base": "count", "value_base": "base", "value_tuned": "tuned"}
-    joined = joined.rename(columns=names)[[*KEY, "doc_hash", "count", "base", "tuned"]]
-    return joined.sort_values(KEY, ignore_index=True)
-
-
-def _checked(side: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns needed, numbers as floats."""
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing or frame.empty:
-        lack = f"no column {', '.join(missing)}" if missing else "no documents"
-        raise ValueError(f"the scores of the {side} model have {lack}; one row per document is needed")
-    _refuse(frame, frame.duplicated(KEY), f"more than once among the scores of the {side} model")
-    kept = frame[COLUMNS].copy()
-    for column in ("value", "count"):
-        numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-        _refuse(frame, ~np.isfinite(numbers), f"with a {column} that is not a finite number ({side} model)")
-        kept[column] = numbers
-    return kept
+    return figure_of(values.mean(), interval, FRACTION)
 
 
 def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:
@@ -234,89 +230,9 @@ def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:
     counts, sums = pairs["count"].to_numpy(), pairs[["base", "tuned"]].to_numpy()
     if measure.kind == "perplexity":
         tokenless = (counts < 0) | ((counts == 0) & (sums != 0).any(axis=1)) | (counts.sum() == 0)
-        _refuse(pairs, tokenless, "without a positive count of tokens")
+        refuse(pairs, tokenless, "without a positive count of tokens")
         return
-    _refuse(pairs, counts != 1, "with a count other than 1, which only a perplexity may have")
+    refuse(pairs, counts != 1, "with a count other than 1, which only a perplexity may have")
     if measure.kind == "binary":
         between = ((sums != 0) & (sums != 1)).any(axis=1)
-        _refuse(pairs, between, f"whose {measure.metric} is neither 0 nor 1; its kind is mean, not binary")
-
-
-def _refuse(frame: pd.DataFrame, bad: ArrayLike, reason: str) -> None:
-    """Raise if any row is `bad`, naming the first five."""
-    rows = frame.loc[np.asarray(bad, dtype=bool), KEY]
-    if rows.empty:
-        return
-    named = ", ".join(f"{doc_id} ({filter_})" for filter_, doc_id in rows.head(5).itertuples(index=False))
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    raise ValueError(f"{len(rows)} of {len(frame)} documents {reason}: {named}{more}")
-
-
-def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
-    """Return sum(sums)/sum(counts) in nats per token, with a bootstrap over rows (one row per sequence).
-
-    For `probe_kl` and losses. Rows without tokens add nothing. No interval below 5 rows.
-
-    Raises:
-        ValueError: shapes differ, no tokens at all, a number that is not finite, a sum without tokens.
-    """
-    return _per_token(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), seed)
-
-
-def difference_per_token(base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
-    """Return (sum(base_sums) - sum(tuned_sums))/sum(counts): target gain, nats per token, positive = learned.
-
-    A paired bootstrap over rows: the same row holds the same tokens for both models. Raises as
-    `mean_per_token` does.
-    """
-    base, tuned = np.asarray(base_sums, dtype=np.float64), np.asarray(tuned_sums, dtype=np.float64)
-    if base.shape != tuned.shape:
-        raise ValueError(f"rows of base {base.shape} and tuned {tuned.shape} differ; give the same rows")
-    return _per_token(base - tuned, np.asarray(counts, dtype=np.float64), seed)
-
-
-def _per_token(sums: Floats, counts: Floats, seed: int) -> Figure:
-    if sums.shape != counts.shape or sums.ndim != 1:
-        raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be of one dimension and equal")
-    bad = ~np.isfinite(sums) | ~np.isfinite(counts) | (counts < 0) | ((counts == 0) & (sums != 0))
-    if bad.any():
-        rows = ", ".join(map(str, np.flatnonzero(bad)[:5]))
-        raise ValueError(f"{bad.sum()} rows (first: {rows}) are not finite or have a sum but no tokens")
-    if counts.sum() == 0:
-        raise ValueError("no row has any tokens; nothing can be measured per token")
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    return _figure(sums.sum() / counts.sum(), bootstrap_ratio(sums, counts, seed=seed), NATS)
-
-
-def paired_share_difference(base: ArrayLike, tuned: ArrayLike) -> Figure:
-    """Return the share of True in `tuned` less that in `base`, on the same documents: positive = more.
-
-    So it is `target_accuracy_gain` as it stands. Interval: `cfsd.intervals.paired_share_bounds`.
-
-    Raises:
-        ValueError: shapes differ, no documents, values other than 0 and 1.
-    """
-    before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    if before.shape != after.shape or before.ndim != 1 or not len(before):
-        raise ValueError(f"base {before.shape} and tuned {after.shape} must be the same documents, 1 or more")
-    if not (_all_zero_or_one(before) and _all_zero_or_one(after)):
-        raise ValueError("values other than 0 and 1 in base or tuned; shares are of documents right or wrong")
-    return _share_difference(after > before, after < before, FRACTION)
-
-
-def _share_difference(up: NDArray[np.bool_], down: NDArray[np.bool_], unit: str) -> Figure:
-    ups, downs, total = int(up.sum()), int(down.sum()), len(up)
-    low, high = paired_share_bounds(ups, downs, total)
-    return _figure((ups - downs) / total, Interval(float(low), float(high)), unit)
-
-
-def _figure(value: float, interval: Interval | None, unit: str) -> Figure:
-    """Return the figure; a shrunken interval is stretched to hold its own estimate."""
-    value = float(value) + 0.0  # -0.0 would be printed with its sign
-    if interval is None:
-        return Figure(value=value, low=None, high=None, unit=unit)
-    return Figure(value=value, low=min(interval.low, value), high=max(interval.high, value), unit=unit)
-
-
-def _all_zero_or_one(values: Floats) -> bool:
-    return bool(((values == 0) | (values == 1)).all())
+        refuse(pairs, between, f"whose {measure.metric} is neither 0 nor 1; its kind is mean, not binary")

@@ -79,10 +79,11 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
     """
     from cfsd.budget import budget_of
     from cfsd.corpus_view import corpus_warnings
+    from cfsd.discoveries import controlled
     from cfsd.forgetting import mean_forgetting
     from cfsd.training_story import stability_gap, training_of
 
-    benchmarks = [_benchmark(store, trail, name) for name in trail.before.benchmarks]
+    benchmarks = controlled([_benchmark(store, trail, name) for name in trail.before.benchmarks])
     mean = mean_forgetting(benchmarks)
     summary = Summary(
         name=trail.name,

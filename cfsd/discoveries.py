@@ -1,0 +1,79 @@
+"""Many benchmarks at once: which changes stand when all are looked at, and what can be said of the rest.
+
+Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
+"""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+from cfsd.forgetting import FRACTION, BenchmarkForgetting
+
+LEVEL = 0.05
+DEFINITION = (
+    f"A benchmark counts as changed where its two-sided p, adjusted over all benchmarks tested by Benjamini and "
+    f"Hochberg, is at most {LEVEL:g}: of those called changed, at most {100 * LEVEL:g} % are expected to be wrong."
+)
+
+
+class Discoveries(BaseModel):
+    """The names of the benchmarks by what was found of each, in the order given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    worse: tuple[str, ...]
+    better: tuple[str, ...]
+    unsettled: tuple[str, ...]  # no change found, which is not the same as none: see `detectable`
+
+
+def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForgetting]:
+    """Return the benchmarks with `q_value`: the share of false ones to expect if all up to this one are called changed.
+
+    The benchmarks' documents are taken as different ones, so that the tests are independent given the two
+    models. Those without a p-value keep None and do not count.
+
+    Source: Benjamini and Hochberg 1995, Controlling the false discovery rate, JRSS B 57(1), through
+    `scipy.stats.false_discovery_control`.
+    """
+    tested = [entry.p_value for entry in forgotten if entry.p_value is not None]
+    adjusted = iter(stats.false_discovery_control(tested) if tested else [])
+    return [
+        entry.model_copy(update={"q_value": None if entry.p_value is None else float(next(adjusted))})
+        for entry in forgotten
+    ]
+
+
+def discoveries(forgotten: Sequence[BenchmarkForgetting]) -> Discoveries:
+    """Return which benchmarks became worse or better, with false discoveries controlled at LEVEL."""
+    found: dict[str, list[str]] = {"worse": [], "better": [], "unsettled": []}
+    for entry in controlled(forgotten):
+        found[_direction(entry)].append(entry.benchmark)
+    return Discoveries(**{name: tuple(names) for name, names in found.items()})
+
+
+def _direction(entry: BenchmarkForgetting) -> str:
+    if entry.q_value is None or entry.q_value > LEVEL or entry.forgetting.value == 0:
+        return "unsettled"
+    return "worse" if entry.forgetting.value > 0 else "better"
+
+
+def finding(entry: BenchmarkForgetting) -> str:
+    """Return what may be said of one benchmark: "worse", "better" or "no forgetting found" with the power.
+
+    By `q_value` where `controlled` has given one, else by `p_value`.
+    """
+    judged = entry if entry.q_value is not None else entry.model_copy(update={"q_value": entry.p_value})
+    said = _direction(judged)
+    return f"no forgetting found ({power_of(entry)})" if said == "unsettled" else said
+
+
+def power_of(entry: BenchmarkForgetting) -> str:
+    """Return the smallest drop that would have been found, in words: to be printed beside every "not found"."""
+    share, drop = entry.forgetting.unit == FRACTION, entry.detectable
+    if drop is None:
+        return f"{entry.num_documents} documents do not tell how small a drop would have been found"
+    if share and drop > 1:
+        return f"with {entry.num_documents} documents no drop would have been found"
+    size = f"{100 * drop:.2g} points" if share else f"{drop:.2g} {entry.forgetting.unit}"
+    return f"a drop of {size} would have been found with 80 % probability"
