@@ -27,7 +27,7 @@ MOVED = "moved"
 def tuned(data: Path) -> Answer:
     """Fine-tune on the target alone, one epoch: the model whose divergence from the base is measured."""
     bench, folder = Bench.at(data), data / "runs" / MOVED
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     spec = {"learning_rate": LEARNING_RATE, "precision": "float32", "seed": 0, "rehearsal": {"weight": 0}}
     return dict(fit(folder, request_of(bench, TrainSpec.model_validate(spec))))
 

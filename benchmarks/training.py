@@ -107,10 +107,13 @@ def main() -> None:
 
 
 def _once(data: Path, role: str, *rest: str) -> Answer:
-    command = [*RUN, role, str(data), *rest]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(data), stdout=subprocess.PIPE, text=True)
+    command, log = [*RUN, role, str(data), *rest], data / f"{role}.log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env=_environment(data), stdout=subprocess.PIPE, stderr=file, text=True
+        )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{role} ended with {done.returncode}; its error is above")
+        raise SystemExit(f"{role} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
     answer: Answer = json.loads(done.stdout.splitlines()[-1])
     return answer
 

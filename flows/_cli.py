@@ -155,6 +155,46 @@ def compare_command(
     show(loaded.recipe.name, trails)
 
 
+def regress_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")] = Path("deployments/recipes/tiny.yaml"),
+    baseline: Annotated[
+        Path | None, typer.Option(help="The baseline's JSON; default: deployments/baselines/<recipe's name>.json")
+    ] = None,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="Write what the recipe comes to now as the new baseline")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline 5")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:
+    """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
+    from cfsd.baseline import read_baseline
+    from cfsd.gate import LEAST_SEEDS
+    from flows._plan import check
+    from flows._temporary_server import prefect_server
+    from flows.mitigate import story
+    from flows.regress import CANNOT_TELL, GotWorse, baseline_file, regress
+
+    loaded, on = Recipe.load(recipe, set_), _machine(machine)
+    file = baseline_file(loaded, str(baseline) if baseline else None)
+    if not update_baseline:
+        read_baseline(file)
+    elif seeds is not None and seeds < LEAST_SEEDS:
+        raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
+    check(loaded, on, story)
+    with prefect_server():
+        state = regress(loaded, str(file), seeds, update_baseline, on, return_state=True)
+        try:
+            state.result()
+        except GotWorse:
+            sys.exit(1)
+    if state.name == CANNOT_TELL:
+        sys.exit(3)
+
+
 def measure_command(
     base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
     tuned: Annotated[str, typer.Argument(help="Model after")],

@@ -7,6 +7,7 @@ import pytest
 
 from cfsd.artifact import Artifact, Draft, key_of
 from cfsd.budget import budget_sentences, judge, plain_variant
+from cfsd.controller import LOWEST
 from cfsd.summary import Trail, summarise
 from cfsd.training_story import CURVE_POINTS, in_blocks, metrics_of, panels_of, stability_gap, training_figures
 from cfsd.verdict import verdict, warnings
@@ -88,8 +89,8 @@ def probe(value: float, half: float) -> dict[str, Any]:
         (0.109, 0.005, 2.0, "tight"),  # within the tolerance, though the interval reaches beyond it
         (0.112, 0.005, 2.0, "missed"),
         (0.079, 0.005, 2.0, "met"),
-        (0.05, 0.002, 1e-3, "not binding"),
-        (0.2, 0.01, 1e-3, "missed"),  # at the floor, and yet too far
+        (0.05, 0.002, LOWEST, "not binding"),
+        (0.2, 0.01, LOWEST, "missed"),  # at the floor, and yet too far
         (0.1, 0.03, 2.0, "unknown"),
         (0.5, 0.2, 2.0, "missed"),  # a wide interval, wholly above
         (0.05, 0.02, 2.0, "met"),  # and wholly below
@@ -100,7 +101,7 @@ def probe(value: float, half: float) -> dict[str, Any]:
 def test_a_budget_is_judged_by_the_probe(value: float, half: float, weight: float, outcome: str) -> None:
     judged = judge(probe(value, half), 0.1, weight)
     assert judged["outcome"] == outcome
-    assert judged["binding"] == (weight > 1e-3)
+    assert judged["binding"] == (weight > LOWEST)
     assert judged["tight"] == {"tight": True, "unknown": None}.get(outcome, None if value == 0.09 else False)
 
 
@@ -132,7 +133,7 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     assert found.budget
     wide = found.model_copy(update={"budget": found.budget | judge(probe(0.1, 0.03), 0.1, 2.0)})
     assert "too wide to tell (half of it is 30.0 % of the value; 10 % is enough)" in budget_sentences([wide])[0]
-    lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, 1e-3)})
+    lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, LOWEST)})
     assert "λ at its floor" in budget_sentences([lowest])[0]
 
 

@@ -1,0 +1,119 @@
+"""The committed baseline: what it keeps, that it reads back, and what it is compared with."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfsd.baseline import (
+    FRACTION,
+    MEAN,
+    NATS,
+    Baseline,
+    Measured,
+    baseline_of,
+    commit_here,
+    guarded,
+    other_documents,
+    read_baseline,
+    write_baseline,
+)
+from cfsd.errors import BadInput
+from cfsd.gate import judge
+from cfsd.recipe import Recipe
+from tests.conftest import ROOT
+
+DOCUMENTS = 60
+Run = dict[str, Measured]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
+
+
+def runs(count: int, seed: int = 0, *, loss: float = 0.0, documents: str = "same") -> list[Run]:
+    """Return what `count` seeds came to; `loss` is the share of documents lost beyond the usual 20 %."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        shares = {name: (rng.uniform(size=DOCUMENTS) < 0.2 + loss).astype(float) for name in ("half", "none")}
+        ones, tokens = np.ones(DOCUMENTS), rng.integers(5, 6, DOCUMENTS).astype(float)
+        benchmarks = {
+            f"forgetting/{name}": Measured(FRACTION, False, True, lost, ones, documents, correction)
+            for (name, lost), correction in zip(shares.items(), (2.0, 1.0), strict=True)
+        }
+        gain = Measured(NATS, True, False, rng.normal(5, 0.5, DOCUMENTS), tokens, documents)
+        found.append({"target_gain": gain, **benchmarks})
+    return found
+
+
+def made(recipe: Recipe, count: int = 5) -> Baseline:
+    return baseline_of(recipe, range(count), runs(count), [10.0] * count, replaces="")
+
+
+def test_it_reads_back_as_written_with_one_line_per_list(recipe: Recipe, tmp_path: Path) -> None:
+    baseline, file = made(recipe), tmp_path / "new" / "tiny.json"
+    write_baseline(file, baseline)
+    assert read_baseline(file) == baseline
+    assert len(file.read_text().splitlines()) < 250 and json.loads(file.read_text())["seeds"] == [0, 1, 2, 3, 4]
+    assert [path.name for path in file.parent.iterdir()] == ["tiny.json"]
+
+
+def test_it_says_where_it_comes_from(recipe: Recipe) -> None:
+    source = made(recipe).provenance
+    assert source.recipe_digest == recipe.digest() and source.commit == commit_here()
+    assert {"python", "torch", "transformers"} <= set(source.versions) and "UTC" in source.date
+    assert Recipe.model_validate(made(recipe).recipe) == recipe
+
+
+def test_the_mean_weighs_benchmarks_by_their_chance(recipe: Recipe) -> None:
+    baseline = made(recipe)
+    own = [np.array(baseline.figures[f"forgetting/{name}"].values) for name in ("half", "none")]
+    assert np.allclose(baseline.figures[MEAN].values, (2 * own[0] + own[1]) / 2, atol=1e-5)
+
+
+def test_fewer_seeds_than_five_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(BadInput, match="5 or more"):
+        made(recipe, 4)
+
+
+def test_the_same_again_passes_and_what_forgets_fails(recipe: Recipe) -> None:
+    baseline = made(recipe, 8)
+    honest, worse = (judge(guarded(baseline, runs(2, seed=9, loss=loss))) for loss in (0.0, 0.7))
+    assert honest.outcome != "fail" and worse.outcome == "fail"
+    failed = {finding.name for finding in worse.findings if finding.outcome == "fail"}
+    assert {"forgetting/half", "forgetting/none", MEAN} >= failed and MEAN in failed
+
+
+def test_other_documents_are_less_sharp_and_named(recipe: Recipe) -> None:
+    baseline = made(recipe)
+    same, others = ({g.name: g for g in guarded(baseline, runs(2, 9, documents=d))} for d in ("same", "others"))
+    assert other_documents(baseline, runs(1, 9)[0]) == []
+    assert "target_gain" in other_documents(baseline, runs(1, 9, documents="others")[0])
+    assert others["forgetting/half"].document_variance > same["forgetting/half"].document_variance
+    assert others["forgetting/half"].document_variance == pytest.approx(0.16 / 60 * 2, rel=0.7)
+
+
+def test_a_figure_that_is_not_measured_any_more_is_named(recipe: Recipe) -> None:
+    run = runs(1)[0]
+    del run["forgetting/half"]
+    with pytest.raises(BadInput, match="forgetting/half"):
+        guarded(made(recipe), [run])
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"name": "x"}'])
+def test_what_is_no_baseline_is_said_with_what_to_do(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadInput, match="--update-baseline"):
+        read_baseline(file)
+
+
+def test_the_committed_ones_are_of_the_recipes_they_name() -> None:
+    for file in (ROOT / "deployments" / "baselines").glob("*.json"):
+        baseline = read_baseline(file)
+        Recipe.model_validate(baseline.recipe)
+        assert file.stem == baseline.name and len(baseline.seeds) >= 5

@@ -1,0 +1,150 @@
+"""The gate as people meet it: flow states, exit codes, the verdict's words, and the nightly deployment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+
+from cfsd.artifact import Store
+from cfsd.baseline import Baseline, baseline_of, measured, read_baseline, write_baseline
+from cfsd.machine import Machine
+from cfsd.recipe import Recipe
+from tests.conftest import ROOT, Run
+
+CPU = Machine(device="cpu", threads=1)
+FRESH = 5  # the seed after those of the baselines below
+
+
+def baseline_like(recipe: Recipe, home: Path, scale: dict[str, float]) -> Baseline:
+    """Return a baseline whose seeds all but equal one real run, some figures `scale` times what it came to."""
+    from flows.mitigate import mitigate
+    from flows.regress import reseeded
+
+    run = measured(Store(home), mitigate(reseeded(recipe, FRESH), CPU))
+    seeds = [
+        {name: f._replace(sums=f.sums * scale.get(name, 1.0) * (1 + 0.01 * k)) for name, f in run.items()}
+        for k in range(-2, 3)
+    ]
+    return baseline_of(recipe, range(FRESH), seeds, [1.0] * FRESH, replaces="")
+
+
+@pytest.mark.slow
+def test_the_three_verdicts(recipe_file: Path, home: Path, server: str, run: Run, tmp_path: Path) -> None:
+    from cfsd.summary import summarise
+    from flows.mitigate import mitigate
+    from flows.regress import GotWorse, regress, reseeded
+
+    recipe, file = Recipe.load(recipe_file), tmp_path / "baseline.json"
+
+    def judged() -> Any:
+        return regress(recipe, str(file), 1, False, CPU, return_state=True)
+
+    known = baseline_like(recipe, home, {})
+    summary = summarise(Store(home), mitigate(reseeded(recipe, FRESH), CPU))
+    for name, figure in known.figures.items():
+        assert figure.values[2] == pytest.approx(getattr(summary, name)["value"], rel=1e-4)
+    write_baseline(file, known)
+    state = judged()
+    assert state.is_completed() and state.name == "Completed" and state.message.startswith("PASS"), state.message
+
+    sharp = known.figures["probe_kl"].model_copy(update={"margin": 1e-9})
+    write_baseline(file, known.model_copy(update={"figures": known.figures | {"probe_kl": sharp}}))
+    state = judged()
+    assert state.is_completed() and state.name == "Cannot tell" and "probe_kl" in state.message
+    done = run("regress", recipe_file, "--baseline", file, "--seeds", 1, "--machine", "threads=1")
+    assert done.returncode == 3, done.stdout + done.stderr
+
+    write_baseline(file, baseline_like(recipe, home, {"probe_kl": 0.01}))
+    state = judged()
+    assert state.is_failed() and state.message.startswith("FAIL: got worse since the baseline of"), state.message
+    assert "probe_kl by" in state.message and "target_gain" not in state.message
+    with pytest.raises(GotWorse, match="probe_kl"):
+        state.result()
+    verdict = sorted((home / "reports").glob("*/verdict.md"))[-1]
+    assert known.provenance.recipe_digest in verdict.read_text()
+    assert json.loads(verdict.with_suffix(".json").read_text())["findings"][0]["name"] == "probe_kl"
+
+
+def test_without_a_baseline_nothing_runs(run: Run, recipe_file: Path, home: Path) -> None:
+    done = run("regress", recipe_file, "--baseline", "none.json")
+    assert done.returncode == 2 and "--update-baseline" in done.stderr
+    assert not (home / "store").exists()
+
+
+def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path) -> None:
+    from cfsd.baseline import Provenance
+    from flows.regress import changes, reseeded
+
+    recipe = Recipe.load(recipe_file)
+    other = Recipe.load(recipe_file, ["train.rehearsal.weight=0"])
+    source = Provenance(commit="c", date="d", recipe_digest=recipe.digest(), versions={}, machine="m")
+    known = Baseline.model_construct(provenance=source, recipe=recipe.model_dump(mode="json"))
+    assert changes(known, reseeded(recipe, 7)) == []
+    assert changes(known, other) == ["train.rehearsal.weight: 1.0 -> 0.0"]
+
+
+def test_seeds_vary_all_but_what_is_measured_on(recipe_file: Path) -> None:
+    from flows.regress import reseeded
+
+    one, two = (reseeded(Recipe.load(recipe_file), number) for number in (1, 2))
+    assert one.target == two.target and one.probe == two.probe
+    assert all(getattr(one, part).digest() != getattr(two, part).digest() for part in ("generate", "mix", "train"))
+
+
+def test_the_nightly_deployment_guards_the_shipped_recipe() -> None:
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    nightly = next(deployment for deployment in deployments if deployment["name"] == "regress")
+    shipped = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
+    assert Recipe.model_validate(nightly["parameters"]["recipe"]) == shipped
+    assert [schedule["cron"] for schedule in nightly["schedules"]] == ["17 3 * * *"]
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.slow
+def test_the_deployment_on_a_real_server(recipe_file: Path, home: Path, server: str, tmp_path: Path) -> None:
+    recipe, api = Recipe.load(recipe_file), f"{server}/api"
+    files = {name: tmp_path / f"{name}.json" for name in ("COMPLETED", "FAILED")}
+    for file, scale in zip(files.values(), ({}, {"probe_kl": 0.01}), strict=True):
+        write_baseline(file, baseline_like(recipe, home, scale))
+    environment = {**os.environ, "CFSD_HOME": str(home), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+
+    def prefect(*words: str) -> None:
+        command = [sys.executable, "-m", "prefect", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+    prefect("--no-prompt", "deploy", "--name", "regress", "--prefect-file", "deployments/prefect.yaml")
+    deployment = ask(f"{api}/deployments/name/regress/regress")
+    assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["17 3 * * *"]
+    for expected, file in files.items():
+        parameters = {"recipe": recipe.model_dump(mode="json"), "baseline": str(file), "seeds": 1,
+                      "machine": CPU.model_dump(mode="json")}  # fmt: skip
+        started = ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+        prefect("worker", "start", "--pool", "gpu", "--type", "process", "--run-once")
+        state = ask(f"{api}/flow_runs/{started['id']}")["state"]
+        assert state["type"] == expected, state
+        assert ("got worse" in state["message"]) == (expected == "FAILED")
+
+
+@pytest.mark.slow
+def test_a_baseline_of_five_seeds_passes_its_own_recipe_and_fails_a_fault(
+    run: Run, recipe_file: Path, tmp_path: Path
+) -> None:
+    words = [recipe_file, "--baseline", tmp_path / "own.json", "--machine", "threads=1"]
+    assert run("regress", *words, "--update-baseline").returncode == 0
+    assert len(read_baseline(tmp_path / "own.json").seeds) == 5
+    assert run("regress", *words).returncode in (0, 3)
+    planted = run("regress", *words, "--set", "train.learning_rate=0.03")
+    assert planted.returncode == 1 and "train.learning_rate: 0.001 -> 0.03" in planted.stdout
