@@ -122,7 +122,7 @@ def test_an_error_in_a_worker_comes_out_as_what_it_is(store: Store, model_folder
     for path in model_folder.glob("tokenizer*"):
         (broken / path.name).write_bytes(path.read_bytes())
     base = fetched(store, broken)
-    with pytest.raises(NotFinite, match="shard 0"):
+    with pytest.raises(NotFinite, match=r"shard [01]"):
         made(store, base, GenerateSpec(rows=64, length=20), MACHINE.model_copy(update={"processes": 2}))
 
 
