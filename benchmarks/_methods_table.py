@@ -1,13 +1,12 @@
 """The figures of the study of methods: halves, the choice of strengths, intervals over seeds, the table."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from cfsd import seeds
 from cfsd.artifact import Artifact, Store
 from cfsd.figures import frontier_figure, styles
 from cfsd.forgetting import (
@@ -23,7 +22,6 @@ from cfsd.table import POINTS, shown
 
 EVEN, ODD = 0, 1
 ENOUGH = 0.95  # of plain fine-tuning's target gain
-FEWEST_SEEDS = 5  # for an interval that speaks for other seeds
 MB = 1e6
 MAIN = ("target_gain", "probe_kl", "mean_forgetting")
 RULE = (
@@ -125,25 +123,11 @@ def averaged(repeats: Sequence[Tables]) -> Tables:
 
 
 def over_seeds(repeats: Sequence[Tables]) -> dict[str, Figure]:
-    """Return the mean over seeds of every figure. Interval: over documents, from FEWEST_SEEDS on over seeds as well.
-
-    The two parts are independent, so that each side's distances add up in squares (as in
-    `cfsd.intervals.interval_of_mean`): that of the seed-averaged documents, and t x s / sqrt(seeds).
-    What of a document's change is due to the seed alone is in both: the interval is rather too wide.
-    """
+    """Return the mean over seeds of every figure, by `cfsd.seeds`; of fewer than it joins, over documents alone."""
     figures, each = figures_of(averaged(repeats)), [figures_of(repeat) for repeat in repeats]
-    if len(repeats) < FEWEST_SEEDS:
+    if len(repeats) < seeds.FEWEST:
         return figures
-    return {name: _widened(figure, [found[name].value for found in each]) for name, figure in figures.items()}
-
-
-def _widened(figure: Figure, values: Sequence[float]) -> Figure:
-    if figure.low is None or figure.high is None:
-        return figure
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    low = figure.value - math.hypot(figure.value - figure.low, reach)
-    high = figure.value + math.hypot(figure.high - figure.value, reach)
-    return figure.model_copy(update={"low": low, "high": high})
+    return {name: seeds.over_seeds([found[name] for found in each], figure).figure for name, figure in figures.items()}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

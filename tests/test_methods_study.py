@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from benchmarks._methods_grid import PLAIN, Study, study_of, technical_documents, tiny_documents, write_documents
 from benchmarks._methods_table import (
     EVEN,
-    FEWEST_SEEDS,
     ODD,
     Result,
     Tables,
@@ -25,6 +24,7 @@ from benchmarks._methods_table import (
 )  # fmt: skip
 from cfsd.benchmark_files import BUNDLED
 from cfsd.forgetting import Figure, Measure
+from cfsd.seeds import FEWEST
 
 DOCUMENTS = 20
 EXACT = Measure(metric="exact_match", higher_is_better=True, chance=0.0, kind="binary")
@@ -141,7 +141,7 @@ def repeats(values: Sequence[float]) -> list[Tables]:
 
 
 def test_from_five_seeds_on_the_interval_speaks_for_other_seeds() -> None:
-    alike, apart = [0.1] * FEWEST_SEEDS, list(np.linspace(0.05, 0.15, FEWEST_SEEDS))
+    alike, apart = [0.1] * FEWEST, list(np.linspace(0.05, 0.15, FEWEST))
     over_documents = figures_of(repeats([0.1])[0])
     spread = over_seeds(repeats(apart))
     same, wide = over_seeds(repeats(alike))["probe_kl"], spread["probe_kl"]
