@@ -12,6 +12,7 @@ from cfsd.recipe import Recipe, override, read_yaml, validated
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "deployments" / "recipes"
 TINY_DOCUMENTS = 6000  # of the tiny model's pretraining; a study takes 1500 rows of them
+NEW_SKILL, TAKEN_SKILL = "rot", "rev"
 PLAIN, RATE = "finetune", "train.learning_rate"
 Changes = dict[str, Any]  # dotted field of the recipe -> value
 
@@ -61,12 +62,28 @@ def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
     methods = {method: _method(row, name, folder) for method, row in TABLE.items()}
     first = Study(
         name, content, methods, tuple(range(1, 6)), Machine(threads=1, checkpoint_steps=10_000), tiny_documents,
-        {"generate.rows": 8000, "probe.rows": 2000},
+        {"generate.rows": 2000, "probe.rows": 2000, "target.path": str(conflict_file(folder)), "train.epochs": 2},
     )  # fmt: skip
     second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents,
-              "budgets": {"generate.rows": 200, "probe.rows": 384}}  # fmt: skip
+              # smaller batches: 28 steps are too few to steer
+              "budgets": {"generate.rows": 240, "probe.rows": 256, "mix.target_rows": 4, "mix.rehearsal_tokens": 144}}  # fmt: skip
     study = first if name == "tiny" else first._replace(**second)
     return study._replace(seeds=tuple(range(1, seeds + 1))) if seeds else study
+
+
+def conflict_file(folder: Path) -> Path:
+    """Return where the target lies that contradicts what `tiny` can do."""
+    return folder / "tiny_conflict.jsonl"
+
+
+def write_conflict(path: Path) -> None:
+    """Write tiny's target with a skill's name that the base knows for another one.
+
+    A new skill alone leaves nothing to weigh: tiny learns it completely within any budget.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = (RECIPES / "tiny_target.jsonl").read_text()
+    path.write_text(rows.replace(f'"{NEW_SKILL}:', f'"{TAKEN_SKILL}:'))
 
 
 def replay_file(name: str, folder: Path) -> Path:

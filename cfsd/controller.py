@@ -9,7 +9,7 @@ from cfsd.rehearsal import RehearsalSpec
 LOWEST, HIGHEST = 1e-5, 1e2
 HORIZON = 0.8  # what the moving mean keeps of itself at each step: it looks back about five steps
 GAIN = 4.0  # how much more the present surprise weighs than what all steps have added up to
-BELOW, ABOVE = -3.0, 0.4  # a surprise counts no further than this: early training overshoots, and that passes
+BELOW, ABOVE = -1.0, 0.4  # a surprise counts no further than this: early training overshoots, and that passes
 
 STATE = ("log_weight", "surprise", "nats", "tokens")
 

@@ -1,6 +1,6 @@
 """How the corpus takes part in training: which loss, of which weight, and how often a row may be seen."""
 
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -9,6 +9,8 @@ from cfsd.spec import Spec
 
 class RehearsalSpec(Spec):
     """The rehearsal's share of the loss: `weight` x mean loss per rehearsal token of the global batch."""
+
+    steering: ClassVar[int] = 2  # raised when `cfsd.controller` steers otherwise: part of the digest with a budget
 
     weight: NonNegativeFloat = Field(
         1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0 draws no rehearsal row"
@@ -52,6 +54,9 @@ class RehearsalSpec(Spec):
                 "none after the first epoch: leave refresh at cycle"
             )
         return self
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | ({"steering": self.steering} if self.budget else {})
 
     def reads_corpus(self) -> bool:
         """Say whether the training needs what the sampler stored with the corpus: laws or log-probabilities."""

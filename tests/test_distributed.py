@@ -1,8 +1,8 @@
 """Many processes that train one model give what one process gives, and a lost one costs nothing but time."""
 
 import os
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from cfsd.train import TrainRequest, TrainSpec, train
 from cfsd.training_batches import batches_of
 from tests.conftest import ROOT, write_rows
 from tests.test_train import World, bit_equal, distance, signals_given_back, trained, weights, world_in
-from tests.test_train_interrupted import saved_step, wait_for, written_step
+from tests.test_train_interrupted import interrupted, saved_step
 
 SPEC = TrainSpec(learning_rate=1e-3, epochs=4, seed=0)
 LONG = SPEC.model_copy(update={"epochs": 16})
@@ -126,32 +126,6 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
         assert torch.allclose(found[name], grad, rtol=1e-9, atol=1e-12), name
 
 
-@pytest.fixture
-def cut_short(world: World) -> Callable[[str, int, Callable[[psutil.Process], None]], CfsdError]:
-    """Begin a training in two processes, do something to its launcher after a step; return what it ended with."""
-
-    def run(key: str, after_step: int, act: Callable[[psutil.Process], None]) -> CfsdError:
-        raised: list[CfsdError] = []
-
-        def begin() -> None:
-            try:
-                make(world, key, TWO, LONG)
-            except CfsdError as error:
-                raised.append(error)
-
-        thread = threading.Thread(target=begin)
-        thread.start()
-        draft = world.store.root / "model" / f"{key}.draft"
-        wait_for(lambda: written_step(draft) > saved_step(draft) > after_step or not thread.is_alive())
-        launchers = [child for child in psutil.Process().children() if "cfsd.launch" in child.cmdline()]
-        act(launchers[0])
-        thread.join(120)
-        assert raised, "the training ended before it was cut short"
-        return raised[0]
-
-    return run
-
-
 def second_rank(launcher: psutil.Process) -> psutil.Process:
     ranks = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
     assert len(ranks) == 1
@@ -160,15 +134,21 @@ def second_rank(launcher: psutil.Process) -> psutil.Process:
 
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_others_and_the_draft_goes_on_to_the_same_bits(
-    world: World, cut_short: Callable[[str, int, Callable[[psutil.Process], None]], CfsdError]
+    world: World,
 ) -> None:
     draft = world.store.root / "model" / "cut.draft"
-    lost = cut_short("cut", 3, lambda launcher: second_rank(launcher).kill())
+
+    def cut_short(after_step: int, act: Callable[[psutil.Process], object]) -> CfsdError:
+        return interrupted(
+            partial(make, world, "cut", TWO, LONG), draft, act, lambda written, saved: written > saved > after_step
+        )
+
+    lost = cut_short(3, lambda launcher: second_rank(launcher).kill())
     assert isinstance(lost, Crashed) and str(lost).startswith("rank 1 of 2 ended with code -9")
     killed_at = saved_step(draft)
-    gone = cut_short("cut", killed_at + 3, lambda launcher: launcher.kill())
+    gone = cut_short(killed_at + 3, psutil.Process.kill)
     assert isinstance(gone, Crashed)
-    stopped = cut_short("cut", saved_step(draft) + 3, lambda launcher: second_rank(launcher).terminate())
+    stopped = cut_short(saved_step(draft) + 3, lambda launcher: second_rank(launcher).terminate())
     assert isinstance(stopped, Stopped) and f"after step {saved_step(draft)}" in str(stopped)
     stopped_at = saved_step(draft)
     made = make(world, "cut", TWO, LONG)

@@ -1,12 +1,11 @@
 """A training that is killed, then asked to stop, then let run, gives the bits of one that ran through."""
 
 import json
-import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -68,26 +67,25 @@ def written_step(draft: Path) -> int:
 
 
 def interrupted(
-    world: World, number: signal.Signals, wanted: Callable[[int, int], bool], key: str = KEY, spec: TrainSpec = SPEC,
-    machine: Machine = MACHINE,
+    begin: Callable[[], Artifact], draft: Path, act: Callable[[psutil.Process], object],
+    wanted: Callable[[int, int], bool],
 ) -> CfsdError:  # fmt: skip
-    """Send `number` to the training process when `wanted(written step, saved step)`; return what make raised."""
+    """Do `act` to the child that trains when `wanted(written step, saved step)`; return what `begin` raised."""
     raised: list[CfsdError] = []
 
     def run() -> None:
         try:
-            make(world, key, spec, machine)
+            begin()
         except CfsdError as error:
             raised.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    draft = world.store.root / "model" / f"{key}.draft"
     wait_for(lambda: wanted(written_step(draft), saved_step(draft)) or not thread.is_alive())
     for child in psutil.Process().children():
         if {"cfsd.train", "cfsd.launch"} & set(child.cmdline()):
-            os.kill(child.pid, number)
-    thread.join(60)
+            act(child)
+    thread.join(120)
     assert raised, "the training ended before it was interrupted"
     return raised[0]
 
@@ -103,9 +101,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 def finished(world: World) -> Artifact:
     """The model of a training that was killed, continued, asked to stop, and continued to its end."""
     draft = world.store.root / "model" / f"{KEY}.draft"
-    assert isinstance(interrupted(world, signal.SIGKILL, lambda written, saved: written > saved > 3), Crashed)
+    begin = partial(make, world, KEY)
+    assert isinstance(
+        interrupted(begin, draft, psutil.Process.kill, lambda written, saved: written > saved > 3), Crashed
+    )
     killed_at = saved_step(draft)
-    stopped = interrupted(world, signal.SIGTERM, lambda written, saved: written > saved > killed_at + 3)
+    stopped = interrupted(
+        begin, draft, psutil.Process.terminate, lambda written, saved: written > saved > killed_at + 3
+    )
     stopped_at = saved_step(draft)
     assert isinstance(stopped, Stopped)
     assert f"after step {stopped_at} of {STEPS}, which is saved" in str(stopped)
@@ -173,7 +176,9 @@ def same_model(world: World, one: Artifact, two: Artifact) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_that_was_killed_goes_on_to_the_same_bits(world: World) -> None:
-    killed = interrupted(world, signal.SIGKILL, lambda written, saved: written > saved > 3, "killed lora", LORA)
+    draft = world.store.root / "model" / "killed lora.draft"
+    begin = partial(make, world, "killed lora", LORA)
+    killed = interrupted(begin, draft, psutil.Process.kill, lambda written, saved: written > saved > 3)
     assert isinstance(killed, Crashed)
     made = make(world, "killed lora", LORA)
     assert made.facts["continued_from_step"] != 0
@@ -186,8 +191,9 @@ def test_killed_at_ten_random_steps_the_bits_are_those_of_one_training(world: Wo
     """The step at which the kill arrives is random by itself too: a training does several in a poll."""
     processes = machine.resolved_training_processes()
     key, steps = f"ten kills {processes}", sorted(random.Random(processes).sample(range(2, STEPS - 6), 10))
+    draft, begin = world.store.root / "model" / f"{key}.draft", partial(make, world, key, SPEC, machine)
     for step in steps:
-        killed = interrupted(world, signal.SIGKILL, lambda written, _, step=step: written >= step, key, SPEC, machine)
+        killed = interrupted(begin, draft, psutil.Process.kill, lambda written, _, step=step: written >= step)
         assert isinstance(killed, Crashed)
-        print("killed after step", written_step(world.store.root / "model" / f"{key}.draft"))
+        print("killed after step", written_step(draft))
     same_model(world, make(world, key, SPEC, machine), make(world, f"whole {processes}", SPEC, machine))
