@@ -64,9 +64,9 @@ def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
         name, content, methods, tuple(range(1, 6)), Machine(threads=1, checkpoint_steps=10_000), tiny_documents,
         {"generate.rows": 2000, "probe.rows": 2000, "target.path": str(conflict_file(folder)), "train.epochs": 2},
     )  # fmt: skip
-    second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents,
-              # smaller batches: 28 steps are too few to steer
-              "budgets": {"generate.rows": 240, "probe.rows": 256, "mix.target_rows": 4, "mix.rehearsal_tokens": 144}}  # fmt: skip
+    # smaller batches for a budget: 28 steps are too few to steer
+    budgets = {"generate.rows": 240, "probe.rows": 256, "mix.target_rows": 4, "mix.rehearsal_tokens": 144}
+    second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents, "budgets": budgets}
     study = first if name == "tiny" else first._replace(**second)
     return study._replace(seeds=tuple(range(1, seeds + 1))) if seeds else study
 

@@ -1,6 +1,6 @@
 """Budgets of divergence: are they met and used up, and what do they cost on the target?
 
-python -m benchmarks.budgets tiny|demo [--home FOLDER] [--quick]
+python -m benchmarks.budgets tiny|demo [--seeds N] [--home FOLDER] [--quick]
 make bench PART=budgets
 
 Plain fine-tuning says how far the model moves (probe_kl); then rehearsal by `kl` from stored laws with 1/8, 1/4 and
@@ -44,7 +44,7 @@ AIM = 0.9 * WIDEST
 
 def budgets_command(
     name: Annotated[Name, typer.Argument(help="tiny: five string skills; demo: SmolLM2-135M")] = Name.tiny,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of rows and the training")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How often: the order of rows and the training differ")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One epoch: to try the script")] = False,
     home: Home = None,
 ) -> None:
@@ -52,14 +52,22 @@ def budgets_command(
     study = study_of(name, _folder())
     study = study.quick(_folder()) if quick else study
     write_conflict(conflict_file(_folder()))
-    in_one_flow(f"budgets-{study.name}", lambda: _study(study, Runner(1 + len(SHARES), study.machine), seed))
+    in_one_flow(f"budgets-{study.name}", lambda: _study(study, seeds))
 
 
 def _folder() -> Path:
     return home() / "studies"
 
 
-def _study(study: Study, runner: Runner, seed: int) -> None:
+def _study(study: Study, seeds: int) -> None:
+    runner = Runner(seeds * (1 + len(SHARES)), study.machine)
+    rows = []
+    for seed in range(seeds):
+        rows += _budgets_of(study, runner, seed)
+        _tell(study, rows)
+
+
+def _budgets_of(study: Study, runner: Runner, seed: int) -> list[dict[str, Any]]:
     plain = _measured(study, runner, study.budgets | NO_CORPUS, seed, PLAIN)
     moved = _summary(runner, plain, []).probe_kl
     assert moved
@@ -71,7 +79,7 @@ def _study(study: Study, runner: Runner, seed: int) -> None:
         budget = {"train.rehearsal.budget": float(f"{share * moved['value']:.4g}")}
         trails[label] = _measured(study, runner, STORED | study.budgets | budget, seed, label)
     summaries = {label: _summary(runner, trail, list(trails.values())) for label, trail in trails.items()}
-    _tell(study, seed, [_row(runner, label, trails[label], summaries[label]) for label in trails])
+    return [{"seed": seed, **_row(runner, label, trails[label], summaries[label])} for label in trails]
 
 
 def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: str) -> Trail:
@@ -115,14 +123,16 @@ def _row(runner: Runner, label: str, trail: Trail, summary: Summary) -> dict[str
     }
 
 
-def _tell(study: Study, seed: int, rows: list[dict[str, Any]]) -> None:
-    text = markdown(rows)
-    gains = [row["target_gain"]["value"] for row in [*rows[1:], rows[0]]]
-    order = "rises with the budget, plain fine-tuning last" if gains == sorted(gains) else "does not rise throughout"
-    notes = [f"Target gain {order}: {', '.join(f'{gain:.4f}' for gain in gains)}."]
+def _tell(study: Study, rows: list[dict[str, Any]]) -> None:
+    text, notes = markdown(rows), []
+    for seed in sorted({row["seed"] for row in rows}):
+        plain, *bounded = (row["target_gain"]["value"] for row in rows if row["seed"] == seed)
+        order = "rises" if bounded == sorted(bounded) else "does not rise throughout"
+        gains = ", ".join(f"{gain:.4f}" for gain in bounded)
+        notes.append(f"seed {seed}: target gain {order} with the budget: {gains}; without one {plain:.4f}.")
     print("\n" + text + "\n" + "\n".join(notes), flush=True)
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": study.machine.threads}
-    found = {"part": f"budgets-{study.name}", "machine": machine, "seed": seed, "rows": rows, "notes": notes}
+    found = {"part": f"budgets-{study.name}", "machine": machine, "rows": rows, "notes": notes}
     study.results.mkdir(parents=True, exist_ok=True)
     file = study.results / f"budgets-{study.name}.json"
     file.write_text(json.dumps(found, indent=1) + "\n")
@@ -133,6 +143,7 @@ def _tell(study: Study, seed: int, rows: list[dict[str, Any]]) -> None:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table; met: probe_kl at most 1.1 x the budget; tight: also at least 0.8 x."""
     head = [
+        "seed",
         "run",
         "budget",
         "probe_kl",
@@ -143,7 +154,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "target gain",
         "given up",
     ]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    lines = [head, ["--:", "---", *["--:"] * (len(head) - 2)]]
     for row in rows:
         path = "-" if row["weight_end"] is None else f"{row['weight_start']:.3g} to {row['weight_end']:.3g}"
         budget = "-" if row["budget"] is None else f"{row['budget']:.4g}"
@@ -151,7 +162,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         judged = [{True: "yes", False: "no", None: "-"}[row[name]] for name in ("met", "tight")]
         cost = "-" if row["target_gain_cost"] is None else shown(row["target_gain_cost"])
         gain = [shown(row["target_gain"]), cost]
-        lines.append([row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, *gain])
+        lines.append([str(row["seed"]), row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, *gain])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

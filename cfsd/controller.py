@@ -10,6 +10,7 @@ LOWEST, HIGHEST = 1e-5, 1e2
 HORIZON = 0.8  # what the moving mean keeps of itself at each step: it looks back about five steps
 GAIN = 4.0  # how much more the present surprise weighs than what all steps have added up to
 BELOW, ABOVE = -1.0, 0.4  # a surprise counts no further than this: early training overshoots, and that passes
+AIM = 0.94  # of the budget: the middle between 0.8, from where on it counts as used up, and 1.1, where it is exceeded
 
 STATE = ("log_weight", "surprise", "nats", "tokens")
 
@@ -17,9 +18,9 @@ STATE = ("log_weight", "surprise", "nats", "tokens")
 class Controller:
     """Gives lambda for each step; with a budget it learns from the divergence that each step measured.
 
-    With surprise = log(estimate / budget), between BELOW and ABOVE: log lambda = sum of rate x surprise over the steps
-    + GAIN x surprise. The estimate is a moving mean, weighted by tokens, of the divergence before the update on
-    rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict.
+    With surprise = log(estimate / (AIM x budget)), between BELOW and ABOVE: log lambda = sum of rate x surprise over
+    the steps + GAIN x surprise. The estimate is a moving mean, weighted by tokens, of the divergence before the update
+    on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict.
 
     The sum alone follows too late: it winds down while the divergence is still small, lets it overshoot, and has
     brought it far below the budget when the learning rate ends. Measured on `tiny`: docs/decisions/0010.
@@ -51,12 +52,12 @@ class Controller:
         if tokens:
             self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
         if self.spec.budget and tokens:
-            self.surprise = self._surprise(self.spec.budget)
+            self.surprise = self._surprise(AIM * self.spec.budget)
             self.log_weight = _within(self.log_weight + self.spec.budget_rate * self.surprise)
 
-    def _surprise(self, budget: float) -> float:
+    def _surprise(self, aim: float) -> float:
         estimate = self.estimate or 0.0
-        return min(max(math.log(estimate / budget) if estimate > 0 else BELOW, BELOW), ABOVE)
+        return min(max(math.log(estimate / aim) if estimate > 0 else BELOW, BELOW), ABOVE)
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint must hold."""

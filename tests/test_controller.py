@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from cfsd.controller import HIGHEST, LOWEST, Controller
+from cfsd.controller import AIM, HIGHEST, LOWEST, Controller
 from cfsd.rehearsal import RehearsalSpec
 
 BUDGET = 0.02
@@ -33,11 +33,11 @@ def test_a_schedule_goes_evenly_in_the_logarithm() -> None:
 def test_while_the_surprise_stays_lambda_moves_by_rate_times_it(quotient: float) -> None:
     controller, path = Controller(SPEC.model_copy(update={"budget_rate": 0.5}), 10), []
     for step in range(5):
-        controller.learn(quotient * BUDGET * 40, 40)
+        controller.learn(quotient * AIM * BUDGET * 40, 40)
         path.append(math.log(controller.weight(step)))
     assert [after - before for before, after in pairwise(path)] == pytest.approx([0.5 * math.log(quotient)] * 4)
     assert (path[0] > 0) == (quotient > 1)
-    assert controller.estimate == pytest.approx(quotient * BUDGET)
+    assert controller.estimate == pytest.approx(quotient * AIM * BUDGET)
 
 
 def test_the_estimate_weighs_tokens_and_forgets() -> None:
