@@ -6,7 +6,7 @@ DONE = $(VENV)/.installed
 PART ?= overhead
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-tiny test slow check format bench up down clean
+.PHONY: help setup demo demo-tiny test gate slow check format bench up down clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -28,6 +28,9 @@ demo-tiny: $(DONE)  ## The same on a model of five string skills (3 minutes)
 
 test: $(DONE)  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+gate: $(DONE)  ## Has forgetting on the tiny recipe got worse than its baseline? One fresh seed (3 minutes)
+	$(BIN)/python -m flows.regress deployments/recipes/tiny.yaml --seeds 1 || test $$? = 3
 
 slow: $(DONE)  ## The tests that take minutes each, with Ray
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'

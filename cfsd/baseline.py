@@ -1,7 +1,4 @@
-"""Baseline: what the seeds of a recipe came to, with where that comes from; a JSON file that a team commits.
-
-Figures of a run are read from its score tables here, document by document, so that they can be paired later.
-"""
+"""Baseline: what the seeds of a recipe came to, with where that comes from; JSON that a team commits."""
 
 import os
 import platform
@@ -11,46 +8,21 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
-from cfsd.artifact import Store
+from cfsd.baseline_figures import FRACTION, NATS, Measured, mean_parts, mean_value
 from cfsd.errors import BadInput
 from cfsd.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
 from cfsd.machine import COUNTED_PACKAGES
 from cfsd.recipe import Recipe
-from cfsd.spec import digest_of
-from cfsd.summary import Trail, table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA = 1
-NATS, FRACTION = "nats/token", "fraction"
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
 MEAN = "mean_forgetting"
-
-
-class Measured(NamedTuple):
-    """One figure of one run: sum(sums)/sum(counts), document by document in a fixed order."""
-
-    unit: str
-    higher_is_better: bool
-    zero_or_one: bool
-    sums: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    documents: str  # digest of which documents these are
-    correction: float | None = None  # 1/(1 - chance) where it counts for the mean
-
-    @property
-    def value(self) -> float:
-        """Return the figure."""
-        return float(self.sums.sum() / self.counts.sum())
 
 
 class Documents(BaseModel):
@@ -105,53 +77,6 @@ class Baseline(BaseModel):
     figures: dict[str, BaselineFigure]
 
 
-def measured(store: Store, trail: Trail) -> dict[str, Measured]:
-    """Return the guarded figures of one run by name: target_gain, probe_kl, forgetting of every benchmark."""
-    found: dict[str, Measured] = {}
-    if trail.before.target and trail.after.target:
-        base, tuned = (table(store, t, "responses") for t in (trail.before.target, trail.after.target))
-        gains = base["nll"].to_numpy(float) - tuned["nll"].to_numpy(float)
-        counts = base["count"].to_numpy(float)
-        found["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(trail.before.target.content, counts))
-    if trail.after.probe:
-        rows = table(store, trail.after.probe, "divergence")
-        counts, sums = (rows[column].to_numpy(float) for column in ("count", "kl"))
-        probe = trail.artifacts["probe"].content
-        found["probe_kl"] = Measured(NATS, False, False, sums, counts, _digest(probe, counts))
-    return found | {f"forgetting/{name}": _benchmark(store, trail, name) for name in trail.before.benchmarks}
-
-
-def _benchmark(store: Store, trail: Trail, name: str) -> Measured:
-    from cfsd.forgetting import Measure, paired_by_document
-
-    before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]
-    measure = Measure(**{field: before.facts[field] for field in Measure.model_fields})
-    pairs = paired_by_document(*(_first_filter(store, artifact) for artifact in (before, after)))
-    base, tuned, counts = (pairs[column].to_numpy(float) for column in ("base", "tuned", "count"))
-    unit = {"binary": FRACTION, "perplexity": NATS}.get(measure.kind, measure.metric)
-    within = all(scores.min() >= 0 and scores.max() <= 1 for scores in (base, tuned))
-    averaged = measure.chance is not None and measure.higher_is_better and within
-    return Measured(
-        unit=unit,
-        higher_is_better=False,  # forgetting is worse where it is more
-        zero_or_one=measure.kind == "binary",
-        sums=base - tuned if measure.higher_is_better else tuned - base,
-        counts=counts,
-        documents=_digest(pairs["doc_hash"].tolist(), counts),
-        correction=1 / (1 - measure.chance) if averaged and measure.chance is not None else None,
-    )
-
-
-def _first_filter(store: Store, artifact: Any) -> "pd.DataFrame":
-    rows = table(store, artifact, "scores")
-    chosen: pd.DataFrame = rows[rows["filter"] == artifact.facts["filters"][0]]
-    return chosen
-
-
-def _digest(documents: Any, counts: NDArray[np.float64]) -> str:
-    return digest_of([documents, counts.tolist()])
-
-
 def baseline_of(
     recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Measured]], seconds: Sequence[float], replaces: str
 ) -> Baseline:
@@ -169,6 +94,15 @@ def baseline_of(
         training_seconds=tuple(round(value, 1) for value in seconds),
         figures=figures,
     )
+
+
+def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
+    """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
+    kept = {
+        name: figure.model_copy(update={"margin": known.figures[name].margin}) if name in known.figures else figure
+        for name, figure in baseline.figures.items()
+    }
+    return baseline.model_copy(update={"figures": kept})
 
 
 def _figure(runs: Sequence[Measured]) -> BaselineFigure:
@@ -189,20 +123,6 @@ def _figure(runs: Sequence[Measured]) -> BaselineFigure:
             noise=_short(document_noise(sums, first.counts)),
         ),
     )
-
-
-def mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
-    """Return the weight of every benchmark in the mean of chance-corrected forgetting."""
-    corrections = [
-        {name: found.correction for name, found in run.items() if found.correction is not None} for run in runs
-    ]
-    known = set.intersection(*map(set, corrections)) if corrections else set()
-    return {name: correction / len(known) for name, correction in corrections[0].items() if name in known}
-
-
-def mean_value(run: dict[str, Measured], parts: dict[str, float]) -> float:
-    """Return the mean forgetting of one run, as a fraction."""
-    return sum(weight * run[name].value for name, weight in parts.items())
 
 
 def _mean(figures: dict[str, BaselineFigure], parts: dict[str, float]) -> BaselineFigure:
@@ -296,21 +216,31 @@ def read_baseline(path: Path) -> Baseline:
     """Return the baseline in `path`. Raises BadInput."""
     if not path.is_file():
         raise BadInput(f"there is no baseline at {path}; make it with --update-baseline, or name another: --baseline")
+    return parsed(path.read_bytes(), str(path))
+
+
+def parsed(text: bytes | str, where: str) -> Baseline:
+    """Return the baseline that `text` from `where` holds. Raises BadInput."""
     try:
-        return Baseline.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+        return Baseline.model_validate_json(text)
+    except ValidationError as error:
         raise BadInput(
-            f"{path} is not a baseline of schema {SCHEMA}: {error}\nmake it anew: --update-baseline"
+            f"{where} is not a baseline of schema {SCHEMA}: {error}\nmake it anew: --update-baseline"
         ) from error
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write `baseline`, lists of numbers on one line each, so that a reader sees an old or a new file, never half."""
+    """Write `baseline` so that a reader sees an old or a new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = baseline.model_dump_json(indent=1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
+    temporary.write_text(as_text(baseline))
     temporary.replace(path)
+
+
+def as_text(baseline: Baseline) -> str:
+    """Return `baseline` as JSON, lists of numbers on one line each."""
+    text = baseline.model_dump_json(indent=1)
+    return NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def _short(value: float) -> float:

@@ -1,5 +1,6 @@
-"""lm-eval's YAML files, read without importing lm-eval: what defines a name, and which files count."""
+"""lm-eval's YAML files and task dicts, read without importing lm-eval: what defines a name, and which files count."""
 
+import copy
 import glob
 import re
 from collections.abc import Callable, Iterator
@@ -13,16 +14,25 @@ import yaml
 from cfsd.errors import BadInput
 
 BUNDLED = Path(__file__).with_name("benchmarks")
+INLINE = Path("<recipe>")  # in place of a YAML file
 IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
 
 
 class Definition(NamedTuple):
-    """One benchmark: its YAML file, settings (`include` merged, data paths absolute) and files."""
+    """One benchmark: its YAML file or `INLINE`, settings (`include` merged, data paths absolute) and files."""
 
     path: Path
     config: dict[str, Any]
     sources: list[Path]  # the YAML, what it includes, its `!function` modules
     data: list[Path]  # local data files, whether they exist or not
+
+    def is_inline(self) -> bool:
+        """Say whether it stands in the recipe itself."""
+        return self.path == INLINE
+
+    def place(self, *, full: bool = False) -> str:
+        """Return where the user finds it: the file's name, or in `full` its path."""
+        return "its `task` in the recipe" if self.is_inline() else str(self.path if full else self.path.name)
 
 
 class _Function(str):
@@ -58,6 +68,19 @@ def is_hub(definition: Definition) -> bool:
     """Say whether lm-eval itself brings the benchmark, so that its data comes from the hub."""
     hub = hub_folder()
     return hub is not None and definition.path.is_relative_to(hub)
+
+
+def inline(settings: dict[str, Any]) -> Definition:
+    """Return what a task dict defines; relative data files are looked for in the working directory."""
+    config = copy.deepcopy(settings)
+    return Definition(INLINE, config, [], _localise(config, Path.cwd()))
+
+
+def placeless(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a task dict without the paths of its local data, which count by content."""
+    config = copy.deepcopy(settings)
+    _change_places(config, lambda name: name if "://" in name else "")
+    return config
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -173,15 +196,20 @@ def _localise(config: dict[str, Any], folder: Path) -> list[Path]:
         found.extend(Path(match) for match in sorted(matches) or [str(path)])
         return str(path)
 
+    _change_places(config, absolute)
+    return [file for path in found for file in (_files_below(path) if path.is_dir() else [path])]
+
+
+def _change_places(config: dict[str, Any], change: Callable[[str], str]) -> None:
+    """Apply `change` to every path of local data in `config`, in place."""
     settings = config.get("dataset_kwargs")
     if isinstance(settings, dict):
         for key in ("data_files", "data_dir"):
             if key in settings:
-                settings[key] = _mapped(settings[key], absolute)
+                settings[key] = _mapped(settings[key], change)
     place = config.get("dataset_path")
     if isinstance(place, str) and place.startswith((".", "/")):
-        config["dataset_path"] = absolute(place)
-    return [file for path in found for file in (_files_below(path) if path.is_dir() else [path])]
+        config["dataset_path"] = change(place)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -3,12 +3,14 @@
 Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from cfsd.forgetting import FRACTION, BenchmarkForgetting
+from cfsd.power import detectable_change
 
 LEVEL = 0.05
 DEFINITION = (
@@ -58,13 +60,14 @@ def _direction(entry: BenchmarkForgetting) -> str:
     return "worse" if entry.forgetting.value > 0 else "better"
 
 
-def finding(entry: BenchmarkForgetting) -> str:
-    """Return what may be said of one benchmark: "worse", "better" or "no forgetting found" with the power.
+def change_of(entry: BenchmarkForgetting) -> str:
+    """Return "worse", "better" or "unsettled": by `q_value` where `controlled` has given one, else by `p_value`."""
+    return _direction(entry if entry.q_value is not None else entry.model_copy(update={"q_value": entry.p_value}))
 
-    By `q_value` where `controlled` has given one, else by `p_value`.
-    """
-    judged = entry if entry.q_value is not None else entry.model_copy(update={"q_value": entry.p_value})
-    said = _direction(judged)
+
+def finding(entry: BenchmarkForgetting) -> str:
+    """Return what may be said of one benchmark: "worse", "better" or "no forgetting found" with the power."""
+    said = change_of(entry)
     return f"no forgetting found ({power_of(entry)})" if said == "unsettled" else said
 
 
@@ -77,3 +80,32 @@ def power_of(entry: BenchmarkForgetting) -> str:
         return f"with {entry.num_documents} documents no drop would have been found"
     size = f"{100 * drop:.2g} points" if share else f"{drop:.2g} {entry.forgetting.unit}"
     return f"a drop of {size} would have been found with 80 % probability"
+
+
+def detectable_mean(forgotten: Iterable[BenchmarkForgetting]) -> float | None:
+    """Return the smallest mean forgetting, a fraction, that would have been found; above 1 where none would be.
+
+    The benchmarks' own, each stretched by its correction for chance, add up as independent errors do.
+    None where that of one is not known, or where none has a mean.
+    """
+    drops = []
+    for entry in forgotten:
+        if (corrected := entry.chance_corrected) is None:
+            continue
+        drop, raw = detectable_change(corrected), detectable_change(entry.forgetting)
+        if entry.detectable is not None and drop and raw:
+            drop = entry.detectable * drop / raw
+        if drop is None:
+            return None
+        drops.append(drop)
+    return math.hypot(*drops) / len(drops) if drops else None
+
+
+def power_of_mean(forgotten: Iterable[BenchmarkForgetting]) -> str:
+    """Return the smallest mean drop that would have been found, in words; empty where it is not known."""
+    drop = detectable_mean(forgotten)
+    if drop is None:
+        return ""
+    if drop > 1:
+        return "with so few documents no mean drop would have been found"
+    return f"a mean drop of {100 * drop:.2g} points would have been found with 80 % probability"

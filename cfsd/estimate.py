@@ -26,7 +26,7 @@ KNOWN_SHAPES = {
 }
 COMPUTING = {  # stages that hold the model, and how many times its weights' memory: gradients and moments count too
     "probe": 1, "generate": 1, "embed": 1, "weigh": 1, "evaluate": 1, "evaluate-target": 1, "evaluate-probe": 2,
-    "fisher": 3, "train": 4,
+    "evaluate-text": 1, "evaluate-target-divergence": 2, "check": 1, "fisher": 3, "train": 4,
 }  # fmt: skip
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
 
@@ -73,7 +73,7 @@ def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machi
 
 def _passes(stage: str, recipe: Recipe, machine: Machine) -> float:
     """Return how many forward passes a token costs; the way back is two."""
-    if stage == "evaluate-probe":
+    if stage in ("evaluate-probe", "evaluate-target-divergence"):
         return 2
     if stage == "fisher":
         return 3
@@ -101,7 +101,7 @@ def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
     if stage == "evaluate":
         return BENCHMARK_TOKENS
     facts: Any = target.facts
-    if stage == "evaluate-target":
+    if stage in ("evaluate-target", "evaluate-target-divergence"):
         return float(facts["held_out_tokens"]) if "held_out_tokens" in facts else None
     if stage == "fisher":
         return recipe.train.methods.ewc.rows * recipe.generate.length

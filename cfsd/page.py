@@ -1,4 +1,4 @@
-"""Pages: how a template beside this file becomes one HTML file that loads nothing from anywhere."""
+"""Pages: how a template beside this file becomes one file that loads nothing from anywhere."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,23 @@ from cfsd.table import number, shown
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write `template`, filled with `values`, to `path`; all texts are escaped but those marked as markup."""
+    """Write `template`, filled with `values`, to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rendered(template, **values), encoding="utf-8")
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Return `template` filled with `values`; in HTML all texts are escaped but those marked as markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole}
-    page = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    environment.filters |= {
+        "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": _cell,
+    }  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def _visible(text: str) -> str:
@@ -32,3 +38,8 @@ def _clip(text: str, start: int, end: int) -> str:
 
 def _whole(count: int) -> str:
     return f"{count:,}"
+
+
+def _cell(text: str) -> str:
+    """Return `text` so that it stays in one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -84,13 +84,13 @@ class Recipe(Spec):
         self.target.check()
         if self.generate.replay:
             self.generate.replay.check()
-        for benchmark in self.evaluate.benchmarks:
-            benchmark.check()
+        self.evaluate.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for what can be told once the base is known, before anything is sampled."""
         check_context(base, self.probe, "probe")
         check_context(base, self.generate, "generate")
+        self.evaluate.check_base(base)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:

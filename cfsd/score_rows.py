@@ -36,12 +36,39 @@ def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> 
     raise BadInput(f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}")
 
 
+def refuse_what_has_no_mean(benchmark: Benchmark, task: Any) -> None:
+    """Make `task` raise BadInput for a document whose averaged metric is no number; lm-eval would stumble over it."""
+    process, documents = task.process_results, 0
+    averaged = [name for name in task.aggregation() if _aggregation(task, name) in MEANS]
+
+    def checked(document: Any, results: Any) -> Any:
+        nonlocal documents
+        found = process(document, results)
+        for metric in averaged:
+            if metric in found:
+                _number(f"benchmark {benchmark.name}, document {documents}", metric, found[metric])
+        documents += 1
+        return found
+
+    task.process_results = checked
+
+
 def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row per (filter, doc_id).
 
-    Raises: NotFinite if a log-likelihood or a value is NaN or infinite; BadInput if a document has no value.
+    Documents that are NaN under a nanmean are left out: the metric does not apply to them.
+
+    Raises: NotFinite if a log-likelihood or a value is NaN or infinite; BadInput if a document has no value, or none
+        is left.
     """
-    return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in samples], columns=COLUMNS)
+    kept = [sample for sample in samples if not (_aggregation(task, metric) == "nanmean" and _is_nan(sample, metric))]
+    if not kept:
+        raise BadInput(f"benchmark {benchmark.name}: its {metric} is NaN for every document; choose another metric")
+    return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in kept], columns=COLUMNS)
+
+
+def _is_nan(sample: dict[str, Any], metric: str) -> bool:
+    return isinstance(value := sample.get(metric), Real) and math.isnan(value)
 
 
 def facts(benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +77,7 @@ def facts(benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, resu
     if higher_is_better is None:
         raise BadInput(f"benchmark {benchmark.name}: its YAML must say higher_is_better for {metric}")
     filters = list(dict.fromkeys(rows["filter"]))
+    left_out = len(results["samples"][benchmark.name]) - len(rows)
     scores = {name: float(results["results"][benchmark.name][f"{metric},{name}"]) for name in filters}
     return {
         "metric": metric,
@@ -62,7 +90,7 @@ def facts(benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, resu
         "score": scores[filters[0]],
         "scores": scores,
         "lm_eval": version("lm_eval"),
-    }
+    } | ({"left_out": left_out} if left_out else {})
 
 
 def _aggregation(task: Any, metric: str) -> str:
@@ -115,10 +143,15 @@ def _value(where: str, metric: str, sample: dict[str, Any]) -> float:
     value = sample.get(metric)
     if isinstance(value, tuple):  # rolling: the log-likelihood, and a number of words or bytes
         value = value[0]
-    if not isinstance(value, Real):
+    number = _number(where, metric, value)
+    if not math.isfinite(number):
+        raise NotFinite(f"{where}: its {metric} is {number}")
+    return number
+
+
+def _number(where: str, metric: str, value: Any) -> float:
+    if not isinstance(value, Real | np.bool_):
         raise BadInput(f"{where}: its {metric} is {value!r}, not a number; choose another metric")
-    if not math.isfinite(value):
-        raise NotFinite(f"{where}: its {metric} is {value}")
     return float(value)
 
 

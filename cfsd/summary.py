@@ -31,6 +31,8 @@ class Scores(BaseModel):
     benchmarks: dict[str, Artifact] = {}
     target: Artifact | None = None
     probe: Artifact | None = None  # divergence from the base; the tuned model only
+    texts: dict[str, Artifact] = {}
+    target_divergence: Artifact | None = None  # the tuned model only
 
 
 class Trail(BaseModel):
@@ -63,6 +65,8 @@ class Summary(BaseModel):
     probe_kl_sampled: dict[str, Any] | None
     mean_forgetting: dict[str, Any] | None
     benchmarks: dict[str, dict[str, Any]]
+    target_divergence: dict[str, Any] | None = None  # KL(base || tuned) on held-out responses, given their prompts
+    texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
     stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap
@@ -78,7 +82,6 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
     Among `trails`, those of the same comparison, is the plain variant that a budget's cost is counted against.
     """
     from cfsd.budget import budget_of
-    from cfsd.corpus_view import corpus_warnings
     from cfsd.discoveries import controlled
     from cfsd.forgetting import mean_forgetting
     from cfsd.training_story import stability_gap, training_of
@@ -90,9 +93,11 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
         digest=trail.digest,
         **_target(store, trail),
         **_probe(store, trail),
+        target_divergence=_target_divergence(store, trail),
+        texts={name: _text(store, trail, name) for name in trail.before.texts},
         mean_forgetting=mean.model_dump() if mean else None,
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in benchmarks},
-        corpus_warnings=corpus_warnings(trail.artifacts["corpus"].facts) if "corpus" in trail.artifacts else [],
+        corpus_warnings=_corpus_warnings(trail),
         stability_gap=stability_gap(store, trail),
         training=training_of(store, trail),
         seconds=_seconds(trail.steps),
@@ -100,6 +105,14 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
         cached=[_label(step) for step in trail.steps if not step.executed],
     )
     return summary.model_copy(update={"budget": budget_of(store, trail, trails, summary)})
+
+
+def _corpus_warnings(trail: Trail) -> list[str]:
+    from cfsd.corpus_check import warnings_of
+    from cfsd.corpus_view import corpus_warnings
+
+    found = corpus_warnings(trail.artifacts["corpus"].facts) if "corpus" in trail.artifacts else []
+    return found + (warnings_of(trail.artifacts["checked"].facts) if "checked" in trail.artifacts else [])
 
 
 def _benchmark(store: Store, trail: Trail, name: str) -> Any:
@@ -142,6 +155,22 @@ def _probe(store: Store, trail: Trail) -> dict[str, Any]:
     counts = rows["count"].to_numpy(float)
     found = {name: mean_per_token(rows[name].to_numpy(), counts, seed=0) for name in ("kl", "sampled")}
     return {"probe_kl": found["kl"].model_dump(), "probe_kl_sampled": found["sampled"].model_dump()}
+
+
+def _target_divergence(store: Store, trail: Trail) -> dict[str, Any] | None:
+    from cfsd.forgetting import mean_per_token
+
+    if trail.after.target_divergence is None:
+        return None
+    rows = table(store, trail.after.target_divergence, "divergence")
+    return mean_per_token(rows["kl"].to_numpy(), rows["count"].to_numpy(float), seed=0).model_dump()
+
+
+def _text(store: Store, trail: Trail, name: str) -> dict[str, Any]:
+    from cfsd.text_forgetting import text_forgetting
+
+    tables = [table(store, scores.texts[name], "texts") for scores in (trail.before, trail.after)]
+    return text_forgetting(name, *tables)
 
 
 def table(store: Store, artifact: Artifact, name: str) -> Any:

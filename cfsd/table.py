@@ -1,4 +1,4 @@
-"""The figures of many variants as a table: for a page, a data frame and the terminal."""
+"""The figures of many variants as a table of texts: for a page, a data frame and the terminal."""
 
 import math
 import re
@@ -8,8 +8,8 @@ from cfsd.summary import Summary
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
-    from rich.table import Table
+
+    from cfsd.forgetting import BenchmarkForgetting
 
 Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.forgetting.Figure` as a Summary holds it
 
@@ -96,19 +96,88 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
         ),
         _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
         _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
+        _figures("target divergence, nats/token", [s.target_divergence for s in summaries]),
         *_budgets([s.budget or {} for s in summaries]),
         _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
+        _power_of_means(summaries),
     ]
     for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
-        results = [s.benchmarks.get(name) for s in summaries]
-        first = next(result for result in results if result)
-        unit = unit_of(first)
-        pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]
-        metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
-        found.append(_scores(f"{name}: {metric}{unit.score}", pairs, unit.factor))
-        lost = [r["forgetting"] if r else None for r in results]
-        found.append(_figures(f"  lost, {unit.lost}", lost, unit.factor, better=-1))
+        found += _benchmark(name, summaries)
+    for name in dict.fromkeys(name for s in summaries for name in s.texts):
+        found += _text(name, summaries)
     return [line for line in found if any(line.cells)]
+
+
+def forgotten_of(summary: Summary) -> "list[BenchmarkForgetting]":
+    """Return what a summary's benchmarks lost, as what they were before they became JSON."""
+    from cfsd.forgetting import BenchmarkForgetting  # imports pandas
+
+    return [BenchmarkForgetting.model_validate(found | {"benchmark": n}) for n, found in summary.benchmarks.items()]
+
+
+def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return the scores, what was lost, and what would have been found where no change was.
+
+    "worse" and "better" are said under false-discovery control over the variant's benchmarks.
+    """
+    from cfsd.discoveries import change_of
+
+    results = [s.benchmarks.get(name) for s in summaries]
+    entries = [next((e for e in forgotten_of(s) if e.benchmark == name), None) for s in summaries]
+    first = next(result for result in results if result)
+    unit = unit_of(first)
+    pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]
+    metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
+    changes = ["" if entry is None else change_of(entry) for entry in entries]
+    lost = _figures(f"  lost, {unit.lost}", [r["forgetting"] if r else None for r in results], unit.factor)
+    return [
+        _scores(f"{name}: {metric}{unit.score}", pairs, unit.factor),
+        lost._replace(marks=["" if change == "unsettled" else change for change in changes]),
+        _power(
+            unit,
+            [e.detectable if e else None for e in entries],
+            [change == "unsettled" for change in changes],
+        ),
+    ]
+
+
+def _text(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return the loss per token on a text of the user's, how much it rose, and what rise would have been found."""
+    from cfsd.power import detectable_change
+    from cfsd.quantities import Figure
+
+    results = [s.texts[name]["per_token"] if name in s.texts else None for s in summaries]
+    rises = [r["forgetting"] if r else None for r in results]
+    open_ = [rise is not None and sign_of(rise) == 0 for rise in rises]
+    return [
+        _scores(f"{name}: loss, nats/token", [(r["base"], r["tuned"]) if r else (None, None) for r in results]),
+        _figures("  lost, nats/token", rises, better=-1),
+        _power(
+            Unit("nats/token", "nats/token", 1),
+            [detectable_change(Figure.model_validate(rise)) if rise else None for rise in rises],
+            open_,
+        ),
+    ]
+
+
+def _power_of_means(summaries: list[Summary]) -> Line:
+    from cfsd.discoveries import detectable_mean
+
+    unsettled = [s.mean_forgetting is not None and sign_of(s.mean_forgetting) == 0 for s in summaries]
+    drops = [detectable_mean(forgotten_of(s)) if open_ else None for s, open_ in zip(summaries, unsettled, strict=True)]
+    return _power(Unit("%", "points", POINTS), drops, unsettled)
+
+
+def _power(unit: Unit, drops: list[float | None], unsettled: list[bool]) -> Line:
+    """Return from which drop on a change would have been found, where none was."""
+    cells = [_detectable(drop, unit) if open_ else "" for drop, open_ in zip(drops, unsettled, strict=True)]
+    return Line(f"detectable, {unit.lost}", "", cells, ["" for _ in cells], is_part=True)
+
+
+def _detectable(drop: float | None, unit: Unit) -> str:
+    if drop is None:
+        return "unknown"
+    return "none" if unit.factor == POINTS and drop > 1 else f"from {number(drop * unit.factor)}"
 
 
 def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
@@ -160,35 +229,3 @@ def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
             rows.append([line.label, line.base, *line.cells])
             main = re.split("[:,]", line.label)[0]
     return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)
-
-
-def print_table(summaries: list[Summary], console: "Console") -> None:
-    """Print the table, in parts where the console is too narrow for all variants."""
-    from rich.measure import Measurement
-
-    unlimited = console.options.update(width=100_000)
-    for between in (" [", "\n["):
-        printed = _rich_table(summaries, between)
-        if Measurement.get(console, unlimited, printed).maximum <= console.width or len(summaries) == 1:
-            console.print(printed)
-            return
-    middle = len(summaries) // 2
-    print_table(summaries[:middle], console)
-    print_table(summaries[middle:], console)
-
-
-def _rich_table(summaries: list[Summary], between: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    printed = Table("", box=box.SIMPLE_HEAD)
-    for name in ("base", *(s.name for s in summaries)):
-        printed.add_column(Text(name), justify="right", overflow="fold")
-    for line in lines_of(summaries):
-        printed.add_row(
-            Text("  " * line.is_part + line.label),
-            line.base,
-            *(Text(cell.replace(" [", between)) for cell in line.cells),
-        )
-    return printed

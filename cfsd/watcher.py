@@ -22,7 +22,6 @@ from cfsd.token_loss import Stored
 from cfsd.train import TrainRequest
 
 TOP = 256  # of the base's law at each watched token; the rest as drawn: unbiased, and nearly the whole sum
-BATCH_SIZE = 16
 MEASURED = RehearsalSpec(loss="kl")
 
 
@@ -51,7 +50,7 @@ class Watcher:
                 records = score_responses(scored, self.held_out, self.most_tokens, lambda done: None)
                 figures["watch/target_loss"] = sum(r["nll"] for r in records) / sum(r["count"] for r in records)
             for benchmark in self.watched.benchmarks:
-                facts = score(scored, self.tokenizer, benchmark, batch_size=BATCH_SIZE).facts
+                facts = score(scored, self.tokenizer, benchmark, most_tokens=self.most_tokens).facts
                 figures[f"watch/{benchmark.name}/{facts['metric']}"] = float(facts["score"])
         finally:
             model.train(training)

@@ -158,35 +158,36 @@ def compare_command(
 def regress_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")] = Path("deployments/recipes/tiny.yaml"),
     baseline: Annotated[
-        Path | None, typer.Option(help="The baseline's JSON; default: deployments/baselines/<recipe's name>.json")
+        str | None,
+        typer.Option(
+            help="A baseline's JSON, or champion: MLflow's model version with that alias, which what passes "
+            "follows; default: deployments/baselines/<recipe's name>.json"
+        ),
     ] = None,
     update_baseline: Annotated[
         bool, typer.Option("--update-baseline", help="Write what the recipe comes to now as the new baseline")
     ] = False,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline 5")
+        int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline or a champion 5")
     ] = None,
     set_: Set = [],  # noqa: B006
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
     """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
-    from cfsd.baseline import read_baseline
     from cfsd.gate import LEAST_SEEDS
     from flows._plan import check
     from flows._temporary_server import prefect_server
     from flows.mitigate import story
-    from flows.regress import CANNOT_TELL, GotWorse, baseline_file, regress
+    from flows.regress import CANNOT_TELL, GotWorse, known_baseline, regress
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    file = baseline_file(loaded, str(baseline) if baseline else None)
-    if not update_baseline:
-        read_baseline(file)
-    elif seeds is not None and seeds < LEAST_SEEDS:
+    known_baseline(loaded, baseline, needed=not update_baseline)
+    if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
         raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
     check(loaded, on, story)
     with prefect_server():
-        state = regress(loaded, str(file), seeds, update_baseline, on, return_state=True)
+        state = regress(loaded, baseline, seeds, update_baseline, on, return_state=True)
         try:
             state.result()
         except GotWorse:
@@ -212,7 +213,6 @@ def measure_command(
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
-    from cfsd.benchmark import Benchmark
     from cfsd.benchmark_files import names_in
     from cfsd.checkpoint import Checkpoint
     from cfsd.evaluate import EvaluateSpec
@@ -240,7 +240,7 @@ def measure_command(
     evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    parts_to_check: list[Checkpoint | Benchmark | Target] = [*models, *evaluate.benchmarks]
+    parts_to_check: list[Checkpoint | EvaluateSpec | Target] = [*models, evaluate]
     for part in parts_to_check + ([rows] if rows else []):
         part.check()
     from flows._temporary_server import prefect_server

@@ -34,6 +34,7 @@ def measure(
     with record.variant(name) as variant:
         models = fetch_model(base, machine), fetch_model(tuned, machine)
         check_comparable(*models)
+        evaluate.check_base(models[0])
         sampled = sample_probe(models[0], probe, machine)
         rows = prepare_target(models[0], target, machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)

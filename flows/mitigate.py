@@ -12,6 +12,7 @@ from flows._conclude import conclude
 from flows._plan import check
 from flows.corpus import corpus_story
 from tasks import record
+from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fisher import estimate_fisher
 from tasks.generate import sample_probe, sample_watched
@@ -30,13 +31,15 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     probe = sample_probe(base, recipe.probe, machine)
     losses = weigh_target(base, chosen, recipe.mix, machine)
     mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)
+    checked = check_corpus(base, probe, trail.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, trail.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
+    before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
     tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
     final = merge_model(base, tuned, recipe.merge, machine)
-    before = evaluate_base(base, target, recipe.evaluate, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
+    made |= {"checked": checked} if checked else {}
     return trail.model_copy(update={"artifacts": trail.artifacts | made, "before": before, "after": after})
 
 

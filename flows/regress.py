@@ -2,10 +2,10 @@
 
 python -m flows.regress deployments/recipes/tiny.yaml           exit code 0 pass, 1 worse, 3 cannot tell
 python -m flows.regress deployments/recipes/tiny.yaml --update-baseline
+python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,30 +17,21 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from cfsd.artifact import Store
-from cfsd.baseline import (
-    Baseline,
-    baseline_of,
-    guarded,
-    measured,
-    other_documents,
-    provenance,
-    read_baseline,
-    write_baseline,
-)
-from cfsd.errors import CfsdError
-from cfsd.gate import LEAST_SEEDS, USUAL_SEEDS, Finding, Judgement, judge
+from cfsd.baseline import Baseline, baseline_of, guarded, other_documents, read_baseline, with_margins, write_baseline
+from cfsd.baseline_figures import measured
+from cfsd.errors import BadInput, CfsdError
+from cfsd.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe, override, validated
 from cfsd.summary import Trail
 from flows._conclude import conclude, report_folder
+from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
 from flows.mitigate import mitigate
-from tasks import record
+from tasks import record, registry
 
 BASELINES = Path("deployments") / "baselines"
-RESEEDED = ("generate", "select", "mix", "train")  # all that is random after the documents are chosen
-SLOWER = 1.5  # times the baseline's slowest training, from where on it is said
+CHAMPION = "champion"  # in place of a file: the figures of the model version with this alias
 CANNOT_TELL = "Cannot tell"
-WORDS = {"fail": "FAIL", "pass": "PASS", "cannot tell": "CANNOT TELL"}
 Seeds = Annotated[int, Field(ge=1)]
 
 
@@ -59,12 +50,11 @@ def regress(
     """Train the recipe with seeds that the baseline has not, and judge every guarded figure.
 
     The state is Failed where something got worse, with the verdict for its message, Completed, or Completed
-    with the name `Cannot tell`. With `update_baseline` the recipe's own figures become the baseline.
+    with the name `Cannot tell`. With `update_baseline` the recipe's own figures become the baseline. `baseline` is
+    a file or `champion`; the champion is followed by what passed.
     """
-    file = baseline_file(recipe, baseline)
-    known = read_baseline(file) if file.is_file() or not update_baseline else None
-    first = 0 if update_baseline or known is None else max(known.seeds) + 1
-    numbers = range(first, first + (seeds or (LEAST_SEEDS if update_baseline else USUAL_SEEDS)))
+    known = known_baseline(recipe, baseline, needed=not update_baseline)
+    numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with record.comparison(title) as run_id:
         trails = [
@@ -74,20 +64,45 @@ def regress(
         conclude(title, trails, [run_id])
         runs = [measured(Store(home()), trail) for trail in trails]
         seconds = [trained_seconds(trail) for trail in trails]
+        replaces = origin(known) if known else ""
         if update_baseline or known is None:
-            made = baseline_of(recipe, numbers, runs, seconds, replaces=_from(known) if known else "")
-            write_baseline(file, made)
-            return _told(title, trails, run_id, f"baseline of {len(numbers)} seeds written to {file}", _listed(made))
+            made = baseline_of(recipe, numbers, runs, seconds, replaces)
+            return _told(title, trails, run_id, _kept(made, baseline, recipe, trails, run_id), listed(made))
         judgement = judge(guarded(known, runs))
         notes = warnings(known, recipe, seconds, other_documents(known, runs[0]))
-        sentence = sentence_of(judgement, known)
-        return _told(title, trails, run_id, sentence, _table(judgement, known, recipe, notes), judgement)
+        if baseline == CHAMPION and judgement.outcome == "pass":
+            enough = len(numbers) >= LEAST_SEEDS
+            heir = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
+            notes.append(_followed(heir, recipe, trails, run_id))
+        return _told(title, trails, run_id, sentence_of(judgement, known),
+                     table(judgement, known, recipe, notes), judgement)  # fmt: skip
+
+
+def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) -> Baseline | None:
+    """Return the baseline that is asked for, None if there is none and it is not needed. Raises BadInput."""
+    if given == CHAMPION:
+        known = registry.champion(recipe.name)
+        if known is None and needed:
+            raise BadInput(
+                f"MLflow has no champion of {recipe.name!r} yet; make the first one: "
+                "--baseline champion --update-baseline"
+            )
+        return known
+    file = baseline_file(recipe, given)
+    return read_baseline(file) if needed or file.is_file() else None
 
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
     """Return where the baseline of `recipe` is: as given, else by the recipe's name."""
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "recipe"
     return Path(given) if given else BASELINES / f"{slug}.json"
+
+
+def fresh_seeds(known: Baseline | None, given: str | None, seeds: int | None, *, update: bool) -> range:
+    """Return the seeds to train with: a champion's successor must have as many as a baseline needs."""
+    first = 0 if update or known is None else max(known.seeds) + 1
+    usual = LEAST_SEEDS if update or given == CHAMPION else USUAL_SEEDS
+    return range(first, first + (seeds or usual))
 
 
 def reseeded(recipe: Recipe, number: int) -> Recipe:
@@ -106,87 +121,23 @@ def trained_seconds(trail: Trail) -> float:
     return float(Store(home()).manifest(trail.artifacts["tuned"])["seconds"])
 
 
-def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], others: Sequence[str]) -> list[str]:
-    """Return what readers of the verdict must know, none of which decides it."""
-    notes = [f"changed in the recipe: {change}" for change in changes(known, recipe)]
-    now = provenance(recipe).versions
-    notes += [
-        f"{name} is {now[name]}, was {was}" for name, was in known.provenance.versions.items() if now.get(name) != was
-    ]
-    if others:
-        notes.append(f"not on the documents of the baseline, so less sharp: {', '.join(others)}")
-    before, after = max(known.training_seconds, default=0.0), statistics.fmean(seconds)
-    if before and after > SLOWER * before:
-        notes.append(f"slower: training took {after:.0f} s, at most {before:.0f} s in the baseline (only a warning)")
-    return notes
+def _kept(made: Baseline, given: str | None, recipe: Recipe, trails: Sequence[Trail], run_id: str | None) -> str:
+    """Put a new baseline where it was asked for and say so."""
+    seeds = f"baseline of {len(made.seeds)} seeds"
+    if given != CHAMPION:
+        write_baseline(file := baseline_file(recipe, given), made)
+        return f"{seeds} written to {file}"
+    return f"{seeds}: {_followed(made, recipe, trails, run_id)}"
 
 
-def changes(known: Baseline, recipe: Recipe) -> list[str]:
-    """Return the fields in which the recipe is not the baseline's, `field: old -> new`."""
-    before, after = (record.flattened(content) for content in (known.recipe, recipe.model_dump(mode="json")))
-    skip = {"name", "seed"} | {f"{part}.seed" for part in RESEEDED}
-    names = [name for name in {**before, **after} if name not in skip and before.get(name) != after.get(name)]
-    return [f"{name}: {before.get(name, 'absent'):.60} -> {after.get(name, 'absent'):.60}" for name in names]
-
-
-def sentence_of(judgement: Judgement, known: Baseline) -> str:
-    """Return the verdict in a sentence: what got worse, by how much, since when."""
-    since = f"since the baseline of {_from(known)}"
-    named = [finding for finding in judgement.findings if finding.outcome == judgement.outcome]
-    if judgement.outcome == "pass":
-        return f"PASS: none of {len(named)} figures got worse by its margin {since}"
-    if judgement.outcome == "fail":
-        worse = "; ".join(f"{f.name} by {_shown(f.worsening, f)} (margin {_shown(f.margin, f)})" for f in named)
-        return f"FAIL: got worse {since}: {worse}"
-    open_ = "; ".join(
-        f"{f.name} (worse by {_bounds(f)}, margin {_shown(f.margin, f)}; needs {f.needed})" for f in named
-    )
-    return f"CANNOT TELL {since}: {open_}"
-
-
-def _from(known: Baseline) -> str:
-    return f"{known.provenance.date} (commit {known.provenance.commit})"
-
-
-def _shown(value: float, finding: Finding) -> str:
-    return f"{value * 100:.3g} points" if finding.unit == "fraction" else f"{value:.3g} {finding.unit}"
-
-
-def _bounds(finding: Finding) -> str:
-    scale = 100 if finding.unit == "fraction" else 1
-    return f"{finding.low * scale:.3g} to {_shown(finding.high, finding)}"
-
-
-def _table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence[str]) -> str:
-    rows = [
-        f"| {f.name} | {_shown(f.before, f)} | {_shown(f.after, f)} | {_shown(f.worsening, f)} | {_bounds(f)} "
-        f"| {_shown(f.margin, f)} | {f.p_value:.2g}{' (significant)' if f.significant else ''} "
-        f"| {WORDS[f.outcome]}{f': needs {f.needed}' if f.needed else ''} |"
-        for f in judgement.findings
-    ]
-    now = provenance(recipe)
-    return "\n".join(
-        [
-            "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            *(f"* {note}" for note in notes),
-            f"* baseline: {len(known.seeds)} seeds, {_from(known)}, recipe {known.provenance.recipe_digest}",
-            f"* now: commit {now.commit}, recipe {now.recipe_digest}",
-            "* FAIL: worse by more than the margin, and significant after Holm's correction at 1 % of all figures. "
-            "PASS: the whole interval is below the margin.",
-        ]
-    )
-
-
-def _listed(made: Baseline) -> str:
-    rows = [
-        f"| {name} | {statistics.fmean(f.values):.4g} | {statistics.stdev(f.values):.3g} | {f.margin:.3g} | {f.unit} |"
-        for name, f in made.figures.items()
-    ]
-    head = ["| figure | mean | deviation between seeds | margin | unit |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, "", f"* {_from(made)}, recipe {made.provenance.recipe_digest}"])
+def _followed(made: Baseline | None, recipe: Recipe, trails: Sequence[Trail], run_id: str | None) -> str:
+    """Make the first of the fresh models the champion and say so; which one is not chosen by its figures."""
+    if made is None:
+        return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
+    version = registry.promote(recipe.name, trails[0].artifacts["final"], made, run_id)
+    if version is None:
+        return "the champion stays, for MLflow cannot be reached; run the same again: all is cached, and it moves"
+    return f"champion of {registry.model_name(recipe.name)!r} is version {version}, {trails[0].name}"
 
 
 def _told(

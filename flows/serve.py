@@ -180,14 +180,17 @@ def command(
     """Start or end the Prefect server, its worker and MLflow for a data folder."""
     if action == "up":
         running = up(prefect_port, mlflow_port)
-        print(f"Prefect  {running['prefect']['url']}  deployments mitigate and compare, form under Run > Custom run")
+        print(
+            f"Prefect  {running['prefect']['url']}  deployments mitigate, corpus, compare; form under Run > Custom run"
+        )
+        print("         regress runs every night at 03:17 UTC; its verdict is the run's message")
         print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
         print("end them with: make down")
     elif action == "down":
         print(f"ended: {', '.join(down()) or 'nothing ran'}")
     elif action == "status":
         for name, entry in recorded().items():
-            print(f"{name:8} {'runs' if is_alive(entry['pid']) else 'dead'} {entry['url']}")
+            print(f"{name:8} {'runs' if is_alive(entry) else 'dead'} {entry['url']}")
     else:
         raise CfsdError(f"action {action!r} is unknown; allowed: up, down, status")
 

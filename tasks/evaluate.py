@@ -1,11 +1,19 @@
-"""Measure a model: benchmarks, held-out target rows, divergence from the base on the probe."""
+"""Measure a model: benchmarks, texts, held-out target rows, divergence from the base on probe and target."""
 
 from typing import Literal
 
 from cfsd.artifact import Artifact, Draft
 from cfsd.benchmark import Benchmark
-from cfsd.evaluate import EvaluateSpec, score_benchmark, score_probe, score_target
+from cfsd.evaluate import (
+    EvaluateSpec,
+    score_benchmark,
+    score_probe,
+    score_target,
+    score_target_divergence,
+    score_text,
+)
 from cfsd.machine import Machine
+from cfsd.perplexity import Text
 from cfsd.summary import Scores
 from tasks._stage import stage
 
@@ -25,12 +33,15 @@ def evaluate_tuned(
 ) -> Scores:  # fmt: skip
     """Return the scores of the model after, and its divergence from the one before."""
     scores = _scores(tuned, target, spec, "tuned", machine)
-    return scores.model_copy(update={"probe": evaluate_probe(base, tuned, probe, machine)})
+    divergence = evaluate_target_divergence(base, tuned, target, spec.held_out_rows, machine) if target else None
+    probed = evaluate_probe(base, tuned, probe, machine)
+    return scores.model_copy(update={"probe": probed, "target_divergence": divergence})
 
 
 def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine) -> Scores:
     return Scores(
         benchmarks={b.name: evaluate_benchmark(model, b, role, machine) for b in spec.benchmarks},
+        texts={t.name: evaluate_text(model, t, role, machine) for t in spec.texts},
         target=evaluate_target(model, target, spec.held_out_rows, role, machine) if target else None,
     )
 
@@ -39,6 +50,12 @@ def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: 
 def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role: Role, machine: Machine) -> None:
     """Score one benchmark; see `cfsd.score`."""
     score_benchmark(model, benchmark, draft, machine)
+
+
+@stage("evaluate-text", "scores", gpu=True)
+def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine: Machine) -> None:
+    """Measure how well the user's own text is predicted; see `cfsd.perplexity`."""
+    score_text(model, text, draft, machine)
 
 
 @stage("evaluate-target", "scores", gpu=True)
@@ -53,3 +70,11 @@ def evaluate_target(
 def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
     """Measure the divergence from the base on the probe; see `cfsd.divergence`."""
     score_probe(base, tuned, probe, draft, machine)
+
+
+@stage("evaluate-target-divergence", "scores", gpu=True)
+def evaluate_target_divergence(
+    draft: Draft, base: Artifact, tuned: Artifact, target: Artifact, most_rows: int | None, machine: Machine
+) -> None:
+    """Measure the divergence from the base on held-out responses; see `cfsd.target_divergence`."""
+    score_target_divergence(base, tuned, target, most_rows, draft, machine)

@@ -60,7 +60,7 @@ def say(line: str) -> None:
         get_run_logger().info(line)
 
 
-def _tracked(action: "Callable[[MlflowClient], T]") -> T | None:
+def tracked(action: "Callable[[MlflowClient], T]") -> T | None:
     """Do `action` with the MLflow client; a server that is away is said once and asked no more."""
     if _away:
         return None
@@ -95,7 +95,7 @@ def _experiment() -> str:
 @contextmanager
 def comparison(name: str) -> Iterator[str | None]:
     """Open the MLflow run above several variants."""
-    run_id = _tracked(lambda client: _open_run(client, name, None, {"cfsd.kind": "comparison"}))
+    run_id = tracked(lambda client: _open_run(client, name, None, {"cfsd.kind": "comparison"}))
     token = _comparison.set(run_id)
     with _ended(run_id):
         try:
@@ -108,9 +108,9 @@ def comparison(name: str) -> Iterator[str | None]:
 def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     """Open the MLflow parent run of one variant and collect the steps that are taken within."""
     tags = {"cfsd.kind": "variant"} | ({"cfsd.recipe": recipe.digest()} if recipe else {})
-    run_id = _tracked(lambda client: _open_run(client, name, _comparison.get(), tags))
+    run_id = tracked(lambda client: _open_run(client, name, _comparison.get(), tags))
     if recipe:
-        _tracked(lambda client: _log_recipe(client, run_id, recipe))
+        tracked(lambda client: _log_recipe(client, run_id, recipe))
     say(f"[bold]{name}[/]" if console.is_terminal else name)
     opened = Variant(name, run_id)
     token = _variant.set(opened)
@@ -151,7 +151,7 @@ def _ended(run_id: str | None) -> Iterator[None]:
             raise
         finally:
             if run_id:
-                _tracked(lambda client: client.set_terminated(run_id, status))
+                tracked(lambda client: client.set_terminated(run_id, status))
 
 
 def _lock_of(run_id: str) -> Path:
@@ -204,12 +204,12 @@ def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
             "cfsd.key": key,
             "attempt": "resumed" if draft.continued else "first",
         }
-        run_id = _tracked(lambda client: _open_run(client, f"{stage} {key}", current.run_id, tags))
+        run_id = tracked(lambda client: _open_run(client, f"{stage} {key}", current.run_id, tags))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
     with _ended(run_id), _system_metrics(run_id), Follower(draft.folder, stage, console, _sender(run_id)):
         yield
     if run_id:
-        _tracked(lambda client: client.set_tag(run_id, "cfsd.recorded", "all"))
+        tracked(lambda client: client.set_tag(run_id, "cfsd.recorded", "all"))
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def _system_metrics(run_id: str | None) -> Iterator[None]:
 def _sender(run_id: str | None) -> Callable[[list[dict[str, Any]]], None]:
     def send(records: list[dict[str, Any]]) -> None:
         if run_id:
-            _tracked(lambda client: _log_metrics(client, run_id, records))
+            tracked(lambda client: _log_metrics(client, run_id, records))
 
     return send
 
@@ -252,7 +252,7 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
         return
     current.steps.append(Step(stage=stage, artifact=artifact, executed=executed, seconds=seconds))
     if current.run_id:
-        _tracked(lambda client: _link_step(client, current, stage, store, artifact, replay=gpu and not executed))
+        tracked(lambda client: _link_step(client, current, stage, store, artifact, replay=gpu and not executed))
 
 
 def _in_brief(facts: Mapping[str, Any]) -> str:
@@ -298,9 +298,9 @@ def conclusion(run_id: str | None, summary: Summary | None, files: list[Path]) -
     if summary:
         now = time.time()
         records = [{"name": k, "value": v, "time": now, "step": 0} for k, v in headline(summary).items()]
-        _tracked(lambda client: _log_metrics(client, run_id, records))
+        tracked(lambda client: _log_metrics(client, run_id, records))
     for file in files:
-        _tracked(lambda client, file=file: client.log_artifact(run_id, str(file)))  # type: ignore[misc]
+        tracked(lambda client, file=file: client.log_artifact(run_id, str(file)))  # type: ignore[misc]
 
 
 def headline(summary: Summary) -> dict[str, float]:
@@ -309,6 +309,8 @@ def headline(summary: Summary) -> dict[str, float]:
         "target/gain": summary.target_gain,
         "target/accuracy_gain": summary.target_accuracy_gain,
         "forgetting/probe_kl": summary.probe_kl,
+        "forgetting/target_divergence": summary.target_divergence,
+        **{f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()},
         "forgetting/mean": summary.mean_forgetting,
         **{f"forgetting/{name}": b["forgetting"] for name, b in summary.benchmarks.items()},
     }

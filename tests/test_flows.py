@@ -12,7 +12,7 @@ from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.summary import Trail
 
-MEASURED_AFTER = ["evaluate", "evaluate-target", "evaluate-probe"]
+MEASURED_AFTER = ["evaluate", "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 CPU = Machine(device="cpu", threads=1)
 
 
@@ -57,16 +57,16 @@ def test_only_what_depends_on_a_change_runs_again(
     recipe: Recipe, home: Path, server: str, benchmark_folder: Path
 ) -> None:
     first = executed(flow(recipe))
-    assert first == ["fetch", "target", "generate", "filter", "probe", "mix", "train",
-                     "evaluate", "evaluate-target", *MEASURED_AFTER]  # fmt: skip
+    assert first == ["fetch", "target", "generate", "filter", "probe", "mix", "check",
+                     "evaluate", "evaluate-target", "train", *MEASURED_AFTER]  # fmt: skip
     assert executed(flow(recipe)) == []
     assert executed(flow(changed(recipe, name="renamed"), CPU.model_copy(update={"sampling_rows": 7}))) == []
     assert executed(flow(changed(recipe, train__learning_rate=3e-4))) == ["train", *MEASURED_AFTER]
     assert executed(flow(changed(recipe, merge__alpha=0.5))) == ["merge", *MEASURED_AFTER]
-    assert executed(flow(changed(recipe, probe__length=23))) == ["probe", "evaluate-probe"]
-    assert executed(flow(changed(recipe, filter__min_tokens=20))) == ["filter", "mix", "train", *MEASURED_AFTER]
-    selected = ["embed", "select", "mix", "train", *MEASURED_AFTER]
-    assert executed(flow(changed(recipe, select__corpus_rows=20))) == selected
+    assert executed(flow(changed(recipe, probe__length=23))) == ["probe", "check", "evaluate-probe"]
+    trained = ["mix", "check", "train", *MEASURED_AFTER]
+    assert executed(flow(changed(recipe, filter__min_tokens=20))) == ["filter", *trained]
+    assert executed(flow(changed(recipe, select__corpus_rows=20))) == ["embed", "select", *trained]
     both = [{"name": name, "folder": str(benchmark_folder)} for name in ("letters", "pairs")]
     assert executed(flow(changed(recipe, evaluate__benchmarks=both))) == ["evaluate", "evaluate"]
 

@@ -41,7 +41,10 @@ def test_a_cached_run_is_replayed_into_a_server_that_never_saw_it(run: Run, reci
     assert run("mitigate", recipe_file, *ON, env=elsewhere(first)).returncode == 0
     assert run("mitigate", recipe_file, *ON, env=elsewhere(second)).returncode == 0
     live, replayed = kinds(first), kinds(second)
-    assert set(live) == set(replayed) == {"variant", "probe", "generate", "train", "evaluate-target", "evaluate-probe"}
+    assert set(live) == set(replayed) == {
+        "variant", "probe", "generate", "check", "train",
+        "evaluate-target", "evaluate-target-divergence", "evaluate-probe",
+    }  # fmt: skip
     assert live["train"].data.tags["attempt"] == "first" and replayed["train"].data.tags["attempt"] == "replayed"
     for stage in set(live) - {"variant"}:
         ours = {k: v for k, v in live[stage].data.metrics.items() if not k.startswith("system/")}

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from cfsd.artifact import Store
-from cfsd.baseline import Baseline, baseline_of, measured, read_baseline, write_baseline
+from cfsd.baseline import Baseline, baseline_of, read_baseline, write_baseline
+from cfsd.baseline_figures import measured
+from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from tests.conftest import ROOT, Run
@@ -79,7 +81,8 @@ def test_without_a_baseline_nothing_runs(run: Run, recipe_file: Path, home: Path
 
 def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path) -> None:
     from cfsd.baseline import Provenance
-    from flows.regress import changes, reseeded
+    from flows._verdict import changes
+    from flows.regress import reseeded
 
     recipe = Recipe.load(recipe_file)
     other = Recipe.load(recipe_file, ["train.rehearsal.weight=0"])
@@ -87,6 +90,10 @@ def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path
     known = Baseline.model_construct(provenance=source, recipe=recipe.model_dump(mode="json"))
     assert changes(known, reseeded(recipe, 7)) == []
     assert changes(known, other) == ["train.rehearsal.weight: 1.0 -> 0.0"]
+    older = known.model_copy(update={"recipe": {k: v for k, v in known.recipe.items() if k != "merge"}})
+    assert changes(older, recipe) == []  # a field that came later has its default
+    strange = known.model_copy(update={"recipe": known.recipe | {"gone": 1}})
+    assert changes(strange, recipe) == ["gone: 1 -> absent"]
 
 
 def test_seeds_vary_all_but_what_is_measured_on(recipe_file: Path) -> None:
@@ -135,7 +142,7 @@ def test_the_deployment_on_a_real_server(recipe_file: Path, home: Path, server: 
         prefect("worker", "start", "--pool", "gpu", "--type", "process", "--run-once")
         state = ask(f"{api}/flow_runs/{started['id']}")["state"]
         assert state["type"] == expected, state
-        assert ("got worse" in state["message"]) == (expected == "FAILED")
+        assert state["message"].startswith("FAIL: got worse" if expected == "FAILED" else "PASS")
 
 
 @pytest.mark.slow
@@ -148,3 +155,45 @@ def test_a_baseline_of_five_seeds_passes_its_own_recipe_and_fails_a_fault(
     assert run("regress", *words).returncode in (0, 3)
     planted = run("regress", *words, "--set", "train.learning_rate=0.03")
     assert planted.returncode == 1 and "train.learning_rate: 0.001 -> 0.03" in planted.stdout
+
+
+@pytest.mark.slow
+def test_the_champion_moves_on_pass_alone_shown_with_a_learning_rate_of_zero(
+    recipe_file: Path, home: Path, server: str
+) -> None:
+    from mlflow import MlflowClient
+    from safetensors.numpy import load_file
+
+    from flows.mitigate import mitigate
+    from flows.regress import CHAMPION, known_baseline, regress, reseeded
+
+    name = f"still {home.parent.name}"  # one registry for all tests of a session
+    still = Recipe.load(recipe_file, ["train.learning_rate=0", f"name={name}"])
+
+    def judged(recipe: Recipe, seeds: int | None = None, *, update: bool = False) -> tuple[Any, int]:
+        state = regress(recipe, CHAMPION, seeds, update, CPU, return_state=True)
+        return state, int(MlflowClient().get_model_version_by_alias(name, "champion").version)
+
+    with pytest.raises(BadInput, match="--baseline champion --update-baseline"):
+        regress(still, CHAMPION, None, False, CPU)
+    state, version = judged(still, update=True)
+    known = known_baseline(still, CHAMPION)
+    assert version == 1 and known and known.seeds == (0, 1, 2, 3, 4)
+    assert known.figures["target_gain"].values == (0.0,) * 5
+    assert max(known.figures["probe_kl"].values) <= 1e-7
+    trail = mitigate(reseeded(still, 0), CPU)
+    base, final = (
+        load_file(Store(home).path(trail.artifacts[role]) / "model.safetensors") for role in ("base", "final")
+    )
+    assert all((base[tensor] == final[tensor]).all() for tensor in base) and base.keys() == final.keys()
+
+    state, version = judged(still, seeds=1)
+    assert state.message.startswith("PASS") and version == 1, "one seed is no baseline"
+    state, version = judged(still)
+    assert state.message.startswith("PASS") and version == 2, state.message
+    successor = known_baseline(still, CHAMPION)
+    assert successor and successor.seeds == (5, 6, 7, 8, 9) and successor.provenance.replaces
+    faulty = Recipe.load(recipe_file, ["train.learning_rate=0.03", f"name={name}"])
+    state, version = judged(faulty, seeds=1)
+    assert state.is_failed(), state.message
+    assert version == 2 and known_baseline(still, CHAMPION) == successor

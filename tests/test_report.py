@@ -22,7 +22,7 @@ from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of,
 from cfsd.summary import Scores, Step, Summary, Trail, summarise
 from cfsd.table import number, shown, summary_frame
 from cfsd.training_story import Panel
-from cfsd.verdict import detectable_mean, print_summary, verdict
+from cfsd.verdict import print_summary, two_sentences
 
 HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
 BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
@@ -243,16 +243,6 @@ def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
     assert "\x00" not in page.words.replace(HOSTILE, "")
 
 
-def test_changed_answers_come_worse_first_and_never_unchanged(world: World, tmp_path: Path) -> None:
-    page = report_of(world, [world.variants()[1]], tmp_path / "report.html")
-    items = page.part("Answers that changed", "The rehearsal corpus")
-    assert items.count("right → wrong") == 2 * len(BENCHMARKS)
-    assert "item 88" in items and "item 89" in items
-    assert "base says 1.0 (first) [right: 1]" in items and "rehearse says 0.0 (first) [right: 1]" in items
-    assert "(second)" not in items
-    assert "wrong → right" not in items
-
-
 def test_variants_with_one_corpus_show_it_once(three: tuple[Page, str]) -> None:
     corpus = three[0].part("The rehearsal corpus", "Target rows left out")
     assert corpus.count(": corpus") == corpus.count("rehearse, rehearse more: corpus") == 1
@@ -270,7 +260,7 @@ def test_a_corpus_of_another_law_is_warned_of(world: World, tmp_path: Path) -> N
     warned = [f"Warning: the corpus of “rehearse more” is {what}." for what in
               ("biased: top_p=0.9", "approximate: ids reconstructed")]  # fmt: skip
     page, summaries = report_of(world, trails, tmp_path / "report.html"), [summarise(world.store, t) for t in trails]
-    said = page.part(verdict(summaries)[:40], "Training a language model further")
+    said = page.part(two_sentences(summaries)[0][:40], "Training a language model further")
     assert [line for line in warned if line not in said] == []
     console = Console(width=200, file=io.StringIO())
     print_summary(summaries, console)
@@ -342,8 +332,9 @@ def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Pa
     trail = world.trained("lr0", right=90, loss=2.0, kl=0.0)
     page = report_of(world, [trail], tmp_path / "report.html")
     assert "was not found to have learned the target" in page.words
-    assert "No forgetting was found: it lost 0 [" in page.words
+    assert "No forgetting was found on the whole: it lost 0 [" in page.words
     assert "predictions did not move" in page.words
+    assert page.words.count("no forgetting found (a drop of") == len(BENCHMARKS)
     assert "nan" not in (tmp_path / "report.html").read_text()
 
 
@@ -353,19 +344,21 @@ def test_twenty_variants(world: World, tmp_path: Path) -> None:
     assert all(page.words.count(f"variant {i} ") >= 4 for i in range(20))
 
 
-# --- verdict, from figures alone ---------------------------------------------------------------------------
+# --- figures without artifacts -------------------------------------------------------------------------------
 
 
 def figure(value: float, half: float, unit: str = "fraction") -> dict[str, Any]:
     return {"value": value, "low": value - half, "high": value + half, "unit": unit}
 
 
-def benchmark(lost: float, half: float, detectable: float | None = 0.1) -> dict[str, Any]:
+def benchmark(lost: float, half: float, detectable: float | None = 0.1, q_value: float | None = None) -> dict[str, Any]:
+    """Return a benchmark whose p is small where its interval leaves out 0; `q_value` is the same unless given."""
+    p_value = 0.5 if abs(lost) <= half else 0.001
     return {
         "benchmark": "b", "metric": "acc", "num_documents": 100, "base": 0.9, "tuned": 0.9 - lost,
         "forgetting": figure(lost, half), "chance_corrected": figure(lost * 2, half * 2), "retention": None,
-        "retention_note": "base at chance", "right_to_wrong": lost, "wrong_to_right": 0.0, "p_value": 0.5,
-        "detectable": detectable,
+        "retention_note": "base at chance", "right_to_wrong": max(lost, 0.0), "wrong_to_right": max(-lost, 0.0),
+        "p_value": p_value, "q_value": p_value if q_value is None else q_value, "detectable": detectable,
     }  # fmt: skip
 
 
@@ -377,75 +370,6 @@ def summary(name: str, forgot: float, kl: float | None = 0.1, gain: float | None
         mean_forgetting=figure(forgot, half), benchmarks={"b": benchmark(forgot / 2, half / 2)},
         seconds={}, executed=[], cached=[],
     )  # fmt: skip
-
-
-def test_verdict_says_forgot_only_when_zero_is_outside() -> None:
-    assert "It forgot: it lost 5.00 [3.00, 7.00] points" in verdict([summary("a", 0.05)])
-    assert verdict([summary("a", 0.05, gain=None)]).startswith("“a” forgot: it lost")
-    unsure = verdict([summary("a", 0.01)])
-    assert "It forgot" not in unsure
-    assert "No forgetting was found" in unsure
-    assert "a mean drop of 20.0 points would have been found with 80 % probability" in unsure  # 0.1, stretched by 2
-    assert "so it gained" in verdict([summary("a", -0.05)])
-
-
-def test_verdict_names_a_benchmark_that_alone_became_worse() -> None:
-    mixed = summary("a", 0.01)
-    worse = mixed.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.05), "c": benchmark(0.2, 0.05)}})
-    assert "Worse by itself: c (90.0 → 70.0 %)." in verdict([worse])
-
-
-@pytest.mark.parametrize("other, apart", [(0.5, True), (0.13, True), (0.115, False), (0.1, False)])
-def test_verdict_says_moved_less_only_when_intervals_are_apart(other: float, apart: bool) -> None:
-    said = verdict([summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)])
-    assert ("“b” moved less from the base model than “a”" in said) == apart
-    assert ("In how far they moved from the base model, no variant is certainly ahead" in said) != apart
-
-
-@pytest.mark.parametrize("other, apart", [(1.5, True), (1.15, False)])
-def test_verdict_says_learned_more_only_when_intervals_are_apart(other: float, apart: bool) -> None:
-    said = verdict([summary("a", 0.05, gain=1.0), summary("b", 0.05, gain=other)])
-    assert ("“b” learned more of the target than “a”" in said) == apart
-    assert ("In what they gained on the target, no variant is certainly ahead" in said) != apart
-
-
-def test_verdict_compares_with_each_of_several() -> None:
-    said = verdict([summary("a", 0.5), summary("b", 0.01), summary("c", 0.03), summary("d", 0.3)])
-    own = "1.00 [-1.00, 3.00] points on average"
-    assert f"“b” forgot less than “a” and “d”: {own} against at least 30.0 [28.0, 32.0]" in said
-    assert "not told apart from “c”" in said
-    assert "No forgetting was found in “b”; a mean drop of" in said
-
-
-def test_verdict_counts_repeats_as_one_variant() -> None:
-    seeds = [
-        summary("a seed=0", 0.10),
-        summary("a seed=1", 0.30),
-        summary("b seed=0", 0.11),
-        summary("b seed=1", 0.05),
-    ]
-    said = verdict(seeds)
-    assert "In what they forgot, no variant is certainly ahead" in said  # a's lowest, 8 to 12 points, overlaps with b's
-    assert "seed=" not in said
-
-
-def test_verdict_without_interval_claims_nothing() -> None:
-    bare = {"value": 0.0, "low": None, "high": None, "unit": "fraction"}
-    few = [summary("a", 0.3), summary("b", 0.0).model_copy(update={"mean_forgetting": bare})]
-    assert "In what they forgot, no variant is certainly ahead" in verdict(few)
-    for said in (verdict(few), verdict(few[1:])):
-        assert "It forgot" not in said and "No forgetting was found" not in said
-    unlearned = few[0].model_copy(update={"target_gain": bare})
-    assert "too few to say whether “a” learned" in verdict([unlearned])
-
-
-def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
-    one = summary("a", 0.0)
-    four = one.model_copy(update={"benchmarks": {str(i): benchmark(0.0, 0.01) for i in range(4)}})
-    assert detectable_mean(one) == pytest.approx(0.2)
-    assert detectable_mean(four) == pytest.approx(0.1)
-    unknown = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.1, None)}})
-    assert detectable_mean(unknown) == pytest.approx(0.2 * 2.8 / 1.96)
 
 
 # --- table, terminal, numbers, figures -----------------------------------------------------------------------
@@ -483,6 +407,24 @@ def test_frame_shows_another_base_where_variants_differ_in_it() -> None:
     other = other.model_copy(update={"target": {**other.target, "base_loss": 3.0}})
     rows = summary_frame([summary("a", 0.1), other]).to_numpy().tolist()
     assert ["target loss, nats/token", "2.00", "1.00", "3.00 → 1.00"] in rows
+
+
+def test_texts_and_the_divergence_on_the_target_have_lines_of_their_own() -> None:
+    rise = figure(0.01, 0.02, "nats/token")
+    text = {"per_token": {"base": 3.0, "tuned": 3.01, "forgetting": rise}}
+    measured = {"texts": {"letters": text}, "target_divergence": figure(0.5, 0.1, "nats/token")}
+    rows = summary_frame([summary("a", 0.1).model_copy(update=measured), summary("b", 0.1)]).to_numpy().tolist()
+    assert ["letters: loss, nats/token", "3.00", "3.01", ""] in rows
+    assert ["letters: lost, nats/token", "", "0.0100 [-0.0100, 0.0300]", ""] in rows
+    assert ["letters: detectable, nats/token", "", "from 0.0286", ""] in rows
+    assert ["target divergence, nats/token", "", "0.500 [0.400, 0.600]", ""] in rows
+
+
+def test_power_stands_where_nothing_was_found_and_nowhere_else() -> None:
+    frame = summary_frame([summary("a", 0.0), summary("b", 0.2)]).set_index("figure")
+    assert list(frame.loc["b: detectable, points"]) == ["", "from 10.0", ""]
+    assert list(frame.loc["mean forgetting: detectable, points"]) == ["", "from 20.0", ""]
+    assert "b: detectable, points" not in summary_frame([summary("b", 0.2)])["figure"].tolist()
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])

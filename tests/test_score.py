@@ -131,7 +131,7 @@ def by_hand(model: Any, tokenizer: Any, path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def scores_of(model: Any, tokenizer: Any, folder: Path, name: str, **settings: Any) -> Scores:
-    return score(model, tokenizer, Benchmark(name=name, folder=str(folder), **settings), batch_size=3)
+    return score(model, tokenizer, Benchmark(name=name, folder=str(folder), **settings), most_tokens=100)
 
 
 @pytest.mark.parametrize("settings", [CHOICE, WRITE, READ], ids=["choice", "generate", "rolling"])
@@ -261,7 +261,7 @@ def test_is_silent_but_for_progress_and_keeps_warnings(
         told.clear()
         name = write(tmp_path, settings).stem
         benchmark = Benchmark(name=name, folder=str(tmp_path))
-        score(model, tokenizer, benchmark, batch_size=3, on_progress=lambda done, of: told.append((done, of)))
+        score(model, tokenizer, benchmark, most_tokens=100, on_progress=lambda done, of: told.append((done, of)))
         assert told[-1] == (total, total) and told == sorted(told) and len(told) > 2
     write(tmp_path, CHOICE, doc_to_text="{{question * 9}}")
     with caplog.at_level(logging.INFO):

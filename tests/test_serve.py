@@ -85,7 +85,8 @@ def test_a_run_started_through_the_api_completes_and_shows_in_mlflow(
     assert {"target/gain", "forgetting/probe_kl", "forgetting/probe_kl_low"} <= metrics
     children = mlflow_runs_below(pages, found[0]["info"]["run_id"])
     stages = {tag["value"] for child in children for tag in child["data"]["tags"] if tag["key"] == "cfsd.stage"}
-    assert stages == {"probe", "generate", "train", "evaluate-target", "evaluate-probe"}
+    assert stages == {"probe", "generate", "check", "train", "evaluate-target", "evaluate-target-divergence",
+                      "evaluate-probe"}  # fmt: skip
     train = next(c for c in children if c["info"]["run_name"].startswith("train "))
     assert {"train/target_loss", "train/rehearsal_loss", "train/rehearsal_weight"} <= {
         m["key"] for m in train["data"]["metrics"]

@@ -1,0 +1,48 @@
+"""Recipes as YAML for people to read: the first in full, of the others what differs from it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from cfsd.summary import Trail
+
+
+def recipes_of(trails: list[Trail]) -> dict[str, dict[str, str]]:
+    """Return each recipe's digest and YAML: the first in full, of the others what differs from it."""
+    found: dict[str, dict[str, str]] = {}
+    first: dict[str, Any] = {}
+    for trail in trails:
+        if not trail.recipe:
+            continue
+        flat = dict(_flat(trail.recipe))
+        changed = {k: flat.get(k) for k in flat | first if first and flat.get(k) != first.get(k)}
+        text = readable_yaml(changed if first else trail.recipe)
+        found[trail.name] = {
+            "digest": trail.digest,
+            "yaml": text if changed or not first else "the same",
+            "of": next(iter(found), ""),
+        }
+        first = first or flat
+    return found
+
+
+def readable_yaml(content: dict[str, Any]) -> str:
+    """Return `content` as YAML in its own order; texts with line breaks in quotes, not over empty lines."""
+
+    class Readable(yaml.SafeDumper):
+        pass
+
+    def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+    Readable.add_representer(str, quoted)  # otherwise a line break is shown as an empty line
+    return yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=88)
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,110 @@
+"""The gate's verdict in words: what got worse, by how much, since which run."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from cfsd.baseline import Baseline, provenance
+from cfsd.gate import Finding, Judgement
+from cfsd.recipe import Recipe
+from tasks import record
+
+RESEEDED = ("generate", "select", "mix", "train")  # all that is random after the documents are chosen
+SLOWER = 1.5  # times the baseline's slowest training, from where on it is said
+WORDS = {"fail": "FAIL", "pass": "PASS", "cannot tell": "CANNOT TELL"}
+
+
+def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], others: Sequence[str]) -> list[str]:
+    """Return what readers of the verdict must know, none of which decides it."""
+    notes = [f"changed in the recipe: {change}" for change in changes(known, recipe)]
+    now = provenance(recipe).versions
+    notes += [
+        f"{name} is {now[name]}, was {was}" for name, was in known.provenance.versions.items() if now.get(name) != was
+    ]
+    if others:
+        notes.append(f"not on the documents of the baseline, so less sharp: {', '.join(others)}")
+    before, after = max(known.training_seconds, default=0.0), statistics.fmean(seconds)
+    if before and after > SLOWER * before:
+        notes.append(f"slower: training took {after:.0f} s, at most {before:.0f} s in the baseline (only a warning)")
+    return notes
+
+
+def changes(known: Baseline, recipe: Recipe) -> list[str]:
+    """Return the fields in which the recipe is not the baseline's, `field: old -> new`."""
+    before, after = (record.flattened(content) for content in (_as_now(known.recipe), recipe.model_dump(mode="json")))
+    skip = {"name", "seed"} | {f"{part}.seed" for part in RESEEDED}
+    names = [name for name in {**before, **after} if name not in skip and before.get(name) != after.get(name)]
+    return [f"{name}: {before.get(name, 'absent'):.60} -> {after.get(name, 'absent'):.60}" for name in names]
+
+
+def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return an older recipe with the fields that came since then, at their defaults, if it still is one."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
+
+
+def sentence_of(judgement: Judgement, known: Baseline) -> str:
+    """Return the verdict in a sentence: what got worse, by how much, since when."""
+    since = f"since the baseline of {origin(known)}"
+    named = [finding for finding in judgement.findings if finding.outcome == judgement.outcome]
+    if judgement.outcome == "pass":
+        return f"PASS: none of {len(named)} figures got worse by its margin {since}"
+    if judgement.outcome == "fail":
+        worse = "; ".join(f"{f.name} by {_shown(f.worsening, f)} (margin {_shown(f.margin, f)})" for f in named)
+        return f"FAIL: got worse {since}: {worse}"
+    open_ = "; ".join(
+        f"{f.name} (worse by {_bounds(f)}, margin {_shown(f.margin, f)}; needs {f.needed})" for f in named
+    )
+    return f"CANNOT TELL {since}: {open_}"
+
+
+def origin(known: Baseline) -> str:
+    """Return when and from which code a baseline was made."""
+    return f"{known.provenance.date} (commit {known.provenance.commit})"
+
+
+def _shown(value: float, finding: Finding) -> str:
+    return f"{value * 100:.3g} points" if finding.unit == "fraction" else f"{value:.3g} {finding.unit}"
+
+
+def _bounds(finding: Finding) -> str:
+    scale = 100 if finding.unit == "fraction" else 1
+    return f"{finding.low * scale:.3g} to {_shown(finding.high, finding)}"
+
+
+def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence[str]) -> str:
+    """Return the figures as a Markdown table, and below it what readers of it must know."""
+    rows = [
+        f"| {f.name} | {_shown(f.before, f)} | {_shown(f.after, f)} | {_shown(f.worsening, f)} | {_bounds(f)} "
+        f"| {_shown(f.margin, f)} | {f.p_value:.2g}{' (significant)' if f.significant else ''} "
+        f"| {WORDS[f.outcome]}{f': needs {f.needed}' if f.needed else ''} |"
+        for f in judgement.findings
+    ]
+    now = provenance(recipe)
+    return "\n".join(
+        [
+            "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            *(f"* {note}" for note in notes),
+            f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
+            f"* now: commit {now.commit}, recipe {now.recipe_digest}",
+            "* FAIL: worse by more than the margin, and significant after Holm's correction at 1 % of all figures. "
+            "PASS: the whole interval is below the margin.",
+        ]
+    )
+
+
+def listed(made: Baseline) -> str:
+    """Return the figures of a new baseline as a Markdown table."""
+    rows = [
+        f"| {name} | {statistics.fmean(f.values):.4g} | {statistics.stdev(f.values):.3g} | {f.margin:.3g} | {f.unit} |"
+        for name, f in made.figures.items()
+    ]
+    head = ["| figure | mean | deviation between seeds | margin | unit |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows, "", f"* {origin(made)}, recipe {made.provenance.recipe_digest}"])

@@ -1,0 +1,34 @@
+"""A model to publish: its weights, tokenizer and model card in a folder of its own.
+
+python -m flows.export data/reports/demo-acfd8792 my-model --variant rehearse
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfsd.artifact import Store
+from cfsd.machine import home as data_folder
+from flows._cli import Home, start
+
+
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="A folder below reports/ of a data folder")],
+    to: Annotated[Path, typer.Argument(help="The folder to make; it must not exist, or be empty")],
+    variant: Annotated[
+        str | None, typer.Option(help="Which of the report's variants; needed if there are several")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Copy a trained model out of the store, with a README.md that says what it learned and forgot."""
+    from cfsd.export import chosen, export
+    from cfsd.report_files import read_kept
+
+    kept = read_kept(folder)
+    export(Store(data_folder()), kept, chosen(kept, variant), to)
+    print(to)
+
+
+if __name__ == "__main__":
+    start(export_command)

@@ -1,0 +1,30 @@
+"""Check the corpus against the base before anything is trained on it."""
+
+from cfsd.artifact import Artifact, Draft
+from cfsd.generate import GenerateSpec
+from cfsd.machine import Machine
+from tasks import record
+from tasks._stage import stage
+
+
+def check_corpus(
+    base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, spec: GenerateSpec, machine: Machine
+) -> Artifact | None:
+    """Return what the checks found; None where no row of the corpus claims to be the base's own unprompted text."""
+    if not spec.rows or "context-free" not in spec.sources():
+        return None
+    checked = _check(base, probe, corpus, mixture, machine)
+    failed = checked.facts.get("failed")
+    for name, what in failed.items() if isinstance(failed, dict) else ():
+        record.say(f"the corpus fails the check of its {name}: {what}")
+    return checked
+
+
+@stage("check", "check", gpu=True)
+def _check(
+    draft: Draft, base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, machine: Machine
+) -> None:
+    """Compare first tokens, likelihood and beginnings with the base's own; see `cfsd.corpus_check`."""
+    from cfsd.corpus_check import check
+
+    check(base, probe, corpus, mixture, draft, machine)

@@ -1,0 +1,76 @@
+"""The champion: the model version that passed the gate last, with what its seeds came to. Only the gate moves it.
+
+Weights are not copied: a version names the artifact in the store. Its figures are `baseline.json` in the gate's run.
+"""
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cfsd.artifact import Artifact
+from cfsd.baseline import Baseline, as_text, parsed
+from cfsd.errors import CfsdError
+from cfsd.spec import digest_of
+from tasks.record import tracked
+
+ALIAS = "champion"
+FILE = "champion/baseline.json"
+
+
+def champion(recipe_name: str) -> Baseline | None:
+    """Return the figures of the champion, None if there is none. Raises CfsdError where MLflow cannot be reached."""
+    name = model_name(recipe_name)
+    found = tracked(lambda client: _read(client, name))
+    if found is None:
+        raise CfsdError(
+            "the champion's figures are in MLflow, which cannot be reached; nothing was run. Start it (make up), or "
+            "compare with a file: --baseline deployments/baselines/NAME.json"
+        )
+    return parsed(found, f"champion of {name}") if found else None
+
+
+def promote(recipe_name: str, model: Artifact, figures: Baseline, run_id: str | None) -> int | None:
+    """Return the version that is the champion now: `model`, registered once however often this is asked.
+
+    None where MLflow is away; what is not done then is done by the same call later. `run_id` is the gate's run.
+    """
+    if run_id is None:
+        return None
+    return tracked(lambda client: _promote(client, model_name(recipe_name), model, figures, run_id))
+
+
+def model_name(recipe_name: str) -> str:
+    """Return the registered model's name: the recipe's, without what MLflow refuses."""
+    return re.sub(r"[/:']", "-", recipe_name)
+
+
+def _read(client: Any, name: str) -> str:
+    models = client.search_registered_models(f"name = '{name}'")
+    if not models or ALIAS not in models[0].aliases:
+        return ""
+    run_id = client.get_model_version(name, str(models[0].aliases[ALIAS])).run_id
+    with TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(str(run_id), FILE, folder)).read_text()
+
+
+def _promote(client: Any, name: str, model: Artifact, figures: Baseline, run_id: str) -> int:
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description="Fine-tuned by cfsd; the gate moves the alias champion")
+    mark = {"cfsd.model": model.key, "cfsd.figures": digest_of(figures.model_dump(mode="json")["figures"])[:16]}
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if mark.items() <= v.tags.items()]
+    version = int(known[0].version) if known else _register(client, name, model, figures, run_id, mark)
+    client.set_registered_model_alias(name, ALIAS, str(version))
+    return version
+
+
+def _register(client: Any, name: str, model: Artifact, figures: Baseline, run_id: str, mark: dict[str, str]) -> int:
+    client.log_text(run_id, as_text(figures), FILE)
+    means = {f"cfsd.{n}": f"{sum(f.values) / len(f.values):.6g}" for n, f in figures.figures.items()}
+    source = figures.provenance
+    tags = mark | means | {"cfsd.recipe": source.recipe_digest, "cfsd.commit": source.commit}
+    folder = f"runs:/{run_id}/{Path(FILE).parent}"  # a server takes no path outside of a run's artifacts
+    made = client.create_model_version(
+        name, folder, run_id=run_id, tags=tags, description=f"{model.kind} {model.key} of the store"
+    )
+    return int(made.version)

@@ -1,0 +1,73 @@
+"""The documents that changed: counted in full, shown in part, worse ones first, with both answers."""
+
+from pathlib import Path
+
+import pytest
+
+from cfsd.changed_answers import MOST, Changed, changed_answers
+from cfsd.summary import Scores, Trail
+from tests.test_report import BENCHMARKS, World, report_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def changed(world: World, trail: Trail) -> dict[str, Changed]:
+    return {found.benchmark: found for found in changed_answers(world.store, [trail])[trail.name]}
+
+
+def only(world: World, before: int, after: int, kind: str = "binary") -> Trail:
+    """Return a variant with one benchmark: so many documents right before and after, or a loss of so much."""
+    scores = [
+        Scores(benchmarks={"cap": world.scores(model, "cap", n, kind)}) for model, n in (("base", before), ("t", after))
+    ]
+    return Trail(name="t", artifacts={"base": world.base}, before=scores[0], after=scores[1])
+
+
+def test_all_are_counted_and_the_first_are_given_with_both_answers(world: World) -> None:
+    trail = world.trained("damaged", right=50, loss=0.5, kl=0.1)
+    found = changed(world, trail)
+    assert list(found) == list(BENCHMARKS)
+    (lost,) = found["cap"].directions
+    assert (lost.name, lost.words, lost.total, len(lost.items)) == ("worse", "right → wrong", 40, MOST)
+    assert [item.doc_id for item in lost.items] == list(range(50, 50 + MOST))
+    first = lost.items[0]
+    assert first.base == ("base says 1.0 (first)", "right", "better")
+    assert first.tuned == ("damaged says 0.0 (first)", "wrong", "worse")
+    assert first.right == "1" and "item 50" in first.prompt
+
+
+def test_those_that_became_better_are_there_too_and_unchanged_ones_never(world: World) -> None:
+    (gained,) = changed(world, only(world, 60, 63))["cap"].directions
+    assert (gained.name, gained.total, [item.doc_id for item in gained.items]) == ("better", 3, [60, 61, 62])
+    assert gained.items[0].tuned.sign == "better"
+    assert changed(world, only(world, 60, 60)) == {}
+
+
+def test_a_loss_is_worse_when_higher_and_shown_per_token(world: World) -> None:
+    (lost,) = changed(world, only(world, 8, 12, "perplexity"))["cap"].directions
+    assert (lost.name, lost.words) == ("worse", "scored worse")
+    assert [lost.items[0].base.mark, lost.items[0].tuned.mark] == ["2.00 nats per token", "3.00 nats per token"]
+
+
+def test_many_variants_show_fewer_items_each(world: World) -> None:
+    trail = world.trained("damaged", right=10, loss=0.5, kl=0.1)
+    many = [trail.model_copy(update={"name": f"v{i}"}) for i in range(20)]
+    found = changed_answers(world.store, many)
+    (lost,) = found["v0"][0].directions
+    assert lost.total == 80 and 3 <= len(lost.items) < MOST
+
+
+def test_the_page_counts_them_folds_most_and_puts_the_answers_side_by_side(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    page = report_of(world, [world.trained("damaged", right=50, loss=0.5, kl=0.1)], path)
+    items = page.part("Answers that changed", "The rehearsal corpus")
+    assert items.count("Of 100 documents 40 right → wrong .") == 2 and "17 more right → wrong, of 37" in items
+    assert "document 69" in items and "document 70" not in items and "(second)" not in items
+    assert "right answer: 1" in items and "[right:" not in items
+    html = path.read_text()
+    (side,) = [part for part in html.split('<div class="sides">') if "damaged says 0.0 (first)" in part][:1]
+    assert side.index("base says 1.0 (first)") < side.index("damaged says 0.0 (first)")
+    assert html.count('<div class="sides">') == 2 * MOST

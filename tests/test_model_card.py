@@ -1,0 +1,86 @@
+"""The model card: read by the hub's own parser, true to the measured figures, and without a path of this machine."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cfsd.model_card import has_card, model_card
+from cfsd.recipe import Recipe
+from cfsd.summary import Trail, summarise
+from cfsd.table import shown
+from tests.test_report import BENCHMARKS, World
+
+PLACE = "/home/someone/private"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def variant(world: World, **changes: Any) -> Trail:
+    """Return a variant with a whole recipe, as a flow would leave it."""
+    content = {
+        "name": "mine", "base": {"kind": "hub", "name": "org/model", "revision": "a" * 40},
+        "target": {"path": f"{PLACE}/rows.jsonl", "held_out": 8}, "train": {"methods": {"lora": {"rank": 4}}},
+    }  # fmt: skip
+    recipe = Recipe.model_validate(content | changes)
+    trail = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
+    return trail.model_copy(update={"recipe": recipe.model_dump(mode="json"), "digest": "0123456789abcdef"})
+
+
+def card_of(world: World, trail: Trail) -> str:
+    return model_card(world.store, trail, summarise(world.store, trail))
+
+
+def test_the_hub_reads_the_front_matter(world: World) -> None:
+    from huggingface_hub import ModelCard
+
+    read = ModelCard(card_of(world, variant(world)))
+    assert read.data.base_model == "org/model" and read.data.library_name == "transformers"
+    results = {result.dataset_name: result for result in read.data.eval_results or []}
+    assert list(results) == list(BENCHMARKS)
+    assert results["cap"].metric_type == "accuracy" and results["cap"].metric_value == pytest.approx(0.8)
+    assert results["cap"].metric_name == "acc (base: 0.9)"
+
+
+@pytest.mark.parametrize("base, named", [("tiny", None), ({"kind": "smollm2"}, "HuggingFaceTB/SmolLM2-135M-Instruct")])
+def test_a_base_without_a_name_on_the_hub_is_not_given_one(world: World, base: Any, named: str | None) -> None:
+    front = card_of(world, variant(world, base=base)).split("---")[1]
+    assert yaml.safe_load(front).get("base_model") == named
+
+
+def test_it_states_what_was_measured_with_intervals_and_lineage(world: World) -> None:
+    trail = variant(world)
+    summary, card = summarise(world.store, trail), card_of(world, trail)
+    assert summary.target_gain and summary.mean_forgetting and summary.probe_kl
+    wanted = [
+        shown(summary.target_gain), shown(summary.mean_forgetting, 100), shown(summary.probe_kl),
+        shown(summary.benchmarks["cap"]["forgetting"], 100) + " points: worse", "| lora | 4 |",
+        "29 rows of context-free text", "torch 2.9.1", *(a.key for a in trail.artifacts.values()),
+    ]  # fmt: skip
+    assert [text for text in wanted if text not in card] == []
+    assert not re.search(r"\b(None|nan)\b", card)
+    unharmed = variant(world).model_copy(update={"after": trail.before, "name": "same"})
+    assert card_of(world, unharmed).count("no forgetting found (a drop of") == len(BENCHMARKS)
+
+
+def test_its_recipe_can_be_run_and_no_path_is_told(world: World, tmp_path: Path) -> None:
+    trail = variant(world)
+    card = card_of(world, trail)
+    assert PLACE not in card and "rows.jsonl" in card
+    found = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert found
+    (tmp_path / "recipe.yaml").write_text(found[1])
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    assert loaded.train.methods.lora.rank == 4
+    assert loaded.base == Recipe.model_validate(trail.recipe).base
+
+
+def test_only_what_was_trained_has_a_card(world: World) -> None:
+    trail = variant(world)
+    assert has_card(trail)
+    assert not has_card(trail.model_copy(update={"artifacts": {"base": world.base, "final": world.base}}))
