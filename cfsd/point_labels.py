@@ -10,6 +10,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 FAR = 16  # points from the marker beyond which a line leads to the name
+DOUBT = 25.0  # points further that a name may lie rather than nearer to another point than to its own
 SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 PLACES = [(side, far) for far in (8, FAR, 26, 38, 52, 70) for side in SIDES]
 
@@ -32,8 +33,9 @@ def write_labels(axes: Axes, labels: list[Label], *, size: float, color: str) ->
     canvas: Any = FigureCanvasAgg(axes.figure)
     canvas.draw()  # the layout decides where points lie
     pixel, inside = axes.figure.dpi / 72, np.array(axes.get_window_extent().extents)
+    centers_N2 = axes.transData.transform([(label.x, label.y) for label in labels])
     taken = np.concatenate([_covered_N4(axes, label, pixel) for label in labels])
-    for label in labels:
+    for index, label in enumerate(labels):
         if not label.text:
             continue
         xy = (label.x, label.y)
@@ -43,11 +45,13 @@ def write_labels(axes: Axes, labels: list[Label], *, size: float, color: str) ->
         note.set_in_layout(False)
         extent, center = note.get_window_extent(canvas.get_renderer()), axes.transData.transform(xy)
         boxes_P4 = np.array([_place(center, extent, side, far * pixel) for side, far in PLACES])
-        best = int(np.argmin(_hidden_P(boxes_P4, taken, inside) + [far for _, far in PLACES]))
+        doubtful_P = _nearer_to_another_P(boxes_P4, centers_N2, index)
+        cost_P = _hidden_P(boxes_P4, taken, inside) + [far for _, far in PLACES] + DOUBT * doubtful_P
+        best = int(np.argmin(cost_P))
         taken = np.concatenate([taken, boxes_P4[best : best + 1]])
         note.set_position((boxes_P4[best, :2] - center) / pixel)
         (right, up), far = PLACES[best]
-        if far > FAR:
+        if far > FAR or doubtful_P[best]:
             line = {"arrowstyle": "-", "color": color, "lw": 0.5}
             axes.annotate("", xy, (right * (far - 2), up * (far - 2)), textcoords="offset points", arrowprops=line)
 
@@ -73,6 +77,15 @@ def _hidden_P(boxes_P4: Floats, taken_N4: Floats, inside: Floats) -> Floats:
     on_others_P: Floats = _shared(boxes_P4[:, None], taken_N4[None]).sum(1)
     outside_P = _shared(boxes_P4, boxes_P4) - _shared(boxes_P4, inside[None])
     return on_others_P + 10 * outside_P
+
+
+def _nearer_to_another_P(boxes_P4: Floats, centers_N2: Floats, own: int) -> NDArray[np.bool_]:
+    """Say of each box whether a point other than `own` is about as near to it."""
+    low_PN2, high_PN2 = boxes_P4[:, None, :2] - centers_N2, centers_N2 - boxes_P4[:, None, 2:]
+    away_PN = np.hypot(*np.moveaxis(np.maximum(np.maximum(low_PN2, high_PN2), 0), -1, 0))
+    others_PN = np.delete(away_PN, own, axis=1)
+    nearer: NDArray[np.bool_] = others_PN.min(axis=1, initial=np.inf) < 1.2 * away_PN[:, own]
+    return nearer
 
 
 def _shared(one: Floats, other: Floats) -> Floats:

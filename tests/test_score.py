@@ -143,12 +143,13 @@ def test_equals_lm_eval_by_hand(
     ours = scores_of(model, tokenizer, path.parent, path.stem, limit=limit)
     theirs = by_hand(model, tokenizer, path, monkeypatch, limit=limit)
     metric = ours.facts["metric"]
-    assert ours.facts["score"] == theirs["results"][path.stem][f"{metric},none"]
+    wanted = theirs["results"][path.stem][f"{metric},none"]  # perplexity: e^25, and batches of other sizes
+    assert ours.facts["score"] == (pytest.approx(wanted, rel=1e-5) if settings is READ else wanted)
     samples = theirs["samples"][path.stem]
     assert list(ours.rows["doc_hash"]) == [sample["doc_hash"] for sample in samples]
     assert len(ours.rows) == ours.facts["num_documents"] == (limit or len(QUESTIONS))
     if settings is READ:
-        assert list(ours.rows["value"]) == [-sample[metric][0] for sample in samples]
+        assert list(ours.rows["value"]) == pytest.approx([-sample[metric][0] for sample in samples], rel=1e-6)
     else:
         assert list(ours.rows["value"]) == [sample[metric] for sample in samples]
         assert ours.rows["value"].mean() == pytest.approx(ours.facts["score"])
@@ -190,7 +191,7 @@ def test_perplexity_of_continuations_counts_their_tokens_only(
     rows, facts = scores_of(model, tokenizer, tmp_path, "continue", metric="perplexity")
     theirs = by_hand(model, tokenizer, path, monkeypatch)
     assert list(rows["count"]) == [len(" a"), len(" bed")] * 4
-    assert facts["score"] == theirs["results"]["continue"]["perplexity,none"]
+    assert facts["score"] == pytest.approx(theirs["results"]["continue"]["perplexity,none"], rel=1e-5)
     assert math.exp(rows["value"].mean()) == pytest.approx(facts["score"])
     assert scores_of(model, tokenizer, tmp_path, "continue").facts["metric"] == "acc"
 
@@ -261,7 +262,7 @@ def test_is_silent_but_for_progress_and_keeps_warnings(
         told.clear()
         name = write(tmp_path, settings).stem
         benchmark = Benchmark(name=name, folder=str(tmp_path))
-        score(model, tokenizer, benchmark, most_tokens=100, on_progress=lambda done, of: told.append((done, of)))
+        score(model, tokenizer, benchmark, most_tokens=20, on_progress=lambda done, of: told.append((done, of)))
         assert told[-1] == (total, total) and told == sorted(told) and len(told) > 2
     write(tmp_path, CHOICE, doc_to_text="{{question * 9}}")
     with caplog.at_level(logging.INFO):
