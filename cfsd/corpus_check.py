@@ -107,7 +107,7 @@ def first_law(model: "PreTrainedModel", start: int) -> Array:
 
 def warnings_of(facts: Mapping[str, Any]) -> list[str]:
     """Return what the facts of a check have against the corpus, for readers of a report."""
-    return [f"check of the {name}: {what}" for name, what in facts.get("failed", {}).items()]
+    return [f"suspect by its {name}: {what}" for name, what in facts.get("failed", {}).items()]
 
 
 def check_corpus(corpus: Path, probe: Path, mixture: Path, law_V: Array, start: int, *, filled: bool = False) -> Found:

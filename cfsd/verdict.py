@@ -1,6 +1,6 @@
 """The verdict: what the figures of many variants say, in two sentences, and what must be said beside them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsd import seeds
 from cfsd.budget import budget_sentences
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
+ENOUGH_STEPS = 50  # of a training with a budget: in 31 it was exceeded, in 62 not (docs/LOG.md)
 FEW_SEEDS = (
     f"Fewer than {seeds.FEWEST} seeds give no interval over seeds: brackets in the verdict hold the intervals of all "
     "seeds, so that what is said of a variant holds for each of its seeds."
@@ -63,13 +64,23 @@ def warnings(summaries: list[Summary]) -> list[str]:
         for warning in summary.corpus_warnings:
             found.setdefault(warning, {})[variant_of(summary.name)] = None
     stopped = [(s.name, step) for s in summaries if (step := (s.training or {}).get("stopped_at_step")) is not None]
+    hurried = [(s.name, s.training["steps"]) for s in summaries if s.budget and s.training and _few_steps(s.training)]
     return [
         *(f"Warning: the corpus of {quoted(names)} is {warning}." for warning, names in found.items()),
         *(
             f"Warning: the training of “{name}” was stopped at step {step} (watch.stop_above)."
             for name, step in stopped
         ),
+        *(
+            f"Warning: λ of “{name}” had only {steps} steps to be steered in; a budget wants {ENOUGH_STEPS} or more "
+            "(lower mix.target_rows and mix.rehearsal_tokens, or raise train.epochs)."
+            for name, steps in hurried
+        ),
     ]
+
+
+def _few_steps(training: dict[str, Any]) -> bool:
+    return int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 
 
 def _learned(summaries: list[Summary]) -> str:

@@ -235,6 +235,13 @@ def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
     assert "nan" not in path.read_text()
 
 
+@pytest.mark.parametrize(("steps", "said"), [(28, ["λ of “budget” had only 28 steps"]), (80, [])])
+def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int, said: list[str]) -> None:
+    found = warnings([summarise(world.store, world.budgeted(steps=steps))])
+    assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True))
+    assert warnings([summarise(world.store, world.plain())]) == []
+
+
 def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
     summary = summarise(world.store, world.budgeted())
     plain = type(summary)(**summary.model_dump(exclude={"budget", "stability_gap", "training"}))
