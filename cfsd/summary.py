@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cfsd.artifact import Artifact, Store
 from cfsd.content import write_json
+
+if TYPE_CHECKING:
+    from cfsd.forgetting import BenchmarkForgetting
 
 SCHEMA = 1
 
@@ -86,7 +89,7 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
     from cfsd.forgetting import mean_forgetting
     from cfsd.training_story import stability_gap, training_of
 
-    benchmarks = controlled([_benchmark(store, trail, name) for name in trail.before.benchmarks])
+    benchmarks = controlled([benchmark_of(store, trail, name) for name in trail.before.benchmarks])
     mean = mean_forgetting(benchmarks)
     summary = Summary(
         name=trail.name,
@@ -115,7 +118,8 @@ def _corpus_warnings(trail: Trail) -> list[str]:
     return found + (warnings_of(trail.artifacts["checked"].facts) if "checked" in trail.artifacts else [])
 
 
-def _benchmark(store: Store, trail: Trail, name: str) -> Any:
+def benchmark_of(store: Store, trail: Trail, name: str) -> "BenchmarkForgetting":
+    """Return what the benchmark lost from before to after, paired by document."""
     from cfsd.forgetting import Measure, benchmark_forgetting
 
     before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]

@@ -155,6 +155,27 @@ def compare_command(
     show(loaded.recipe.name, trails)
 
 
+def continual_command(
+    sequence: Annotated[Path, typer.Argument(help="A recipe and its targets in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:
+    """Train on several targets in turn and say what is left of the earlier ones and of the base."""
+    from cfsd.target_sequence import TargetSequence
+    from flows._plan import check
+    from flows._temporary_server import prefect_server
+    from flows.continual import continual
+    from flows.mitigate import story
+
+    loaded, on = TargetSequence.load(sequence, set_), _machine(machine)
+    for recipe in loaded.recipes().values():
+        check(recipe, on, story)
+    with prefect_server():
+        trails = continual(loaded, on)
+    show(loaded.recipe.name, trails)
+
+
 def regress_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")] = Path("deployments/recipes/tiny.yaml"),
     baseline: Annotated[

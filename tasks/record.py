@@ -53,9 +53,9 @@ _comparison: ContextVar[str | None] = ContextVar("comparison", default=None)
 _away: list[str] = []  # why MLflow is not asked any more in this process
 
 
-def say(line: str) -> None:
-    """Print a line and put it into the Prefect log of the run at hand."""
-    console.print(line)
+def say(line: str, style: str = "") -> None:
+    """Print a line as it is and put it into the Prefect log of the run at hand."""
+    console.print(line, style=style, markup=False)  # rich would swallow R[t, j]
     with suppress(MissingContextError):
         get_run_logger().info(line)
 
@@ -111,7 +111,7 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     run_id = tracked(lambda client: _open_run(client, name, _comparison.get(), tags))
     if recipe:
         tracked(lambda client: _log_recipe(client, run_id, recipe))
-    say(f"[bold]{name}[/]" if console.is_terminal else name)
+    say(name, style="bold")
     opened = Variant(name, run_id)
     token = _variant.set(opened)
     with _ended(run_id):

@@ -1,0 +1,40 @@
+"""Several targets in turn: each is trained on the model that the one before gave."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from cfsd.checkpoint import Checkpoint
+from cfsd.recipe import Recipe, overridden, override, read_yaml, validated
+
+
+class TargetSequence(BaseModel):
+    """A recipe and what each target sets apart, in order, such as `{math: {target.path: math.jsonl}}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    targets: dict[str, dict[str, JsonValue]] = Field(
+        min_length=2, description="Name -> dotted field -> value, on top of the recipe; trained in this order"
+    )
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Return the recipe of each target, by name; all have the first base. Raises BadInput."""
+        plain = self.recipe.model_dump(mode="json")
+        named = {name: {"name": f"{self.recipe.name}: {name}", **changes} for name, changes in self.targets.items()}
+        return {n: validated(Recipe, override(plain, changes), f"target {n!r}") for n, changes in named.items()}
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
+        """Return the sequence of a YAML file; overrides apply to its recipe, before the targets'."""
+        content = read_yaml(Path(path))
+        if isinstance(content.get("recipe"), dict):
+            content["recipe"] = overridden(content["recipe"], overrides or [])
+        return validated(cls, content, str(path))
+
+
+def trained_on(recipe: Recipe, model: Path) -> Recipe:
+    """Return `recipe` with the model in the folder `model` for its base, begun by the same start token."""
+    start = Checkpoint(kind="folder", path=str(model), start_token=recipe.base.start_token)
+    return recipe.model_copy(update={"base": start})

@@ -1,0 +1,51 @@
+"""Targets in turn: each stage starts from the model before, and every model is scored on every target."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cfsd.artifact import Store
+from cfsd.errors import BadInput
+from cfsd.report_files import read_kept
+from cfsd.target_sequence import TargetSequence
+from tests.conftest import Run
+
+SECOND = {"target.prompt": "{response}=", "target.response": "{prompt}", "train.epochs": 1}
+
+
+@pytest.fixture
+def sequence_file(recipe_file: Path) -> Path:
+    content = {"recipe": yaml.safe_load(recipe_file.read_text()), "targets": {"first": {}, "second": SECOND}}
+    file = recipe_file.with_name("sequence.yaml")
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run, home: Path) -> None:
+    done = run("continual", sequence_file, "--machine", "threads=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1]).parent
+    first, second = read_kept(folder).trails
+    assert second.artifacts["base"].content == first.artifacts["final"].content
+    assert second.artifacts["corpus"].content != first.artifacts["corpus"].content  # text of the model before
+    found = json.loads((folder / "continual.json").read_text())["targets"]
+    scores = found["matrix"]
+    assert found["targets"] == ["first", "second"] and [len(row) for row in scores] == [2, 2, 2]
+    losses = [[-float(str(s.target.facts["loss"])) for s in (t.before, t.after) if s.target] for t in (first, second)]
+    assert [scores[0][0], scores[1][0]] == losses[0] and [scores[1][1], scores[2][1]] == losses[1]
+    transfer = found["backward_transfer"]
+    assert transfer["value"] == pytest.approx(scores[2][0] - scores[1][0], rel=1e-4, abs=1e-6)
+    assert transfer["low"] <= transfer["value"] <= transfer["high"]
+    assert "R[t, j]: held-out score of target j" in done.stdout
+    assert "backward transfer over 2 targets" in (folder / "report.html").read_text()
+    assert Store(home).path(second.artifacts["final"]).is_dir()
+
+
+def test_a_wrong_stage_is_named_before_anything_runs(sequence_file: Path) -> None:
+    content = yaml.safe_load(sequence_file.read_text())
+    with pytest.raises(BadInput, match=r"target 'second' is not valid:\n  train\.epochs"):
+        TargetSequence.model_validate(content | {"targets": {"first": {}, "second": {"train.epochs": 0}}}).recipes()
+    with pytest.raises(ValueError, match="at least 2 items"):
+        TargetSequence.model_validate(content | {"targets": {"first": {}}})
