@@ -224,9 +224,3 @@ def test_sweeps_that_cannot_be_are_refused(content: dict[str, Any], changed: dic
 def test_a_wrong_value_of_a_sweep_is_named(content: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"variant 'wise alpha=2'.*\n.*merge\.alpha.*given 2"):
         comparison(content, sweeps={"wise": {"merge.alpha": [1, 2]}}).recipes()
-
-
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "deployments" / "recipes").glob("*.yaml")))
-def test_every_recipe_that_comes_with_the_project_is_valid(file: Path, home: Path) -> None:
-    cls = Comparison if "recipe" in read_yaml(file) else Recipe
-    assert cls.load(file)
