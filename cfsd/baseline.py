@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
-from cfsd.baseline_figures import FRACTION, NATS, Measured, mean_parts, mean_value
+from cfsd.baseline_figures import Measured, mean_parts, mean_value
 from cfsd.errors import BadInput
 from cfsd.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
 from cfsd.machine import COUNTED_PACKAGES
+from cfsd.quantities import FRACTION, NATS
 from cfsd.recipe import Recipe
 
 SCHEMA = 1

@@ -1,19 +1,15 @@
 """The guarded figures of one run, read from its score tables document by document, so that they can be paired later."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cfsd.artifact import Store
+from cfsd.quantities import FRACTION, NATS
 from cfsd.spec import digest_of
-from cfsd.summary import Trail, table
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-NATS, FRACTION = "nats/token", "fraction"
+from cfsd.summary import Trail, first_scores, table
 
 
 class Measured(NamedTuple):
@@ -54,7 +50,7 @@ def _benchmark(store: Store, trail: Trail, name: str) -> Measured:
 
     before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]
     measure = Measure(**{field: before.facts[field] for field in Measure.model_fields})
-    pairs = paired_by_document(*(_first_filter(store, artifact) for artifact in (before, after)))
+    pairs = paired_by_document(*(first_scores(store, artifact) for artifact in (before, after)))
     base, tuned, counts = (pairs[column].to_numpy(float) for column in ("base", "tuned", "count"))
     unit = {"binary": FRACTION, "perplexity": NATS}.get(measure.kind, measure.metric)
     within = all(scores.min() >= 0 and scores.max() <= 1 for scores in (base, tuned))
@@ -68,12 +64,6 @@ def _benchmark(store: Store, trail: Trail, name: str) -> Measured:
         documents=_digest(pairs["doc_hash"].tolist(), counts),
         correction=1 / (1 - measure.chance) if averaged and measure.chance is not None else None,
     )
-
-
-def _first_filter(store: Store, artifact: Any) -> "pd.DataFrame":
-    rows = table(store, artifact, "scores")
-    chosen: pd.DataFrame = rows[rows["filter"] == artifact.facts["filters"][0]]
-    return chosen
 
 
 def _digest(documents: Any, counts: NDArray[np.float64]) -> str:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from cfsd.artifact import Artifact, Store
-from cfsd.summary import Trail, table
+from cfsd.summary import Trail, first_scores, table
 from cfsd.table import number
 
 MOST = 20  # items per benchmark and direction
@@ -64,8 +64,7 @@ def changed_answers(store: Store, trails: list[Trail]) -> dict[str, list[Changed
 
 def _changed(store: Store, name: str, before: Artifact, after: Artifact, most: int) -> Changed:
     facts: dict[str, Any] = before.facts
-    base, tuned = (table(store, scores, "scores") for scores in (before, after))
-    base = base[base["filter"] == facts["filters"][0]]
+    base, tuned = first_scores(store, before), table(store, after, "scores")
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
     sign = 1 if facts["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]

@@ -1,6 +1,6 @@
 """Recipes as YAML for people to read: the first in full, of the others what differs from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ def recipes_of(trails: list[Trail]) -> dict[str, dict[str, str]]:
     for trail in trails:
         if not trail.recipe:
             continue
-        flat = dict(_flat(trail.recipe))
+        flat = dict(flattened(trail.recipe))
         changed = {k: flat.get(k) for k in flat | first if first and flat.get(k) != first.get(k)}
         text = readable_yaml(changed if first else trail.recipe)
         found[trail.name] = {
@@ -40,9 +40,10 @@ def readable_yaml(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=88)
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values of nested mappings; an empty mapping is a value."""
     for name, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

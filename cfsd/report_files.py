@@ -87,9 +87,9 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     return folder / "corpus.html"
 
 
-def slug(title: str) -> str:
-    """Return `title` as it may stand in the name of a file, a folder or a Prefect artifact."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "run"
+def slug(title: str, empty: str = "run") -> str:
+    """Return `title` as it may stand in the name of a file, a folder or a Prefect artifact; `empty` if nothing may."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or empty
 
 
 def _card_names(trails: list[Trail]) -> list[str]:

@@ -124,12 +124,14 @@ def benchmark_of(store: Store, trail: Trail, name: str) -> "BenchmarkForgetting"
 
     before, after = trail.before.benchmarks[name], trail.after.benchmarks[name]
     measure = Measure(**{field: before.facts[field] for field in Measure.model_fields})
-    tables = []
-    for artifact in (before, after):
-        facts: dict[str, Any] = artifact.facts
-        rows = table(store, artifact, "scores")
-        tables.append(rows[rows["filter"] == facts["filters"][0]])  # the answer as lm-eval reads it first
-    return benchmark_forgetting(name, measure, *tables)
+    return benchmark_forgetting(name, measure, *(first_scores(store, artifact) for artifact in (before, after)))
+
+
+def first_scores(store: Store, artifact: Artifact) -> Any:
+    """Return a benchmark's scores, with the answers as lm-eval's first filter reads them, as a pandas DataFrame."""
+    facts: dict[str, Any] = artifact.facts
+    rows = table(store, artifact, "scores")
+    return rows[rows["filter"] == facts["filters"][0]]
 
 
 def _target(store: Store, trail: Trail) -> dict[str, Any]:

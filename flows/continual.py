@@ -29,11 +29,12 @@ def continual(sequence: TargetSequence, machine: Machine = Machine()) -> list[Tr
     with record.comparison(title) as run_id:
         trails = stages(sequence, machine)
         targets, general = measured(trails, sequence.recipe, machine)
-        conclude(title, trails, [run_id], notes=told(targets, general))
+        conclude(title, trails, [run_id], notes=told(targets))
         file = written(report_folder(title, trails), title, targets, general)
         record.conclusion(run_id, None, [file, file.with_suffix(".json")])
-        create_markdown_artifact(file.read_text(), key=f"{report_folder(title, trails).name}-continual")
-        record.say(file.read_text())
+        text = file.read_text()
+        create_markdown_artifact(text, key=f"{file.parent.name}-continual")
+        record.say(text)
     return trails
 
 
@@ -60,7 +61,7 @@ def measured(trails: list[Trail], recipe: Recipe, machine: Machine) -> tuple[Con
     return kept_of_targets(store, [trail.name for trail in trails], scored), kept_of_benchmarks(store, trails)
 
 
-def told(targets: Continual, general: list[Stability]) -> list[str]:
+def told(targets: Continual) -> list[str]:
     """Return the figures in a line each, for the report."""
     from cfsd.table import shown
 

@@ -5,7 +5,6 @@ python -m flows.regress deployments/recipes/tiny.yaml --update-baseline
 python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from cfsd.errors import BadInput, CfsdError
 from cfsd.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe, override, validated
+from cfsd.report_files import slug
 from cfsd.summary import Trail
 from flows._conclude import conclude, report_folder
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
@@ -94,8 +94,7 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
     """Return where the baseline of `recipe` is: as given, else by the recipe's name."""
-    slug = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "recipe"
-    return Path(given) if given else BASELINES / f"{slug}.json"
+    return Path(given) if given else BASELINES / f"{slug(recipe.name, 'recipe')}.json"
 
 
 def fresh_seeds(known: Baseline | None, given: str | None, seeds: int | None, *, update: bool) -> range:
@@ -150,8 +149,7 @@ def _told(
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
     record.conclusion(run_id, None, files)
-    slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    create_markdown_artifact(files[0].read_text(), key=f"{slug}-verdict", description=sentence)
+    create_markdown_artifact(files[0].read_text(), key=f"{slug(title)}-verdict", description=sentence)
     record.say(f"{body}\n\n{sentence}")
     record.say(str(files[0]))
     if judgement and judgement.outcome == "fail":

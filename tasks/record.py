@@ -21,6 +21,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from rich.console import Console
 
+from cfsd import recipe_text
 from cfsd.artifact import Artifact, Draft, Store
 from cfsd.journal import read_metrics
 from cfsd.machine import home
@@ -181,15 +182,10 @@ def _log_recipe(client: "MlflowClient", run_id: str | None, recipe: Recipe) -> N
     client.log_dict(str(run_id), recipe.model_dump(mode="json"), "recipe.json")
 
 
-def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(content: Mapping[str, Any]) -> dict[str, str]:
     """Return nested mappings as dotted names with text values."""
-    flat: dict[str, str] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+    named = recipe_text.flattened(content)
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in named}
 
 
 @contextmanager
