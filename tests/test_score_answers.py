@@ -105,6 +105,8 @@ def test_the_answer_follows_the_reasoning(chain: Any, tmp_path: Path) -> None:
     assert (facts["max_gen_toks"], facts["at_limit"], facts["unfinished"]) == (6, 0.25, 0.5)
     alone = score(*chain, Benchmark(name=name, folder=str(tmp_path), thinking_end="hi"), most_tokens=1)
     assert alone.rows.equals(rows) and alone.facts == facts
+    # lm-eval writes until every row of a batch has met its stop sequence: here no other row keeps `a` writing
+    assert list(scores_of(*chain, tmp_path, written(tmp_path, "a"), thinking_end="hi").rows["value"]) == [1]
 
 
 def test_an_end_mark_may_be_a_special_token(chain: Any, tmp_path: Path) -> None:
