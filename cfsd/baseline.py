@@ -4,13 +4,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
 from cfsd.baseline_figures import Measured, mean_parts, mean_value
 from cfsd.errors import BadInput
@@ -19,7 +20,7 @@ from cfsd.machine import COUNTED_PACKAGES
 from cfsd.quantities import FRACTION, NATS
 from cfsd.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
@@ -69,13 +70,30 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = SCHEMA
+    version: Literal[1] = SCHEMA
     name: str
     provenance: Provenance
     recipe: dict[str, JsonValue]
     seeds: tuple[int, ...] = Field(min_length=LEAST_SEEDS)
     training_seconds: tuple[FiniteFloat, ...] = ()
-    figures: dict[str, BaselineFigure]
+    figures: dict[str, BaselineFigure] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        for name, figure in self.figures.items():
+            if len(figure.values) != len(self.seeds):
+                raise ValueError(f"{name} has {len(figure.values)} values for {len(self.seeds)} seeds")
+            if gone := sorted(set(figure.parts) - set(self.figures)):
+                raise ValueError(f"{name} is made of {', '.join(gone)}, which are not among its figures")
+        return self
+
+    def check_measured(self, names: Iterable[str]) -> None:
+        """Raise BadInput unless every guarded figure is among `names`, or made of those."""
+        if lacking := sorted({name for name, figure in self.figures.items() if not figure.parts} - set(names)):
+            raise BadInput(
+                f"the baseline {self.name!r} guards {', '.join(lacking)}, which this recipe does not measure; "
+                "measure it, or accept the change with --update-baseline"
+            )
 
 
 def baseline_of(
@@ -139,14 +157,10 @@ def _mean(figures: dict[str, BaselineFigure], parts: dict[str, float]) -> Baseli
 
 def guarded(baseline: Baseline, runs: Sequence[dict[str, Measured]]) -> list[Guarded]:
     """Return what the gate is to judge: every figure of the baseline. Raises BadInput where one is not measured."""
+    for run in runs:
+        baseline.check_measured(run)
     parts = baseline.figures[MEAN].parts if MEAN in baseline.figures else {}
-    needed = {name for name in baseline.figures if name != MEAN} | set(parts)
-    if lacking := sorted({name for run in runs for name in needed - set(run)}):
-        raise BadInput(
-            f"the baseline {baseline.name!r} guards {', '.join(lacking)}, which this recipe does not measure; "
-            "measure it, or accept the change with --update-baseline"
-        )
-    variances = {name: _variance(baseline, name, runs) for name in needed}
+    variances = {name: _variance(baseline, name, runs) for name in baseline.figures if name != MEAN}
     found = []
     for name, figure in baseline.figures.items():
         if name == MEAN:

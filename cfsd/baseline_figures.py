@@ -34,12 +34,13 @@ def measured(store: Store, trail: Trail) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     if trail.before.target and trail.after.target:
         base, tuned = (table(store, t, "responses") for t in (trail.before.target, trail.after.target))
+        rows = trail.artifacts["target"].content  # not of the scores: their last bits are another machine's
         gains = base["nll"].to_numpy(float) - tuned["nll"].to_numpy(float)
         counts = base["count"].to_numpy(float)
-        found["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(trail.before.target.content, counts))
+        found["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(rows, counts))
     if trail.after.probe:
-        rows = table(store, trail.after.probe, "divergence")
-        counts, sums = (rows[column].to_numpy(float) for column in ("count", "kl"))
+        kl = table(store, trail.after.probe, "divergence")
+        counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
         probe = trail.artifacts["probe"].content
         found["probe_kl"] = Measured(NATS, False, False, sums, counts, _digest(probe, counts))
     return found | {f"forgetting/{name}": _benchmark(store, trail, name) for name in trail.before.benchmarks}

@@ -69,11 +69,12 @@ def _changed(store: Store, name: str, before: Artifact, after: Artifact, most: i
     sign = 1 if facts["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
     binary = facts["kind"] == "binary"
+    right = sign > 0 if binary else None  # the value, as a truth, of a right answer
     directions = []
     for way, turn in (("worse", 1), ("better", -1)):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")
         if len(rows):
-            items = [_item(row, binary, way) for row in rows.head(most).to_dict("records")]
+            items = [_item(row, right, way) for row in rows.head(most).to_dict("records")]
             directions.append(Direction(way, _words(way, binary), len(rows), items))
     return Changed(name, len(joined), directions)
 
@@ -84,10 +85,10 @@ def _words(way: str, binary: bool) -> str:
     return {"worse": "right → wrong", "better": "wrong → right"}[way]
 
 
-def _item(row: dict[str, Any], binary: bool, way: str) -> Item:
+def _item(row: dict[str, Any], right: bool | None, way: str) -> Item:
     signs = ("better", "worse") if way == "worse" else ("worse", "better")
     said, rights = zip(*(_split(str(row[f"answer_{role}"])) for role in ("base", "tuned")), strict=True)
-    marks = [_mark(row[f"value_{role}"], row[f"count_{role}"], binary) for role in ("base", "tuned")]
+    marks = [_mark(row[f"value_{role}"], row[f"count_{role}"], right) for role in ("base", "tuned")]
     base, tuned = (Answer(*parts) for parts in zip(said, marks, signs, strict=True))
     return Item(int(row["doc_id"]), str(row["prompt_base"]), base, tuned, rights[0])
 
@@ -98,7 +99,7 @@ def _split(answer: str) -> tuple[str, str]:
     return (said, right[:-1]) if mark and right.endswith("]") else (answer, "")
 
 
-def _mark(value: float, count: float, binary: bool) -> str:
-    if binary:
-        return "right" if value else "wrong"
+def _mark(value: float, count: float, right: bool | None) -> str:
+    if right is not None:
+        return "right" if bool(value) == right else "wrong"
     return number(value) if count == 1 else f"{number(value / count)} nats per token"

@@ -18,6 +18,11 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
             "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
             "measures; use another generate.source or set rehearsal.weight"
         )
+    if ewc.is_on() and generate.rows and generate.biases():
+        raise ValueError(
+            f"train.methods.ewc takes its Fisher matrix from text by the base's own law, but generate has "
+            f"{', '.join(generate.biases())}: leave that out, or set ewc.weight to 0"
+        )
     if ewc.is_on() and (generate.rows < ewc.rows or generate.source != "context-free"):
         raise ValueError(
             f"train.methods.ewc takes its Fisher matrix from ewc.rows={ewc.rows} context-free rows; generate has "
@@ -31,6 +36,11 @@ def _check_stored(generate: GenerateSpec, tail: str) -> None:
         raise ValueError(
             "train.rehearsal.loss is kl with reference stored, but the corpus keeps no laws: set generate.top_logprobs "
             "(64 is a good start), or train.rehearsal.reference to base"
+        )
+    if tail == "sampled" and generate.biases():
+        raise ValueError(
+            "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base's own law, but "
+            f"generate has {', '.join(generate.biases())}: set tail to bucket, or train.rehearsal.reference to base"
         )
     if tail == "sampled" and "replay" in generate.sources():
         raise ValueError(

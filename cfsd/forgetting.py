@@ -85,6 +85,7 @@ class BenchmarkForgetting(BaseModel):
 
     benchmark: str
     metric: str
+    higher_is_better: bool = True
     num_documents: int
     base: FiniteFloat
     tuned: FiniteFloat
@@ -126,6 +127,7 @@ def benchmark_forgetting(
     return BenchmarkForgetting(
         benchmark=name,
         metric=measure.metric,
+        higher_is_better=measure.higher_is_better,
         num_documents=len(pairs),
         base=base.sum() / counts.sum(),
         tuned=tuned.sum() / counts.sum(),
@@ -183,6 +185,8 @@ def _chance_corrected(measure: Measure, forgetting: Figure, base: Floats, tuned:
 
 def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:
     """Return tuned/base, both less chance, or None and the reason why there is none."""
+    if not measure.higher_is_better:
+        return None, "better when lower"
     if not _is_score(measure, base, tuned):
         return None, "not a score from 0 to 1"
     if measure.chance is None:

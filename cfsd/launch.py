@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from cfsd.artifact import ERROR, FACTS
 from cfsd.content import write_json
 from cfsd.machine import Machine
-from cfsd.process import PARENT, RANKS, STOP_SECONDS, WRITER_LOCK, end_with_parent, log_end
+from cfsd.process import PARENT, RANKS, STOP_SECONDS, WRITER_LOCK, end_with_parent, killed, log_end
 
 SECONDS_TO_ANSWER = 10  # of STOP_SECONDS, for what is left to do here when the ranks have ended
 SECONDS_TO_NOTICE = 5  # torch notes whole seconds; peers of a killed rank complain within this time, not before
@@ -85,8 +85,7 @@ def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processe
     }
     rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
     if end and (word is None or end.timestamp <= word["time"] + SECONDS_TO_NOTICE):
-        hint = "; if nobody killed it, the machine's memory was full" if end.exitcode == -signal.SIGKILL else ""
-        message = f"ended with code {end.exitcode} and no word{hint}; {log_end(folder)}"
+        message = f"ended with code {end.exitcode} and no word{killed(folder, end.exitcode)}; {log_end(folder)}"
         return {"kind": "crash", "message": f"rank {rank} of {processes} {message}"}
     if word is None:
         return {"kind": "stopped", "message": "the ranks were told to end before a step was done; run again"}

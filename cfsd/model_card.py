@@ -101,12 +101,19 @@ def _target(recipe: dict[str, Any]) -> str:
 def _rehearsed(trail: Trail) -> str:
     """Return what was rehearsed, in words; empty for plain fine-tuning."""
     corpus = trail.artifacts.get("selected") or trail.artifacts.get("kept")
-    if corpus is None or not corpus.facts.get("rows"):
+    if corpus is None or not corpus.facts.get("rows") or _weightless(trail):
         return ""
     made = trail.artifacts.get("corpus", corpus).facts
     biased = f", not an exact sample of it: {made['biased']}" if made.get("biased") else ""
-    kind = made.get("source") or "context-free"
-    return f"{corpus.facts['rows']:,} rows of {kind} text sampled from the base model{biased}"
+    kind = str(made.get("source") or "context-free")
+    text = {"replay": "documents given (replay)", "mixed": "text, partly sampled from the base model, partly given"}
+    return f"{corpus.facts['rows']:,} rows of {text.get(kind, f'{kind} text sampled from the base model')}{biased}"
+
+
+def _weightless(trail: Trail) -> bool:
+    """Say whether rehearsal rows were read with a weight of 0 throughout."""
+    known = rehearsal_of(trail)
+    return known.get("weight") == 0 and not known.get("final_weight") and known.get("budget") is None
 
 
 def _rows(summary: Summary) -> list[list[str]]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from cfsd.packs import Pack
 from cfsd.rehearsal import RehearsalSpec
 from cfsd.token_loss import Head, Reference, token_losses
+from cfsd.undisturbed import mode_kept
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +141,10 @@ def head_of(model: PreTrainedModel) -> Any:
 
 def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
     token_ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    try:
+    with mode_kept(model):
+        model.eval()
         wanted: Any = model(input_ids=token_ids, use_cache=False).logits
         hidden: Any = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(training)
     assert head.weight_VD is not None
     found = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
     if head.softcap is not None:

@@ -99,7 +99,14 @@ def _error_of(folder: Path, code: int) -> CfsdError:
         return KINDS[error["kind"]](error["message"])
     if code == -signal.SIGTERM:
         return Stopped("stopped before a step was done; run again")
-    return Crashed(f"the process ended with code {code} and no word; {log_end(folder)}")
+    return Crashed(f"the process ended with code {code} and no word{killed(folder, code)}; {log_end(folder)}")
+
+
+def killed(folder: Path, code: int) -> str:
+    """Return what may be behind the end of a process that left no word, as a clause for an error message."""
+    if code != -signal.SIGKILL:
+        return ""
+    return f"; if nobody killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"
 
 
 def log_end(folder: Path) -> str:

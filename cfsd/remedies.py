@@ -18,7 +18,8 @@ TRAINING = (
     Remedy("machine.micro_batch_tokens", ("machine", "micro_batch_tokens"), "lower", lambda now: now > 1),
     Remedy("machine.gradient_checkpointing", ("machine", "gradient_checkpointing"), "set to true", lambda on: not on),
     Remedy(
-        "machine.sharding", ("machine", "sharding"), "set to shard, with machine.training_processes above 1 on CUDA",
+        "machine.sharding", ("machine", "sharding"),
+        "set to shard, with machine.training_processes above 1 on CUDA, without LoRA",
         lambda now: now == "replicate",
     ),
     Remedy("machine.training_processes", ("machine", "training_processes"), "raise, when sharded", lambda _: True),

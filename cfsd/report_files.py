@@ -57,14 +57,24 @@ def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], 
     from cfsd.figures import frontier_figure
     from cfsd.report import write_report
 
+    summaries, (numbers, *cards) = write_numbers(folder, store, kept)
+    page, frontier = folder / "report.html", folder / "frontier.png"
+    write_report(page, store, kept.title, list(kept.trails), summaries, kept.notes)
+    frontier_figure(summaries).savefig(frontier, dpi=150)
+    return summaries, [page, numbers, frontier, *cards]
+
+
+def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
+    """Write trails, summary.json and the model cards; return the figures and the files but the trails.
+
+    Raises BadInput where the store lacks an artifact.
+    """
     _check_store(store, kept)
     trails = list(kept.trails)
     keep(folder, kept)
     summaries = [summarise(store, trail, trails) for trail in trails]
-    files = [folder / name for name in ("report.html", "summary.json", "frontier.png")]
-    write_report(files[0], store, kept.title, trails, summaries, kept.notes)
-    write_summary(files[1], summaries)
-    frontier_figure(summaries).savefig(files[2], dpi=150)
+    files = [folder / "summary.json"]
+    write_summary(files[0], summaries)
     cards = [(t, s) for t, s in zip(trails, summaries, strict=True) if has_card(t)]
     for (trail, summary), name in zip(cards, _card_names([trail for trail, _ in cards]), strict=True):
         files.append(folder / name)

@@ -1,36 +1,127 @@
 """What was kept over several targets, joined from the artifacts of their stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from cfsd.artifact import Artifact, Store
 from cfsd.continual import Continual, Stability, continual, stability
-from cfsd.forgetting import BenchmarkForgetting, difference_per_token
-from cfsd.summary import Trail, benchmark_of, table
+from cfsd.forgetting import FRACTION, NATS, Figure, difference_per_token, paired_share_difference
+from cfsd.sequence_gaps import Gap, gaps_of
+from cfsd.summary import Scores, Summary, Trail, benchmark_of, summarise, table
 
-Scored = Mapping[tuple[int, str], Artifact]  # (stage, target) -> held-out responses; stage 0 is the base
+Scored = Sequence[Sequence[Artifact]]  # held-out responses by stage, 0 being the first base, and target
+
+LEARNED = (
+    "held-out loss of target t before its own stage minus after it, R[t, t] - R[t-1, t]: positive = learned, paired "
+    "by row."
+)
+CHANGED = "R[T, j] - R[j, j]: what became of target j after its own stage, positive = better, paired by row."
+OF_BASE = (
+    "Every model against the first base; each stage's own report compares it with the model before it. probe_kl here: "
+    "the divergence KL(first base || model after stage t) on text that the first base wrote unprompted."
+)
 
 
-def kept_of_targets(store: Store, targets: Sequence[str], scored: Scored) -> Continual:
-    """Return the R matrix of held-out losses, in nats per token, and what is read from it."""
-    last = len(targets)
-    losses = [[float(str(scored[stage, name].facts["loss"])) for name in targets] for stage in range(last + 1)]
-    changes = []
-    for stage, name in enumerate(targets[:-1], 1):
-        own, final = (table(store, scored[at, name], "responses") for at in (stage, last))
-        counts = own["count"].to_numpy(float)
-        changes.append(difference_per_token(own["nll"].to_numpy(), final["nll"].to_numpy(), counts, seed=0))
-    return continual(targets, np.array(losses), higher_is_better=False, unit="nats/token", changes=changes)
+class Measured(BaseModel):
+    """What was measured over a sequence beside the trails of its stages.
+
+    `scored`: T+1 stages by T targets. `probes`: divergence from the first base on its own probe, stages 1 to T.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    scored: tuple[tuple[Artifact, ...], ...]
+    probes: tuple[Artifact, ...]
+
+
+class Remains(BaseModel):
+    """What a sequence of T targets learned and what is left of it; a figure per target, or per stage from 1 on.
+
+    `learned`, `changed` (one less: not of the last target): nats per token. `exact`: the R matrix of shares answered
+    exactly. `since_base`: every stage against the first base; no target in it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    losses: Continual
+    exact: Continual
+    learned: tuple[Figure, ...]
+    changed: tuple[Figure, ...]
+    benchmarks: tuple[Stability, ...]
+    since_base: tuple[Summary, ...]
+    gaps: tuple[Gap, ...]
+
+
+def remains_of(store: Store, trails: Sequence[Trail], stages: Sequence[Summary], measured: Measured) -> Remains:
+    """Return what is left of the earlier targets and of the first base; `stages` are the summaries of `trails`."""
+    scored, last = measured.scored, len(trails)
+    changed = tuple(_fall(store, scored[j + 1][j], scored[last][j]) for j in range(last - 1))
+    names = [trail.name for trail in trails]
+    return Remains(
+        losses=continual(names, _facts(scored, "loss"), higher_is_better=False, unit=NATS, changes=changed),
+        exact=_exact(store, names, scored),
+        learned=tuple(_fall(store, scored[t][t], scored[t + 1][t]) for t in range(last)),
+        changed=changed,
+        benchmarks=tuple(kept_of_benchmarks(store, trails)),
+        since_base=tuple(summarise(store, trail) for trail in since_the_base(trails, measured)),
+        gaps=tuple(gaps_of(stages)),
+    )
+
+
+def _exact(store: Store, names: Sequence[str], scored: Scored) -> Continual:
+    last = len(names)
+    changes = [
+        paired_share_difference(_right(store, scored[j + 1][j]), _right(store, scored[last][j]))
+        for j in range(last - 1)
+    ]
+    return continual(names, _facts(scored, "accuracy"), higher_is_better=True, unit=FRACTION, changes=changes)
+
+
+def _facts(scored: Scored, fact: str) -> Any:
+    return np.array([[float(str(artifact.facts[fact])) for artifact in row] for row in scored])
+
+
+def _right(store: Store, scores: Artifact) -> Any:
+    rows = table(store, scores, "responses")
+    return (rows["correct"] == rows["count"]).to_numpy()
+
+
+def _fall(store: Store, before: Artifact, after: Artifact) -> Figure:
+    """Return by how much the loss fell, in nats per token, paired by row."""
+    first, second = (table(store, scores, "responses") for scores in (before, after))
+    counts = first["count"].to_numpy(float)
+    return difference_per_token(first["nll"].to_numpy(), second["nll"].to_numpy(), counts, seed=0)
 
 
 def kept_of_benchmarks(store: Store, trails: Sequence[Trail]) -> list[Stability]:
     """Return how each benchmark of the first base held through the stages that `trails` are of."""
+    before = _general(trails)
     return [
-        stability([_since_the_base(store, trails[0], trail, n) for trail in trails])
-        for n in trails[0].before.benchmarks
+        stability([benchmark_of(store, trail.model_copy(update={"before": before}), name) for trail in trails])
+        for name in before.benchmarks
     ]
 
 
-def _since_the_base(store: Store, first: Trail, trail: Trail, name: str) -> BenchmarkForgetting:
-    return benchmark_of(store, trail.model_copy(update={"before": first.before}), name)
+def since_the_base(trails: Sequence[Trail], measured: Measured) -> list[Trail]:
+    """Return each stage as a trail that starts from the first base, with what is compared with it."""
+    before, base = _general(trails), trails[0].artifacts["base"]
+    return [
+        Trail(
+            name=f"after {trail.name}",
+            artifacts={"base": base, "final": trail.artifacts["final"], "probe": trails[0].artifacts["probe"]},
+            before=before,
+            after=Scores(benchmarks=trail.after.benchmarks, texts=trail.after.texts, probe=probe),
+        )
+        for trail, probe in zip(trails, measured.probes, strict=True)
+    ]
+
+
+def _general(trails: Sequence[Trail]) -> Scores:
+    """Return the first base's scores on what every stage was measured on; a target may bring benchmarks of its own."""
+    first = trails[0].before
+    benchmarks = {n: a for n, a in first.benchmarks.items() if all(n in trail.after.benchmarks for trail in trails)}
+    texts = {n: a for n, a in first.texts.items() if all(n in trail.after.texts for trail in trails)}
+    return Scores(benchmarks=benchmarks, texts=texts)

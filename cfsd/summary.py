@@ -69,6 +69,8 @@ class Summary(BaseModel):
     mean_forgetting: dict[str, Any] | None
     benchmarks: dict[str, dict[str, Any]]
     target_divergence: dict[str, Any] | None = None  # KL(base || tuned) on held-out responses, given their prompts
+    answers: dict[str, dict[str, dict[str, Any]]] = {}  # per benchmark with written ones and role: how they ended
+    evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
@@ -84,6 +86,7 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
 
     Among `trails`, those of the same comparison, is the plain variant that a budget's cost is counted against.
     """
+    from cfsd.answer_endings import answers_of
     from cfsd.budget import budget_of
     from cfsd.discoveries import controlled
     from cfsd.forgetting import mean_forgetting
@@ -100,6 +103,7 @@ def summarise(store: Store, trail: Trail, trails: Sequence[Trail] = ()) -> Summa
         texts={name: _text(store, trail, name) for name in trail.before.texts},
         mean_forgetting=mean.model_dump() if mean else None,
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in benchmarks},
+        **answers_of(trail.before.benchmarks, trail.after.benchmarks),
         corpus_warnings=_corpus_warnings(trail),
         stability_gap=stability_gap(store, trail),
         training=training_of(store, trail),

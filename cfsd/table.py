@@ -73,6 +73,9 @@ def unit_of(benchmark: dict[str, Any]) -> Unit:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
+ENDINGS = {"at_limit": "answers at the length limit", "unfinished": "reasoning unfinished"}
+
+
 class Line(NamedTuple):
     """One row of the table, as text; `marks` says per variant "worse", "better" or nothing for certain."""
 
@@ -102,7 +105,7 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
         _power_of_means(summaries),
     ]
     for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
-        found += _benchmark(name, summaries)
+        found += [*_benchmark(name, summaries), *_answers(name, summaries)]
     for name in dict.fromkeys(name for s in summaries for name in s.texts):
         found += _text(name, summaries)
     return [line for line in found if any(line.cells)]
@@ -128,10 +131,11 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
     unit = unit_of(first)
     pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]
     metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
+    lower = "" if first.get("higher_is_better", True) or first.get("perplexity_factor") else ", lower is better"
     changes = ["" if entry is None else change_of(entry) for entry in entries]
     lost = _figures(f"  lost, {unit.lost}", [r["forgetting"] if r else None for r in results], unit.factor)
     return [
-        _scores(f"{name}: {metric}{unit.score}", pairs, unit.factor),
+        _scores(f"{name}: {metric}{unit.score}{lower}", pairs, unit.factor),
         lost._replace(marks=["" if change == "unsettled" else change for change in changes]),
         _power(
             unit,
@@ -139,6 +143,16 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
             [change == "unsettled" for change in changes],
         ),
     ]
+
+
+def _answers(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return what share of the written answers reached the length limit, or never came out of their reasoning."""
+    found = [s.answers.get(name, {}) for s in summaries]
+    pairs = {
+        label: [(a.get("base", {}).get(fact), a.get("tuned", {}).get(fact)) for a in found]
+        for fact, label in ENDINGS.items()
+    }
+    return [_scores(f"{label}, %", shares, POINTS)._replace(is_part=True) for label, shares in pairs.items()]
 
 
 def _text(name: str, summaries: list[Summary]) -> list[Line]:

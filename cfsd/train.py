@@ -71,6 +71,12 @@ class TrainRequest(BaseModel):
     machine: Machine
 
 
+def check_sharding(spec: TrainSpec, machine: Machine) -> None:
+    """Raise BadInput where `machine` would shard what cannot be sharded."""
+    if machine.resolved_sharding() == "shard" and spec.methods.lora.is_on():
+        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")
+
+
 def train(request: TrainRequest, draft: Draft) -> None:
     """Write the tuned model as a whole transformers folder. Continues from the draft's last whole checkpoint.
 
@@ -79,8 +85,7 @@ def train(request: TrainRequest, draft: Draft) -> None:
     from cfsd.checkpoint import release_models
     from cfsd.process import run_in_process
 
-    if request.machine.resolved_sharding() == "shard" and request.spec.methods.lora.is_on():
-        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")
+    check_sharding(request.spec, request.machine)
     release_models()
     processes = request.machine.resolved_training_processes()
     draft.facts |= run_in_process("cfsd.train", draft.folder, request.model_dump_json(), processes)

@@ -153,22 +153,26 @@ class RehearsalTrainer(Trainer):
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite at step {step}; lower train.learning_rate")
         self.clipped += norm > self.args.max_grad_norm
+        self._watch(step)  # before a checkpoint of this step is written: it must hold that the training ends here
         kept = {f"{STATE}{name}": value for name, value in self._kept().items()}
         super().log(logs | kept, start_time)
         shared = {"train/gradient_norm": norm, "train/learning_rate": logs["learning_rate"]}
         if self.args.should_save:
             self.journal.metrics(step, self.figures | shared | {"train/clipped_steps": self.clipped})
             self.journal.progress(step, self.state.max_steps, "steps")
-        self._watch(step)
 
     def _kept(self) -> dict[str, float]:
-        return {"clipped": self.clipped, **self.controller.state()}
+        stopped = {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
+        return {"clipped": self.clipped, **stopped, **self.controller.state()}
 
     def continue_from(self, checkpoint: Path) -> None:
         """Take over what `log` kept in the last entry of the checkpoint's log."""
         entry = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][-1]
         kept = {name.removeprefix(STATE): value for name, value in entry.items() if name.startswith(STATE)}
         self.clipped = int(kept.pop("clipped"))
+        if "stopped_at" in kept:  # without more batches, as transformers takes a step before it looks at max_steps
+            self.stopped_at = self.args.max_steps = int(kept.pop("stopped_at"))
+            del self.data.plan[self.stopped_at :]
         self.controller.restore(kept)
 
     def _watch(self, step: int) -> None:

@@ -17,7 +17,7 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
     bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
     sharded = machine.resolved_sharding() == "shard"
     kernels = device == "cuda" and is_liger_kernel_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=SCHEDULES[spec.schedule],
@@ -45,3 +45,5 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process that sees several GPUs would get nn.DataParallel
+    return arguments

@@ -10,7 +10,7 @@ from cfsd.artifact import Artifact, Store
 from cfsd.batches import GlobalBatch, plan_batches
 from cfsd.errors import BadInput
 from cfsd.mixture import MixtureRows
-from cfsd.packs import Counts, Pack, counts_of, packs_of
+from cfsd.packs import Counts, Pack, packs_of
 from cfsd.stored_laws import StoredLaws, lay_out
 from cfsd.train import TrainRequest, TrainSpec
 
@@ -34,6 +34,7 @@ class Batches(Dataset[Share]):
         self.rows, self.plan, self.laws = rows, plan, laws
         self.most_tokens, self.rank, self.world = most_tokens, rank, world
         self.first_rehearsal_row = rows.first_rehearsal_row()
+        self.counts = _counts(rows, plan)
 
     def __len__(self) -> int:
         """Return the number of optimizer steps."""
@@ -50,19 +51,29 @@ class Batches(Dataset[Share]):
         share = packs[self.rank :: self.world]
         if len(share) < -(-len(packs) // self.world):  # a rank without a pack would leave the others waiting
             share.append(packs[0].without_loss())
-        return Share(share, counts_of(rows, fresh), batch.views)
+        return Share(share, self.counts[step], batch.views)
 
     def facts(self, steps: int) -> dict[str, Any]:
         """Return what the first `steps` steps read."""
-        lengths, supervised = self.rows.lengths(), self.rows.supervised_tokens()
-        parts = {"target_tokens": 0, "rehearsal_tokens": 0, "tokens": 0}
-        views = 0
-        for batch in self.plan[:steps]:
-            parts["target_tokens"] += sum(supervised[i] for i in batch.target)
-            parts["rehearsal_tokens"] += sum(supervised[i] for i in batch.rehearsal)
-            parts["tokens"] += sum(lengths[i] for i in (*batch.target, *batch.rehearsal))
-            views = max(views, *(seen + 1 for seen in batch.views), 0)
-        return {"steps": steps, **parts, "most_row_views": views}
+        counts = self.counts[:steps]
+        return {
+            "steps": steps,
+            "target_tokens": sum(count.target for count in counts),
+            "rehearsal_tokens": sum(count.rehearsal for count in counts),
+            "tokens": sum(count.tokens for count in counts),
+            "most_row_views": max((seen + 1 for batch in self.plan[:steps] for seen in batch.views), default=0),
+        }
+
+
+def _counts(rows: MixtureRows, plan: list[GlobalBatch]) -> list[Counts]:
+    lengths, supervised = rows.lengths(), rows.supervised_tokens()
+    counts = []
+    for batch in plan:
+        target, rehearsal = ([supervised[i] for i in part] for part in (batch.target, batch.rehearsal))
+        fresh = sum(count for count, seen in zip(rehearsal, batch.views, strict=True) if not seen)
+        tokens = sum(lengths[i] for i in (*batch.target, *batch.rehearsal))
+        counts.append(Counts(sum(target), sum(rehearsal), fresh, tokens))
+    return counts
 
 
 def batches_of(

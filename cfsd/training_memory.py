@@ -204,7 +204,7 @@ def choices(shapes: Shapes, gpus: int, bytes_each: float, load: Load | None = No
     ways = [
         (name, asked._replace(lora_rank=rank, sharded=sharded, checkpointing=checkpointing))
         for name, rank in (("all weights", 0), ("LoRA 16", 16))
-        for sharded in ((False, True) if gpus > 1 else (False,))
+        for sharded in ((False, True) if gpus > 1 and not rank else (False,))  # cfsd.train refuses LoRA in shards
         for checkpointing in (False, True)
     ]
     found = []

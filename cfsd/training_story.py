@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 from cfsd.artifact import Artifact, Store
 from cfsd.journal import read_metrics
+from cfsd.quantities import FRACTION, NATS
 from cfsd.summary import Summary, Trail
 from cfsd.table import POINTS, sweep_of, variant_of
 
-NATS = "nats/token"
-FRACTION = "fraction"
 WATCH = "watch/"
 CURVE_POINTS = 150  # a longer curve is averaged over neighbouring steps
 LOSS_WORDS = ("loss", "perplexity", "nll", "bits", "brier")  # in the name of a metric that is better when lower
@@ -62,7 +61,25 @@ def training_of(store: Store, trail: Trail) -> dict[str, Any] | None:
         return None  # a model that came from outside
     costs = {name: tuned.facts[name] for name in COST_FACTS if tuned.facts.get(name) is not None}
     alone = {step.artifact.key: step.seconds for step in trail.steps}
-    return {"seconds": float(store.manifest(tuned)["seconds"]), "seconds_of_all_steps": sum(alone.values()), **costs}
+    return {
+        "seconds": float(store.manifest(tuned)["seconds"]), "seconds_of_all_steps": sum(alone.values()), **costs,
+        **_weights(store, trail),
+    }  # fmt: skip
+
+
+def _weights(store: Store, trail: Trail) -> dict[str, float]:
+    """Return λ as it ended: of token means, as we train, and of whole strings, as in the paper's formula.
+
+    Source: Bansal and Sanghavi 2025, arXiv:2505.13811, whose sum is over strings. `string_weight` = λ x mean
+    target tokens of a row / mean rehearsal tokens of a row.
+    """
+    mixture = trail.artifacts.get("mixture")
+    last = list(metrics_of(store, trail.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())[-1:]
+    if not last or mixture is None or not mixture.facts.get("rehearsal_tokens"):
+        return {}
+    facts: dict[str, Any] = mixture.facts
+    target, rehearsal = (facts[f"{source}_tokens"] / facts[f"{source}_rows"] for source in ("target", "rehearsal"))
+    return {"rehearsal_weight": last[0], "string_weight": last[0] * target / rehearsal}
 
 
 def stability_gap(store: Store, trail: Trail) -> dict[str, dict[str, Any]] | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 
 class Collector(logging.Handler):
@@ -42,7 +42,7 @@ def seeded(device: torch.device, python_seed: int, other_seed: int) -> Iterator[
 
 
 @contextmanager
-def mode_kept(model: PreTrainedModel) -> Iterator[None]:
+def mode_kept(model: nn.Module) -> Iterator[None]:
     """Put the model back into training or evaluation mode, whichever it was in."""
     was_training = model.training
     try:

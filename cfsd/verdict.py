@@ -58,14 +58,16 @@ def _worse_at(variants: dict[str, list[Summary]]) -> list[str]:
 
 
 def warnings(summaries: list[Summary]) -> list[str]:
-    """Return a line per way in which a corpus is not the base model's own law, and per training cut short."""
+    """Return a line per way in which a corpus is not the base's own law, training cut short, or doubtful score."""
     found: dict[str, dict[str, None]] = {}
     for summary in summaries:
         for warning in summary.corpus_warnings:
             found.setdefault(warning, {})[variant_of(summary.name)] = None
     stopped = [(s.name, step) for s in summaries if (step := (s.training or {}).get("stopped_at_step")) is not None]
     hurried = [(s.name, s.training["steps"]) for s in summaries if s.budget and s.training and _few_steps(s.training)]
+    doubts = dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings)
     return [
+        *(f"Warning: {doubt}." for doubt in doubts),
         *(f"Warning: the corpus of {quoted(names)} is {warning}." for warning, names in found.items()),
         *(
             f"Warning: the training of “{name}” was stopped at step {step} (watch.stop_above)."

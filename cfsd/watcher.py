@@ -20,6 +20,7 @@ from cfsd.score import score
 from cfsd.scoring import score_given
 from cfsd.token_loss import Stored
 from cfsd.train import TrainRequest
+from cfsd.undisturbed import mode_kept
 
 TOP = 256  # of the base's law at each watched token; the rest as drawn: unbiased, and nearly the whole sum
 MEASURED = RehearsalSpec(loss="kl")
@@ -41,10 +42,9 @@ class Watcher:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return the figures of `model` as it is now; its mode and all random states stay as they are."""
-        training = model.training
         scored: Any = model
-        model.eval()
-        try:
+        with mode_kept(model):
+            model.eval()
             figures = {"watch/probe_kl": self._divergence(model)}
             if self.held_out:
                 records = score_responses(scored, self.held_out, self.most_tokens, lambda done: None)
@@ -52,8 +52,6 @@ class Watcher:
             for benchmark in self.watched.benchmarks:
                 facts = score(scored, self.tokenizer, benchmark, most_tokens=self.most_tokens).facts
                 figures[f"watch/{benchmark.name}/{facts['metric']}"] = float(facts["score"])
-        finally:
-            model.train(training)
         return figures
 
     def _divergence(self, model: nn.Module) -> float:

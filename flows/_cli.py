@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -40,7 +41,7 @@ class Until(StrEnum):
 
 
 def start(command: Callable[..., None]) -> None:
-    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted or told to end."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -51,6 +52,7 @@ def start(command: Callable[..., None]) -> None:
         except CfsdError as error:
             _fail(str(error), 2 if isinstance(error, BadInput) else 1)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption ends it as Ctrl-C does
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)
     app()
@@ -173,7 +175,7 @@ def continual_command(
         check(recipe, on, story)
     with prefect_server():
         trails = continual(loaded, on)
-    show(loaded.recipe.name, trails)
+    show_files(loaded.recipe.name, trails)
 
 
 def regress_command(
@@ -200,10 +202,12 @@ def regress_command(
     from flows._plan import check
     from flows._temporary_server import prefect_server
     from flows.mitigate import story
-    from flows.regress import CANNOT_TELL, GotWorse, known_baseline, regress
+    from flows.regress import CANNOT_TELL, GotWorse, check_measured, known_baseline, regress
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    known_baseline(loaded, baseline, needed=not update_baseline)
+    known = known_baseline(loaded, baseline, needed=not update_baseline)
+    if known and not update_baseline:
+        check_measured(known, loaded)
     if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
         raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
     check(loaded, on, story)
@@ -234,7 +238,7 @@ def measure_command(
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
-    from cfsd.benchmark_files import names_in
+    from cfsd.benchmark_files import files_in, names_in, read
     from cfsd.checkpoint import Checkpoint
     from cfsd.evaluate import EvaluateSpec
     from cfsd.generate import ProbeSpec
@@ -244,6 +248,8 @@ def measure_command(
     if benchmarks is not None:
         if not benchmarks.is_dir():
             _fail(f"--benchmarks {benchmarks} is not a folder; give one that holds lm-eval YAML files", 2)
+        for path in files_in(benchmarks):
+            read(path)  # a file with a mistake is named, not left out
         if not (names := names_in(benchmarks)):
             _fail(f"--benchmarks {benchmarks} holds no benchmark; give a folder of lm-eval YAML files with `task:`", 2)
         named += [{"name": name, "folder": str(benchmarks)} for name in names]
@@ -274,7 +280,7 @@ def measure_command(
 
 
 def show(title: str, trails: list[Trail]) -> None:
-    """Print the table, the report's path, how to open the pages and, last, the path of summary.json."""
+    """Print the table and `show_files`."""
     from cfsd.verdict import print_summary
     from flows._conclude import report_folder
 
@@ -282,10 +288,16 @@ def show(title: str, trails: list[Trail]) -> None:
     found = json.loads((folder / "summary.json").read_text())["variants"]
     summaries = [Summary(name=name, **content) for name, content in found.items()]
     print_summary(summaries, console)
-    final = trails[-1].artifacts["final"]
+    show_files(title, trails)
+
+
+def show_files(title: str, trails: list[Trail]) -> None:
+    """Print the last model's and the report's path, how to open the pages and, last, the path of summary.json."""
     from cfsd.artifact import Store
     from cfsd.machine import home
+    from flows._conclude import report_folder
 
+    folder, final = report_folder(title, trails), trails[-1].artifacts["final"]
     console.print(f"model    {Store(home()).path(final)}")
     console.print(f"report   {folder / 'report.html'}")
     console.print("compare runs in the browser (Prefect and MLflow): make up")

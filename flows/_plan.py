@@ -12,6 +12,7 @@ from cfsd.estimate import GIB, Estimate, disk_bytes, estimate, parameters_of
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
 from cfsd.summary import Trail
+from cfsd.train import check_sharding
 from tasks._cluster import check_cluster
 from tasks._stage import Planned, planning
 
@@ -58,6 +59,7 @@ def check(recipe: Recipe, machine: Machine, story: Story) -> None:
     """Raise BadInput for whatever can be told to be wrong before anything runs, a disk too small included."""
     recipe.check()
     check_cluster(machine)
+    check_sharding(recipe.train, machine)
     steps, (base, _) = walk(recipe, machine, story)
     if all(step.cached for step in steps):
         return

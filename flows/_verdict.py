@@ -6,25 +6,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cfsd.baseline import Baseline, provenance
+from cfsd.baseline import Baseline, other_documents, provenance
+from cfsd.baseline_figures import Measured
 from cfsd.gate import Finding, Judgement
 from cfsd.recipe import Recipe
 from tasks import record
 
 RESEEDED = ("generate", "select", "mix", "train")  # all that is random after the documents are chosen
 SLOWER = 1.5  # times the baseline's slowest training, from where on it is said
+SHOWN, CONTEXT = 60, 20  # characters of a changed field; of them, before the change
 WORDS = {"fail": "FAIL", "pass": "PASS", "cannot tell": "CANNOT TELL"}
 
 
-def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], others: Sequence[str]) -> list[str]:
+def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], run: dict[str, Measured]) -> list[str]:
     """Return what readers of the verdict must know, none of which decides it."""
     notes = [f"changed in the recipe: {change}" for change in changes(known, recipe)]
     now = provenance(recipe).versions
     notes += [
         f"{name} is {now[name]}, was {was}" for name, was in known.provenance.versions.items() if now.get(name) != was
     ]
-    if others:
+    if others := other_documents(known, run):
         notes.append(f"not on the documents of the baseline, so less sharp: {', '.join(others)}")
+    if new := sorted(set(run) - set(known.figures)):
+        notes.append(f"not guarded, as the baseline does not know it: {', '.join(new)} (--update-baseline)")
     before, after = max(known.training_seconds, default=0.0), statistics.fmean(seconds)
     if before and after > SLOWER * before:
         notes.append(f"slower: training took {after:.0f} s, at most {before:.0f} s in the baseline (only a warning)")
@@ -36,7 +40,14 @@ def changes(known: Baseline, recipe: Recipe) -> list[str]:
     before, after = (record.flattened(content) for content in (_as_now(known.recipe), recipe.model_dump(mode="json")))
     skip = {"name", "seed"} | {f"{part}.seed" for part in RESEEDED}
     names = [name for name in {**before, **after} if name not in skip and before.get(name) != after.get(name)]
-    return [f"{name}: {before.get(name, 'absent'):.60} -> {after.get(name, 'absent'):.60}" for name in names]
+    return [f"{name}: {_apart(before.get(name, 'absent'), after.get(name, 'absent'))}" for name in names]
+
+
+def _apart(before: str, after: str) -> str:
+    """Return both, long ones from a little before where they begin to differ."""
+    at = next((i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), SHOWN)
+    first = max(0, at - CONTEXT) if max(len(before), len(after)) > SHOWN else 0
+    return " -> ".join(("…" if first else "") + text[first:][:SHOWN] for text in (before, after))
 
 
 def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:

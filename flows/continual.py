@@ -3,21 +3,22 @@
 python -m flows.continual deployments/recipes/tiny-sequence.yaml
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from cfsd.artifact import Artifact, Store
-from cfsd.continual import Continual, Stability
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
+from cfsd.sequence_figures import Measured
 from cfsd.summary import Trail
 from cfsd.target_sequence import TargetSequence, trained_on
-from flows._conclude import conclude, report_folder
+from flows._conclude import report_folder
 from flows.mitigate import mitigate
 from tasks import record
-from tasks.evaluate import Role, evaluate_target
+from tasks.evaluate import Role, evaluate_probe, evaluate_target
 
 ROLES: tuple[Role, Role] = ("base", "tuned")
 
@@ -28,13 +29,7 @@ def continual(sequence: TargetSequence, machine: Machine = Machine()) -> list[Tr
     title = sequence.recipe.name
     with record.comparison(title) as run_id:
         trails = stages(sequence, machine)
-        targets, general = measured(trails, sequence.recipe, machine)
-        conclude(title, trails, [run_id], notes=told(targets))
-        file = written(report_folder(title, trails), title, targets, general)
-        record.conclusion(run_id, None, [file, file.with_suffix(".json")])
-        text = file.read_text()
-        create_markdown_artifact(text, key=f"{file.parent.name}-continual")
-        record.say(text)
+        conclude_sequence(title, trails, measured(trails, sequence.recipe, machine), run_id)
     return trails
 
 
@@ -47,45 +42,38 @@ def stages(sequence: TargetSequence, machine: Machine) -> list[Trail]:
     return trails
 
 
-def measured(trails: list[Trail], recipe: Recipe, machine: Machine) -> tuple[Continual, list[Stability]]:
-    """Score every stage's model on every target's held-out rows; stage 0 is the first base."""
-    from cfsd.sequence_figures import kept_of_benchmarks, kept_of_targets
-
-    models = [trails[0].artifacts["base"], *(trail.artifacts["final"] for trail in trails)]
-    scored: dict[tuple[int, str], Artifact] = {}
-    for stage, model in enumerate(models):
-        for trail in trails:
-            target, role = trail.artifacts["target"], ROLES[bool(stage)]
-            scored[stage, trail.name] = evaluate_target(model, target, recipe.evaluate.held_out_rows, role, machine)
-    store = Store(home())
-    return kept_of_targets(store, [trail.name for trail in trails], scored), kept_of_benchmarks(store, trails)
-
-
-def told(targets: Continual) -> list[str]:
-    """Return the figures in a line each, for the report."""
-    from cfsd.table import shown
-
-    lines = [
-        f"{name.replace('_', ' ')} over {len(targets.targets)} targets: {shown(figure.model_dump())} {targets.unit} "
-        f"({targets.definitions[name]})"
-        for name in ("backward_transfer", "average_forgetting")
-        if (figure := getattr(targets, name))
-    ]
-    return [*lines, "Each variant here is a stage: its base is the model of the stage before."]
+def measured(trails: list[Trail], recipe: Recipe, machine: Machine) -> Measured:
+    """Score every stage's model on every target's held-out rows and on the first base's probe; stage 0 is that base."""
+    base, probe = (trails[0].artifacts[role] for role in ("base", "probe"))
+    models = [trail.artifacts["final"] for trail in trails]
+    rows = recipe.evaluate.held_out_rows
+    return Measured(
+        scored=tuple(
+            scored(model, trails, rows, ROLES[stage > 0], machine) for stage, model in enumerate([base, *models])
+        ),
+        probes=tuple(evaluate_probe(base, model, probe, machine) for model in models),
+    )
 
 
-def written(folder: Path, title: str, targets: Continual, general: list[Stability]) -> Path:
-    """Write continual.md and continual.json; return the first."""
-    from cfsd.content import write_json
-    from cfsd.continual import described
+def scored(
+    model: Artifact, trails: Sequence[Trail], rows: int | None, role: Role, machine: Machine
+) -> tuple[Artifact, ...]:
+    """Score one model on every target."""
+    return tuple(evaluate_target(model, trail.artifacts["target"], rows, role, machine) for trail in trails)
 
-    file = folder / "continual.md"
-    figures: list[Continual | Stability] = [targets, *general]
-    text = "\n\n".join(f"```\n{described(found)}\n```" for found in figures)
-    file.write_text(f"# {title}: targets in turn\n\n{text}\n")
-    content = {"targets": targets.model_dump(mode="json"), "benchmarks": [s.model_dump(mode="json") for s in general]}
-    write_json(file.with_suffix(".json"), content)
-    return file
+
+def conclude_sequence(title: str, trails: list[Trail], found: Measured, run_id: str | None) -> Path:
+    """Write the page of the sequence and its figures, and show them where people look; return the page."""
+    from cfsd.report_files import Kept
+    from cfsd.sequence_files import described_sequence, write_sequence_files
+
+    folder = report_folder(title, trails)
+    remains, files = write_sequence_files(folder, Store(home()), Kept(title=title, trails=tuple(trails)), found)
+    record.conclusion(run_id, None, files)
+    text = described_sequence(title, remains)
+    create_markdown_artifact(text, key=f"{folder.name}-continual")
+    record.say(text)
+    return files[0]
 
 
 if __name__ == "__main__":

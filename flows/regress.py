@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from cfsd.artifact import Store
-from cfsd.baseline import Baseline, baseline_of, guarded, other_documents, read_baseline, with_margins, write_baseline
+from cfsd.baseline import Baseline, baseline_of, guarded, read_baseline, with_margins, write_baseline
 from cfsd.baseline_figures import measured
 from cfsd.errors import BadInput, CfsdError
 from cfsd.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
@@ -54,6 +54,8 @@ def regress(
     a file or `champion`; the champion is followed by what passed.
     """
     known = known_baseline(recipe, baseline, needed=not update_baseline)
+    if known and not update_baseline:
+        check_measured(known, recipe)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with record.comparison(title) as run_id:
@@ -69,7 +71,7 @@ def regress(
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
             return _told(title, trails, run_id, _kept(made, baseline, recipe, trails, run_id), listed(made))
         judgement = judge(guarded(known, runs))
-        notes = warnings(known, recipe, seconds, other_documents(known, runs[0]))
+        notes = warnings(known, recipe, seconds, runs[0])
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
             heir = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
@@ -90,6 +92,12 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
         return known
     file = baseline_file(recipe, given)
     return read_baseline(file) if needed or file.is_file() else None
+
+
+def check_measured(known: Baseline, recipe: Recipe) -> None:
+    """Raise BadInput, before anything runs, if the baseline guards what the recipe does not measure."""
+    benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
+    known.check_measured({"target_gain", "probe_kl"} | benchmarks)
 
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:

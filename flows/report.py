@@ -20,12 +20,16 @@ def report_command(
 ) -> None:
     """Make the pages of a run again: report, summary.json, figure and model cards."""
     from cfsd.report_files import only_corpora, read_kept, write_corpus_files, write_files
+    from cfsd.sequence_files import read_measured, write_sequence_files
 
-    kept, store = read_kept(folder), Store(data_folder())
-    if only_corpora(kept):
-        print(write_corpus_files(to or folder, store, kept))
-        return
-    for file in write_files(to or folder, store, kept)[1]:
+    kept, store, measured = read_kept(folder), Store(data_folder()), read_measured(folder)
+    if measured:
+        files = write_sequence_files(to or folder, store, kept, measured)[1]
+    elif only_corpora(kept):
+        files = [write_corpus_files(to or folder, store, kept)]
+    else:
+        files = write_files(to or folder, store, kept)[1]
+    for file in files:
         print(file)
 
 

@@ -105,3 +105,12 @@ def test_rows_are_helpful_about_columns(run: Run, recipe_file: Path, tmp_path: P
     rows = write_rows(tmp_path / "more.jsonl")
     done = run("mitigate", recipe_file, "--set", f"target.path={rows}", "--set", "target.response={answer}")
     assert done.returncode == 2 and "its columns are 'prompt', 'response'" in done.stderr
+
+
+def test_a_folder_with_a_broken_benchmark_is_not_measured_without_it(
+    run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "good.yaml").write_text("task: good\n")
+    (tmp_path / "bad.yaml").write_text("task: bad\nmetric_list: [\n")
+    done = run("measure", model_folder, model_folder, "--benchmarks", tmp_path)
+    assert done.returncode == 2 and "bad.yaml, line" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,18 +10,21 @@ import pytest
 from cfsd.baseline import (
     MEAN,
     Baseline,
+    as_text,
     baseline_of,
     commit_here,
     guarded,
     other_documents,
+    parsed,
     read_baseline,
     write_baseline,
 )
-from cfsd.baseline_figures import FRACTION, NATS, Measured
+from cfsd.baseline_figures import FRACTION, NATS, Measured, measured
 from cfsd.errors import BadInput
 from cfsd.gate import judge
 from cfsd.recipe import Recipe
 from tests.conftest import ROOT
+from tests.test_report import World
 
 DOCUMENTS = 60
 Run = dict[str, Measured]
@@ -115,3 +119,31 @@ def test_the_committed_ones_are_of_the_recipes_they_name() -> None:
         baseline = read_baseline(file)
         Recipe.model_validate(baseline.recipe)
         assert file.stem == baseline.name and len(baseline.seeds) >= 5
+
+
+def test_the_last_bits_of_scores_do_not_make_other_documents(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    trail = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
+    elsewhere = trail.model_copy(
+        update={"before": trail.before.model_copy(update={"target": world.responses("base", 2.000001, 1)})}
+    )
+    other = trail.model_copy(update={"artifacts": trail.artifacts | {"target": trail.artifacts["mixture"]}})
+    here, there, others = (measured(world.store, t)["target_gain"] for t in (trail, elsewhere, other))
+    assert here.documents == there.documents != others.documents and here.value != there.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"figures": {}}, "at least 1 item"),
+        ({"version": 2}, "version"),
+        ({"seeds": [0, 1, 2, 3, 4, 5]}, "5 values for 6 seeds"),
+        ({"figures": "without half"}, "made of forgetting/half"),
+    ],
+)
+def test_what_was_edited_to_pieces_is_refused(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
+    content = json.loads(as_text(made(recipe)))
+    if changes.get("figures"):
+        changes = {"figures": {name: f for name, f in content["figures"].items() if name != "forgetting/half"}}
+    with pytest.raises(BadInput, match=f"(?s){message}.*--update-baseline"):
+        parsed(json.dumps(content | changes), "b.json")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cfsd.changed_answers import MOST, Changed, changed_answers
-from cfsd.summary import Scores, Trail
+from cfsd.summary import Scores, Trail, summarise
+from cfsd.table import lines_of
 from tests.test_report import BENCHMARKS, World, report_of
 
 
@@ -71,3 +72,15 @@ def test_the_page_counts_them_folds_most_and_puts_the_answers_side_by_side(world
     (side,) = [part for part in html.split('<div class="sides">') if "damaged says 0.0 (first)" in part][:1]
     assert side.index("base says 1.0 (first)") < side.index("damaged says 0.0 (first)")
     assert html.count('<div class="sides">') == 2 * MOST
+
+
+def test_of_errors_the_lower_is_right(world: World) -> None:
+    trail = only(world, 9, 13)
+    facts = {"higher_is_better": False}
+    scores = [s.benchmarks["cap"] for s in (trail.before, trail.after)]
+    turned = [Scores(benchmarks={"cap": a.model_copy(update={"facts": a.facts | facts})}) for a in scores]
+    (lost,) = changed(world, trail.model_copy(update={"before": turned[0], "after": turned[1]}))["cap"].directions
+    assert (lost.name, lost.words, lost.total) == ("worse", "right → wrong", 4)
+    assert (lost.items[0].base.mark, lost.items[0].tuned.mark) == ("right", "wrong")
+    lines = lines_of([summarise(world.store, trail.model_copy(update={"before": turned[0], "after": turned[1]}))])
+    assert "cap: acc, %, lower is better" in [line.label for line in lines]

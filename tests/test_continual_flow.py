@@ -9,6 +9,7 @@ import yaml
 from cfsd.artifact import Store
 from cfsd.errors import BadInput
 from cfsd.report_files import read_kept
+from cfsd.sequence_files import read_measured
 from cfsd.target_sequence import TargetSequence
 from tests.conftest import Run
 
@@ -39,7 +40,11 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert transfer["value"] == pytest.approx(scores[2][0] - scores[1][0], rel=1e-4, abs=1e-6)
     assert transfer["low"] <= transfer["value"] <= transfer["high"]
     assert "R[t, j]: held-out score of target j" in done.stdout
-    assert "backward transfer over 2 targets" in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert "Every model on every target: the R matrix" in report and "backward transfer" in report
+    measured = read_measured(folder)
+    assert measured and [len(row) for row in measured.scored] == [2, 2, 2]
+    assert measured.probes[0] == first.after.probe  # the first stage's own base is the first base
     assert Store(home).path(second.artifacts["final"]).is_dir()
 
 

@@ -38,6 +38,7 @@ def replayed(**given: Any) -> GenerateSpec:
         (replayed(), train()),
         (replayed(top_logprobs=16), train(loss="kl", tail="bucket")),
         (replayed(), train(loss="kl", reference="base")),
+        (generate(top_logprobs=16, temperature=0.7), train(loss="kl", tail="bucket")),
         (generate(), train({"ewc": {"weight": 1}})),
         (generate(source="contextual"), train({"ewc": {"weight": 0, "rows": 9999}})),
     ],
@@ -60,6 +61,8 @@ MIXED = generate(
         (MIXED, train(loss="kl"), "set tail to bucket"),
         (replayed(), train(budget=0.1), r"use another generate\.source"),
         (generate(rows=100), train({"ewc": {"weight": 1}}), r"ewc\.rows=256.*has 100 of source context-free: raise"),
+        (generate(top_logprobs=16, temperature=0.7), train(loss="kl"), "temperature=0.7: set tail to bucket"),
+        (generate(temperature=0.7), train({"ewc": {"weight": 1}}), "temperature=0.7: leave that out"),
         (generate(source="contextual"), train({"ewc": {"weight": 1}}), r"set generate\.source to context-free"),
     ],
 )

@@ -141,3 +141,13 @@ def test_margins_hold_two_deviations_and_sharpen_with_seeds() -> None:
     few, many = (margin_of(list(values[:n] / values[:n].std(ddof=1)), least=0.0) for n in (5, 40))
     assert few > many >= 2.0
     assert margin_of([0.1] * 5, least=0.01) == 0.01
+
+
+def test_rounding_is_no_worsening_where_nothing_varies() -> None:
+    assert judge([figure([0.0] * 5, [1e-12], margin=0.0)]).outcome != "fail"
+    assert judge([figure([0.0] * 5, [1e-3], margin=0.0)]).outcome == "fail"
+
+
+def test_documents_are_asked_for_where_no_number_of_seeds_would_do() -> None:
+    wide = figure([0.1] * 5, [0.1], margin=0.001, document_variance=0.14**2)
+    assert judge([wide]).findings[0].needed == "more than 6400 documents, or the baseline's own"

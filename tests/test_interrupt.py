@@ -30,7 +30,10 @@ STAGES = {
 SOURCES = {"probe": "probe", "generate": "context-free"}
 SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code
 KILLED = [pytest.param(s, marks=SLOW if s == "probe" else ()) for s in STAGES]
-STOPPED = [pytest.param(s, marks=SLOW if s in ("probe", "evaluate-probe") else ()) for s in STAGES]
+STOPPED = [
+    *(pytest.param(s, signal.SIGINT, marks=SLOW if s in ("probe", "evaluate-probe") else ()) for s in STAGES),
+    ("train", signal.SIGTERM),
+]
 
 
 def start(recipe: Path, home: Path) -> "subprocess.Popen[str]":
@@ -122,15 +125,15 @@ def _state(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in shards}
 
 
-@pytest.mark.parametrize("stage", STOPPED)
-def test_ctrl_c_ends_children_and_says_how_to_continue(
-    stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path
+@pytest.mark.parametrize(("stage", "number"), STOPPED)
+def test_ctrl_c_and_pre_emption_end_children_and_say_how_to_continue(
+    stage: str, number: int, case: Callable[[], tuple[Path, str]], tmp_path: Path
 ) -> None:
     recipe, content = case()
     home = tmp_path / "data"
     process = start(recipe, home)
     middle_of(stage, home, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     last = out.strip().splitlines()[-1]

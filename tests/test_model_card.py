@@ -84,3 +84,23 @@ def test_only_what_was_trained_has_a_card(world: World) -> None:
     trail = variant(world)
     assert has_card(trail)
     assert not has_card(trail.model_copy(update={"artifacts": {"base": world.base, "final": world.base}}))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("replay", "29 rows of documents given (replay) with"),
+        ("mixed", "29 rows of text, partly sampled from the base model, partly given with"),
+    ],
+)
+def test_it_does_not_say_sampled_of_what_was_given(world: World, source: str, said: str) -> None:
+    trail = variant(world)
+    corpus = trail.artifacts["corpus"]
+    given = corpus.model_copy(update={"facts": corpus.facts | {"source": source}})
+    assert said in card_of(world, trail.model_copy(update={"artifacts": trail.artifacts | {"corpus": given}}))
+
+
+def test_rows_without_weight_were_not_rehearsed(world: World) -> None:
+    unweighted = {"methods": {"lora": {"rank": 4}}, "rehearsal": {"weight": 0}}
+    assert "while rehearsing" in card_of(world, variant(world))
+    assert "while rehearsing" not in card_of(world, variant(world, train=unweighted))

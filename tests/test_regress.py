@@ -94,6 +94,19 @@ def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path
     assert changes(older, recipe) == []  # a field that came later has its default
     strange = known.model_copy(update={"recipe": known.recipe | {"gone": 1}})
     assert changes(strange, recipe) == ["gone: 1 -> absent"]
+    more = recipe.model_dump(mode="json")
+    more["evaluate"]["benchmarks"] = [*more["evaluate"]["benchmarks"], {"name": "facts"}]
+    (change,) = changes(known.model_copy(update={"recipe": more}), recipe)
+    assert '"facts"' in change.split(" -> ")[0] and '"facts"' not in change.split(" -> ")[1]
+
+
+def test_what_the_recipe_does_not_measure_is_told_before_anything_runs(run: Run, home: Path, tmp_path: Path) -> None:
+    recipe = (ROOT / "deployments" / "recipes" / "tiny.yaml").read_text()
+    (tmp_path / "less.yaml").write_text(recipe.replace("tiny_rev, ", ""))
+    baseline = ROOT / "deployments" / "baselines" / "tiny.json"
+    done = run("regress", tmp_path / "less.yaml", "--baseline", baseline)
+    assert done.returncode == 2 and "guards forgetting/tiny_rev, which this recipe does not measure" in done.stderr
+    assert not (home / "store").exists()
 
 
 def test_seeds_vary_all_but_what_is_measured_on(recipe_file: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cfsd import trainer
 from cfsd.artifact import Artifact, Store
 from cfsd.errors import CfsdError, Crashed, NotFinite, Stopped
 from cfsd.journal import read_metrics
 from cfsd.machine import Machine
 from cfsd.methods import Methods
 from cfsd.train import TrainSpec, train
-from cfsd.trainer import CHECKPOINTS
+from cfsd.trainer import CHECKPOINTS, fit
 from tests.conftest import write_rows
 from tests.test_train import World, request_of, signals_given_back, trained, world_in
 
@@ -156,6 +157,29 @@ def test_the_facts_are_those_of_one_training(finished: Artifact, through: Artifa
         for model in (finished, through)
     )
     assert one == two and {"budget", "final_weight", "divergence_estimate"} <= set(one)
+
+
+def test_a_training_stopped_early_and_killed_while_saving_stays_stopped(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TrainSpec.model_validate(
+        {"learning_rate": 1e-3, "epochs": 4, "seed": 0, "watch": {"every": 3, "stop_above": 1e-4}}
+    )
+    request = request_of(world, world.mixture, spec, MACHINE.model_copy(update={"checkpoint_steps": 3}))
+    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    for folder in (whole, cut):
+        folder.mkdir()
+    facts = fit(whole, request)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer, "_save", killed)
+        fit(cut, request)
+    again = fit(cut, request)
+    assert facts["stopped_at_step"] == again["stopped_at_step"] == again["continued_from_step"] == 3
+    assert len({(folder / "model.safetensors").read_bytes() for folder in (whole, cut)}) == 1
 
 
 @pytest.mark.slow

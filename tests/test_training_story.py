@@ -9,7 +9,15 @@ from cfsd.artifact import Artifact, Draft, key_of
 from cfsd.budget import budget_sentences, judge, plain_variant
 from cfsd.controller import LOWEST
 from cfsd.summary import Trail, summarise
-from cfsd.training_story import CURVE_POINTS, in_blocks, metrics_of, panels_of, stability_gap, training_figures
+from cfsd.training_story import (
+    CURVE_POINTS,
+    in_blocks,
+    metrics_of,
+    panels_of,
+    stability_gap,
+    training_figures,
+    training_of,
+)
 from cfsd.verdict import verdict, warnings
 from tests.test_report import World, report_of
 
@@ -247,3 +255,13 @@ def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
     plain = type(summary)(**summary.model_dump(exclude={"budget", "stability_gap", "training"}))
     assert training_figures(plain) == {} and warnings([plain]) == []
     assert "budget" not in verdict([plain]).replace("“budget”", "")
+
+
+def test_the_weight_is_told_of_tokens_and_of_strings(world: Trained) -> None:
+    counts = {"target_rows": 100, "target_tokens": 1200, "rehearsal_rows": 50, "rehearsal_tokens": 3000}
+    trail = world.budgeted()
+    mixture = trail.artifacts["mixture"].model_copy(update={"facts": counts})
+    found = training_of(world.store, trail.model_copy(update={"artifacts": trail.artifacts | {"mixture": mixture}}))
+    assert found and found["rehearsal_weight"] == pytest.approx(1.1**39)
+    assert found["string_weight"] == pytest.approx(1.1**39 * 12 / 60)
+    assert "string_weight" not in (training_of(world.store, world.plain()) or {})

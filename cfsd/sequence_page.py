@@ -1,0 +1,109 @@
+"""The page of several targets in turn: the R matrix, what is read from it, what is left of the first base.
+
+Made from the artifacts of a store alone, as every report is. The page is `sequence.html.j2`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cfsd.artifact import Store
+from cfsd.budget import budget_sentences
+from cfsd.changed_answers import changed_answers
+from cfsd.continual import OF_TARGETS
+from cfsd.corpus_page import corpora_of
+from cfsd.costs import costs_of, trainings_of, versions_of
+from cfsd.lineage import lineage
+from cfsd.page import write_page
+from cfsd.recipe_text import recipes_of
+from cfsd.sequence_drawing import left_figures, matrix_figure, stages_of
+from cfsd.sequence_figures import CHANGED, LEARNED, OF_BASE, Measured, Remains, since_the_base
+from cfsd.sequence_gaps import DEFINITION, WHOLE
+from cfsd.sequence_verdict import learned_and_lost
+from cfsd.summary import Summary, Trail
+from cfsd.table import lines_of, unit_of
+from cfsd.training_story import names_of_models, panels_of
+from cfsd.verdict import warnings
+
+TEMPLATE = "sequence.html.j2"
+LOSS = "Held-out loss, nats per token: lower is better."
+EXACT = "Held-out responses answered exactly, %: higher is better."
+
+
+def write_sequence_page(
+    path: Path, store: Store, title: str, trails: list[Trail], stages: list[Summary], measured: Measured,
+    remains: Remains, notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write the page of a sequence to `path`; `stages` are the summaries of `trails`, each against its own base."""
+    since = since_the_base(trails, measured)[-1]
+    write_page(
+        path,
+        TEMPLATE,
+        title=title,
+        verdict=" ".join(learned_and_lost(remains)),
+        notes=[*budget_sentences(stages), *notes],
+        warnings=warnings(stages),
+        targets=remains.losses.targets,
+        stages=stages_of(remains.losses.targets),
+        **_numbers(remains),
+        summaries=list(remains.since_base),
+        lines=lines_of(list(remains.since_base)),
+        unit_of=unit_of,
+        drawn=_drawn(store, trails, remains),
+        changed=changed_answers(
+            store, [since.model_copy(update={"name": f"first base against the model {since.name}"})]
+        ),
+        corpora=corpora_of(store, {trail.name: trail.artifacts for trail in trails}),
+        dropped=_dropped(trails),
+        lineage={trail.name: lineage(trail) for trail in trails},
+        recipes=recipes_of(trails),
+        costs=costs_of(trails),
+        models=names_of_models(trails),
+        trainings=trainings_of(trails, stages),
+        versions=versions_of(store, trails),
+    )
+
+
+def _numbers(remains: Remains) -> dict[str, Any]:
+    """Return the figures as the template reads them, and their definitions."""
+    return {
+        "losses": remains.losses.model_dump(),
+        "exact": remains.exact.model_dump(),
+        "learned": [figure.model_dump() for figure in remains.learned],
+        "changed_targets": [figure.model_dump() for figure in remains.changed],
+        "definitions": {"learned": LEARNED, "change": CHANGED}
+        | {name.replace("_", " "): text for name, text in OF_TARGETS.items()},
+        "benchmarks": [found.model_dump() for found in remains.benchmarks],
+        "gaps": [gap.model_dump() for gap in remains.gaps],
+        "gap_definition": DEFINITION,
+        "whole_sequence": WHOLE,
+        "of_base": OF_BASE,
+    }
+
+
+def _drawn(store: Store, trails: list[Trail], remains: Remains) -> dict[str, dict[str, Any]]:
+    """Return the figures of each section as SVG, which the template may trust."""
+    from markupsafe import Markup
+
+    from cfsd.curves import curve_figures
+    from cfsd.figures import forest_figures, svg_of
+
+    names = [trail.name for trail in trails]
+    sections = {
+        "matrix": {LOSS: matrix_figure(remains.losses, losses=True), EXACT: matrix_figure(remains.exact, losses=False)},
+        "left": left_figures(remains.since_base),
+        "forest": forest_figures(list(remains.since_base)),
+        "curves": curve_figures(panels_of(store, trails), names, names_of_models(trails)),
+    }
+    return {
+        section: {
+            name: Markup(svg_of(drawn, f"{section} {name}", f"{section}: {name}")) for name, drawn in found.items()
+        }
+        for section, found in sections.items()
+    }
+
+
+def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
+    """Return per stage how many rows of its target were not used, and why."""
+    targets = {t.name: artifact.facts for t in trails if (artifact := t.artifacts.get("chosen"))}
+    return [{"facts": f, "reasons": f.get("dropped") or {}, "variants": [name]} for name, f in targets.items()]
