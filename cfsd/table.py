@@ -146,13 +146,17 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
 
 
 def _answers(name: str, summaries: list[Summary]) -> list[Line]:
-    """Return what share of the written answers reached the length limit, or never came out of their reasoning."""
+    """Return what share of the written answers reached the length limit, or never left their reasoning, if any."""
     found = [s.answers.get(name, {}) for s in summaries]
     pairs = {
         label: [(a.get("base", {}).get(fact), a.get("tuned", {}).get(fact)) for a in found]
         for fact, label in ENDINGS.items()
     }
-    return [_scores(f"{label}, %", shares, POINTS)._replace(is_part=True) for label, shares in pairs.items()]
+    return [
+        _scores(f"{label}, %", shares, POINTS)._replace(is_part=True)
+        for label, shares in pairs.items()
+        if any(share for pair in shares for share in pair)
+    ]
 
 
 def _text(name: str, summaries: list[Summary]) -> list[Line]:
