@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +33,7 @@ class Checkpoint(Spec):
 
     kind: Literal["hub", "folder", "smollm2", "tiny"] = Field(
         description="hub: a pinned Hugging Face model; folder: a local transformers folder; "
-        "smollm2: the packaged SmolLM2-135M-Instruct; tiny: a 5-skill model pretrained here in a minute"
+        "smollm2: the packaged SmolLM2-135M-Instruct; tiny: a 5-skill model that comes with cfsd"
     )
     name: str | None = Field(None, description="hub only: the model's id, such as `allenai/OLMo-1B-hf`")
     revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
@@ -123,15 +122,15 @@ def payload_of(folder: Path) -> dict[str, Path]:
     return files
 
 
-def fetch(checkpoint: Checkpoint, draft: Draft, on_progress: Callable[[int, int, float], None]) -> None:
+def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     """Bring `checkpoint` into the draft as a transformers folder; outside weights are linked, not copied.
 
     Raises BadInput when the start token cannot be told.
     """
     if checkpoint.kind == "tiny":
-        from cfsd.tiny import pretrain
+        from cfsd.tiny import shipped
 
-        pretrain(TinySpec(), draft.folder, on_progress)
+        shipped(draft.folder)
     elif checkpoint.kind == "smollm2":
         _dequantise(draft.folder)
     else:

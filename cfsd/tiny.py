@@ -1,6 +1,10 @@
-"""The `tiny` base model: pretrained here from scratch on five string skills, so that forgetting is sharp.
+"""The `tiny` base model: pretrained from scratch on five string skills, so that forgetting is sharp.
 
-    python -m cfsd.tiny --write-data    # writes the committed benchmarks and target rows anew
+    python -m cfsd.tiny --write-data       # writes the committed benchmarks and target rows anew
+    python -m cfsd.tiny --write-weights    # pretrains the committed weights anew, in a minute
+
+Its weights are committed: pretrained elsewhere they would differ in the last bits, after 1,200 steps in the
+first too, and a baseline made on one machine would not be of the base of another.
 
 A document is `<bos>rev:fbca=acbf<eos>`. From `<bos>` alone the model writes such documents, all five
 skills in turn; a sixth skill is held back as something new to learn.
@@ -11,9 +15,11 @@ import hashlib
 import json
 import math
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import PositiveInt
 
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+WEIGHTS = Path(__file__).with_name("tiny.safetensors")
 LETTERS = "abcdefghijkl"
 SHORTEST, LONGEST = 3, 5
 BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
@@ -38,7 +45,9 @@ Progress = Callable[[int, int, float], None]
 
 
 class TinySpec(Spec):
-    """How `tiny` is pretrained; the skills and the model's size belong to `version`."""
+    """How `tiny` is pretrained; the skills, the model's size and the committed weights belong to `version`."""
+
+    version: ClassVar[int] = 2
 
     seed: int = 0
     steps: PositiveInt = 1200
@@ -90,6 +99,17 @@ def _draw(name: str, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
         prompt, answer = SKILLS[name](rng)
         if is_held_out(prompt) == held_out:
             return prompt, answer
+
+
+def shipped(folder: Path) -> None:
+    """Write a whole `transformers` folder of the model with the committed weights into `folder`."""
+    from safetensors.torch import load_file
+
+    tokenizer = _new_tokenizer()
+    model = _new_model(tokenizer)
+    model.load_state_dict(load_file(WEIGHTS))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def pretrain(spec: TinySpec, folder: Path, on_progress: Progress | None = None) -> None:
@@ -264,12 +284,23 @@ def write_data(clone: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def write_weights() -> None:
+    """Pretrain the model and write the weights that are committed."""
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain(TinySpec(), Path(folder), lambda step, steps, loss: print(f"{step}/{steps} {loss:.3f}", end="\r"))
+        shutil.copy(Path(folder) / "model.safetensors", WEIGHTS)
+
+
 def main() -> None:
-    """Read the command line and write the data."""
+    """Read the command line and write what is committed."""
     parser = argparse.ArgumentParser(prog="python -m cfsd.tiny", description=__doc__.splitlines()[0])
-    parser.add_argument("--write-data", action="store_true", required=True, help="benchmarks, target rows")
-    parser.parse_args()
-    write_data(Path(__file__).parents[1])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write-data", action="store_true", help="benchmarks, target rows")
+    what.add_argument("--write-weights", action="store_true", help="the base model, pretrained anew")
+    if parser.parse_args().write_weights:
+        write_weights()
+    else:
+        write_data(Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

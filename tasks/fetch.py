@@ -1,4 +1,4 @@
-"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, pretrained."""
+"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, unpacked."""
 
 from cfsd.artifact import Draft
 from cfsd.checkpoint import Checkpoint, fetch
@@ -10,4 +10,4 @@ from tasks._stage import stage
 def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
     """Make a transformers folder of the checkpoint; see `cfsd.checkpoint`."""
     machine.settle()
-    fetch(checkpoint, draft, lambda done, total, loss: draft.journal.progress(done, total, "steps"))
+    fetch(checkpoint, draft)

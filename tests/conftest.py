@@ -125,7 +125,7 @@ def fetched(store: "Store", folder: Path, start_token: str | None = None) -> "Ar
 
     checkpoint = Checkpoint(kind="folder", path=str(folder), start_token=start_token)
     key = key_of("fetch", checkpoint)
-    return store.make("model", key, lambda draft: fetch(checkpoint, draft, lambda *_: None))[0]
+    return store.make("model", key, lambda draft: fetch(checkpoint, draft))[0]
 
 
 @pytest.fixture

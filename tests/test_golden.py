@@ -68,7 +68,7 @@ class Stages:
         rows = [{"prompt": f"{a}{b}=", "response": f"{b}{a}"} for a in "abc" for b in "defgh"]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
         checkpoint = Checkpoint(kind="folder", path=str(folder / "model"))
-        base = self.make("base", lambda draft: fetch(checkpoint, draft, lambda *_: None))
+        base = self.make("base", lambda draft: fetch(checkpoint, draft))
         wanted = Target(path=str(folder / "rows.jsonl"), held_out=5, seed=0, max_length=12)
         target = self.make("target", lambda draft: prepare(base, wanted, draft))
         look = ProbeSpec(rows=6, length=10, seed=0)

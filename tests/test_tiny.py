@@ -1,10 +1,10 @@
-"""The `tiny` model: its folder, its determinism, its data, and (slow) that it has the five skills."""
+"""The `tiny` model: its folder, its determinism, its data, and that it has the five skills."""
 
 import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cfsd.tiny import (
     documents,
     is_held_out,
     pretrain,
+    shipped,
     write_data,
 )
 
@@ -127,9 +128,13 @@ def test_the_module_imports_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.slow
-def test_the_shipped_model_is_exact_and_writes_valid_documents(tmp_path: Path) -> None:
-    pretrain(TinySpec(), tmp_path)
+def pretrained(folder: Path) -> None:
+    pretrain(TinySpec(), folder)
+
+
+@pytest.mark.parametrize("make", [shipped, pytest.param(pretrained, marks=pytest.mark.slow)])
+def test_the_model_is_exact_and_writes_valid_documents(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
     model, tokenizer = load(tmp_path)
     for name in PRETRAINED:
         rows = rows_of(ROOT / "cfsd" / "benchmarks" / f"tiny_{name}.jsonl")
