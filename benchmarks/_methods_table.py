@@ -164,8 +164,8 @@ def _cell(figure: Figure | None, factor: float) -> str:
 
 
 def picture(results: Sequence[Result]) -> Any:
-    """Return the frontier: a point per method with its interval, and each seed as a small dot."""
-    figure = frontier_figure([_summary(result) for result in results])
+    """Return the frontier without the base: a point per method with its interval, and each seed as a small dot."""
+    figure = frontier_figure([_summary(result) for result in results], base=False, height=6.5)
     look = styles(result.method for result in results)
     drawn = [name for name in ("mean_forgetting", "probe_kl") if any(name in r.figures for r in results)]
     for axes, name in zip(figure.axes, drawn, strict=True):

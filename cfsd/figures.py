@@ -55,19 +55,22 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     return {name: looks[groups.index(alike[name])] for name in names}
 
 
-def frontier_figure(summaries: list[Summary], quantities: Sequence[str] = tuple(QUANTITIES)) -> Figure:
+def frontier_figure(
+    summaries: list[Summary], quantities: Sequence[str] = tuple(QUANTITIES), *, base: bool = True, height: float = 4.3
+) -> Figure:
     """Return the frontier: learned (x) against what it cost (y); a panel per quantity, a point per variant.
 
-    A quantity that no variant has together with a target gain is left out.
+    Without `base`, at 0 and 0, many variants that all learned have room. `height` is in inches. A quantity that no
+    variant has together with a target gain is left out.
     """
     panels = {name: points for name in quantities if (points := frontier_points(summaries, name))}
-    figure = Figure((WIDTH * max(1, len(panels)), 4.3), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    figure = Figure((WIDTH * max(1, len(panels)), height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
     look = styles(s.name for s in summaries)
     if not panels:
         figure.text(0.5, 0.5, "no variant has both a gain and a cost", ha="center", color=INK, size=SIZE)
         return figure
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _draw_frontier(axes, points, look, QUANTITIES[name])
+        _draw_frontier(axes, points, look, QUANTITIES[name], base=base)
     return figure
 
 
@@ -82,12 +85,13 @@ def _scaled(figure: Fig, factor: float) -> Fig:
     return {k: None if figure[k] is None else figure[k] * factor for k in ("value", "low", "high")}
 
 
-def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], label: str) -> None:
+def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], label: str, *, base: bool) -> None:
     plain_axes(axes, "target gain, nats per token (right: learned more)", f"{label} (up: worse)")
     nothing = {"value": 0.0, "low": None, "high": None}
     axes.axhline(0, color=LINE, lw=1, zorder=0)
-    axes.axvline(0, color=LINE, lw=1, zorder=0)
-    axes.plot(0, 0, marker="o", ms=7, mfc="none", mec=INK, ls="none")
+    if base:
+        axes.axvline(0, color=LINE, lw=1, zorder=0)
+        axes.plot(0, 0, marker="o", ms=7, mfc="none", mec=INK, ls="none")
     sweeps = _sweeps(points)
     for sweep in sweeps:
         xs, ys = ([getattr(point, axis)["value"] for point in sweep] for axis in "xy")
@@ -99,7 +103,8 @@ def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], labe
     texts = {point.name: short(point.name) for point in points}
     for sweep in sweeps:
         texts |= _sweep_texts(sweep)
-    labels = [_label("base", Point("base", nothing, nothing)), *(_label(texts[p.name], p) for p in points)]
+    labels = [_label("base", Point("base", nothing, nothing))] if base else []
+    labels += [_label(texts[p.name], p) for p in points]
     write_labels(axes, labels, size=SIZE, color=INK)
 
 
