@@ -31,6 +31,8 @@ class Measured(NamedTuple):
 
 def measured(store: Store, trail: Trail) -> dict[str, Measured]:
     """Return the guarded figures of one run by name: target_gain, probe_kl, forgetting of every benchmark."""
+    from cfsd.rows import read_rows  # imports pyarrow
+
     found: dict[str, Measured] = {}
     if trail.before.target and trail.after.target:
         base, tuned = (table(store, t, "responses") for t in (trail.before.target, trail.after.target))
@@ -41,7 +43,7 @@ def measured(store: Store, trail: Trail) -> dict[str, Measured]:
     if trail.after.probe:
         kl = table(store, trail.after.probe, "divergence")
         counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
-        probe = trail.artifacts["probe"].content
+        probe = read_rows(store.path(trail.artifacts["probe"]), "corpus", ["token_ids"])  # again without its floats
         found["probe_kl"] = Measured(NATS, False, False, sums, counts, _digest(probe, counts))
     return found | {f"forgetting/{name}": _benchmark(store, trail, name) for name in trail.before.benchmarks}
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cfsd.artifact import Artifact
 from cfsd.baseline import (
     MEAN,
     Baseline,
@@ -23,6 +24,7 @@ from cfsd.baseline_figures import FRACTION, NATS, Measured, measured
 from cfsd.errors import BadInput
 from cfsd.gate import judge
 from cfsd.recipe import Recipe
+from cfsd.rows import CORPUS, table_of
 from tests.conftest import ROOT
 from tests.test_report import World
 
@@ -130,6 +132,16 @@ def test_the_last_bits_of_scores_do_not_make_other_documents(tmp_path: Path) -> 
     other = trail.model_copy(update={"artifacts": trail.artifacts | {"target": trail.artifacts["mixture"]}})
     here, there, others = (measured(world.store, t)["target_gain"] for t in (trail, elsewhere, other))
     assert here.documents == there.documents != others.documents and here.value != there.value
+    probes = [probe_of(world, *given) for given in ((5, -1.0), (5, -1.000001), (6, -1.0))]
+    runs = [trail.model_copy(update={"artifacts": trail.artifacts | {"probe": probe}}) for probe in probes]
+    here, there, others = (measured(world.store, t)["probe_kl"] for t in runs)
+    assert here.documents == there.documents != others.documents
+
+
+def probe_of(world: World, token_id: int, logprob: float) -> Artifact:
+    row = {"row_id": 0, "source": "context-free", "token_ids": [0, token_id], "logprobs": [None, logprob],
+           "finish_reason": "length", "shard": 0, "seed": 0, "text": "a"}  # fmt: skip
+    return world.artifact("corpus", f"{token_id} {logprob}", {"rows": 1}, {"corpus": table_of(CORPUS, [row])})
 
 
 @pytest.mark.parametrize(
