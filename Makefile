@@ -23,13 +23,13 @@ $(DONE): pyproject.toml constraints.txt
 demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehearsal holds (about 10 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo.yaml
 
-demo-tiny: $(DONE)  ## The same on a model of five string skills (3 minutes)
+demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
 
 test: $(DONE)  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-gate: $(DONE)  ## Has forgetting on the tiny recipe got worse than its baseline? One fresh seed (3 minutes)
+gate: $(DONE)  ## Has forgetting on the tiny recipe got worse than its baseline? One fresh seed (1 minute)
 	$(BIN)/python -m flows.regress deployments/recipes/tiny.yaml --seeds 1 || test $$? = 3
 
 slow: $(DONE)  ## The tests that take minutes each, with Ray
