@@ -9,12 +9,9 @@ from typing import Any
 
 from cfsd.artifact import Store
 from cfsd.changed_answers import changed_answers
-from cfsd.corpus_page import corpora_of
-from cfsd.costs import costs_of, trainings_of, versions_of
 from cfsd.discoveries import DEFINITION, finding
-from cfsd.lineage import lineage
 from cfsd.page import write_page
-from cfsd.recipe_text import recipes_of
+from cfsd.provenance import embedded, provenance_of
 from cfsd.summary import Summary, Trail
 from cfsd.table import forgotten_of, lines_of, unit_of
 from cfsd.training_story import names_of_models, panels_of
@@ -46,14 +43,7 @@ def write_report(
         control=DEFINITION,
         drawn=_drawn(store, trails, summaries),
         changed=changed_answers(store, trails),
-        corpora=corpora_of(store, {trail.name: trail.artifacts for trail in trails}),
-        dropped=_dropped(trails),
-        lineage={trail.name: lineage(trail) for trail in trails},
-        recipes=recipes_of(trails),
-        costs=costs_of(trails),
-        models=names_of_models(trails),
-        trainings=trainings_of(trails, summaries),
-        versions=versions_of(store, trails),
+        **provenance_of(store, trails, summaries),
     )
 
 
@@ -64,8 +54,6 @@ def _findings(summaries: list[Summary]) -> dict[str, dict[str, str]]:
 
 def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
     """Return the figures of each section as SVG, which the template may trust."""
-    from markupsafe import Markup
-
     from cfsd import curves, figures
 
     panels, models = panels_of(store, trails), names_of_models(trails)
@@ -73,25 +61,9 @@ def _drawn(store: Store, trails: list[Trail], summaries: list[Summary]) -> dict[
     benchmarks = {panel.name for panel in panels if panel.is_benchmark}
     drawn = curves.curve_figures(panels, names, models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
-    sections = {
+    return embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
         "curves": {name: figure for name, figure in drawn.items() if name not in benchmarks},
         "watched": {name: figure for name, figure in drawn.items() if name in benchmarks},
-    }
-    return {
-        section: {
-            name: Markup(figures.svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in found.items()
-        }
-        for section, found in sections.items()
-    }
-
-
-def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
-    """Return per target how many of its rows were not used, and why, with the variants it is of."""
-    found: dict[str, dict[str, Any]] = {}
-    for trail in trails:
-        if artifact := trail.artifacts.get("chosen") or trail.artifacts.get("target"):
-            fresh = {"facts": artifact.facts, "reasons": artifact.facts.get("dropped") or {}, "variants": []}
-            found.setdefault(artifact.key, fresh)["variants"].append(trail.name)
-    return list(found.values())
+    })  # fmt: skip

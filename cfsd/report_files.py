@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cfsd.artifact import Store
+from cfsd.artifact import Artifact, Store
 from cfsd.content import write_json
 from cfsd.errors import BadInput
 from cfsd.model_card import has_card, model_card
@@ -109,15 +110,19 @@ def _card_names(trails: list[Trail]) -> list[str]:
 
 
 def _check_store(store: Store, kept: Kept) -> None:
-    """Raise BadInput if an artifact is gone. Of models the weights are not needed, only manifest and metrics."""
-    needed = {}
+    needed: list[Artifact] = []
     for trail in kept.trails:
         sides = (trail.before, trail.after)
         scores = [s for side in sides for s in (*side.benchmarks.values(), *side.texts.values())]
         scores += [s for side in sides for s in (side.target, side.probe, side.target_divergence) if s]
-        for artifact in (*trail.artifacts.values(), *scores, *(step.artifact for step in trail.steps)):
-            needed[artifact.kind, artifact.key] = artifact
-    gone = [f"{a.kind} {a.key}" for a in needed.values() if not (store.path(a) / "manifest.json").is_file()]
+        needed += [*trail.artifacts.values(), *scores, *(step.artifact for step in trail.steps)]
+    check_artifacts(store, needed)
+
+
+def check_artifacts(store: Store, needed: Iterable[Artifact]) -> None:
+    """Raise BadInput if an artifact is gone. Of models the weights are not needed, only manifest and metrics."""
+    places = {f"{artifact.kind} {artifact.key}": store.path(artifact) for artifact in needed}
+    gone = [name for name, place in places.items() if not (place / "manifest.json").is_file()]
     if gone:
         more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise BadInput(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cfsd.artifact import Artifact, Store
+from cfsd.artifact import Store
 from cfsd.content import write_json
 from cfsd.continual import Continual, Stability, described
 from cfsd.errors import BadInput
-from cfsd.report_files import Kept, write_numbers
+from cfsd.report_files import Kept, check_artifacts, write_numbers
 from cfsd.sequence_figures import CHANGED, LEARNED, OF_BASE, Measured, Remains, remains_of
 from cfsd.sequence_gaps import DEFINITION, described_gaps
 from cfsd.summary import Summary
@@ -51,7 +51,7 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     from cfsd.sequence_drawing import matrix_figure
     from cfsd.sequence_page import write_sequence_page
 
-    _check_store(store, measured)
+    check_artifacts(store, [*measured.probes, *(scores for row in measured.scored for scores in row)])
     stages, numbers = write_numbers(folder, store, kept)
     trails = list(kept.trails)
     remains = remains_of(store, trails, stages, measured)
@@ -60,16 +60,6 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     write_sequence_page(page, store, kept.title, trails, stages, measured, remains, kept.notes)
     matrix_figure(remains.losses, losses=True).savefig(picture, dpi=150)
     return remains, [page, *numbers, picture, *_write_figures(folder, kept.title, remains)]
-
-
-def _check_store(store: Store, measured: Measured) -> None:
-    artifacts: list[Artifact] = [*measured.probes, *(scores for row in measured.scored for scores in row)]
-    gone = {f"{a.kind} {a.key}": None for a in artifacts if not (store.path(a) / "manifest.json").is_file()}
-    if gone:
-        raise BadInput(
-            f"the data folder {store.home} lacks {', '.join(list(gone)[:5])}, which the page of the sequence is made "
-            "from; give the data folder of the run with --home, or run the sequence again"
-        )
 
 
 def _write_figures(folder: Path, title: str, remains: Remains) -> list[Path]:

@@ -11,11 +11,8 @@ from cfsd.artifact import Store
 from cfsd.budget import budget_sentences
 from cfsd.changed_answers import changed_answers
 from cfsd.continual import OF_TARGETS
-from cfsd.corpus_page import corpora_of
-from cfsd.costs import costs_of, trainings_of, versions_of
-from cfsd.lineage import lineage
 from cfsd.page import write_page
-from cfsd.recipe_text import recipes_of
+from cfsd.provenance import embedded, provenance_of
 from cfsd.sequence_drawing import left_figures, matrix_figure, stages_of
 from cfsd.sequence_figures import CHANGED, LEARNED, OF_BASE, Measured, Remains, since_the_base
 from cfsd.sequence_gaps import DEFINITION, WHOLE
@@ -53,14 +50,7 @@ def write_sequence_page(
         changed=changed_answers(
             store, [since.model_copy(update={"name": f"first base against the model {since.name}"})]
         ),
-        corpora=corpora_of(store, {trail.name: trail.artifacts for trail in trails}),
-        dropped=_dropped(trails),
-        lineage={trail.name: lineage(trail) for trail in trails},
-        recipes=recipes_of(trails),
-        costs=costs_of(trails),
-        models=names_of_models(trails),
-        trainings=trainings_of(trails, stages),
-        versions=versions_of(store, trails),
+        **provenance_of(store, trails, stages),
     )
 
 
@@ -83,27 +73,13 @@ def _numbers(remains: Remains) -> dict[str, Any]:
 
 def _drawn(store: Store, trails: list[Trail], remains: Remains) -> dict[str, dict[str, Any]]:
     """Return the figures of each section as SVG, which the template may trust."""
-    from markupsafe import Markup
-
     from cfsd.curves import curve_figures
-    from cfsd.figures import forest_figures, svg_of
+    from cfsd.figures import forest_figures
 
     names = [trail.name for trail in trails]
-    sections = {
+    return embedded({
         "matrix": {LOSS: matrix_figure(remains.losses, losses=True), EXACT: matrix_figure(remains.exact, losses=False)},
         "left": left_figures(remains.since_base),
         "forest": forest_figures(list(remains.since_base)),
         "curves": curve_figures(panels_of(store, trails), names, names_of_models(trails)),
-    }
-    return {
-        section: {
-            name: Markup(svg_of(drawn, f"{section} {name}", f"{section}: {name}")) for name, drawn in found.items()
-        }
-        for section, found in sections.items()
-    }
-
-
-def _dropped(trails: list[Trail]) -> list[dict[str, Any]]:
-    """Return per stage how many rows of its target were not used, and why."""
-    targets = {t.name: artifact.facts for t in trails if (artifact := t.artifacts.get("chosen"))}
-    return [{"facts": f, "reasons": f.get("dropped") or {}, "variants": [name]} for name, f in targets.items()]
+    })  # fmt: skip

@@ -202,12 +202,10 @@ def regress_command(
     from flows._plan import check
     from flows._temporary_server import prefect_server
     from flows.mitigate import story
-    from flows.regress import CANNOT_TELL, GotWorse, check_measured, known_baseline, regress
+    from flows.regress import CANNOT_TELL, GotWorse, known_baseline, regress
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    known = known_baseline(loaded, baseline, needed=not update_baseline)
-    if known and not update_baseline:
-        check_measured(known, loaded)
+    known_baseline(loaded, baseline, needed=not update_baseline)
     if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
         raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
     check(loaded, on, story)

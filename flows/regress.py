@@ -54,8 +54,6 @@ def regress(
     a file or `champion`; the champion is followed by what passed.
     """
     known = known_baseline(recipe, baseline, needed=not update_baseline)
-    if known and not update_baseline:
-        check_measured(known, recipe)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with record.comparison(title) as run_id:
@@ -81,7 +79,7 @@ def regress(
 
 
 def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) -> Baseline | None:
-    """Return the baseline that is asked for, None if there is none and it is not needed. Raises BadInput."""
+    """Return the baseline to judge by; if it is not `needed`, one to replace, or None. Raises BadInput."""
     if given == CHAMPION:
         known = registry.champion(recipe.name)
         if known is None and needed:
@@ -89,9 +87,12 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
                 f"MLflow has no champion of {recipe.name!r} yet; make the first one: "
                 "--baseline champion --update-baseline"
             )
-        return known
-    file = baseline_file(recipe, given)
-    return read_baseline(file) if needed or file.is_file() else None
+    else:
+        file = baseline_file(recipe, given)
+        known = read_baseline(file) if needed or file.is_file() else None
+    if known and needed:
+        check_measured(known, recipe)
+    return known
 
 
 def check_measured(known: Baseline, recipe: Recipe) -> None:
