@@ -4,8 +4,8 @@ python -m benchmarks.budgets tiny|demo [--seeds N] [--home FOLDER] [--quick]
 make bench PART=budgets
 
 Plain fine-tuning says how far the model moves (probe_kl); then rehearsal by `kl` from stored laws with 1/8, 1/4 and
-1/2 of that as its budget. On `tiny` the target contradicts a skill of the base, so that learning it costs divergence.
-The probe is enlarged until half of each interval is at most 10 % of the value.
+1/2 of that as its budget, which merging with the base keeps. On `tiny` the target contradicts a skill of the base, so
+that learning it costs divergence. The probe is enlarged until half of each interval is at most 10 % of the value.
 """
 
 import json
@@ -114,6 +114,7 @@ def _row(runner: Runner, label: str, trail: Trail, summary: Summary) -> dict[str
         "ratio": known.get("ratio"),
         **{name: known.get(name) for name in ("outcome", "met", "tight", "half_width")},
         "weight_start": weights[0] if weights and known else None,
+        **{name: known.get(name) for name in ("ratio_before_merging", "alpha")},
         "weight_end": weights[-1] if weights and known else None,
         "target_gain": summary.target_gain,
         "target_gain_cost": known.get("target_gain_cost"),
@@ -141,7 +142,10 @@ def _tell(study: Study, rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the table; met: probe_kl at most 1.1 x the budget; tight: also at least 0.8 x."""
+    """Return the table; met: probe_kl at most 1.1 x the budget; tight: also at least 0.8 x.
+
+    "as trained" is the divergence before merging with the base, of the budget, on the control sample.
+    """
     head = [
         "seed",
         "run",
@@ -150,7 +154,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "of the budget",
         "met",
         "tight",
-        "weight, first to last",
+        "λ, first to last",
+        "as trained",
+        "alpha",
         "target gain",
         "given up",
     ]
@@ -162,7 +168,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         judged = [{True: "yes", False: "no", None: "-"}[row[name]] for name in ("met", "tight")]
         cost = "-" if row["target_gain_cost"] is None else shown(row["target_gain_cost"])
         gain = [shown(row["target_gain"]), cost]
-        lines.append([str(row["seed"]), row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, *gain])
+        merged = ["-" if row[k] is None else f"{row[k]:.2f}" for k in ("ratio_before_merging", "alpha")]
+        lines.append(
+            [str(row["seed"]), row["run"], budget, shown(row["probe_kl"]), ratio, *judged, path, *merged, *gain]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -38,9 +38,16 @@ def budget_of(store: Store, trail: Trail, trails: Sequence[Trail], summary: Summ
     cost = _cost(store, trail, plain) if plain else None
     estimate = trail.artifacts["tuned"].facts.get("divergence_estimate")
     return {
-        "nats": budget, **judged, "final_weight": weight, "divergence_estimate": estimate,
+        "nats": budget, **judged, "final_weight": weight, "divergence_estimate": estimate, **_merged(trail, budget),
         "plain": plain.name if plain and cost else None, "target_gain_cost": cost,
     }  # fmt: skip
+
+
+def _merged(trail: Trail, budget: float) -> dict[str, Any]:
+    """Return the weight that the tuned model was merged with, and where it stood without that, by a control sample."""
+    facts: Any = trail.artifacts["fitted"].facts if "fitted" in trail.artifacts else {}
+    before = facts.get("control_kl_at_most")
+    return {"alpha": facts.get("alpha"), "ratio_before_merging": None if before is None else before / budget}
 
 
 def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
@@ -118,8 +125,9 @@ def is_plain(trail: Trail) -> bool:
     methods = nested(recipe, "train", "methods").values()
     if any(method.get("weight") or method.get("rank") for method in methods if isinstance(method, dict)):
         return False
-    merged = nested(recipe, "merge").get("alpha", 1)
-    return merged in (1, None) and nested(recipe, "mix").get("flow", "off") in ("off", None)
+    merging = nested(recipe, "merge")
+    merged = merging.get("alpha", 1) not in (1, None) or merging.get("budget")
+    return not merged and nested(recipe, "mix").get("flow", "off") in ("off", None)
 
 
 def _same_question(one: Trail, other: Trail) -> bool:
@@ -172,6 +180,9 @@ def _sentence(name: str, repeats: list[Summary]) -> Iterator[str]:
     used = budget["ratio"] and f"probe_kl is {shown(budget['ratio'], POINTS)} % of it"
     ratio = used or "the probe was not measured"
     yield f"“{name}” {OUTCOMES[budget['outcome']].format(nats=nats)}: {ratio}{_weight(budget)}."
+    if (alpha := budget.get("alpha")) not in (None, 1):
+        before = number(budget["ratio_before_merging"] * POINTS)
+        yield f"Training ended at {before} % of it; merging with the base brought it back (alpha {number(alpha)})."
     if budget["outcome"] == "unknown" and budget["ratio"]:
         yield (
             f"The probe's interval is too wide to tell ({_width(budget)}; {WIDEST * 100:.0f} % is enough): "

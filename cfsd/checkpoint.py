@@ -317,13 +317,17 @@ def _dequantise(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2).save_pretrained(folder)
 
 
+def stored_precision(folder: Path) -> str:
+    """Return the number format of the weights in `folder`, such as `bfloat16`."""
+    stored = json.loads((folder / "config.json").read_text())
+    return str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
+
+
 def save_model(model: "PreTrainedModel", base_folder: Path, folder: Path) -> None:
     """Write `model` in the number format of its base, with everything that surrounded the base's weights."""
     import torch
 
-    stored = json.loads((base_folder / "config.json").read_text())
-    dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(getattr(torch, stored_precision(base_folder))).save_pretrained(folder)
     for name, path in payload_of(base_folder).items():
         if "safetensors" not in name and not (folder / name).exists():
             shutil.copyfile(path, folder / name)

@@ -1,12 +1,13 @@
 """How far the tuned model's law is from the base's on given sequences. B rows, T tokens, V vocabulary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cfsd.microbatch import pad
+from cfsd.microbatch import arrange, pad
 
 CHUNK = 256  # positions whose full distributions exist at once
 
@@ -44,6 +45,18 @@ def divergence(base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[in
         Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, len(row) - 1)
         for (kl, base_nats, tuned_nats), row in zip(sums, rows, strict=True)
     ]
+
+
+def divergences(
+    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], most_tokens: int,
+    on_progress: Callable[[int], None],
+) -> list[Divergence]:  # fmt: skip
+    """Return `divergence` of each row, measured in batches of at most `most_tokens`, padding counted."""
+    found: dict[int, Divergence] = {}
+    for group in arrange([len(row) for row in rows], most_tokens):
+        found |= zip(group, divergence(base, tuned, [rows[i] for i in group]), strict=True)
+        on_progress(len(found))
+    return [found[i] for i in range(len(rows))]
 
 
 def _logits(model: PreTrainedModel, token_ids_BT: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ KNOWN_SHAPES = {
 }
 COMPUTING = {  # stages that hold the model, and how many times its weights' memory: gradients and moments count too
     "probe": 1, "generate": 1, "embed": 1, "weigh": 1, "evaluate": 1, "evaluate-target": 1, "evaluate-probe": 2,
-    "evaluate-text": 1, "evaluate-target-divergence": 2, "check": 1, "fisher": 3, "train": 4,
+    "budget": 4, "evaluate-text": 1, "evaluate-target-divergence": 2, "check": 1, "fisher": 3, "train": 4,
 }  # fmt: skip
+TRIES = 3  # of alpha, until the budget is kept: docs/decisions/0015
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
 
 
@@ -75,6 +76,8 @@ def _passes(stage: str, recipe: Recipe, machine: Machine) -> float:
     """Return how many forward passes a token costs; the way back is two."""
     if stage in ("evaluate-probe", "evaluate-target-divergence"):
         return 2
+    if stage == "budget":
+        return 2 * TRIES
     if stage == "fisher":
         return 3
     return 3 + machine.gradient_checkpointing if stage == "train" else 1
@@ -94,7 +97,7 @@ def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> flo
 
 
 def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
-    if stage in ("probe", "evaluate-probe"):
+    if stage in ("probe", "evaluate-probe", "budget"):
         return recipe.probe.rows * recipe.probe.length
     if stage == "generate":
         return recipe.generate.rows * recipe.generate.length

@@ -131,21 +131,23 @@ def score_target(model: Artifact, target: Artifact, most_rows: int | None, draft
 def score_probe(base: Artifact, tuned: Artifact, probe: Artifact, draft: Draft, machine: Machine) -> None:
     """Write the divergence of each probe row as the `divergence` table, and the mean per token as a fact."""
     from cfsd.checkpoint import load_for_measuring
-    from cfsd.divergence import divergence
-    from cfsd.microbatch import arrange
+    from cfsd.divergence import divergences
     from cfsd.rows import DIVERGENCE, read_rows, table_of, write_shard
 
     machine.settle()
     device = machine.resolved_device()
     models = [load_for_measuring(draft.store, model, device) for model in (base, tuned)]
     rows = read_rows(draft.store.path(probe), "corpus", ["row_id", "token_ids"])
+
+    def progress(done: int) -> None:
+        draft.journal.progress(done, len(rows), "rows")
+
+    token_rows = [row["token_ids"] for row in rows]
+    found = divergences(models[0], models[1], token_rows, machine.micro_batch_tokens, progress)
     records: list[dict[str, Any]] = []
-    for group in arrange([len(row["token_ids"]) for row in rows], machine.micro_batch_tokens):
-        found = divergence(models[0], models[1], [rows[i]["token_ids"] for i in group])
-        for i, part in zip(group, found, strict=True):
-            sums = part._asdict()
-            records.append({"row_id": rows[i]["row_id"], "count": sums.pop("num_tokens"), **sums})
-        draft.journal.progress(len(records), len(rows), "rows")
+    for row, part in zip(rows, found, strict=True):
+        sums = part._asdict()
+        records.append({"row_id": row["row_id"], "count": sums.pop("num_tokens"), **sums})
     records.sort(key=lambda record: record["row_id"])
     write_shard(draft.folder, "divergence", 0, table_of(DIVERGENCE, records))
     tokens = sum(record["count"] for record in records)

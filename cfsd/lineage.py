@@ -21,6 +21,8 @@ MADE_FROM = {  # an artifact whose first source is not there came from outside
     "target": ("base",),
     "corpus": ("base",),
     "probe": ("base",),
+    "control": ("base",),
+    "fitted": ("tuned", "control"),
 }  # fmt: skip
 
 

@@ -153,8 +153,9 @@ def _training(recipe: dict[str, Any], trail: Trail, summary: Summary) -> list[tu
     for method, settings in nested(train, "methods").items():
         strength = settings.get("rank") or settings.get("weight") if isinstance(settings, dict) else None
         found.append((method, strength or None))
-    alpha = nested(recipe, "merge").get("alpha", 1)
-    found.append(("merged with the base, weight of the tuned", None if alpha == 1 else alpha))
+    fitted = (summary.budget or {}).get("alpha")
+    alpha = nested(recipe, "merge").get("alpha", 1) if fitted is None else fitted
+    found.append(("merged with the base, weight of the tuned", None if alpha == 1 else f"{alpha:.3g}"))
     found += [(name.replace("_", " "), costs.get(name)) for name in ("steps", "target_tokens", "rehearsal_tokens")]
     found.append(("training, seconds", number(costs["seconds"]) if "seconds" in costs else None))
     return [

@@ -78,6 +78,10 @@ class Recipe(Spec):
         left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
         return {k: v for k, v in super()._identity().items() if k not in left_out}
 
+    def merging(self) -> MergeSpec:
+        """Return `merge` with the budget that it keeps: its own, else that of training."""
+        return self.merge.model_copy(update={"budget": self.merge.budget or self.train.rehearsal.budget})
+
     def check(self) -> None:
         """Raise BadInput for whatever can be told to be wrong without loading weights."""
         self.base.check()

@@ -10,7 +10,7 @@ from cfsd.spec import Spec
 class RehearsalSpec(Spec):
     """The rehearsal's share of the loss: `weight` x mean loss per rehearsal token of the global batch."""
 
-    steering: ClassVar[int] = 2  # raised when `cfsd.controller` steers otherwise: part of the digest with a budget
+    steering: ClassVar[int] = 3  # raised when `cfsd.controller` steers otherwise: part of the digest with a budget
 
     weight: NonNegativeFloat = Field(
         1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0 draws no rehearsal row"

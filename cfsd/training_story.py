@@ -224,9 +224,10 @@ def nested(content: Any, *path: str) -> dict[str, Any]:
 
 
 def budget_setting(trail: Trail) -> float | None:
-    """Return the divergence, in nats per token, that training was told to keep to; None if it had no budget."""
+    """Return the divergence, in nats per token, that the variant was told to keep to; None if it had no budget."""
     tuned = trail.artifacts.get("tuned")
     if tuned is None:
         return None
-    budget: Any = tuned.facts.get("budget") or rehearsal_of(trail).get("budget")
+    own = nested(trail.recipe, "merge").get("budget")
+    budget: Any = own or tuned.facts.get("budget") or rehearsal_of(trail).get("budget")
     return float(budget) if budget else None

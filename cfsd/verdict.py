@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
-ENOUGH_STEPS = 50  # of a training with a budget: in 31 it was exceeded, in 62 not (docs/LOG.md)
+ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
 FEW_SEEDS = (
     f"Fewer than {seeds.FEWEST} seeds give no interval over seeds: brackets in the verdict hold the intervals of all "
     "seeds, so that what is said of a variant holds for each of its seeds."
@@ -64,7 +64,7 @@ def warnings(summaries: list[Summary]) -> list[str]:
         for warning in summary.corpus_warnings:
             found.setdefault(warning, {})[variant_of(summary.name)] = None
     stopped = [(s.name, step) for s in summaries if (step := (s.training or {}).get("stopped_at_step")) is not None]
-    hurried = [(s.name, s.training["steps"]) for s in summaries if s.budget and s.training and _few_steps(s.training)]
+    hurried = [(s.name, s.training["steps"]) for s in summaries if s.training and _too_late(s.budget, s.training)]
     doubts = dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings)
     return [
         *(f"Warning: {doubt}." for doubt in doubts),
@@ -74,15 +74,17 @@ def warnings(summaries: list[Summary]) -> list[str]:
             for name, step in stopped
         ),
         *(
-            f"Warning: λ of “{name}” had only {steps} steps to be steered in; a budget wants {ENOUGH_STEPS} or more "
-            "(lower mix.target_rows and mix.rehearsal_tokens, or raise train.epochs)."
+            f"Warning: λ of “{name}” had only {steps} steps to be steered in, and merging had to keep the budget; with "
+            f"{ENOUGH_STEPS} or more steps less is given up (lower mix.target_rows and mix.rehearsal_tokens, or raise "
+            "train.epochs)."
             for name, steps in hurried
         ),
     ]
 
 
-def _few_steps(training: dict[str, Any]) -> bool:
-    return int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
+def _too_late(budget: dict[str, Any] | None, training: dict[str, Any]) -> bool:
+    steered = budget is not None and budget["final_weight"] is not None and budget.get("alpha") != 1
+    return steered and int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 
 
 def _learned(summaries: list[Summary]) -> str:

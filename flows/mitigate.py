@@ -15,8 +15,8 @@ from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fisher import estimate_fisher
-from tasks.generate import sample_probe, sample_watched
-from tasks.merge import merge_model
+from tasks.generate import sample_control, sample_probe, sample_watched
+from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.train import train_model
 from tasks.weigh import weigh_target
@@ -34,12 +34,16 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     checked = check_corpus(base, probe, trail.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, trail.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
+    merging = recipe.merging()
+    control = sample_control(base, recipe.probe, merging.budget, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
     tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
-    final = merge_model(base, tuned, recipe.merge, machine)
+    fitted = fit_alpha(base, tuned, control, merging, machine)
+    final = merge_model(base, tuned, fitted, merging, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
-    made |= {"checked": checked} if checked else {}
+    optional = {"checked": checked, "control": control, "fitted": fitted}
+    made |= {role: artifact for role, artifact in optional.items() if artifact}
     return trail.model_copy(update={"artifacts": trail.artifacts | made, "before": before, "after": after})
 
 

@@ -7,6 +7,8 @@ from cfsd.watch import WatchSpec
 from tasks._cluster import sampler_of
 from tasks._stage import stage
 
+WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003  # added to the probe's seed: samples of which none is another's
+
 
 @stage("probe", "corpus", gpu=True)
 def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine) -> None:
@@ -22,8 +24,18 @@ def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: M
     """
     if not watch.every:
         return None
-    other = spec.model_copy(update={"rows": watch.rows, "seed": (spec.seed or 0) + 1_000_003})
+    other = spec.model_copy(update={"rows": watch.rows, "seed": (spec.seed or 0) + WATCHED_SEEDS})
     return sample_probe(base, other, machine)
+
+
+def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machine: Machine) -> Artifact | None:
+    """Sample what decides how much of the tuned model keeps the budget: as large as the probe, but other rows.
+
+    The probe judges whether it was kept, so that the probe must not decide it.
+    """
+    if budget is None:
+        return None
+    return sample_probe(base, spec.model_copy(update={"seed": (spec.seed or 0) + CONTROL_SEEDS}), machine)
 
 
 def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine) -> Artifact:

@@ -90,7 +90,7 @@ def test_it_finds_the_budget_where_more_lambda_means_less_divergence(start: floa
         controller.learn(truth * rng.uniform(0.6, 1.4) * 100, 100)
         late.append(truth)
     mean = sum(late[150:]) / 150
-    assert 0.8 * budget < mean < 1.1 * budget
+    assert 0.95 * AIM * budget < mean < 1.05 * AIM * budget
 
 
 def test_it_goes_on_from_its_state_through_json() -> None:

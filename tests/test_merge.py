@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfsd.checkpoint import load_model, write_start_token
-from cfsd.merge import MergeSpec, merge
+from cfsd.merge import merge
 from tests.conftest import save_model
 
 
@@ -23,7 +23,7 @@ def ends(model_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
 def merged(ends: tuple[Path, Path], alpha: float) -> Path:
     folder = ends[0].with_name(f"merged {alpha}")
     folder.mkdir()
-    merge(*ends, MergeSpec(alpha=alpha), folder, "cpu")
+    merge(*ends, alpha, folder, "cpu")
     return folder
 
 

@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel
 from cfsd.checkpoint import load_model, write_start_token
 from cfsd.errors import BadInput
 from cfsd.fisher import FILE
-from cfsd.merge import MergeSpec, merge
+from cfsd.merge import merge
 from cfsd.methods import Methods
 from cfsd.methods.anchors import Penalty, plain_name
 from cfsd.methods.l2 import L2
@@ -333,7 +333,7 @@ def test_merge_ends_at_base_and_tuned(family: str, folders: dict[str, Path], tmp
     for alpha, end in ((0.0, folders[family]), (1.0, tuned)):
         folder = tmp_path / str(alpha)
         folder.mkdir()
-        merge(folders[family], tuned, MergeSpec(alpha=alpha), folder, "cpu")
+        merge(folders[family], tuned, alpha, folder, "cpu")
         found, wanted = (load_file(place / "model.safetensors") for place in (folder, end))
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
