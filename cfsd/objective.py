@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from cfsd.packs import Pack
 from cfsd.rehearsal import RehearsalSpec
+from cfsd.side_by_side import can_side_by_side, side_by_side
 from cfsd.token_loss import Head, Reference, token_losses
 from cfsd.undisturbed import mode_kept
 
@@ -45,6 +46,7 @@ class Objective:
         """Take over the forward pass of `model`; `base` is needed where its law is the live reference."""
         self.model, self.spec, self.base = model, spec, base
         self.head_of = head_of(model)
+        self.unpadded = can_side_by_side(model) and (base is None or can_side_by_side(base))
         self._plain: Any = model.forward
         model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
 
@@ -65,7 +67,7 @@ class Objective:
         """Return the losses of `pack`, its rehearsal's in the form of `spec`."""
         counted_BT, target_BT = pack.coefficient_BT[:, 1:] != 0, pack.target_BT[:, 1:]
         masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
-        given_ND, head = self._given(self.model, pack.token_ids_BT, masks)
+        given_ND, head = self._given(self.model, pack.token_ids_BT, pack.real_BT, masks)
         next_N = _picked(pack.token_ids_BT[:, 1:], masks)
         num_target = int(masks[0].sum())
         coefficient_N = _picked(pack.coefficient_BT[:, 1:], masks)
@@ -76,7 +78,9 @@ class Objective:
         sums = found.nll_N[:num_target].sum(), found.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
         return Losses(found.total, *sums)
 
-    def _given(self, model: PreTrainedModel, token_ids_BT: Tensor, masks: tuple[Tensor, ...]) -> tuple[Tensor, Head]:
+    def _given(
+        self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Head]:
         """Return the hidden states of the tokens that count and the head, or their logits and no head."""
         head = self.head_of(model)
         if head is None:
@@ -84,6 +88,9 @@ class Objective:
                 input_ids=token_ids_BT, use_cache=False
             ).logits
             return _picked(logits[:, :-1], masks), Head(None)
+        if self.unpadded:
+            hidden_ND = side_by_side(model.base_model, token_ids_BT, real_BT)
+            return torch.cat([hidden_ND[nn.functional.pad(mask, (0, 1))[real_BT]] for mask in masks]), head
         hidden: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         return _picked(hidden[:, :-1], masks), head
 
@@ -95,7 +102,9 @@ class Objective:
             return Reference(pack.stored, spec.tail)
         assert self.base is not None
         with torch.no_grad():
-            hidden_MD, head = self._given(self.base, pack.token_ids_BT[rows_B], (rehearsal_BT[rows_B],))
+            hidden_MD, head = self._given(
+                self.base, pack.token_ids_BT[rows_B], pack.real_BT[rows_B], (rehearsal_BT[rows_B],)
+            )
         return Reference(hidden_MD=hidden_MD, head=head)
 
     def _divergence(self, pack: Pack, loss_M: Tensor, nll_M: Tensor, spec: RehearsalSpec) -> Tensor:

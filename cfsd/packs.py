@@ -31,13 +31,14 @@ class Pack(NamedTuple):
     coefficient_BT: Tensor  # what the token's loss is multiplied by, the rehearsal's without lambda; 0: not in the loss
     target_BT: Tensor  # bool: the token belongs to the target's loss
     fresh_BT: Tensor  # bool: of a rehearsal row that is seen for the first time
+    real_BT: Tensor  # bool: not padding
     stored: Stored | None = None  # the base's law at the rehearsal tokens that count, row by row
 
     def to(self, device: torch.device | str) -> "Pack":
         """Return the pack with its tensors on `device`."""
         stored = None if self.stored is None else Stored(*(tensor.to(device) for tensor in self.stored))
-        token_ids_BT, coefficient_BT, target_BT, fresh_BT = (tensor.to(device) for tensor in self[:4])
-        return Pack(token_ids_BT, coefficient_BT, target_BT, fresh_BT, stored)
+        token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT = (tensor.to(device) for tensor in self[:5])
+        return Pack(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored)
 
     def without_loss(self) -> "Pack":
         """Return the pack with nothing in it that counts."""
@@ -91,8 +92,9 @@ def packs_of(
             rehearsed = [i for i in group if rows[i].source != "target"]
             stored = laws.at([(places[i], rows[i].token_ids, rows[i].supervised) for i in rehearsed])
         token_ids = pad([row.token_ids for row in members])
-        parts = pad(coefficients, torch.float64), pad(marks, torch.bool), pad(seen, torch.bool)
-        packs.append(Pack(token_ids, *parts, stored))
+        real = [[True] * len(row.token_ids) for row in members]
+        target, new, not_padding = (pad(of_rows, torch.bool) for of_rows in (marks, seen, real))
+        packs.append(Pack(token_ids, pad(coefficients, torch.float64), target, new, not_padding, stored))
     return packs
 
 
