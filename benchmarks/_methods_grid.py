@@ -52,8 +52,9 @@ class Study(NamedTuple):
         short = {name: Method(m.changes, dict(list(m.strengths.items())[:2])) for name, m in self.methods.items()}
         methods = {name: short[name] for name in (PLAIN, "kl stored")}
         content = override(self.content, {"train.epochs": 1})
-        short_name, places = f"{self.name}-quick", {"results": folder, "pictures": folder}
-        return self._replace(name=short_name, content=content, methods=methods, seeds=(1, 2), **places)
+        return self._replace(
+            name=f"{self.name}-quick", content=content, methods=methods, seeds=(1, 2), results=folder, pictures=folder
+        )
 
 
 def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
@@ -66,8 +67,8 @@ def study_of(name: str, folder: Path, seeds: int | None = None) -> Study:
     )  # fmt: skip
     # smaller batches for a budget: 28 steps are too few to steer
     budgets = {"generate.rows": 240, "probe.rows": 256, "mix.target_rows": 4, "mix.rehearsal_tokens": 144}
-    second = {"seeds": (1, 2), "machine": Machine(), "documents": technical_documents, "budgets": budgets}
-    study = first if name == "tiny" else first._replace(**second)
+    second = first._replace(seeds=(1, 2), machine=Machine(), documents=technical_documents, budgets=budgets)
+    study = first if name == "tiny" else second
     return study._replace(seeds=tuple(range(1, seeds + 1))) if seeds else study
 
 

@@ -59,7 +59,7 @@ def _fetch(data: Path, given: Sequence[str]) -> Path:
 
     checkpoint = Checkpoint(kind="folder", path=given[0]) if given else Checkpoint(kind="smollm2")
     store = Store(data)
-    return store.path(store.make("model", "base", lambda draft: fetch(checkpoint, draft, lambda *_: None))[0])
+    return store.path(store.make("model", "base", lambda draft: fetch(checkpoint, draft))[0])
 
 
 class Bound:

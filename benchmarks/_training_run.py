@@ -144,7 +144,7 @@ def _prepare(data: Path, plan: Answer) -> Answer:
     """Make everything by the stages of the project, as the demo's recipe says."""
     store, recipe = Store(data), Comparison.load(DEMO).recipe
     checkpoint = Checkpoint(kind="folder", path=plan["model"]) if plan["model"] else Checkpoint(kind="smollm2")
-    base, _ = store.make("model", "base", lambda draft: fetch(checkpoint, draft, lambda *_: None))
+    base, _ = store.make("model", "base", lambda draft: fetch(checkpoint, draft))
     target, _ = store.make("target", "target", lambda draft: prepare(base, recipe.target, draft))
 
     def sampled(name: str, rows: int, top: int, seed: int) -> Artifact:

@@ -243,8 +243,8 @@ def _against(found: list[Round], best: tuple[str, bool], leanest: float) -> list
     mine = [max(entry.peak_mb for entry in ours)]
     rows.append(row("peak resident MB, A", mine, [max(entry.peak_mb for entry in _of(found, "A"))], "<= 0.5"))
     rows.append(row("peak resident MB, the leanest B", mine, [leanest], "<= 1"))
-    peer = _speeds(_of(found, "B") or _of(found, "A"))
-    rows.append(row("useful tokens/s, ours in packs of 256 tokens, B", _speeds(lean), peer, ">= 1"))
+    theirs = _speeds(_of(found, "B") or _of(found, "A"))
+    rows.append(row("useful tokens/s, ours in packs of 256 tokens, B", _speeds(lean), theirs, ">= 1"))
     small = [max(entry.peak_mb for entry in lean)]
     rows.append(row("peak resident MB, ours in packs of 256 tokens, the leanest B", small, [leanest], "<= 1"))
     return rows

@@ -31,20 +31,26 @@ def largest_alpha(measure: Callable[[float], float], most: float, budget: float)
     tried = [Tried(most, measure(most))]
     if tried[0].nats <= budget:
         return tried
-    below, above, power = Tried(0.0, 0.0), tried[0], POWER
-    while abs(math.log(tried[-1].nats / (AIM * budget))) > CLOSE and len(tried) < MOST_TRIES:
+    below, above, power, aim = Tried(0.0, 0.0), tried[0], POWER, AIM * budget
+    while not _is_close(tried[-1].nats, aim) and len(tried) < MOST_TRIES:
         last = tried[-1]
-        alpha = last.alpha * (AIM * budget / last.nats) ** (1 / power)
+        alpha = last.alpha * (aim / last.nats) ** (1 / power) if last.nats > 0 else 0.0
         if not below.alpha < alpha < above.alpha:
             alpha = (below.alpha + above.alpha) / 2
         tried.append(Tried(alpha, measure(alpha)))
         power = _power(last, tried[-1])
-        below, above = (tried[-1], above) if tried[-1].nats <= AIM * budget else (below, tried[-1])
+        below, above = (tried[-1], above) if tried[-1].nats <= aim else (below, tried[-1])
     return tried if tried[-1].nats <= budget else [*tried, below]
+
+
+def _is_close(nats: float, aim: float) -> bool:
+    return nats > 0 and abs(math.log(nats / aim)) <= CLOSE
 
 
 def _power(one: Tried, other: Tried) -> float:
     """Return by which power of alpha the divergence grows between two weights."""
+    if min(one.nats, other.nats) <= 0:  # of a model that rounding made the base again
+        return POWER
     found = math.log(one.nats / other.nats) / math.log(one.alpha / other.alpha)
     return found if 0.5 < found < 8 else POWER
 
@@ -56,42 +62,56 @@ def keep_budget(
 
     `control` was sampled by the base, and is neither trained on nor judged by: the verdict is the probe's.
     """
-    import torch
-
-    from cfsd.checkpoint import load_model, release_models, stored_precision
-    from cfsd.divergence import divergences
     from cfsd.rows import read_rows
 
-    machine.settle()
-    release_models()
-    device, store = machine.resolved_device(), draft.store
-    folders = [store.path(model) for model in (base, tuned)]
-    ends = [dict(load_model(folder, "cpu", "float32").named_parameters()) for folder in folders]
-    before, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in folders)
-    rows = [row["token_ids"] for row in read_rows(store.path(control), "corpus", ["token_ids"])]
-    written = getattr(torch, stored_precision(folders[0]))
-    tries = 0
-
-    def measure(alpha: float) -> float:
-        nonlocal tries
-
-        def progress(done: int) -> None:
-            draft.journal.progress(done, len(rows), f"rows at alpha {alpha:.2f}")
-
-        for name, parameter in merged.named_parameters():
-            parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(written))  # as it is going to be saved
-        found = divergences(before, merged, rows, machine.micro_batch_tokens, progress)
-        nats = sum(part.kl for part in found) / sum(part.num_tokens for part in found)
-        if not math.isfinite(nats):
-            raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
-        draft.journal.metrics(tries, {"budget/alpha": alpha, "budget/control_kl": nats})
-        tries += 1
-        return nats
-
     assert spec.budget
-    with torch.no_grad():
-        tried = largest_alpha(measure, spec.alpha, spec.budget)
+    rows = [row["token_ids"] for row in read_rows(draft.store.path(control), "corpus", ["token_ids"])]
+    between = Between(base, tuned, rows, draft, machine)
+    tried = largest_alpha(between.divergence, spec.alpha, spec.budget)
     found = tried[-1]
     facts = {"alpha": found.alpha, "control_kl": found.nats, "control_kl_at_most": tried[0].nats, "rows": len(rows)}
     write_json(draft.folder / "alpha.json", facts)
     draft.facts |= facts
+
+
+class Between:
+    """A model anywhere between base and tuned, in the numbers in which it would be saved and measured."""
+
+    def __init__(
+        self, base: Artifact, tuned: Artifact, rows: list[list[int]], draft: Draft, machine: Machine
+    ) -> None:  # fmt: skip
+        """Load both ends, and the base and one model more on the device."""
+        import torch
+
+        from cfsd.checkpoint import load_model, release_models, stored_precision
+
+        machine.settle()
+        release_models()
+        folders = [draft.store.path(model) for model in (base, tuned)]
+        self.ends = [dict(load_model(folder, "cpu", "float32").named_parameters()) for folder in folders]
+        device = machine.resolved_device()
+        self.base, self.merged = (load_model(folder, device).eval().requires_grad_(False) for folder in folders)
+        self.saved_as = getattr(torch, stored_precision(folders[0]))
+        self.rows, self.most_tokens, self.journal = rows, machine.micro_batch_tokens, draft.journal
+        self.tries = 0
+
+    def divergence(self, alpha: float) -> float:
+        """Return the divergence from the base with the tuned model's weight `alpha`, in nats per token."""
+        import torch
+
+        from cfsd.divergence import divergences
+
+        def progress(done: int) -> None:
+            self.journal.progress(done, len(self.rows), f"rows at alpha {alpha:.2f}")
+
+        with torch.no_grad():
+            for name, parameter in self.merged.named_parameters():
+                start, end = (end[name] for end in self.ends)
+                parameter.copy_(interpolated(start, end, alpha).to(self.saved_as))
+        found = divergences(self.base, self.merged, self.rows, self.most_tokens, progress)
+        nats = sum(part.kl for part in found) / sum(part.num_tokens for part in found)
+        if not math.isfinite(nats):
+            raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
+        self.journal.metrics(self.tries, {"budget/alpha": alpha, "budget/control_kl": nats})
+        self.tries += 1
+        return nats

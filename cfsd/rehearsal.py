@@ -29,7 +29,7 @@ class RehearsalSpec(Spec):
         "sampled", description="kl, stored: tokens outside the top as drawn (unbiased), or as one event (a lower bound)"
     )
     budget: PositiveFloat | None = Field(
-        None, description="Divergence that is accepted, in nats per token: lambda is steered so that it is used up"
+        None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"
     )
     budget_rate: PositiveFloat = Field(
         0.2, description="How fast lambda follows: what each step adds to its logarithm at e times the budget"

@@ -203,10 +203,12 @@ def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
     nats = [number(b["nats"]) if b else "" for b in budgets]
     outcomes = [b.get("outcome", "") for b in budgets]
     marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
+    alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
     return [
         Line("budget of probe_kl, nats/token", "", nats, ["" for _ in budgets]),
         _figures("  used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
         Line("outcome", "", outcomes, marks, is_part=True),
+        *([Line("merged at alpha", "", alphas, ["" for _ in budgets], is_part=True)] if any(alphas) else []),
         _figures("  gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
     ]
 

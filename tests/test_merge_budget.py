@@ -54,6 +54,12 @@ def test_where_nothing_comes_close_the_best_below_is_taken() -> None:
     assert len(tried) >= MOST_TRIES and 0.39 < tried[-1].alpha < 0.4
 
 
+def test_a_divergence_of_nothing_is_no_end_to_the_search() -> None:
+    """Weights in few bits: below some alpha the merged model is the base."""
+    tried = largest_alpha(lambda a: 0.0 if a < 0.3 else 2 * a, 1.0, BUDGET)
+    assert 0.29 < tried[-1].alpha < 0.3 and tried[-1].nats == 0
+
+
 # --- real models ---------------------------------------------------------------------------------------------------
 
 

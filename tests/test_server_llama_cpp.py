@@ -47,7 +47,7 @@ class World(NamedTuple):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     store = Store(tmp_path_factory.mktemp("llama"))
-    made, _ = store.make("model", "0" * 16, lambda draft: fetch(Checkpoint(kind="smollm2"), draft, lambda *_: None))
+    made, _ = store.make("model", "0" * 16, lambda draft: fetch(Checkpoint(kind="smollm2"), draft))
     folder = store.path(made)
     model = load_model(folder, "cpu").eval()
     return World(model, load_tokenizer(folder), read_start_token(folder), end_tokens(folder))
