@@ -180,9 +180,9 @@ def _sentence(name: str, repeats: list[Summary]) -> Iterator[str]:
     used = budget["ratio"] and f"probe_kl is {shown(budget['ratio'], POINTS)} % of it"
     ratio = used or "the probe was not measured"
     yield f"“{name}” {OUTCOMES[budget['outcome']].format(nats=nats)}: {ratio}{_weight(budget)}."
-    if (alpha := budget.get("alpha")) not in (None, 1):
-        before = number(budget["ratio_before_merging"] * POINTS)
-        yield f"Training ended at {before} % of it; merging with the base brought it back (alpha {number(alpha)})."
+    if (before := budget.get("ratio_before_merging") or 0) > 1:
+        alpha = number(budget["alpha"])
+        yield f"Before merging it stood at {number(before * POINTS)} % of it; the base was mixed in (alpha {alpha})."
     if budget["outcome"] == "unknown" and budget["ratio"]:
         yield (
             f"The probe's interval is too wide to tell ({_width(budget)}; {WIDEST * 100:.0f} % is enough): "

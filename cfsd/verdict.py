@@ -1,5 +1,6 @@
 """The verdict: what the figures of many variants say, in two sentences, and what must be said beside them."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from cfsd import seeds
@@ -83,8 +84,9 @@ def warnings(summaries: list[Summary]) -> list[str]:
 
 
 def _too_late(budget: dict[str, Any] | None, training: dict[str, Any]) -> bool:
-    steered = budget is not None and budget["final_weight"] is not None and budget.get("alpha") != 1
-    return steered and int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
+    if budget is None or budget["final_weight"] is None or (budget.get("ratio_before_merging") or math.inf) <= 1:
+        return False
+    return int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 
 
 def _learned(summaries: list[Summary]) -> str:

@@ -145,9 +145,9 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     assert "λ at its floor" in budget_sentences([lowest])[0]
 
 
-def merged(trail: Trail, alpha: float) -> Trail:
-    """Return `trail` with what the control sample said: as trained, 1.4 times the budget of 0.1."""
-    facts = {"alpha": alpha, "control_kl": 0.095, "control_kl_at_most": 0.14}
+def merged(trail: Trail, alpha: float, before: float = 0.14) -> Trail:
+    """Return `trail` with what the control sample said of a budget of 0.1."""
+    facts = {"alpha": alpha, "control_kl": 0.095, "control_kl_at_most": before}
     fitted = Artifact(kind="scores", key="0" * 16, content="0" * 16, facts=facts)
     return trail.model_copy(update={"artifacts": trail.artifacts | {"fitted": fitted}})
 
@@ -156,10 +156,11 @@ def test_merging_that_kept_a_budget_is_said(world: Trained) -> None:
     found = summarise(world.store, merged(world.budgeted(), 0.7))
     assert found.budget and (found.budget["alpha"], found.budget["ratio_before_merging"]) == (0.7, pytest.approx(1.4))
     (said,) = budget_sentences([found])
-    assert "Training ended at 140 % of it; merging with the base brought it back (alpha 0.700)." in said
+    assert "Before merging it stood at 140 % of it; the base was mixed in (alpha 0.700)." in said
     assert training_figures(found)["budget/alpha"] == 0.7
-    untouched = summarise(world.store, merged(world.budgeted(), 1.0))
-    assert "merging" not in budget_sentences([untouched])[0]
+    for alpha in (1.0, 0.5):  # as trained, and as asked for
+        untouched = summarise(world.store, merged(world.budgeted(), alpha, before=0.095))
+        assert "merging" not in budget_sentences([untouched])[0]
 
 
 def test_seeds_of_a_budget_are_counted(world: Trained) -> None:
@@ -265,7 +266,7 @@ def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int
     trail = world.budgeted(steps=steps)
     found = warnings([summarise(world.store, merged(trail, 0.7))])
     assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True))
-    assert warnings([summarise(world.store, merged(trail, 1.0))]) == []  # it was kept without merging
+    assert warnings([summarise(world.store, merged(trail, 1.0, before=0.095))]) == []  # it was kept without merging
     assert warnings([summarise(world.store, world.plain())]) == []
 
 
