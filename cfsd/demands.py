@@ -1,6 +1,8 @@
 """What the ways of training ask of the corpus, told before anything is sampled."""
 
+from cfsd.errors import BadInput
 from cfsd.generate import GenerateSpec
+from cfsd.mix import MixSpec
 from cfsd.train import TrainSpec
 
 
@@ -46,4 +48,21 @@ def _check_stored(generate: GenerateSpec, tail: str) -> None:
         raise ValueError(
             "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base, but source replay "
             "was written by others: set tail to bucket, or train.rehearsal.reference to base"
+        )
+
+
+def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:
+    """Raise BadInput when the corpus cannot last a training that reads its budget off rows never seen before.
+
+    Told before sampling, as if no row ended early; the training itself counts the rows that there are.
+    """
+    steps = train.epochs * -(-train_rows // mix.target_rows)
+    least = mix.rehearsal_tokens - generate.length  # that a step takes: whole rows while they fit
+    needed, most = (steps - 1) * least, generate.rows * generate.length
+    if train.rehearsal.budget and most < needed:
+        raise BadInput(
+            f"train.rehearsal.budget reads the divergence on rows that were not seen before: {steps} steps of "
+            f"{mix.rehearsal_tokens} tokens, but generate.rows={generate.rows} of at most {generate.length} tokens "
+            f"hold {most:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
+            "mix.rehearsal_tokens or train.epochs"
         )

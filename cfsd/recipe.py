@@ -19,7 +19,7 @@ from pydantic import (
 
 from cfsd.artifact import Artifact
 from cfsd.checkpoint import Checkpoint, expanded
-from cfsd.demands import check_rehearsal
+from cfsd.demands import check_rehearsal, check_supply
 from cfsd.errors import BadInput
 from cfsd.evaluate import EvaluateSpec
 from cfsd.filter import FilterSpec
@@ -95,6 +95,11 @@ class Recipe(Spec):
         check_context(base, self.probe, "probe")
         check_context(base, self.generate, "generate")
         self.evaluate.check_base(base)
+
+    def check_target(self, target: Artifact) -> None:
+        """Raise BadInput for what can be told once the target's rows are known, before anything is sampled."""
+        if isinstance(rows := target.facts.get("train_rows"), int):
+            check_supply(self.generate, self.mix, self.train, rows)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:

@@ -24,6 +24,7 @@ def corpus_story(recipe: Recipe, machine: Machine) -> Trail:
     recipe.check_base(base)
     target = prepare_target(base, recipe.target, machine)
     chosen = select_target(base, target, recipe.select, machine)
+    recipe.check_target(chosen)
     corpus = generate_corpus(base, target, recipe.generate, machine)
     kept = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
     selected = select_corpus(base, kept, recipe.select, machine)

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cfsd.demands import check_rehearsal
+from cfsd.demands import check_rehearsal, check_supply
+from cfsd.errors import BadInput
 from cfsd.generate import GenerateSpec
+from cfsd.mix import MixSpec
 from cfsd.replay import Replay
 from cfsd.train import TrainSpec
 
@@ -80,3 +82,16 @@ def test_stopping_before_the_budget_is_used_up_is_refused() -> None:
 def test_watching_something_needs_to_know_how_often(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"need watch\.every"):
         TrainSpec.model_validate({"watch": given})
+
+
+@pytest.mark.parametrize(("rows", "enough"), [(189, False), (191, True)])
+def test_a_corpus_that_cannot_last_a_budget_is_told_by_the_settings(rows: int, enough: bool) -> None:
+    """20 steps of at least 110 - 10 tokens, of which the last needs one new row: 19 x 100 tokens are 190 rows of 10."""
+    mix, training = MixSpec(target_rows=8, rehearsal_tokens=110), train(budget=0.1).model_copy(update={"epochs": 2})
+    corpus = generate(rows=rows, length=10)
+    if enough:
+        check_supply(corpus, mix, training, 80)
+        return
+    with pytest.raises(BadInput, match=r"20 steps of 110 tokens, but generate\.rows=189 of at most 10.*to 190 or more"):
+        check_supply(corpus, mix, training, 80)
+    check_supply(corpus, mix, train(), 80)  # no budget, no demand
