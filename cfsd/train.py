@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 
 from cfsd.artifact import Artifact, Draft
 from cfsd.benchmark import Benchmark
+from cfsd.controller import AIM
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.methods import Methods
@@ -42,10 +43,11 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.watch.stop_above and self.rehearsal.budget and self.watch.stop_above < self.rehearsal.budget:
+        steered_to = AIM * (self.rehearsal.budget or 0)
+        if self.watch.stop_above and self.watch.stop_above < steered_to:
             raise ValueError(
-                f"watch.stop_above {self.watch.stop_above} is below rehearsal.budget {self.rehearsal.budget}: "
-                "the training would end before the budget is used up; raise it or leave it out"
+                f"watch.stop_above {self.watch.stop_above} is below what lambda is steered to, {steered_to:.3g} for "
+                f"the rehearsal.budget of {self.rehearsal.budget}: training would end early; raise it or leave it out"
             )
         return self
 

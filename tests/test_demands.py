@@ -74,8 +74,10 @@ def test_what_the_corpus_lacks_is_named_with_the_remedy(corpus: GenerateSpec, tr
 
 
 def test_stopping_before_the_budget_is_used_up_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"stop_above 0\.01 is below rehearsal\.budget 0\.1"):
-        TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": 0.01}})
+    for above in (0.01, 0.1):
+        with pytest.raises(ValidationError, match=rf"stop_above {above} is below what .* 0\.11 for .*budget of 0\.1"):
+            TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": above}})
+    TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": 0.2}})
 
 
 @pytest.mark.parametrize("given", [{"stop_above": 0.1}, {"benchmarks": ["tiny_rev"]}])
