@@ -66,6 +66,7 @@ def keep_budget(
 
     assert spec.budget
     rows = [row["token_ids"] for row in read_rows(draft.store.path(control), "corpus", ["token_ids"])]
+    draft.journal.cut_back(-1)  # what an attempt tried that was cut short is tried again
     between = Between(base, tuned, rows, draft, machine)
     tried = largest_alpha(between.divergence, spec.alpha, spec.budget)
     found = tried[-1]
