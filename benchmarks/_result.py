@@ -24,7 +24,9 @@ def seconds_in_turn(commands: dict[str, list[str]], rounds: int, **place: Any) -
     for turn in range(rounds + 1):
         for name, command in commands.items():
             started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, **place)
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **place)
+            if done.returncode:
+                raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}")
             if turn:
                 taken[name].append(time.perf_counter() - started)
     return taken

@@ -35,7 +35,10 @@ def main() -> None:
 def _rows(folder: Path, env: dict[str, str]) -> list[dict[str, object]]:
     recipe = folder / "recipe.yaml"
     rows, model = write_rows(folder / "rows.jsonl"), save_model(folder / "model")
-    recipe.write_text(f"name: cached\nbase: {model}\ntarget: {{path: {rows}, held_out: 8}}\ngenerate: {{rows: 32}}\n")
+    recipe.write_text(
+        f"name: cached\nbase: {model}\ntarget: {{path: {rows}, held_out: 8}}\n"
+        "probe: {rows: 32, length: 24}\ngenerate: {rows: 32, length: 24}\n"
+    )
     python = [sys.executable]
     commands = {
         "cached flow": [*python, "-m", "flows.mitigate", str(recipe)],
