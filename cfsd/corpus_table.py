@@ -13,17 +13,18 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from cfsd.rows import batches, corpus_schema, shards
-from cfsd.sampling import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cfsd.sampling import Sample
 
 HALVED = b"halved"  # notes of a shard, in its Parquet metadata: they are not row values and not in the content digest
 DROPPED = b"dropped"
 
 
 def corpus_table(
-    samples: Sequence[Sample],
+    samples: "Sequence[Sample]",
     row_ids: Sequence[int],
     *,
     source: str,
@@ -51,7 +52,7 @@ def corpus_table(
     return pa.table(arrays, schema=schema)
 
 
-def _top_columns(samples: Sequence[Sample], schema: pa.Schema) -> dict[str, pa.Array]:
+def _top_columns(samples: "Sequence[Sample]", schema: pa.Schema) -> dict[str, pa.Array]:
     tops = [s.top for s in samples if s.top is not None]
     counts = [len(top.rest) for top in tops]
     kept = tops[0].ids.shape[1] if tops else 0

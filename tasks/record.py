@@ -27,7 +27,6 @@ from cfsd.journal import read_metrics
 from cfsd.machine import home
 from cfsd.recipe import Recipe
 from cfsd.summary import Step, Summary
-from cfsd.training_story import training_figures
 from tasks._follow import Follower
 
 if TYPE_CHECKING:
@@ -301,6 +300,8 @@ def conclusion(run_id: str | None, summary: Summary | None, files: list[Path]) -
 
 def headline(summary: Summary) -> dict[str, float]:
     """Return the figures of a summary by metric name, bounds of intervals beside them."""
+    from cfsd.training_story import training_figures
+
     figures: dict[str, Any] = {
         "target/gain": summary.target_gain,
         "target/accuracy_gain": summary.target_accuracy_gain,
