@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from cfsd.packs import Pack
 from cfsd.rehearsal import RehearsalSpec
-from cfsd.side_by_side import can_side_by_side, side_by_side
+from cfsd.side_by_side import prepare_side_by_side, side_by_side
 from cfsd.token_loss import Head, Reference, token_losses
 from cfsd.undisturbed import mode_kept
 
@@ -46,7 +46,7 @@ class Objective:
         """Take over the forward pass of `model`; `base` is needed where its law is the live reference."""
         self.model, self.spec, self.base = model, spec, base
         self.head_of = head_of(model)
-        self.unpadded = can_side_by_side(model) and (base is None or can_side_by_side(base))
+        self.unpadded = prepare_side_by_side(model) and (base is None or prepare_side_by_side(base))
         self._plain: Any = model.forward
         model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
 

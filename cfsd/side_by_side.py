@@ -19,15 +19,14 @@ TRIAL = (5, 5, 2, 1)  # lengths: equal ones are computed at once
 
 
 def side_by_side(model: nn.Module, token_ids_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """Return the hidden states (N, D) of the real tokens, row by row; `can_side_by_side` must have said yes."""
+    """Return the hidden states (N, D) of the real tokens, row by row; `prepare_side_by_side` must have said yes."""
     lengths_B = real_BT.sum(1)
     ends = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
     positions_BT = torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT)
-    longest = int(lengths_B.max())
     output: Any = model(
         input_ids=token_ids_BT[real_BT][None], position_ids=positions_BT[real_BT][None], use_cache=False,
         attention_mask=real_BT.new_ones(1, 1, 1, 1),  # not looked at, but keeps one of N x N from being made
-        cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest,
+        cu_seq_lens_q=ends,
     )  # fmt: skip
     hidden_1ND: Tensor = output.last_hidden_state
     return hidden_1ND[0]
@@ -63,7 +62,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @torch.no_grad()
-def can_side_by_side(model: PreTrainedModel) -> bool:
+def prepare_side_by_side(model: PreTrainedModel) -> bool:
     """Make `model` ready for `side_by_side`, and say whether it is; where it is not, it stays as it was.
 
     Found by trying: the hidden states of rows side by side against those of padded rows. Only on CPUs: on CUDA a

@@ -39,7 +39,7 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
     tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
     fitted = fit_alpha(base, tuned, control, merging, machine)
-    final = merge_model(base, tuned, fitted, merging, machine)
+    final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
     optional = {"checked": checked, "control": control, "fitted": fitted}

@@ -1,5 +1,7 @@
 """Interpolate between base and tuned, as far as asked for, or as far as a budget of divergence demands."""
 
+from typing import Any
+
 from cfsd.artifact import Artifact, Draft
 from cfsd.machine import Machine
 from cfsd.merge import MergeSpec, merge
@@ -22,28 +24,22 @@ def _fit_alpha(
     keep_budget(base, tuned, control, spec, draft, machine)
 
 
-def merge_model(
-    base: Artifact, tuned: Artifact, fitted: Artifact | None, spec: MergeSpec, machine: Machine
-) -> Artifact:
-    """Return the tuned model itself at alpha 1, else the interpolation; `fitted` decides alpha where there is one."""
-    if fitted:
-        return tuned if fitted.facts.get("alpha") == 1 else _merge_fitted(base, tuned, fitted, machine)
-    return tuned if spec.alpha == 1 else _merge(base, tuned, spec, machine)
+def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> Artifact:
+    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha, asked for or found."""
+    return tuned if _alpha(decided) == 1 else _merge(base, tuned, decided, machine)
 
 
 @stage("merge", "model")
-def _merge(draft: Draft, base: Artifact, tuned: Artifact, spec: MergeSpec, machine: Machine) -> None:
+def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> None:
     """Make (1 - alpha) x base + alpha x tuned."""
-    _interpolate(draft, base, tuned, spec.alpha, machine)
-
-
-@stage("merge", "model")
-def _merge_fitted(draft: Draft, base: Artifact, tuned: Artifact, fitted: Artifact, machine: Machine) -> None:
-    """Make the interpolation that keeps the budget."""
-    _interpolate(draft, base, tuned, float(str(fitted.facts["alpha"])), machine)
-
-
-def _interpolate(draft: Draft, base: Artifact, tuned: Artifact, alpha: float, machine: Machine) -> None:
+    alpha = _alpha(decided)
+    assert alpha is not None
     machine.settle()
     merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
     draft.facts |= base.facts
+
+
+def _alpha(decided: Artifact | MergeSpec) -> float | None:
+    """Return the tuned model's weight; None in a plan, where it was not found yet."""
+    known: Any = decided.alpha if isinstance(decided, MergeSpec) else decided.facts.get("alpha")
+    return None if known is None else float(known)

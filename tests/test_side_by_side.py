@@ -11,7 +11,7 @@ from cfsd.checkpoint import load_model
 from cfsd.objective import Objective, losses
 from cfsd.packs import Pack, Row, packs_of
 from cfsd.rehearsal import RehearsalSpec
-from cfsd.side_by_side import ATTENTION, can_side_by_side, side_by_side
+from cfsd.side_by_side import ATTENTION, prepare_side_by_side, side_by_side
 from tests.conftest import save_model
 
 FAMILIES = ["llama", "olmo", "gpt2", "qwen2"]
@@ -36,7 +36,7 @@ def test_hidden_states_are_those_of_each_row_alone(tmp_path: Path, family: str) 
     rows = [token_ids_BT[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
     with torch.no_grad():
         alone = torch.cat([model.base_model(input_ids=row).last_hidden_state[0] for row in rows])
-        assert can_side_by_side(model)
+        assert prepare_side_by_side(model)
         found = side_by_side(model.base_model, token_ids_BT, real_BT)
     assert torch.allclose(found, alone, atol=1e-5)
 
@@ -44,7 +44,7 @@ def test_hidden_states_are_those_of_each_row_alone(tmp_path: Path, family: str) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_row_sees_another_to_the_bit(tmp_path: Path, family: str) -> None:
     model = loaded(tmp_path, family)
-    assert can_side_by_side(model)
+    assert prepare_side_by_side(model)
     token_ids_BT, real_BT = batch()
     other_BT = batch(seed=1)[0]
     other_BT[2] = token_ids_BT[2]  # all rows but the third are others
@@ -110,7 +110,7 @@ def test_the_passes_hold_no_padding(tmp_path: Path) -> None:
 def test_a_window_over_tokens_keeps_rows_padded(tmp_path: Path) -> None:
     model = loaded(tmp_path, "gemma2")
     before = model.config._attn_implementation
-    assert not can_side_by_side(model)
+    assert not prepare_side_by_side(model)
     assert model.config._attn_implementation == before
 
 
@@ -127,11 +127,11 @@ def test_a_model_that_takes_no_notice_of_rows_stays_as_it_was(tmp_path: Path) ->
     model = loaded(tmp_path, "llama")
     AttentionInterface.register(ATTENTION, own)
     try:
-        assert not can_side_by_side(model)
+        assert not prepare_side_by_side(model)
     finally:
         AttentionInterface.register(ATTENTION, _attention)
     assert model.config._attn_implementation == "sdpa"
-    assert can_side_by_side(model)
+    assert prepare_side_by_side(model)
 
 
 def test_what_is_not_side_by_side_is_computed_as_before(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_what_is_not_side_by_side_is_computed_as_before(tmp_path: Path) -> None:
     with torch.no_grad():
         before = model(**given).logits
         written = model.generate(**given, max_new_tokens=5, do_sample=False)
-        assert can_side_by_side(model)
+        assert prepare_side_by_side(model)
         assert torch.equal(model(**given).logits[real_BT], before[real_BT])
         assert torch.equal(model.generate(**given, max_new_tokens=5, do_sample=False), written)
 
 
 def test_the_saved_model_names_no_attention_of_ours(tmp_path: Path) -> None:
     model = loaded(tmp_path, "llama")
-    assert can_side_by_side(model)
+    assert prepare_side_by_side(model)
     model.save_pretrained(tmp_path / "saved")
     assert ATTENTION not in (tmp_path / "saved" / "config.json").read_text()
