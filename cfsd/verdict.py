@@ -84,7 +84,9 @@ def warnings(summaries: list[Summary]) -> list[str]:
 
 
 def _too_late(budget: dict[str, Any] | None, training: dict[str, Any]) -> bool:
-    if budget is None or budget["final_weight"] is None or (budget.get("ratio_before_merging") or math.inf) <= 1:
+    if budget is None or budget["divergence_estimate"] is None:  # with merge.budget alone nothing was steered
+        return False
+    if (budget.get("ratio_before_merging") or math.inf) <= 1:
         return False
     return int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 

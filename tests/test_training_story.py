@@ -268,6 +268,8 @@ def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int
     assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True))
     assert warnings([summarise(world.store, merged(trail, 1.0, before=0.095))]) == []  # it was kept without merging
     assert warnings([summarise(world.store, world.plain())]) == []
+    unsteered = merged(world.budgeted(steps=steps, divergence_estimate=None), 0.7)
+    assert warnings([summarise(world.store, unsteered)]) == []
 
 
 def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
