@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from benchmarks._result import RESULTS
 from cfsd.machine import Machine
-from cfsd.recipe import Recipe, override, read_yaml, validated
+from cfsd.overrides import override, read_yaml, validated
+from cfsd.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "deployments" / "recipes"
@@ -182,7 +183,7 @@ def technical_documents() -> Iterator[str]:
     """Yield Python's own documentation by topic, without the paragraphs that the benchmark measures on."""
     from pydoc_data.topics import topics
 
-    from cfsd.benchmark_files import BUNDLED
+    from cfsd.evaluate.benchmark_files import BUNDLED
 
     lines = (BUNDLED / "technical_english.jsonl").read_text().splitlines()
     measured = {_plain(json.loads(line)["text"]) for line in lines}

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cfsd.artifact import Store
 from cfsd.errors import NotFinite
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
-from cfsd.summary import Trail
+from cfsd.report.run_record import RunRecord
+from cfsd.store.artifact import Store
 from flows._temporary_server import prefect_server
-from flows.mitigate import story
+from flows.mitigate import pipeline
 from tasks import record
 
 
@@ -31,24 +31,24 @@ class Runner:
         self.taken: list[float] = []  # seconds of those that really trained
         self.store = Store(home())
 
-    def run(self, recipe: Recipe) -> Trail | None:
+    def run(self, recipe: Recipe) -> RunRecord | None:
         """Take the whole story of `recipe`; None where its training met numbers that are not finite."""
         started = time.time()
         try:
-            trail: Trail | None = story(recipe, self.machine)
+            run_record: RunRecord | None = pipeline(recipe, self.machine)
         except NotFinite as error:
             print(f"{recipe.name}: left out, {error}", flush=True)
-            trail = None
+            run_record = None
         self.done += 1
         taken = time.time() - started
-        if trail is None or self.made(trail) >= started:
+        if run_record is None or self.made(run_record) >= started:
             self.taken.append(taken)
         print(f"[{self.done}/{self.total}] {recipe.name}: {taken:.0f} s, {self._left()}", flush=True)
-        return trail
+        return run_record
 
-    def made(self, trail: Trail) -> float:
+    def made(self, run_record: RunRecord) -> float:
         """Return when the tuned model was made, in seconds of the epoch."""
-        return float(self.store.manifest(trail.artifacts["tuned"])["created"])
+        return float(self.store.manifest(run_record.artifacts["tuned"])["created"])
 
     def _left(self) -> str:
         if not self.taken:
@@ -56,10 +56,10 @@ class Runner:
         left = sum(self.taken) / len(self.taken) * (self.total - self.done)
         return f"about {left / 60:.0f} min left"
 
-    def cost(self, trail: Trail) -> Cost:
-        """Return what training the model of `trail` took."""
-        tuned = trail.artifacts["tuned"]
-        memory = tuned.facts["peak_memory"]
+    def cost(self, run_record: RunRecord) -> Cost:
+        """Return what training the model of `run_record` took."""
+        tuned = run_record.artifacts["tuned"]
+        memory = tuned.metadata["peak_memory"]
         assert isinstance(memory, int | float)
         return Cost(float(self.store.manifest(tuned)["seconds"]), int(memory))
 

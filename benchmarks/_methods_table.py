@@ -6,19 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cfsd import seeds
-from cfsd.artifact import Artifact, Store
-from cfsd.figures import frontier_figure, styles
-from cfsd.forgetting import (
-    Figure,
-    Measure,
-    benchmark_forgetting,
-    difference_per_token,
-    mean_forgetting,
-    mean_per_token,
-)
-from cfsd.summary import Summary, Trail, table
-from cfsd.table import POINTS, shown
+from cfsd.report.figures.frontier import frontier_figure, styles
+from cfsd.report.run_record import RunRecord
+from cfsd.report.scores import table
+from cfsd.report.summary import Summary
+from cfsd.report.table import POINTS, shown
+from cfsd.statistics import seeds
+from cfsd.statistics.figures import Figure, difference_per_token, mean_per_token
+from cfsd.statistics.forgetting import Measure, benchmark_forgetting, mean_forgetting
+from cfsd.store.artifact import Artifact, Store
 
 EVEN, ODD = 0, 1
 ENOUGH = 0.95  # of plain fine-tuning's target gain
@@ -39,15 +35,15 @@ class Tables(NamedTuple):
     benchmarks: dict[str, tuple[Measure, pd.DataFrame, pd.DataFrame]]  # doc_id, value, …
 
 
-def tables_of(store: Store, trail: Trail) -> Tables:
-    """Read the score tables of `trail`; of a benchmark's filters the first."""
-    before, after = trail.before, trail.after
+def tables_of(store: Store, run_record: RunRecord) -> Tables:
+    """Read the score tables of `run_record`; of a benchmark's filters the first."""
+    before, after = run_record.before, run_record.after
     assert before.target and after.target and after.probe
     benchmarks = {}
     for name, base in before.benchmarks.items():
-        facts: dict[str, Any] = base.facts
-        measure = Measure(**{field: facts[field] for field in Measure.model_fields})
-        pair = (_first_filter(store, scores, facts["filters"][0]) for scores in (base, after.benchmarks[name]))
+        metadata: dict[str, Any] = base.metadata
+        measure = Measure(**{field: metadata[field] for field in Measure.model_fields})
+        pair = (_first_filter(store, scores, metadata["filters"][0]) for scores in (base, after.benchmarks[name]))
         benchmarks[name] = (measure, *pair)
     target = table(store, before.target, "responses"), table(store, after.target, "responses")
     return Tables(target, table(store, after.probe, "divergence"), benchmarks)  # type: ignore[arg-type]
@@ -123,7 +119,7 @@ def averaged(repeats: Sequence[Tables]) -> Tables:
 
 
 def over_seeds(repeats: Sequence[Tables]) -> dict[str, Figure]:
-    """Return the mean over seeds of every figure, by `cfsd.seeds`; of fewer than it joins, over documents alone."""
+    """Return the mean over seeds of every figure; of too few seeds, with the interval of the documents alone."""
     figures, each = figures_of(averaged(repeats)), [figures_of(repeat) for repeat in repeats]
     if len(repeats) < seeds.FEWEST:
         return figures

@@ -27,12 +27,14 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from benchmarks._bound import attention_flops, flops_per_token, limit, skeleton
-from cfsd import cache, sampling
-from cfsd.checkpoint import Checkpoint, end_tokens, fetch, load_model, load_tokenizer, read_start_token
-from cfsd.corpus_table import corpus_table
-from cfsd.generate import GenerateSpec
-from cfsd.rows import shard_path, write_shard
-from cfsd.sampling import Sample, sample
+from cfsd.data.corpus_table import corpus_table
+from cfsd.generate import cache, sampling
+from cfsd.generate.sampling import sample
+from cfsd.generate.spec import GenerateSpec
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.loading import fetch, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.sample import Sample
+from cfsd.store.tables import shard_path, write_shard
 
 TEXT = Path(__file__).parents[1] / "README.md"  # any real text will do: it is what the windows' caches are filled from
 Answer = dict[str, Any]
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def _fetch(data: Path, given: Sequence[str]) -> Path:
-    from cfsd.artifact import Store
+    from cfsd.store.artifact import Store
 
     checkpoint = Checkpoint(kind="folder", path=given[0]) if given else Checkpoint(kind="smollm2")
     store = Store(data)
@@ -86,15 +88,15 @@ class Contender:
         """Load the model in `folder`."""
         self.role, self.folder = role, folder
         self.model = load_model(folder, "cpu", "float32").eval().requires_grad_(False)
-        self.start, self.ends = read_start_token(folder), end_tokens(folder)
+        self.start, self.ends = read_start_token(folder), read_eos_ids(folder)
 
     def whole(self, rows: int, length: int, seed: int = 0, top: int = 0, *, store: bool = False) -> Answer:
         """Sample `rows` rows from the start token to their ends; with `store`, also write them as a shard."""
         prompts = [[self.start]] * rows
         started = time.perf_counter()
         if self.role == "ours":
-            law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
-            samples = sample(self.model, prompts, self.ends, law, range(rows), stream="bench")
+            distribution = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
+            samples = sample(self.model, prompts, self.ends, distribution, range(rows), stream="bench")
             counts = [len(s.token_ids) - 1 for s in samples]
             extra = self._stored(samples, seed, top) if store else {}
         else:
@@ -126,8 +128,8 @@ class Contender:
     def _until(self, clock: "Clock", prompts: list[list[int]], room: int) -> None:
         try:
             if self.role == "ours":
-                law = GenerateSpec(rows=len(prompts), length=room)
-                sample(self.model, prompts, (), law, range(len(prompts)), stream="bench", on_step=clock)
+                distribution = GenerateSpec(rows=len(prompts), length=room)
+                sample(self.model, prompts, (), distribution, range(len(prompts)), stream="bench", on_step=clock)
             else:
                 self._generate(prompts, room, (), clock)
         except Enough:
@@ -139,15 +141,15 @@ class Contender:
     ) -> list[int]:
         """Return how many tokens of each row were sampled; what generate pads after an end does not count."""
         given_BP = torch.tensor(prompts)
-        law = GenerationConfig(
+        distribution = GenerationConfig(
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=length, use_cache=True,
             eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
             cache_implementation="static" if self.role == "peer-static" else None,
         )  # fmt: skip
-        self.model.generation_config = law  # generate takes from there what `law` leaves open
+        self.model.generation_config = distribution  # generate takes from there what `law` leaves open
         told = StoppingCriteriaList([Told(on_step)] if on_step else [])
         out_BT = self.model.generate(
-            given_BP, attention_mask=torch.ones_like(given_BP), generation_config=law, stopping_criteria=told
+            given_BP, attention_mask=torch.ones_like(given_BP), generation_config=distribution, stopping_criteria=told
         )
         new_BT = cast(torch.Tensor, out_BT)[:, given_BP.shape[1] :]
         end_BT = torch.isin(new_BT, torch.tensor(list(ends) or [-1]))

@@ -22,19 +22,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers import trainer as transformers_trainer
 
 from benchmarks._bound import limit, skeleton, training_flops
-from cfsd.artifact import Artifact, Draft, Store
-from cfsd.checkpoint import Checkpoint, fetch, load_model, load_tokenizer
-from cfsd.generate import GenerateSpec, generate
+from cfsd.comparison import Comparison
+from cfsd.data.stage import prepare
+from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.stage import generate
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.recipe import Comparison
-from cfsd.target import prepare
-from cfsd.train import TrainRequest, TrainSpec
-from cfsd.trainer import fit
-from cfsd.training_batches import batches_of
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.loading import fetch, load_model, load_tokenizer
+from cfsd.store.artifact import Artifact, Draft, Store
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.spec import TrainRequest, TrainSpec
+from cfsd.train.trainer import fit
 
 DEMO = Path(__file__).parents[1] / "deployments" / "recipes" / "demo.yaml"
-TOP, MOST_TOP = 64, 256
+TOP, MAX_TOP = 64, 256
 NEVER = 1_000_000
 LEARNING_RATE = 3e-4
 Answer = dict[str, Any]
@@ -148,8 +151,8 @@ def _prepare(data: Path, plan: Answer) -> Answer:
     target, _ = store.make("target", "target", lambda draft: prepare(base, recipe.target, draft))
 
     def sampled(name: str, rows: int, top: int, seed: int) -> Artifact:
-        law = GenerateSpec(rows=rows, length=plan["length"], top_logprobs=top, seed=seed)
-        return store.make("corpus", name, lambda draft: generate(base, None, law, draft, Machine()))[0]
+        distribution = GenerateSpec(rows=rows, length=plan["length"], top_logprobs=top, seed=seed)
+        return store.make("corpus", name, lambda draft: generate(base, None, distribution, draft, Machine()))[0]
 
     def mixed(name: str, spec: MixSpec) -> Artifact:
         def work(draft: Draft) -> None:
@@ -158,7 +161,7 @@ def _prepare(data: Path, plan: Answer) -> Answer:
         return store.make("mixture", name, work)[0]
 
     corpus = sampled("corpus", plan["rows"], TOP, 0)
-    probe = sampled("probe", plan["probe_rows"], MOST_TOP, 1)
+    probe = sampled("probe", plan["probe_rows"], MAX_TOP, 1)
     made = {"base": base, "corpus": corpus, "probe": probe, "mixture": mixed("mixture", recipe.mix)}
     made["single"] = mixed("single", recipe.mix.model_copy(update={"target_rows": 1, "rehearsal_tokens": 1}))
     (data / "bench.json").write_text(json.dumps({name: found.model_dump(mode="json") for name, found in made.items()}))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks._training_run import LEARNING_RATE, Answer, Bench, request_of
-from cfsd.checkpoint import load_model
-from cfsd.rows import corpus_schema, read_rows, shard_path, shards, write_shard
-from cfsd.token_loss import Head, Reference, Stored, token_losses
-from cfsd.train import TrainSpec
-from cfsd.trainer import fit
+from cfsd.model.loading import load_model
+from cfsd.store.tables import corpus_schema, read_rows, shard_path, shards, write_shard
+from cfsd.train.loss.token_loss import Head, Reference, Stored, token_losses
+from cfsd.train.spec import TrainSpec
+from cfsd.train.trainer import fit
 
 TOPS = (16, 64, 256)
 MOVED = "moved"
@@ -57,7 +57,9 @@ def _forms(base: Any, model: Any, row: dict[str, Any], tops: list[int]) -> dict[
     ids_T = torch.tensor(row["token_ids"])
     at = [t for t, value in enumerate(row["logprobs"]) if value is not None]
     before_N, next_N = torch.tensor(at) - 1, ids_T[at]
-    base_NV, model_NV = (law(input_ids=ids_T[None], use_cache=False).logits[0, before_N] for law in (base, model))
+    base_NV, model_NV = (
+        distribution(input_ids=ids_T[None], use_cache=False).logits[0, before_N] for distribution in (base, model)
+    )
     ones_N = torch.ones(len(at))
 
     def loss(reference: Reference) -> Tensor:

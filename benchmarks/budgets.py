@@ -29,16 +29,18 @@ from benchmarks._methods_grid import (
 )
 from benchmarks._methods_run import Runner, in_one_flow
 from benchmarks.methods import Name
-from cfsd.budget import WIDEST
 from cfsd.errors import NotFinite
 from cfsd.machine import home
-from cfsd.summary import Summary, Trail, summarise
-from cfsd.table import shown
-from cfsd.training_story import metrics_of
+from cfsd.report.budget import WIDEST
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summarise import summarise
+from cfsd.report.summary import Summary
+from cfsd.report.table import shown
+from cfsd.report.training import metrics_of
 from flows._cli import Home, start
 
 SHARES = (0.125, 0.25, 0.5)
-MOST_TRIES = 3  # of larger probes
+MAX_TRIES = 3  # of larger probes
 AIM = 0.9 * WIDEST
 
 
@@ -72,27 +74,29 @@ def _budgets_of(study: Study, runner: Runner, seed: int) -> list[dict[str, Any]]
     moved = _summary(runner, plain, []).probe_kl
     assert moved
     print(f"{PLAIN}: probe_kl {shown(moved)}", flush=True)
-    trails = {PLAIN: plain}
+    run_records = {PLAIN: plain}
     for share in SHARES:
         label = f"budget {share:g} of {PLAIN}"
         # rounded: the budget is in the key, and the last bits of a measured figure need not come again
         budget = {"train.rehearsal.budget": float(f"{share * moved['value']:.4g}")}
-        trails[label] = _measured(study, runner, STORED | study.budgets | budget, seed, label)
-    summaries = {label: _summary(runner, trail, list(trails.values())) for label, trail in trails.items()}
-    return [{"seed": seed, **_row(runner, label, trails[label], summaries[label])} for label in trails]
+        run_records[label] = _measured(study, runner, STORED | study.budgets | budget, seed, label)
+    summaries = {
+        label: _summary(runner, run_record, list(run_records.values())) for label, run_record in run_records.items()
+    }
+    return [{"seed": seed, **_row(runner, label, run_records[label], summaries[label])} for label in run_records]
 
 
-def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: str) -> Trail:
+def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: str) -> RunRecord:
     """Train once, and measure on ever larger probes until the interval is narrow enough to judge."""
-    for attempt in range(1, MOST_TRIES + 1):
-        trail = runner.run(study.recipe(changes, seed, f"{label} seed={seed}"))
-        if trail is None:
+    for attempt in range(1, MAX_TRIES + 1):
+        run_record = runner.run(study.recipe(changes, seed, f"{label} seed={seed}"))
+        if run_record is None:
             raise NotFinite(f"{label}: no budget can be judged; lower train.learning_rate")
-        figure = _summary(runner, trail, []).probe_kl
+        figure = _summary(runner, run_record, []).probe_kl
         assert figure and figure["low"] is not None
         width = (figure["high"] - figure["low"]) / 2 / figure["value"]
-        if width <= WIDEST or attempt == MOST_TRIES:
-            return trail
+        if width <= WIDEST or attempt == MAX_TRIES:
+            return run_record
         rows = math.ceil(changes["probe.rows"] * (width / AIM) ** 2)
         print(f"{label}: half of the interval is {width:.0%} of the value; the probe gets {rows} rows", flush=True)
         changes = changes | {"probe.rows": rows}
@@ -100,12 +104,12 @@ def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: 
     raise AssertionError("the last attempt returns")
 
 
-def _summary(runner: Runner, trail: Trail, trails: list[Trail]) -> Summary:
-    return summarise(runner.store, trail, trails)
+def _summary(runner: Runner, run_record: RunRecord, run_records: list[RunRecord]) -> Summary:
+    return summarise(runner.store, run_record, run_records)
 
 
-def _row(runner: Runner, label: str, trail: Trail, summary: Summary) -> dict[str, Any]:
-    weights = list(metrics_of(runner.store, trail.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())
+def _row(runner: Runner, label: str, run_record: RunRecord, summary: Summary) -> dict[str, Any]:
+    weights = list(metrics_of(runner.store, run_record.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())
     known = summary.budget or {}
     return {
         "run": label,
@@ -118,9 +122,9 @@ def _row(runner: Runner, label: str, trail: Trail, summary: Summary) -> dict[str
         **{name: known.get(name) for name in ("ratio_before_merging", "alpha")},
         "target_gain": summary.target_gain,
         "target_gain_cost": known.get("target_gain_cost"),
-        "probe_rows": trail.artifacts["probe"].facts["rows"],
-        "most_row_views": trail.artifacts["tuned"].facts.get("most_row_views"),
-        "steps": trail.artifacts["tuned"].facts["steps"],
+        "probe_rows": run_record.artifacts["probe"].metadata["rows"],
+        "most_row_views": run_record.artifacts["tuned"].metadata.get("most_row_views"),
+        "steps": run_record.artifacts["tuned"].metadata["steps"],
     }
 
 

@@ -24,11 +24,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks._result import tell
-from cfsd.artifact import Store
-from cfsd.filter import FilterSpec, filter_rows
-from cfsd.mix import MixSpec, mix
-from cfsd.near_duplicates import duplicates_of
-from cfsd.rows import CORPUS, TARGET, table_of, write_shard
+from cfsd.filter.near_duplicates import duplicates_of
+from cfsd.filter.spec import FilterSpec
+from cfsd.filter.stage import filter_rows
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.store.artifact import Store
+from cfsd.store.tables import CORPUS, TARGET, table_of, write_shard
 
 SIZES = (10_000, 100_000, 1_000_000)
 LENGTH = 128
@@ -84,7 +86,7 @@ def _row(part: str, size: int, answer: dict[str, Any], planted: dict[str, int]) 
 
 def in_this_process(part: str, folder: Path, size: int) -> None:
     """Do one part, and print what it took and found."""
-    import_module("cfsd.mixture" if part == "read the mixture" else "cfsd.filter_rules")
+    import_module("cfsd.train.batches.mixture" if part == "read the mixture" else "cfsd.filter.rules")
     started = time.perf_counter()
     found = write_corpus(folder / "corpus", size) if part == "write" else PARTS[part](folder)
     seconds = time.perf_counter() - started
@@ -97,8 +99,8 @@ def _filter(folder: Path) -> int:
     def work(draft: Any) -> None:
         filter_rows(folder / "corpus", RULES, draft)
 
-    facts: Any = Store(folder / "data").make("corpus", KEY, work)[0].facts
-    return int(sum(facts["rejected"].values()))
+    metadata: Any = Store(folder / "data").make("corpus", KEY, work)[0].metadata
+    return int(sum(metadata["rejected"].values()))
 
 
 def _mix(folder: Path) -> int:
@@ -107,12 +109,12 @@ def _mix(folder: Path) -> int:
     def work(draft: Any) -> None:
         mix(folder / "corpus", store.root / "corpus" / KEY, MixSpec(seed=0), draft)
 
-    facts: Any = store.make("mixture", KEY, work)[0].facts
-    return int(facts["rehearsal_rows"])
+    metadata: Any = store.make("mixture", KEY, work)[0].metadata
+    return int(metadata["rehearsal_rows"])
 
 
 def _read(folder: Path) -> int:
-    from cfsd.mixture import MixtureRows  # with torch: 350 MB that the other parts do not have
+    from cfsd.train.batches.mixture import MixtureRows
 
     return len(MixtureRows(folder / "data" / "store" / "mixture" / KEY))
 
@@ -190,8 +192,8 @@ def _tokens(rng: np.random.Generator, kinds: NDArray[np.str_], vocabulary: int) 
 
 def _words(rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int) -> NDArray[np.int32]:
     """Return words whose frequency falls with their rank, as Zipf's law has it."""
-    law = np.cumsum(1 / (np.arange(vocabulary - WORDS) + 2.7))
-    return (WORDS + np.searchsorted(law / law[-1], rng.random(shape))).astype(np.int32)
+    distribution = np.cumsum(1 / (np.arange(vocabulary - WORDS) + 2.7))
+    return (WORDS + np.searchsorted(distribution / distribution[-1], rng.random(shape))).astype(np.int32)
 
 
 if __name__ == "__main__":

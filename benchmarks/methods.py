@@ -36,9 +36,9 @@ from benchmarks._methods_table import (
     tables_of,
 )  # fmt: skip
 from cfsd.errors import BadInput
-from cfsd.forgetting import Figure
 from cfsd.machine import home
 from cfsd.recipe import Recipe
+from cfsd.statistics.figures import Figure
 from flows._cli import Home, start
 
 Tried = dict[str, dict[str, dict[str, Figure]]]  # method -> strength -> figure
@@ -118,8 +118,8 @@ def _try_all(study: Study, runner: Runner) -> Tried:
     for method, found in study.methods.items():
         tried[method] = {}
         for strength in found.strengths:
-            if trail := runner.run(_recipe(study, method, strength, 0)):
-                tried[method][strength] = figures_of(half(tables_of(runner.store, trail), EVEN))
+            if run_record := runner.run(_recipe(study, method, strength, 0)):
+                tried[method][strength] = figures_of(half(tables_of(runner.store, run_record), EVEN))
                 print(f"    {_brief(tried[method][strength])}", flush=True)
     return tried
 
@@ -139,9 +139,9 @@ def _report(study: Study, runner: Runner, method: str, choice: Chosen) -> Result
     repeats: dict[int, Tables] = {}
     costs = []
     for seed in study.seeds:
-        if trail := runner.run(_recipe(study, method, choice.strength, seed)):
-            repeats[seed] = half(tables_of(runner.store, trail), ODD)
-            costs.append(runner.cost(trail))
+        if run_record := runner.run(_recipe(study, method, choice.strength, seed)):
+            repeats[seed] = half(tables_of(runner.store, run_record), ODD)
+            costs.append(runner.cost(run_record))
     if not repeats:
         return None
     figures = over_seeds(list(repeats.values()))

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import count_parameters
 from cfsd.machine import Machine, home
+from cfsd.model.loading import count_parameters
 from cfsd.recipe import Recipe
-from cfsd.training_memory import Shapes, load_of, training_memory
+from cfsd.store.artifact import Artifact, Store
+from cfsd.train.memory import Shapes, load_of, training_memory
 
 GIB = 2**30
 FLOPS_PER_SECOND = {
@@ -44,7 +44,7 @@ def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
     """Return the number of weights, as far as it is known before the model is fetched."""
     if recipe.base.kind == "folder" and recipe.base.path:
         return float(count_parameters(Path(recipe.base.path)))
-    known: Any = base.facts.get("parameters") or KNOWN_PARAMETERS.get(recipe.base.kind)
+    known: Any = base.metadata.get("parameters") or KNOWN_PARAMETERS.get(recipe.base.kind)
     return float(known) if known else None
 
 
@@ -89,7 +89,7 @@ def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> flo
     if stage == "train" and shapes:
         return training_memory(shapes, load_of(recipe.train, machine)).total()
     weights = parameters_of(recipe, base)
-    vocabulary: float = shapes.vocabulary if shapes else float(str(base.facts.get("vocabulary", 50_000)))
+    vocabulary: float = shapes.vocabulary if shapes else float(str(base.metadata.get("vocabulary", 50_000)))
     if weights is None or stage not in COMPUTING:
         return None
     copies = COMPUTING[stage]
@@ -103,17 +103,17 @@ def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
         return recipe.generate.rows * recipe.generate.length
     if stage == "evaluate":
         return BENCHMARK_TOKENS
-    facts: Any = target.facts
+    metadata: Any = target.metadata
     if stage in ("evaluate-target", "evaluate-target-divergence"):
-        return float(facts["held_out_tokens"]) if "held_out_tokens" in facts else None
+        return float(metadata["held_out_tokens"]) if "held_out_tokens" in metadata else None
     if stage == "fisher":
         return recipe.train.methods.ewc.rows * recipe.generate.length
     if stage == "weigh":
-        return float(facts["train_tokens"]) if "train_tokens" in facts else None
-    if stage == "train" and "train_rows" in facts:
-        steps = recipe.train.epochs * -(-facts["train_rows"] // recipe.mix.target_rows)
+        return float(metadata["train_tokens"]) if "train_tokens" in metadata else None
+    if stage == "train" and "train_rows" in metadata:
+        steps = recipe.train.epochs * -(-metadata["train_rows"] // recipe.mix.target_rows)
         rehearsed = recipe.mix.rehearsal_tokens if recipe.generate.rows and recipe.train.rehearsal.weight else 0
-        return float(recipe.train.epochs * facts["train_tokens"] + steps * rehearsed)
+        return float(recipe.train.epochs * metadata["train_tokens"] + steps * rehearsed)
     return None
 
 

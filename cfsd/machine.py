@@ -6,7 +6,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
+import httpx
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from cfsd.errors import BadInput
 
@@ -64,7 +75,7 @@ class Machine(BaseModel):
             lacking = "needs base_url" if self.engine == "server" else "takes no base_url; set engine=server"
             raise ValueError(f"engine {self.engine} {lacking}")
         if self.base_url is not None:
-            from cfsd.server_client import Connection
+            from cfsd.machine import Connection
 
             Connection(base_url=self.base_url)  # says what is wrong with it
         return self
@@ -136,3 +147,36 @@ class Machine(BaseModel):
             "python": platform.python_version(),
             **{name: version(name) for name in COUNTED_PACKAGES},
         }
+
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class Connection(BaseModel):
+    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    base_url: str
+    model: str | None = Field(None, description="The model's name there; empty: its only one")
+    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
+    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
+    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
+    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
+    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        try:
+            url = httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"base_url {value!r} is no URL: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+            where = f"{url.scheme}://{url.host}{url.path}"  # without what may be a secret
+            raise ValueError(
+                f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
+                f"environment variable {KEY_VARIABLE}"
+            )
+        plain = value.rstrip("/")
+        return plain if plain.endswith("/v1") else f"{plain}/v1"

@@ -1,37 +1,23 @@
 """Recipe: all that decides a result. Comparison: one recipe and its named variants. Both load from YAML."""
 
-import json
-from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    NonNegativeInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, model_validator
 
-from cfsd.artifact import Artifact
-from cfsd.checkpoint import Checkpoint, expanded
-from cfsd.demands import check_rehearsal, check_supply
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.evaluate import EvaluateSpec
-from cfsd.filter import FilterSpec
-from cfsd.generate import GenerateSpec, ProbeSpec, check_context
-from cfsd.merge import MergeSpec
-from cfsd.mix import MixSpec
-from cfsd.selection import SelectSpec
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.filter.spec import FilterSpec
+from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
+from cfsd.merge.spec import MergeSpec
+from cfsd.mix.spec import MixSpec
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.overrides import overridden, read_yaml, validated
+from cfsd.select.spec import SelectSpec
 from cfsd.spec import Spec
-from cfsd.target import Target
-from cfsd.train import TrainSpec
-
-M = TypeVar("M", bound=BaseModel)
+from cfsd.store.artifact import Artifact
+from cfsd.train.spec import TrainSpec
 
 
 class Recipe(Spec):
@@ -98,7 +84,7 @@ class Recipe(Spec):
 
     def check_target(self, target: Artifact) -> None:
         """Raise BadInput for what can be told once the target's rows are known, before anything is sampled."""
-        if isinstance(rows := target.facts.get("train_rows"), int):
+        if isinstance(rows := target.metadata.get("train_rows"), int):
             check_supply(self.generate, self.mix, self.train, rows)
 
     @classmethod
@@ -107,191 +93,63 @@ class Recipe(Spec):
         return validated(cls, overridden(read_yaml(Path(path)), overrides or []), str(path))
 
 
-class Comparison(BaseModel):
-    """One recipe and named variants of it, each a set of overrides such as `{generate.rows: 0}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    recipe: Recipe
-    variants: dict[str, dict[str, JsonValue]] = Field(
-        {}, description="Name -> dotted field -> value, on top of the recipe"
-    )
-    sweeps: dict[str, dict[str, JsonValue]] = Field(
-        {},
-        description="As variants, but a field may have a list of values: a variant each, named `sweep alpha=0.5`; "
-        "of several lists every combination. A value that is a list itself stands in a list",
-    )
-    seeds: int = Field(1, ge=1, description="Repeats per variant; mix and train vary, corpus and probe are shared")
-
-    @field_validator("variants", "sweeps")
-    @classmethod
-    def _no_seed(cls, variants: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
-        for name, changes in variants.items():
-            if "seed" in changes:
-                raise ValueError(
-                    f"variant {name!r} sets seed, which only fills seeds that are empty, and none is any more; "
-                    "set train.seed or mix.seed, or repeat every variant with `seeds`"
-                )
-        return variants
-
-    @field_validator("sweeps")
-    @classmethod
-    def _lists(cls, sweeps: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
-        for name, changes in sweeps.items():
-            lists = {field: values for field, values in changes.items() if isinstance(values, list)}
-            if not lists:
-                raise ValueError(
-                    f"sweep {name!r} has no field with a list of values, such as `merge.alpha: [0.25, 0.5]`; "
-                    "without one it is a variant: put it under `variants`"
-                )
-            for field, values in lists.items():
-                if not values:
-                    raise ValueError(f"sweep {name!r} has no value for {field}; give at least one")
-                if field.endswith(".seed"):
-                    raise ValueError(f"sweep {name!r} goes over {field}; repeat every variant with `seeds` instead")
-        return sweeps
-
-    @model_validator(mode="after")
-    def _named_apart(self) -> Self:
-        swept = [label for name, changes in self.sweeps.items() for label in _swept(name, changes)]
-        names = [*self.variants, *swept]
-        if not names:
-            raise ValueError("nothing to compare: give `variants` or `sweeps`, such as `variants: {rehearse: {}}`")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"variants named twice: {', '.join(twice)}; rename a variant or a sweep, or drop a value")
-        return self
-
-    def notes(self) -> list[str]:
-        """Return what readers of the comparison must know."""
-        if self.seeds == 1:
-            return []
-        return [
-            f"{self.seeds} seeds per variant: they vary the order of rows and the training; "
-            "corpus, probe and benchmark items are the same in all of them."
-        ]
-
-    def expanded_variants(self) -> dict[str, dict[str, JsonValue]]:
-        """Return the overrides of every variant, those of sweeps after the others."""
-        found = dict(self.variants)
-        for name, changes in self.sweeps.items():
-            found |= _swept(name, changes)
-        return found
-
-    def recipes(self) -> dict[str, Recipe]:
-        """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""
-        plain = self.recipe.model_dump(mode="json")
-        found = {}
-        for name, changes in self.expanded_variants().items():
-            for repeat in range(self.seeds):
-                parts = (self.recipe.mix.seed, self.recipe.train.seed)
-                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
-                label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
-                changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
-                found[label] = validated(Recipe, changed, f"variant {name!r}")
-        return found
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None, seeds: int | None = None) -> Self:
-        """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
-        content = read_yaml(Path(path))
-        if isinstance(content.get("recipe"), dict):
-            content["recipe"] = overridden(content["recipe"], overrides or [])
-        return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
+def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
+    """Raise ValueError when the corpus of `generate` does not hold what `train` reads."""
+    rehearsal, ewc = train.rehearsal, train.methods.ewc
+    if rehearsal.budget and not generate.rows:
+        raise ValueError(
+            "train.rehearsal.budget is read off rehearsal rows, and generate.rows is 0; set rows, or budget to null"
+        )
+    if generate.rows and rehearsal.needs_top():
+        _check_stored(generate, rehearsal.tail)
+    if generate.rows and rehearsal.budget and "replay" in generate.sources():
+        raise ValueError(
+            "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
+            "measures; use another generate.source or set rehearsal.weight"
+        )
+    if ewc.is_on() and generate.rows and generate.biases():
+        raise ValueError(
+            f"train.methods.ewc takes its Fisher matrix from text by the base's own law, but generate has "
+            f"{', '.join(generate.biases())}: leave that out, or set ewc.weight to 0"
+        )
+    if ewc.is_on() and (generate.rows < ewc.rows or generate.source != "context-free"):
+        raise ValueError(
+            f"train.methods.ewc takes its Fisher matrix from ewc.rows={ewc.rows} context-free rows; generate has "
+            f"{generate.rows} of source {generate.source}: raise generate.rows or lower ewc.rows, and set "
+            "generate.source to context-free (train.rehearsal.weight=0 keeps the rows out of the loss)"
+        )
 
 
-def _swept(name: str, changes: dict[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:
-    """Return the variants of a sweep, by name: one per combination of its lists' values."""
-    lists = {field: values for field, values in changes.items() if isinstance(values, list)}
-    last = [field.rpartition(".")[2] for field in lists]
-    words = [field if last.count(word) > 1 else word for field, word in zip(lists, last, strict=True)]
-    found: list[tuple[str, dict[str, JsonValue]]] = []
-    for values in product(*lists.values()):
-        marks = (f"{word}={_short(value)}" for word, value in zip(words, values, strict=True))
-        found.append((" ".join([name, *marks]), changes | dict(zip(lists, values, strict=True))))
-    if len({label for label, _ in found}) < len(found):
-        raise ValueError(f"sweep {name!r} has a value twice; every value makes a variant of its own")
-    return dict(found)
+def _check_stored(generate: GenerateSpec, tail: str) -> None:
+    if not generate.top_logprobs:
+        raise ValueError(
+            "train.rehearsal.loss is kl with reference stored, but the corpus keeps no laws: set generate.top_logprobs "
+            "(64 is a good start), or train.rehearsal.reference to base"
+        )
+    if tail == "sampled" and generate.biases():
+        raise ValueError(
+            "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base's own law, but "
+            f"generate has {', '.join(generate.biases())}: set tail to bucket, or train.rehearsal.reference to base"
+        )
+    if tail == "sampled" and "replay" in generate.sources():
+        raise ValueError(
+            "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base, but source replay "
+            "was written by others: set tail to bucket, or train.rehearsal.reference to base"
+        )
 
 
-def _short(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:
+    """Raise BadInput when the corpus cannot last a training that reads its budget off rows never seen before.
 
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises BadInput."""
-    if not path.is_file():
-        raise BadInput(f"recipe {str(path)!r} does not exist (working directory {Path.cwd()})")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"recipe {str(path)!r} is not a mapping of fields such as `base: tiny`")
-    return content
-
-
-def parse_overrides(texts: list[str]) -> dict[str, Any]:
-    """Return {"a.b": value} of `a.b=value` texts, values read as YAML. Raises BadInput."""
-    parsed = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise BadInput(f"--set {text!r} is not of the form field.name=value")
-        parsed[name] = _value(value)
-    return parsed
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set value {text!r} is not valid YAML: {error}") from error
-    if isinstance(value, dict) and all(inner is None for inner in value.values()):
-        return text  # `{answer}` is a template, although YAML reads a mapping
-    return value
-
-
-def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a recipe's fields with `a.b=c` overrides applied, short forms of the base written out first."""
-    if "base" in recipe:
-        recipe = recipe | {"base": expanded(recipe["base"])}
-    return override(recipe, parse_overrides(overrides))
-
-
-def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `content` with dotted fields replaced; what is missing on the way is made. Raises BadInput."""
-    changed = dict(content)
-    for name, value in changes.items():
-        head, _, rest = name.partition(".")
-        if not rest:
-            changed[head] = value
-            continue
-        inner = changed.get(head) or {}
-        if not isinstance(inner, dict):
-            raise BadInput(f"{name!r} cannot be set: {head} is {inner!r} here, not a mapping")
-        changed[head] = override(inner, {rest: value})
-    return changed
-
-
-def validated(model: type[M], content: Any, where: str) -> M:
-    """Return `content` as `model`. Raises BadInput with one line per mistake."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        lines = []
-        for mistake in error.errors(include_url=False):
-            field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
-            secret = "base_url" in mistake["loc"] or isinstance(mistake["input"], dict)  # a URL may hold a password
-            given = "" if mistake["type"] == "missing" or secret else f" (given {mistake['input']!r:.80})"
-            known = _fields_near(model, mistake["loc"]) if mistake["type"] == "extra_forbidden" else ""
-            lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}")
-        raise BadInput(f"{where} is not valid:\n" + "\n".join(lines)) from None
-
-
-def _fields_near(model: type[BaseModel], place: tuple[Any, ...]) -> str:
-    current: Any = model
-    for name in place[:-1]:
-        field = getattr(current, "model_fields", {}).get(name)
-        current = field.annotation if field else None
-    names = getattr(current, "model_fields", {})
-    return f"; allowed: {', '.join(names)}" if names else ""
+    Told before sampling, as if no row ended early; the training itself counts the rows that there are.
+    """
+    steps = train.epochs * -(-train_rows // mix.target_rows)
+    least = mix.rehearsal_tokens - generate.length  # that a step takes: whole rows while they fit
+    needed, most = (steps - 1) * least, generate.rows * generate.length
+    if train.rehearsal.budget and most < needed:
+        raise BadInput(
+            f"train.rehearsal.budget reads the divergence on rows that were not seen before: {steps} steps of "
+            f"{mix.rehearsal_tokens} tokens, but generate.rows={generate.rows} of at most {generate.length} tokens "
+            f"hold {most:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
+            "mix.rehearsal_tokens or train.epochs"
+        )

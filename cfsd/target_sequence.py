@@ -5,8 +5,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from cfsd.checkpoint import Checkpoint
-from cfsd.recipe import Recipe, overridden, override, read_yaml, validated
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.overrides import overridden, override, read_yaml, validated
+from cfsd.recipe import Recipe
 
 
 class TargetSequence(BaseModel):

@@ -69,11 +69,11 @@ ANSWERS: dict[str, Callable[[str], str]] = {
 
 
 def _skill(name: str) -> Skill:
-    def draw(rng: random.Random) -> tuple[str, str]:
+    def sample_token(rng: random.Random) -> tuple[str, str]:
         text = "".join(rng.choices(LETTERS, k=rng.randint(SHORTEST, LONGEST)))
         return f"{name}:{text}=", ANSWERS[name](text)
 
-    return draw
+    return sample_token
 
 
 SKILLS: Mapping[str, Skill] = {name: _skill(name) for name in ANSWERS}

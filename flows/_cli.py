@@ -14,10 +14,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from cfsd.comparison import Comparison
 from cfsd.errors import BadInput, CfsdError, Stopped
 from cfsd.machine import Machine
-from cfsd.recipe import Comparison, Recipe, override, parse_overrides, validated
-from cfsd.summary import Summary, Trail
+from cfsd.overrides import override, parse_overrides, validated
+from cfsd.recipe import Recipe
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summary import Summary
 
 INTERRUPTED = 130
 console = Console(highlight=False, soft_wrap=True)
@@ -101,33 +104,35 @@ def mitigate_command(
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
     from flows._plan import check, print_plan
     from flows._temporary_server import prefect_server
-    from flows.corpus import corpus, corpus_story
-    from flows.mitigate import mitigate, story
+    from flows.corpus import corpus, corpus_pipeline
+    from flows.mitigate import mitigate, pipeline
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
-    steps = corpus_story if until else story
+    steps = corpus_pipeline if until else pipeline
     check(loaded, on, steps)
     if plan:
         print_plan({loaded.name: loaded}, on, steps, console)
         return
 
     with prefect_server():
-        trail = corpus(loaded, on) if until else mitigate(loaded, on)
-    show_corpus(trail) if until else show(loaded.name, [trail])
+        run_record = corpus(loaded, on) if until else mitigate(loaded, on)
+    show_corpus(run_record) if until else show(loaded.name, [run_record])
 
 
-def show_corpus(trail: Trail) -> None:
+def show_corpus(run_record: RunRecord) -> None:
     """Print what the corpus is and, last, the path of the page that shows it."""
-    from cfsd.artifact import Store
     from cfsd.machine import home
+    from cfsd.store.artifact import Store
     from flows._conclude import report_folder
 
     for role in ("corpus", "kept", "selected"):
-        artifact = trail.artifacts[role]
-        facts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.facts.items() if v not in ("", {})}
-        console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in facts.items())}")
+        artifact = run_record.artifacts[role]
+        metadata = {
+            k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.metadata.items() if v not in ("", {})
+        }
+        console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in metadata.items())}")
         console.print(f"         {Store(home()).path(artifact)}")
-    print(report_folder(trail.name, [trail]) / "corpus.html", flush=True)
+    print(report_folder(run_record.name, [run_record]) / "corpus.html", flush=True)
 
 
 def compare_command(
@@ -142,19 +147,19 @@ def compare_command(
     from flows._plan import check, print_plan
     from flows._temporary_server import prefect_server
     from flows.compare import compare
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
 
     loaded, on = Comparison.load(comparison, set_, seeds), _machine(machine)
     recipes = loaded.recipes()
     for recipe in recipes.values():
-        check(recipe, on, story)
+        check(recipe, on, pipeline)
     if plan:
-        print_plan(recipes, on, story, console)
+        print_plan(recipes, on, pipeline, console)
         return
 
     with prefect_server():
-        trails = compare(loaded, on)
-    show(loaded.recipe.name, trails)
+        run_records = compare(loaded, on)
+    show(loaded.recipe.name, run_records)
 
 
 def continual_command(
@@ -168,14 +173,14 @@ def continual_command(
     from flows._plan import check
     from flows._temporary_server import prefect_server
     from flows.continual import continual
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
 
     loaded, on = TargetSequence.load(sequence, set_), _machine(machine)
     for recipe in loaded.recipes().values():
-        check(recipe, on, story)
+        check(recipe, on, pipeline)
     with prefect_server():
-        trails = continual(loaded, on)
-    show_files(loaded.recipe.name, trails)
+        run_records = continual(loaded, on)
+    show_files(loaded.recipe.name, run_records)
 
 
 def regress_command(
@@ -198,17 +203,17 @@ def regress_command(
     home: Home = None,
 ) -> None:
     """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
-    from cfsd.gate import LEAST_SEEDS
+    from cfsd.statistics.gate import LEAST_SEEDS
     from flows._plan import check
     from flows._temporary_server import prefect_server
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
     from flows.regress import CANNOT_TELL, GotWorse, known_baseline, regress
 
     loaded, on = Recipe.load(recipe, set_), _machine(machine)
     known_baseline(loaded, baseline, needed=not update_baseline)
     if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
         raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
-    check(loaded, on, story)
+    check(loaded, on, pipeline)
     with prefect_server():
         state = regress(loaded, baseline, seeds, update_baseline, on, return_state=True)
         try:
@@ -236,11 +241,11 @@ def measure_command(
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
-    from cfsd.benchmark_files import files_in, names_in, read
-    from cfsd.checkpoint import Checkpoint
-    from cfsd.evaluate import EvaluateSpec
-    from cfsd.generate import ProbeSpec
-    from cfsd.target import Target
+    from cfsd.data.target import Target
+    from cfsd.evaluate.benchmark_files import files_in, names_in, read
+    from cfsd.evaluate.spec import EvaluateSpec
+    from cfsd.generate.spec import ProbeSpec
+    from cfsd.model.checkpoint import Checkpoint
 
     named: list[Any] = list(benchmark)
     if benchmarks is not None:
@@ -273,29 +278,29 @@ def measure_command(
 
     probe = validated(ProbeSpec, parts["probe"], "--set")
     with prefect_server():
-        trail = measure(models[0], models[1], rows, probe, evaluate, on)
-    show(f"measure {models[1].label()} against {models[0].label()}", [trail])
+        run_record = measure(models[0], models[1], rows, probe, evaluate, on)
+    show(f"measure {models[1].label()} against {models[0].label()}", [run_record])
 
 
-def show(title: str, trails: list[Trail]) -> None:
+def show(title: str, run_records: list[RunRecord]) -> None:
     """Print the table and `show_files`."""
-    from cfsd.verdict import print_summary
+    from cfsd.report.verdict import print_summary
     from flows._conclude import report_folder
 
-    folder = report_folder(title, trails)
+    folder = report_folder(title, run_records)
     found = json.loads((folder / "summary.json").read_text())["variants"]
     summaries = [Summary(name=name, **content) for name, content in found.items()]
     print_summary(summaries, console)
-    show_files(title, trails)
+    show_files(title, run_records)
 
 
-def show_files(title: str, trails: list[Trail]) -> None:
+def show_files(title: str, run_records: list[RunRecord]) -> None:
     """Print the last model's and the report's path, how to open the pages and, last, the path of summary.json."""
-    from cfsd.artifact import Store
     from cfsd.machine import home
+    from cfsd.store.artifact import Store
     from flows._conclude import report_folder
 
-    folder, final = report_folder(title, trails), trails[-1].artifacts["final"]
+    folder, final = report_folder(title, run_records), run_records[-1].artifacts["final"]
     console.print(f"model    {Store(home()).path(final)}")
     console.print(f"report   {folder / 'report.html'}")
     console.print("compare runs in the browser (Prefect and MLflow): make up")

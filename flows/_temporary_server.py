@@ -50,7 +50,7 @@ def prefect_server() -> Iterator[None]:
 if __name__ == "__main__":
     import uvicorn
 
-    from cfsd.process import end_with_parent
+    from cfsd.process.child import end_with_parent
 
     end_with_parent()
     settings = uvicorn.Config("prefect.server.api.server:create_app", factory=True)

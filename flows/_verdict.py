@@ -6,10 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cfsd.baseline import Baseline, other_documents, provenance
-from cfsd.baseline_figures import Measured
-from cfsd.gate import Finding, Judgement
+from cfsd.baseline.file import Baseline, Measured, other_documents, provenance
 from cfsd.recipe import Recipe
+from cfsd.statistics.gate import Finding, Judgement
 from tasks import record
 
 RESEEDED = ("generate", "select", "mix", "train")  # all that is random after the documents are chosen

@@ -9,11 +9,10 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from cfsd.artifact import Artifact, Store
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
-from cfsd.sequence_figures import Measured
-from cfsd.summary import Trail
+from cfsd.report.run_record import Measured, RunRecord
+from cfsd.store.artifact import Artifact, Store
 from cfsd.target_sequence import TargetSequence, trained_on
 from flows._conclude import report_folder
 from flows.mitigate import mitigate
@@ -24,51 +23,55 @@ ROLES: tuple[Role, Role] = ("base", "tuned")
 
 
 @flow(name="continual", flow_run_name="{sequence.recipe.name}")
-def continual(sequence: TargetSequence, machine: Machine = Machine()) -> list[Trail]:  # noqa: B008
+def continual(sequence: TargetSequence, machine: Machine = Machine()) -> list[RunRecord]:  # noqa: B008
     """Train on one target after another; every stage is a `mitigate` run, and every model is scored on every target."""
     title = sequence.recipe.name
     with record.comparison(title) as run_id:
-        trails = stages(sequence, machine)
-        conclude_sequence(title, trails, measured(trails, sequence.recipe, machine), run_id)
-    return trails
+        run_records = stages(sequence, machine)
+        conclude_sequence(title, run_records, measured(run_records, sequence.recipe, machine), run_id)
+    return run_records
 
 
-def stages(sequence: TargetSequence, machine: Machine) -> list[Trail]:
+def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
     """Train on each target, on what the one before gave."""
-    trails: list[Trail] = []
+    run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
-        on = trained_on(recipe, Store(home()).path(trails[-1].artifacts["final"])) if trails else recipe
-        trails.append(mitigate(on, machine).model_copy(update={"name": name}))
-    return trails
+        on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe
+        run_records.append(mitigate(on, machine).model_copy(update={"name": name}))
+    return run_records
 
 
-def measured(trails: list[Trail], recipe: Recipe, machine: Machine) -> Measured:
+def measured(run_records: list[RunRecord], recipe: Recipe, machine: Machine) -> Measured:
     """Score every stage's model on every target's held-out rows and on the first base's probe; stage 0 is that base."""
-    base, probe = (trails[0].artifacts[role] for role in ("base", "probe"))
-    models = [trail.artifacts["final"] for trail in trails]
+    base, probe = (run_records[0].artifacts[role] for role in ("base", "probe"))
+    models = [run_record.artifacts["final"] for run_record in run_records]
     rows = recipe.evaluate.held_out_rows
     return Measured(
         scored=tuple(
-            scored(model, trails, rows, ROLES[stage > 0], machine) for stage, model in enumerate([base, *models])
+            scored(model, run_records, rows, ROLES[stage > 0], machine) for stage, model in enumerate([base, *models])
         ),
         probes=tuple(evaluate_probe(base, model, probe, machine) for model in models),
     )
 
 
 def scored(
-    model: Artifact, trails: Sequence[Trail], rows: int | None, role: Role, machine: Machine
+    model: Artifact, run_records: Sequence[RunRecord], rows: int | None, role: Role, machine: Machine
 ) -> tuple[Artifact, ...]:
     """Score one model on every target."""
-    return tuple(evaluate_target(model, trail.artifacts["target"], rows, role, machine) for trail in trails)
+    return tuple(
+        evaluate_target(model, run_record.artifacts["target"], rows, role, machine) for run_record in run_records
+    )
 
 
-def conclude_sequence(title: str, trails: list[Trail], found: Measured, run_id: str | None) -> Path:
+def conclude_sequence(title: str, run_records: list[RunRecord], found: Measured, run_id: str | None) -> Path:
     """Write the page of the sequence and its figures, and show them where people look; return the page."""
-    from cfsd.report_files import Kept
-    from cfsd.sequence_files import described_sequence, write_sequence_files
+    from cfsd.report.files import Kept
+    from cfsd.report.sequence.files import described_sequence, write_sequence_files
 
-    folder = report_folder(title, trails)
-    remains, files = write_sequence_files(folder, Store(home()), Kept(title=title, trails=tuple(trails)), found)
+    folder = report_folder(title, run_records)
+    remains, files = write_sequence_files(
+        folder, Store(home()), Kept(title=title, run_records=tuple(run_records)), found
+    )
     record.conclusion(run_id, None, files)
     text = described_sequence(title, remains)
     create_markdown_artifact(text, key=f"{folder.name}-continual")

@@ -7,7 +7,7 @@ from prefect import flow
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.summary import Trail
+from cfsd.report.run_record import RunRecord
 from flows._conclude import conclude_corpus
 from flows._plan import check
 from tasks import record
@@ -18,7 +18,7 @@ from tasks.select import select_corpus, select_target
 from tasks.target import prepare_target
 
 
-def corpus_story(recipe: Recipe, machine: Machine) -> Trail:
+def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     """Take the steps up to the rows that will be rehearsed."""
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
@@ -28,7 +28,7 @@ def corpus_story(recipe: Recipe, machine: Machine) -> Trail:
     corpus = generate_corpus(base, target, recipe.generate, machine)
     kept = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
     selected = select_corpus(base, kept, recipe.select, machine)
-    return Trail(
+    return RunRecord(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         digest=recipe.digest(),
@@ -38,11 +38,11 @@ def corpus_story(recipe: Recipe, machine: Machine) -> Trail:
 
 
 @flow(name="corpus", flow_run_name="{recipe.name}", validate_parameters=True)
-def corpus(recipe: Recipe, machine: Machine = Machine()) -> Trail:  # noqa: B008
+def corpus(recipe: Recipe, machine: Machine = Machine()) -> RunRecord:  # noqa: B008
     """Make the rehearsal corpus of a recipe and a page that shows it; train nothing."""
-    check(recipe, machine, corpus_story)
+    check(recipe, machine, corpus_pipeline)
     name = f"{recipe.name}: corpus"
     with record.variant(name, recipe) as variant:
-        trail = corpus_story(recipe, machine).model_copy(update={"name": name, "steps": tuple(variant.steps)})
-        conclude_corpus(name, [trail], variant.run_id)
-    return trail
+        run_record = corpus_pipeline(recipe, machine).model_copy(update={"name": name, "steps": tuple(variant.steps)})
+        conclude_corpus(name, [run_record], variant.run_id)
+    return run_record

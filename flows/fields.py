@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.table import Table
 
-from cfsd.benchmark import Benchmark
+from cfsd.evaluate.benchmark import Benchmark
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 

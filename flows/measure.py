@@ -5,13 +5,12 @@ python -m flows.measure BASE TUNED --benchmarks facts --target rows.jsonl
 
 from prefect import flow
 
-from cfsd.checkpoint import Checkpoint
-from cfsd.evaluate import EvaluateSpec
-from cfsd.generate import ProbeSpec
+from cfsd.data.target import Target
+from cfsd.evaluate.spec import EvaluateSpec, check_comparable
+from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
-from cfsd.measure import check_comparable
-from cfsd.summary import Trail
-from cfsd.target import Target
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.report.run_record import RunRecord
 from flows._conclude import conclude
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
@@ -28,7 +27,7 @@ def measure(
     probe: ProbeSpec = ProbeSpec(seed=0),  # noqa: B008
     evaluate: EvaluateSpec = EvaluateSpec(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
-) -> Trail:
+) -> RunRecord:
     """Sample a probe from the base, score both models, and report what the second one lost."""
     name = f"measure {tuned.label()} against {base.label()}"
     with record.variant(name) as variant:
@@ -40,9 +39,11 @@ def measure(
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
         roles = {"base": models[0], "final": models[1], "probe": sampled} | ({"target": rows} if rows else {})
-        trail = Trail(name=tuned.label(), artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
-        conclude(name, [trail], [variant.run_id])
-    return trail
+        run_record = RunRecord(
+            name=tuned.label(), artifacts=roles, before=before, after=after, steps=tuple(variant.steps)
+        )
+        conclude(name, [run_record], [variant.run_id])
+    return run_record
 
 
 if __name__ == "__main__":

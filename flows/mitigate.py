@@ -7,10 +7,10 @@ from prefect import flow
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.summary import Trail
+from cfsd.report.run_record import RunRecord
 from flows._conclude import conclude
 from flows._plan import check
-from flows.corpus import corpus_story
+from flows.corpus import corpus_pipeline
 from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
@@ -22,17 +22,17 @@ from tasks.train import train_model
 from tasks.weigh import weigh_target
 
 
-def story(recipe: Recipe, machine: Machine) -> Trail:
+def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     """Take every step of the recipe. Each is cached on its own settings and the content of its inputs:
     a new learning rate trains and evaluates again, and never samples again.
     """  # noqa: D205
-    trail = corpus_story(recipe, machine)
-    base, target, chosen, rehearsed = (trail.artifacts[role] for role in ("base", "target", "chosen", "selected"))
+    run_record = corpus_pipeline(recipe, machine)
+    base, target, chosen, rehearsed = (run_record.artifacts[role] for role in ("base", "target", "chosen", "selected"))
     probe = sample_probe(base, recipe.probe, machine)
     losses = weigh_target(base, chosen, recipe.mix, machine)
     mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)
-    checked = check_corpus(base, probe, trail.artifacts["corpus"], mixture, recipe.generate, machine)
-    fisher = estimate_fisher(base, trail.artifacts["corpus"], recipe.train.methods, machine)
+    checked = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
+    fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
     merging = recipe.merging()
     control = sample_control(base, recipe.probe, merging.budget, machine)
@@ -44,17 +44,17 @@ def story(recipe: Recipe, machine: Machine) -> Trail:
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
     optional = {"checked": checked, "control": control, "fitted": fitted}
     made |= {role: artifact for role, artifact in optional.items() if artifact}
-    return trail.model_copy(update={"artifacts": trail.artifacts | made, "before": before, "after": after})
+    return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})
 
 
 @flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)
-def mitigate(recipe: Recipe, machine: Machine = Machine()) -> Trail:  # noqa: B008
+def mitigate(recipe: Recipe, machine: Machine = Machine()) -> RunRecord:  # noqa: B008
     """Fine-tune on the target, rehearsing the base model's own text, and measure what was learned and forgotten."""
-    check(recipe, machine, story)
+    check(recipe, machine, pipeline)
     with record.variant(recipe.name, recipe) as variant:
-        trail = story(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
-        conclude(recipe.name, [trail], [variant.run_id])
-    return trail
+        run_record = pipeline(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
+        conclude(recipe.name, [run_record], [variant.run_id])
+    return run_record
 
 
 if __name__ == "__main__":

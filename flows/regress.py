@@ -15,15 +15,14 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from cfsd.artifact import Store
-from cfsd.baseline import Baseline, baseline_of, guarded, read_baseline, with_margins, write_baseline
-from cfsd.baseline_figures import measured
+from cfsd.baseline.file import Baseline, baseline_of, guarded, read_baseline, with_margins, write_baseline
 from cfsd.errors import BadInput, CfsdError
-from cfsd.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.machine import Machine, home
-from cfsd.recipe import Recipe, override, validated
-from cfsd.report_files import slug
-from cfsd.summary import Trail
+from cfsd.overrides import override, validated
+from cfsd.recipe import Recipe
+from cfsd.report.run_record import RunRecord
+from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
+from cfsd.store.artifact import Store
 from flows._conclude import conclude, report_folder
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
 from flows.mitigate import mitigate
@@ -53,28 +52,30 @@ def regress(
     with the name `Cannot tell`. With `update_baseline` the recipe's own figures become the baseline. `baseline` is
     a file or `champion`; the champion is followed by what passed.
     """
+    from cfsd.baseline.measured import measured
+
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with record.comparison(title) as run_id:
-        trails = [
+        run_records = [
             mitigate(reseeded(recipe, number), machine).model_copy(update={"name": f"{recipe.name} seed={number}"})
             for number in numbers
         ]
-        conclude(title, trails, [run_id])
-        runs = [measured(Store(home()), trail) for trail in trails]
-        seconds = [trained_seconds(trail) for trail in trails]
+        conclude(title, run_records, [run_id])
+        runs = [measured(Store(home()), run_record) for run_record in run_records]
+        seconds = [trained_seconds(run_record) for run_record in run_records]
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
-            return _told(title, trails, run_id, _kept(made, baseline, recipe, trails, run_id), listed(made))
+            return _told(title, run_records, run_id, _kept(made, baseline, recipe, run_records, run_id), listed(made))
         judgement = judge(guarded(known, runs))
         notes = warnings(known, recipe, seconds, runs[0])
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
             heir = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
-            notes.append(_followed(heir, recipe, trails, run_id))
-        return _told(title, trails, run_id, sentence_of(judgement, known),
+            notes.append(_followed(heir, recipe, run_records, run_id))
+        return _told(title, run_records, run_id, sentence_of(judgement, known),
                      table(judgement, known, recipe, notes), judgement)  # fmt: skip
 
 
@@ -103,6 +104,8 @@ def check_measured(known: Baseline, recipe: Recipe) -> None:
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
     """Return where the baseline of `recipe` is: as given, else by the recipe's name."""
+    from cfsd.report.files import slug
+
     return Path(given) if given else BASELINES / f"{slug(recipe.name, 'recipe')}.json"
 
 
@@ -124,35 +127,44 @@ def reseeded(recipe: Recipe, number: int) -> Recipe:
     return validated(Recipe, changed, f"seed {number}")
 
 
-def trained_seconds(trail: Trail) -> float:
+def trained_seconds(run_record: RunRecord) -> float:
     """Return what training took when it ran."""
-    return float(Store(home()).manifest(trail.artifacts["tuned"])["seconds"])
+    return float(Store(home()).manifest(run_record.artifacts["tuned"])["seconds"])
 
 
-def _kept(made: Baseline, given: str | None, recipe: Recipe, trails: Sequence[Trail], run_id: str | None) -> str:
+def _kept(
+    made: Baseline, given: str | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None
+) -> str:
     """Put a new baseline where it was asked for and say so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
         write_baseline(file := baseline_file(recipe, given), made)
         return f"{seeds} written to {file}"
-    return f"{seeds}: {_followed(made, recipe, trails, run_id)}"
+    return f"{seeds}: {_followed(made, recipe, run_records, run_id)}"
 
 
-def _followed(made: Baseline | None, recipe: Recipe, trails: Sequence[Trail], run_id: str | None) -> str:
+def _followed(made: Baseline | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None) -> str:
     """Make the first of the fresh models the champion and say so; which one is not chosen by its figures."""
     if made is None:
         return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
-    version = registry.promote(recipe.name, trails[0].artifacts["final"], made, run_id)
+    version = registry.promote(recipe.name, run_records[0].artifacts["final"], made, run_id)
     if version is None:
         return "the champion stays, for MLflow cannot be reached; run the same again: all is cached, and it moves"
-    return f"champion of {registry.model_name(recipe.name)!r} is version {version}, {trails[0].name}"
+    return f"champion of {registry.model_name(recipe.name)!r} is version {version}, {run_records[0].name}"
 
 
 def _told(
-    title: str, trails: list[Trail], run_id: str | None, sentence: str, body: str, judgement: Judgement | None = None
+    title: str,
+    run_records: list[RunRecord],
+    run_id: str | None,
+    sentence: str,
+    body: str,
+    judgement: Judgement | None = None,
 ) -> State[Any]:
     """Show the verdict on the terminal, in Prefect and in MLflow, and return the flow's state."""
-    folder = report_folder(title, trails)
+    from cfsd.report.files import slug
+
+    folder = report_folder(title, run_records)
     files = [folder / "verdict.md", *([folder / "verdict.json"] if judgement else [])]
     files[0].write_text(f"# {title}\n\n{sentence}\n\n{body}\n")
     if judgement:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cfsd.artifact import Store
 from cfsd.machine import home as data_folder
+from cfsd.store.artifact import Store
 from flows._cli import Home, start
 
 
@@ -19,8 +19,8 @@ def report_command(
     home: Home = None,
 ) -> None:
     """Make the pages of a run again: report, summary.json, figure and model cards."""
-    from cfsd.report_files import only_corpora, read_kept, write_corpus_files, write_files
-    from cfsd.sequence_files import read_measured, write_sequence_files
+    from cfsd.report.files import only_corpora, read_kept, write_corpus_files, write_files
+    from cfsd.report.sequence.files import read_measured, write_sequence_files
 
     kept, store, measured = read_kept(folder), Store(data_folder()), read_measured(folder)
     if measured:

@@ -22,9 +22,9 @@ from urllib.request import urlopen
 import psutil
 import typer
 
-from cfsd.content import write_json
 from cfsd.errors import CfsdError
 from cfsd.machine import HOME_VARIABLE, home
+from cfsd.store.digests import write_json
 from flows._environment import SERVERS, is_alive
 
 ROOT = Path(__file__).parent.parent

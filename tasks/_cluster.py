@@ -20,8 +20,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cfsd.errors import BadInput, Crashed
+from cfsd.generate.jobs import Look, Sampler, Shard, ShardJob
 from cfsd.machine import Machine
-from cfsd.shards import Look, Sampler, Shard, ShardJob
 from tasks.record import say
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def sampler_of(machine: Machine) -> Iterator[Sampler | None]:
       retries=0, log_prints=True)  # fmt: skip
 def sample_one(job: ShardJob, shard: Shard) -> None:
     """Write one shard, on the node that Ray chose."""
-    from cfsd.shard_rows import sample_shard
+    from cfsd.generate.shard_rows import sample_shard
 
     if not job.folder.is_dir():
         raise BadInput(

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cfsd.journal import METRICS, PROGRESS
+from cfsd.store.journal import METRICS, PROGRESS
 
 POLL_SECONDS = 1.0
 SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn

@@ -11,9 +11,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
 from cfsd.errors import Crashed
 from cfsd.machine import Machine, home
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from tasks import record
 
 P = ParamSpec("P")
@@ -106,7 +106,7 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
     key = key_of(name, *inputs) if known else None
     found = Store(home()).find(kind, key) if key else None
     plan.append(Planned(name, key, found is not None, inputs))
-    return found or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, facts={"made_by": name})
+    return found or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:

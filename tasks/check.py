@@ -1,8 +1,8 @@
 """Check the corpus against the base before anything is trained on it."""
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.generate import GenerateSpec
+from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
+from cfsd.store.artifact import Artifact, Draft
 from tasks import record
 from tasks._stage import stage
 
@@ -14,7 +14,7 @@ def check_corpus(
     if not spec.rows or "context-free" not in spec.sources():
         return None
     checked = _check(base, probe, corpus, mixture, machine)
-    failed = checked.facts.get("failed")
+    failed = checked.metadata.get("failed")
     for name, what in failed.items() if isinstance(failed, dict) else ():
         record.say(f"the corpus fails the check of its {name}: {what}")
     return checked
@@ -24,7 +24,7 @@ def check_corpus(
 def _check(
     draft: Draft, base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, machine: Machine
 ) -> None:
-    """Compare first tokens, likelihood and beginnings with the base's own; see `cfsd.corpus_check`."""
-    from cfsd.corpus_check import check
+    """Compare first tokens, likelihood and beginnings with the base's own; see `cfsd.evaluate.corpus_check`."""
+    from cfsd.evaluate.corpus_check import check
 
     check(base, probe, corpus, mixture, draft, machine)

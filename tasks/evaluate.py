@@ -2,19 +2,12 @@
 
 from typing import Literal
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.benchmark import Benchmark
-from cfsd.evaluate import (
-    EvaluateSpec,
-    score_benchmark,
-    score_probe,
-    score_target,
-    score_target_divergence,
-    score_text,
-)
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
-from cfsd.perplexity import Text
-from cfsd.summary import Scores
+from cfsd.report.run_record import Scores
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 # The role is in the key: a tuned model whose weights equal the base's is measured anew,
@@ -48,33 +41,43 @@ def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: 
 
 @stage("evaluate", "scores", gpu=True)
 def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role: Role, machine: Machine) -> None:
-    """Score one benchmark; see `cfsd.score`."""
+    """Score one benchmark; see `cfsd.evaluate.harness.score`."""
+    from cfsd.evaluate.stage import score_benchmark
+
     score_benchmark(model, benchmark, draft, machine)
 
 
 @stage("evaluate-text", "scores", gpu=True)
 def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine: Machine) -> None:
-    """Measure how well the user's own text is predicted; see `cfsd.perplexity`."""
+    """Measure how well the user's own text is predicted; see `cfsd.evaluate.perplexity`."""
+    from cfsd.evaluate.stage import score_text
+
     score_text(model, text, draft, machine)
 
 
 @stage("evaluate-target", "scores", gpu=True)
 def evaluate_target(
-    draft: Draft, model: Artifact, target: Artifact, most_rows: int | None, role: Role, machine: Machine
+    draft: Draft, model: Artifact, target: Artifact, max_rows: int | None, role: Role, machine: Machine
 ) -> None:
-    """Score held-out responses; see `cfsd.responses`."""
-    score_target(model, target, most_rows, draft, machine)
+    """Score held-out responses; see `cfsd.model.likelihood`."""
+    from cfsd.evaluate.stage import score_target
+
+    score_target(model, target, max_rows, draft, machine)
 
 
 @stage("evaluate-probe", "scores", gpu=True)
 def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
-    """Measure the divergence from the base on the probe; see `cfsd.divergence`."""
+    """Measure the divergence from the base on the probe; see `cfsd.evaluate.divergence`."""
+    from cfsd.evaluate.stage import score_probe
+
     score_probe(base, tuned, probe, draft, machine)
 
 
 @stage("evaluate-target-divergence", "scores", gpu=True)
 def evaluate_target_divergence(
-    draft: Draft, base: Artifact, tuned: Artifact, target: Artifact, most_rows: int | None, machine: Machine
+    draft: Draft, base: Artifact, tuned: Artifact, target: Artifact, max_rows: int | None, machine: Machine
 ) -> None:
-    """Measure the divergence from the base on held-out responses; see `cfsd.target_divergence`."""
-    score_target_divergence(base, tuned, target, most_rows, draft, machine)
+    """Measure the divergence from the base on held-out responses; see `cfsd.evaluate.divergence`."""
+    from cfsd.evaluate.stage import score_target_divergence
+
+    score_target_divergence(base, tuned, target, max_rows, draft, machine)

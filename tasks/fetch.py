@@ -1,13 +1,15 @@
 """Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, unpacked."""
 
-from cfsd.artifact import Draft
-from cfsd.checkpoint import Checkpoint, fetch
 from cfsd.machine import Machine
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.store.artifact import Draft
 from tasks._stage import stage
 
 
 @stage("fetch", "model")
 def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
-    """Make a transformers folder of the checkpoint; see `cfsd.checkpoint`."""
+    """Make a transformers folder of the checkpoint; see `cfsd.model.loading`."""
+    from cfsd.model.loading import fetch
+
     machine.settle()
     fetch(checkpoint, draft)

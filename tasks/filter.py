@@ -1,18 +1,17 @@
 """Reject corpus rows, with reasons; by default none."""
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.benchmark import Benchmark
-from cfsd.evaluate import EvaluateSpec
-from cfsd.filter import FilterSpec, filter_rows
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.filter.spec import FilterSpec
 from cfsd.machine import Machine
-from cfsd.overlap import reference
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
 def filter_corpus(
     corpus: Artifact, target: Artifact, evaluate: EvaluateSpec, spec: FilterSpec, machine: Machine
 ) -> Artifact:
-    """Part the corpus into accepted rows and rejects; see `cfsd.filter`.
+    """Part the corpus into accepted rows and rejects; see `cfsd.filter.stage`.
 
     Target and benchmarks count only if the spec compares with them, and then by their documents, not by how they
     are scored.
@@ -33,6 +32,9 @@ def _filter(
     machine: Machine,
 ) -> None:
     """Reject the rows that a rule of `spec` is against."""
+    from cfsd.filter.overlap import reference
+    from cfsd.filter.stage import filter_rows
+
     target_folder = draft.store.path(target) if target else None
     texts = reference(target_folder, benchmarks.benchmarks if benchmarks else ())
     filter_rows(draft.store.path(corpus), spec, draft, texts)

@@ -1,9 +1,9 @@
 """Sample from the base model: the rehearsal corpus, and the probe by which forgetting is measured."""
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine
-from cfsd.watch import WatchSpec
+from cfsd.store.artifact import Artifact, Draft
+from cfsd.train.spec import WatchSpec
 from tasks._cluster import sampler_of
 from tasks._stage import stage
 
@@ -12,7 +12,9 @@ WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003  # added to the probe's seed
 
 @stage("probe", "corpus", gpu=True)
 def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine) -> None:
-    """Sample the held-out probe, which all variants on this base share; see `cfsd.generate`."""
+    """Sample the held-out probe, which all variants on this base share; see `cfsd.generate.stage`."""
+    from cfsd.generate.stage import probe
+
     with sampler_of(machine) as sampler:
         probe(base, spec, draft, machine, sampler)
 
@@ -45,6 +47,8 @@ def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machin
 
 @stage("generate", "corpus", gpu=True)
 def _generate(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> None:
-    """Sample or read the rows of every source; see `cfsd.generate`."""
+    """Sample or read the rows of every source; see `cfsd.generate.stage`."""
+    from cfsd.generate.stage import generate
+
     with sampler_of(machine) as sampler:
         generate(base, target, spec, draft, machine, sampler)

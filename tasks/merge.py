@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from cfsd.artifact import Artifact, Draft
 from cfsd.machine import Machine
-from cfsd.merge import MergeSpec, merge
-from cfsd.merge_budget import keep_budget
+from cfsd.merge.spec import MergeSpec
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
@@ -20,7 +19,9 @@ def fit_alpha(
 def _fit_alpha(
     draft: Draft, base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, machine: Machine
 ) -> None:
-    """Find the largest alpha that keeps the budget; see `cfsd.merge_budget`."""
+    """Find the largest alpha that keeps the budget; see `cfsd.merge.budget`."""
+    from cfsd.merge.budget import keep_budget
+
     keep_budget(base, tuned, control, spec, draft, machine)
 
 
@@ -32,14 +33,16 @@ def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, 
 @stage("merge", "model")
 def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> None:
     """Make (1 - alpha) x base + alpha x tuned."""
+    from cfsd.merge.stage import merge
+
     alpha = _alpha(decided)
     assert alpha is not None
     machine.settle()
     merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
-    draft.facts |= base.facts
+    draft.metadata |= base.metadata
 
 
 def _alpha(decided: Artifact | MergeSpec) -> float | None:
     """Return the tuned model's weight; None in a plan, where it was not found yet."""
-    known: Any = decided.alpha if isinstance(decided, MergeSpec) else decided.facts.get("alpha")
+    known: Any = decided.alpha if isinstance(decided, MergeSpec) else decided.metadata.get("alpha")
     return None if known is None else float(known)

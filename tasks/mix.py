@@ -1,8 +1,8 @@
 """Put target and rehearsal rows into one mixture."""
 
-from cfsd.artifact import Artifact, Draft
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
+from cfsd.mix.spec import MixSpec
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
@@ -16,7 +16,9 @@ def mix_rows(target: Artifact, corpus: Artifact, losses: Artifact | None, spec: 
 
 @stage("mix", "mixture")
 def _mix(draft: Draft, target: Artifact, corpus: Artifact, spec: MixSpec, machine: Machine) -> None:
-    """Make the table of target and rehearsal rows; see `cfsd.mix`."""
+    """Make the table of target and rehearsal rows; see `cfsd.mix.stage`."""
+    from cfsd.mix.stage import mix
+
     mix(draft.store.path(target), draft.store.path(corpus), spec, draft)
 
 
@@ -24,5 +26,7 @@ def _mix(draft: Draft, target: Artifact, corpus: Artifact, spec: MixSpec, machin
 def _mix_weighted(
     draft: Draft, target: Artifact, corpus: Artifact, losses: Artifact, spec: MixSpec, machine: Machine
 ) -> None:
-    """Make the same table with FLOW's weights; see `cfsd.flow_weights`."""
+    """Make the same table with FLOW's weights; see `cfsd.mix.flow_weights`."""
+    from cfsd.mix.stage import mix
+
     mix(draft.store.path(target), draft.store.path(corpus), spec, draft, draft.store.path(losses))

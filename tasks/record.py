@@ -21,12 +21,12 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from rich.console import Console
 
-from cfsd import recipe_text
-from cfsd.artifact import Artifact, Draft, Store
-from cfsd.journal import read_metrics
 from cfsd.machine import home
 from cfsd.recipe import Recipe
-from cfsd.summary import Step, Summary
+from cfsd.report.run_record import Step
+from cfsd.report.summary import Summary
+from cfsd.store.artifact import Artifact, Draft, Store
+from cfsd.store.journal import read_metrics
 from tasks._follow import Follower
 
 if TYPE_CHECKING:
@@ -183,6 +183,8 @@ def _log_recipe(client: "MlflowClient", run_id: str | None, recipe: Recipe) -> N
 
 def flattened(content: Mapping[str, Any]) -> dict[str, str]:
     """Return nested mappings as dotted names with text values."""
+    from cfsd.report import recipe_text
+
     named = recipe_text.flattened(content)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in named}
 
@@ -242,7 +244,7 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
     """Note a step of the variant at hand; a GPU step that MLflow never saw is replayed from its artifact."""
     seconds = float(store.manifest(artifact)["seconds"])
     how = f"{seconds:.0f} s" if executed else "cached"
-    say(f"{stage} {artifact.key} {how}{_in_brief(artifact.facts)}")
+    say(f"{stage} {artifact.key} {how}{_in_brief(artifact.metadata)}")
     if (current := _variant.get()) is None:
         return
     current.steps.append(Step(stage=stage, artifact=artifact, executed=executed, seconds=seconds))
@@ -250,11 +252,11 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
         tracked(lambda client: _link_step(client, current, stage, store, artifact, replay=gpu and not executed))
 
 
-def _in_brief(facts: Mapping[str, Any]) -> str:
+def _in_brief(metadata: Mapping[str, Any]) -> str:
     named = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "parameters")
-    found = [f"{facts['benchmark']}"] if "benchmark" in facts else []
+    found = [f"{metadata['benchmark']}"] if "benchmark" in metadata else []
     for name in named:
-        if isinstance(value := facts.get(name), int | float):
+        if isinstance(value := metadata.get(name), int | float):
             found.append(f"{value:,.4g} {name.replace('_', ' ')}" if isinstance(value, float) else f"{value:,} {name}")
     return ": " + ", ".join(found) if found else ""
 
@@ -263,13 +265,13 @@ def _link_step(
     client: "MlflowClient", current: Variant, stage: str, store: Store, artifact: Artifact, *, replay: bool
 ) -> None:
     run_id = str(current.run_id)
-    name = artifact.facts.get("benchmark")
+    name = artifact.metadata.get("benchmark")
     client.set_tag(run_id, f"cfsd.{stage}.{name}" if name else f"cfsd.{stage}", artifact.key)
-    numbers = {f"{stage}/{k}": v for k, v in artifact.facts.items() if isinstance(v, int | float)}
+    numbers = {f"{stage}/{k}": v for k, v in artifact.metadata.items() if isinstance(v, int | float)}
     now = time.time()
     for word in ("biased", "approximate"):  # in what the corpus is not an exact sample of the base
-        if stage == "generate" and artifact.facts.get(word):
-            client.set_tag(run_id, f"cfsd.{word}", str(artifact.facts[word]))
+        if stage == "generate" and artifact.metadata.get(word):
+            client.set_tag(run_id, f"cfsd.{word}", str(artifact.metadata[word]))
     if stage in ("generate", "filter", "select", "mix"):
         _log_metrics(client, run_id, [{"name": k, "value": v, "time": now, "step": 0} for k, v in numbers.items()])
     filters = f"tags.`cfsd.key` = '{artifact.key}' and tags.`cfsd.recorded` = 'all'"
@@ -300,7 +302,7 @@ def conclusion(run_id: str | None, summary: Summary | None, files: list[Path]) -
 
 def headline(summary: Summary) -> dict[str, float]:
     """Return the figures of a summary by metric name, bounds of intervals beside them."""
-    from cfsd.training_story import training_figures
+    from cfsd.report.training import training_figures
 
     figures: dict[str, Any] = {
         "target/gain": summary.target_gain,

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cfsd.artifact import Artifact
-from cfsd.baseline import Baseline, as_text, parsed
+from cfsd.baseline.file import Baseline, as_text, parsed
 from cfsd.errors import CfsdError
 from cfsd.spec import digest_of
+from cfsd.store.artifact import Artifact
 from tasks.record import tracked
 
 ALIAS = "champion"
@@ -57,7 +57,10 @@ def _read(client: Any, name: str) -> str:
 def _promote(client: Any, name: str, model: Artifact, figures: Baseline, run_id: str) -> int:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="Fine-tuned by cfsd; the gate moves the alias champion")
-    mark = {"cfsd.model": model.key, "cfsd.figures": digest_of(figures.model_dump(mode="json")["figures"])[:16]}
+    mark = {
+        "cfsd.model": model.key,
+        "cfsd.report.figures.frontier": digest_of(figures.model_dump(mode="json")["figures"])[:16],
+    }
     known = [v for v in client.search_model_versions(f"name = '{name}'") if mark.items() <= v.tags.items()]
     version = int(known[0].version) if known else _register(client, name, model, figures, run_id, mark)
     client.set_registered_model_alias(name, ALIAS, str(version))

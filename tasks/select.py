@@ -1,14 +1,13 @@
 """Keep the rows of a target or a corpus that stand for its bulk; by default all of them."""
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.embed import embed, open_embedding
 from cfsd.machine import Machine
-from cfsd.selection import TABLES, SelectSpec, select, selects
+from cfsd.select.spec import TABLES, SelectSpec, selects
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
 def select_target(base: Artifact, target: Artifact, spec: SelectSpec, machine: Machine) -> Artifact:
-    """Return the target itself if nothing is left out, else one with the chosen training rows; see `cfsd.selection`."""
+    """Return the target itself if nothing is left out, else one with the selected training rows."""
     if not selects(spec, target):
         return target
     used = spec.used_on("target")
@@ -18,7 +17,7 @@ def select_target(base: Artifact, target: Artifact, spec: SelectSpec, machine: M
 
 
 def select_corpus(base: Artifact, corpus: Artifact, spec: SelectSpec, machine: Machine) -> Artifact:
-    """Return the corpus itself if nothing is left out, else one with the chosen rows; see `cfsd.selection`."""
+    """Return the corpus itself if nothing is left out, else one with the chosen rows; see `cfsd.select.stage`."""
     if not selects(spec, corpus):
         return corpus
     used = spec.used_on("corpus")
@@ -29,17 +28,24 @@ def select_corpus(base: Artifact, corpus: Artifact, spec: SelectSpec, machine: M
 
 @stage("embed", "embedding", gpu=True)
 def embed_rows(draft: Draft, base: Artifact, rows: Artifact, machine: Machine) -> None:
-    """Make one vector of each row; see `cfsd.embed`."""
+    """Make one vector of each row; see `cfsd.select.embed`."""
+    from cfsd.select.embed import embed
+
     embed(base, rows, TABLES[rows.kind], draft, machine)
 
 
 def _match(draft: Draft, rows: Artifact, vectors: Artifact, spec: SelectSpec, machine: Machine) -> None:
     """Choose by geometric-median matching."""
+    from cfsd.select.embed import open_embedding
+    from cfsd.select.stage import select
+
     select(rows, spec, draft, open_embedding(draft.store.path(vectors)))
 
 
 def _draw(draft: Draft, rows: Artifact, spec: SelectSpec, machine: Machine) -> None:
     """Choose at random."""
+    from cfsd.select.stage import select
+
     select(rows, spec, draft)
 
 

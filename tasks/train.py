@@ -1,10 +1,10 @@
 """Fine-tune the base model on the mixture."""
 
-from cfsd.artifact import Artifact, Draft
-from cfsd.benchmark import Benchmark
-from cfsd.evaluate import EvaluateSpec
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.machine import Machine
-from cfsd.train import TrainRequest, TrainSpec, Watched, train
+from cfsd.store.artifact import Artifact, Draft
+from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from tasks._stage import stage
 
 
@@ -25,7 +25,7 @@ def _train(
     draft: Draft, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
     spec: TrainSpec, machine: Machine,
 ) -> None:  # fmt: skip
-    """Train in a fresh process, from the draft's last whole checkpoint; see `cfsd.train`."""
+    """Train in a fresh process, from the draft's last whole checkpoint; see `cfsd.train.stage`."""
     _fit(draft, base, mixture, corpus, fisher, None, spec, machine)
 
 
@@ -43,9 +43,11 @@ def _fit(
     draft: Draft, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
     watched: Watched | None, spec: TrainSpec, machine: Machine,
 ) -> None:  # fmt: skip
+    from cfsd.train.stage import train
+
     request = TrainRequest(
         home=draft.store.home, base=base, mixture=mixture, corpus=corpus, fisher=fisher, watched=watched, spec=spec,
         machine=machine,
     )  # fmt: skip
     train(request, draft)
-    draft.facts |= base.facts
+    draft.metadata |= base.metadata

@@ -1,9 +1,8 @@
 """Score the target's training rows under the base, for FLOW's weights."""
 
-from cfsd.artifact import Artifact, Draft
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec
-from cfsd.weigh import weigh
+from cfsd.mix.spec import MixSpec
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
@@ -14,5 +13,7 @@ def weigh_target(base: Artifact, target: Artifact, spec: MixSpec, machine: Machi
 
 @stage("weigh", "losses", gpu=True)
 def _weigh(draft: Draft, base: Artifact, target: Artifact, machine: Machine) -> None:
-    """Score the rows; see `cfsd.weigh`."""
+    """Score the rows; see `cfsd.mix.weigh`."""
+    from cfsd.mix.weigh import weigh
+
     weigh(base, target, draft, machine)

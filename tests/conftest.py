@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import pytest
 
 if TYPE_CHECKING:
-    from cfsd.artifact import Artifact, Store
+    from cfsd.store.artifact import Artifact, Store
 
 ROOT = Path(__file__).parent.parent
 WORLD = Path(tempfile.mkdtemp(prefix="cfsd-tests-"))
@@ -113,15 +113,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def store(home: Path) -> "Store":
     """The store of this test's data folder."""
-    from cfsd.artifact import Store
+    from cfsd.store.artifact import Store
 
     return Store(home)
 
 
 def fetched(store: "Store", folder: Path, start_token: str | None = None) -> "Artifact":
     """Bring a model folder into the store, as the first stage does."""
-    from cfsd.artifact import key_of
-    from cfsd.checkpoint import Checkpoint, fetch
+    from cfsd.model.checkpoint import Checkpoint
+    from cfsd.model.loading import fetch
+    from cfsd.store.artifact import key_of
 
     checkpoint = Checkpoint(kind="folder", path=str(folder), start_token=start_token)
     key = key_of("fetch", checkpoint)

@@ -33,7 +33,7 @@ class Manners:
     own_stops: tuple[int, ...] = ()  # stop there too, whatever is asked for
     echo: bool = True
     context: int = 10_000
-    most_logprobs: int = 20
+    max_logprobs: int = 20
     no_logprobs: bool = False
     failures: dict[int, int] = field(default_factory=dict)  # number of the completion request -> status; 0: hang up
     retry_after: str | None = None
@@ -51,7 +51,7 @@ class Loopback:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.now = self.most = 0
-        self.laws = _laws.setdefault(model, {})
+        self.distributions = _laws.setdefault(model, {})
         self.url = ""
 
     def arrive(self, body: dict[str, Any], headers: dict[str, str]) -> int:
@@ -71,9 +71,9 @@ class Loopback:
         """Return the next token's."""
         key = tuple(ids)
         with self.lock:
-            if key not in self.laws:
-                self.laws[key] = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
-            return self.laws[key]
+            if key not in self.distributions:
+                self.distributions[key] = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+            return self.distributions[key]
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if manners.text_prompts and not isinstance(body["prompt"], str):
             manners.complaint = "prompt: Input should be a valid string"
             return 422
-        if body.get("logprobs", 0) > manners.most_logprobs:
+        if body.get("logprobs", 0) > manners.max_logprobs:
             manners.complaint = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
             return 400
         if body.get("echo") and not manners.echo:

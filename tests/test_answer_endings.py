@@ -5,27 +5,31 @@ from typing import Any
 
 import pytest
 
-from cfsd.answer_endings import answers_of
-from cfsd.summary import Scores, Trail, summarise
-from cfsd.table import lines_of
-from cfsd.verdict import warnings
+from cfsd.report.answer_endings import answers_of
+from cfsd.report.run_record import RunRecord, Scores
+from cfsd.report.summarise import summarise
+from cfsd.report.table import lines_of
+from cfsd.report.verdict import warnings
 from tests.test_report import World
 
 CUT = {"max_gen_toks": 256, "at_limit": 0.3, "unfinished": 0.02}
 
 
 @pytest.fixture
-def trail(tmp_path: Path) -> tuple[World, Trail]:
+def run_record(tmp_path: Path) -> tuple[World, RunRecord]:
     world = World(tmp_path)
     found: list[Scores] = []
-    for model, facts in (("base", CUT | {"at_limit": 0.0}), ("t", CUT | {"left_out": 3, "warnings": ["it is long"]})):
+    for model, metadata in (
+        ("base", CUT | {"at_limit": 0.0}),
+        ("t", CUT | {"left_out": 3, "warnings": ["it is long"]}),
+    ):
         scores = world.scores(model, "cap", 60)
-        found.append(Scores(benchmarks={"cap": scores.model_copy(update={"facts": scores.facts | facts})}))
-    return world, Trail(name="t", artifacts={"base": world.base}, before=found[0], after=found[1])
+        found.append(Scores(benchmarks={"cap": scores.model_copy(update={"metadata": scores.metadata | metadata})}))
+    return world, RunRecord(name="t", artifacts={"base": world.base}, before=found[0], after=found[1])
 
 
-def test_shares_are_in_the_table_and_large_ones_are_warned_of(trail: tuple[World, Trail]) -> None:
-    summary = summarise(trail[0].store, trail[1])
+def test_shares_are_in_the_table_and_large_ones_are_warned_of(run_record: tuple[World, RunRecord]) -> None:
+    summary = summarise(run_record[0].store, run_record[1])
     assert summary.answers["cap"]["tuned"] == CUT | {"left_out": 3}
     lines = {line.label: (line.base, line.cells) for line in lines_of([summary])}
     assert lines["answers at the length limit, %"] == ("0", ["30.0"])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
 from cfsd.errors import StoreError
-from cfsd.mix import MixSpec
+from cfsd.mix.spec import MixSpec
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
 
 KEY = "0123456789abcdef"
 SPAWN = multiprocessing.get_context("spawn")
@@ -25,7 +25,7 @@ def write(text: str = "payload") -> Callable[[Draft], None]:
         (draft.folder / "part").mkdir(exist_ok=True)
         (draft.folder / "part" / "a.txt").write_text(text)
         (draft.folder / "b.txt").write_text("second")
-        draft.facts["length"] = len(text)
+        draft.metadata["length"] = len(text)
 
     return work
 
@@ -44,7 +44,7 @@ def test_work_runs_once_and_the_artifact_is_found_with_its_facts(store: Store) -
     again, executed_again = made(store, "would be another")
     assert (executed, executed_again) == (True, False)
     assert first == again == store.find("thing", KEY)
-    assert first.facts == {"length": 7}
+    assert first.metadata == {"length": 7}
     store.verify(first)
 
 

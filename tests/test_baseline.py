@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cfsd.artifact import Artifact
-from cfsd.baseline import (
+from cfsd.baseline.file import (
     MEAN,
     Baseline,
+    Measured,
     as_text,
     baseline_of,
     commit_here,
@@ -20,11 +20,13 @@ from cfsd.baseline import (
     read_baseline,
     write_baseline,
 )
-from cfsd.baseline_figures import FRACTION, NATS, Measured, measured
+from cfsd.baseline.measured import measured
 from cfsd.errors import BadInput
-from cfsd.gate import judge
 from cfsd.recipe import Recipe
-from cfsd.rows import CORPUS, table_of
+from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.statistics.gate import judge
+from cfsd.store.artifact import Artifact
+from cfsd.store.tables import CORPUS, table_of
 from tests.conftest import ROOT
 from tests.test_report import World
 
@@ -125,15 +127,17 @@ def test_the_committed_ones_are_of_the_recipes_they_name() -> None:
 
 def test_the_last_bits_of_scores_do_not_make_other_documents(tmp_path: Path) -> None:
     world = World(tmp_path)
-    trail = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
-    elsewhere = trail.model_copy(
-        update={"before": trail.before.model_copy(update={"target": world.responses("base", 2.000001, 1)})}
+    run_record = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
+    elsewhere = run_record.model_copy(
+        update={"before": run_record.before.model_copy(update={"target": world.responses("base", 2.000001, 1)})}
     )
-    other = trail.model_copy(update={"artifacts": trail.artifacts | {"target": trail.artifacts["mixture"]}})
-    here, there, others = (measured(world.store, t)["target_gain"] for t in (trail, elsewhere, other))
+    other = run_record.model_copy(
+        update={"artifacts": run_record.artifacts | {"target": run_record.artifacts["mixture"]}}
+    )
+    here, there, others = (measured(world.store, t)["target_gain"] for t in (run_record, elsewhere, other))
     assert here.documents == there.documents != others.documents and here.value != there.value
     probes = [probe_of(world, *given) for given in ((5, -1.0), (5, -1.000001), (6, -1.0))]
-    runs = [trail.model_copy(update={"artifacts": trail.artifacts | {"probe": probe}}) for probe in probes]
+    runs = [run_record.model_copy(update={"artifacts": run_record.artifacts | {"probe": probe}}) for probe in probes]
     here, there, others = (measured(world.store, t)["probe_kl"] for t in runs)
     assert here.documents == there.documents != others.documents
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cfsd.batches import GlobalBatch, Refresh, plan_batches
 from cfsd.errors import BadInput
+from cfsd.train.batches.global_batches import GlobalBatch, Refresh, plan_batches
 
 TARGET, REHEARSAL = 10, 24
 SOURCES = ["target"] * TARGET + ["context-free"] * REHEARSAL

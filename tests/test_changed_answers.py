@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cfsd.changed_answers import MOST, Changed, changed_answers
-from cfsd.summary import Scores, Trail, summarise
-from cfsd.table import lines_of
+from cfsd.report.changed_answers import MOST, Changed, changed_answers
+from cfsd.report.run_record import RunRecord, Scores
+from cfsd.report.summarise import summarise
+from cfsd.report.table import lines_of
 from tests.test_report import BENCHMARKS, World, report_of
 
 
@@ -15,21 +16,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def changed(world: World, trail: Trail) -> dict[str, Changed]:
-    return {found.benchmark: found for found in changed_answers(world.store, [trail])[trail.name]}
+def changed(world: World, run_record: RunRecord) -> dict[str, Changed]:
+    return {found.benchmark: found for found in changed_answers(world.store, [run_record])[run_record.name]}
 
 
-def only(world: World, before: int, after: int, kind: str = "binary") -> Trail:
+def only(world: World, before: int, after: int, kind: str = "binary") -> RunRecord:
     """Return a variant with one benchmark: so many documents right before and after, or a loss of so much."""
     scores = [
         Scores(benchmarks={"cap": world.scores(model, "cap", n, kind)}) for model, n in (("base", before), ("t", after))
     ]
-    return Trail(name="t", artifacts={"base": world.base}, before=scores[0], after=scores[1])
+    return RunRecord(name="t", artifacts={"base": world.base}, before=scores[0], after=scores[1])
 
 
 def test_all_are_counted_and_the_first_are_given_with_both_answers(world: World) -> None:
-    trail = world.trained("damaged", right=50, loss=0.5, kl=0.1)
-    found = changed(world, trail)
+    run_record = world.trained("damaged", right=50, loss=0.5, kl=0.1)
+    found = changed(world, run_record)
     assert list(found) == list(BENCHMARKS)
     (lost,) = found["cap"].directions
     assert (lost.name, lost.words, lost.total, len(lost.items)) == ("worse", "right → wrong", 40, MOST)
@@ -54,8 +55,8 @@ def test_a_loss_is_worse_when_higher_and_shown_per_token(world: World) -> None:
 
 
 def test_many_variants_show_fewer_items_each(world: World) -> None:
-    trail = world.trained("damaged", right=10, loss=0.5, kl=0.1)
-    many = [trail.model_copy(update={"name": f"v{i}"}) for i in range(20)]
+    run_record = world.trained("damaged", right=10, loss=0.5, kl=0.1)
+    many = [run_record.model_copy(update={"name": f"v{i}"}) for i in range(20)]
     found = changed_answers(world.store, many)
     (lost,) = found["v0"][0].directions
     assert lost.total == 80 and 3 <= len(lost.items) < MOST
@@ -75,12 +76,12 @@ def test_the_page_counts_them_folds_most_and_puts_the_answers_side_by_side(world
 
 
 def test_of_errors_the_lower_is_right(world: World) -> None:
-    trail = only(world, 9, 13)
-    facts = {"higher_is_better": False}
-    scores = [s.benchmarks["cap"] for s in (trail.before, trail.after)]
-    turned = [Scores(benchmarks={"cap": a.model_copy(update={"facts": a.facts | facts})}) for a in scores]
-    (lost,) = changed(world, trail.model_copy(update={"before": turned[0], "after": turned[1]}))["cap"].directions
+    run_record = only(world, 9, 13)
+    metadata = {"higher_is_better": False}
+    scores = [s.benchmarks["cap"] for s in (run_record.before, run_record.after)]
+    turned = [Scores(benchmarks={"cap": a.model_copy(update={"metadata": a.metadata | metadata})}) for a in scores]
+    (lost,) = changed(world, run_record.model_copy(update={"before": turned[0], "after": turned[1]}))["cap"].directions
     assert (lost.name, lost.words, lost.total) == ("worse", "right → wrong", 4)
     assert (lost.items[0].base.mark, lost.items[0].tuned.mark) == ("right", "wrong")
-    lines = lines_of([summarise(world.store, trail.model_copy(update={"before": turned[0], "after": turned[1]}))])
+    lines = lines_of([summarise(world.store, run_record.model_copy(update={"before": turned[0], "after": turned[1]}))])
     assert "cap: acc, %, lower is better" in [line.label for line in lines]

@@ -8,17 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import (
-    Checkpoint,
-    end_tokens,
-    load_for_measuring,
-    load_tokenizer,
-    payload_of,
-    read_start_token,
-    start_token,
-)
 from cfsd.errors import BadInput
+from cfsd.model.checkpoint import Checkpoint, payload_of
+from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token, start_token
+from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,14 +23,14 @@ def copy_of(folder: Path, place: Path) -> Path:
 
 def test_a_model_with_bos_starts_from_it(store: Store, base: Artifact) -> None:
     tokenizer = load_tokenizer(store.path(base))
-    assert base.facts["start_token"] == read_start_token(store.path(base)) == tokenizer.bos_token_id
+    assert base.metadata["start_token"] == read_start_token(store.path(base)) == tokenizer.bos_token_id
 
 
 def test_a_model_without_bos_starts_from_its_document_separator(store: Store, tmp_path: Path) -> None:
     olmo = fetched(store, save_model(tmp_path / "olmo", family="olmo", bos=False))
     tokenizer = load_tokenizer(store.path(olmo))
     assert tokenizer.bos_token_id is None
-    assert olmo.facts["start_token"] == tokenizer.eos_token_id
+    assert olmo.metadata["start_token"] == tokenizer.eos_token_id
 
 
 def test_a_model_with_neither_is_refused_with_the_remedy(model_folder: Path) -> None:
@@ -49,7 +42,7 @@ def test_a_model_with_neither_is_refused_with_the_remedy(model_folder: Path) -> 
 
 def test_a_wanted_start_token_wins_and_another_model_it_is(store: Store, base: Artifact, model_folder: Path) -> None:
     wanted = fetched(store, model_folder, start_token="a")
-    assert wanted.facts["start_token"] == load_tokenizer(model_folder).convert_tokens_to_ids("a")
+    assert wanted.metadata["start_token"] == load_tokenizer(model_folder).convert_tokens_to_ids("a")
     assert wanted.content != base.content
     assert wanted.key != base.key
 
@@ -63,7 +56,7 @@ def test_a_wanted_start_token_outside_the_vocabulary_is_refused(model_folder: Pa
 def test_the_start_token_that_came_with_a_tuned_model_is_kept(store: Store, model_folder: Path) -> None:
     wanted = fetched(store, model_folder, start_token="a")
     again = fetched(store, store.path(wanted))
-    assert again.facts["start_token"] == wanted.facts["start_token"]
+    assert again.metadata["start_token"] == wanted.metadata["start_token"]
     assert again.content == wanted.content
 
 
@@ -148,11 +141,11 @@ def test_an_unpinned_hub_model_is_refused(text: str) -> None:
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    assert end_tokens(tmp_path) == (1,)
+    assert read_eos_ids(tmp_path) == (1,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    assert end_tokens(tmp_path) == (2, 3)
+    assert read_eos_ids(tmp_path) == (2, 3)
     (tmp_path / "generation_config.json").write_text("{}")
-    assert end_tokens(tmp_path) == (1,)
+    assert read_eos_ids(tmp_path) == (1,)
 
 
 def test_two_models_stay_loaded_and_equal_content_loads_once(store: Store, base: Artifact, tmp_path: Path) -> None:

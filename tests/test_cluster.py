@@ -21,7 +21,7 @@ from tasks._cluster import check_cluster, sampler_of
 from tests.conftest import ROOT, Run
 
 if TYPE_CHECKING:
-    from cfsd.artifact import Artifact
+    from cfsd.store.artifact import Artifact
 
 INSTALLED = all(find_spec(name) for name in ("ray", "prefect_ray"))
 needs_ray = pytest.mark.skipif(not INSTALLED, reason="ray and prefect-ray are not installed: pip install 'cfsd[ray]'")
@@ -164,8 +164,9 @@ def test_a_killed_worker_costs_its_shard_and_no_byte(
 
 def content_alone(tmp_path: Path, model_folder: Path) -> str:
     """Return the digest of the same corpus sampled in this process."""
-    from cfsd.artifact import Store
-    from cfsd.generate import GenerateSpec, generate
+    from cfsd.generate.spec import GenerateSpec
+    from cfsd.generate.stage import generate
+    from cfsd.store.artifact import Store
     from tests.conftest import fetched
 
     store = Store(tmp_path / "alone")

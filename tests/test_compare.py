@@ -79,7 +79,9 @@ def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> 
 
 
 def test_every_shipped_recipe_loads_and_has_what_it_names() -> None:
-    from cfsd.recipe import Comparison, Recipe, read_yaml
+    from cfsd.comparison import Comparison
+    from cfsd.overrides import read_yaml
+    from cfsd.recipe import Recipe
     from cfsd.target_sequence import TargetSequence
 
     for path in sorted((ROOT / "deployments" / "recipes").glob("*.yaml")):

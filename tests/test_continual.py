@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cfsd.continual import Stability, continual, described, stability
-from cfsd.forgetting import BenchmarkForgetting, Figure, Measure, benchmark_forgetting
+from cfsd.statistics.continual import Stability, continual, described, stability
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting
 
 NAN = float("nan")
 TARGETS = ("sums", "maps", "poems")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cfsd.artifact import Store
 from cfsd.errors import BadInput
-from cfsd.report_files import read_kept
-from cfsd.sequence_files import read_measured
+from cfsd.report.files import read_kept
+from cfsd.report.sequence.files import read_measured
+from cfsd.store.artifact import Store
 from cfsd.target_sequence import TargetSequence
 from tests.conftest import Run
 
@@ -28,13 +28,15 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     done = run("continual", sequence_file, "--machine", "threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path(done.stdout.strip().splitlines()[-1]).parent
-    first, second = read_kept(folder).trails
+    first, second = read_kept(folder).run_records
     assert second.artifacts["base"].content == first.artifacts["final"].content
     assert second.artifacts["corpus"].content != first.artifacts["corpus"].content  # text of the model before
     found = json.loads((folder / "continual.json").read_text())["targets"]
     scores = found["matrix"]
     assert found["targets"] == ["first", "second"] and [len(row) for row in scores] == [2, 2, 2]
-    losses = [[-float(str(s.target.facts["loss"])) for s in (t.before, t.after) if s.target] for t in (first, second)]
+    losses = [
+        [-float(str(s.target.metadata["loss"])) for s in (t.before, t.after) if s.target] for t in (first, second)
+    ]
     assert [scores[0][0], scores[1][0]] == losses[0] and [scores[1][1], scores[2][1]] == losses[1]
     transfer = found["backward_transfer"]
     assert transfer["value"] == pytest.approx(scores[2][0] - scores[1][0], rel=1e-4, abs=1e-6)

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from cfsd.controller import AIM, HIGHEST, LOWEST, Controller
-from cfsd.rehearsal import RehearsalSpec
+from cfsd.train.controller import HIGHEST, LOWEST, Controller
+from cfsd.train.spec import AIM, RehearsalSpec
 
 BUDGET = 0.02
 SPEC = RehearsalSpec(budget=BUDGET)

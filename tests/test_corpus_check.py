@@ -10,17 +10,31 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.checkpoint import end_tokens, load_model, load_tokenizer
-from cfsd.corpus_check import FIRST, LIKELIHOOD, SIGMAS, START, TAIL, Found, WrongCorpus, check, check_corpus, first_law
-from cfsd.corpus_law import difference_z, first_token_p
-from cfsd.corpus_table import corpus_table
-from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
+from cfsd.data.corpus_table import corpus_table
+from cfsd.evaluate.corpus_check import (
+    FIRST,
+    LIKELIHOOD,
+    SIGMAS,
+    START,
+    TAIL,
+    Found,
+    WrongCorpus,
+    check,
+    check_corpus,
+    first_distribution,
+)
+from cfsd.generate.sampling import sample
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.generate.stage import generate, probe
+from cfsd.generate.starts import template_start
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.rows import read_rows, shard_path, write_shard
-from cfsd.sampling import Sample, sample
-from cfsd.starts import template_start
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids
+from cfsd.model.sample import Sample
+from cfsd.statistics.sample_tests import difference_z, first_token_p
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import read_rows, shard_path, write_shard
 from tests.conftest import fetched, save_model
 
 ROWS, LENGTH = 500, 12
@@ -34,7 +48,7 @@ class World(NamedTuple):
     model: Any
     tokenizer: Any
     ends: tuple[int, ...]
-    law_V: Any
+    probs_V: Any
     folder: Path
 
     def drawn(self, law: GenerateSpec, prompt: list[int], stream: str = "context-free") -> list[Sample]:
@@ -46,7 +60,7 @@ class World(NamedTuple):
         folder.mkdir(parents=True, exist_ok=True)
         ids = list(range(len(samples)))
         table = corpus_table(samples, ids, source=source, shard=0, seed=0, tokenizer=self.tokenizer, top_logprobs=0,
-                             vocabulary=len(self.law_V))  # fmt: skip
+                             vocabulary=len(self.probs_V))  # fmt: skip
         write_shard(folder, "corpus", 0, table)
         return folder
 
@@ -54,7 +68,7 @@ class World(NamedTuple):
         """Return what is found in a corpus sampled after `prompt` by `law`, whatever it claims."""
         spec = GenerateSpec(rows=ROWS, length=LENGTH, seed=seed, **law)
         corpus = self.written(f"corpus{seed}", self.drawn(spec, prompt or [0]))
-        return check_corpus(corpus, self.probe(seed), self.mixture(corpus), self.law_V, 0)
+        return check_corpus(corpus, self.probe(seed), self.mixture(corpus), self.probs_V, 0)
 
     def probe(self, seed: int = 0) -> Path:
         """A probe with shorter rows than the corpus."""
@@ -73,7 +87,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = save_model(tmp_path_factory.mktemp("model"))
     model, tokenizer = load_model(folder, "cpu").eval(), load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
-    return World(model, tokenizer, end_tokens(folder), first_law(model, 0), tmp_path_factory.mktemp("tables"))
+    return World(
+        model, tokenizer, read_eos_ids(folder), first_distribution(model, 0), tmp_path_factory.mktemp("tables")
+    )
 
 
 def test_honest_corpora_pass_and_what_is_measured_of_them_is_as_likely_as_it_says(world: World) -> None:
@@ -90,7 +106,7 @@ def test_honest_corpora_pass_and_what_is_measured_of_them_is_as_likely_as_it_say
     ("law", "named"), [({"top_k": 4}, FIRST), ({"top_k": 4}, TAIL), ({"temperature": 0.7}, LIKELIHOOD)]
 )
 def test_another_law_is_caught(world: World, law: dict[str, Any], named: str) -> None:
-    assert law.get("top_k", 4) == len(world.law_V) // 8
+    assert law.get("top_k", 4) == len(world.probs_V) // 8
     assert named in world.checked(**law).failed
 
 
@@ -102,13 +118,13 @@ def test_a_chat_template_before_the_text_is_caught(world: World) -> None:
 
 def test_a_doubled_start_token_is_caught_given_or_not(world: World) -> None:
     assert "more given than it" in world.checked(prompt=[0, 0]).failed[START]
-    samples = [s._replace(logprobs=[None, -3.0, *s.logprobs[2:]]) for s in world.drawn(law_of(ROWS), [0, 0])]
+    samples = [s._replace(logprobs=[None, -3.0, *s.logprobs[2:]]) for s in world.drawn(distribution_of(ROWS), [0, 0])]
     corpus = world.written("doubled", samples)
-    found = check_corpus(corpus, world.probe(), world.mixture(corpus), world.law_V, 0)
+    found = check_corpus(corpus, world.probe(), world.mixture(corpus), world.probs_V, 0)
     assert "have it twice" in found.failed[START]
 
 
-def law_of(rows: int) -> GenerateSpec:
+def distribution_of(rows: int) -> GenerateSpec:
     return GenerateSpec(rows=rows, length=LENGTH, seed=0)
 
 
@@ -145,25 +161,25 @@ def _one_token(rows: list[dict[str, Any]]) -> None:
      (_masked, "more given than it in the mixture"), (_one_token, "1 rows of the mixture are not")],
 )  # fmt: skip
 def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, said: str) -> None:
-    corpus = world.written("mixed", world.drawn(law_of(ROWS), [0]))
+    corpus = world.written("mixed", world.drawn(distribution_of(ROWS), [0]))
     folder = world.mixture(corpus)
-    assert check_corpus(corpus, world.probe(), folder, world.law_V, 0).failed == {}
+    assert check_corpus(corpus, world.probe(), folder, world.probs_V, 0).failed == {}
     rows, schema = read_rows(folder, "mixture"), pq.read_schema(shard_path(folder, "mixture", 0))
     change(rows)
     write_shard(folder, "mixture", 0, pa.Table.from_pylist(rows, schema=schema))
-    assert said in check_corpus(corpus, world.probe(), folder, world.law_V, 0).failed[START]
+    assert said in check_corpus(corpus, world.probe(), folder, world.probs_V, 0).failed[START]
 
 
 def test_other_sources_are_not_judged_by_the_law_of_the_base(world: World) -> None:
-    mixed = world.written("other", world.drawn(law_of(50), [5]), "contextual")
-    assert check_corpus(mixed, world.probe(), world.mixture(mixed), world.law_V, 0) == Found(0, None, None, None, {})
+    mixed = world.written("other", world.drawn(distribution_of(50), [5]), "contextual")
+    assert check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0) == Found(0, None, None, None, {})
 
 
 def test_a_token_that_cannot_come_is_seen_among_many(world: World) -> None:
-    law_V = np.array([0.5, 0.5, 1e-9])
-    assert first_token_p(np.array([0, 1] * 500), law_V) > 0.5
-    assert first_token_p(np.array([0, 1] * 500 + [2]), law_V) < 1e-5
-    assert first_token_p(np.array([0, 1] * 500 + [3]), law_V) < 1e-5  # not in the vocabulary
+    probs_V = np.array([0.5, 0.5, 1e-9])
+    assert first_token_p(np.array([0, 1] * 500), probs_V) > 0.5
+    assert first_token_p(np.array([0, 1] * 500 + [2]), probs_V) < 1e-5
+    assert first_token_p(np.array([0, 1] * 500 + [3]), probs_V) < 1e-5  # not in the vocabulary
 
 
 def test_few_rows_make_the_deviate_smaller_than_the_quotient() -> None:
@@ -197,14 +213,14 @@ def artifacts(store: Store, model_folder: Path) -> Iterator[Callable[..., list[A
 def test_a_corpus_that_claims_to_be_exact_must_be(store: Store, artifacts: Any, monkeypatch: Any) -> None:
     def checked(spec: GenerateSpec, **claims: Any) -> Artifact:
         base, probed, corpus, mixture = artifacts(spec)
-        corpus = corpus.model_copy(update={"facts": corpus.facts | claims})
+        corpus = corpus.model_copy(update={"metadata": corpus.metadata | claims})
         key = key_of("check", corpus, str(claims))
         return store.make("check", key, lambda draft: check(base, probed, corpus, mixture, draft, CPU))[0]
 
-    honest, warm = law_of(200), law_of(200).model_copy(update={"temperature": 0.5})
-    facts: Any = checked(honest).facts
-    assert facts["failed"] == {} and abs(facts["mean_logprob_z"]) < SIGMAS and facts["rows"] == 200
-    assert LIKELIHOOD in str(checked(warm).facts["failed"])  # says itself that it is biased: described, not refused
-    assert LIKELIHOOD in str(checked(warm, biased="", ids="exact").facts["failed"])  # from a server: likewise
+    honest, warm = distribution_of(200), distribution_of(200).model_copy(update={"temperature": 0.5})
+    metadata: Any = checked(honest).metadata
+    assert metadata["failed"] == {} and abs(metadata["mean_logprob_z"]) < SIGMAS and metadata["rows"] == 200
+    assert LIKELIHOOD in str(checked(warm).metadata["failed"])  # says itself that it is biased: described, not refused
+    assert LIKELIHOOD in str(checked(warm, biased="", ids="exact").metadata["failed"])  # from a server: likewise
     with pytest.raises(WrongCorpus, match=f"{LIKELIHOOD}.*generate.seed"):
         checked(warm, biased="")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cfsd.artifact import Store
+from cfsd.store.artifact import Store
 from tests.conftest import Run
 
 EXTRA = ["--set", "generate.temperature=0.8", "--set", "filter.min_tokens=3", "--set", "select.corpus_rows=10",

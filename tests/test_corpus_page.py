@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cfsd import corpus_view
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.checkpoint import load_tokenizer
-from cfsd.corpus_page import write_corpus_page
-from cfsd.corpus_view import CorpusView, describe_corpus
-from cfsd.rows import CORPUS, REJECTS, table_of, write_shard
-from cfsd.table import number
+from cfsd.model.loading import load_tokenizer
+from cfsd.report.corpus import view as corpus_view
+from cfsd.report.corpus.page import write_corpus_page
+from cfsd.report.corpus.view import CorpusView, describe_corpus
+from cfsd.report.table import number
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import CORPUS, REJECTS, table_of, write_shard
 from tests.test_report import Page
 
 HOSTILE = "<script>alert('x')</script> & \x00"
@@ -52,9 +52,9 @@ def make(store: Store) -> Make:
     """Write rows, a shard per list, as a corpus."""
 
     def call(shards: Shards, *, rejects: list[Row] | None = None, drop: tuple[str, ...] = (), extra: Any = None,
-             **facts: Any) -> Artifact:  # fmt: skip
+             **metadata: Any) -> Artifact:  # fmt: skip
         def work(draft: Draft) -> None:
-            draft.facts |= {"rows": sum(map(len, shards))} | facts
+            draft.metadata |= {"rows": sum(map(len, shards))} | metadata
             for index, rows in enumerate(shards):
                 table = table_of(CORPUS, rows).drop_columns(list(drop))
                 for name, column in (extra or {}).items():
@@ -63,7 +63,7 @@ def make(store: Store) -> Make:
             if rejects:
                 write_shard(draft.folder, "rejects", 0, table_of(REJECTS, rejects))
 
-        return store.make("corpus", key_of("made", repr((shards, rejects, drop, facts))), work)[0]
+        return store.make("corpus", key_of("made", repr((shards, rejects, drop, metadata))), work)[0]
 
     return call
 

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cfsd.demands import check_rehearsal, check_supply
+from cfsd.data.replay import Replay
 from cfsd.errors import BadInput
-from cfsd.generate import GenerateSpec
-from cfsd.mix import MixSpec
-from cfsd.replay import Replay
-from cfsd.train import TrainSpec
+from cfsd.generate.spec import GenerateSpec
+from cfsd.mix.spec import MixSpec
+from cfsd.recipe import check_rehearsal, check_supply
+from cfsd.train.spec import TrainSpec
 
 REPLAY = Replay(path="documents.jsonl")
 

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cfsd.discoveries import controlled, discoveries, finding, power_of
-from cfsd.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting
-from cfsd.intervals import mcnemar_p
+from cfsd.statistics.discoveries import controlled, discoveries, finding, power_of
+from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting
+from cfsd.statistics.intervals import mcnemar_p
 
 ACCURACY = Measure(metric="acc", higher_is_better=True, chance=0.25, kind="binary")
 LOSS = Measure(metric="loss", higher_is_better=False, chance=None, kind="mean")

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import load_model
 from cfsd.errors import CfsdError, Crashed, Stopped
-from cfsd.journal import read_metrics
 from cfsd.machine import Machine
-from cfsd.objective import Objective, losses
-from cfsd.process import run_in_process
-from cfsd.train import TrainRequest, TrainSpec, train
-from cfsd.training_batches import batches_of
+from cfsd.model.loading import load_model
+from cfsd.process.child import run_in_process
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.journal import read_metrics
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.loss.objective import Objective, losses
+from cfsd.train.spec import TrainRequest, TrainSpec
+from cfsd.train.stage import train
 from tests.conftest import ROOT, write_rows
 from tests.test_train import World, bit_equal, distance, signals_given_back, trained, weights, world_in
 from tests.test_train_interrupted import interrupted, saved_step
@@ -97,7 +98,7 @@ def test_two_processes_train_what_one_trains(world: World) -> None:
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], abs=1e-5)
     assert distance(weights(world, two), weights(world, one)) < 1e-5
     assert distance(weights(world, two), weights(world, world.base)) > 1e-3
-    assert {name: two.facts[name] for name in ("steps", "tokens")} == {"steps": 20, "tokens": one.facts["tokens"]}
+    assert {name: two.metadata[name] for name in ("steps", "tokens")} == {"steps": 20, "tokens": one.metadata["tokens"]}
 
 
 def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
@@ -107,19 +108,19 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
     (tmp_path / "draft").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     text = request_of(world, TWO, SPEC).model_dump_json()
-    facts = run_in_process("sharded", tmp_path / "draft", text, processes=2)
+    metadata = run_in_process("sharded", tmp_path / "draft", text, processes=2)
     found: dict[str, Tensor] = torch.load(tmp_path / "draft" / "grads.pt", weights_only=True)
 
     model = load_model(world.store.path(world.base), "cpu", "float64")
     Objective(model, SPEC.rehearsal)
     total = 0.0
     share = batches_of(world.store, world.mixture, SPEC, 64)[0]
-    for pack in share.packs:
-        loss = losses(model, pack, 0.7).loss
+    for micro_batch in share.micro_batches:
+        loss = losses(model, micro_batch, 0.7).loss
         loss.backward()
         total += float(loss.detach())
-    assert 1 < int(str(facts["packs"])) < len(share.packs)
-    assert facts["loss"] == pytest.approx(total, rel=1e-12)
+    assert 1 < int(str(metadata["packs"])) < len(share.micro_batches)
+    assert metadata["loss"] == pytest.approx(total, rel=1e-12)
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
@@ -152,7 +153,7 @@ def test_a_lost_rank_ends_the_others_and_the_draft_goes_on_to_the_same_bits(
     assert isinstance(stopped, Stopped) and f"after step {saved_step(draft)}" in str(stopped)
     stopped_at = saved_step(draft)
     made = make(world, "cut", TWO, LONG)
-    assert made.facts["continued_from_step"] == stopped_at > killed_at
+    assert made.metadata["continued_from_step"] == stopped_at > killed_at
     whole = make(world, "whole", TWO, LONG)
     assert bit_equal(weights(world, made), weights(world, whole))
     assert losses_of(world, made) == losses_of(world, whole)

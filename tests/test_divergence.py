@@ -6,16 +6,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsd.artifact import Store, key_of
-from cfsd.checkpoint import load_model
-from cfsd.divergence import CHUNK, divergence
-from cfsd.evaluate import score_probe
-from cfsd.generate import GenerateSpec, ProbeSpec, probe
+from cfsd.evaluate.divergence import CHUNK, divergence
+from cfsd.evaluate.stage import score_probe
+from cfsd.generate.sampling import sample
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.generate.stage import probe
 from cfsd.machine import Machine
-from cfsd.rows import read_rows
-from cfsd.sampling import sample
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Store, key_of
+from cfsd.store.tables import read_rows
 from tests.conftest import fetched, save_model
-from tests.test_objective import LENGTH, START, TEXTS, entropy_and_kl, log_law, toy
+from tests.test_objective import LENGTH, START, TEXTS, entropy_and_kl, log_distribution, toy
 
 ROWS = [[0, *((7 * i + j * j) % 31 for j in range(3 + 6 * i))] for i in range(11)]
 MACHINE = Machine(device="cpu", threads=1, micro_batch_tokens=200)
@@ -68,7 +69,7 @@ def test_it_is_not_symmetric_and_starts_from_the_base(models: tuple[PreTrainedMo
 def test_its_expectation_is_the_divergence_of_whole_texts() -> None:
     """Chain rule, enumerated: both forms, weighted by p*(text), are KL(base || tuned)."""
     base, tuned = toy(0), toy(1)
-    probabilities = log_law(base).exp().tolist()
+    probabilities = log_distribution(base).exp().tolist()
     found = divergence(base, tuned, TEXTS)
     _, kl = entropy_and_kl(base, tuned)
     for name in ("kl", "sampled"):
@@ -101,7 +102,7 @@ def test_the_probe_score_is_the_mean_per_token(store: Store, model_folder: Path,
     rows = {row["row_id"]: row for row in read_rows(store.path(held), "corpus")}
     assert [record["row_id"] for record in records] == sorted(rows)
     tokens = sum(record["count"] for record in records)
-    assert made.facts["tokens"] == tokens == held.facts["tokens"]
-    assert made.facts["probe_kl"] == pytest.approx(sum(record["kl"] for record in records) / tokens)
+    assert made.metadata["tokens"] == tokens == held.metadata["tokens"]
+    assert made.metadata["probe_kl"] == pytest.approx(sum(record["kl"] for record in records) / tokens)
     for record in records:
         assert record["base_nll"] == pytest.approx(-sum(rows[record["row_id"]]["logprobs"][1:]), abs=1e-4)

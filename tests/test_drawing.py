@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cfsd.drawing import draw, law_of, likeliest
+from cfsd.generate.drawing import sample_token
+from cfsd.model.distribution import distribution_of, likeliest
 
 
 def grid(count: int) -> torch.Tensor:
@@ -22,7 +23,7 @@ def test_equally_spaced_points_meet_each_token_as_often_as_its_probability_says(
     torch.manual_seed(vocabulary)
     probs = (2 * torch.randn(vocabulary)).softmax(-1)
     points = grid(20_000)
-    tokens = torch.cat([draw(probs.expand(len(part), -1), part) for part in points.split(2000)])
+    tokens = torch.cat([sample_token(probs.expand(len(part), -1), part) for part in points.split(2000)])
     counts = torch.bincount(tokens, minlength=vocabulary)
     assert len(counts) == vocabulary
     assert (counts - probs.double() * len(points)).abs().max() <= 1.01
@@ -36,7 +37,7 @@ def test_a_token_that_cannot_be_is_never_drawn(seed: int, point: float) -> None:
     probs[:, torch.randperm(700, generator=generator)[:690]] = 0
     probs[:, 256:512] = 0
     for at in (point, 0.0, math.nextafter(1.0, 0.0)):
-        token = draw(probs, torch.tensor([at], dtype=torch.float64))
+        token = sample_token(probs, torch.tensor([at], dtype=torch.float64))
         assert probs[0, token].item() > 0
 
 
@@ -47,7 +48,7 @@ def test_rare_tokens_keep_their_share_beside_likely_ones() -> None:
     probs[0, 0] = 1 - rare * (vocabulary - 1)
     share = rare * (vocabulary - 1)
     points = 1 - share * (1 - grid(500))  # all in the rare part, spread evenly over it
-    tokens = torch.cat([draw(probs, point[None]) for point in points]).numpy()
+    tokens = torch.cat([sample_token(probs, point[None]) for point in points]).numpy()
     assert tokens.min() > 0
     assert chisquare(np.histogram(tokens, bins=10, range=(1, vocabulary))[0]).pvalue > 0.99
 
@@ -59,7 +60,7 @@ def test_the_likeliest_are_those_of_a_full_sort(vocabulary: int, count: int) -> 
     logits[1, 7 : 7 + 20] += 40  # many in one block
     count = min(count, vocabulary)
     expected = logits.double().log_softmax(-1).sort(-1, descending=True)
-    ids, logprobs, rest = likeliest(law_of(logits), count)
+    ids, logprobs, rest = likeliest(distribution_of(logits), count)
     assert ids.tolist() == expected.indices[:, :count].tolist()
     assert torch.allclose(logprobs.double(), expected.values[:, :count], atol=1e-4)
     others = expected.values[:, count:].logsumexp(-1)
@@ -69,7 +70,7 @@ def test_the_likeliest_are_those_of_a_full_sort(vocabulary: int, count: int) -> 
 def test_log_probabilities_add_up_in_every_precision() -> None:
     for kind in (torch.float32, torch.bfloat16, torch.float64):
         logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)).to(kind)
-        law = law_of(logits)
+        law = distribution_of(logits)
         assert law.logits_BV.dtype in (torch.float32, torch.float64)
         everything = law.logprobs(torch.arange(400).expand(3, -1))
         assert torch.allclose(everything.double().exp().sum(-1), torch.ones(3, dtype=torch.float64), atol=1e-5)

@@ -13,14 +13,15 @@ import pytest
 import torch
 from prefect import flow
 
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.checkpoint import load_for_measuring
-from cfsd.embed import BLOCK, EMBEDDING, MARK, embed, open_embedding
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
-from cfsd.rows import CORPUS, read_rows, shards, table_of, write_shard
-from cfsd.selection import SelectSpec
-from cfsd.target import Target, prepare
+from cfsd.model.loading import load_for_measuring
+from cfsd.select.embed import BLOCK, EMBEDDING, MARK, embed, open_embedding
+from cfsd.select.spec import SelectSpec
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import CORPUS, read_rows, shards, table_of, write_shard
 from tasks._stage import Planned, planning
 from tasks.select import select_corpus, select_target
 from tests.conftest import LETTERS, ROOT, fetched, save_model
@@ -43,7 +44,7 @@ def corpus(store: Store, rows: list[list[int]]) -> Artifact:
         half = len(rows) // 3
         write_shard(draft.folder, "corpus", 0, table_of(CORPUS, records[:half]))
         write_shard(draft.folder, "corpus", 1, table_of(CORPUS, records[half:]))
-        draft.facts |= {"rows": len(rows)}
+        draft.metadata |= {"rows": len(rows)}
 
     return store.make("corpus", key_of("made up", len(rows)), write)[0]
 
@@ -62,7 +63,7 @@ def test_a_vector_is_the_mean_of_what_the_head_reads(store: Store, tmp_path: Pat
     made = embedded(store, base, corpus(store, rows))
     vectors, model = open_embedding(store.path(made)), load_for_measuring(store, base, "cpu")
     head: Any = model.get_output_embeddings()
-    assert made.facts == {"rows": len(rows), "width": 32}
+    assert made.metadata == {"rows": len(rows), "width": 32}
     assert vectors.dtype == np.float32 and vectors.shape == (len(rows), 32)
     for row, vector in zip(rows[:5] + rows[-25:], np.concatenate([vectors[:5], vectors[-25:]]), strict=True):
         with torch.inference_mode():
@@ -84,8 +85,8 @@ def test_kill_9_costs_no_finished_block(store: Store, base: Artifact) -> None:
     whole = store.make("embedding", "whole", lambda draft: embed(base, rows, "corpus", draft, ON))[0]
     key = key_of("embed", base, rows)
     code = (
-        "from cfsd.artifact import Artifact, Store; from cfsd.embed import embed; from cfsd.machine import Machine;"
-        "from pathlib import Path; import sys;"
+        "from cfsd.store.artifact import Artifact, Store; from cfsd.select.embed import embed;"
+        "from cfsd.machine import Machine; from pathlib import Path; import sys;"
         "base, rows = map(Artifact.model_validate_json, sys.argv[2:4]); on = Machine.model_validate_json(sys.argv[4]);"
         "Store(Path(sys.argv[1])).make('embedding', sys.argv[5], lambda d: embed(base, rows, 'corpus', d, on),"
         " environment=on.environment('embed'))"
@@ -138,14 +139,14 @@ def test_garbage_in_a_target_is_left_out(store: Store, base: Artifact, tmp_path:
     assert shares[0] < 0.6 * min(shares[1:]), shares
     for made in (matched, drawn):
         rows = read_rows(store.path(made), "train")
-        assert made.facts["train_rows"] == len(rows) == 24
-        assert made.facts["train_tokens"] == sum(len(row["token_ids"]) for row in rows)
-        assert made.facts["supervised_tokens"] == sum(sum(row["supervised"]) for row in rows)
+        assert made.metadata["train_rows"] == len(rows) == 24
+        assert made.metadata["train_tokens"] == sum(len(row["token_ids"]) for row in rows)
+        assert made.metadata["supervised_tokens"] == sum(sum(row["supervised"]) for row in rows)
         unchanged = ("held_out_rows", "held_out_tokens", "dropped")
-        assert [made.facts[name] for name in unchanged] == [target.facts[name] for name in unchanged]
+        assert [made.metadata[name] for name in unchanged] == [target.metadata[name] for name in unchanged]
         held_out = [[path.read_bytes() for path in shards(store.path(a), "held_out")] for a in (target, made)]
         assert held_out[0] == held_out[1]
-    assert matched.facts["selected"] == 24 and matched.facts["of"] == target.facts["train_rows"]
+    assert matched.metadata["selected"] == 24 and matched.metadata["of"] == target.metadata["train_rows"]
     made_at = store.manifest(matched)["created"]
     assert choose(base, target, specs[0], ON) == matched
     assert store.manifest(matched)["created"] == made_at  # found, not made again

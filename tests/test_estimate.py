@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Artifact
-from cfsd.checkpoint import count_parameters
 from cfsd.estimate import estimate
 from cfsd.machine import Machine
+from cfsd.model.loading import count_parameters
 from cfsd.recipe import Recipe
-from cfsd.train import TrainSpec
-from cfsd.training_memory import Choice, Load, Shapes, choices, load_of, training_memory
+from cfsd.store.artifact import Artifact
+from cfsd.train.memory import Choice, Load, Shapes, choices, load_of, training_memory
+from cfsd.train.spec import TrainSpec
 from tests.conftest import ROOT, write_rows
 
 LLAMA_1B = Shapes(2048, 16, 8192, heads=32, kv_heads=8, vocabulary=128_256, tied=True)
@@ -138,7 +138,7 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
         "num_key_value_heads": 8, "vocab_size": 128256, "model_type": "llama",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = [sys.executable, "-m", "cfsd.training_memory", str(tmp_path / "config.json"), "--gpus", "8"]
+    words = [sys.executable, "-m", "cfsd.train.memory", str(tmp_path / "config.json"), "--gpus", "8"]
     said = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     assert said[0] == "8.03 billion weights, 8 x 80 GB"
     assert any("all weights, shard " in line and " fits " in line for line in said)

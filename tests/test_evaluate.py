@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Store
 from cfsd.errors import BadInput
-from cfsd.evaluate import EvaluateSpec
-from cfsd.generate import ProbeSpec
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
-from cfsd.recipe import Recipe, override, validated
+from cfsd.overrides import override, validated
+from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
 from flows._plan import walk
-from flows.mitigate import story
+from flows.mitigate import pipeline
 from tests.conftest import fetched
 
 CPU = Machine(device="cpu", threads=1)
@@ -35,7 +36,7 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
 
 def keys(recipe: Recipe) -> dict[str, str]:
     """Return the keys, of stages that measure, that are known before anything has run: the base's."""
-    steps, _ = walk(recipe, CPU, story)
+    steps, _ = walk(recipe, CPU, pipeline)
     return {step.stage: step.key for step in steps if step.stage in BASE_ONLY and step.key}
 
 
@@ -51,7 +52,7 @@ def test_the_base_is_measured_once_whatever_the_recipe(recipe: Recipe, tmp_path:
 
 
 def test_the_tuned_model_is_compared_on_target_and_probe(recipe: Recipe) -> None:
-    steps = [step.stage for step in walk(recipe, CPU, story)[0]]
+    steps = [step.stage for step in walk(recipe, CPU, pipeline)[0]]
     assert steps[-5:] == [
         "evaluate",
         "evaluate-text",

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cfsd import filter as stage
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.evaluate import EvaluateSpec
-from cfsd.filter import FilterSpec, Shards, Sums, filter_rows
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.filter import stage
+from cfsd.filter.spec import FilterSpec
+from cfsd.filter.stage import Shards, Sums, filter_rows
 from cfsd.machine import Machine
-from cfsd.rows import CORPUS, batches, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import CORPUS, batches, corpus_schema, read_rows, shards, table_of, write_shard
 from tasks._stage import Planned, planning
 from tasks.filter import filter_corpus
 
@@ -67,9 +68,9 @@ def test_nothing_is_rejected_unless_asked(store: Store, tmp_path: Path) -> None:
     made, kept, rejected = made_from(store, six(tmp_path / "corpus"), FilterSpec())
     assert kept == list(range(6))
     assert not rejected
-    assert made.facts["accepted_fraction"] == 1
-    assert made.facts["mean_logprob_shift"] == 0
-    assert made.facts["tokens"] == sum(len(tokens) - 1 for tokens in TOKENS)
+    assert made.metadata["accepted_fraction"] == 1
+    assert made.metadata["mean_logprob_shift"] == 0
+    assert made.metadata["tokens"] == sum(len(tokens) - 1 for tokens in TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_each_rule_rejects_its_rows_with_a_reason(
     made, kept, found = made_from(store, six(tmp_path / "corpus"), FilterSpec(**rules))
     assert found == rejected
     assert kept == [i for i in range(6) if i not in rejected]
-    counts: Any = made.facts["rejected"]
+    counts: Any = made.metadata["rejected"]
     assert counts == {reason: list(rejected.values()).count(reason) for reason in set(rejected.values())}
 
 
@@ -113,8 +114,8 @@ def test_given_tokens_count_neither_as_tokens_nor_in_the_mean(store: Store, tmp_
     assert (kept, list(rejected)) == ([0, 2], [1])
     made, kept, rejected = made_from(store, corpus, FilterSpec(min_tokens=1))
     assert (kept, rejected) == ([0, 1], {2: "fewer than 1 tokens"})
-    assert made.facts["tokens"] == 3
-    assert made.facts["mean_logprob"] == pytest.approx(-5 / 3)
+    assert made.metadata["tokens"] == 3
+    assert made.metadata["mean_logprob"] == pytest.approx(-5 / 3)
 
 
 def test_texts_that_repeat_themselves_or_overlap_are_rejected(store: Store, tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_texts_that_repeat_themselves_or_overlap_are_rejected(store: Store, tmp_
     made, kept, rejected = made_from(store, corpus, FilterSpec(repetition=True, overlap_words=10), HARBOUR)
     assert kept == [2]
     assert rejected == {0: "overlaps the book", 1: "top 2-gram above 0.2"}
-    assert made.facts["accepted_by_rule"] == {"repetition": 2 / 3, "overlap_words": 1 / 2}
+    assert made.metadata["accepted_by_rule"] == {"repetition": 2 / 3, "overlap_words": 1 / 2}
 
 
 def test_rejects_can_be_read(store: Store, tmp_path: Path) -> None:
@@ -159,8 +160,8 @@ def test_a_row_near_to_one_that_another_rule_rejected_is_kept(store: Store, tmp_
     )
     assert kept == [1, 4]
     assert rejected == {0: "more than 99 tokens", 2: "near duplicate", 3: "near duplicate"}
-    assert made.facts["accepted_fraction"] == 2 / 5
-    assert made.facts["accepted_by_rule"] == {"max_tokens": 4 / 5, "near_duplicates": 2 / 4}
+    assert made.metadata["accepted_fraction"] == 2 / 5
+    assert made.metadata["accepted_by_rule"] == {"max_tokens": 4 / 5, "near_duplicates": 2 / 4}
     assert not [path for path in store.path(made).iterdir() if path.name.startswith(".")]
 
 
@@ -171,18 +172,18 @@ def test_the_facts_say_how_far_the_estimate_is_bent(store: Store, tmp_path: Path
     def mean(rows: list[int]) -> float:
         return -sum(NATS[i] * counts[i] for i in rows) / sum(counts[i] for i in rows)
 
-    facts: Any = made.facts
-    assert facts["accepted_fraction"] == len(kept) / 6
-    assert facts["tokens"] == sum(counts[i] for i in kept)
-    assert math.isclose(facts["mean_logprob"], mean(kept))
-    assert math.isclose(facts["mean_logprob_shift"], mean(kept) - mean(list(range(6))))
+    metadata: Any = made.metadata
+    assert metadata["accepted_fraction"] == len(kept) / 6
+    assert metadata["tokens"] == sum(counts[i] for i in kept)
+    assert math.isclose(metadata["mean_logprob"], mean(kept))
+    assert math.isclose(metadata["mean_logprob_shift"], mean(kept) - mean(list(range(6))))
 
 
 def test_rejecting_everything_still_says_so(store: Store, tmp_path: Path) -> None:
     made, kept, rejected = made_from(store, six(tmp_path / "corpus"), FilterSpec(min_tokens=9))
     assert not kept
     assert len(rejected) == 6
-    assert made.facts["rows"] == made.facts["tokens"] == made.facts["accepted_fraction"] == 0
+    assert made.metadata["rows"] == made.metadata["tokens"] == made.metadata["accepted_fraction"] == 0
     assert pq.read_schema(shards(store.path(made), "corpus")[0]).names == CORPUS.names
 
 
@@ -190,7 +191,7 @@ def test_rejecting_everything_still_says_so(store: Store, tmp_path: Path) -> Non
 def test_a_corpus_without_rows_stays_one(store: Store, tmp_path: Path, rules: dict[str, Any]) -> None:
     (tmp_path / "corpus").mkdir()
     made, kept, rejected = made_from(store, tmp_path / "corpus", FilterSpec(**rules))
-    assert (kept, rejected, made.facts["rows"]) == ([], {}, 0)
+    assert (kept, rejected, made.metadata["rows"]) == ([], {}, 0)
 
 
 def wide_table(rows: int, k: int = 4) -> pa.Table:
@@ -324,12 +325,12 @@ def planned() -> Iterator[list[Planned]]:
 def test_target_and_benchmarks_count_only_where_the_spec_compares_with_them(home: Path, planned: list[Planned]) -> None:
     corpus = Artifact(kind="corpus", key="c", content="c")
     one, two = (Artifact(kind="target", key=name, content=name) for name in "tu")
-    facts, both = EvaluateSpec(benchmarks=("facts",)), EvaluateSpec(benchmarks=("facts", "tiny_rev"))
+    metadata, both = EvaluateSpec(benchmarks=("facts",)), EvaluateSpec(benchmarks=("facts", "tiny_rev"))
     few = EvaluateSpec(benchmarks=({"name": "facts", "limit": 5, "num_fewshot": 1},), held_out_rows=9)
 
     def keys(spec: FilterSpec) -> list[str | None]:
         planned.clear()
-        for target, evaluate in ((one, facts), (one, few), (two, facts), (one, both)):
+        for target, evaluate in ((one, metadata), (one, few), (two, metadata), (one, both)):
             filter_corpus(corpus, target, evaluate, spec, Machine())
         return [step.key for step in planned]
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cfsd.artifact import CHECKPOINTS, Artifact, Draft, Store
-from cfsd.checkpoint import load_model
 from cfsd.errors import BadInput
-from cfsd.fisher import FILE, FisherSpec, Sums, Text, fisher, fisher_of
 from cfsd.machine import Machine
-from cfsd.rows import CORPUS, table_of, write_shard
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft, Store
+from cfsd.store.tables import CORPUS, table_of, write_shard
+from cfsd.train.fisher import FILE, Sums, Text, fisher, fisher_of
+from cfsd.train.spec import FisherSpec
 from tests.conftest import fetched
 
 MACHINE = Machine(device="cpu", threads=1)
@@ -45,7 +46,7 @@ def toy() -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-def log_law(model: GPT2LMHeadModel) -> Tensor:
+def log_distribution(model: GPT2LMHeadModel) -> Tensor:
     """Return log p of each of TEXTS."""
     ids = torch.tensor(TEXTS)
     found: Tensor = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].sum(1)
@@ -56,15 +57,15 @@ def log_law(model: GPT2LMHeadModel) -> Tensor:
 def exact() -> dict[str, Tensor]:
     """F over all texts, each as often as the model writes it."""
     model = toy()
-    return fisher_of(model, [Text(text, SAMPLED) for text in TEXTS], log_law(model).exp().tolist())
+    return fisher_of(model, [Text(text, SAMPLED) for text in TEXTS], log_distribution(model).exp().tolist())
 
 
 def kl_after(name: str, coordinate: int, step: float) -> float:
     base, model = toy(), toy()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[coordinate] += step
-    at_base = log_law(base)
-    return float(at_base.exp() @ (at_base - log_law(model)))
+    at_base = log_distribution(base)
+    return float(at_base.exp() @ (at_base - log_distribution(model)))
 
 
 @pytest.mark.parametrize(("name", "coordinate"), COORDINATES)
@@ -88,7 +89,7 @@ def test_every_parameter_has_its_f_a_tied_one_once(exact: dict[str, Tensor]) -> 
 def test_sampled_rows_agree_within_the_error_of_sampling(exact: dict[str, Tensor]) -> None:
     """Per coordinate the squared gradient's spread over texts tells how far the mean of n of them lies off."""
     model, count = toy(), 256
-    law = log_law(model).exp()
+    law = log_distribution(model).exp()
     drawn = torch.multinomial(law, count, replacement=True, generator=torch.Generator().manual_seed(0))
     found = fisher_of(model, [Text(TEXTS[i], SAMPLED) for i in drawn.tolist()], [1.0] * count)
     scores = []
@@ -163,7 +164,7 @@ def test_the_stage_writes_f_of_the_first_context_free_rows(store: Store, base: A
     found = load_file(store.path(made) / FILE)
     texts = [Text(ids, [False] + [True] * (len(ids) - 1)) for _, ids in ROWS[:4]]
     wanted = fisher_of(load_model(store.path(base), "cpu").eval(), texts, [1.0] * 4)
-    assert made.facts == {"rows": 4, "tokens": sum(len(ids) - 1 for _, ids in ROWS[:4])}
+    assert made.metadata == {"rows": 4, "tokens": sum(len(ids) - 1 for _, ids in ROWS[:4])}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert {path.name for path in store.path(made).iterdir()} == {FILE, "manifest.json"}
@@ -208,7 +209,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(
         seen.append(len(text.token_ids))
         real(sums, text, weight)
 
-    monkeypatch.setattr("cfsd.fisher.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cfsd.train.fisher.SAVE_SECONDS", -1.0)
     with monkeypatch.context() as broken:
         broken.setattr(Sums, "add", dies_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
@@ -216,7 +217,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(
     saved: list[bool] = []
     again = run(store, base, corpus, 6, "broken", lambda d: saved.append((d.folder / CHECKPOINTS / FILE).exists()))
     assert saved == [True] and len(seen) == 3
-    assert again.content == whole.content and again.facts == whole.facts
+    assert again.content == whole.content and again.metadata == whole.metadata
 
 
 def test_progress_is_told_row_by_row(store: Store, base: Artifact) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Store
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.summary import Trail
+from cfsd.report.run_record import RunRecord
+from cfsd.store.artifact import Store
 
 MEASURED_AFTER = ["evaluate", "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 CPU = Machine(device="cpu", threads=1)
@@ -36,18 +36,18 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flow(recipe: Recipe, machine: Machine = CPU) -> Trail:
+def flow(recipe: Recipe, machine: Machine = CPU) -> RunRecord:
     from flows.mitigate import mitigate
 
     return mitigate(recipe, machine)
 
 
-def executed(trail: Trail) -> list[str]:
-    return [step.stage for step in trail.steps if step.executed]
+def executed(run_record: RunRecord) -> list[str]:
+    return [step.stage for step in run_record.steps if step.executed]
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    from cfsd.recipe import override, validated
+    from cfsd.overrides import override, validated
 
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     return validated(Recipe, override(recipe.model_dump(mode="json"), dotted), "test")
@@ -92,21 +92,21 @@ def test_what_prefect_remembers_but_the_store_lost_is_made_again(recipe: Recipe,
 
 
 def test_a_learning_rate_of_zero_changes_nothing(recipe: Recipe, home: Path, server: str) -> None:
-    trail = flow(changed(recipe, train__learning_rate=0.0))
-    from cfsd.summary import summarise
+    run_record = flow(changed(recipe, train__learning_rate=0.0))
+    from cfsd.report.summarise import summarise
 
-    summary = summarise(Store(home), trail)
-    assert executed(trail).count("evaluate") == 2  # measured anew, not one artifact compared with itself
+    summary = summarise(Store(home), run_record)
+    assert executed(run_record).count("evaluate") == 2  # measured anew, not one artifact compared with itself
     for figure in (summary.target_gain, summary.probe_kl, summary.probe_kl_sampled, summary.mean_forgetting):
         assert figure and figure["value"] == 0.0
-    assert trail.before.benchmarks["letters"].key != trail.after.benchmarks["letters"].key
+    assert run_record.before.benchmarks["letters"].key != run_record.after.benchmarks["letters"].key
 
 
 def test_plan_tells_what_runs_without_running(recipe: Recipe, home: Path) -> None:
     from flows._plan import walk
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
 
-    steps, _ = walk(recipe, CPU, story)
+    steps, _ = walk(recipe, CPU, pipeline)
     assert steps[0].stage == "fetch" and steps[0].key and not steps[0].cached
     assert steps[1].key is None  # depends on fetch
     assert not (home / "store").exists()

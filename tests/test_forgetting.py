@@ -11,18 +11,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy import stats
 
-from cfsd.forgetting import (
-    BenchmarkForgetting,
-    Figure,
-    Measure,
-    benchmark_forgetting,
-    difference_per_token,
-    mean_forgetting,
-    mean_per_token,
-    paired_by_document,
-    paired_share_difference,
-)
-from cfsd.intervals import sign_flip_p
+from cfsd.statistics.figures import Figure, difference_per_token, mean_per_token, paired_share_difference
+from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
+from cfsd.statistics.intervals import sign_flip_p
+from cfsd.statistics.pairing import paired_by_document
 
 Floats = NDArray[np.float64]
 

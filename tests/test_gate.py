@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from cfsd.gate import Guarded, document_noise, document_variance, holm, judge, margin_of
+from cfsd.statistics.gate import Guarded, document_noise, document_variance, holm, judge, margin_of
 
 SPREAD = 0.02
 

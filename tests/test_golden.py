@@ -15,18 +15,23 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cfsd.artifact import Artifact, Draft, Store
-from cfsd.checkpoint import Checkpoint, fetch
-from cfsd.filter import FilterSpec, filter_rows
-from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
+from cfsd.filter.spec import FilterSpec
+from cfsd.filter.stage import filter_rows
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.packs import packs_of
-from cfsd.rows import read_rows
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.loading import fetch
 from cfsd.spec import Spec
-from cfsd.target import Target, prepare
-from cfsd.train import TrainSpec
-from cfsd.training_batches import batches_of
+from cfsd.store.artifact import Artifact, Draft, Store
+from cfsd.store.tables import read_rows
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.batches.micro_batches import micro_batches_of
+from cfsd.train.spec import TrainSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS: dict[str, type[Spec]] = {
@@ -100,9 +105,10 @@ class Stages:
         """Return the global batches, and the coefficients of the first one in millionths."""
         data = batches_of(self.store, mixture, TrainSpec(epochs=2, seed=0), 64)
         first = [data.rows[i] for i in (*data.plan[0].target, *data.plan[0].rehearsal)]
-        packs = packs_of(first, 40)
+        micro_batches = micro_batches_of(first, 40)
         return [[batch.target, batch.rehearsal] for batch in data.plan] + [
-            [round(value * 1e6) for value in pack.coefficient_BT.flatten().tolist()] for pack in packs
+            [round(value * 1e6) for value in micro_batch.coefficient_BT.flatten().tolist()]
+            for micro_batch in micro_batches
         ]
 
 

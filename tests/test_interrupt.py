@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cfsd.artifact import Store
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
 from tests.conftest import ROOT
 
 SLOW_ENOUGH = [  # seconds per stage, so that its middle can be hit
@@ -62,11 +62,11 @@ def _source(shard: Path) -> str:
 
 def final_content(recipe: Path, home: Path) -> str:
     from flows._plan import walk
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
 
     os.environ["CFSD_HOME"], before = str(home), os.environ["CFSD_HOME"]
     try:
-        steps, _ = walk(Recipe.load(recipe, SLOW_ENOUGH), Machine(device="cpu", threads=1), story)
+        steps, _ = walk(Recipe.load(recipe, SLOW_ENOUGH), Machine(device="cpu", threads=1), pipeline)
         key = next(step.key for step in steps if step.stage == "train")
     finally:
         os.environ["CFSD_HOME"] = before
@@ -188,4 +188,4 @@ def _processes(words: str, variable: str) -> list[str]:
 
 def _training_processes(home: Path) -> list[str]:
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in found.splitlines() if "cfsd.train" in line and str(home) in line]
+    return [line for line in found.splitlines() if "cfsd.train.stage" in line and str(home) in line]

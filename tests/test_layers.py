@@ -44,7 +44,7 @@ def test_the_scan_sees_imports_of_every_form(tmp_path: Path) -> None:
     files = {"a.py": tmp_path / "a.py"}
     assert importers("x.y", files) == importers("p", files) == {"a.py"}
     assert importers("x.yy", files) == set()
-    assert importers("cfsd.artifact") > {"tasks/train.py", "cfsd/train.py"}
+    assert importers("cfsd.store.artifact") > {"tasks/train.py", "cfsd/train.py"}
 
 
 def test_cfsd_imports_neither_tasks_nor_flows_and_tasks_no_flows() -> None:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfsd.checkpoint import load_model, write_start_token
-from cfsd.merge import merge
+from cfsd.merge.stage import merge
+from cfsd.model.loading import load_model, write_start_token
 from tests.conftest import save_model
 
 

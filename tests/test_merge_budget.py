@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Store
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
-from cfsd.merge_budget import AIM, CLOSE, MOST_TRIES, largest_alpha
-from cfsd.recipe import Recipe, override, validated
-from cfsd.summary import Trail, summarise
+from cfsd.merge.budget import AIM, CLOSE, MAX_TRIES, largest_alpha
+from cfsd.overrides import override, validated
+from cfsd.recipe import Recipe
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summarise import summarise
+from cfsd.store.artifact import Store
 
 CPU = Machine(device="cpu", threads=1)
 BUDGET = 0.1
@@ -41,7 +43,7 @@ def test_the_budget_is_kept_and_used_up_whatever_the_curve(name: str, most: floa
     assert tried[0].alpha == most
     assert abs(math.log(tried[-1].nats / (AIM * BUDGET))) <= CLOSE
     assert all(found.nats == CURVES[name](found.alpha) for found in tried)
-    assert len(tried) <= (4 if name != "breaks between" else MOST_TRIES)
+    assert len(tried) <= (4 if name != "breaks between" else MAX_TRIES)
 
 
 def test_what_keeps_the_budget_stays_as_it_was_trained() -> None:
@@ -51,7 +53,7 @@ def test_what_keeps_the_budget_stays_as_it_was_trained() -> None:
 def test_where_nothing_comes_close_the_best_below_is_taken() -> None:
     """A curve with a jump across the budget: no weight uses it up."""
     tried = largest_alpha(lambda a: 0.04 * a if a < 0.4 else 1 + a, 1.0, BUDGET)
-    assert len(tried) >= MOST_TRIES and 0.39 < tried[-1].alpha < 0.4
+    assert len(tried) >= MAX_TRIES and 0.39 < tried[-1].alpha < 0.4
 
 
 def test_a_divergence_of_nothing_is_no_end_to_the_search() -> None:
@@ -68,16 +70,16 @@ def content(recipe_file: Path) -> dict[str, Any]:
     return Recipe.load(recipe_file).model_dump(mode="json")
 
 
-def taken(content: dict[str, Any], **changes: Any) -> Trail:
+def taken(content: dict[str, Any], **changes: Any) -> RunRecord:
     from flows.mitigate import mitigate
 
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     return mitigate(validated(Recipe, override(content, dotted), "test"), CPU)
 
 
-def kl_of(trail: Trail) -> float:
-    assert trail.after.probe
-    return float(str(trail.after.probe.facts["probe_kl"]))
+def kl_of(run_record: RunRecord) -> float:
+    assert run_record.after.probe
+    return float(str(run_record.after.probe.metadata["probe_kl"]))
 
 
 def test_any_training_keeps_a_budget(content: dict[str, Any], home: Path, server: str) -> None:
@@ -102,7 +104,7 @@ def test_a_budget_that_is_not_reached_changes_no_weight(content: dict[str, Any],
     plain = taken(content, generate__rows=0)
     kept = taken(content, generate__rows=0, merge__budget=2 * kl_of(plain) + 1)
     assert kept.artifacts["final"] == plain.artifacts["final"] == kept.artifacts["tuned"]
-    assert kept.artifacts["fitted"].facts["alpha"] == 1
+    assert kept.artifacts["fitted"].metadata["alpha"] == 1
 
 
 def test_merging_no_further_than_asked_for(content: dict[str, Any], home: Path, server: str) -> None:
@@ -117,9 +119,9 @@ def test_no_budget_is_no_sample_and_no_measurement(content: dict[str, Any], home
 
 def test_the_plan_knows_that_alpha_is_found_after_training(content: dict[str, Any], home: Path) -> None:
     from flows._plan import walk
-    from flows.mitigate import story
+    from flows.mitigate import pipeline
 
-    steps, _ = walk(validated(Recipe, override(content, {"merge.budget": 0.01}), "test"), CPU, story)
+    steps, _ = walk(validated(Recipe, override(content, {"merge.budget": 0.01}), "test"), CPU, pipeline)
     stages = [step.stage for step in steps]
     assert stages.count("probe") == 2
     assert stages.index("train") < stages.index("budget") < stages.index("merge")

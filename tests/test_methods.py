@@ -18,14 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel
 
-from cfsd.checkpoint import load_model, write_start_token
 from cfsd.errors import BadInput
-from cfsd.fisher import FILE
-from cfsd.merge import merge
-from cfsd.methods import Methods
-from cfsd.methods.anchors import Penalty, plain_name
-from cfsd.methods.l2 import L2
+from cfsd.merge.stage import merge
+from cfsd.model.loading import load_model, write_start_token
 from cfsd.spec import Spec
+from cfsd.train.fisher import FILE
+from cfsd.train.methods import Methods
+from cfsd.train.methods.anchors import Penalty, plain_name
+from cfsd.train.methods.l2 import L2
 from tests.conftest import save_model
 
 # A method that is added to `Methods` is to be added here, with settings that turn it on.
@@ -88,7 +88,7 @@ def test_the_settings_here_turn_every_method_on() -> None:
 def test_without_methods_nothing_happens(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(folders["llama"], "cpu")
     assert Methods().adapt(model) is model
-    assert Methods().fold(model, tmp_path) is model and not list(tmp_path.iterdir())
+    assert Methods().merge_adapter(model, tmp_path) is model and not list(tmp_path.iterdir())
     assert Methods().penalties(folders["llama"], None) == []
 
 
@@ -276,7 +276,7 @@ def test_folding_keeps_the_function_and_the_adapter(
     before = logits(model)
     adapted = moved(on(name).adapt(model))
     trained = logits(adapted)
-    plain = on(name).fold(adapted, tmp_path)
+    plain = on(name).merge_adapter(adapted, tmp_path)
     assert (trained - before).abs().max() > 1e-2
     assert type(plain) is kind and set(plain.state_dict()) == keys
     assert torch.allclose(logits(plain), trained, atol=1e-5)
@@ -293,7 +293,7 @@ def test_an_adapters_files_say_nothing_of_the_machine(folders: dict[str, Path], 
     for folder, place in ((folders["llama"], tmp_path / "one"), (elsewhere, tmp_path / "two")):
         torch.manual_seed(0)
         place.mkdir()
-        on("lora").fold(on("lora").adapt(load_model(folder, "cpu")), place)
+        on("lora").merge_adapter(on("lora").adapt(load_model(folder, "cpu")), place)
         written.append({file.name: file.read_bytes() for file in (place / "adapter").iterdir()})
     assert written[0] == written[1]
     config = json.loads(written[0]["adapter_config.json"])
@@ -319,7 +319,7 @@ def test_a_call_reaches_the_inner_models_own_forward_as_it_is(folders: dict[str,
     model: Any = load_model(folders["llama"], "cpu")
     adapted, seen = on("lora").adapt(model), []
     model.forward = lambda **given: seen.append(given)
-    adapted(pack="rows")
+    adapted(micro_batch="rows")
     assert seen == [{"pack": "rows"}]
 
 

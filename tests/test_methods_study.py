@@ -22,9 +22,10 @@ from benchmarks._methods_table import (
     over_seeds,
     picture,
 )  # fmt: skip
-from cfsd.benchmark_files import BUNDLED
-from cfsd.forgetting import Figure, Measure
-from cfsd.seeds import FEWEST
+from cfsd.evaluate.benchmark_files import BUNDLED
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.forgetting import Measure
+from cfsd.statistics.seeds import FEWEST
 
 DOCUMENTS = 20
 EXACT = Measure(metric="exact_match", higher_is_better=True, chance=0.0, kind="binary")

@@ -10,14 +10,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.batches import GlobalBatch, plan_batches
-from cfsd.microbatch import arrange, pad
-from cfsd.mix import MixSpec, mix
-from cfsd.mixture import MixtureRows
-from cfsd.packs import Row
-from cfsd.rows import TARGET, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.batching import arrange, pad
 from cfsd.spec import Spec
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import TARGET, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
+from cfsd.train.batches.micro_batches import Row
+from cfsd.train.batches.mixture import MixtureRows
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -136,17 +137,21 @@ def test_the_mixture_supervises_responses_and_every_sampled_token(
     assert [row["token_ids"][0] for row in rows[3:]] == [0, 10, 20, 30]
     assert ["".join(".x"[on] for on in row["supervised"]) for row in rows[3:]] == [tokens for _, tokens in TEXTS]
     assert {name for row in rows for name in row} == {"row_id", "source", "token_ids", "supervised", "weight"}
-    facts: Any = made.facts
-    assert (facts["target_rows"], facts["target_tokens"]) == (3, 6)
-    assert (facts["rehearsal_rows"], facts["rehearsal_tokens"]) == (4, 12)
-    assert facts["rehearsal_rows_by_source"] == {"context-free": 2, "template": 1, "replay": 1}
-    assert facts["rehearsal_tokens_by_source"] == {"context-free": 7, "template": 2, "replay": 3}
+    metadata: Any = made.metadata
+    assert (metadata["target_rows"], metadata["target_tokens"]) == (3, 6)
+    assert (metadata["rehearsal_rows"], metadata["rehearsal_tokens"]) == (4, 12)
+    assert metadata["rehearsal_rows_by_source"] == {"context-free": 2, "template": 1, "replay": 1}
+    assert metadata["rehearsal_tokens_by_source"] == {"context-free": 7, "template": 2, "replay": 3}
 
 
 def test_a_mixture_without_rehearsal_draws_none(store: Store, tmp_path: Path) -> None:
     write_target(tmp_path, 3)
-    facts: Any = mixed(store, tmp_path, MixSpec(seed=0)).facts
-    assert (facts["rehearsal_rows"], facts["batch_rehearsal_tokens"], facts["rehearsal_rows_by_source"]) == (0, 0, {})
+    metadata: Any = mixed(store, tmp_path, MixSpec(seed=0)).metadata
+    assert (metadata["rehearsal_rows"], metadata["batch_rehearsal_tokens"], metadata["rehearsal_rows_by_source"]) == (
+        0,
+        0,
+        {},
+    )
 
 
 def test_the_mixture_is_one_table_however_it_is_cut(
@@ -156,7 +161,7 @@ def test_the_mixture_is_one_table_however_it_is_cut(
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 5)
     whole = mixed(store, tmp_path, MixSpec(seed=0))
-    monkeypatch.setattr("cfsd.mix.SHARD_TOKENS", 12)
+    monkeypatch.setattr("cfsd.mix.stage.SHARD_TOKENS", 12)
     cut = mixed(store, tmp_path, MixSpec(seed=1))
     tokens = [sum(map(len, pq.read_table(p)["token_ids"].to_pylist())) for p in shards(store.path(cut), "mixture")]
     assert len(tokens) > 5 and all(count < 12 + 13 for count in tokens)

@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.baseline import guarded, read_baseline
-from cfsd.baseline_figures import measured
-from cfsd.gate import Judgement, judge
-from cfsd.generate import generate
+from cfsd.baseline.file import guarded, read_baseline
+from cfsd.baseline.measured import measured
+from cfsd.generate.stage import generate
 from cfsd.machine import Machine
-from cfsd.mix import mix
+from cfsd.mix.stage import mix
 from cfsd.recipe import Recipe
-from cfsd.rows import batches, write_shard
+from cfsd.statistics.gate import Judgement, judge
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import batches, write_shard
 from cfsd.tiny import TinySpec, pretrain
 from tests.conftest import ROOT
 
@@ -63,12 +63,12 @@ def mix_masked(target: Path, corpus: Path, spec: Any, draft: Draft, losses: Path
 
 def generate_from_another(base: Artifact, target: Any, spec: Any, draft: Draft, *rest: Any) -> None:
     """Sample from another model than the base."""
-    from cfsd.checkpoint import describe, write_start_token
+    from cfsd.model.loading import describe, write_start_token
 
     def work(made: Draft) -> None:
         pretrain(ANOTHER, made.folder)
         write_start_token(made.folder, None)
-        made.facts |= describe(made.folder)
+        made.metadata |= describe(made.folder)
 
     other, _ = draft.store.make("model", key_of("another", ANOTHER), work)
     generate(other, target, spec, draft, *rest)
@@ -117,8 +117,8 @@ def judged(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
 
         monkeypatch.setenv("CFSD_HOME", str(home))
         recipe = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml", list(changes))
-        trail = flows.mitigate.story(reseeded(recipe, seed), CPU)
-        return judge(guarded(BASELINE, [measured(Store(home), trail)]))
+        run_record = flows.mitigate.pipeline(reseeded(recipe, seed), CPU)
+        return judge(guarded(BASELINE, [measured(Store(home), run_record)]))
 
     yield one
 

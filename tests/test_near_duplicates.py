@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cfsd.near_duplicates import duplicates_of
-from cfsd.rows import CORPUS, table_of, write_shard
+from cfsd.filter.near_duplicates import duplicates_of
+from cfsd.store.tables import CORPUS, table_of, write_shard
 
 ORDER = 5
 START, GIVEN = 0, 1
@@ -92,8 +92,8 @@ def test_how_rows_lie_in_shards_changes_nothing(
     planted: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rejected(write_corpus(tmp_path / "whole", planted), tmp_path)
-    monkeypatch.setattr("cfsd.near_duplicates.BLOCK", 7)
-    monkeypatch.setattr("cfsd.near_duplicates.PAIR_GRAMS", 200)
+    monkeypatch.setattr("cfsd.filter.near_duplicates.BLOCK", 7)
+    monkeypatch.setattr("cfsd.filter.near_duplicates.PAIR_GRAMS", 200)
     assert rejected(write_corpus(tmp_path / "cut", planted, per_shard=50), tmp_path) == whole
 
 

@@ -34,12 +34,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from cfsd.generate import GenerateSpec
-from cfsd.objective import Losses, Objective, head_of, losses
-from cfsd.packs import Pack, Row, packs_of
-from cfsd.rehearsal import RehearsalSpec
-from cfsd.sampling import sample
-from cfsd.token_loss import Stored
+from cfsd.generate.sampling import sample
+from cfsd.generate.spec import GenerateSpec
+from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
+from cfsd.train.loss.objective import Losses, Objective, head_of, losses
+from cfsd.train.loss.token_loss import Stored
+from cfsd.train.spec import RehearsalSpec
 
 TOKENS, LENGTH, START = 4, 3, 0
 TEXTS = [[START, *text] for text in product(range(TOKENS), repeat=LENGTH)]
@@ -83,7 +83,7 @@ def tuned(base: Any) -> Any:
 
 
 @torch.no_grad()
-def log_law(model: Any) -> Tensor:
+def log_distribution(model: Any) -> Tensor:
     """Return log p of each of TEXTS, computed apart from the objective."""
     texts = torch.tensor(TEXTS)
     logprobs = model(texts).logits.log_softmax(-1)
@@ -92,7 +92,7 @@ def log_law(model: Any) -> Tensor:
 
 
 def entropy_and_kl(base: Any, model: Any) -> tuple[float, float]:
-    at_base, at_model = log_law(base), log_law(model)
+    at_base, at_model = log_distribution(base), log_distribution(model)
     return float(-(at_base.exp() * at_base).sum()), float((at_base.exp() * (at_base - at_model)).sum())
 
 
@@ -135,11 +135,13 @@ FORMS = {"nll": Form(NLL), "live": Form(LIVE), "sampled": Form(SAMPLED, 2), "buc
 
 
 def cut(
-    rows: Sequence[Row], most_tokens: int, base: Any = None, stored: int = 0, kept: torch.dtype = torch.float64
-) -> list[Pack]:
+    rows: Sequence[Row], max_tokens: int, base: Any = None, stored: int = 0, kept: torch.dtype = torch.float64
+) -> list[MicroBatch]:
     """Return the packs of one global batch, with the base's law at its rehearsal rows if `stored`."""
-    laws: Any = stored_laws(base, stored, kept) if stored else None
-    return packs_of(rows, most_tokens, fresh=[True] * len(rows), places=range(len(rows)), laws=laws)
+    distributions: Any = stored_laws(base, stored, kept) if stored else None
+    return micro_batches_of(
+        rows, max_tokens, fresh=[True] * len(rows), places=range(len(rows)), distributions=distributions
+    )
 
 
 def rehearsal(texts: Sequence[list[int]], weights: Sequence[float] | None = None) -> list[Row]:
@@ -149,17 +151,17 @@ def rehearsal(texts: Sequence[list[int]], weights: Sequence[float] | None = None
 
 def every_text(base: Any) -> list[Row]:
     """Return every text once, weighted by its probability: the expectation without sampling."""
-    return rehearsal(TEXTS, (len(TEXTS) * log_law(base).exp()).tolist())
+    return rehearsal(TEXTS, (len(TEXTS) * log_distribution(base).exp()).tolist())
 
 
 def loss_and_gradient(
-    model: Any, packs: Sequence[Pack], spec: RehearsalSpec = NLL, base: Any = None, weight: float = 1.0
+    model: Any, micro_batches: Sequence[MicroBatch], spec: RehearsalSpec = NLL, base: Any = None, weight: float = 1.0
 ) -> tuple[float, Tensor]:
     objective = Objective(model, spec, base)
     model.zero_grad()
     total = 0.0
-    for pack in packs:
-        loss = losses(model, pack, weight).loss
+    for micro_batch in micro_batches:
+        loss = losses(model, micro_batch, weight).loss
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     objective.remove()
@@ -189,10 +191,10 @@ def test_the_expected_divergence_is_the_kl_itself(family: str, count: int) -> No
     """From the live base (0 stored), and from the 1, 3 or all likeliest tokens with the tail as drawn."""
     base = toy(0, family=family)
     tuned = moved_from(base, family)
-    spec, packs = (SAMPLED if count else LIVE), cut(every_text(base), 64, base, count)
-    loss, gradient = loss_and_gradient(tuned, packs, spec, base)
+    spec, micro_batches = (SAMPLED if count else LIVE), cut(every_text(base), 64, base, count)
+    loss, gradient = loss_and_gradient(tuned, micro_batches, spec, base)
     assert LENGTH * loss == pytest.approx(entropy_and_kl(base, tuned)[1], rel=ROUNDING[family])
-    _, likelihood = loss_and_gradient(tuned, packs)
+    _, likelihood = loss_and_gradient(tuned, micro_batches)
     assert relative(gradient, likelihood) < 100 * ROUNDING[family]  # the entropy has no slope
 
 
@@ -216,13 +218,13 @@ def test_the_gradient_vanishes_at_the_base_and_nowhere_else(form: str, family: s
     base, (spec, stored) = toy(0, family=family), FORMS[form]
     rows = every_text(base)
     alone = cut(rows[27:28], 64, base, stored)
-    for packs in (cut(rows, 64, base, stored), alone):
-        zero = loss_and_gradient(copy.deepcopy(base), packs, spec, base)[1].norm()
-        if packs is alone and form in ("nll", "sampled"):
+    for micro_batches in (cut(rows, 64, base, stored), alone):
+        zero = loss_and_gradient(copy.deepcopy(base), micro_batches, spec, base)[1].norm()
+        if micro_batches is alone and form in ("nll", "sampled"):
             assert zero > 1e-2
         else:
             assert zero < (1e-12 if family == "gpt2" else 1e-6)
-        assert loss_and_gradient(moved_from(base, family), packs, spec, base)[1].norm() > 1e-2
+        assert loss_and_gradient(moved_from(base, family), micro_batches, spec, base)[1].norm() > 1e-2
 
 
 def test_stored_in_float16_the_bucket_has_a_thousandth_of_a_gradient_at_the_base(base: Any) -> None:
@@ -236,12 +238,18 @@ def test_the_sampled_loss_converges_to_the_kl_at_the_rate_of_sampling(base: Any,
     entropy, kl = entropy_and_kl(base, tuned)
     misses: dict[tuple[str, int], list[float]] = defaultdict(list)
     for count, seed in product((64, 576), range(24)):
-        packs = cut(sampled(base, count, seed), 4096, base, 2)
+        micro_batches = cut(sampled(base, count, seed), 4096, base, 2)
         for form in ("nll", "live", "sampled"):
-            loss, _ = loss_and_gradient(tuned, packs, FORMS[form].spec, base)
+            loss, _ = loss_and_gradient(tuned, micro_batches, FORMS[form].spec, base)
             misses[form, count].append(LENGTH * loss - kl - (entropy if form == "nll" else 0))
     errors = {key: math.sqrt(sum(miss**2 for miss in found) / len(found)) for key, found in misses.items()}
-    spread = float(log_law(tuned).sub(log_law(base).exp() @ log_law(tuned)).square() @ log_law(base).exp()) ** 0.5
+    spread = (
+        float(
+            log_distribution(tuned).sub(log_distribution(base).exp() @ log_distribution(tuned)).square()
+            @ log_distribution(base).exp()
+        )
+        ** 0.5
+    )
     for count in (64, 576):  # root mean square of 24 draws: its own error is about 15 %
         assert errors["nll", count] == pytest.approx(spread / math.sqrt(count), rel=0.5)
         assert errors["live", count] < errors["nll", count] / 3
@@ -252,7 +260,7 @@ def test_the_sampled_loss_converges_to_the_kl_at_the_rate_of_sampling(base: Any,
 
 def test_the_divergence_varies_far_less_than_the_likelihood(base: Any, tuned: Any) -> None:
     """Enumerated: the variance of one text's loss and of its gradient, under the base's law."""
-    likelihood = log_law(base).exp()
+    likelihood = log_distribution(base).exp()
     values, slopes = {}, {}
     for form in ("nll", "live", "sampled"):
         spec, stored = FORMS[form]
@@ -272,7 +280,7 @@ def test_the_sampled_gradient_is_noise_around_zero_at_the_base_only(form: str, b
     batches = [cut(sampled(base, 64, seed), 4096, base, stored) for seed in range(48)]
     excess = []
     for model in (base, tuned):
-        gradients = torch.stack([loss_and_gradient(model, packs, spec)[1] for packs in batches])
+        gradients = torch.stack([loss_and_gradient(model, micro_batches, spec)[1] for micro_batches in batches])
         excess.append(float(gradients.mean(0).square().sum() / (gradients.square().sum(1).mean() / 48)))
     assert excess[0] < 4 < 10 < excess[1]
 
@@ -323,12 +331,12 @@ def test_weights_per_token_multiply_each_tokens_loss() -> None:
     assert loss_and_gradient(model, cut([row], 64))[0] == pytest.approx(wanted, rel=1e-6)
 
 
-def per_micro_batch(packs: Sequence[Pack]) -> list[Pack]:
+def per_micro_batch(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Plant the classic mistake: every micro-batch divides by its own token count."""
     planted = []
-    for pack in packs:
-        counted = pack.coefficient_BT != 0
-        planted.append(pack._replace(coefficient_BT=counted / counted.sum() / len(packs)))
+    for micro_batch in micro_batches:
+        counted = micro_batch.coefficient_BT != 0
+        planted.append(micro_batch._replace(coefficient_BT=counted / counted.sum() / len(micro_batches)))
     return planted
 
 
@@ -338,19 +346,21 @@ def relative(one: Tensor, two: Tensor) -> float:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("most_tokens", [1, 40, 90])
-def test_gradients_do_not_depend_on_how_the_batch_is_cut(most_tokens: int, form: str) -> None:
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(max_tokens: int, form: str) -> None:
     model, base, rows, (spec, stored) = toy(2, 11), toy(3, 11), mixed_rows(0, 11), FORMS[form]
-    whole, parts = (cut(rows, most, base, stored) for most in (10_000, most_tokens))
+    whole, parts = (cut(rows, most, base, stored) for most in (10_000, max_tokens))
     assert len(whole) == 1 < len(parts)
-    one, two = (loss_and_gradient(model, packs, spec, base, 2.0)[1] for packs in (parts, whole))
+    one, two = (loss_and_gradient(model, micro_batches, spec, base, 2.0)[1] for micro_batches in (parts, whole))
     assert relative(one, two) < 1e-9
 
 
 @pytest.mark.parametrize("form", ["nll", "live"])
 def test_normalising_per_micro_batch_would_be_noticed(form: str) -> None:
     model, base, rows = toy(2, 11), toy(3, 11), mixed_rows(0, 11)
-    packs = [per_micro_batch(cut(rows, most)) for most in (10_000, 40)]
-    whole, parts = (loss_and_gradient(model, pack, FORMS[form].spec, base, 2.0)[1] for pack in packs)
+    micro_batches = [per_micro_batch(cut(rows, most)) for most in (10_000, 40)]
+    whole, parts = (
+        loss_and_gradient(model, micro_batch, FORMS[form].spec, base, 2.0)[1] for micro_batch in micro_batches
+    )
     assert relative(parts, whole) > 1e-2
 
 
@@ -360,15 +370,15 @@ def test_normalising_per_micro_batch_would_be_noticed(form: str) -> None:
 def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut(form: str, family: str) -> None:
     (spec, stored), trained = FORMS[form], []
     cuts = [(1, False), (10_000, False), (40, True)]
-    for most_tokens, plant in cuts if form in ("nll", "live") and family == "gpt2" else cuts[:2]:
+    for max_tokens, plant in cuts if form in ("nll", "live") and family == "gpt2" else cuts[:2]:
         model, base = toy(2, 11, family), toy(3, 11, family)
         Objective(model, spec, base)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for step in range(20):
             optimizer.zero_grad()
-            packs = cut(mixed_rows(step, 11), most_tokens, base, stored)
-            for pack in per_micro_batch(packs) if plant else packs:
-                losses(model, pack).loss.backward()  # type: ignore[no-untyped-call]
+            micro_batches = cut(mixed_rows(step, 11), max_tokens, base, stored)
+            for micro_batch in per_micro_batch(micro_batches) if plant else micro_batches:
+                losses(model, micro_batch).loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert relative(trained[0], trained[1]) < ROUNDING[family]
@@ -378,14 +388,14 @@ def test_weights_after_twenty_steps_do_not_depend_on_how_batches_are_cut(form: s
 def after_sgd(base: Any, weight: float, rate: float) -> float:
     """Return the divergence after 80 steps on a few target rows, with every text as rehearsal."""
     target = [Row("target", text, [False, False, True, True], 1.0) for text in TEXTS[:40:7]]
-    packs, model = cut([*target, *every_text(base)], 400), copy.deepcopy(base)
+    micro_batches, model = cut([*target, *every_text(base)], 400), copy.deepcopy(base)
     Objective(model, LIVE, base)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     for _ in range(80):
         optimizer.zero_grad()
-        losses(model, packs[0], weight).loss.backward()  # type: ignore[no-untyped-call]
+        losses(model, micro_batches[0], weight).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    assert len(packs) == 1
+    assert len(micro_batches) == 1
     return entropy_and_kl(base, model)[1]
 
 
@@ -398,10 +408,15 @@ def test_the_divergence_falls_to_nothing_as_lambda_grows(base: Any) -> None:
     assert found[-1] < after_sgd(base, 0.0, 0.05 / 1000) / 30
 
 
-def looked_at(model: Any, packs: Sequence[Pack], spec: RehearsalSpec, base: Any) -> Losses:
+def looked_at(model: Any, micro_batches: Sequence[MicroBatch], spec: RehearsalSpec, base: Any) -> Losses:
     """Return the sums over all packs."""
     objective = Objective(model, spec, base)
-    sums = Losses(*(sum(column) for column in zip(*(losses(model, pack, 5.0) for pack in packs), strict=True)))  # type: ignore[arg-type]
+    sums = Losses(
+        *(
+            sum(column)
+            for column in zip(*(losses(model, micro_batch, 5.0) for micro_batch in micro_batches), strict=True)
+        )
+    )  # type: ignore[arg-type]
     objective.remove()
     return Losses(*(part.detach() for part in sums))
 
@@ -423,13 +438,15 @@ def test_the_divergence_is_of_rows_seen_for_the_first_time(base: Any, tuned: Any
     rows = rehearsal(TEXTS[3:9])
     fresh = [True, False, True, True, False, False]
     texts = [row for row, first in zip(rows, fresh, strict=True) if first]
-    (pack,) = packs_of(rows, 400, fresh=fresh, places=range(6), laws=Laws(base, 2))  # type: ignore[arg-type]
+    (micro_batch,) = micro_batches_of(rows, 400, fresh=fresh, places=range(6), distributions=Laws(base, 2))  # type: ignore[arg-type]
     at = [TEXTS.index(row.token_ids) for row in texts]
-    drawn = float((log_law(base) - log_law(tuned))[at].sum())
-    assert float(looked_at(tuned, [pack], NLL, None).divergence) == pytest.approx(drawn, rel=1e-9)
+    drawn = float((log_distribution(base) - log_distribution(tuned))[at].sum())
+    assert float(looked_at(tuned, [micro_batch], NLL, None).divergence) == pytest.approx(drawn, rel=1e-9)
     dense = looked_at(tuned, cut(texts, 400), LIVE, base)
-    assert float(looked_at(tuned, [pack], LIVE, base).divergence) == pytest.approx(float(dense.rehearsal), rel=1e-9)
-    assert float(looked_at(tuned, [pack._replace(stored=None)], NLL, None).divergence) == 0
+    assert float(looked_at(tuned, [micro_batch], LIVE, base).divergence) == pytest.approx(
+        float(dense.rehearsal), rel=1e-9
+    )
+    assert float(looked_at(tuned, [micro_batch._replace(stored=None)], NLL, None).divergence) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -443,8 +460,8 @@ def test_a_batch_without_rehearsal_is_plain_fine_tuning(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_empty_pack_has_no_loss_and_no_gradient_but_can_be_differentiated(form: str) -> None:
     model, base, (spec, stored) = toy(2, 11), toy(3, 11), FORMS[form]
-    pack = cut(mixed_rows(0, 11), 10_000, base, stored)[0]
-    loss, gradient = loss_and_gradient(model, [pack.without_loss()], spec, base)
+    micro_batch = cut(mixed_rows(0, 11), 10_000, base, stored)[0]
+    loss, gradient = loss_and_gradient(model, [micro_batch.without_loss()], spec, base)
     assert loss == 0
     assert not gradient.any()
 

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsd.benchmark import Benchmark
-from cfsd.benchmark_files import BUNDLED
-from cfsd.overlap import LEAST_WORDS, Grams, Meeting, reference, words_of
-from cfsd.rows import TARGET, table_of, write_shard
-from cfsd.score import documents
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark_files import BUNDLED
+from cfsd.evaluate.harness.score import documents
+from cfsd.filter.overlap import LEAST_WORDS, Grams, Meeting, reference, words_of
+from cfsd.store.tables import TARGET, table_of, write_shard
 
 WORDS = [f"word{i}" for i in range(40)]
 

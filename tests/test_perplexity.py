@@ -9,16 +9,19 @@ import pandas as pd
 import pytest
 import torch
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import load_for_measuring, load_tokenizer, read_start_token
 from cfsd.errors import BadInput
-from cfsd.evaluate import EvaluateSpec, score_target_divergence, score_text
+from cfsd.evaluate.divergence import target_divergence
+from cfsd.evaluate.perplexity import text_likelihoods, windows
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.stage import score_target_divergence, score_text
+from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
-from cfsd.perplexity import Text, text_likelihoods, windows
-from cfsd.rows import TARGET, table_of, write_shard
-from cfsd.summary import Scores, Trail, summarise
-from cfsd.target_divergence import target_divergence
-from cfsd.text_forgetting import text_forgetting
+from cfsd.model.loading import load_for_measuring, load_tokenizer, read_start_token
+from cfsd.report.run_record import RunRecord, Scores
+from cfsd.report.summarise import summarise
+from cfsd.statistics.texts import text_forgetting
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.tables import TARGET, table_of, write_shard
 from tests.conftest import fetched, save_model
 
 CPU = Machine(device="cpu", threads=1, micro_batch_tokens=100)
@@ -33,10 +36,10 @@ def texts(tmp_path: Path) -> Path:
     return file
 
 
-def measured(store: Store, model: Artifact, text: Text, most_tokens: int = 100) -> list[Any]:
+def measured(store: Store, model: Artifact, text: Text, max_tokens: int = 100) -> list[Any]:
     folder = store.path(model)
     loaded, tokenizer = load_for_measuring(store, model, "cpu"), load_tokenizer(folder)
-    return text_likelihoods(loaded, tokenizer, text, read_start_token(folder), most_tokens, lambda *_: None)
+    return text_likelihoods(loaded, tokenizer, text, read_start_token(folder), max_tokens, lambda *_: None)
 
 
 def test_every_token_is_scored_once(store: Store, base: Artifact, texts: Path) -> None:
@@ -53,7 +56,7 @@ def test_every_token_is_scored_once(store: Store, base: Artifact, texts: Path) -
             with torch.no_grad():
                 expected += float(model(part_BT, labels=part_BT).loss) * (part_BT.shape[1] - 1)
         assert document.nll == pytest.approx(expected, rel=1e-5)
-    alone = measured(store, base, Text(name="mine", path=str(texts)), most_tokens=1)
+    alone = measured(store, base, Text(name="mine", path=str(texts)), max_tokens=1)
     assert [d.nll for d in alone] == pytest.approx([d.nll for d in found], rel=1e-6)
 
 
@@ -145,13 +148,13 @@ def test_texts_and_target_divergence_reach_the_summary(
     before = Scores(texts={"mine": made("0a", score_text, base, text)})
     divergence = made("0c", score_target_divergence, base, tuned, target, None)
     after = Scores(texts={"mine": made("0b", score_text, tuned, text)}, target_divergence=divergence)
-    found = summarise(store, Trail(name="x", artifacts={"base": base, "final": tuned}, before=before, after=after))
+    found = summarise(store, RunRecord(name="x", artifacts={"base": base, "final": tuned}, before=before, after=after))
     sums = [sum(d.nll for d in measured(store, model, text)) for model in (base, tuned)]
     tokens = sum(map(len, TEXTS))
     assert found.texts["mine"]["per_token"]["forgetting"]["value"] == pytest.approx((sums[1] - sums[0]) / tokens)
-    assert before.texts["mine"].facts["nats_per_token"] == pytest.approx(sums[0] / tokens)
+    assert before.texts["mine"].metadata["nats_per_token"] == pytest.approx(sums[0] / tokens)
     assert found.target_divergence is not None and found.probe_kl is None and found.mean_forgetting is None
-    assert found.target_divergence["value"] == pytest.approx(divergence.facts["target_divergence"])
+    assert found.target_divergence["value"] == pytest.approx(divergence.metadata["target_divergence"])
     assert 0 < found.target_divergence["low"] < found.target_divergence["value"]
 
 

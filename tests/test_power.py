@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cfsd.power import detectable_change, detectable_share, documents_needed, seeds_needed
-from cfsd.quantities import Figure
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.power import detectable_change, detectable_share, documents_needed, seeds_needed
 
 
 @given(st.floats(0, 1), st.floats(0.005, 1))

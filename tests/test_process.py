@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
-from cfsd.process import run_in_process
+from cfsd.process.child import run_in_process
 
 ROOT = Path(__file__).parent.parent
 CHILD = """

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cfsd.comparison import Comparison
 from cfsd.errors import BadInput
-from cfsd.recipe import Comparison, Recipe, override, parse_overrides, read_yaml, validated
+from cfsd.overrides import override, parse_overrides, read_yaml, validated
+from cfsd.recipe import Recipe
 from cfsd.spec import Spec
 from tests.conftest import write_rows
 

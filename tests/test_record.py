@@ -100,7 +100,7 @@ def test_parameters_are_the_recipe_field_by_field(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["forgetting/probe_kl", "target/gain"])
 def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
-    from cfsd.summary import Summary
+    from cfsd.report.summary import Summary
 
     nothing: dict[str, Any] = dict.fromkeys(Summary.model_fields)
     empty = Summary(**nothing | {"name": "x", "digest": "", "target": {}, "benchmarks": {}, "seconds": {},

@@ -7,10 +7,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from cfsd.artifact import Artifact
-from cfsd.baseline import Baseline, baseline_of, with_margins
+from cfsd.baseline.file import Baseline, baseline_of, with_margins
 from cfsd.errors import CfsdError
 from cfsd.recipe import Recipe
+from cfsd.store.artifact import Artifact
 from tasks import record, registry
 from tests.conftest import ROOT
 from tests.test_baseline import runs

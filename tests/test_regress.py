@@ -11,12 +11,12 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 
-from cfsd.artifact import Store
-from cfsd.baseline import Baseline, baseline_of, read_baseline, write_baseline
-from cfsd.baseline_figures import measured
+from cfsd.baseline.file import Baseline, baseline_of, read_baseline, write_baseline
+from cfsd.baseline.measured import measured
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
 from tests.conftest import ROOT, Run
 
 CPU = Machine(device="cpu", threads=1)
@@ -38,7 +38,7 @@ def baseline_like(recipe: Recipe, home: Path, scale: dict[str, float]) -> Baseli
 
 @pytest.mark.slow
 def test_the_three_verdicts(recipe_file: Path, home: Path, server: str, run: Run, tmp_path: Path) -> None:
-    from cfsd.summary import summarise
+    from cfsd.report.summarise import summarise
     from flows.mitigate import mitigate
     from flows.regress import GotWorse, regress, reseeded
 
@@ -80,7 +80,7 @@ def test_without_a_baseline_nothing_runs(run: Run, recipe_file: Path, home: Path
 
 
 def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path) -> None:
-    from cfsd.baseline import Provenance
+    from cfsd.baseline.file import Provenance
     from flows._verdict import changes
     from flows.regress import reseeded
 
@@ -194,9 +194,9 @@ def test_the_champion_moves_on_pass_alone_shown_with_a_learning_rate_of_zero(
     assert version == 1 and known and known.seeds == (0, 1, 2, 3, 4)
     assert known.figures["target_gain"].values == (0.0,) * 5
     assert max(known.figures["probe_kl"].values) <= 1e-7
-    trail = mitigate(reseeded(still, 0), CPU)
+    run_record = mitigate(reseeded(still, 0), CPU)
     base, final = (
-        load_file(Store(home).path(trail.artifacts[role]) / "model.safetensors") for role in ("base", "final")
+        load_file(Store(home).path(run_record.artifacts[role]) / "model.safetensors") for role in ("base", "final")
     )
     assert all((base[tensor] == final[tensor]).all() for tensor in base) and base.keys() == final.keys()
 

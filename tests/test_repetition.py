@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsd.repetition import DUPLICATE_GRAM_CHARACTERS, TOP_GRAM_CHARACTERS, excess
+from cfsd.filter.repetition import DUPLICATE_GRAM_CHARACTERS, TOP_GRAM_CHARACTERS, excess
 
 WORDS = [a + b + c for a in ascii_lowercase for b in ascii_lowercase for c in ascii_lowercase]  # different ones
 TOTAL = 10_000  # characters in the words of a text of n-grams

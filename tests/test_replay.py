@@ -12,9 +12,10 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import chisquare
 
-from cfsd.checkpoint import load_tokenizer
+from cfsd.data.replay import Replay, documents
 from cfsd.errors import BadInput
-from cfsd.replay import Replay, documents, replay_rows
+from cfsd.generate.replay_rows import replay_rows
+from cfsd.model.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

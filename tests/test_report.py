@@ -14,15 +14,17 @@ from matplotlib.figure import Figure
 from pydantic import JsonValue
 from rich.console import Console
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.curves import curve_figures
-from cfsd.figures import forest_figures, frontier_figure, styles, svg_of
-from cfsd.report import write_report
-from cfsd.rows import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard
-from cfsd.summary import Scores, Step, Summary, Trail, summarise
-from cfsd.table import number, shown, summary_frame
-from cfsd.training_story import Panel
-from cfsd.verdict import print_summary, two_sentences
+from cfsd.report.figures.curves import curve_figures
+from cfsd.report.figures.frontier import forest_figures, frontier_figure, styles, svg_of
+from cfsd.report.report_page import write_report
+from cfsd.report.run_record import RunRecord, Scores, Step
+from cfsd.report.summarise import summarise
+from cfsd.report.summary import Summary
+from cfsd.report.table import number, shown, summary_frame
+from cfsd.report.training import Panel
+from cfsd.report.verdict import print_summary, two_sentences
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard
 
 HOSTILE = "<bos><script>alert('x')</script> & \x00 $a_b$"
 BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
@@ -55,19 +57,19 @@ class World:
             {"corpus": corpus},
         )
         rejected = table_of(REJECTS, [{"row_id": 29, "reason": "duplicate", "text": f"{text} twice"}])
-        facts = {
+        metadata = {
             "rows": 29, "tokens": 58, "rejected": {"duplicate": 1}, "accepted_fraction": 29 / 30,
             "mean_logprob": -1.5, "mean_logprob_shift": 0.0123,
         }  # fmt: skip
         tables = {"corpus": corpus.slice(0, 29), "rejects": rejected}
-        self.kept = self.artifact("corpus", "kept", facts, tables)
+        self.kept = self.artifact("corpus", "kept", metadata, tables)
 
     def artifact(
-        self, kind: str, name: str, facts: dict[str, Any], tables: Tables | None = None,
+        self, kind: str, name: str, metadata: dict[str, Any], tables: Tables | None = None,
         metrics: list[dict[str, float]] | None = None,
     ) -> Artifact:  # fmt: skip
         def work(draft: Draft) -> None:
-            draft.facts |= facts
+            draft.metadata |= metadata
             (draft.folder / "name.txt").write_text(name)
             for table_name, table in (tables or {}).items():
                 write_shard(draft.folder, table_name, 0, table)
@@ -89,13 +91,13 @@ class World:
             for name in ("first", "second")
             for i, value in enumerate(values if name == "first" else values[::-1])
         ]  # fmt: skip
-        facts = {
+        metadata = {
             "benchmark": benchmark, "metric": "acc" if kind == "binary" else "nll", "kind": kind,
             "higher_is_better": kind == "binary", "chance": BENCHMARKS.get(benchmark), "filters": ["first", "second"],
             "num_documents": DOCUMENTS, "num_fewshot": 0, "score": sum(values) / DOCUMENTS, "warnings": [],
         }  # fmt: skip
         table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
-        return self.artifact("scores", f"{model} {benchmark} {right}", facts, {"scores": table})
+        return self.artifact("scores", f"{model} {benchmark} {right}", metadata, {"scores": table})
 
     def responses(self, model: str, loss: float, right: int) -> Artifact:
         noise = random.Random(1)
@@ -106,8 +108,8 @@ class World:
             }
             for i in range(20)
         ]  # fmt: skip
-        facts = {"rows": 20, "tokens": 80, "loss": loss, "accuracy": right / 20}
-        return self.artifact("responses", f"{model} {loss}", facts, {"responses": table_of(RESPONSES, rows)})
+        metadata = {"rows": 20, "tokens": 80, "loss": loss, "accuracy": right / 20}
+        return self.artifact("responses", f"{model} {loss}", metadata, {"responses": table_of(RESPONSES, rows)})
 
     def divergence(self, model: str, kl: float) -> Artifact:
         noise = random.Random(2)
@@ -115,10 +117,10 @@ class World:
         for i in range(20):
             nats = 10 * kl * noise.uniform(0.9, 1.1)
             rows.append({"row_id": i, "kl": nats, "sampled": nats, "base_nll": 9.0, "tuned_nll": 9.0, "count": 10})
-        facts = {"probe_kl": kl}
-        return self.artifact("divergence", f"{model} {kl}", facts, {"divergence": table_of(DIVERGENCE, rows)})
+        metadata = {"probe_kl": kl}
+        return self.artifact("divergence", f"{model} {kl}", metadata, {"divergence": table_of(DIVERGENCE, rows)})
 
-    def trained(self, name: str, *, right: int, loss: float, kl: float, rehearsed: bool = True) -> Trail:
+    def trained(self, name: str, *, right: int, loss: float, kl: float, rehearsed: bool = True) -> RunRecord:
         """Return a variant that has `right` of 100 documents right, where the base has 90."""
         mixture = self.artifact("mixture", name, {"target_rows": 500})
         curve = [{"train/target_loss": 2.0 / step, "train/loss": 9.0} for step in range(1, 13)]
@@ -138,10 +140,10 @@ class World:
             Step(stage="train", artifact=tuned, executed=True, seconds=12.25),
         )
         recipe = {"name": name, "train": {"learning_rate": 1e-5, "rehearsal_weight": float(rehearsed)}}
-        return Trail(name=name, recipe=recipe, digest=f"digest-{name}"[:16], artifacts=artifacts,
+        return RunRecord(name=name, recipe=recipe, digest=f"digest-{name}"[:16], artifacts=artifacts,
                      before=before, after=after, steps=steps)  # fmt: skip
 
-    def variants(self) -> list[Trail]:
+    def variants(self) -> list[RunRecord]:
         return [
             self.trained("finetune", right=50, loss=0.5, kl=1.2, rehearsed=False),
             self.trained("rehearse", right=88, loss=0.6, kl=0.05),
@@ -192,24 +194,24 @@ def three(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page,
     return report_of(world, world.variants(), path), path.read_text()
 
 
-def report_of(world: World, trails: list[Trail], path: Path, **options: Any) -> Page:
-    summaries = [summarise(world.store, trail, trails) for trail in trails]
-    write_report(path, world.store, options.pop("title", "A title"), trails, summaries, **options)
+def report_of(world: World, run_records: list[RunRecord], path: Path, **options: Any) -> Page:
+    summaries = [summarise(world.store, run_record, run_records) for run_record in run_records]
+    write_report(path, world.store, options.pop("title", "A title"), run_records, summaries, **options)
     return Page(path.read_text(encoding="utf-8"))
 
 
 def test_one_variant_shows_every_part_with_its_numbers(world: World, tmp_path: Path) -> None:
-    trail = world.variants()[1]
-    page = report_of(world, [trail], tmp_path / "out" / "report.html", notes=["A note to read"])
+    run_record = world.variants()[1]
+    page = report_of(world, [run_record], tmp_path / "out" / "report.html", notes=["A note to read"])
     assert page.headings() == [
         "table", "frontier", "benchmarks", "training", "items", "corpus", "dropped", "lineage", "recipe", "cost",
     ]  # fmt: skip
-    summary = summarise(world.store, trail)
+    summary = summarise(world.store, run_record)
     assert summary.target_gain and summary.probe_kl and summary.mean_forgetting
     wanted = [
         shown(summary.target_gain), shown(summary.probe_kl), shown(summary.mean_forgetting, 100), "A note to read",
         "90.0 → 88.0", "17 seen before", "duplicate: 1 row", "96.7 % of the rows", "-1.50 nats per token", "4,321",
-        "12.2", "learning_rate: 1.0e-05", "torch 2.9.1", *(a.key for a in trail.artifacts.values()),
+        "12.2", "learning_rate: 1.0e-05", "torch 2.9.1", *(a.key for a in run_record.artifacts.values()),
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.words] == []
 
@@ -233,8 +235,8 @@ def test_every_reference_leads_to_one_place(three: tuple[Page, str]) -> None:
 
 def test_what_models_and_people_wrote_is_text(tmp_path: Path) -> None:
     world = World(tmp_path / "data", text=HOSTILE)
-    trail = world.trained(HOSTILE.replace("\x00", ""), right=60, loss=0.5, kl=0.1)
-    page = report_of(world, [trail, *world.variants()], tmp_path / "report.html", title=HOSTILE, notes=[HOSTILE])
+    run_record = world.trained(HOSTILE.replace("\x00", ""), right=60, loss=0.5, kl=0.1)
+    page = report_of(world, [run_record, *world.variants()], tmp_path / "report.html", title=HOSTILE, notes=[HOSTILE])
     assert "script" not in {tag for tag, _ in page.elements}
     visible = HOSTILE.replace("\x00", "␀")
     assert f"{visible} 28" in page.words  # a sample of the corpus
@@ -251,15 +253,18 @@ def test_variants_with_one_corpus_show_it_once(three: tuple[Page, str]) -> None:
 
 
 def test_a_corpus_of_another_law_is_warned_of(world: World, tmp_path: Path) -> None:
-    facts = {"rows": 30, "biased": "top_p=0.9", "approximate": "ids reconstructed"}
+    metadata = {"rows": 30, "biased": "top_p=0.9", "approximate": "ids reconstructed"}
     rows = pa.Table.from_batches(batches(world.store.path(world.corpus), "corpus"))
-    biased = world.artifact("corpus", "biased", facts, {"corpus": rows.slice(1)})
+    biased = world.artifact("corpus", "biased", metadata, {"corpus": rows.slice(1)})
     plain, exact, bent = world.variants()
     bent = bent.model_copy(update={"artifacts": {**bent.artifacts, "corpus": biased}})
-    trails = [plain, exact, bent]
+    run_records = [plain, exact, bent]
     warned = [f"Warning: the corpus of “rehearse more” is {what}." for what in
               ("biased: top_p=0.9", "approximate: ids reconstructed")]  # fmt: skip
-    page, summaries = report_of(world, trails, tmp_path / "report.html"), [summarise(world.store, t) for t in trails]
+    page, summaries = (
+        report_of(world, run_records, tmp_path / "report.html"),
+        [summarise(world.store, t) for t in run_records],
+    )
     said = page.part(two_sentences(summaries)[0][:40], "Training a language model further")
     assert [line for line in warned if line not in said] == []
     console = Console(width=200, file=io.StringIO())
@@ -272,27 +277,27 @@ def test_measuring_two_models_leaves_out_what_there_is_not(world: World, tmp_pat
     full = world.variants()[0]
     artifacts = {"base": world.base, "tuned": full.artifacts["probe"]}
     before, after = (s.model_copy(update={"target": None, "probe": None}) for s in (full.before, full.after))
-    trail = Trail(name="measure", artifacts=artifacts, before=before, after=after)
-    page = report_of(world, [trail], tmp_path / "report.html")
+    run_record = RunRecord(name="measure", artifacts=artifacts, before=before, after=after)
+    page = report_of(world, [run_record], tmp_path / "report.html")
     assert page.headings() == ["table", "benchmarks", "items", "lineage", "cost"]
     assert "“measure” forgot: it lost" in page.words
     for absent in ("target gain", "probe_kl", "None", "nan"):
         assert absent not in page.words
-    bare = Trail(name="nothing", artifacts=artifacts, before=Scores(), after=Scores())
+    bare = RunRecord(name="nothing", artifacts=artifacts, before=Scores(), after=Scores())
     assert "Nothing was measured" in report_of(world, [bare], tmp_path / "bare.html").words
 
 
 def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) -> None:
-    trail = world.variants()[1]
-    page = report_of(world, [trail], tmp_path / "report.html")
+    run_record = world.variants()[1]
+    page = report_of(world, [run_record], tmp_path / "report.html")
     tree = page.part("Where everything comes from", "Recipe")
     roles = ["final, tuned", "mixture", "target", "kept", "corpus", "base"]
     places = [re.search(rf"\b{role} (model |corpus )?[0-9a-f]{{16}}", tree) for role in roles]
     starts = [place.start() for place in places if place]
     assert len(starts) == len(roles) and starts[:2] == sorted(starts[:2]) and starts[1] < min(starts[2:])
-    came = Trail(
+    came = RunRecord(
         name="m",
-        artifacts={r: trail.artifacts[r] for r in ("tuned", "base")},
+        artifacts={r: run_record.artifacts[r] for r in ("tuned", "base")},
         before=Scores(),
         after=Scores(),
     )
@@ -303,12 +308,12 @@ def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) ->
 
 
 def test_lineage_shows_a_selection_only_where_there_was_one(world: World, tmp_path: Path) -> None:
-    trail = world.variants()[1]
-    whole = trail.artifacts | {"chosen": trail.artifacts["target"], "selected": trail.artifacts["kept"]}
+    run_record = world.variants()[1]
+    whole = run_record.artifacts | {"chosen": run_record.artifacts["target"], "selected": run_record.artifacts["kept"]}
     part = whole | {"chosen": world.artifact("target", "part", SELECTED)}
     trees = []
-    for artifacts in (trail.artifacts, whole, part):
-        changed = trail.model_copy(update={"artifacts": artifacts})
+    for artifacts in (run_record.artifacts, whole, part):
+        changed = run_record.model_copy(update={"artifacts": artifacts})
         page = report_of(world, [changed], tmp_path / "report.html")
         trees.append(page.part("Where everything comes from", "Recipe"))
     assert trees[0] == trees[1] and "chosen" not in trees[0]
@@ -329,8 +334,8 @@ def test_equal_artifacts_give_an_equal_page(world: World, three: tuple[Page, str
 
 
 def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Path) -> None:
-    trail = world.trained("lr0", right=90, loss=2.0, kl=0.0)
-    page = report_of(world, [trail], tmp_path / "report.html")
+    run_record = world.trained("lr0", right=90, loss=2.0, kl=0.0)
+    page = report_of(world, [run_record], tmp_path / "report.html")
     assert "was not found to have learned the target" in page.words
     assert "No forgetting was found on the whole: it lost 0 [" in page.words
     assert "predictions did not move" in page.words
@@ -339,8 +344,10 @@ def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Pa
 
 
 def test_twenty_variants(world: World, tmp_path: Path) -> None:
-    trails = [world.trained(f"variant {i}", right=50 + 2 * i, loss=0.5 + i / 50, kl=1 / (i + 1)) for i in range(20)]
-    page = report_of(world, trails, tmp_path / "report.html")
+    run_records = [
+        world.trained(f"variant {i}", right=50 + 2 * i, loss=0.5 + i / 50, kl=1 / (i + 1)) for i in range(20)
+    ]
+    page = report_of(world, run_records, tmp_path / "report.html")
     assert all(page.words.count(f"variant {i} ") >= 4 for i in range(20))
 
 
@@ -390,7 +397,7 @@ def test_shown_with_and_without_interval() -> None:
 
 
 def test_frame_has_base_and_variants_and_leaves_out_what_nobody_has(world: World) -> None:
-    summaries = [summarise(world.store, trail) for trail in world.variants()]
+    summaries = [summarise(world.store, run_record) for run_record in world.variants()]
     frame = summary_frame(summaries).set_index("figure")
     assert list(frame.columns) == ["base", "finetune", "rehearse", "rehearse more"]
     assert frame.index.is_unique
@@ -451,7 +458,7 @@ def test_frontier_has_a_named_point_per_variant_and_a_panel_per_cost() -> None:
 
 def test_names_of_equal_points_do_not_cover_each_other() -> None:
     drawn = frontier_figure([summary(f"v{i}", 0.0, kl=0.0, gain=0.0) for i in range(6)], ["probe_kl"])
-    drawn.canvas.draw()
+    drawn.canvas.sample_token()
     boxes = [text.get_window_extent() for text in drawn.axes[0].texts if text.get_text()]
     covered = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.padded(-1).overlaps(b.padded(-1))]
     assert len(boxes) == 7 and covered == []

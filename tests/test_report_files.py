@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cfsd.artifact import Artifact
 from cfsd.errors import BadInput, StoreError
-from cfsd.export import chosen, export
-from cfsd.report_files import TRAILS, Kept, keep, read_kept, write_files
-from cfsd.summary import Trail
+from cfsd.report.export import chosen, export
+from cfsd.report.files import RUN_RECORDS, Kept, keep, read_kept, write_files
+from cfsd.report.run_record import RunRecord
+from cfsd.store.artifact import Artifact
 from tests.conftest import ROOT, fetched
 from tests.test_report import World
 
@@ -27,7 +27,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_report_is_made_again_from_what_lies_in_it(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="Three", notes=("A note",), trails=tuple(world.variants()))
+    kept = Kept(title="Three", notes=("A note",), run_records=tuple(world.variants()))
     _, files = write_files(tmp_path / "first", world.store, kept)
     names = ["report.html", "summary.json", "frontier.png", "model-card-finetune.md", "model-card-rehearse.md",
              "model-card-rehearse-more.md"]  # fmt: skip
@@ -40,10 +40,10 @@ def test_a_report_is_made_again_from_what_lies_in_it(world: World, tmp_path: Pat
 def test_trails_kept_before_titles_were_can_be_read(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "demo-tiny-12345678"
     folder.mkdir()
-    trails = [trail.model_dump(mode="json") for trail in world.variants()]
-    (folder / TRAILS).write_text(json.dumps(trails))
+    run_records = [run_record.model_dump(mode="json") for run_record in world.variants()]
+    (folder / RUN_RECORDS).write_text(json.dumps(run_records))
     kept = read_kept(folder)
-    assert kept.title == "demo-tiny" and list(kept.trails) == world.variants()
+    assert kept.title == "demo-tiny" and list(kept.run_records) == world.variants()
 
 
 @pytest.mark.parametrize(
@@ -51,23 +51,23 @@ def test_trails_kept_before_titles_were_can_be_read(world: World, tmp_path: Path
 )
 def test_another_folder_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
-        (tmp_path / TRAILS).write_text(text)
+        (tmp_path / RUN_RECORDS).write_text(text)
     with pytest.raises(BadInput, match=said):
         read_kept(tmp_path)
 
 
 def test_what_the_store_lacks_is_named_before_anything_is_written(tmp_path: Path) -> None:
     world = World(tmp_path / "data")
-    trail = world.variants()[1]
-    shutil.rmtree(world.store.path(trail.after.benchmarks["cap"]))
-    with pytest.raises(BadInput, match=f"lacks scores {trail.after.benchmarks['cap'].key}"):
-        write_files(tmp_path / "out", world.store, Kept(title="t", trails=(trail,)))
+    run_record = world.variants()[1]
+    shutil.rmtree(world.store.path(run_record.after.benchmarks["cap"]))
+    with pytest.raises(BadInput, match=f"lacks scores {run_record.after.benchmarks['cap'].key}"):
+        write_files(tmp_path / "out", world.store, Kept(title="t", run_records=(run_record,)))
     assert not (tmp_path / "out").exists()
 
 
 def test_at_a_terminal(tmp_path: Path) -> None:
     world = World(tmp_path / "data")
-    keep(tmp_path / "run", Kept(title="Again", trails=(world.variants()[1],)))
+    keep(tmp_path / "run", Kept(title="Again", run_records=(world.variants()[1],)))
 
     def call(flow: str, *words: object) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", f"flows.{flow}", *map(str, words), "--home", str(world.store.home)]
@@ -84,9 +84,9 @@ def test_at_a_terminal(tmp_path: Path) -> None:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-def trained(world: World, model: Artifact, name: str = "rehearse") -> Trail:
-    trail = world.trained(name, right=80, loss=0.6, kl=0.05)
-    return trail.model_copy(update={"artifacts": trail.artifacts | {"final": model}})
+def trained(world: World, model: Artifact, name: str = "rehearse") -> RunRecord:
+    run_record = world.trained(name, right=80, loss=0.6, kl=0.05)
+    return run_record.model_copy(update={"artifacts": run_record.artifacts | {"final": model}})
 
 
 def test_an_exported_model_loads_and_is_nobody_elses(tmp_path: Path, model_folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_an_exported_model_loads_and_is_nobody_elses(tmp_path: Path, model_folde
 
     world = World(tmp_path / "data")
     model = fetched(world.store, model_folder)  # its weights are links to outside of the store
-    kept = Kept(title="t", trails=(trained(world, model),))
+    kept = Kept(title="t", run_records=(trained(world, model),))
     export(world.store, kept, chosen(kept, None), tmp_path / "out" / "mine")
     folder = tmp_path / "out" / "mine"
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in folder.iterdir())
@@ -107,7 +107,7 @@ def test_an_exported_model_loads_and_is_nobody_elses(tmp_path: Path, model_folde
 
 
 def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="t", trails=tuple(world.variants()))
+    kept = Kept(title="t", run_records=tuple(world.variants()))
     with pytest.raises(BadInput, match="give one of: 'finetune', 'rehearse', 'rehearse more'"):
         chosen(kept, None)
     with pytest.raises(BadInput, match="no variant 'x'"):
@@ -115,22 +115,22 @@ def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Pat
     assert chosen(kept, "rehearse").name == "rehearse"
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(BadInput, match="not an empty folder"):
-        export(world.store, kept, kept.trails[0], tmp_path)
-    measured = kept.trails[0].model_copy(update={"artifacts": {"base": world.base, "final": world.base}})
+        export(world.store, kept, kept.run_records[0], tmp_path)
+    measured = kept.run_records[0].model_copy(update={"artifacts": {"base": world.base, "final": world.base}})
     with pytest.raises(BadInput, match="trained no model"):
-        chosen(Kept(title="t", trails=(measured,)), None)
+        chosen(Kept(title="t", run_records=(measured,)), None)
 
 
 def test_a_damaged_model_is_not_published(tmp_path: Path) -> None:
     world = World(tmp_path / "data")
-    trail = world.variants()[0]
-    (world.store.path(trail.artifacts["final"]) / "name.txt").write_text("another one")
+    run_record = world.variants()[0]
+    (world.store.path(run_record.artifacts["final"]) / "name.txt").write_text("another one")
     with pytest.raises(StoreError, match="damaged"):
-        export(world.store, Kept(title="t", trails=(trail,)), trail, tmp_path / "out")
+        export(world.store, Kept(title="t", run_records=(run_record,)), run_record, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_keeping_makes_the_folder_and_leaves_nothing_else(world: World, tmp_path: Path) -> None:
-    file = keep(tmp_path / "deep" / "folder", Kept(title="t", trails=()))
-    assert read_kept(file.parent) == Kept(title="t", trails=())
-    assert [path.name for path in file.parent.iterdir()] == [TRAILS]
+    file = keep(tmp_path / "deep" / "folder", Kept(title="t", run_records=()))
+    assert read_kept(file.parent) == Kept(title="t", run_records=())
+    assert [path.name for path in file.parent.iterdir()] == [RUN_RECORDS]

@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.checkpoint import load_model
-from cfsd.evaluate import score_target
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
+from cfsd.evaluate.stage import score_target
 from cfsd.machine import Machine
-from cfsd.responses import score_responses
-from cfsd.rows import read_rows
-from cfsd.target import Target, prepare
+from cfsd.model.likelihood import score_responses
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import read_rows
 from tests.conftest import write_rows
 
 
@@ -100,10 +101,10 @@ def test_the_target_score_is_over_held_out_rows(store: Store, base: Artifact, tm
     machine = Machine(device="cpu", threads=1, micro_batch_tokens=40)
     scored = store.make("scores", "a" * 16, lambda draft: score_target(base, made, None, draft, machine))[0]
     few = store.make("scores", "b" * 16, lambda draft: score_target(base, made, 3, draft, machine))[0]
-    assert (scored.facts["rows"], few.facts["rows"]) == (10, 3)
+    assert (scored.metadata["rows"], few.metadata["rows"]) == (10, 3)
     records = read_rows(store.path(scored), "responses")
     assert [r["prompt"] for r in read_rows(store.path(few), "responses")] == [r["prompt"] for r in records[:3]]
     tokens = sum(record["count"] for record in records)
     assert tokens == sum(sum(row["supervised"]) for row in read_rows(store.path(made), "held_out"))
-    assert scored.facts["loss"] == pytest.approx(sum(record["nll"] for record in records) / tokens)
-    assert scored.facts["accuracy"] == sum(r["correct"] == r["count"] for r in records) / 10
+    assert scored.metadata["loss"] == pytest.approx(sum(record["nll"] for record in records) / tokens)
+    assert scored.metadata["accuracy"] == sum(r["correct"] == r["count"] for r in records) / 10

@@ -10,11 +10,13 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsd.checkpoint import end_tokens, load_model
-from cfsd.drawing import law_of, sampled_probs, uniforms
 from cfsd.errors import BadInput, NotFinite
-from cfsd.generate import GenerateSpec
-from cfsd.sampling import Sample, Turns, sample
+from cfsd.generate.drawing import sampled_probs, uniforms
+from cfsd.generate.sampling import Turns, sample
+from cfsd.generate.spec import GenerateSpec
+from cfsd.model.distribution import distribution_of
+from cfsd.model.loading import load_model, read_eos_ids
+from cfsd.model.sample import Sample
 from tests.conftest import save_model
 
 SIGNIFICANCE = 1e-3
@@ -35,7 +37,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = load_model(folder, "cpu").eval()
     start = 0  # <bos>, or <eos> as the separator, which is also the padding: its fresh embedding is zero
     model.get_input_embeddings().weight.data[start] = 0.2 * torch.randn(32, generator=torch.manual_seed(1))
-    return World(model, start, end_tokens(folder))
+    return World(model, start, read_eos_ids(folder))
 
 
 def drawn(world: World, law: GenerateSpec, rows: Sequence[int], stream: str = "context-free") -> list[Sample]:
@@ -59,7 +61,7 @@ def p_value(tokens: list[int], law: Tensor) -> float:
     return float(chisquare([*counts[common], *seen], [*expected[common], *rest]).pvalue)
 
 
-def laws(world: World) -> tuple[Tensor, Tensor]:
+def distributions(world: World) -> tuple[Tensor, Tensor]:
     """Return the law of the first token, and that of the second among texts that go on."""
     first = next_law(world, [[world.start]])[0]
     goes_on = [token for token in range(len(first)) if token not in world.ends]
@@ -70,7 +72,7 @@ def laws(world: World) -> tuple[Tensor, Tensor]:
 
 def p_values(world: World, law: GenerateSpec) -> tuple[float, float]:
     tokens = [s.token_ids for s in drawn(world, law, range(DRAWS))]
-    first, second = laws(world)
+    first, second = distributions(world)
     return p_value([t[1] for t in tokens], first), p_value([t[2] for t in tokens if len(t) > 2], second)
 
 
@@ -90,7 +92,7 @@ def test_biased_laws_are_those_of_their_definitions() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], dtype=torch.float64)
 
     def law(**bias: Any) -> list[list[float]]:
-        kept = sampled_probs(law_of(probs.log()), GenerateSpec(**bias))
+        kept = sampled_probs(distribution_of(probs.log()), GenerateSpec(**bias))
         return (kept / kept.sum(-1, keepdim=True)).tolist()
 
     def both(row: list[float]) -> list[Any]:
@@ -174,8 +176,10 @@ def test_texts_end_as_often_as_the_model_says(world: World) -> None:
     ends = list(world.ends)
     for s in drawn(world, GenerateSpec(length=16, seed=6), range(300)):
         with torch.inference_mode():
-            laws = world.model(torch.tensor([s.token_ids[:-1]]), use_cache=False).logits[0].double().softmax(-1)
-        chance = laws[:, ends].sum(-1)
+            distributions = (
+                world.model(torch.tensor([s.token_ids[:-1]]), use_cache=False).logits[0].double().softmax(-1)
+            )
+        chance = distributions[:, ends].sum(-1)
         surplus += (s.finish_reason == "eos") - chance.sum().item()
         variance += (chance * (1 - chance)).sum().item()
     assert variance > 5

@@ -21,10 +21,10 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cfsd.benchmark import Benchmark
-from cfsd.benchmark_files import BUNDLED, names_in
 from cfsd.errors import BadInput, NotFinite
-from cfsd.score import Scores, score
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark_files import BUNDLED, names_in
+from cfsd.evaluate.harness.score import Scores, score
 
 CHOICE = {
     "task": "pick",
@@ -131,7 +131,7 @@ def by_hand(model: Any, tokenizer: Any, path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def scores_of(model: Any, tokenizer: Any, folder: Path, name: str, **settings: Any) -> Scores:
-    return score(model, tokenizer, Benchmark(name=name, folder=str(folder), **settings), most_tokens=100)
+    return score(model, tokenizer, Benchmark(name=name, folder=str(folder), **settings), max_tokens=100)
 
 
 @pytest.mark.parametrize("settings", [CHOICE, WRITE, READ], ids=["choice", "generate", "rolling"])
@@ -142,17 +142,17 @@ def test_equals_lm_eval_by_hand(
     path = write(tmp_path / "mine", settings)
     ours = scores_of(model, tokenizer, path.parent, path.stem, limit=limit)
     theirs = by_hand(model, tokenizer, path, monkeypatch, limit=limit)
-    metric = ours.facts["metric"]
+    metric = ours.metadata["metric"]
     wanted = theirs["results"][path.stem][f"{metric},none"]  # perplexity: e^25, and batches of other sizes
-    assert ours.facts["score"] == (pytest.approx(wanted, rel=1e-5) if settings is READ else wanted)
+    assert ours.metadata["score"] == (pytest.approx(wanted, rel=1e-5) if settings is READ else wanted)
     samples = theirs["samples"][path.stem]
     assert list(ours.rows["doc_hash"]) == [sample["doc_hash"] for sample in samples]
-    assert len(ours.rows) == ours.facts["num_documents"] == (limit or len(QUESTIONS))
+    assert len(ours.rows) == ours.metadata["num_documents"] == (limit or len(QUESTIONS))
     if settings is READ:
         assert list(ours.rows["value"]) == pytest.approx([-sample[metric][0] for sample in samples], rel=1e-6)
     else:
         assert list(ours.rows["value"]) == [sample[metric] for sample in samples]
-        assert ours.rows["value"].mean() == pytest.approx(ours.facts["score"])
+        assert ours.rows["value"].mean() == pytest.approx(ours.metadata["score"])
 
 
 def test_few_examples_equal_lm_eval(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -162,18 +162,18 @@ def test_few_examples_equal_lm_eval(model: Any, tokenizer: Any, tmp_path: Path, 
     prompts = [sample["arguments"][0][0] for sample in theirs["samples"]["pick"]]
     assert list(ours.rows["prompt"]) == prompts
     assert all(prompt.count("\n\n") == 2 for prompt in prompts)
-    assert ours.facts["score"] == theirs["results"]["pick"]["acc,none"]
+    assert ours.metadata["score"] == theirs["results"]["pick"]["acc,none"]
 
 
 def test_examples_asked_for_count_although_the_yaml_says_none(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, CHOICE, fewshot_split="test", num_fewshot=0)
-    assert scores_of(model, tokenizer, tmp_path, "pick", num_fewshot=1).facts["num_fewshot"] == 1
+    assert scores_of(model, tokenizer, tmp_path, "pick", num_fewshot=1).metadata["num_fewshot"] == 1
 
 
 def test_perplexity_counts_tokens_and_sums_nats(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, READ)
-    rows, facts, *_ = scores_of(model, tokenizer, tmp_path, "read")
-    assert facts["kind"] == "perplexity" and facts["chance"] is None and not facts["higher_is_better"]
+    rows, metadata, *_ = scores_of(model, tokenizer, tmp_path, "read")
+    assert metadata["kind"] == "perplexity" and metadata["chance"] is None and not metadata["higher_is_better"]
     assert list(rows["count"]) == [len(text) for text in QUESTIONS]  # one token per character
     model.eval()
     for text, value in zip(QUESTIONS, rows["value"], strict=True):
@@ -188,24 +188,24 @@ def test_perplexity_of_continuations_counts_their_tokens_only(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = write(tmp_path, CONTINUE)
-    rows, facts = scores_of(model, tokenizer, tmp_path, "continue", metric="perplexity")
+    rows, metadata = scores_of(model, tokenizer, tmp_path, "continue", metric="perplexity")
     theirs = by_hand(model, tokenizer, path, monkeypatch)
     assert list(rows["count"]) == [len(" a"), len(" bed")] * 4
-    assert facts["score"] == pytest.approx(theirs["results"]["continue"]["perplexity,none"], rel=1e-5)
-    assert math.exp(rows["value"].mean()) == pytest.approx(facts["score"])
-    assert scores_of(model, tokenizer, tmp_path, "continue").facts["metric"] == "acc"
+    assert metadata["score"] == pytest.approx(theirs["results"]["continue"]["perplexity,none"], rel=1e-5)
+    assert math.exp(rows["value"].mean()) == pytest.approx(metadata["score"])
+    assert scores_of(model, tokenizer, tmp_path, "continue").metadata["metric"] == "acc"
 
 
 def test_choices_give_chance_kind_and_readable_answers(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, CHOICE)
-    rows, facts = scores_of(model, tokenizer, tmp_path, "pick")
-    assert (facts["metric"], facts["kind"]) == ("acc", "binary")  # although acc_norm is listed first
-    assert facts["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    rows, metadata = scores_of(model, tokenizer, tmp_path, "pick")
+    assert (metadata["metric"], metadata["kind"]) == ("acc", "binary")  # although acc_norm is listed first
+    assert metadata["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     given = rows["answer"].str.extract(r"^(?P<given>\w+) \[right: (?P<right>\w+)\]$")
     assert list(given["given"] == given["right"]) == list(rows["value"] == 1)
     assert set(given["given"]) <= {"a", "bed", "dice"}
     stated = scores_of(model, tokenizer, tmp_path, "pick", metric="acc_norm", chance=0.1)
-    assert (stated.facts["metric"], stated.facts["chance"]) == ("acc_norm", 0.1)
+    assert (stated.metadata["metric"], stated.metadata["chance"]) == ("acc_norm", 0.1)
 
 
 def test_filters_have_rows_of_their_own(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_filters_have_rows_of_their_own(model: Any, tokenizer: Any, tmp_path: Pa
         "filter": [{"function": "regex", "regex_pattern": "([a-c])"}, {"function": "take_first"}],
     }
     write(tmp_path, WRITE, filter_list=[first, second], metadata={"chance": 0})
-    rows, facts = scores_of(model, tokenizer, tmp_path, "write")
-    assert facts["filters"] == ["whole", "letter"] and facts["chance"] == 0
+    rows, metadata = scores_of(model, tokenizer, tmp_path, "write")
+    assert metadata["filters"] == ["whole", "letter"] and metadata["chance"] == 0
     assert not rows.duplicated(["filter", "doc_id"]).any() and len(rows) == 2 * len(QUESTIONS)
-    assert {name: part["value"].mean() for name, part in rows.groupby("filter")} == pytest.approx(facts["scores"])
+    assert {name: part["value"].mean() for name, part in rows.groupby("filter")} == pytest.approx(metadata["scores"])
 
 
 def test_leaves_model_random_states_and_cache_as_they_were(
@@ -262,12 +262,12 @@ def test_is_silent_but_for_progress_and_keeps_warnings(
         told.clear()
         name = write(tmp_path, settings).stem
         benchmark = Benchmark(name=name, folder=str(tmp_path))
-        score(model, tokenizer, benchmark, most_tokens=20, on_progress=lambda done, of: told.append((done, of)))
+        score(model, tokenizer, benchmark, max_tokens=20, on_progress=lambda done, of: told.append((done, of)))
         assert told[-1] == (total, total) and told == sorted(told) and len(told) > 2
     write(tmp_path, CHOICE, doc_to_text="{{question * 9}}")
     with caplog.at_level(logging.INFO):
         cut = scores_of(model, tokenizer, tmp_path, "pick")
-    assert any("maximum length (64)" in warning for warning in cut.facts["warnings"])
+    assert any("maximum length (64)" in warning for warning in cut.metadata["warnings"])
     assert capfd.readouterr() == ("", "") and not [r for r in caplog.records if r.name.startswith("lm_eval")]
 
 
@@ -364,7 +364,7 @@ def test_a_string_is_a_name() -> None:
 def test_checking_a_recipe_imports_nothing_heavy() -> None:
     """A mere `--plan` must answer at once."""
     code = (
-        "import sys; from cfsd.benchmark import Benchmark; b = Benchmark(name='facts'); b.check(); b.digest(); "
+        "import sys; from cfsd.evaluate import Benchmark; b = Benchmark(name='facts'); b.check(); b.digest(); "
         "sys.exit(str({'lm_eval', 'torch', 'pandas', 'transformers', 'datasets'} & set(sys.modules) or ''))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
@@ -390,7 +390,7 @@ def test_functions_and_includes_work_as_in_lm_eval(model: Any, tokenizer: Any, t
     write(tmp_path, CHOICE, include="base.yaml")
     (tmp_path / "base.yaml").write_text("process_docs: !function clean.short\n")
     (tmp_path / "clean.py").write_text("def short(documents):\n    return documents.select(range(3))\n")
-    assert scores_of(model, tokenizer, tmp_path, "pick").facts["num_documents"] == 3
+    assert scores_of(model, tokenizer, tmp_path, "pick").metadata["num_documents"] == 3
     (tmp_path / "base.yaml").write_text("include: pick.yaml\n")
     with pytest.raises(BadInput, match="includes itself"):
         Benchmark(name="pick", folder=str(tmp_path)).check()

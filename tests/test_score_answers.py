@@ -9,9 +9,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cfsd.benchmark import Benchmark
 from cfsd.errors import BadInput, OutOfMemory
-from cfsd.score import Scores, score
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.harness.score import Scores, score
 from tests.test_score import CHOICE, READ, WRITE, by_hand, scores_of, write
 from tests.test_score import model as model
 from tests.test_score import tokenizer as tokenizer
@@ -74,12 +74,15 @@ def test_chat_templates_equal_lm_eval_by_hand(
     path = write(tmp_path, settings, fewshot_split="test")
     ours = scores_of(model, chatting, tmp_path, path.stem, chat_template=True, num_fewshot=examples)
     theirs = by_hand(model, chatting, path, monkeypatch, apply_chat_template=True, num_fewshot=examples)
-    samples, metric = theirs["samples"][path.stem], ours.facts["metric"]
+    samples, metric = theirs["samples"][path.stem], ours.metadata["metric"]
     assert list(ours.rows["prompt"]) == [sample["arguments"][0][0] for sample in samples]
     assert all(p.startswith("<s>u ") and p.count("\na ") == 1 + examples for p in ours.rows["prompt"])
     assert list(ours.rows["value"]) == [sample[metric] for sample in samples]
-    assert ours.facts["score"] == theirs["results"][path.stem][f"{metric},none"]
-    assert ours.facts["chat_template"] and "chat_template" not in scores_of(model, chatting, tmp_path, path.stem).facts
+    assert ours.metadata["score"] == theirs["results"][path.stem][f"{metric},none"]
+    assert (
+        ours.metadata["chat_template"]
+        and "chat_template" not in scores_of(model, chatting, tmp_path, path.stem).metadata
+    )
 
 
 def test_templates_write_the_same_day_every_day(model: Any, chatting: Any, tmp_path: Path) -> None:
@@ -98,13 +101,13 @@ def test_a_tokenizer_without_template_is_refused(model: Any, tokenizer: Any, tmp
 
 def test_the_answer_follows_the_reasoning(chain: Any, tmp_path: Path) -> None:
     name = written(tmp_path, "abcd")
-    rows, facts = scores_of(*chain, tmp_path, name, thinking_end="hi")
+    rows, metadata = scores_of(*chain, tmp_path, name, thinking_end="hi")
     # a: reasons with a stop sequence in it; b: ends without a mark; c: never ends; d: reasons and answers
     assert list(rows["value"]) == [1, 0, 0, 1]
     assert [answer.split(" [")[0] for answer in rows["answer"]] == ["b", "", "", "b"]
-    assert (facts["max_gen_toks"], facts["at_limit"], facts["unfinished"]) == (6, 0.25, 0.5)
-    alone = score(*chain, Benchmark(name=name, folder=str(tmp_path), thinking_end="hi"), most_tokens=1)
-    assert alone.rows.equals(rows) and alone.facts == facts
+    assert (metadata["max_gen_toks"], metadata["at_limit"], metadata["unfinished"]) == (6, 0.25, 0.5)
+    alone = score(*chain, Benchmark(name=name, folder=str(tmp_path), thinking_end="hi"), max_tokens=1)
+    assert alone.rows.equals(rows) and alone.metadata == metadata
     # lm-eval writes until every row of a batch has met its stop sequence: here no other row keeps `a` writing
     assert list(scores_of(*chain, tmp_path, written(tmp_path, "a"), thinking_end="hi").rows["value"]) == [1]
 
@@ -116,12 +119,12 @@ def test_an_end_mark_may_be_a_special_token(chain: Any, tmp_path: Path) -> None:
 
 def test_answers_at_the_limit_are_counted_without_reasoning_too(chain: Any, tmp_path: Path) -> None:
     name = written(tmp_path, "abcd")
-    rows, facts = scores_of(*chain, tmp_path, name)
-    assert (facts["max_gen_toks"], facts["at_limit"], "unfinished" in facts) == (6, 0.25, False)
+    rows, metadata = scores_of(*chain, tmp_path, name)
+    assert (metadata["max_gen_toks"], metadata["at_limit"], "unfinished" in metadata) == (6, 0.25, False)
     assert [answer.split(" [")[0] for answer in rows["answer"]] == ["", "", "cccccc", "hib"]
-    longer = scores_of(*chain, tmp_path, name, max_gen_toks=9).facts
+    longer = scores_of(*chain, tmp_path, name, max_gen_toks=9).metadata
     assert (longer["max_gen_toks"], longer["at_limit"]) == (9, 0.25)
-    assert scores_of(*chain, tmp_path, name, max_gen_toks=2).facts["at_limit"] == 0.5
+    assert scores_of(*chain, tmp_path, name, max_gen_toks=2).metadata["at_limit"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -154,10 +157,10 @@ class Watched:
         self.seen.append((rows, length))
 
 
-def scored(model: Any, tokenizer: Any, benchmark: Benchmark, most_tokens: int, watched: Watched) -> Scores:
+def scored(model: Any, tokenizer: Any, benchmark: Benchmark, max_tokens: int, watched: Watched) -> Scores:
     handle = model.register_forward_pre_hook(watched, with_kwargs=True)
     try:
-        return score(model, tokenizer, benchmark, most_tokens=most_tokens)
+        return score(model, tokenizer, benchmark, max_tokens=max_tokens)
     finally:
         handle.remove()
 
@@ -175,7 +178,7 @@ def test_batches_hold_the_tokens_given_and_change_nothing(
     assert max(rows * length for rows, length in halved.seen) <= 60
     for other in (small, full):
         assert list(other.rows["value"]) == pytest.approx(list(whole.rows["value"]), rel=1e-5)
-        assert other.facts["score"] == pytest.approx(whole.facts["score"], rel=1e-5)
+        assert other.metadata["score"] == pytest.approx(whole.metadata["score"], rel=1e-5)
         assert list(other.rows["doc_hash"]) == list(whole.rows["doc_hash"])
 
 

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from cfsd.benchmark import Benchmark
 from cfsd.errors import BadInput, NotFinite
-from cfsd.evaluate import EvaluateSpec
-from cfsd.forgetting import TOO_FEW, Measure, benchmark_forgetting
-from cfsd.score import score
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.harness.score import score
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.statistics.forgetting import TOO_FEW, Measure, benchmark_forgetting
 from tests.test_score import CHOICE, READ, scores_of, write
 from tests.test_score import model as model
 from tests.test_score import tokenizer as tokenizer
@@ -45,8 +45,10 @@ def test_a_task_dict_is_scored_as_its_yaml(model: Any, tokenizer: Any, tmp_path:
     mine = Benchmark.model_validate({"task": task})
     mine.check()
     ours, theirs = score(model, tokenizer, mine), scores_of(model, tokenizer, tmp_path / "a", "pick")
-    assert mine.name == "pick" and ours.rows.equals(theirs.rows) and ours.facts == theirs.facts
-    assert score(model, tokenizer, mine.model_copy(update={"num_fewshot": 0, "limit": 2})).facts["num_documents"] == 2
+    assert mine.name == "pick" and ours.rows.equals(theirs.rows) and ours.metadata == theirs.metadata
+    assert (
+        score(model, tokenizer, mine.model_copy(update={"num_fewshot": 0, "limit": 2})).metadata["num_documents"] == 2
+    )
 
 
 def test_a_task_dict_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +128,9 @@ def test_a_hub_benchmark_without_a_network_says_so(
 
 def test_three_documents_are_scored_and_have_no_interval(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, READ)
-    rows, facts = scores_of(model, tokenizer, tmp_path, "read", limit=3)
+    rows, metadata = scores_of(model, tokenizer, tmp_path, "read", limit=3)
     worse = rows.assign(value=rows["value"] + 1)
-    measure = Measure(**{field: facts[field] for field in Measure.model_fields})
+    measure = Measure(**{field: metadata[field] for field in Measure.model_fields})
     found = benchmark_forgetting("read", measure, rows, worse)
     assert found.num_documents == 3 and found.forgetting.low is None and found.interval_method == TOO_FEW
     assert found.forgetting.value == pytest.approx(3 / rows["count"].sum())
@@ -136,10 +138,10 @@ def test_three_documents_are_scored_and_have_no_interval(model: Any, tokenizer: 
 
 def test_of_a_metric_that_is_better_when_lower_more_is_worse(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     name = odd(tmp_path, "len(doc['choices']) / 8")
-    rows, facts = scores_of(model, tokenizer, tmp_path, name)
-    assert not facts["higher_is_better"] and facts["kind"] == "mean" and facts["score"] == rows["value"].mean()
+    rows, metadata = scores_of(model, tokenizer, tmp_path, name)
+    assert not metadata["higher_is_better"] and metadata["kind"] == "mean" and metadata["score"] == rows["value"].mean()
     more = rows.assign(value=rows["value"] + 0.25)
-    measure = Measure(**{field: facts[field] for field in Measure.model_fields})
+    measure = Measure(**{field: metadata[field] for field in Measure.model_fields})
     assert benchmark_forgetting("pick", measure, rows, more).forgetting.value == pytest.approx(0.25)
 
 
@@ -161,8 +163,10 @@ def test_weird_values_are_named(
 
 
 def test_documents_that_a_nanmean_does_not_apply_to_are_left_out(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    rows, facts = scores_of(model, tokenizer, tmp_path, odd(tmp_path, "float('nan') if doc['right'] else 2", "nanmean"))
-    assert (facts["num_documents"], facts["left_out"], facts["score"]) == (4, 4, 2.0)
+    rows, metadata = scores_of(
+        model, tokenizer, tmp_path, odd(tmp_path, "float('nan') if doc['right'] else 2", "nanmean")
+    )
+    assert (metadata["num_documents"], metadata["left_out"], metadata["score"]) == (4, 4, 2.0)
     assert list(rows["doc_id"]) == [0, 2, 4, 6]
     with pytest.raises(BadInput, match="its odd is NaN for every document"):
         scores_of(model, tokenizer, tmp_path / "all", odd(tmp_path / "all", "float('nan')", "nanmean"))
@@ -180,6 +184,6 @@ def test_texts_and_benchmarks_are_named_once(tmp_path: Path) -> None:
 
 def test_scores_are_json(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, CHOICE)
-    facts = scores_of(model, tokenizer, tmp_path, "pick").facts
-    assert json.loads(json.dumps(facts)) == facts and isinstance(facts["num_documents"], int)
+    metadata = scores_of(model, tokenizer, tmp_path, "pick").metadata
+    assert json.loads(json.dumps(metadata)) == metadata and isinstance(metadata["num_documents"], int)
     assert isinstance(scores_of(model, tokenizer, tmp_path, "pick").rows, pd.DataFrame)

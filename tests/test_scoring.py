@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from cfsd.errors import NotFinite
-from cfsd.scoring import score_given
+from cfsd.model.likelihood import token_logprobs
 
 VOCABULARY = 60
 END = 1
@@ -68,7 +68,7 @@ def law(model: PreTrainedModel, row: list[int]) -> Tensor:
 
 def test_every_token_after_the_first_has_the_models_own_log_probability(model: PreTrainedModel) -> None:
     rows = rows_of_many_lengths()
-    for row, sample in zip(rows, score_given(model, rows, (END,), most_tokens=60), strict=True):
+    for row, sample in zip(rows, token_logprobs(model, rows, (END,), max_tokens=60), strict=True):
         assert sample.token_ids == row
         assert sample.logprobs[0] is None and len(sample.logprobs) == len(row)
         wanted = law(model, row).gather(1, torch.tensor(row[1:], dtype=torch.long)[:, None])[:, 0]
@@ -76,15 +76,15 @@ def test_every_token_after_the_first_has_the_models_own_log_probability(model: P
 
 
 @pytest.mark.parametrize("most_tokens", [1, 6, 39, 40, 80])
-def test_logits_never_exceed_the_limit_and_the_limit_changes_nothing(llama: PreTrainedModel, most_tokens: int) -> None:
+def test_logits_never_exceed_the_limit_and_the_limit_changes_nothing(llama: PreTrainedModel, max_tokens: int) -> None:
     rows = rows_of_many_lengths()
     positions: list[int] = []
     head = llama.get_output_embeddings()
     hook = head.register_forward_hook(lambda _, __, output: positions.append(output.shape[:-1].numel()))
-    found = score_given(llama, rows, (END,), top_logprobs=3, most_tokens=most_tokens)
+    found = token_logprobs(llama, rows, (END,), top_logprobs=3, max_tokens=max_tokens)
     hook.remove()
-    assert max(positions) <= most_tokens
-    for one, other in zip(found, score_given(llama, rows, (END,), top_logprobs=3, most_tokens=10**6), strict=True):
+    assert max(positions) <= max_tokens
+    for one, other in zip(found, token_logprobs(llama, rows, (END,), top_logprobs=3, max_tokens=10**6), strict=True):
         assert one.logprobs[1:] == pytest.approx(other.logprobs[1:], abs=2e-5)
         assert one.top and other.top
         assert (one.top.ids == other.top.ids).all()
@@ -93,7 +93,7 @@ def test_logits_never_exceed_the_limit_and_the_limit_changes_nothing(llama: PreT
 
 def test_the_likeliest_and_the_rest_are_the_whole_law(model: PreTrainedModel) -> None:
     rows = rows_of_many_lengths(1)
-    for row, sample in zip(rows, score_given(model, rows, (END,), top_logprobs=5, most_tokens=100), strict=True):
+    for row, sample in zip(rows, token_logprobs(model, rows, (END,), top_logprobs=5, max_tokens=100), strict=True):
         assert sample.top
         ids, logprobs, rest = (torch.from_numpy(part) for part in sample.top)
         assert ids.shape == logprobs.shape == (len(row), 5) and rest.shape == (len(row),)
@@ -109,7 +109,7 @@ def test_a_rest_too_small_for_one_minus_the_sum_is_kept() -> None:
     model = model_of("llama")
     model.get_output_embeddings().weight.data *= 12
     row = rows_of_many_lengths(2)[2]
-    top = score_given(model, [row], (END,), top_logprobs=8)[0].top
+    top = token_logprobs(model, [row], (END,), top_logprobs=8)[0].top
     assert top
     wanted = law(model, row).topk(VOCABULARY).values[:, 8:].logsumexp(-1)
     assert wanted.min() < -25  # float32's one minus the sum of the others ends at -16
@@ -117,7 +117,7 @@ def test_a_rest_too_small_for_one_minus_the_sum_is_kept() -> None:
 
 
 def test_more_alternatives_than_tokens_leave_nothing(llama: PreTrainedModel) -> None:
-    top = score_given(llama, [[0, 5, 6]], (END,), top_logprobs=VOCABULARY + 2)[0].top
+    top = token_logprobs(llama, [[0, 5, 6]], (END,), top_logprobs=VOCABULARY + 2)[0].top
     assert top and top.ids.shape == (3, VOCABULARY + 2)
     assert sorted(top.ids[1, :VOCABULARY].tolist()) == list(range(VOCABULARY))
     assert top.rest[1:].tolist() == [-float("inf")] * 2
@@ -125,13 +125,19 @@ def test_more_alternatives_than_tokens_leave_nothing(llama: PreTrainedModel) -> 
 
 def test_the_reason_is_an_end_at_the_end(llama: PreTrainedModel) -> None:
     rows = [[0, 5, END], [0, END, 5], [0], [END], [END, 7, 2]]
-    assert [s.finish_reason for s in score_given(llama, rows, (END, 2))] == ["eos", "length", "length", "length", "eos"]
+    assert [s.finish_reason for s in token_logprobs(llama, rows, (END, 2))] == [
+        "eos",
+        "length",
+        "length",
+        "length",
+        "eos",
+    ]
 
 
 def test_bfloat16_models_are_scored_in_float32(llama: PreTrainedModel) -> None:
     model = model_of("llama").to(torch.bfloat16)
     row = rows_of_many_lengths()[2]
-    found = score_given(model, [row], (END,))[0].logprobs[1:]
+    found = token_logprobs(model, [row], (END,))[0].logprobs[1:]
     wanted = law(model, row).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     assert found == pytest.approx(wanted.tolist(), abs=1e-5)
 
@@ -142,4 +148,4 @@ def test_what_is_not_finite_is_named() -> None:
         lambda _, __, logits: logits.index_fill(1, torch.tensor([3]), float("nan"))
     )
     with pytest.raises(NotFinite, match="token 4 in shard 3 is not finite"):
-        score_given(model, [[0, 5, 6, 9, 7, 8]], (END,), where="shard 3")
+        token_logprobs(model, [[0, 5, 6, 9, 7, 8]], (END,), where="shard 3")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cfsd.intervals import paired_share_bounds
-from cfsd.quantities import Figure
-from cfsd.seeds import over_seeds
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.intervals import paired_share_bounds
+from cfsd.statistics.seeds import over_seeds
 
 DOCUMENTS, DROP, GAINED = 400, 0.1, 0.05
 

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 from scipy.optimize import minimize
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.corpus_table import HALVED, corpus_facts
+from cfsd.data.corpus_table import HALVED, corpus_metadata
 from cfsd.errors import BadInput
-from cfsd.geometric_median import MOST_STEPS, geometric_median, match
-from cfsd.rows import CORPUS, batches, read_rows, shards, table_of, write_shard
-from cfsd.selection import SelectSpec, select, selects
+from cfsd.select.geometric_median import MAX_STEPS, geometric_median, match
+from cfsd.select.spec import SelectSpec, selects
+from cfsd.select.stage import select
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import CORPUS, batches, read_rows, shards, table_of, write_shard
 
 Array = np.ndarray[Any, Any]
 ROWS, WIDTH, KEPT = 400, 32, 80
@@ -87,7 +88,7 @@ def test_the_median_has_the_least_sum_of_distances() -> None:
 
     found = geometric_median(points)
     best = minimize(distances, points.mean(0), jac=True, options={"gtol": 1e-9})
-    assert found.steps < MOST_STEPS
+    assert found.steps < MAX_STEPS
     assert distances(found.point)[0] <= best.fun * (1 + 1e-10)
     assert np.allclose(found.point, best.x, atol=1e-4)
     assert not np.allclose(found.point, points.mean(0), atol=5)  # the mean is elsewhere
@@ -175,8 +176,8 @@ def corpus(store: Store, count: int = 10, shard: int = 7) -> Artifact:
             part = table.append_column("topk_ids", more)[first : first + shard]
             note = {} if index else {HALVED: b"2"}  # which holds for that shard alone
             write_shard(draft.folder, "corpus", index, part.replace_schema_metadata(note))
-        draft.facts |= corpus_facts(draft.folder)
-        draft.facts |= {"biased": "temperature=0.7", "rejected": {"duplicate": 1}, "top_logprobs": 2}
+        draft.metadata |= corpus_metadata(draft.folder)
+        draft.metadata |= {"biased": "temperature=0.7", "rejected": {"duplicate": 1}, "top_logprobs": 2}
 
     return store.make("corpus", key_of("made up", count), write)[0]
 
@@ -206,10 +207,10 @@ def test_the_facts_say_what_was_chosen_and_how_far_the_estimate_is_bent(store: S
     def mean(numbers: list[int]) -> float:
         return -sum(i * i for i in numbers) / sum(numbers)
 
-    facts: Any = dict(made.facts)
-    assert facts.pop("mean_logprob") == pytest.approx(mean(chosen))
-    assert facts.pop("mean_logprob_shift") == pytest.approx(mean(chosen) - mean(list(range(1, 11))))
-    assert facts == {
+    metadata: Any = dict(made.metadata)
+    assert metadata.pop("mean_logprob") == pytest.approx(mean(chosen))
+    assert metadata.pop("mean_logprob_shift") == pytest.approx(mean(chosen) - mean(list(range(1, 11))))
+    assert metadata == {
         "selected": 4, "of": 10, "method": "random", "biased": "temperature=0.7", "top_logprobs": 2, "rows": 4,
         "tokens": sum(chosen), "ended_fraction": sum(i % 2 for i in chosen) / 4, "accepted_fraction": 0.4,
     }  # fmt: skip
@@ -243,7 +244,7 @@ def test_sources_with_other_columns_stay_apart(store: Store) -> None:
     def write(draft: Draft) -> None:
         for index, table in enumerate([plain, more, more]):
             write_shard(draft.folder, "corpus", index, table)
-        draft.facts |= corpus_facts(draft.folder)
+        draft.metadata |= corpus_metadata(draft.folder)
 
     rows = store.make("corpus", key_of("two sources"), write)[0]
     made = selected(store, rows, SelectSpec(corpus_rows=15, method="random", seed=0))
@@ -263,8 +264,8 @@ def test_more_rows_than_there_are_is_refused(store: Store) -> None:
      ({"corpus_rows": 9}, 0, False), ({"corpus_rows": 9}, None, True)],
 )  # fmt: skip
 def test_nothing_happens_unless_rows_are_left_out(settings: dict[str, Any], rows: int | None, wanted: bool) -> None:
-    facts = {"made_by": "filter"} if rows is None else {"rows": rows}
-    made = Artifact(kind="corpus", key="", content="", facts=facts)
+    metadata = {"made_by": "filter"} if rows is None else {"rows": rows}
+    made = Artifact(kind="corpus", key="", content="", metadata=metadata)
     assert selects(SelectSpec(**settings), made) == wanted
 
 

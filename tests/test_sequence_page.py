@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from cfsd.errors import BadInput
-from cfsd.report_files import Kept, read_kept
-from cfsd.sequence_figures import Measured, Remains, remains_of
-from cfsd.sequence_files import SEQUENCE, read_measured, write_sequence_files
-from cfsd.sequence_gaps import WHOLE, gaps_of
-from cfsd.sequence_page import write_sequence_page
-from cfsd.sequence_verdict import learned_and_lost
-from cfsd.summary import Trail, summarise
+from cfsd.report.files import Kept, read_kept
+from cfsd.report.run_record import Measured, RunRecord
+from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files
+from cfsd.report.sequence.gaps import WHOLE, gaps_of
+from cfsd.report.sequence.measured import Remains, remains_of
+from cfsd.report.sequence.page import write_sequence_page
+from cfsd.report.sequence.verdict import learned_and_lost
+from cfsd.report.summarise import summarise
 from tests.test_report import Page, World, summary
 
 TARGETS = ("sums", "maps", "poems")
@@ -27,18 +28,22 @@ WATCHED = [[0.9, 0.2, 0.8], [0.8, 0.5, 0.7], [0.7, 0.6, 0.65]]  # per stage: sta
 def sequence(world: World, losses: Any = LOSSES, *, watched: bool = True) -> tuple[Kept, Measured]:
     """Return three stages on one another, as flows.continual leaves them."""
     scored = [[world.responses(f"{t}{TARGETS[j]}", losses[t][j], EXACT[t][j]) for j in range(3)] for t in range(4)]
-    trails: list[Trail] = []
+    run_records: list[RunRecord] = []
     for t, name in enumerate(TARGETS):
         plain = world.trained(name, right=RIGHT[t], loss=losses[t + 1][t], kl=0.01)
         curve = [{"watch/cap/acc": value} if watched else {"train/loss": 1.0} for value in WATCHED[t]]
         tuned = world.artifact("model", f"{name} {watched}", {"steps": 3, "tokens": 9}, metrics=curve)
-        base, before = (trails[-1].artifacts["final"], trails[-1].after) if trails else (world.base, plain.before)
+        base, before = (
+            (run_records[-1].artifacts["final"], run_records[-1].after) if run_records else (world.base, plain.before)
+        )
         artifacts = plain.artifacts | {"base": base, "tuned": tuned, "final": tuned, "chosen": world.target}
         before = before.model_copy(update={"target": scored[t][t], "probe": None})
         after = plain.after.model_copy(update={"target": scored[t + 1][t]})
-        trails.append(plain.model_copy(update={"artifacts": artifacts, "before": before, "after": after}))
+        run_records.append(plain.model_copy(update={"artifacts": artifacts, "before": before, "after": after}))
     probes = tuple(world.divergence(f"since {name}", 0.1 * t) for t, name in enumerate(TARGETS, 1))
-    return Kept(title="In turn", trails=tuple(trails)), Measured(scored=tuple(map(tuple, scored)), probes=probes)
+    return Kept(title="In turn", run_records=tuple(run_records)), Measured(
+        scored=tuple(map(tuple, scored)), probes=probes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +155,17 @@ def test_what_differs_from_stage_to_stage_is_not_joined() -> None:
 
 def test_without_watching_the_page_says_so(world: World, tmp_path: Path) -> None:
     kept, measured = sequence(world, watched=False)
-    trails = list(kept.trails)
-    stages = [summarise(world.store, trail) for trail in trails]
-    remains, path = remains_of(world.store, trails, stages, measured), tmp_path / "report.html"
+    run_records = list(kept.run_records)
+    stages = [summarise(world.store, run_record) for run_record in run_records]
+    remains, path = remains_of(world.store, run_records, stages, measured), tmp_path / "report.html"
     assert remains.gaps == ()
-    write_sequence_page(path, world.store, "In turn", trails, stages, measured, remains)
+    write_sequence_page(path, world.store, "In turn", run_records, stages, measured, remains)
     assert "Not measured: nothing was watched while training." in Page(path.read_text()).words
 
 
 def test_nothing_is_claimed_that_was_not_found(made: tuple[Remains, Path], world: World) -> None:
     kept, measured = sequence(world, [[2.0] * 3] * 4, watched=False)
-    remains = remains_of(world.store, kept.trails, [], measured)
+    remains = remains_of(world.store, kept.run_records, [], measured)
     learned, lost = learned_and_lost(remains)
     assert learned == "None of the 3 targets was found to have been learned at its own stage."
     assert lost.startswith("No change of the earlier targets was found on the whole: backward transfer 0 [0, 0]")

@@ -127,7 +127,8 @@ def test_the_command_line_uses_the_servers_of_its_home(pages: dict[str, Any], re
 
 
 def test_the_deployed_recipe_is_the_shipped_one() -> None:
-    from cfsd.recipe import Comparison, Recipe
+    from cfsd.comparison import Comparison
+    from cfsd.recipe import Recipe
 
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     names = ("mitigate", "corpus", "compare")

@@ -14,13 +14,15 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cfsd.checkpoint import load_model, load_tokenizer
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate import GenerateSpec
-from cfsd.sampling import Sample
-from cfsd.server import Connection, ServerGone, sample_from_server, served_by
-from cfsd.server_check import check_server
-from cfsd.server_rows import Answer, Pieces
+from cfsd.generate.server.check import check_server
+from cfsd.generate.server.client import ServerGone
+from cfsd.generate.server.protocol import Answer, Pieces
+from cfsd.generate.server.sampler import sample_from_server, served_by
+from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import Connection
+from cfsd.model.loading import load_model, load_tokenizer
+from cfsd.model.sample import Sample
 from tests.conftest import save_model
 from tests.loopback_server import Loopback, Manners, serving
 
@@ -249,7 +251,7 @@ def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: 
             assert found.token_ids == exact.token_ids
             assert found.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
     served = served_by(connection, [START], GenerateSpec(), (END,), world.tokenizer)
-    assert served.facts()["ids"] == "approximate: ids reconstructed"
+    assert served.metadata()["ids"] == "approximate: ids reconstructed"
 
 
 def test_an_end_that_is_neither_listed_nor_echoed_is_refused(world: World, serve: Serve) -> None:
@@ -307,16 +309,16 @@ def test_what_a_server_cannot_do_is_refused_with_the_remedy(
 
 @pytest.mark.parametrize("law", [{}, {"temperature": 0.7, "top_k": 9, "min_length": 4}])
 def test_the_start_check_passes_the_recipes_model_and_law(world: World, serve: Serve, law: dict[str, Any]) -> None:
-    facts = check(world, to(serve()), **law)
-    assert facts["first_token_p_value"] > SIGNIFICANCE
-    assert facts["logprob_difference_max"] < 1e-4
-    assert (facts["ids"], facts["checked_rows_dropped"]) == ("exact", 0)
+    metadata = check(world, to(serve()), **law)
+    assert metadata["first_token_p_value"] > SIGNIFICANCE
+    assert metadata["logprob_difference_max"] < 1e-4
+    assert (metadata["ids"], metadata["checked_rows_dropped"]) == ("exact", 0)
 
 
 def test_the_start_check_passes_a_server_of_strings_and_says_so(world: World, serve: Serve) -> None:
-    facts = check(world, to(serve(owned_by="other", strings=True, list_end=False)))
-    assert facts["first_token_p_value"] > SIGNIFICANCE
-    assert facts["ids"] == "approximate: ids reconstructed"
+    metadata = check(world, to(serve(owned_by="other", strings=True, list_end=False)))
+    assert metadata["first_token_p_value"] > SIGNIFICANCE
+    assert metadata["ids"] == "approximate: ids reconstructed"
 
 
 @pytest.mark.parametrize(

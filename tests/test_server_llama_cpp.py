@@ -21,13 +21,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsd.artifact import Store
-from cfsd.checkpoint import SMOLLM2, Checkpoint, end_tokens, fetch, load_model, load_tokenizer, read_start_token
 from cfsd.errors import BadInput
-from cfsd.generate import GenerateSpec
-from cfsd.sampling import Sample
-from cfsd.server import Connection, sample_from_server
-from cfsd.server_check import TOLERANCE, check_server
+from cfsd.generate.server.check import TOLERANCE, check_server
+from cfsd.generate.server.sampler import sample_from_server
+from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import Connection
+from cfsd.model.checkpoint import SMOLLM2, Checkpoint
+from cfsd.model.loading import fetch, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.sample import Sample
+from cfsd.store.artifact import Store
 from tests.conftest import _free_port
 
 PYTHON = os.environ.get("CFSD_LLAMA_SERVER_PYTHON")
@@ -50,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     made, _ = store.make("model", "0" * 16, lambda draft: fetch(Checkpoint(kind="smollm2"), draft))
     folder = store.path(made)
     model = load_model(folder, "cpu").eval()
-    return World(model, load_tokenizer(folder), read_start_token(folder), end_tokens(folder))
+    return World(model, load_tokenizer(folder), read_start_token(folder), read_eos_ids(folder))
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,10 @@ def _answers(url: str) -> bool:
 def test_the_start_check_passes(world: World, connection: Connection) -> None:
     law = GenerateSpec(length=48, seed=1)
     started = time.monotonic()
-    facts = check_server(connection, world.model, world.start, law, world.tokenizer, world.ends)
-    print(f"\nchecked in {time.monotonic() - started:.0f} s: {facts}", file=sys.stderr)
-    assert facts["ids"] == "approximate: ids reconstructed"
-    assert facts["logprob_difference_mean"] < TOLERANCE
+    metadata = check_server(connection, world.model, world.start, law, world.tokenizer, world.ends)
+    print(f"\nchecked in {time.monotonic() - started:.0f} s: {metadata}", file=sys.stderr)
+    assert metadata["ids"] == "approximate: ids reconstructed"
+    assert metadata["logprob_difference_mean"] < TOLERANCE
 
 
 @torch.inference_mode()

@@ -14,17 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.checkpoint import end_tokens, load_for_measuring, load_model, load_tokenizer, read_start_token
+from cfsd.data.replay import Replay
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite, OutOfMemory
-from cfsd.generate import GenerateSpec, ProbeSpec, check_context, generate, probe
+from cfsd.generate.sampling import sample
+from cfsd.generate.server.client import ServerGone
+from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.replay import Replay
-from cfsd.rows import read_rows, shards
-from cfsd.sampling import sample
-from cfsd.server import ServerGone
-from cfsd.target import Target, prepare
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.loading import load_for_measuring, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import read_rows, shards
 from tests.conftest import fetched, write_rows
 from tests.loopback_server import Manners, serving
 
@@ -51,16 +54,16 @@ def test_the_corpus_is_what_was_sampled_and_the_probe_is_another(store: Store, m
     folder = store.path(base)
     model = load_model(folder, "cpu").eval()
     start = [read_start_token(folder)]
-    again = sample(model, [start] * 70, end_tokens(folder), law, range(70), stream="context-free")
+    again = sample(model, [start] * 70, read_eos_ids(folder), law, range(70), stream="context-free")
     assert [row["token_ids"] for row in rows] == [s.token_ids for s in again]
     assert all(row["logprobs"][0] is None and len(row["logprobs"]) == len(row["token_ids"]) for row in rows)
     assert [row["token_ids"] for row in probed] != [row["token_ids"] for row in rows]
     tokens = sum(len(s.logprobs) - 1 for s in again)
-    assert corpus.facts["tokens"] == tokens
-    assert corpus.facts["mean_logprob"] == pytest.approx(
+    assert corpus.metadata["tokens"] == tokens
+    assert corpus.metadata["mean_logprob"] == pytest.approx(
         sum(v or 0 for s in again for v in s.logprobs) / tokens, abs=1e-6
     )
-    assert (corpus.facts["biased"], held.facts["rows"]) == ("", 70)
+    assert (corpus.metadata["biased"], held.metadata["rows"]) == ("", 70)
 
 
 def test_finished_shards_of_a_draft_are_kept(store: Store, model_folder: Path) -> None:
@@ -147,7 +150,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_shard_says_so(
         halved = store.make("corpus", "d" * 16, lambda draft: generate(base, None, law, draft, MACHINE))[0]
     finally:
         hook.remove()
-    assert halved.facts["halved_shards"] == {"00000": 4}
+    assert halved.metadata["halved_shards"] == {"00000": 4}
     assert "shard 0 goes on with 16 rows" in capsys.readouterr().out
     ids = [[row["token_ids"] for row in read_rows(store.path(a), "corpus")] for a in (plain, halved)]
     assert ids[0] == ids[1]
@@ -204,9 +207,9 @@ def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: 
     fractions = {"context-free": 0.5, "contextual": 0.2, "replay": 0.3}
     law = GenerateSpec(rows=60, length=12, source="mixed", fractions=fractions, replay=replay, seed=0)
     corpus = made(store, base, law, MACHINE.model_copy(update={"sampling_rows": 16}), target)
-    facts: Any = corpus.facts
-    assert facts["token_fractions"] == pytest.approx(fractions, abs=12 / 720)
-    assert 720 <= facts["tokens"] <= 720 + 3 * 12
+    metadata: Any = corpus.metadata
+    assert metadata["token_fractions"] == pytest.approx(fractions, abs=12 / 720)
+    assert 720 <= metadata["tokens"] <= 720 + 3 * 12
     rows = read_rows(store.path(corpus), "corpus")
     assert {row["source"] for row in rows} == set(fractions)
     for source in fractions:
@@ -215,7 +218,7 @@ def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: 
         )
     spec = MixSpec(target_rows=4, rehearsal_tokens=64, seed=0)
     mixed = store.make("mixture", "e" * 16, lambda d: mix(store.path(target), store.path(corpus), spec, d))[0]
-    assert mixed.facts["rehearsal_tokens"] == facts["tokens"]
+    assert mixed.metadata["rehearsal_tokens"] == metadata["tokens"]
 
 
 def test_fractions_are_kept_when_texts_are_short(store: Store, base: Artifact, tmp_path: Path) -> None:
@@ -224,15 +227,15 @@ def test_fractions_are_kept_when_texts_are_short(store: Store, base: Artifact, t
     law = GenerateSpec(rows=20, length=60, source="mixed", fractions={"context-free": 0.25, "contextual": 0.75}, seed=3)
     small = MACHINE.model_copy(update={"sampling_rows": 4})
     corpus = made(store, base, law, small, target)
-    facts: Any = corpus.facts
-    assert facts["rows"] > 20
-    assert facts["token_fractions"]["contextual"] == pytest.approx(0.75, abs=60 / 1200)
-    assert facts["tokens"] == pytest.approx(1200, abs=120)
+    metadata: Any = corpus.metadata
+    assert metadata["rows"] > 20
+    assert metadata["token_fractions"]["contextual"] == pytest.approx(0.75, abs=60 / 1200)
+    assert metadata["tokens"] == pytest.approx(1200, abs=120)
 
 
 def test_biased_settings_are_facts_of_the_corpus(store: Store, base: Artifact) -> None:
     corpus = made(store, base, GenerateSpec(rows=8, length=6, temperature=0.7, min_length=2))
-    assert corpus.facts["biased"] == "temperature=0.7, min_length=2"
+    assert corpus.metadata["biased"] == "temperature=0.7, min_length=2"
 
 
 @pytest.mark.parametrize(
@@ -276,9 +279,9 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
     with serving(model, tokenizer, Manners()) as successor:
         corpus = store.make("corpus", "f" * 16, work(successor.url))[0]
     assert [path.stat().st_mtime_ns for path in shards(store.path(corpus), "corpus")[: len(stamps)]] == stamps
-    facts: Any = corpus.facts
-    assert facts["rows"] == 96
-    assert facts["first_token_p_value"] > 1e-4
+    metadata: Any = corpus.metadata
+    assert metadata["rows"] == 96
+    assert metadata["first_token_p_value"] > 1e-4
     for row in read_rows(store.path(corpus), "corpus")[::8]:
         with torch.inference_mode():
             logprobs = model(torch.tensor([row["token_ids"]])).logits[0].log_softmax(-1)

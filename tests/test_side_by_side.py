@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfsd.checkpoint import load_model
-from cfsd.objective import Objective, losses
-from cfsd.packs import Pack, Row, packs_of
-from cfsd.rehearsal import RehearsalSpec
-from cfsd.side_by_side import ATTENTION, prepare_side_by_side, side_by_side
+from cfsd.model.loading import load_model
+from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
+from cfsd.train.loss.objective import Objective, losses
+from cfsd.train.loss.packed import ATTENTION, packed_forward, prepare_packed
+from cfsd.train.spec import RehearsalSpec
 from tests.conftest import save_model
 
 FAMILIES = ["llama", "olmo", "gpt2", "qwen2"]
@@ -36,40 +36,40 @@ def test_hidden_states_are_those_of_each_row_alone(tmp_path: Path, family: str) 
     rows = [token_ids_BT[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
     with torch.no_grad():
         alone = torch.cat([model.base_model(input_ids=row).last_hidden_state[0] for row in rows])
-        assert prepare_side_by_side(model)
-        found = side_by_side(model.base_model, token_ids_BT, real_BT)
+        assert prepare_packed(model)
+        found = packed_forward(model.base_model, token_ids_BT, real_BT)
     assert torch.allclose(found, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_row_sees_another_to_the_bit(tmp_path: Path, family: str) -> None:
     model = loaded(tmp_path, family)
-    assert prepare_side_by_side(model)
+    assert prepare_packed(model)
     token_ids_BT, real_BT = batch()
     other_BT = batch(seed=1)[0]
     other_BT[2] = token_ids_BT[2]  # all rows but the third are others
     with torch.no_grad():
-        first, second = (side_by_side(model.base_model, ids, real_BT) for ids in (token_ids_BT, other_BT))
+        first, second = (packed_forward(model.base_model, ids, real_BT) for ids in (token_ids_BT, other_BT))
     place = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))
     assert torch.equal(first[place], second[place])
     assert not torch.allclose(first[: place.start], second[: place.start])
 
 
-def packs(seed: int = 0) -> list[Pack]:
+def micro_batches(seed: int = 0) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i, length in enumerate((12, 5, 9, 9, 2)):
         tokens = torch.randint(2, 20, (length,), generator=generator).tolist()
         supervised = [False] + [t > length // 3 or i > 2 for t in range(1, length)]
         rows.append(Row("target" if i < 3 else "context-free", tokens, supervised, 1.0))
-    return packs_of(rows, 200)
+    return micro_batches_of(rows, 200)
 
 
 def gradients(model: Any, objective: Objective) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     total = 0.0
-    for pack in packs():
-        found = losses(model, pack, 0.7)
+    for micro_batch in micro_batches():
+        found = losses(model, micro_batch, 0.7)
         found.loss.backward()
         total += float(found.loss)
     objective.remove()
@@ -110,7 +110,7 @@ def test_the_passes_hold_no_padding(tmp_path: Path) -> None:
 def test_a_window_over_tokens_keeps_rows_padded(tmp_path: Path) -> None:
     model = loaded(tmp_path, "gemma2")
     before = model.config._attn_implementation
-    assert not prepare_side_by_side(model)
+    assert not prepare_packed(model)
     assert model.config._attn_implementation == before
 
 
@@ -119,7 +119,7 @@ def test_a_model_that_takes_no_notice_of_rows_stays_as_it_was(tmp_path: Path) ->
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from cfsd.side_by_side import _attention
+    from cfsd.train.loss.packed import _attention
 
     def own(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **named: Any) -> Any:
         return sdpa_attention_forward(module, query, key, value, None, **named)
@@ -127,11 +127,11 @@ def test_a_model_that_takes_no_notice_of_rows_stays_as_it_was(tmp_path: Path) ->
     model = loaded(tmp_path, "llama")
     AttentionInterface.register(ATTENTION, own)
     try:
-        assert not prepare_side_by_side(model)
+        assert not prepare_packed(model)
     finally:
         AttentionInterface.register(ATTENTION, _attention)
     assert model.config._attn_implementation == "sdpa"
-    assert prepare_side_by_side(model)
+    assert prepare_packed(model)
 
 
 def test_what_is_not_side_by_side_is_computed_as_before(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_what_is_not_side_by_side_is_computed_as_before(tmp_path: Path) -> None:
     with torch.no_grad():
         before = model(**given).logits
         written = model.generate(**given, max_new_tokens=5, do_sample=False)
-        assert prepare_side_by_side(model)
+        assert prepare_packed(model)
         assert torch.equal(model(**given).logits[real_BT], before[real_BT])
         assert torch.equal(model.generate(**given, max_new_tokens=5, do_sample=False), written)
 
 
 def test_the_saved_model_names_no_attention_of_ours(tmp_path: Path) -> None:
     model = loaded(tmp_path, "llama")
-    assert prepare_side_by_side(model)
+    assert prepare_packed(model)
     model.save_pretrained(tmp_path / "saved")
     assert ATTENTION not in (tmp_path / "saved" / "config.json").read_text()

@@ -13,17 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from cfsd.forgetting import (
-    BenchmarkForgetting,
-    Figure,
-    Measure,
-    benchmark_forgetting,
-    mean_forgetting,
-    mean_per_token,
-    paired_share_difference,
-)
-from cfsd.intervals import Interval, bootstrap_change, mcnemar_p, paired_share_bounds, sign_flip_p
-from cfsd.power import detectable_share
+from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
+from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
+from cfsd.statistics.intervals import Interval, bootstrap_change, mcnemar_p, paired_share_bounds, sign_flip_p
+from cfsd.statistics.power import detectable_share
 
 Floats = NDArray[np.float64]
 Bounds = Callable[[Floats, Floats, int], tuple[Floats, Floats]]
@@ -32,7 +25,7 @@ ACCURACY = Measure(metric="acc", higher_is_better=True, chance=0.25, kind="binar
 SIZES = (50, 200, 1000, 2000)
 SHARES = np.linspace(0.02, 0.3, 15)  # of discordant pairs
 FINE_SHARES = np.linspace(0.02, 0.3, 57)
-MOST_DROPS = {50: 101, 200: 81, 1000: 31, 2000: 21}
+MAX_DROPS = {50: 101, 200: 81, 1000: 31, 2000: 21}
 MANY = 20  # expected discordant pairs, from which on an interval may not cover too much either
 
 
@@ -105,7 +98,7 @@ def test_paired_share_interval_covers_in_every_cell(total: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("total", SIZES)
 def test_paired_share_interval_covers_in_every_cell_of_a_fine_grid(total: int) -> None:
-    assert failures(paired_share_bounds, total, FINE_SHARES, MOST_DROPS[total]) == []
+    assert failures(paired_share_bounds, total, FINE_SHARES, MAX_DROPS[total]) == []
 
 
 def test_the_coverage_check_refuses_intervals_too_narrow_and_too_wide() -> None:
@@ -173,7 +166,7 @@ def test_a_detectable_drop_is_found_four_times_in_five(total: int, share: float)
 
 # --- coverage of the bootstraps
 
-Law = tuple[float, Callable[[np.random.Generator, int], Any]]
+Distribution = tuple[float, Callable[[np.random.Generator, int], Any]]
 
 
 def _probe(rng: np.random.Generator, rows_: int) -> tuple[Floats, Floats]:
@@ -182,12 +175,12 @@ def _probe(rng: np.random.Generator, rows_: int) -> tuple[Floats, Floats]:
     return rng.lognormal(-3, 0.8, rows_) * counts, counts
 
 
-PER_TOKEN: dict[str, Law] = {
+PER_TOKEN: dict[str, Distribution] = {
     "normal": (0.3, lambda rng, n: (rng.normal(0.3, 1, n), np.ones(n))),
     "lognormal": (float(np.exp(0.5)), lambda rng, n: (rng.lognormal(0, 1, n), np.ones(n))),
     "probe": (float(np.exp(-3 + 0.32)), _probe),
 }
-CHANGES: dict[str, Law] = {
+CHANGES: dict[str, Distribution] = {
     "dense": (2 / 35 - 0.04, lambda rng, n: rng.beta(2, 5, n) * 0.2 - 0.04),
     "skewed": (
         float(np.exp(-2) * stats.norm.cdf(1.5) + stats.norm.cdf(-2.5)),
@@ -203,16 +196,16 @@ CHANGES: dict[str, Law] = {
 
 
 def per_token_coverage(name: str, rows_: int, repeats: int) -> float:
-    truth, draw = PER_TOKEN[name]
+    truth, sample_token = PER_TOKEN[name]
     rng = np.random.default_rng(0)
-    found = (ends(mean_per_token(*draw(rng, rows_), seed=seed)) for seed in range(repeats))
+    found = (ends(mean_per_token(*sample_token(rng, rows_), seed=seed)) for seed in range(repeats))
     return _share_covering(found, truth, repeats)
 
 
 def change_coverage(name: str, documents: int, repeats: int) -> float:
-    truth, draw = CHANGES[name]
+    truth, sample_token = CHANGES[name]
     rng = np.random.default_rng(0)
-    found = (bootstrap_change(draw(rng, documents), reach=1.0, seed=seed) for seed in range(repeats))
+    found = (bootstrap_change(sample_token(rng, documents), reach=1.0, seed=seed) for seed in range(repeats))
     return _share_covering((interval for interval in found if interval is not None), truth, repeats)
 
 

@@ -9,11 +9,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cfsd.artifact import Artifact, Store, key_of
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.rows import read_rows
-from cfsd.starts import contextual_starts, template_start
-from cfsd.target import Target, prepare
+from cfsd.generate.starts import contextual_starts, template_start
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import read_rows
 from tests.conftest import write_rows
 
 
@@ -210,7 +211,7 @@ def test_prompts_of_chats_end_where_the_first_answer_begins(store: Store, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(talk(f"{a}b", "cd", "e", "f")) + "\n" for a in "abcdef"))
     spec = Target(path=str(tmp_path / "rows.jsonl"), messages="talk", held_out=2, seed=0)
     made = store.make("target", key_of("prepare", base, spec), lambda draft: prepare(base, spec, draft))[0]
-    from cfsd.checkpoint import load_tokenizer
+    from cfsd.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(store.path(base))
     texts = [tokenizer.decode(prompt) for prompt in contextual_starts(store.path(made), 4, 0, 100)]

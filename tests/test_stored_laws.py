@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import load_model
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import StoreError
-from cfsd.generate import GenerateSpec, generate
+from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.stage import generate
 from cfsd.machine import Machine
-from cfsd.packs import Row, packs_of
-from cfsd.rows import corpus_schema, read_rows, table_of, write_shard
-from cfsd.stored_laws import StoredLaws, lay_out
-from cfsd.target import Target, prepare
-from cfsd.token_loss import Stored
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.tables import corpus_schema, read_rows, table_of, write_shard
+from cfsd.train.batches.micro_batches import Row, micro_batches_of
+from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
+from cfsd.train.loss.token_loss import Stored
 from tests.conftest import fetched, write_rows
 
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=8)  # several shards
@@ -59,9 +61,9 @@ def by_forward_pass(model: Any, row: Row) -> Stored:
     return Stored(ids_TK, top_TK, rest_T, law_TV.gather(1, next_T[:, None])[:, 0])
 
 
-def laid_out(corpus: Path, scratch: Path, *, top: bool = True) -> StoredLaws:
+def laid_out(corpus: Path, scratch: Path, *, top: bool = True) -> StoredDistributions:
     lay_out(corpus, scratch, top=top)
-    return StoredLaws(scratch)
+    return StoredDistributions(scratch)
 
 
 def asked(rows: list[Row], places: list[int]) -> list[tuple[int, list[int], list[bool]]]:
@@ -72,9 +74,9 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
     store: Store, base: Artifact, corpus: Path, tmp_path: Path
 ) -> None:
     model, rows = load_model(store.path(base), "cpu", "float32").eval(), mixture_rows(corpus)
-    laws, order = laid_out(corpus, tmp_path / "laws"), random.Random(0).sample(range(len(rows)), len(rows))
+    distributions, order = laid_out(corpus, tmp_path / "laws"), random.Random(0).sample(range(len(rows)), len(rows))
     assert len(rows) == ROWS and order != sorted(order)
-    found = laws.at(asked(rows, order))
+    found = distributions.at(asked(rows, order))
     wanted = Stored(*(torch.cat(part) for part in zip(*(by_forward_pass(model, rows[i]) for i in order), strict=True)))
     assert found.ids_MK.shape == (sum(sum(row.supervised) for row in rows), K)
     assert torch.allclose(found.drawn_M, wanted.drawn_M, atol=1e-4)
@@ -85,16 +87,20 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
 
 
 def test_packs_carry_the_laws_of_their_rehearsal_rows_alone(corpus: Path, tmp_path: Path) -> None:
-    rows, laws = mixture_rows(corpus), laid_out(corpus, tmp_path / "laws")
+    rows, distributions = mixture_rows(corpus), laid_out(corpus, tmp_path / "laws")
     target = [Row("target", [0, *range(5, 5 + n)], [False, *[True] * n], 1.0) for n in (3, 14)]
     places = [-2, -1, *range(8)]
-    packs = packs_of([*target, *rows[:8]], 40, fresh=[False] * 10, places=places, laws=laws)
-    assert len(packs) > 2
-    for pack in packs:
-        counted = (pack.coefficient_BT != 0) & ~pack.target_BT
-        assert pack.stored is not None and len(pack.stored.drawn_M) == int(counted.sum())
-    held = sorted(value for pack in packs if pack.stored for value in pack.stored.drawn_M.tolist())
-    assert held == sorted(laws.at(asked(rows, list(range(8)))).drawn_M.tolist())
+    micro_batches = micro_batches_of(
+        [*target, *rows[:8]], 40, fresh=[False] * 10, places=places, distributions=distributions
+    )
+    assert len(micro_batches) > 2
+    for micro_batch in micro_batches:
+        counted = (micro_batch.coefficient_BT != 0) & ~micro_batch.target_BT
+        assert micro_batch.stored is not None and len(micro_batch.stored.drawn_M) == int(counted.sum())
+    held = sorted(
+        value for micro_batch in micro_batches if micro_batch.stored for value in micro_batch.stored.drawn_M.tolist()
+    )
+    assert held == sorted(distributions.at(asked(rows, list(range(8)))).drawn_M.tolist())
 
 
 def test_without_the_top_only_the_drawn_tokens_are_there(corpus: Path, tmp_path: Path) -> None:
@@ -115,11 +121,11 @@ def test_no_rows_are_no_tokens(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_rows_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> None:
-    rows, laws = mixture_rows(corpus), laid_out(corpus, tmp_path / "laws")
+    rows, distributions = mixture_rows(corpus), laid_out(corpus, tmp_path / "laws")
     token_ids = [*rows[2].token_ids[:-1], 31 - rows[2].token_ids[-1]]
     for place, ids in ((2, token_ids), (3, rows[2].token_ids), (2, rows[2].token_ids[:-1])):
         with pytest.raises(StoreError, match=rf"row {place} of the corpus is not the mixture's"):
-            laws.at([(place, ids, [False] + [True] * (len(ids) - 1))])
+            distributions.at([(place, ids, [False] + [True] * (len(ids) - 1))])
 
 
 def test_laying_out_again_over_half_a_file_gives_the_whole(corpus: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from cfsd.artifact import Artifact, Store, key_of
-from cfsd.checkpoint import load_tokenizer
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.rows import read_rows
-from cfsd.target import Target, prepare
+from cfsd.model.loading import load_tokenizer
+from cfsd.store.artifact import Artifact, Store, key_of
+from cfsd.store.tables import read_rows
 from tests.conftest import fetched, save_model
 
 RECORDS: list[dict[str, Any]] = [
@@ -113,7 +114,7 @@ def test_what_is_dropped_is_counted_by_reason(store: Store, base: Artifact, tmp_
     ]  # fmt: skip
     path = str(write(tmp_path / "rows.jsonl", RECORDS + extra))
     made = prepared(store, base, path=path, max_length=20, **COLUMNS)
-    assert made.facts["dropped"] == {"seen before": 2, "with an empty response": 2, "longer than max_length=20": 1}
+    assert made.metadata["dropped"] == {"seen before": 2, "with an empty response": 2, "longer than max_length=20": 1}
     assert len(list(rows_of(store, made))) == len(RECORDS)
 
 
@@ -122,7 +123,7 @@ def test_a_model_with_a_short_context_drops_what_it_cannot_attend_to(
 ) -> None:
     long = [{"question": "a" * 130, "answer": "b", "note": "x"}]
     made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", RECORDS + long)), **COLUMNS)
-    assert made.facts["dropped"] == {f"longer than max_length={base.facts['context']}": 1}
+    assert made.metadata["dropped"] == {f"longer than max_length={base.metadata['context']}": 1}
 
 
 def test_held_out_rows_are_disjoint_seeded_and_of_the_wanted_number(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Artifact, Store
-from cfsd.checkpoint import load_tokenizer
 from cfsd.errors import BadInput
+from cfsd.model.loading import load_tokenizer
+from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
 from tests.test_target import CHAT, prepared, rows_of, text_of, write
 

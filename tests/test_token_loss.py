@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cfsd import token_loss
-from cfsd.token_loss import Head, Reference, Stored, TokenLosses, token_losses
+from cfsd.train.loss import token_loss
+from cfsd.train.loss.token_loss import Head, Reference, Stored, TokenLosses, token_losses
 
 N, D, V, K = 40, 16, 50, 8
 KINDS = ["nll", "kl", "sampled", "bucket"]
@@ -43,14 +43,16 @@ def case(dtype: torch.dtype = torch.float64, softcap: float | None = None, scale
     return Case(given, next_N, normal(N).abs(), normal(N, D), head, softcap, scale)
 
 
-def log_law(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+def log_distribution(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
     logits = scale * hidden @ weight.T + (0 if bias is None else bias)
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
 
 
 def base_law(c: Case) -> Tensor:
     assert c.base_head.weight_VD is not None
-    return log_law(c.base_ND, c.base_head.weight_VD, None, c.softcap, c.scale)
+    return log_distribution(c.base_ND, c.base_head.weight_VD, None, c.softcap, c.scale)
 
 
 def stored_of(c: Case, count: int = K) -> Stored:
@@ -72,7 +74,7 @@ def reference(c: Case, kind: str, first: int, count: int = K) -> Reference | Non
 
 def by_definition(c: Case, kind: str, first: int, count: int = K) -> Tensor:
     """Return the loss of every token, by autograd over all logits at once."""
-    law_NV, base_NV, drawn_N1 = log_law(*c.given, c.softcap, c.scale), base_law(c), c.next_N[:, None]
+    law_NV, base_NV, drawn_N1 = log_distribution(*c.given, c.softcap, c.scale), base_law(c), c.next_N[:, None]
     nll_N = -law_NV.gather(1, drawn_N1)[:, 0]
     stored = stored_of(c, count)
     on_top_N = (stored.logprobs_MK.exp() * (stored.logprobs_MK - law_NV.gather(1, stored.ids_MK))).sum(-1)

@@ -15,22 +15,26 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.checkpoint import load_model, load_tokenizer, read_start_token
-from cfsd.divergence import divergence
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite, StoreError
-from cfsd.evaluate import score_probe
-from cfsd.filter import FilterSpec, filter_rows
-from cfsd.fisher import FisherSpec, fisher
-from cfsd.generate import GenerateSpec, ProbeSpec, generate, probe
-from cfsd.journal import read_metrics
+from cfsd.evaluate.divergence import divergence
+from cfsd.evaluate.stage import score_probe
+from cfsd.filter.spec import FilterSpec
+from cfsd.filter.stage import filter_rows
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.rows import read_rows
-from cfsd.target import Target, prepare
-from cfsd.train import TrainRequest, TrainSpec, Watched
-from cfsd.trainer import fit, last_whole_checkpoint
-from cfsd.training_batches import batches_of
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.model.loading import load_model, load_tokenizer, read_start_token
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.journal import read_metrics
+from cfsd.store.tables import read_rows
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.fisher import fisher
+from cfsd.train.spec import FisherSpec, TrainRequest, TrainSpec, Watched
+from cfsd.train.trainer import fit, last_whole_checkpoint
 from tests.conftest import fetched, save_model, write_rows
 
 MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=1000)
@@ -112,7 +116,7 @@ def trained(world: World, key: str, mixture: Artifact, spec: TrainSpec = SPEC, m
     request = request_of(world, mixture, spec, machine)
 
     def work(draft: Draft) -> None:
-        draft.facts |= fit(draft.folder, request)
+        draft.metadata |= fit(draft.folder, request)
 
     return world.store.make("model", key, work)[0]
 
@@ -155,16 +159,16 @@ def test_training_lowers_the_loss_and_writes_every_step(world: World) -> None:
         assert [r["step"] for r in records if r["name"] == name] == list(range(1, 5 * EPOCHS + 1))
     losses = [r["value"] for r in records if r["name"] == "train/target_loss"]
     assert losses[-1] < losses[0] - 0.1
-    assert model.facts["steps"] == 5 * EPOCHS
+    assert model.metadata["steps"] == 5 * EPOCHS
     assert not (world.store.path(model) / "checkpoints").exists()
 
 
 def test_the_result_is_a_whole_transformers_folder(world: World) -> None:
     folder = world.store.path(trained(world, "learns", world.mixture))
     base = world.store.path(world.base)
-    assert load_model(folder, "cpu").config.vocab_size == world.base.facts["vocabulary"]
+    assert load_model(folder, "cpu").config.vocab_size == world.base.metadata["vocabulary"]
     assert load_tokenizer(folder).get_vocab() == load_tokenizer(base).get_vocab()
-    assert read_start_token(folder) == world.base.facts["start_token"]
+    assert read_start_token(folder) == world.base.metadata["start_token"]
 
 
 def test_weight_zero_and_no_rehearsal_rows_are_one_training(world: World) -> None:
@@ -241,8 +245,8 @@ def test_learning_rate_zero_leaves_the_base_and_diverges_by_nothing(world: World
     def score(draft: Draft) -> None:
         score_probe(world.base, still, held, draft, MACHINE)
 
-    facts = world.store.make("scores", "still", score)[0].facts
-    assert (facts["probe_kl"], facts["probe_kl_sampled"]) == (0.0, 0.0)
+    metadata = world.store.make("scores", "still", score)[0].metadata
+    assert (metadata["probe_kl"], metadata["probe_kl_sampled"]) == (0.0, 0.0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_a_remedy(world: World) -> None:
@@ -262,8 +266,8 @@ def test_weights_that_are_not_finite_are_never_saved(world: World) -> None:
 
 def one_step(world: World) -> Artifact:
     """Return the plain mixture in one global batch."""
-    facts = world.plain.facts | {"batch_target_rows": 1000}
-    return world.plain.model_copy(update={"facts": facts})
+    metadata = world.plain.metadata | {"batch_target_rows": 1000}
+    return world.plain.model_copy(update={"metadata": metadata})
 
 
 def test_bfloat16_bases_give_bfloat16_models(world: World, tmp_path: Path) -> None:
@@ -292,11 +296,11 @@ def test_a_full_disk_at_the_end_is_continued_from_the_last_checkpoint(
     often = MACHINE.model_copy(update={"checkpoint_steps": 5})
     go: Callable[[], Artifact] = lambda: trained(world, "full disk", world.mixture, machine=often)  # noqa: E731
     with monkeypatch.context() as disk:
-        disk.setattr("cfsd.trainer.save_model", full)
+        disk.setattr("cfsd.train.trainer.save_model", full)
         with pytest.raises(OSError, match="No space"):
             go()
     again = go()
-    assert again.facts["continued_from_step"] == 5 * EPOCHS
+    assert again.metadata["continued_from_step"] == 5 * EPOCHS
     assert again.content == trained(world, "learns", world.mixture).content
 
 
@@ -336,7 +340,7 @@ def test_lambda_moves_on_its_schedule_and_row_views_are_counted(world: World) ->
     assert moves == pytest.approx([math.log(0.5 / 8) / 19] * 19)
     views = list(figures(world, model, "train/rehearsal_row_views").values())
     assert views[0] == 0 < views[-1] and views == sorted(views)
-    assert model.facts["most_row_views"] == math.ceil(views[-1]) + 1
+    assert model.metadata["most_row_views"] == math.ceil(views[-1]) + 1
 
 
 def test_a_loss_says_what_it_is_made_of(world: World) -> None:
@@ -345,7 +349,7 @@ def test_a_loss_says_what_it_is_made_of(world: World) -> None:
         parts = [figures(world, model, f"train/{part}_loss")[step] for part in ("target", "rehearsal")]
         assert loss == pytest.approx(sum(parts), rel=1e-5)
     assert not figures(world, model, "train/divergence")
-    assert model.facts["peak_memory"] > 1e7  # type: ignore[operator]
+    assert model.metadata["peak_memory"] > 1e7  # type: ignore[operator]
 
 
 def test_a_budget_steers_lambda_by_what_fresh_rows_show(world: World) -> None:
@@ -357,9 +361,9 @@ def test_a_budget_steers_lambda_by_what_fresh_rows_show(world: World) -> None:
         path = figures(world, model, "train/rehearsal_weight")
         estimates = figures(world, model, "train/divergence_estimate")
         assert path[1] == pytest.approx(1.0) and list(path) == list(range(1, STEPS + 1))
-        assert model.facts["budget"] == budget
-        assert model.facts["divergence_estimate"] == pytest.approx(estimates[STEPS])
-        found[budget] = path[STEPS], model.facts["final_weight"]
+        assert model.metadata["budget"] == budget
+        assert model.metadata["divergence_estimate"] == pytest.approx(estimates[STEPS])
+        found[budget] = path[STEPS], model.metadata["final_weight"]
     assert found[10.0][0] < 0.1 < 1.5 < found[1e-4][0]
     assert found[10.0][1] <= found[10.0][0] and found[1e-4][1] >= found[1e-4][0]  # type: ignore[operator]
 
@@ -440,11 +444,11 @@ def test_watching_changes_no_weight_and_measures_from_step_0_to_the_last(world: 
 def test_a_training_that_moves_too_far_ends_with_a_whole_model(world: World) -> None:
     spec = spec_with(watch={"every": 3, "stop_above": 1e-4})
     model = trained(world, "too far", world.mixture, spec)
-    assert model.facts["stopped_at_step"] == 3
+    assert model.metadata["stopped_at_step"] == 3
     assert list(figures(world, model, "train/loss")) == [1, 2, 3]
     assert list(figures(world, model, "watch/probe_kl")) == [0, 3]
     assert 1e-4 < diverged(world, model) < diverged(world, trained(world, "learns", world.mixture))
-    assert "stopped_at_step" not in trained(world, "learns", world.mixture).facts
+    assert "stopped_at_step" not in trained(world, "learns", world.mixture).metadata
 
 
 # Methods

@@ -11,14 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cfsd import trainer
-from cfsd.artifact import Artifact, Store
 from cfsd.errors import CfsdError, Crashed, NotFinite, Stopped
-from cfsd.journal import read_metrics
 from cfsd.machine import Machine
-from cfsd.methods import Methods
-from cfsd.train import TrainSpec, train
-from cfsd.trainer import CHECKPOINTS, fit
+from cfsd.store.artifact import CHECKPOINTS, Artifact, Store
+from cfsd.store.journal import read_metrics
+from cfsd.train import trainer
+from cfsd.train.methods import Methods
+from cfsd.train.spec import TrainSpec
+from cfsd.train.stage import train
+from cfsd.train.trainer import fit
 from tests.conftest import write_rows
 from tests.test_train import World, request_of, signals_given_back, trained, world_in
 
@@ -84,7 +85,7 @@ def interrupted(
     thread.start()
     wait_for(lambda: wanted(written_step(draft), saved_step(draft)) or not thread.is_alive())
     for child in psutil.Process().children():
-        if {"cfsd.train", "cfsd.launch"} & set(child.cmdline()):
+        if {"cfsd.train.stage", "cfsd.process.ranks"} & set(child.cmdline()):
             act(child)
     thread.join(120)
     assert raised, "the training ended before it was interrupted"
@@ -115,7 +116,7 @@ def finished(world: World) -> Artifact:
     assert f"after step {stopped_at} of {STEPS}, which is saved" in str(stopped)
     assert killed_at < stopped_at < STEPS
     made = make(world, KEY)
-    assert made.facts["continued_from_step"] == stopped_at
+    assert made.metadata["continued_from_step"] == stopped_at
     return made
 
 
@@ -153,7 +154,7 @@ def test_every_step_is_recorded_once_with_the_same_values(world: World, finished
 
 def test_the_facts_are_those_of_one_training(finished: Artifact, through: Artifact) -> None:
     one, two = (
-        {name: value for name, value in model.facts.items() if name not in ("continued_from_step", "peak_memory")}
+        {name: value for name, value in model.metadata.items() if name not in ("continued_from_step", "peak_memory")}
         for model in (finished, through)
     )
     assert one == two and {"budget", "final_weight", "divergence_estimate"} <= set(one)
@@ -169,7 +170,7 @@ def test_a_training_stopped_early_and_killed_while_saving_stays_stopped(
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     for folder in (whole, cut):
         folder.mkdir()
-    facts = fit(whole, request)
+    metadata = fit(whole, request)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -178,7 +179,7 @@ def test_a_training_stopped_early_and_killed_while_saving_stays_stopped(
         patched.setattr(trainer, "_save", killed)
         fit(cut, request)
     again = fit(cut, request)
-    assert facts["stopped_at_step"] == again["stopped_at_step"] == again["continued_from_step"] == 3
+    assert metadata["stopped_at_step"] == again["stopped_at_step"] == again["continued_from_step"] == 3
     assert len({(folder / "model.safetensors").read_bytes() for folder in (whole, cut)}) == 1
 
 
@@ -205,7 +206,7 @@ def test_an_adapter_that_was_killed_goes_on_to_the_same_bits(world: World) -> No
     killed = interrupted(begin, draft, psutil.Process.kill, lambda written, saved: written > saved > 3)
     assert isinstance(killed, Crashed)
     made = make(world, "killed lora", LORA)
-    assert made.facts["continued_from_step"] != 0
+    assert made.metadata["continued_from_step"] != 0
     same_model(world, made, trained(world, "whole lora", world.mixture, LORA, MACHINE))
 
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from cfsd.artifact import Artifact, Draft, key_of
-from cfsd.budget import budget_sentences, judge, plain_variant
-from cfsd.controller import LOWEST
-from cfsd.summary import Trail, summarise
-from cfsd.training_story import (
+from cfsd.report.budget import budget_sentences, judge, plain_variant
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summarise import summarise
+from cfsd.report.training import (
     CURVE_POINTS,
     in_blocks,
     metrics_of,
@@ -18,11 +17,13 @@ from cfsd.training_story import (
     training_figures,
     training_of,
 )
-from cfsd.verdict import verdict, warnings
+from cfsd.report.verdict import verdict, warnings
+from cfsd.store.artifact import Artifact, Draft, key_of
+from cfsd.train.controller import LOWEST
 from tests.test_report import World, report_of
 
 Metrics = dict[int, dict[str, float]]
-FACTS = {"steps": 40, "tokens": 9000, "target_tokens": 3000, "rehearsal_tokens": 6000, "peak_memory": 1_234_000_000}
+METADATA = {"steps": 40, "tokens": 9000, "target_tokens": 3000, "rehearsal_tokens": 6000, "peak_memory": 1_234_000_000}
 PLAIN = {"rehearsal_tokens": 0, "tokens": 3000}
 
 
@@ -48,34 +49,42 @@ class Trained(World):
     """A world whose variants have a recipe, facts and metrics of training of their own."""
 
     def variant(
-        self, name: str, *, loss: float, kl: float, facts: dict[str, Any] | None = None, metrics: Metrics | None = None,
+        self,
+        name: str,
+        *,
+        loss: float,
+        kl: float,
+        metadata: dict[str, Any] | None = None,
+        metrics: Metrics | None = None,
         **recipe: Any,
-    ) -> Trail:  # fmt: skip
-        trail = self.trained(name, right=80, loss=loss, kl=kl)
-        tuned = self.model(name, FACTS | (facts or {}), metrics or {})
-        steps = tuple(s.model_copy(update={"artifact": tuned}) if s.stage == "train" else s for s in trail.steps)
-        artifacts = trail.artifacts | {"tuned": tuned, "final": tuned}
-        return trail.model_copy(update={"recipe": {"name": name, **recipe}, "artifacts": artifacts, "steps": steps})
+    ) -> RunRecord:
+        run_record = self.trained(name, right=80, loss=loss, kl=kl)
+        tuned = self.model(name, METADATA | (metadata or {}), metrics or {})
+        steps = tuple(s.model_copy(update={"artifact": tuned}) if s.stage == "train" else s for s in run_record.steps)
+        artifacts = run_record.artifacts | {"tuned": tuned, "final": tuned}
+        return run_record.model_copy(
+            update={"recipe": {"name": name, **recipe}, "artifacts": artifacts, "steps": steps}
+        )
 
-    def model(self, name: str, facts: dict[str, Any], metrics: Metrics) -> Artifact:
+    def model(self, name: str, metadata: dict[str, Any], metrics: Metrics) -> Artifact:
         def work(draft: Draft) -> None:
-            draft.facts |= facts
+            draft.metadata |= metadata
             (draft.folder / "name.txt").write_text(name)
             for step, values in metrics.items():
                 draft.journal.metrics(step, values)
 
         return self.store.make(
-            "model", key_of("model", name, f"{facts} {metrics}"), work, environment={"device": "cpu"}
+            "model", key_of("model", name, f"{metadata} {metrics}"), work, environment={"device": "cpu"}
         )[0]
 
-    def plain(self, name: str = "finetune", **recipe: Any) -> Trail:
-        return self.variant(name, loss=0.5, kl=0.8, facts=PLAIN, **recipe)
+    def plain(self, name: str = "finetune", **recipe: Any) -> RunRecord:
+        return self.variant(name, loss=0.5, kl=0.8, metadata=PLAIN, **recipe)
 
-    def budgeted(self, name: str = "budget", kl: float = 0.1, loss: float = 0.55, **facts: Any) -> Trail:
-        facts = {"budget": 0.1, "final_weight": 2.5, "divergence_estimate": 0.101, "most_row_views": 3} | facts
+    def budgeted(self, name: str = "budget", kl: float = 0.1, loss: float = 0.55, **metadata: Any) -> RunRecord:
+        metadata = {"budget": 0.1, "final_weight": 2.5, "divergence_estimate": 0.101, "most_row_views": 3} | metadata
         metrics = path_of([1.1**step for step in range(40)], budget=0.1)
         recipe = {"train": {"rehearsal": {"budget": 0.1, "loss": "kl"}}}
-        return self.variant(name, loss=loss, kl=kl, facts=facts, metrics=metrics, **recipe)
+        return self.variant(name, loss=loss, kl=kl, metadata=metadata, metrics=metrics, **recipe)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +129,8 @@ def test_without_a_probe_or_an_interval_nothing_is_claimed() -> None:
 
 
 def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> None:
-    trails = [world.plain(), world.budgeted()]
-    summaries = [summarise(world.store, trail, trails) for trail in trails]
+    run_records = [world.plain(), world.budgeted()]
+    summaries = [summarise(world.store, run_record, run_records) for run_record in run_records]
     budget = summaries[1].budget
     assert summaries[0].budget is None and budget is not None
     assert (budget["outcome"], budget["met"], budget["plain"]) == ("tight", True, "finetune")
@@ -132,7 +141,7 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     assert "λ at 2.50. That gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
     flat = training_figures(summaries[1])
     assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
-    alone = summarise(world.store, trails[1]).budget
+    alone = summarise(world.store, run_records[1]).budget
     assert alone and alone["target_gain_cost"] is None and alone["plain"] is None
 
 
@@ -145,11 +154,11 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     assert "λ at its floor" in budget_sentences([lowest])[0]
 
 
-def merged(trail: Trail, alpha: float, before: float = 0.14) -> Trail:
-    """Return `trail` with what the control sample said of a budget of 0.1."""
-    facts = {"alpha": alpha, "control_kl": 0.095, "control_kl_at_most": before}
-    fitted = Artifact(kind="scores", key="0" * 16, content="0" * 16, facts=facts)
-    return trail.model_copy(update={"artifacts": trail.artifacts | {"fitted": fitted}})
+def merged(run_record: RunRecord, alpha: float, before: float = 0.14) -> RunRecord:
+    """Return `run_record` with what the control sample said of a budget of 0.1."""
+    metadata = {"alpha": alpha, "control_kl": 0.095, "control_kl_at_most": before}
+    fitted = Artifact(kind="scores", key="0" * 16, content="0" * 16, metadata=metadata)
+    return run_record.model_copy(update={"artifacts": run_record.artifacts | {"fitted": fitted}})
 
 
 def test_merging_that_kept_a_budget_is_said(world: Trained) -> None:
@@ -241,14 +250,14 @@ def test_long_curves_are_averaged_and_what_is_no_number_stays_out(world: Trained
     steps, values = in_blocks({step: float(step % 2) for step in range(1, 10_001)}, 10)
     assert len(steps) <= CURVE_POINTS and all(4.5 < value < 5.5 for value in values)
     assert in_blocks({1: 5.0}) == ([1], [5.0]) and in_blocks({1: 5.0, 2: 6.0}) == ([1, 2], [5.0, 6.0])
-    burst = world.model("burst", FACTS, {2: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}})
+    burst = world.model("burst", METADATA, {2: {"x": 1.0}, 1: {"x": 3.0}, 3: {"x": float("nan")}})
     assert metrics_of(world.store, burst) == {"x": {1: 3.0, 2: 1.0}}
 
 
 def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
-    trails = [world.plain(), world.budgeted(stopped_at_step=31)]
+    run_records = [world.plain(), world.budgeted(stopped_at_step=31)]
     path = tmp_path / "report.html"
-    page = report_of(world, trails, path)
+    page = report_of(world, run_records, path)
     training = page.part("Losses are those of each training step", "Answers that changed")
     assert "The worst moment" in training and "Dashed: a budget" in training
     for label in ("rehearsal weight λ (log scale)", "moving mean of the divergence", "cap: acc, %", "budget 0.1"):
@@ -263,10 +272,12 @@ def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "said"), [(28, ["λ of “budget” had only 28 steps"]), (80, [])])
 def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int, said: list[str]) -> None:
-    trail = world.budgeted(steps=steps)
-    found = warnings([summarise(world.store, merged(trail, 0.7))])
+    run_record = world.budgeted(steps=steps)
+    found = warnings([summarise(world.store, merged(run_record, 0.7))])
     assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True))
-    assert warnings([summarise(world.store, merged(trail, 1.0, before=0.095))]) == []  # it was kept without merging
+    assert (
+        warnings([summarise(world.store, merged(run_record, 1.0, before=0.095))]) == []
+    )  # it was kept without merging
     assert warnings([summarise(world.store, world.plain())]) == []
     unsteered = merged(world.budgeted(steps=steps, divergence_estimate=None), 0.7)
     assert warnings([summarise(world.store, unsteered)]) == []
@@ -281,9 +292,11 @@ def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
 
 def test_the_weight_is_told_of_tokens_and_of_strings(world: Trained) -> None:
     counts = {"target_rows": 100, "target_tokens": 1200, "rehearsal_rows": 50, "rehearsal_tokens": 3000}
-    trail = world.budgeted()
-    mixture = trail.artifacts["mixture"].model_copy(update={"facts": counts})
-    found = training_of(world.store, trail.model_copy(update={"artifacts": trail.artifacts | {"mixture": mixture}}))
+    run_record = world.budgeted()
+    mixture = run_record.artifacts["mixture"].model_copy(update={"metadata": counts})
+    found = training_of(
+        world.store, run_record.model_copy(update={"artifacts": run_record.artifacts | {"mixture": mixture}})
+    )
     assert found and found["rehearsal_weight"] == pytest.approx(1.1**39)
     assert found["string_weight"] == pytest.approx(1.1**39 * 12 / 60)
     assert "string_weight" not in (training_of(world.store, world.plain()) or {})

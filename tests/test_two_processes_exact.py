@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfsd import trainer
-from cfsd.artifact import Store
-from cfsd.checkpoint import load_model
-from cfsd.journal import read_metrics
 from cfsd.machine import Machine
-from cfsd.process import run_in_process
-from cfsd.train import TrainSpec
-from cfsd.training_batches import batches_of
+from cfsd.model.loading import load_model
+from cfsd.process.child import run_in_process
+from cfsd.store.artifact import Store
+from cfsd.store.journal import read_metrics
+from cfsd.train import trainer
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.spec import TrainSpec
 from tests.conftest import ROOT, save_model, write_rows
 from tests.test_train import World, distance, request_of, signals_given_back, trained, world_in
 
@@ -117,14 +117,14 @@ def one(world: World) -> dict[str, Found]:
 def test_the_cuts_are_what_they_are_called(world: World) -> None:
     """Three packs in two processes: the second is given an empty one, so that both exchange gradients as often."""
 
-    def packs(most_tokens: int, rank: int, processes: int) -> set[int]:
-        shares = batches_of(world.store, world.mixture, spec_of("nll"), most_tokens, None, rank, processes)
-        return {len(shares[step].packs) for step in range(len(shares))}
+    def micro_batches(max_tokens: int, rank: int, processes: int) -> set[int]:
+        shares = batches_of(world.store, world.mixture, spec_of("nll"), max_tokens, None, rank, processes)
+        return {len(shares[step].micro_batches) for step in range(len(shares))}
 
-    assert packs(ONE.micro_batch_tokens, 0, 1) == {1}
+    assert micro_batches(ONE.micro_batch_tokens, 0, 1) == {1}
     for cut, count in (("one pass", 2), ("several passes", 3)):
-        assert packs(CUTS[cut], 0, 1) == {count}
-        assert packs(CUTS[cut], 0, 2) == packs(CUTS[cut], 1, 2) == {-(-count // 2)}
+        assert micro_batches(CUTS[cut], 0, 1) == {count}
+        assert micro_batches(CUTS[cut], 0, 2) == micro_batches(CUTS[cut], 1, 2) == {-(-count // 2)}
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from cfsd import seeds
-from cfsd.discoveries import detectable_mean
-from cfsd.forgetting import Figure
-from cfsd.table import forgotten_of, shown
-from cfsd.verdict import FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, verdict
+from cfsd.report.table import forgotten_of, shown
+from cfsd.report.verdict import FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, verdict
+from cfsd.statistics import seeds
+from cfsd.statistics.discoveries import detectable_mean
+from cfsd.statistics.figures import Figure
 from tests.test_report import benchmark, figure, summary
 
 

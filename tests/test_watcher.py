@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from cfsd.artifact import Store
-from cfsd.benchmark import Benchmark
-from cfsd.checkpoint import load_model
-from cfsd.divergence import divergence
-from cfsd.objective import Objective
-from cfsd.rows import read_rows
-from cfsd.train import TrainRequest, Watched
-from cfsd.watcher import Watcher
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.divergence import divergence
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Store
+from cfsd.store.tables import read_rows
+from cfsd.train.loss.objective import Objective
+from cfsd.train.spec import TrainRequest, Watched
+from cfsd.train.watcher import Watcher
 from tests.conftest import write_rows
 from tests.test_train import World, request_of, spec_with, world_in
 

@@ -9,15 +9,17 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.checkpoint import load_model
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.mixture import MixtureRows
-from cfsd.rows import CORPUS, LOSSES, TARGET, read_rows, shard_path, table_of, write_shard
-from cfsd.target import Target, prepare
-from cfsd.weigh import weigh
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.mix.weigh import weigh
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.store.tables import CORPUS, LOSSES, TARGET, read_rows, shard_path, table_of, write_shard
+from cfsd.train.batches.mixture import MixtureRows
 from tests.conftest import fetched, save_model, write_rows
 
 MACHINE = Machine(device="cpu", threads=1, micro_batch_tokens=60)
@@ -80,15 +82,15 @@ def test_the_losses_are_the_bases_own_on_every_training_row(world: World) -> Non
         assert row["token_nll"] == pytest.approx(tokens, rel=1e-4)
         assert row["nll"] == pytest.approx(sum(tokens), rel=1e-5)
         assert row["count"] == len(tokens)
-    facts: Any = world.losses.facts
-    assert (facts["rows"], facts["tokens"]) == (31, sum(row["count"] for row in found))
-    assert facts["loss"] == pytest.approx(sum(row["nll"] for row in found) / facts["tokens"])
+    metadata: Any = world.losses.metadata
+    assert (metadata["rows"], metadata["tokens"]) == (31, sum(row["count"] for row in found))
+    assert metadata["loss"] == pytest.approx(sum(row["nll"] for row in found) / metadata["tokens"])
 
 
 def test_a_killed_run_keeps_its_blocks_and_ends_with_the_same_losses(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cfsd.weigh.BLOCK", 8)
+    monkeypatch.setattr("cfsd.mix.weigh.BLOCK", 8)
     whole = world.make("losses", world.weigh, "1" * 16)
     marks: list[int] = []
 
@@ -102,9 +104,9 @@ def test_a_killed_run_keeps_its_blocks_and_ends_with_the_same_losses(
     with pytest.raises(KeyboardInterrupt):
         world.make("losses", stopped, "2" * 16)
     again = world.make("losses", world.weigh, "2" * 16)
-    assert again.content == whole.content and again.facts == whole.facts
+    assert again.content == whole.content and again.metadata == whole.metadata
     assert shard_path(world.store.path(again), "losses", 1).stat().st_mtime_ns == marks[0]
-    assert again.facts == pytest.approx(world.losses.facts)
+    assert again.metadata == pytest.approx(world.losses.metadata)
 
 
 def test_a_base_that_gives_nan_is_named(store: Store, tmp_path: Path) -> None:
@@ -148,13 +150,13 @@ def test_every_response_token_has_the_weight_of_the_formula(
     counts = [len(row) for row in found]
     assert len(set(counts)) > 1
     assert sum(map(sum, found)) == pytest.approx(sum(counts), rel=1e-5)
-    facts: Any = made.facts
+    metadata: Any = made.metadata
     shown = [weight for row in found for weight in (row if flow == "token" else row[:1])]
-    assert facts["flow"] == flow
-    assert facts["tau"] == pytest.approx(tau, rel=1e-4)
-    assert facts["smallest_weight"] == pytest.approx(min(shown))
-    assert facts["median_weight"] == pytest.approx(statistics.median(shown))
-    assert facts["largest_weight"] == pytest.approx(max(shown))
+    assert metadata["flow"] == flow
+    assert metadata["tau"] == pytest.approx(tau, rel=1e-4)
+    assert metadata["smallest_weight"] == pytest.approx(min(shown))
+    assert metadata["median_weight"] == pytest.approx(statistics.median(shown))
+    assert metadata["largest_weight"] == pytest.approx(max(shown))
 
 
 @pytest.mark.parametrize("flow", ["sample", "token"])
@@ -174,7 +176,7 @@ def test_off_is_the_mixture_of_before(world: World, tmp_path: Path) -> None:
     rows = read_rows(world.store.path(plain), "mixture")
     assert set(rows[0]) == {"row_id", "source", "token_ids", "supervised", "weight"}
     assert {row["weight"] for row in rows} == {1.0}
-    assert not {"flow", "tau", "median_weight"} & set(plain.facts)
+    assert not {"flow", "tau", "median_weight"} & set(plain.metadata)
     assert set(read_rows(world.store.path(world.mixed("sample")), "mixture")[0]) == set(rows[0])
 
 
@@ -202,8 +204,8 @@ def test_the_median_row_has_the_weight_one_over_e_before_scaling(store: Store, t
     scale = 6 / (3 * plain[0] + 2 * plain[1] + plain[2])
     rows = read_rows(store.path(made), "mixture")
     assert [row["weight"] for row in rows] == pytest.approx([scale * weight for weight in plain])
-    assert made.facts["tau"] == 2
-    assert made.facts["median_weight"] == pytest.approx(scale * math.exp(-1))
+    assert made.metadata["tau"] == 2
+    assert made.metadata["median_weight"] == pytest.approx(scale * math.exp(-1))
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cfsd.artifact import Artifact, Draft, Store, key_of
-from cfsd.generate import GenerateSpec, generate
+from cfsd.data.stage import prepare
+from cfsd.data.target import Target
+from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.stage import generate
 from cfsd.machine import Machine
-from cfsd.mix import MixSpec, mix
-from cfsd.target import Target, prepare
-from cfsd.train import TrainRequest, TrainSpec
-from cfsd.trainer import fit
-from cfsd.training_memory import Shapes
+from cfsd.mix.spec import MixSpec
+from cfsd.mix.stage import mix
+from cfsd.store.artifact import Artifact, Draft, Store, key_of
+from cfsd.train.memory import Shapes
+from cfsd.train.spec import TrainRequest, TrainSpec
+from cfsd.train.trainer import fit
 from tests.conftest import fetched, save_model
 
 SMALL = {"shapes": Shapes(32, 1, 64, heads=2, kv_heads=2, vocabulary=64, tied=True)._asdict(), "spec": {}}
@@ -51,7 +54,7 @@ def trained(store: Store, shapes: Shapes, machine: Machine, spec: TrainSpec) -> 
     )
 
     def work(draft: Draft) -> None:
-        draft.facts |= fit(draft.folder, request)
+        draft.metadata |= fit(draft.folder, request)
 
     store.make("model", "trained", work)
 

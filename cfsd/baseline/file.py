@@ -1,0 +1,294 @@
+"""Baseline: what the seeds of a recipe came to, with where that comes from; JSON that a team commits."""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
+
+from cfsd.errors import BadInput
+from cfsd.machine import COUNTED_PACKAGES
+from cfsd.recipe import Recipe
+from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.statistics.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
+
+
+class Measured(NamedTuple):
+    """One figure of one run: sum(sums)/sum(counts), document by document in a fixed order."""
+
+    unit: str
+    higher_is_better: bool
+    zero_or_one: bool
+    sums: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    documents: str  # digest of which documents these are
+    correction: float | None = None  # 1/(1 - chance) where it counts for the mean
+
+    @property
+    def value(self) -> float:
+        """Return the figure."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+def mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
+    """Return the weight of every benchmark in the mean of chance-corrected forgetting."""
+    corrections = [
+        {name: found.correction for name, found in run.items() if found.correction is not None} for run in runs
+    ]
+    known = set.intersection(*map(set, corrections)) if corrections else set()
+    return {name: correction / len(known) for name, correction in corrections[0].items() if name in known}
+
+
+def mean_value(run: dict[str, Measured], parts: dict[str, float]) -> float:
+    """Return the mean forgetting of one run, as a fraction."""
+    return sum(weight * run[name].value for name, weight in parts.items())
+
+
+SCHEMA: Literal[1] = 1
+LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
+DIGITS = 6
+NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
+MEAN = "mean_forgetting"
+
+
+class Documents(BaseModel):
+    """What a figure's documents were, and what each came to, as the mean over seeds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    sums: tuple[FiniteFloat, ...]
+    counts: tuple[FiniteFloat, ...]
+    noise: FiniteFloat = Field(description="cfsd.statistics.gate.document_noise, of one seed")
+
+
+class BaselineFigure(BaseModel):
+    """A guarded figure; `margin` may be edited by hand: the worsening that a team lets pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: str
+    higher_is_better: bool
+    margin: FiniteFloat = Field(ge=0)
+    least_spread: FiniteFloat = Field(0.0, ge=0)
+    values: tuple[FiniteFloat, ...] = Field(min_length=LEAST_SEEDS, description="One per seed")
+    documents: Documents | None = None  # None: made of other figures
+    parts: dict[str, float] = {}  # figure -> its weight here
+
+
+class Provenance(BaseModel):
+    """Where a baseline comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    commit: str
+    date: str
+    recipe_digest: str
+    versions: dict[str, str]
+    machine: str
+    replaces: str = ""  # commit and date of the baseline that this one took the place of
+
+
+class Baseline(BaseModel):
+    """Every guarded figure of a recipe over its seeds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = SCHEMA
+    name: str
+    provenance: Provenance
+    recipe: dict[str, JsonValue]
+    seeds: tuple[int, ...] = Field(min_length=LEAST_SEEDS)
+    training_seconds: tuple[FiniteFloat, ...] = ()
+    figures: dict[str, BaselineFigure] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        for name, figure in self.figures.items():
+            if len(figure.values) != len(self.seeds):
+                raise ValueError(f"{name} has {len(figure.values)} values for {len(self.seeds)} seeds")
+            if gone := sorted(set(figure.parts) - set(self.figures)):
+                raise ValueError(f"{name} is made of {', '.join(gone)}, which are not among its figures")
+        return self
+
+    def check_measured(self, names: Iterable[str]) -> None:
+        """Raise BadInput unless every guarded figure is among `names`, or made of those."""
+        if lacking := sorted({name for name, figure in self.figures.items() if not figure.parts} - set(names)):
+            raise BadInput(
+                f"the baseline {self.name!r} guards {', '.join(lacking)}, which this recipe does not measure; "
+                "measure it, or accept the change with --update-baseline"
+            )
+
+
+def baseline_of(
+    recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Measured]], seconds: Sequence[float], replaces: str
+) -> Baseline:
+    """Return the baseline that the runs of `seeds` make. Raises BadInput below 5 seeds."""
+    if len(runs) < LEAST_SEEDS:
+        raise BadInput(f"a baseline of {len(runs)} seeds; {LEAST_SEEDS} or more are needed: set --seeds {LEAST_SEEDS}")
+    figures = {name: _figure([run[name] for run in runs]) for name in runs[0]}
+    if parts := mean_parts(runs):
+        figures[MEAN] = _mean(figures, parts)
+    return Baseline(
+        name=recipe.name,
+        provenance=provenance(recipe, replaces),
+        recipe=recipe.model_dump(mode="json"),
+        seeds=tuple(seeds),
+        training_seconds=tuple(round(value, 1) for value in seconds),
+        figures=figures,
+    )
+
+
+def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
+    """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
+    kept = {
+        name: figure.model_copy(update={"margin": known.figures[name].margin}) if name in known.figures else figure
+        for name, figure in baseline.figures.items()
+    }
+    return baseline.model_copy(update={"figures": kept})
+
+
+def _figure(runs: Sequence[Measured]) -> BaselineFigure:
+    first, values = runs[0], [_short(run.value) for run in runs]
+    sums = np.stack([run.sums for run in runs])
+    spread = 1 / len(first.sums) if first.zero_or_one else 0.0
+    least = max(LEAST_MARGIN.get(first.unit, 0.0), 2 * spread)
+    return BaselineFigure(
+        unit=first.unit,
+        higher_is_better=first.higher_is_better,
+        margin=_short(margin_of(values, least=least, least_spread=spread)),
+        least_spread=_short(spread),
+        values=tuple(values),
+        documents=Documents(
+            digest=first.documents,
+            sums=tuple(map(_short, sums.mean(axis=0))),
+            counts=tuple(map(_short, first.counts)),
+            noise=_short(document_noise(sums, first.counts)),
+        ),
+    )
+
+
+def _mean(figures: dict[str, BaselineFigure], parts: dict[str, float]) -> BaselineFigure:
+    weighted = np.array([weight * np.array(figures[name].values) for name, weight in parts.items()])
+    values = [_short(value) for value in weighted.sum(axis=0)]
+    spread = float(np.linalg.norm([w * figures[name].least_spread for name, w in parts.items()]))
+    margin = margin_of(values, least=LEAST_MARGIN[FRACTION], least_spread=spread)
+    return BaselineFigure(
+        unit=FRACTION, higher_is_better=False, margin=_short(margin), least_spread=_short(spread),
+        values=tuple(values), parts=parts,
+    )  # fmt: skip
+
+
+def guarded(baseline: Baseline, runs: Sequence[dict[str, Measured]]) -> list[Guarded]:
+    """Return what the gate is to judge: every figure of the baseline. Raises BadInput where one is not measured."""
+    for run in runs:
+        baseline.check_measured(run)
+    parts = baseline.figures[MEAN].parts if MEAN in baseline.figures else {}
+    variances = {name: _variance(baseline, name, runs) for name in baseline.figures if name != MEAN}
+    found = []
+    for name, figure in baseline.figures.items():
+        if name == MEAN:
+            variance = sum(weight**2 * variances[part] for part, weight in parts.items())
+            fresh, documents = [mean_value(run, parts) for run in runs], min(len(runs[0][part].sums) for part in parts)
+        else:
+            variance, documents = variances[name], len(runs[0][name].sums)
+            fresh = [run[name].value for run in runs]
+        shared = figure.model_dump(include={"unit", "higher_is_better", "margin", "least_spread"})
+        found.append(
+            Guarded(
+                name=name,
+                baseline=figure.values,
+                fresh=tuple(fresh),
+                document_variance=variance,
+                num_documents=documents,
+                **shared,
+            )
+        )
+    return found
+
+
+def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> float:
+    """Return the document variance: of the change where the documents are the same, else of both sides."""
+    known, first = baseline.figures[name].documents, runs[0][name]
+    if known is None:
+        return 0.0
+    fresh = np.mean([run[name].sums for run in runs], axis=0)
+    if known.digest == first.documents:
+        noise = known.noise * (1 / len(runs) + 1 / len(baseline.seeds))
+        return document_variance(known.sums, fresh, first.counts, noise=noise)
+    sides = ((np.array(known.sums), np.array(known.counts)), (fresh, first.counts))
+    return sum(document_variance(np.zeros_like(sums), sums, counts) for sums, counts in sides)
+
+
+def other_documents(baseline: Baseline, run: dict[str, Measured]) -> list[str]:
+    """Return the figures whose documents are not the baseline's, as where the base or a data set changed."""
+    figures = baseline.figures.items()
+    return [name for name, f in figures if f.documents and name in run and f.documents.digest != run[name].documents]
+
+
+def provenance(recipe: Recipe, replaces: str = "") -> Provenance:
+    """Return where what is made now comes from."""
+    return Provenance(
+        commit=commit_here(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        recipe_digest=recipe.digest(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in COUNTED_PACKAGES}},
+        machine=f"{platform.system()} {platform.machine()}",
+        replaces=replaces,
+    )
+
+
+def commit_here() -> str:
+    """Return the git commit of this code, `+` after it where files differ from it; "unknown" outside of git."""
+    folder = Path(__file__).parent.parent
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said[0].strip() + ("+" if said[1].strip() else "")
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Return the baseline in `path`. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"there is no baseline at {path}; make it with --update-baseline, or name another: --baseline")
+    return parsed(path.read_bytes(), str(path))
+
+
+def parsed(text: bytes | str, where: str) -> Baseline:
+    """Return the baseline that `text` from `where` holds. Raises BadInput."""
+    try:
+        return Baseline.model_validate_json(text)
+    except ValidationError as error:
+        raise BadInput(
+            f"{where} is not a baseline of schema {SCHEMA}: {error}\nmake it anew: --update-baseline"
+        ) from error
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write `baseline` so that a reader sees an old or a new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(as_text(baseline))
+    temporary.replace(path)
+
+
+def as_text(baseline: Baseline) -> str:
+    """Return `baseline` as JSON, lists of numbers on one line each."""
+    text = baseline.model_dump_json(indent=1)
+    return NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def _short(value: float) -> float:
+    return float(f"{float(value):.{DIGITS}g}")

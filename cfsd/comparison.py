@@ -1,0 +1,121 @@
+"""Comparison: one recipe and its named variants."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from cfsd.overrides import overridden, override, read_yaml, validated
+from cfsd.recipe import Recipe
+
+
+class Comparison(BaseModel):
+    """One recipe and named variants of it, each a set of overrides such as `{generate.rows: 0}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    variants: dict[str, dict[str, JsonValue]] = Field(
+        {}, description="Name -> dotted field -> value, on top of the recipe"
+    )
+    sweeps: dict[str, dict[str, JsonValue]] = Field(
+        {},
+        description="As variants, but a field may have a list of values: a variant each, named `sweep alpha=0.5`; "
+        "of several lists every combination. A value that is a list itself stands in a list",
+    )
+    seeds: int = Field(1, ge=1, description="Repeats per variant; mix and train vary, corpus and probe are shared")
+
+    @field_validator("variants", "sweeps")
+    @classmethod
+    def _no_seed(cls, variants: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+        for name, changes in variants.items():
+            if "seed" in changes:
+                raise ValueError(
+                    f"variant {name!r} sets seed, which only fills seeds that are empty, and none is any more; "
+                    "set train.seed or mix.seed, or repeat every variant with `seeds`"
+                )
+        return variants
+
+    @field_validator("sweeps")
+    @classmethod
+    def _lists(cls, sweeps: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+        for name, changes in sweeps.items():
+            lists = {field: values for field, values in changes.items() if isinstance(values, list)}
+            if not lists:
+                raise ValueError(
+                    f"sweep {name!r} has no field with a list of values, such as `merge.alpha: [0.25, 0.5]`; "
+                    "without one it is a variant: put it under `variants`"
+                )
+            for field, values in lists.items():
+                if not values:
+                    raise ValueError(f"sweep {name!r} has no value for {field}; give at least one")
+                if field.endswith(".seed"):
+                    raise ValueError(f"sweep {name!r} goes over {field}; repeat every variant with `seeds` instead")
+        return sweeps
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> Self:
+        swept = [label for name, changes in self.sweeps.items() for label in _swept(name, changes)]
+        names = [*self.variants, *swept]
+        if not names:
+            raise ValueError("nothing to compare: give `variants` or `sweeps`, such as `variants: {rehearse: {}}`")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"variants named twice: {', '.join(twice)}; rename a variant or a sweep, or drop a value")
+        return self
+
+    def notes(self) -> list[str]:
+        """Return what readers of the comparison must know."""
+        if self.seeds == 1:
+            return []
+        return [
+            f"{self.seeds} seeds per variant: they vary the order of rows and the training; "
+            "corpus, probe and benchmark items are the same in all of them."
+        ]
+
+    def expanded_variants(self) -> dict[str, dict[str, JsonValue]]:
+        """Return the overrides of every variant, those of sweeps after the others."""
+        found = dict(self.variants)
+        for name, changes in self.sweeps.items():
+            found |= _swept(name, changes)
+        return found
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""
+        plain = self.recipe.model_dump(mode="json")
+        found = {}
+        for name, changes in self.expanded_variants().items():
+            for repeat in range(self.seeds):
+                parts = (self.recipe.mix.seed, self.recipe.train.seed)
+                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
+                label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
+                changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
+                found[label] = validated(Recipe, changed, f"variant {name!r}")
+        return found
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None, seeds: int | None = None) -> Self:
+        """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
+        content = read_yaml(Path(path))
+        if isinstance(content.get("recipe"), dict):
+            content["recipe"] = overridden(content["recipe"], overrides or [])
+        return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
+
+
+def _swept(name: str, changes: dict[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:
+    """Return the variants of a sweep, by name: one per combination of its lists' values."""
+    lists = {field: values for field, values in changes.items() if isinstance(values, list)}
+    last = [field.rpartition(".")[2] for field in lists]
+    words = [field if last.count(word) > 1 else word for field, word in zip(lists, last, strict=True)]
+    found: list[tuple[str, dict[str, JsonValue]]] = []
+    for values in product(*lists.values()):
+        marks = (f"{word}={_short(value)}" for word, value in zip(words, values, strict=True))
+        found.append((" ".join([name, *marks]), changes | dict(zip(lists, values, strict=True))))
+    if len({label for label, _ in found}) < len(found):
+        raise ValueError(f"sweep {name!r} has a value twice; every value makes a variant of its own")
+    return dict(found)
+
+
+def _short(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,135 @@
+"""Target: what to fine-tune on, as tokenised rows with a train and a held-out part."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from cfsd.data.chat import dated_template
+from cfsd.data.target import Target, _fill, _records
+from cfsd.errors import BadInput
+from cfsd.model.loading import load_tokenizer, read_eos_ids
+from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.tables import TARGET, table_of, write_shard
+
+
+class Row(NamedTuple):
+    """One tokenised row; `supervised[t]` says whether token t counts in the loss."""
+
+    token_ids: list[int]
+    supervised: list[bool]
+    prompt: str
+    response: str
+
+
+def prepare(base: Artifact, target: Target, draft: Draft) -> None:
+    """Write `train` and `held_out` tables. Raises BadInput naming why when too few rows are left."""
+    folder, context = draft.store.path(base), base.metadata["context"]
+    tokenizer, eos_ids = load_tokenizer(folder), read_eos_ids(folder)
+    if isinstance(context, int) and context < target.max_length:
+        target = target.model_copy(update={"max_length": context})
+
+    dropped: Counter[str] = Counter()
+    kept = list(_unique(_rows(target, tokenizer, eos_ids, dropped), dropped))
+    _enough(target, kept, dropped)
+    random.Random(f"split {target.seed}").shuffle(kept)
+    held_out = len(kept) if target.measure_only else target.held_out
+    parts = {"held_out": kept[:held_out], "train": kept[held_out:]}
+    for name, rows in parts.items():
+        records = [{"row_id": i, "source": "target", **row._asdict()} for i, row in enumerate(rows)]
+        write_shard(draft.folder, name, 0, table_of(TARGET, records))
+    draft.metadata |= {
+        "train_rows": len(parts["train"]),
+        "held_out_rows": len(parts["held_out"]),
+        "train_tokens": sum(len(row.token_ids) for row in parts["train"]),
+        "supervised_tokens": sum(sum(row.supervised) for row in parts["train"]),
+        "held_out_tokens": sum(len(row.token_ids) for row in parts["held_out"]),
+        "dropped": dict(dropped),
+    }
+
+
+def _enough(target: Target, kept: list[Row], dropped: Counter[str]) -> None:
+    if len(kept) > (0 if target.measure_only else target.held_out):
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
+    raise BadInput(
+        f"the target has {len(kept)} usable rows ({reasons}), but held_out={target.held_out} of them are kept "
+        "from training; give more rows, a smaller target.held_out or a larger target.max_length"
+    )
+
+
+def _rows(
+    target: Target, tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...], dropped: Counter[str]
+) -> Iterator[Row]:
+    for index, record in enumerate(_records(target)):
+        if target.rows is not None and index >= target.rows:
+            return
+        row = _chat_row(target, record, tokenizer) if target.messages else _pair_row(target, record, tokenizer, eos_ids)
+        if not any(row.supervised):
+            dropped["with an empty response"] += 1
+        elif len(row.token_ids) > target.max_length:
+            dropped[f"longer than max_length={target.max_length}"] += 1
+        else:
+            yield row
+
+
+def _unique(rows: Iterable[Row], dropped: Counter[str]) -> Iterator[Row]:
+    seen: set[tuple[int, ...]] = set()
+    for row in rows:
+        if (tokens := tuple(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
+            dropped["seen before"] += 1
+            continue
+        seen.add(tokens)
+        yield row
+
+
+def _pair_row(
+    target: Target, record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...]
+) -> Row:
+    prompt, response = _fill(target.prompt, record), _fill(target.response, record)
+    before = tokenizer(prompt)["input_ids"]
+    after = tokenizer(response, add_special_tokens=False)["input_ids"]
+    if eos_ids and tokenizer.eos_token_id in before[-1:]:
+        before = before[:-1]  # some tokenizers end every text by themselves
+    end = [tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]] if eos_ids and after else []
+    supervised = [False] * len(before) + [True] * len(after + end)
+    if before == [] and supervised:
+        supervised[0] = False  # nothing comes before the first token, so nothing predicts it
+    return Row(before + after + end, supervised, prompt, response)
+
+
+def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Row:
+    messages = record.get(target.messages or "")
+    if not isinstance(messages, list) or not messages:
+        raise BadInput(f"target column {target.messages!r} is not a list of messages; columns: {', '.join(record)}")
+    if not tokenizer.chat_template:
+        raise BadInput("target.messages is set, but this model has no chat template; use prompt and response")
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise BadInput(f"messages in target column {target.messages!r} need `role` and `content`, both texts")
+    if messages[0]["role"] == "assistant":
+        raise BadInput("a chat in the target begins with the assistant; it must begin with a user or system message")
+    token_ids = _templated(tokenizer, messages)
+    supervised = [False] * len(token_ids)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _templated(tokenizer, messages[:turn], open_turn=True)
+            after = _templated(tokenizer, messages[: turn + 1])
+            if token_ids[: len(after)] != after or after[: len(before)] != before:
+                raise BadInput(
+                    "this model's chat template rewrites earlier turns, so the loss cannot be laid on assistant "
+                    "turns; give single-turn rows, or prompt and response"
+                )
+            supervised[len(before) : len(after)] = [True] * (len(after) - len(before))
+    said = [m["content"] for m in messages if m["role"] == "assistant"]
+    return Row(token_ids, supervised, str(messages[0]["content"]), "\n".join(said))
+
+
+def _templated(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, open_turn: bool = False) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, chat_template=dated_template(tokenizer), add_generation_prompt=open_turn, return_dict=True
+    )
+    return list(encoded["input_ids"])

@@ -1,0 +1,101 @@
+"""Target: what to fine-tune on, and its records as the user has them."""
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+
+from cfsd.data.records import check_file, file_records, hub_records
+from cfsd.errors import BadInput
+from cfsd.machine import home
+from cfsd.spec import Spec, digest_of
+from cfsd.store.digests import DigestMemory
+
+
+class Target(Spec):
+    """Rows of prompt and response, or of chat messages; the loss is on responses only."""
+
+    kind: Literal["file", "hub", "gym"] = Field(
+        "file",
+        description="file: JSONL, CSV or Parquet; hub: a pinned data set; gym: a reasoning-gym generator",
+    )
+    path: str | None = Field(None, description="file only: relative to the working directory")
+    name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
+    revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
+    split: str = Field("train", description="hub only")
+    config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
+    prompt: str = Field("prompt", description="A column, or a template such as `Question: {question}\\n`")
+    response: str = Field("response", description="A column, or a template such as ` {answer}`")
+    messages: str | None = Field(
+        None,
+        description="A column of chat messages, in place of prompt and response; loss on assistant turns",
+    )
+    rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
+    held_out: PositiveInt = Field(64, description="Rows kept out of training to measure what was learned")
+    measure_only: bool = Field(False, description="Keep every row from training: to measure models that exist")
+    max_length: PositiveInt = Field(1024, description="Longer rows (tokens) are dropped and counted, never cut")
+    seed: NonNegativeInt | None = Field(None, description="Split and generator; empty: the recipe's")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "file" and not self.path:
+            raise ValueError("a target of kind file needs `path`")
+        if self.kind == "hub" and not (self.name and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")):
+            raise ValueError(f"hub data set {self.name!r} needs `revision`, a commit of 40 hex digits")
+        if self.kind == "gym" and not (self.name and self.rows):
+            raise ValueError("a target of kind gym needs `name` and `rows`")
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        settings = super()._identity()
+        if self.kind == "file":
+            settings["path"] = DigestMemory(home()).sha256(Path(self.path or ""))
+        if self.kind == "gym":
+            settings["generator"] = version("reasoning-gym")
+        return settings
+
+    def check(self) -> None:
+        """Raise BadInput if the rows cannot be had; reads no more than the first one."""
+        if self.kind == "gym":
+            next(iter(_gym(self)), None)
+            return
+        if self.kind == "hub":
+            return
+        needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
+        check_file(Path(self.path or ""), "target", "target.path", needed)
+
+
+def _fill(template: str, record: dict[str, Any]) -> str:
+    if template in record:
+        return "" if record[template] is None else str(record[template])
+    try:
+        if "{" not in template:
+            raise KeyError(template)
+        return template.format(**record)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise BadInput(
+            f"target has no column for {template!r} ({error}); its columns are {', '.join(map(repr, record))}; "
+            "a brace that is meant as one is written twice"
+        ) from None
+
+
+def _records(target: Target) -> Iterator[dict[str, Any]]:
+    if target.kind == "gym":
+        return _gym(target)
+    if target.kind == "hub":
+        return hub_records(target.name or "", target.revision or "", target.split)
+    return file_records(Path(target.path or ""), "target")
+
+
+def _gym(target: Target) -> Iterator[dict[str, Any]]:
+    import reasoning_gym
+
+    # item i is made from seed + i there, so neighbouring seeds would share nearly all items
+    seed = int(digest_of(["gym", target.seed]), 16) % 2**31
+    try:
+        yield from reasoning_gym.create_dataset(target.name, size=target.rows, seed=seed, **target.config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise BadInput(f"reasoning-gym cannot make {target.name!r} with {target.config}: {error}") from error

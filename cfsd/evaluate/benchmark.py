@@ -1,0 +1,152 @@
+"""Benchmark: one lm-eval task to score, checked and digested without importing lm-eval."""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+
+from cfsd.errors import BadInput
+from cfsd.evaluate import benchmark_files
+from cfsd.evaluate.benchmark_files import BUNDLED, Definition, is_hub
+from cfsd.spec import Spec, digest_of
+
+WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
+OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", WRITTEN)
+
+
+class Benchmark(Spec):
+    """What to score. In YAML a plain string is the name."""
+
+    neutral: ClassVar[dict[str, Any]] = {
+        "task": None, "chat_template": False, "thinking_end": None, "max_gen_toks": None
+    }  # fmt: skip
+
+    name: str = Field(description="an lm-eval task: a bundled one, one of lm-eval's own, or one of `folder`")
+    folder: str | None = Field(None, description="with lm-eval YAML files; empty: bundled, then lm-eval's own")
+    task: dict[str, JsonValue] | None = Field(
+        None, description="an lm-eval task in full instead of a file: the same fields; `name` is its `task`"
+    )
+    limit: PositiveInt | None = Field(None, description="score the first N documents only")
+    num_fewshot: NonNegativeInt | None = Field(None, description="examples in the prompt; empty: as in its YAML")
+    metric: str | None = Field(None, description="empty: acc, else exact_match, else the first listed")
+    chance: float | None = Field(None, ge=0, lt=1, description="score of guessing; empty: from the choices")
+    chat_template: bool = Field(False, description="put prompts and examples into the model's chat template")
+    thinking_end: str | None = Field(
+        None, min_length=1, description="where reasoning ends, as `</think>`: the answer is what follows the last one"
+    )
+    max_gen_toks: PositiveInt | None = Field(
+        None, description="most tokens of a written answer, reasoning included; empty: as in its YAML"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "name" not in value and isinstance(value.get("task"), dict):
+            return {"name": value["task"].get("task"), **value}
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_definition(self) -> Self:
+        if self.task is None:
+            return self
+        if self.folder is not None:
+            raise ValueError(f"benchmark {self.name!r} has both `folder` and `task`; leave one out")
+        if self.task.get("task") != self.name:
+            raise ValueError(f"benchmark {self.name!r} has a `task` named {self.task.get('task')!r}; name it once")
+        if "include" in self.task:
+            raise ValueError(f"benchmark {self.name!r}: `include` works in YAML files only; write its settings out")
+        return self
+
+    def digest(self) -> str:
+        """Return 16 hex digits over settings and content (YAML, includes, modules, local data), never paths.
+
+        lm-eval's own benchmarks count by name and installed version; their data is on the hub.
+
+        Raises: BadInput as `check` does.
+        """
+        left_out = {name for name, value in self.neutral.items() if getattr(self, name) == value}
+        settings = self.model_dump(exclude={"folder", "task", *left_out})
+        definition = self.find()
+        if is_hub(definition):
+            content: Any = version("lm_eval")
+        else:
+            _check_data(self.name, definition)
+            content = [_sha256(path) for path in (*definition.sources, *definition.data)]
+        if self.task is not None:
+            settings["task"] = benchmark_files.placeless(self.task)
+        return digest_of([type(self).__name__, self.version, settings, content])
+
+    def check(self) -> None:
+        """Return quietly if the benchmark can be loaded, as far as can be told in a second.
+
+        Raises: BadInput for an unknown name, a missing folder, broken YAML, missing or empty data, a group,
+            or a benchmark that runs code written by the model.
+        """
+        definition = self.find()
+        if definition.config.get("unsafe_code"):
+            raise BadInput(f"benchmark {self.name} runs code that the model writes; cfsd never does: leave it out")
+        self._check_output(definition)
+        _check_data(self.name, definition)
+
+    def _check_output(self, definition: Definition) -> None:
+        if "class" in definition.config:  # lm-eval's own tasks in Python say it themselves
+            return
+        kind = definition.config.get("output_type", WRITTEN)
+        if kind not in OUTPUT_TYPES:
+            raise BadInput(
+                f"benchmark {self.name}: output_type {kind!r} in {definition.place()} is none of "
+                f"{', '.join(OUTPUT_TYPES)}; correct it"
+            )
+        self.check_answers(str(kind))
+
+    def check_answers(self, kind: str) -> None:
+        """Raise BadInput if a setting for written answers is given and `kind`, the output type, has none."""
+        for name in ("thinking_end", "max_gen_toks"):
+            if getattr(self, name) is not None and kind != WRITTEN:
+                raise BadInput(
+                    f"benchmark {self.name}: {name} is for answers that the model writes ({WRITTEN}); "
+                    f"this one is a {kind}: leave it out"
+                )
+
+    def find(self) -> Definition:
+        """Return the definition of this benchmark.
+
+        Raises: BadInput if there is none.
+        """
+        if self.task is not None:
+            return benchmark_files.inline(self.task)
+        if self.folder is not None:
+            return self._find_in(Path(self.folder).expanduser())
+        if found := benchmark_files.find(self.name, BUNDLED) or benchmark_files.find_hub(self.name):
+            return found
+        bundled = ", ".join(benchmark_files.names_in(BUNDLED)) or "none"
+        raise BadInput(
+            f"no benchmark {self.name!r}: bundled are {bundled}; `lm-eval ls tasks` lists lm-eval's own; "
+            "for one of yours set `folder` to the folder of its YAML file"
+        )
+
+    def _find_in(self, folder: Path) -> Definition:
+        if not folder.is_dir():
+            raise BadInput(f"benchmark {self.name}: no folder {folder}; correct `folder` or leave it out")
+        found = benchmark_files.find(self.name, folder)
+        if found is None:
+            names = ", ".join(benchmark_files.names_in(folder)) or "none"
+            raise BadInput(f"no benchmark {self.name!r} in {folder}, only {names}; correct `name` or `folder`")
+        return found
+
+
+def _check_data(name: str, definition: Definition) -> None:
+    start = "the working directory" if definition.is_inline() else "the folder it is in"
+    for path in definition.data:
+        if not path.is_file():
+            raise BadInput(f"benchmark {name}: no data file {path}; paths in {definition.place()} start from {start}")
+        with path.open("rb") as file:
+            if not file.read(4096).strip():
+                raise BadInput(f"benchmark {name}: data file {path} is empty; it needs one document per line")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,108 @@
+"""How lm-eval's model class is asked: in batches that fit, with progress, its written answers read by us."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.harness.answers import Answers, length_limit
+from cfsd.evaluate.harness.batches import Batches, longest_text
+
+Progress = Callable[[int, int], None]
+Base: Any = object  # what it is put before is lm-eval's HFLM, which only `cfsd.evaluate.harness.score` imports
+
+
+class _Counter:
+    """In place of lm-eval's cache hook, which is told of every answered request: reports each new percent."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        if attr != "loglikelihood_rolling":  # told at the very end only; counted per batch below instead
+            self.advance(1)
+
+    def advance(self, number: int) -> None:
+        before, self.done = self.done, min(self.done + number, self.total)
+        if self.on_progress and 100 * before // self.total < 100 * self.done // self.total:
+            self.on_progress(self.done, self.total)
+
+
+class Model(Base):  # type: ignore[misc]
+    """To be put before HFLM: no bars, `on_progress`, sizes of batches and answers of our own."""
+
+    def prepare(self, benchmark: Benchmark, task: Any, batches: Batches, on_progress: Progress | None) -> None:
+        """Say how `task` is worked on. Raises BadInput if its answers have no room in the model's context."""
+        self.batches, self.on_progress, self.benchmark = batches, on_progress, benchmark
+        self.limit = length_limit(task.get_config("generation_kwargs") or {}, self.max_gen_toks)
+        if task.OUTPUT_TYPE == WRITTEN and self.limit >= self.max_length:
+            raise BadInput(
+                f"benchmark {benchmark.name}: answers of {self.limit} tokens leave no room for a prompt in the model's "
+                f"context of {self.max_length}; set its max_gen_toks lower"
+            )
+        self.answers = self._no_answers()
+
+    def _no_answers(self) -> Answers:
+        known: Any = getattr(self.model, "generation_config", None)
+        ends = getattr(known, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return Answers(self.tokenizer, self.benchmark.thinking_end, [*ends, self.eot_token_id])
+
+    def _counted(self, method: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+        def ask() -> list[Any]:
+            self.cache_hook, self.answers = _Counter(len(requests), self.on_progress), self._no_answers()
+            return method(requests, disable_tqdm=True)
+
+        return self.batches.answer(ask)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Answer requests of one text after another."""
+        return self._counted(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Answer requests of whole texts."""
+        longest, rolling = longest_text(self, [request.args[0] for request in requests]), super().loglikelihood_rolling
+
+        def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
+            self.batch_size_per_gpu = self.batches.size(longest)
+            return list(rolling(requests, disable_tqdm))
+
+        return self._counted(sized, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Answer requests to write."""
+        longest = longest_text(self, [request.args[0] for request in requests]) + self.limit
+        generate = super().generate_until
+
+        def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
+            self.batch_size_per_gpu = self.batches.size(min(longest, self.max_length), written=True)
+            return list(generate(requests, disable_tqdm))
+
+        return self._counted(sized, requests)
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
+        _, context, continuation = n_reordered_requests[pos]
+        return self.batches.size_at(pos, lambda: min(len(context) + len(continuation) - 1, self.max_length))
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[Any]:
+        answers: list[Any] = super()._loglikelihood_tokens(requests, True, override_bs)
+        if requests and requests[0][0] is None:  # windows of rolling requests are not told to the hook
+            self.cache_hook.advance(len(requests))
+        return answers
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        self.answers.begin(max_length - context.shape[1], stop)
+        if self.benchmark.thinking_end is not None:  # stop sequences are for what follows the reasoning
+            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+        generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        return generated
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Return the answer in what the model wrote: the only lists that lm-eval decodes; or one token's text."""
+        if isinstance(tokens, list):
+            return self.answers.read(tokens)
+        return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))

@@ -1,0 +1,211 @@
+"""What lm-eval found for each document -> rows and facts. Its objects come as arguments, not as imports."""
+
+import math
+from collections.abc import Iterator
+from importlib.metadata import version
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cfsd.errors import BadInput, NotFinite
+from cfsd.evaluate.benchmark import Benchmark
+
+COLUMNS = ["benchmark", "filter", "doc_id", "doc_hash", "metric", "value", "count", "prompt", "answer"]
+# lm-eval's aggregations by name: the averages over documents, and those over log-likelihoods.
+MEANS = ("mean", "nanmean")
+PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
+CHOICE_ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+ZERO_OR_ONE = (*CHOICE_ACCURACIES, "exact_match")
+
+
+def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> str:
+    """Return the metric that is asked for, or acc, else exact_match, else the first usable of `results`.
+
+    Raises: BadInput if it is not there, or is no average over documents (f1, bleu).
+    """
+    found = {key.partition(",")[0] for key in results if "," in key and "_stderr," not in key}
+    listed = [name for name in task.aggregation() if name in found]  # in the YAML's order, as found is not
+    usable = [name for name in listed if _aggregation(task, name) in MEANS + PERPLEXITIES]
+    for name in [benchmark.metric] if benchmark.metric else ["acc", "exact_match", *usable]:
+        if name in usable:
+            return name
+    problem = "is no average over documents" if benchmark.metric in listed else "is not among its metrics"
+    asked = f"metric {benchmark.metric} {problem}" if benchmark.metric else "no metric is an average over documents"
+    raise BadInput(f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}")
+
+
+def refuse_what_has_no_mean(benchmark: Benchmark, task: Any) -> None:
+    """Make `task` raise BadInput for a document whose averaged metric is no number; lm-eval would stumble over it."""
+    process, documents = task.process_results, 0
+    averaged = [name for name in task.aggregation() if _aggregation(task, name) in MEANS]
+
+    def checked(document: Any, results: Any) -> Any:
+        nonlocal documents
+        found = process(document, results)
+        for metric in averaged:
+            if metric in found:
+                _number(f"benchmark {benchmark.name}, document {documents}", metric, found[metric])
+        documents += 1
+        return found
+
+    task.process_results = checked
+
+
+def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row per (filter, doc_id).
+
+    Documents that are NaN under a nanmean are left out: the metric does not apply to them.
+
+    Raises: NotFinite if a log-likelihood or a value is NaN or infinite; BadInput if a document has no value, or none
+        is left.
+    """
+    kept = [sample for sample in samples if not (_aggregation(task, metric) == "nanmean" and _is_nan(sample, metric))]
+    if not kept:
+        raise BadInput(f"benchmark {benchmark.name}: its {metric} is NaN for every document; choose another metric")
+    return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in kept], columns=COLUMNS)
+
+
+def _is_nan(sample: dict[str, Any], metric: str) -> bool:
+    return isinstance(value := sample.get(metric), Real) and math.isnan(value)
+
+
+def metadata(
+    benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `cfsd.evaluate.harness.score.Scores` promises, warnings aside."""
+    higher_is_better = task.higher_is_better().get(metric)
+    if higher_is_better is None:
+        raise BadInput(f"benchmark {benchmark.name}: its YAML must say higher_is_better for {metric}")
+    filters = list(dict.fromkeys(rows["filter"]))
+    left_out = len(results["samples"][benchmark.name]) - len(rows)
+    scores = {name: float(results["results"][benchmark.name][f"{metric},{name}"]) for name in filters}
+    return {
+        "metric": metric,
+        "higher_is_better": bool(higher_is_better),
+        "chance": _chance(benchmark, task, metric, results["samples"][benchmark.name]),
+        "kind": _kind(task, metric, rows),
+        "num_documents": int(rows["doc_id"].nunique()),
+        "num_fewshot": int(task.get_config("num_fewshot")),
+        "filters": filters,
+        "score": scores[filters[0]],
+        "scores": scores,
+        "lm_eval": version("lm_eval"),
+    } | ({"left_out": left_out} if left_out else {})
+
+
+def _aggregation(task: Any, metric: str) -> str:
+    return getattr(task.aggregation()[metric], "__name__", "custom")
+
+
+def _kind(task: Any, metric: str, rows: pd.DataFrame) -> str:
+    if _aggregation(task, metric) in PERPLEXITIES:
+        return "perplexity"
+    # By name as well: a mean metric that happens to be 0 or 1 everywhere must not change kind between models.
+    return "binary" if metric in ZERO_OR_ONE and rows["value"].isin([0.0, 1.0]).all() else "mean"
+
+
+def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
+    where = f"benchmark {benchmark.name}, document {sample['doc_id']}"
+    _check_finite(where, sample)
+    value, count, answer = _value(where, metric, sample), 1, ""
+    if _aggregation(task, metric) in PERPLEXITIES:
+        value, count = -value, sum(_num_tokens(lm, *arguments) for arguments in sample["arguments"])
+        answer = f"{value:.2f} nats, {count} tokens"
+    return {
+        "benchmark": benchmark.name,
+        "filter": sample["filter"],
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "metric": metric,
+        "value": value,
+        "count": count,
+        "prompt": str(sample["arguments"][0][0]),
+        "answer": answer or _answer(task, metric, sample),
+    }
+
+
+def _check_finite(where: str, sample: dict[str, Any]) -> None:
+    # Accuracy would hide it: the argmax over NaN is the first choice.
+    for number in _log_likelihoods(sample):
+        if not math.isfinite(number):
+            raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
+
+
+def _log_likelihoods(sample: dict[str, Any]) -> Iterator[float]:
+    for repeats in sample["resps"]:
+        for response in repeats:
+            number = response[0] if isinstance(response, tuple) else response
+            if isinstance(number, float):
+                yield number
+
+
+def _value(where: str, metric: str, sample: dict[str, Any]) -> float:
+    value = sample.get(metric)
+    if isinstance(value, tuple):  # rolling: the log-likelihood, and a number of words or bytes
+        value = value[0]
+    number = _number(where, metric, value)
+    if not math.isfinite(number):
+        raise NotFinite(f"{where}: its {metric} is {number}")
+    return number
+
+
+def _number(where: str, metric: str, value: Any) -> float:
+    if not isinstance(value, Real | np.bool_):
+        raise BadInput(f"{where}: its {metric} is {value!r}, not a number; choose another metric")
+    return float(value)
+
+
+def _num_tokens(lm: Any, context: str, continuation: str | None = None) -> int:
+    """Return how many tokens lm-eval scored; a rolling request is one text, scored whole."""
+    if continuation is None:
+        return len(lm.tok_encode(context))
+    if context:
+        return len(lm._encode_pair(context, continuation)[1])
+    tokens = lm.tok_encode(continuation, add_special_tokens=False)
+    return len(tokens) - int(tokens[0] == lm.prefix_token_id)
+
+
+def _answer(task: Any, metric: str, sample: dict[str, Any]) -> str:
+    """Return the model's answer and the right one, to be read by people."""
+    given, right = sample["filtered_resps"], sample["target"]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices, right = _choices_and_right(task, sample)
+        named = [choices[i] if isinstance(i, int) else str(i) for i in _as_list(right)]
+        given, right = choices[_best(metric, choices, given)], " or ".join(named)
+    elif len(given) == 1:
+        given = given[0]
+    return f"{given} [right: {right}]"
+
+
+def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], Any]:
+    # With several inputs per document (winogrande) doc_to_text gives the right one's index.
+    source = task.doc_to_text if task.multiple_input else task.doc_to_target
+    return task.doc_to_choice(sample["doc"]), source(sample["doc"])
+
+
+def _best(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
+    lengths = [1] * len(choices)
+    if metric == "acc_norm":
+        lengths = [len(choice) for choice in choices]
+    if metric == "acc_bytes":
+        lengths = [len(choice.encode()) for choice in choices]
+    likelihoods = [likelihood for likelihood, _ in answers[: len(choices)]]
+    return int(np.argmax(np.array(likelihoods) / lengths))
+
+
+def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str, Any]]) -> float | None:
+    """Return the expected score of guessing: as given, as in the YAML's metadata, or from the choices."""
+    stated = (task.get_config("metadata") or {}).get("chance", benchmark.chance)
+    if stated is not None:
+        return float(benchmark.chance if benchmark.chance is not None else stated)
+    if metric not in CHOICE_ACCURACIES or task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    pairs = [_choices_and_right(task, sample) for sample in samples]
+    chance = float(np.mean([len(_as_list(right)) / len(choices) for choices, right in pairs]))
+    return chance if chance < 1 else None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

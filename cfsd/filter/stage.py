@@ -1,0 +1,232 @@
+"""Stage filter: keep or reject each row, with a reason.
+
+Off by default: rejecting rows bends the estimate of the divergence, and the facts say by how much.
+
+A row gets the reason of the first rule that rejects it. The rules are asked in this order, cheap ones first:
+min_tokens, max_tokens, min_mean_logprob, max_mean_logprob, duplicates, repetition, overlap_words, near_duplicates.
+So a copy counts as an exact duplicate, not as a near one; and what a row is compared with has passed the rules before.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cfsd.filter.near_duplicates import duplicates_of
+from cfsd.filter.overlap import Reference
+from cfsd.filter.rules import Rows, Rule, Verdict, listed, measured, rules_of
+from cfsd.filter.spec import FilterSpec
+from cfsd.store.artifact import Draft
+from cfsd.store.tables import REJECTS, shards, write_shard
+
+PASSED = ".passed"  # in the draft: rows that passed every rule but near_duplicates
+SCRATCH = ".scratch"
+READ_BYTES, READ_ROWS = 32 << 20, 4096  # one batch at most, about
+SHARD_BYTES, SHARD_ROWS = 64 << 20, 16384  # one shard at most, about
+
+
+@dataclass
+class Sums:
+    """What the facts need of many rows."""
+
+    rows: int = 0
+    tokens: int = 0
+    nats: float = 0.0
+
+    def add(self, counts: NDArray[np.int64], nats: NDArray[np.float64]) -> None:
+        """Count more rows."""
+        self.rows += len(counts)
+        self.tokens += int(counts.sum())
+        self.nats = float(np.add.accumulate(np.append(self.nats, nats))[-1])  # row by row: equal for any batches
+
+
+@dataclass
+class Outcome:
+    """What became of the rows that were judged."""
+
+    seen: Sums = field(default_factory=Sums)
+    kept: Sums = field(default_factory=Sums)
+    reasons: Counter[str] = field(default_factory=Counter)
+    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows it was asked about
+
+
+def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: "Reference | None" = None) -> None:
+    """Write the accepted rows of `corpus` as a `corpus` table and the others, with reasons, as `rejects`.
+
+    Every column is kept. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
+    A million rows of 128 tokens take about 120 MB more than a thousand. An interrupted filter starts anew.
+    """
+    _clear(draft.folder)
+    rules = rules_of(spec, reference)
+    if not rules and spec.near_duplicates is None:
+        outcomes = [_copy(corpus, draft)]
+    else:
+        outcomes = list(_judge(corpus, rules, spec.near_duplicates, draft))
+    _clear_scratch(draft.folder)
+    draft.metadata |= _metadata(outcomes)
+
+
+def _clear(folder: Path) -> None:
+
+    _clear_scratch(folder)
+    for path in (*shards(folder, "corpus"), *shards(folder, "rejects")):
+        path.unlink()
+
+
+def _clear_scratch(folder: Path) -> None:
+    for name in (PASSED, SCRATCH):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _copy(corpus: Path, draft: Draft) -> Outcome:
+    """Copy the shards as they are; only log-probabilities are read, for the facts."""
+    for path in shards(corpus, "corpus"):
+        partial = draft.folder / f".{path.name}.partial"
+        shutil.copyfile(path, partial)
+        partial.replace(draft.folder / path.name)
+    sums = Sums()
+    for rows in _read(corpus, _size(corpus), draft, ["logprobs"]):
+        sums.add(rows.counts, rows.nats)
+    return Outcome(seen=sums, kept=sums)
+
+
+def _judge(corpus: Path, rules: "Mapping[str, Rule]", near: float | None, draft: Draft) -> Iterator[Outcome]:
+    """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
+    size = _size(corpus)
+    most = size.fitting(SHARD_BYTES, SHARD_ROWS)
+    rejects = Shards(draft.folder, "rejects", most)
+    if rules:
+        passed = draft.folder / PASSED if near is not None else draft.folder
+        yield _part(_read(corpus, size, draft), rules, Shards(passed, "corpus", most), rejects)
+        corpus = passed
+    if near is not None:
+
+        def progress(done: int, total: int) -> None:
+            draft.journal.progress(done, total, "rows searched for near duplicates")
+
+        places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
+        near_rule = {"near_duplicates": listed(places, "near duplicate")}
+        yield _part(_read(corpus, _size(corpus), draft), near_rule, Shards(draft.folder, "corpus", most), rejects)
+    rejects.close()
+
+
+def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Shards", rejects: "Shards") -> Outcome:
+    """Ask the rules about every row, and write each row where it belongs."""
+    outcome = Outcome()
+    asked: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    for rows in batches:
+        left = np.arange(rows.batch.num_rows)
+        verdicts: list[Verdict] = []
+        for name, rule in rules.items():
+            found = list(rule(rows, left))
+            asked[name] += len(left)
+            left = np.setdiff1d(left, [verdict.place for verdict in found], assume_unique=True)
+            passed[name] += len(left)
+            verdicts += found
+        outcome.seen.add(rows.counts, rows.nats)
+        outcome.kept.add(rows.counts[left], rows.nats[left])
+        outcome.reasons.update(verdict.reason for verdict in verdicts)
+        accepted.add(rows.batch.take(pa.array(left)) if verdicts else rows.batch)
+        if verdicts:
+            rejects.add(_rejected(rows.batch, sorted(verdicts)))
+    accepted.close()
+    outcome.accepted = {name: passed[name] / asked[name] for name in rules if asked[name]}
+    return outcome
+
+
+def _rejected(batch: "pa.RecordBatch", verdicts: "list[Verdict]") -> "pa.RecordBatch":
+
+    told = [{"reason": verdict.reason, "detail": verdict.detail} for verdict in verdicts]
+    reasons = pa.RecordBatch.from_pylist(told, schema=pa.schema([("reason", pa.string()), ("detail", pa.string())]))
+    rows = batch.take(pa.array([verdict.place for verdict in verdicts], pa.int64()))
+    columns = [reasons[name] if name in reasons.schema.names else rows[name] for name in REJECTS.names]
+    return pa.RecordBatch.from_arrays(columns, schema=REJECTS)
+
+
+def _metadata(outcomes: list[Outcome]) -> dict[str, Any]:
+    before, after = outcomes[0].seen, outcomes[-1].kept
+    metadata: dict[str, Any] = {"rows": after.rows, "tokens": after.tokens, "rejected": {}, "accepted_by_rule": {}}
+    for outcome in outcomes:
+        metadata["rejected"] |= outcome.reasons
+        metadata["accepted_by_rule"] |= outcome.accepted
+    if before.rows:
+        metadata["accepted_fraction"] = after.rows / before.rows
+    if after.tokens:
+        mean = after.nats / after.tokens
+        metadata |= {"mean_logprob": mean, "mean_logprob_shift": mean - before.nats / before.tokens}
+    return metadata
+
+
+class Size(NamedTuple):
+    """How many rows a table has, and how many bytes they take uncompressed."""
+
+    rows: int
+    bytes: int
+
+    def fitting(self, max_bytes: int, max_rows: int) -> int:
+        """Return how many rows of mean size fit."""
+        return max(1, min(max_rows, max_bytes * max(self.rows, 1) // max(self.bytes, 1)))
+
+
+def _size(corpus: Path) -> Size:
+
+    rows = size = 0
+    for path in shards(corpus, "corpus"):
+        metadata = pq.read_metadata(path)
+        rows += metadata.num_rows
+        size += sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return Size(rows, size)
+
+
+def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = None) -> "Iterator[Rows]":
+    """Yield the table in batches of bounded size, and say how far it is."""
+    most = size.fitting(READ_BYTES, READ_ROWS)
+    done = told = 0
+    for path in shards(corpus, "corpus"):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=most, columns=columns):
+            yield measured(batch, done)
+            done += batch.num_rows
+            if done - told >= most or done == size.rows:  # a file is synced each time
+                draft.journal.progress(done, size.rows, "rows")
+                told = done
+
+
+class Shards:
+    """A table that is written while its rows arrive, `most` rows to a shard."""
+
+    def __init__(self, folder: Path, name: str, most: int) -> None:
+        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self.name, self.most = folder, name, most
+        self.written = 0
+        self.waiting: list[pa.RecordBatch] = []
+
+    def add(self, batch: "pa.RecordBatch") -> None:
+        """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
+        if self.waiting and self.waiting[0].schema != batch.schema:
+            self.close()
+        self.waiting.append(batch)
+        while sum(part.num_rows for part in self.waiting) >= self.most:
+            self._write()
+
+    def close(self) -> None:
+        """Write what waits; a table without rows is one empty shard."""
+        if self.waiting:
+            self._write()
+
+    def _write(self) -> None:
+
+        # notes of the shards that rows come from (a halved batch) would be untrue of this one
+        table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
+        if table.num_rows or not self.written:
+            write_shard(self.folder, self.name, self.written, table.slice(0, self.most))
+            self.written += 1
+        self.waiting = table.slice(self.most).to_batches()

@@ -1,0 +1,62 @@
+"""What is sampled shard by shard: the job, its shards, and who may work on them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import Machine
+from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.tables import shard_path
+
+SPAN = b"rows"  # in a shard's Parquet metadata: which rows it was asked for
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of retry and of resume: rows first to last - 1 of one source."""
+
+    index: int
+    source: str  # also names the stream of random numbers; "probe" is one too
+    first: int
+    last: int
+
+    def span(self) -> bytes:
+        """Return the rows as text."""
+        return f"{self.first}:{self.last}".encode()
+
+    def done(self, folder: Path) -> bool:
+        """Say whether `folder` holds it, with exactly these rows."""
+        path = shard_path(folder, "corpus", self.index)
+        return path.exists() and (pq.read_schema(path).metadata or {}).get(SPAN) == self.span()
+
+
+class ShardJob(BaseModel):
+    """What whoever samples shards is told."""
+
+    home: Path
+    folder: Path  # the draft
+    base: Artifact
+    target: Artifact | None
+    spec: GenerateSpec
+    machine: Machine
+
+    @classmethod
+    def of(cls, draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> Self:
+        """Return the job of filling `draft`."""
+        return cls(home=draft.store.home, folder=draft.folder, base=base, target=target, spec=spec, machine=machine)
+
+
+class ShardWork(BaseModel):
+    """What one of several workers is told."""
+
+    job: ShardJob
+    shards: list[Shard]
+
+
+Look = Callable[[float], object]  # called while shards are made, with the rows that are under way
+Sampler = Callable[[ShardJob, list[Shard], Look], None]  # writes the shards; may lose some

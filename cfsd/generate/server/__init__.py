@@ -1,0 +1,1 @@
+"""Sampling through an OpenAI-compatible completions server."""

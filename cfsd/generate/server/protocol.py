@@ -1,0 +1,244 @@
+"""The words of the completions protocol: what a server is asked, and tokens out of what it answers.
+
+Field names were read in the sources of vLLM, SGLang, llama.cpp's server and llama-cpp-python's. They differ in how they
+give tokens: as ids, as "token_id:17", as objects with an id, or as strings only.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cfsd.errors import BadInput
+from cfsd.generate.spec import GenerateSpec
+from cfsd.model.distribution import Top
+
+VLLM, SGLANG, LLAMA_CPP, LLAMA_CPP_PYTHON = "vllm", "sglang", "llamacpp", "me"  # owned_by in the list of models
+
+# Whatever is not sent, a server fills from its command line or the checkpoint's generation_config.
+FOR_ALL: dict[str, Any] = {
+    "n": 1, "echo": False, "stream": False, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
+FOR_VLLM: dict[str, Any] = {
+    "repetition_penalty": 1.0, "skip_special_tokens": False, "spaces_between_special_tokens": False,
+    "add_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
+}  # fmt: skip
+FOR_SGLANG: dict[str, Any] = {"repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True}
+# ignore_eos means another thing here: the end tokens are never drawn.
+FOR_LLAMA_CPP: dict[str, Any] = {
+    "repeat_penalty": 1.0, "typical_p": 1.0, "top_n_sigma": -1.0, "xtc_probability": 0.0, "dry_multiplier": 0.0,
+    "dynatemp_range": 0.0, "mirostat": 0, "mirostat_mode": 0, "ignore_eos": False, "post_sampling_probs": False,
+}  # fmt: skip
+EXTRAS: dict[str, dict[str, Any]] = {
+    VLLM: FOR_VLLM,
+    SGLANG: FOR_SGLANG,
+    # its own order scales by temperature last, so that top_p cuts another law
+    LLAMA_CPP: {**FOR_LLAMA_CPP, "samplers": ["temperature", "top_k", "top_p"]},
+    LLAMA_CPP_PYTHON: FOR_LLAMA_CPP,
+}
+REMAINING_AT_LEAST = 1e-8  # what float32 log-probabilities can leave of 1
+ECHO_DIFFERENCE = 0.5  # nats on average; a pass over the row differs from token by token, by 0.01 at 4 bits
+TOKEN_ID = re.compile(r"token_id:(\d+)")
+
+
+class Served(NamedTuple):
+    """What is known of a server: who it says it is, how it takes prompts and gives tokens."""
+
+    kind: str
+    model: str
+    prompts: Literal["ids", "text"] = "ids"
+    ids: Literal["exact", "reconstructed"] = "exact"
+    stops: tuple[int, ...] = ()  # where it stops without listing the token; empty: it lists them
+
+    def metadata(self) -> dict[str, str]:
+        """Return what a corpus should say about where it came from."""
+        return {
+            "server": "llama-cpp-python" if self.kind == LLAMA_CPP_PYTHON else self.kind,
+            "served_model": self.model.rsplit("/", 1)[1] if self.model.startswith("/") else self.model,
+            "ids": "exact" if self.ids == "exact" else "approximate: ids reconstructed",
+        }
+
+
+class Answer(NamedTuple):
+    """One completion. Lists run over its tokens, with those of the prompt before them if an echo was asked."""
+
+    ids: list[int] | None  # None: only strings came
+    pieces: list[str]
+    logprobs: list[float | None]
+    tops: list[dict[int, float]]  # empty if ids did not come
+    text: str
+    stopped: bool
+    counted: int | None  # completion tokens as the server counts them
+    prompt_counted: int | None
+    prompt_ids: list[int] | None
+
+
+def request(
+    served: Served, spec: GenerateSpec, eos_ids: Sequence[int], *, max_tokens: int, seed: int, min_tokens: int = 0
+) -> dict[str, Any]:
+    """Return the body of a request, without its prompt: `spec` in the words of `served`, nothing left to defaults."""
+    off = -1 if served.kind in (VLLM, SGLANG) else 0  # SGLang refuses 0, llama-cpp-python -1
+    body = {
+        **FOR_ALL,
+        **EXTRAS.get(served.kind, {**FOR_VLLM, **FOR_LLAMA_CPP}),
+        "model": served.model,
+        "max_tokens": max_tokens,
+        "temperature": spec.temperature,
+        "top_p": spec.top_p,
+        "top_k": spec.top_k or off,
+        "seed": seed,
+        "logprobs": max(spec.top_logprobs, 1),  # llama.cpp takes 0 for none
+    }
+    if served.kind != LLAMA_CPP_PYTHON:
+        body["stop_token_ids"] = list(eos_ids)
+        body["min_tokens"] = min_tokens
+    if served.kind == VLLM:  # it then stops at stop_token_ids alone, and lists the one that was drawn
+        body["ignore_eos"] = True
+    return body
+
+
+def read_answer(body: Any) -> Answer:
+    """Return the one completion in a server's answer. Raises BadInput if it is none."""
+    try:
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        listed = choice.get("logprobs") or {}
+        content = listed.get("content")
+        tokens = _of_content(content) if content is not None else _of_lists(listed, choice.get("token_ids"))
+        return Answer(
+            *tokens,
+            text=choice["text"],
+            stopped=choice.get("finish_reason") == "stop",
+            counted=usage.get("completion_tokens"),
+            prompt_counted=usage.get("prompt_tokens"),
+            prompt_ids=choice.get("prompt_token_ids"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise BadInput(
+            f"the server's answer is not one of a completions endpoint ({type(error).__name__}: {error}); "
+            "give the base URL of an OpenAI-compatible server, such as http://host:8000/v1"
+        ) from error
+
+
+_Tokens = tuple[list[int] | None, list[str], list[float | None], list[dict[int, float]]]
+
+
+def _of_content(content: list[dict[str, Any]]) -> _Tokens:
+    """llama.cpp's server: an object for each token."""
+    tops = [{int(top["id"]): float(top["logprob"]) for top in token.get("top_logprobs") or []} for token in content]
+    return [int(t["id"]) for t in content], [t["token"] for t in content], [t["logprob"] for t in content], tops
+
+
+def _of_lists(listed: dict[str, Any], ids: list[int] | None) -> _Tokens:
+    pieces, logprobs = listed.get("tokens") or [], listed.get("token_logprobs") or []
+    if ids is None and pieces and all(TOKEN_ID.fullmatch(piece) for piece in pieces):
+        ids = [int(piece.removeprefix("token_id:")) for piece in pieces]
+    tops = [_by_id(top or {}) for top in listed.get("top_logprobs") or []]
+    return ids, pieces, logprobs, tops
+
+
+def _by_id(top: dict[str, float]) -> dict[int, float]:
+    named = {TOKEN_ID.fullmatch(name): logprob for name, logprob in top.items()}
+    return {int(match[1]): logprob for match, logprob in named.items() if match}
+
+
+class Pieces:
+    """Which strings are one token of a tokenizer and no other."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Decode every token of the vocabulary behind an ordinary one: some tokenizers drop a leading space."""
+        self.tokenizer = tokenizer
+        anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        head = text_of(tokenizer, [anchor])
+        decoded = [text_of(tokenizer, [anchor, token]).removeprefix(head) for token in range(len(tokenizer))]
+        self.known: dict[str, int] = {}
+        self.vague = {token for token, piece in enumerate(decoded) if not piece or "\N{REPLACEMENT CHARACTER}" in piece}
+        for token, piece in enumerate(decoded):
+            if token not in self.vague and self.known.setdefault(piece, token) != token:
+                self.vague |= {token, self.known[piece]}
+        self.known = {piece: token for piece, token in self.known.items() if token not in self.vague}
+
+    def ids(self, answer: Answer, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int] | str:
+        """Return the ids behind the strings of `answer`, or why they are not certain."""
+        if any(piece not in self.known for piece in answer.pieces):
+            return "a piece is not exactly one token"
+        ids = [self.known[piece] for piece in answer.pieces]
+        shown = ids[:-1] if ids and ids[-1] in eos_ids else ids
+        head = text_of(self.tokenizer, prompt)
+        spelled = [text_of(self.tokenizer, [*prompt, *part]).removeprefix(head) for part in (ids, shown)]
+        if answer.text not in spelled:
+            return "the tokens do not spell the text"
+        return ids
+
+
+def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """Return `ids` as text, nothing cleaned or left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def prompt_of(served: Served, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[int] | str:
+    """Return a prompt as `served` takes it."""
+    return list(ids) if served.prompts == "ids" else text_of(tokenizer, ids)
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids of control tokens: at others no server stops by itself."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def tokens_of(answer: Answer, pieces: Pieces | None, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int] | str:
+    """Return the completion's token ids, or why the row must go. An end that is counted but not listed is no reason."""
+    if any(logprob is None for logprob in answer.logprobs):
+        return "a log-probability is missing"
+    listed = len(answer.logprobs)
+    lacking = 0 if answer.counted is None else answer.counted - listed
+    if answer.ids is None:
+        assert pieces, "the server gave ids when it was asked first"
+        return "the server did not list all tokens" if lacking else pieces.ids(answer, prompt, eos_ids)
+    ended = answer.stopped and not (answer.ids and answer.ids[-1] in eos_ids)
+    if len(answer.ids) != listed or lacking not in (0, int(ended)):  # llama.cpp leaves out halves of a character
+        return "the server did not list all tokens"
+    return answer.ids
+
+
+def end_logprob(echo: Answer, answer: Answer, given: int) -> float | str:
+    """Return the log-probability of the token after the `answer` that was echoed back, or why it is not known.
+
+    The echo must repeat the answer's tokens, after `given` ones of which the first may be left out.
+    """
+    count = len(answer.pieces)
+    if echo.prompt_counted not in (None, given + count + 1):
+        return "the server reads the text's end as other tokens"
+    for first in (given, given - 1):
+        last = first + count
+        if echo.pieces[first:last] != answer.pieces or len(echo.logprobs) <= last:
+            continue
+        pairs = zip(echo.logprobs[first:last], answer.logprobs, strict=True)
+        apart = [abs(again - once) for again, once in pairs if again is not None and once is not None]
+        logprob = echo.logprobs[last]
+        if logprob is not None and sum(apart) <= ECHO_DIFFERENCE * len(apart):
+            return logprob
+    return "the server's echo does not repeat the text"
+
+
+def top_of(given: int, tops: Sequence[dict[int, float]], k: int) -> Top:
+    """Return the `k` likeliest tokens of each position, nan for the `given` first ones.
+
+    `rest` is the log of the mass that is left, from the k alone. Raises BadInput if the server gave fewer.
+    """
+    few = min((len(top) for top in tops), default=k)
+    if few < k:
+        raise BadInput(
+            f"generate.top_logprobs is {k}, but the server gives {few} alternatives with their ids; lower it, or start "
+            "the server with a higher limit (vLLM: --max-logprobs), or use the torch engine"
+        )
+    best = [sorted(top.items(), key=lambda pair: -pair[1])[:k] for top in tops]
+    ids = np.zeros((given + len(best), k), np.int32)
+    logprobs = np.full(ids.shape, np.nan, np.float32)
+    if best:
+        ids[given:] = [[token for token, _ in row] for row in best]
+        logprobs[given:] = [[logprob for _, logprob in row] for row in best]
+    left = 1 - np.exp(logprobs.astype(np.float64)).sum(1)
+    return Top(ids, logprobs, np.log(np.maximum(left, REMAINING_AT_LEAST)).astype(np.float32))

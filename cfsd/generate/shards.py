@@ -1,0 +1,163 @@
+"""Shards: a corpus sampled piece by piece, in this process, in several, or wherever a sampler takes them.
+
+A shard is a fixed list of rows, its batch shape belongs to it and its draws depend on seed, source and row alone:
+whoever samples it, in whatever order and however often it was begun, the rows are the same.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cfsd.data.corpus_table import sampled_per_row, sampled_sums
+from cfsd.errors import BadInput, Crashed
+from cfsd.generate.jobs import Look, Sampler, Shard, ShardJob, ShardWork
+from cfsd.generate.shard_rows import sample_shard, write_starts
+from cfsd.generate.spec import SHARDS_PER_SOURCE
+from cfsd.process.child import Child
+from cfsd.store.artifact import Draft
+from cfsd.store.journal import PROGRESS, Journal
+from cfsd.store.tables import shard_path, write_shard
+
+POLL_SECONDS = 0.5
+ATTEMPTS = 3  # waves of lost shards, or deaths of one worker, before giving up
+WORKERS = ".workers"
+
+
+def shards_of(source: str, first_index: int, rows: int, size: int) -> list[Shard]:
+    """Return `rows` rows cut into shards of `size`."""
+    count = -(-rows // size)
+    if count > SHARDS_PER_SOURCE:
+        raise BadInput(
+            f"{rows} rows in shards of {size} make {count} files, the most is {SHARDS_PER_SOURCE}; "
+            "raise machine.sampling_rows"
+        )
+    return [Shard(first_index + i, source, i * size, min((i + 1) * size, rows)) for i in range(count)]
+
+
+def sample_source(
+    job: ShardJob, source: str, first_index: int, tokens: float | None, draft: Draft, sampler: Sampler | None = None
+) -> None:
+    """Write all shards of one source: `job.spec.rows` rows, or as many as hold `tokens` tokens.
+
+    Raises NotFinite, OutOfMemory, BadInput or Crashed; finished shards stay.
+    """
+    size = job.machine.sampling_rows
+    rows = job.spec.rows if tokens is None else math.ceil(tokens / job.spec.length)
+    while True:
+        draft.metadata |= write_starts(job, source, rows)
+        shards = shards_of(source, first_index, rows, size)
+        _sample_missing(job, shards, draft, sampler)
+        if tokens is None:
+            return
+        done = sum(_tokens(job.folder, shard) for shard in shards)
+        if done >= tokens:
+            return _cut(job.folder, shards, tokens)
+        if not done:
+            raise BadInput(f"{rows} rows of source {source} hold not one sampled token, so no fraction can be filled")
+        rows += max(1, math.ceil((tokens - done) * rows / done))
+
+
+def _tokens(folder: Path, shard: Shard) -> int:
+    return sampled_sums(shard_path(folder, "corpus", shard.index))[0]
+
+
+def _cut(folder: Path, shards: list[Shard], tokens: float) -> None:
+    """Drop the rows after the one that completes `tokens`."""
+    left = tokens
+    for shard in shards:
+        path = shard_path(folder, "corpus", shard.index)
+        if left <= 0:
+            path.unlink()
+            continue
+        table = pq.read_table(path)
+        until = sampled_per_row(table["logprobs"].combine_chunks()).cumsum()
+        if len(until) and until[-1] > left:
+            write_shard(folder, "corpus", shard.index, table.slice(0, int((until < left).sum()) + 1))
+        left -= until[-1] if len(until) else 0
+
+
+def _sample_missing(job: ShardJob, shards: list[Shard], draft: Draft, sampler: Sampler | None) -> None:
+    watch = Watch(job.folder, shards, draft.journal)
+    for _ in range(ATTEMPTS):
+        if not (missing := watch.look()):
+            return
+        if sampler is not None:
+            sampler(job, missing, watch.look)
+        elif job.machine.resolved_processes() > 1:
+            _in_workers(job, missing, watch.look)
+        else:
+            _here(job, missing, watch.look)
+    if missing := watch.look():
+        raise Crashed(f"{len(missing)} shards were lost {ATTEMPTS} times, first {missing[0]}; those done are kept")
+
+
+class Watch:
+    """Which shards are there, told to the journal as they come."""
+
+    def __init__(self, folder: Path, shards: list[Shard], journal: Journal) -> None:
+        """Watch `shards` of a draft; those that are there already were sampled by an earlier attempt."""
+        self.folder, self.journal, self.total = folder, journal, sum(shard.last - shard.first for shard in shards)
+        self.missing = [shard for shard in shards if not shard.done(folder)]
+        self.tokens, self.started = 0, time.monotonic()
+
+    def look(self, under_way: float = 0.0) -> list[Shard]:
+        """Return the shards that are still missing, of which `under_way` rows are done, and tell of new ones."""
+        new = [shard for shard in self.missing if shard.done(self.folder)]
+        self.missing = [shard for shard in self.missing if shard not in new]
+        left = sum(shard.last - shard.first for shard in self.missing)
+        for shard in new:
+            self._tell(shard)
+        self.journal.progress(int(self.total - left + under_way), self.total, "rows")
+        return self.missing
+
+    def _tell(self, shard: Shard) -> None:
+        tokens, nats = sampled_sums(shard_path(self.folder, "corpus", shard.index))
+        self.tokens += tokens
+        speed = self.tokens / max(1e-9, time.monotonic() - self.started)
+        values = {"tokens": tokens, "mean_logprob": nats / max(1, tokens), "tokens_per_second": speed}
+        self.journal.metrics(shard.last, {f"generate/{name}": value for name, value in values.items()})
+
+
+def _here(job: ShardJob, shards: list[Shard], look: Look) -> None:
+
+    for shard in shards:
+        sample_shard(job, shard, look)
+        look(0.0)
+
+
+def _in_workers(job: ShardJob, shards: list[Shard], look: Look) -> None:
+    """Run workers that take turns at the shards; one that dies is replaced."""
+    text = ShardWork(job=job, shards=shards).model_dump_json()
+    workers = {i: _worker(job, i, text) for i in range(min(job.machine.resolved_processes(), len(shards)))}
+    deaths = 0
+    try:
+        while workers:
+            time.sleep(POLL_SECONDS)
+            look(sum(_under_way(worker.folder) for worker in workers.values()))
+            for i in [i for i, worker in workers.items() if worker.process.poll() is not None]:
+                try:
+                    workers.pop(i).answer()
+                except Crashed:
+                    deaths += 1
+                    if deaths > ATTEMPTS:
+                        raise
+                    workers[i] = _worker(job, i, text)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _worker(job: ShardJob, number: int, text: str) -> Child:
+    folder = job.folder / WORKERS / str(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    Journal(folder).progress(0, 0, "rows")
+    devices = {"CUDA_VISIBLE_DEVICES": str(number)} if job.machine.resolved_device() == "cuda" else {}
+    return Child("cfsd.generate.shard_worker", folder, text, devices)
+
+
+def _under_way(folder: Path) -> float:
+    found = json.loads((folder / PROGRESS).read_text())
+    return float(found["done"])

@@ -1,0 +1,86 @@
+"""Settings of the rehearsal corpus and of the probe."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cfsd.data.replay import Replay
+from cfsd.errors import BadInput
+from cfsd.spec import Spec
+from cfsd.store.artifact import Artifact
+
+Source = Literal["context-free", "template", "contextual", "replay"]
+SHARDS_PER_SOURCE = 1_000_000
+
+
+class ProbeSpec(Spec):
+    """The held-out sample by which forgetting is measured without a benchmark; never trained on."""
+
+    rows: PositiveInt = Field(256, description="Sequences; the interval narrows with their square root")
+    length: PositiveInt = Field(128, description="Most tokens sampled per sequence, after the start token")
+    seed: NonNegativeInt | None = Field(None, description="Empty: the recipe's")
+
+
+class GenerateSpec(Spec):
+    """The rehearsal corpus. The defaults sample the model's own law exactly."""
+
+    neutral: ClassVar[dict[str, Any]] = {
+        "source": "context-free", "fractions": {}, "replay": None, "min_length": 0, "fill": False, "top_logprobs": 0,
+    }  # fmt: skip
+
+    rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
+    length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
+    source: Literal["context-free", "template", "contextual", "replay", "mixed"] = Field(
+        "context-free",
+        description="context-free: from the start token alone, the method; template: after the chat template's text "
+        "before a user turn; contextual: after target prompts; replay: documents of yours; mixed: see fractions",
+    )
+    fractions: dict[Source, float] = Field(
+        {}, description="mixed only: each source's share of rows x length tokens, as {context-free: 0.5, replay: 0.5}"
+    )
+    replay: Replay | None = Field(None, description="replay only: where the documents are")
+    min_length: NonNegativeInt = Field(0, description="No text ends before this many tokens: biased above 0")
+    fill: bool = Field(
+        False, description="Go on after a text's end, parted as the model was trained, until the row is full: biased"
+    )
+    temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples another law: biased")
+    top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the tail is never sampled: biased")
+    top_k: NonNegativeInt = Field(0, description="0: off. Otherwise only the k likeliest tokens: biased")
+    top_logprobs: NonNegativeInt = Field(
+        0, le=4096, description="Store the log-probabilities of the k likeliest tokens per position; 0: none"
+    )
+    seed: NonNegativeInt | None = Field(None, description="Empty: the recipe's")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if bool(self.fractions) != (self.source == "mixed"):
+            raise ValueError(f"fractions {self.fractions} with source {self.source}; they belong to source mixed")
+        if self.fractions and (min(self.fractions.values()) <= 0 or abs(sum(self.fractions.values()) - 1) > 1e-6):
+            raise ValueError(f"fractions {self.fractions} must be positive and add up to 1")
+        if (self.replay is not None) != ("replay" in self.sources()):
+            raise ValueError("`replay` says where documents are, and source replay needs it: give both or neither")
+        if self.min_length > self.length:
+            raise ValueError(f"min_length {self.min_length} is above length {self.length}")
+        return self
+
+    def sources(self) -> list[Source]:
+        """Return the sources that rows come from, in a fixed order."""
+        return sorted(self.fractions) if self.source == "mixed" else [self.source]
+
+    def biases(self) -> list[str]:
+        """Return which settings make the rows follow another law than the model's own."""
+        neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_length": 0, "fill": False}
+        return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
+
+
+def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
+    """Raise BadInput when `recipe.<name>` asks for longer rows, or more stored tokens, than the base has."""
+    context = base.metadata.get("context")
+    if spec.rows and isinstance(context, int) and spec.length + 1 > context:
+        raise BadInput(
+            f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens; "
+            f"set {name}.length to at most {context - 1}"
+        )
+    vocabulary, wanted = base.metadata.get("vocabulary"), getattr(spec, "top_logprobs", 0)
+    if isinstance(vocabulary, int) and wanted > vocabulary:
+        raise BadInput(f"{name}.top_logprobs is {wanted}, but the base knows {vocabulary} tokens: that is the most")

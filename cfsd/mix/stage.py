@@ -1,0 +1,139 @@
+"""Stage mix: target rows and rehearsal rows as one table, written as they are read."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import JsonValue
+
+from cfsd.mix.flow_weights import Weights, flow_weights
+from cfsd.mix.spec import MixSpec
+from cfsd.store.artifact import Draft
+from cfsd.store.tables import SEQUENCE, batches, mixture_schema, shards, write_shard
+
+SHARD_TOKENS = 1 << 22  # a shard ends with the batch that reaches it: 17 MB, or the longest 4,096 rows
+
+
+def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
+    """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
+
+    Of a corpus row the tokens that have a log-probability count: sampled ones, not given ones. Log-probabilities
+    themselves stay in the corpus, where `source` and `row_id` find them. With FLOW, target rows (or their tokens) get
+    the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
+    """
+    paths = [*shards(target, "train"), *shards(corpus, "corpus")]
+    done, total = 0, sum(pq.read_metadata(path).num_rows for path in paths)
+    sizes: dict[str, tuple[int, int]] = {}
+    weights = _weights(spec, losses)
+    for index, table in enumerate(_tables(_mixed(target, corpus, weights), sizes)):
+        write_shard(draft.folder, "mixture", index, table)
+        done += table.num_rows
+        draft.journal.progress(done, total, "rows")
+    draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
+
+
+def _weights(spec: MixSpec, losses: Path | None) -> "Weights | None":
+
+    if spec.flow == "off":
+        return None
+    assert losses, "FLOW weighs rows by the base's losses"
+    return flow_weights(losses, spec.flow, spec.flow_average)
+
+
+def _mixed(target: Path, corpus: Path, weights: "Weights | None") -> "Iterator[pa.RecordBatch]":
+    """Yield the rows of both in the form of the mixture."""
+    names = [name for name, _ in SEQUENCE]
+    schema = mixture_schema(token_weights=weights is not None and weights.token_N is not None)
+
+    def with_loss(batch: pa.RecordBatch, supervised: pa.ListArray, weighed: list[pa.Array]) -> pa.RecordBatch:
+        columns = [*(batch[name] for name in names), supervised, *weighed]
+        return pa.record_batch(columns[: len(schema)], schema=schema)
+
+    row = 0
+    for batch in batches(target, "train", [*names, "supervised"]):
+        weighed = _weighed(batch, weights, row) if weights else _all_one(batch.num_rows)
+        yield with_loss(batch, batch["supervised"], weighed)
+        row += batch.num_rows
+    for batch in batches(corpus, "corpus", [*names, "logprobs"]):
+        ends = pc.list_value_length(batch["logprobs"]).to_numpy().cumsum(dtype=np.int32)
+        offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
+        sampled = pa.ListArray.from_arrays(offsets, batch["logprobs"].flatten().is_valid())
+        yield with_loss(batch, sampled, _all_one(batch.num_rows))
+
+
+def _all_one(rows: int) -> "list[pa.Array]":
+
+    return [pa.array(np.ones(rows, np.float32)), pa.nulls(rows, pa.list_(pa.float32()))]
+
+
+def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.Array]":
+    """Return the weights of the target's rows from `row` on, and of their tokens (0 where no loss lies)."""
+    rows = slice(row, row + batch.num_rows)
+    assert np.array_equal(weights.ids_R[rows], batch["row_id"].to_numpy()), "losses of another target"
+    if weights.token_N is None:
+        return [pa.array(weights.row_R[rows])]
+    counted_T = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
+    weight_T = np.zeros(len(counted_T), np.float32)
+    weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
+    ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
+    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
+    return [pa.array(weights.row_R[rows]), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
+
+
+def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]) -> "Iterator[pa.Table]":
+    """Join `parts` to tables of some SHARD_TOKENS tokens, and count each source's rows and supervised tokens."""
+    waiting: list[pa.RecordBatch] = []
+    tokens = 0
+    for part in parts:
+        for source, rows, supervised in _counted(part):
+            before = sizes.get(source, (0, 0))
+            sizes[source] = before[0] + rows, before[1] + supervised
+        waiting.append(part)
+        tokens += len(part["token_ids"].flatten())
+        if tokens >= SHARD_TOKENS:
+            yield pa.Table.from_batches(waiting)
+            waiting, tokens = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def _counted(part: "pa.RecordBatch") -> list[tuple[str, int, int]]:
+    """Return source, rows and supervised tokens."""
+    row_T = pc.list_parent_indices(part["supervised"]).to_numpy()
+    counts = np.bincount(row_T[part["supervised"].flatten().to_numpy(zero_copy_only=False)], minlength=part.num_rows)
+    table = pa.table({"source": part["source"], "tokens": counts})
+    grouped = table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")])
+    return [(row["source"], row["tokens_count"], row["tokens_sum"]) for row in grouped.to_pylist()]
+
+
+def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, JsonValue]:
+    target_rows, target_tokens = sizes.pop("target", (0, 0))
+    rehearsal_rows = sum(rows for rows, _ in sizes.values())
+    return {
+        "target_rows": target_rows,
+        "target_tokens": target_tokens,
+        "rehearsal_rows": rehearsal_rows,
+        "rehearsal_tokens": sum(tokens for _, tokens in sizes.values()),
+        "rehearsal_rows_by_source": {source: rows for source, (rows, _) in sizes.items()},
+        "rehearsal_tokens_by_source": {source: tokens for source, (_, tokens) in sizes.items()},
+        "batch_target_rows": spec.target_rows,
+        "batch_rehearsal_tokens": spec.rehearsal_tokens if rehearsal_rows else 0,
+        "seed": spec.seed,
+    }
+
+
+def _weight_metadata(spec: MixSpec, weights: "Weights | None") -> dict[str, JsonValue]:
+
+    if weights is None:
+        return {}
+    weight = weights.row_R if weights.token_N is None else weights.token_N
+    return {
+        "flow": spec.flow,
+        "tau": weights.tau,
+        "smallest_weight": float(weight.min()),
+        "median_weight": float(np.median(weight)),
+        "largest_weight": float(weight.max()),
+    }

@@ -1,0 +1,98 @@
+"""How well a model predicts given responses. B rows, T tokens, V vocabulary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cfsd.errors import NotFinite
+from cfsd.model.batching import arrange, pad
+from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
+from cfsd.model.sample import Sample
+
+
+@torch.inference_mode()
+def score_responses(
+    model: PreTrainedModel, rows: list[dict[str, Any]], max_tokens: int, on_progress: Callable[[int], None],
+    *, per_token: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return per row the summed -log p of its supervised tokens and how many are the model's first choice.
+
+    All of them first choice is the same as: greedy decoding of the prompt writes exactly this response.
+    `per_token` adds `token_nll`, the -log p of each supervised token.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for group in arrange([len(row["token_ids"]) for row in rows], max_tokens):
+        token_ids_BT = pad([rows[i]["token_ids"] for i in group]).to(model.device)
+        wanted_BT = pad([rows[i]["supervised"] for i in group], torch.bool)[:, 1:].to(model.device)
+        columns = wanted_BT.any(0).nonzero()[:, 0]
+        output: Any = model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=columns)
+        for place, i in enumerate(group):
+            logits_NV = output.logits[place][wanted_BT[place, columns]].float()
+            next_N = token_ids_BT[place, 1:][wanted_BT[place]]
+            nll_N = torch.nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
+            found[i] = {
+                **{k: rows[i][k] for k in ("row_id", "prompt", "response") if k in rows[i]},
+                "nll": nll_N.double().sum().item(),
+                "correct": int((logits_NV.argmax(-1) == next_N).sum()),
+                "count": len(next_N),
+                **({"token_nll": nll_N.tolist()} if per_token else {}),
+            }
+        on_progress(len(found))
+    return [found[i] for i in range(len(rows))]
+
+
+@torch.inference_mode()
+def token_logprobs(
+    model: PreTrainedModel,
+    token_rows: list[list[int]],
+    eos_ids: tuple[int, ...],
+    *,
+    top_logprobs: int = 0,
+    max_tokens: int = 1024,
+    where: str = "",
+) -> list[Sample]:
+    """Return each row with log p* of every token given those before it, in nats, and the K likeliest on request.
+
+    Only the first token has no log-probability. At most `max_tokens` positions have logits at a time: rows of like
+    length go together, and a longer row passes through the model several times, each time for a part of its logits.
+    Raises NotFinite naming `where` when the model gives NaN, or no probability at all to a given token.
+    """
+    samples = {i: _blank(row, eos_ids, top_logprobs) for i, row in enumerate(token_rows)}
+    for group in arrange([len(row) for row in token_rows], max_tokens):
+        longest = len(token_rows[group[0]])
+        token_ids_BT = pad([token_rows[i] for i in group]).to(model.device)
+        for first in range(0, longest - 1, max_tokens):
+            columns = torch.arange(first, min(first + max_tokens, longest - 1), device=model.device)
+            output: Any = model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=columns)
+            for place, i in enumerate(group):
+                next_T = token_ids_BT[place, first + 1 : len(token_rows[i])][: len(columns)]
+                if len(next_T):
+                    _record(samples[i], first + 1, distribution_of(output.logits[place, : len(next_T)]), next_T, where)
+            del output
+    return [samples[i] for i in range(len(token_rows))]
+
+
+def _blank(row: list[int], eos_ids: tuple[int, ...], count: int) -> Sample:
+    shape, nan = (len(row), count), np.float32("nan")
+    top = Top(np.zeros(shape, np.int32), np.full(shape, nan), np.full(len(row), nan)) if count else None
+    return Sample(list(row), [None] * len(row), "eos" if len(row) > 1 and row[-1] in eos_ids else "length", top)
+
+
+def _record(sample: Sample, at: int, distribution: Distribution, next_T: Tensor, where: str) -> None:
+    """Fill in the tokens from position `at` on."""
+    logprobs_T = distribution.logprobs(next_T[:, None])[:, 0]
+    if not bool((finite_T := torch.isfinite(logprobs_T)).all()):
+        token = at + int(finite_T.int().argmin())
+        raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a given row'} is not finite")
+    until = at + len(next_T)
+    sample.logprobs[at:until] = logprobs_T.tolist()
+    if sample.top is not None:
+        ids_TK, logprobs_TK, rest_T = likeliest(distribution, sample.top.ids.shape[1])
+        width = ids_TK.shape[1]
+        sample.top.ids[at:until, :width] = ids_TK.cpu()
+        sample.top.logprobs[at:until, :width] = logprobs_TK.cpu()
+        sample.top.rest[at:until] = rest_T.cpu()

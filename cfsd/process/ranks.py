@@ -1,0 +1,102 @@
+"""Run a module in several processes of this machine, as torchrun does, and answer with one word for all of them.
+
+python -m cfsd.process.ranks DRAFT MODULE PROCESSES        what `run_in_process` starts; DRAFT holds request.json
+
+This process holds the draft's lock. Its ranks are `python -m MODULE DRAFT`, they end when it does, and each leaves
+its own word in DRAFT/.ranks when it fails; the first of these becomes error.json.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from cfsd.machine import Machine
+from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, WRITER_LOCK, end_with_parent, killed, log_end
+from cfsd.store.artifact import ERROR, METADATA
+from cfsd.store.digests import write_json
+
+SECONDS_TO_ANSWER = 10  # of STOP_SECONDS, for what is left to do here when the ranks have ended
+SECONDS_TO_NOTICE = 5  # torch notes whole seconds; peers of a killed rank complain within this time, not before
+NAMED = ("crash", "out_of_memory")  # other errors are the same on every rank
+
+
+def main() -> None:
+    """Run the ranks to their end; exit with 1 and error.json when they have no facts."""
+    folder, module, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    end_with_parent()
+    with FileLock(folder / WRITER_LOCK):
+        shutil.rmtree(folder / RANKS, ignore_errors=True)
+        (folder / RANKS).mkdir()
+        error = _run(folder, module, processes)
+        if error and not (folder / METADATA).exists():
+            write_json(folder / ERROR, error)
+            sys.exit(1)
+        shutil.rmtree(folder / RANKS)
+
+
+def _run(folder: Path, module: str, processes: int) -> dict[str, Any] | None:
+    os.environ[PARENT] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(Machine().resolved_threads(processes)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / RANKS)), shutdown_timeout=STOP_SECONDS - SECONDS_TO_ANSWER,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", module, str(folder))
+    except ChildFailedError as failed:
+        return first_failure(folder, failed.failures, processes)
+    except SignalException:
+        _wait_for_ranks()
+        return _first_word(folder) or {"kind": "stopped", "message": "stopped before a step was done; run again"}
+    return None
+
+
+def _wait_for_ranks() -> None:
+    """Let the ranks save. They were told once; a second signal to this process changes nothing."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    psutil.wait_procs(psutil.Process().children(), STOP_SECONDS - SECONDS_TO_ANSWER)
+
+
+def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
+    """Return the error of the rank that failed first; the others only lost their peer, or were told to end.
+
+    A rank that was killed leaves no word, and its peers' complaints come after its death.
+    """
+    word = _first_word(folder)
+    written = {int(path.stem) for path in (folder / RANKS).glob("*.json")}
+    silent = {
+        rank: failure
+        for rank, failure in failures.items()
+        if rank not in written and failure.exitcode not in (0, -signal.SIGTERM)
+    }
+    rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
+    if end and (word is None or end.timestamp <= word["time"] + SECONDS_TO_NOTICE):
+        message = f"ended with code {end.exitcode} and no word{killed(folder, end.exitcode)}; {log_end(folder)}"
+        return {"kind": "crash", "message": f"rank {rank} of {processes} {message}"}
+    if word is None:
+        return {"kind": "stopped", "message": "the ranks were told to end before a step was done; run again"}
+    where = f"rank {word['rank']} of {processes}: " if word["kind"] in NAMED else ""
+    return {"kind": word["kind"], "message": where + word["message"]}
+
+
+def _first_word(folder: Path) -> dict[str, Any] | None:
+    words = [json.loads(path.read_text()) for path in sorted((folder / RANKS).glob("*.json"))]
+    return min(words, key=lambda word: float(word["time"]), default=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The corpus page: what is in each corpus."""

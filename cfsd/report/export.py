@@ -1,0 +1,54 @@
+"""A folder to publish: weights, tokenizer and model card, all of them files of its own."""
+
+import shutil
+from pathlib import Path
+
+from cfsd.errors import BadInput
+from cfsd.model.checkpoint import payload_of
+from cfsd.report.files import Kept
+from cfsd.report.model_card import has_card, model_card
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summarise import summarise
+from cfsd.store.artifact import Store
+
+README = "README.md"
+
+
+def chosen(kept: Kept, variant: str | None) -> RunRecord:
+    """Return the variant called so, or the only one that was trained. Raises BadInput naming those there are."""
+    trained = {run_record.name: run_record for run_record in kept.run_records if has_card(run_record)}
+    if not trained:
+        raise BadInput(f"“{kept.title}” trained no model; only what was trained can be exported")
+    if variant is None and len(trained) == 1:
+        return next(iter(trained.values()))
+    if variant not in trained:
+        asked = "no variant is named" if variant is None else f"there is no variant {variant!r}"
+        raise BadInput(f"{asked}; give one of: {', '.join(map(repr, trained))}")
+    return trained[variant]
+
+
+def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
+    """Copy the variant's final model to the new folder `to` and write its card there as README.md.
+
+    Copies, not links: whoever edits a published folder must not reach into the store.
+
+    Raises:
+        BadInput: `to` exists and is not empty.
+        StoreError: the model is gone or damaged.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise BadInput(f"{to} exists and is not an empty folder; give another one")
+    model = run_record.artifacts["final"]
+    store.verify(model)
+    files = payload_of(store.path(model))
+    run_records = list(kept.run_records)
+    card = model_card(store, run_record, summarise(store, run_record, run_records))
+    part = to.with_name(f".{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name, file in files.items():
+        shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
+    (part / README).write_text(card, encoding="utf-8")
+    if to.exists():
+        to.rmdir()
+    part.rename(to)

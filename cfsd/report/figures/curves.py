@@ -1,0 +1,78 @@
+"""The figures of training: a panel per measure, a line per trained model, a dashed line per budget."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, plain_axes, short, styles
+from cfsd.report.table import sweep_of
+from cfsd.report.training import Panel
+
+HEIGHT = 2.8  # inches, without a legend
+LEGEND_ROW = 0.21  # inches
+PALEST = 0.35  # opacity of the first of a sweep; the last is opaque
+FEW = 12  # points up to which each has its marker
+LETTERS = 46  # of a legend's row
+LONGEST = 30  # letters of an axis label on one line
+
+
+def curve_figures(panels: Sequence[Panel], names: Sequence[str], models: Mapping[str, str]) -> dict[str, Figure]:
+    """Return a figure per panel by name; `names` are all variants of the report, so that colours agree in it.
+
+    `models`: what the line of a variant is called.
+    """
+    look, opacity = styles(names), opacities(list(models))
+    return {panel.name: _curve(panel, look, opacity, models) for panel in panels}
+
+
+def opacities(names: Sequence[str]) -> dict[str, float]:
+    """Return how opaque each line is: the models of a sweep have one colour, which deepens along it."""
+    sweeps = {name: sweep for name in names if (sweep := sweep_of(name))}
+    found = dict.fromkeys(names, 1.0)
+    for family in {sweep.family for sweep in sweeps.values()}:
+        values = sorted({s.value for s in sweeps.values() if s.family == family})
+        for name, sweep in sweeps.items():
+            if sweep.family == family and len(values) > 1:
+                found[name] = PALEST + (1 - PALEST) * values.index(sweep.value) / (len(values) - 1)
+    return found
+
+
+def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float], models: Mapping[str, str]) -> Figure:
+    labels = {name: short(models[name]) for name in panel.lines}
+    columns = max(1, min(3, LETTERS // (4 + max(map(len, labels.values())))))
+    rows = -(-len(labels) // columns) if len(models) > 1 else 0
+    figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
+    axes = figure.subplots()
+    plain_axes(axes, "optimizer step", panel.label.replace(", ", ",\n") if len(panel.label) > LONGEST else panel.label)
+    if panel.is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for name, (steps, values) in panel.lines.items():
+        every = max(1, len(steps) // 6) if len(steps) > FEW else 1
+        axes.plot(
+            steps, values, color=look[name].color, marker=look[name].marker, ms=4, lw=1.4, markevery=every,
+            alpha=opacity[name], label=labels[name],
+        )  # fmt: skip
+    _write_levels(axes, panel, look)
+    if rows:
+        legend = figure.legend(
+            loc="outside lower center", ncols=columns, frameon=False, fontsize=SIZE - 1, labelcolor=INK
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _write_levels(axes: Axes, panel: Panel, look: Mapping[str, Style]) -> None:
+    """Draw each budget once, across the panel, with its name at the right."""
+    drawn = {level: name for name, level in reversed(panel.levels.items()) if name in panel.lines}
+    for level, name in drawn.items():
+        axes.axhline(level, color=look[name].color, ls="--", lw=1)
+        axes.annotate(
+            f"budget {level:.3g}", (1, level), xycoords=axes.get_yaxis_transform(), xytext=(0, 2),
+            textcoords="offset points", ha="right", va="bottom", size=SIZE - 2, color=INK,
+        )  # fmt: skip

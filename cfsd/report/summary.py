@@ -1,0 +1,44 @@
+"""Summary: the figures of one variant with 95 % intervals, and `summary.json` for many variants."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cfsd.store.digests import write_json
+
+SCHEMA = 1
+
+
+class Summary(BaseModel):
+    """The figures of one variant, with 95 % intervals. Signs: gain positive = learned, forgetting positive = worse."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    target_gain: dict[str, Any] | None  # base - tuned loss on held-out responses
+    target_accuracy_gain: dict[str, Any] | None  # tuned - base share of responses that greedy decoding writes
+    target: dict[str, float]  # base_loss, tuned_loss, base_accuracy, tuned_accuracy
+    probe_kl: dict[str, Any] | None
+    probe_kl_sampled: dict[str, Any] | None
+    mean_forgetting: dict[str, Any] | None
+    benchmarks: dict[str, dict[str, Any]]
+    target_divergence: dict[str, Any] | None = None  # KL(base || tuned) on held-out responses, given their prompts
+    answers: dict[str, dict[str, dict[str, Any]]] = {}  # per benchmark with written ones and role: how they ended
+    evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
+    texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
+    corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
+    budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
+    stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap
+    training: dict[str, Any] | None = None  # seconds, tokens, peak_memory, …; None for a model from outside
+    seconds: dict[str, float]
+    executed: list[str]
+    cached: list[str]
+
+
+def write_summary(path: Path, summaries: list[Summary]) -> None:
+    """Write `summary.json`; its schema is in docs/summary.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
+    write_json(path, {"schema": SCHEMA, "variants": variants})

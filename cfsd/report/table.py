@@ -1,0 +1,239 @@
+"""The figures of many variants as a table of texts: for a page, a data frame and the terminal."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from cfsd.report.summary import Summary
+from cfsd.statistics.discoveries import change_of, detectable_mean
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.forgetting import BenchmarkForgetting
+from cfsd.statistics.power import detectable_change
+
+Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.statistics.forgetting.Figure` as a Summary holds it
+
+POINTS = 100  # percentage points in a fraction of 1
+
+
+def number(value: float) -> str:
+    """Return `value` with three significant digits, without an exponent where that is readable."""
+    if value == 0:
+        return "0"
+    if not 1e-5 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def shown(figure: Fig, factor: float = 1) -> str:
+    """Return a figure times `factor` as `0.123 [0.101, 0.148]`, or without brackets if it has no interval."""
+    value, low, high = (None if figure[k] is None else number(figure[k] * factor) for k in ("value", "low", "high"))
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def variant_of(name: str) -> str:
+    """Return the variant that `name` is a repeat of: "rehearse" for "rehearse seed=3"."""
+    return name.partition(" seed=")[0]
+
+
+class Sweep(NamedTuple):
+    """One point of a sweep: "wise alpha=0.5" is the point 0.5, written "0.5", of the family "wise"."""
+
+    family: str
+    text: str
+    value: float
+
+
+def sweep_of(name: str) -> Sweep | None:
+    """Return the point of a sweep that the variant called `name`, or its repeat, is; None if it is none."""
+    found = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d[\d.]*(?:e[-+]?\d+)?)", variant_of(name))
+    if found is None:
+        return None
+    try:
+        return Sweep(found[1], found[2], float(found[2]))
+    except ValueError:  # such as a version, 1.2.3
+        return None
+
+
+class Unit(NamedTuple):
+    """How a benchmark's scores and losses are shown, and by what they are multiplied for that."""
+
+    score: str
+    lost: str
+    factor: float
+
+
+def unit_of(benchmark: dict[str, Any]) -> Unit:
+    """Return the unit of a `BenchmarkForgetting`: percent for shares, else its own."""
+    unit = benchmark["forgetting"]["unit"]
+    return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
+
+
+ENDINGS = {"at_limit": "answers at the length limit", "unfinished": "reasoning unfinished"}
+
+
+class Line(NamedTuple):
+    """One row of the table, as text; `marks` says per variant "worse", "better" or nothing for certain."""
+
+    label: str
+    base: str
+    cells: list[str]
+    marks: list[str]
+    is_part: bool = False  # of the row above it
+
+
+def lines_of(summaries: list[Summary]) -> list[Line]:
+    """Return the table's rows; figures that no variant has are left out."""
+    targets = [s.target for s in summaries]
+    found = [
+        _scores("target loss, nats/token", [(t.get("base_loss"), t.get("tuned_loss")) for t in targets]),
+        _figures("  gain, nats/token", [s.target_gain for s in summaries], better=1),
+        _scores(
+            "target exact, %",
+            [(t.get("base_accuracy"), t.get("tuned_accuracy")) for t in targets],
+            POINTS,
+        ),
+        _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
+        _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
+        _figures("target divergence, nats/token", [s.target_divergence for s in summaries]),
+        *_budgets([s.budget or {} for s in summaries]),
+        _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
+        _power_of_means(summaries),
+    ]
+    for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
+        found += [*_benchmark(name, summaries), *_answers(name, summaries)]
+    for name in dict.fromkeys(name for s in summaries for name in s.texts):
+        found += _text(name, summaries)
+    return [line for line in found if any(line.cells)]
+
+
+def forgotten_of(summary: Summary) -> "list[BenchmarkForgetting]":
+    """Return what a summary's benchmarks lost, as what they were before they became JSON."""
+    return [BenchmarkForgetting.model_validate(found | {"benchmark": n}) for n, found in summary.benchmarks.items()]
+
+
+def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return the scores, what was lost, and what would have been found where no change was.
+
+    "worse" and "better" are said under false-discovery control over the variant's benchmarks.
+    """
+    results = [s.benchmarks.get(name) for s in summaries]
+    entries = [next((e for e in forgotten_of(s) if e.benchmark == name), None) for s in summaries]
+    first = next(result for result in results if result)
+    unit = unit_of(first)
+    pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]
+    metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
+    lower = "" if first.get("higher_is_better", True) or first.get("perplexity_factor") else ", lower is better"
+    changes = ["" if entry is None else change_of(entry) for entry in entries]
+    lost = _figures(f"  lost, {unit.lost}", [r["forgetting"] if r else None for r in results], unit.factor)
+    return [
+        _scores(f"{name}: {metric}{unit.score}{lower}", pairs, unit.factor),
+        lost._replace(marks=["" if change == "unsettled" else change for change in changes]),
+        _power(
+            unit,
+            [e.detectable if e else None for e in entries],
+            [change == "unsettled" for change in changes],
+        ),
+    ]
+
+
+def _answers(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return what share of the written answers reached the length limit, or never left their reasoning, if any."""
+    found = [s.answers.get(name, {}) for s in summaries]
+    pairs = {
+        label: [(a.get("base", {}).get(fact), a.get("tuned", {}).get(fact)) for a in found]
+        for fact, label in ENDINGS.items()
+    }
+    return [
+        _scores(f"{label}, %", shares, POINTS)._replace(is_part=True)
+        for label, shares in pairs.items()
+        if any(share for pair in shares for share in pair)
+    ]
+
+
+def _text(name: str, summaries: list[Summary]) -> list[Line]:
+    """Return the loss per token on a text of the user's, how much it rose, and what rise would have been found."""
+    results = [s.texts[name]["per_token"] if name in s.texts else None for s in summaries]
+    rises = [r["forgetting"] if r else None for r in results]
+    open_ = [rise is not None and sign_of(rise) == 0 for rise in rises]
+    return [
+        _scores(f"{name}: loss, nats/token", [(r["base"], r["tuned"]) if r else (None, None) for r in results]),
+        _figures("  lost, nats/token", rises, better=-1),
+        _power(
+            Unit("nats/token", "nats/token", 1),
+            [detectable_change(Figure.model_validate(rise)) if rise else None for rise in rises],
+            open_,
+        ),
+    ]
+
+
+def _power_of_means(summaries: list[Summary]) -> Line:
+
+    unsettled = [s.mean_forgetting is not None and sign_of(s.mean_forgetting) == 0 for s in summaries]
+    drops = [detectable_mean(forgotten_of(s)) if open_ else None for s, open_ in zip(summaries, unsettled, strict=True)]
+    return _power(Unit("%", "points", POINTS), drops, unsettled)
+
+
+def _power(unit: Unit, drops: list[float | None], unsettled: list[bool]) -> Line:
+    """Return from which drop on a change would have been found, where none was."""
+    cells = [_detectable(drop, unit) if open_ else "" for drop, open_ in zip(drops, unsettled, strict=True)]
+    return Line(f"detectable, {unit.lost}", "", cells, ["" for _ in cells], is_part=True)
+
+
+def _detectable(drop: float | None, unit: Unit) -> str:
+    if drop is None:
+        return "unknown"
+    return "none" if unit.factor == POINTS and drop > 1 else f"from {number(drop * unit.factor)}"
+
+
+def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
+    """Return what was allowed, how much of it was used, what that means, and what it cost."""
+    nats = [number(b["nats"]) if b else "" for b in budgets]
+    outcomes = [b.get("outcome", "") for b in budgets]
+    marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
+    alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
+    return [
+        Line("budget of probe_kl, nats/token", "", nats, ["" for _ in budgets]),
+        _figures("  used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
+        Line("outcome", "", outcomes, marks, is_part=True),
+        *([Line("merged at alpha", "", alphas, ["" for _ in budgets], is_part=True)] if any(alphas) else []),
+        _figures("  gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
+    ]
+
+
+def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: float = 1) -> Line:
+    bases = [base for base, _ in pairs if base is not None]
+    cells = []
+    for base, tuned in pairs:
+        text = "" if tuned is None else number(tuned * factor)
+        if base is not None and base != bases[0]:  # not the base model, or the rows, of the first variant
+            text = f"{number(base * factor)} → {text}"
+        cells.append(text)
+    return Line(label, number(bases[0] * factor) if bases else "", cells, ["" for _ in cells])
+
+
+def _figures(label: str, figures: list[Fig | None], factor: float = 1, better: int = 0) -> Line:
+    cells = ["" if figure is None else shown(figure, factor) for figure in figures]
+    marks = [{1: "better", -1: "worse"}.get(better * sign_of(figure), "") for figure in figures]
+    return Line(label.strip(), "", cells, marks, label.startswith(" "))
+
+
+def sign_of(figure: Fig | None) -> int:
+    """Return 1 or -1 where the whole interval is on that side of 0, else 0."""
+    if figure is None or figure["low"] is None:
+        return 0
+    return int(figure["low"] > 0) - int(figure["high"] < 0)
+
+
+def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
+    """Return the table as text: a row per figure, columns `figure`, `base` and one per variant."""
+    rows, main = [], ""
+    for line in lines_of(summaries):
+        if line.is_part:
+            rows.append([f"{main}: {line.label}", line.base, *line.cells])
+        else:
+            rows.append([line.label, line.base, *line.cells])
+            main = re.split("[:,]", line.label)[0]
+    return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)

@@ -1,0 +1,37 @@
+"""The table of figures on a terminal, in parts where it is too narrow for all variants."""
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from cfsd.report.summary import Summary
+from cfsd.report.table import lines_of
+
+
+def print_table(summaries: list[Summary], console: "Console") -> None:
+    """Print the table, in parts where the console is too narrow for all variants."""
+    unlimited = console.options.update(width=100_000)
+    for between in (" [", "\n["):
+        printed = _rich_table(summaries, between)
+        if Measurement.get(console, unlimited, printed).maximum <= console.width or len(summaries) == 1:
+            console.print(printed)
+            return
+    middle = len(summaries) // 2
+    print_table(summaries[:middle], console)
+    print_table(summaries[middle:], console)
+
+
+def _rich_table(summaries: list[Summary], between: str) -> "Table":
+
+    printed = Table("", box=box.SIMPLE_HEAD)
+    for name in ("base", *(s.name for s in summaries)):
+        printed.add_column(Text(name), justify="right", overflow="fold")
+    for line in lines_of(summaries):
+        printed.add_row(
+            Text("  " * line.is_part + line.label),
+            line.base,
+            *(Text(cell.replace(" [", between)) for cell in line.cells),
+        )
+    return printed

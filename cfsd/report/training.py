@@ -1,0 +1,227 @@
+"""What happened while a model was trained: curves, worst moments and costs, read from its artifact alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summary import Summary
+from cfsd.report.table import POINTS, sweep_of, variant_of
+from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.journal import read_metrics
+
+WATCH = "watch/"
+CURVE_POINTS = 150  # a longer curve is averaged over neighbouring steps
+LOSS_WORDS = ("loss", "perplexity", "nll", "bits", "brier")  # in the name of a metric that is better when lower
+COST_METADATA = (
+    "steps", "tokens", "target_tokens", "rehearsal_tokens", "peak_memory", "most_row_views", "stopped_at_step",
+)  # fmt: skip
+
+Series = dict[int, float]  # step -> value
+Line = tuple[list[float], list[float]]  # steps, values
+
+
+class Measure(NamedTuple):
+    """How a watched measure reads."""
+
+    unit: str
+    higher_is_better: bool
+
+
+class Panel(NamedTuple):
+    """One figure of training: a line per trained model, under the name of its first variant.
+
+    `levels` are the budgets to be drawn across it, by the same names.
+    """
+
+    name: str
+    label: str
+    lines: dict[str, Line]
+    is_log: bool = False
+    levels: dict[str, float] = {}
+    is_benchmark: bool = False
+
+
+def metrics_of(store: Store, artifact: Artifact) -> dict[str, Series]:
+    """Return each metric of the artifact's training by step, in order; values that are not numbers are left out."""
+    found: dict[str, Series] = {}
+    for record in read_metrics(store.path(artifact)):
+        if math.isfinite(record["value"]):
+            found.setdefault(record["name"], {})[record["step"]] = record["value"]
+    return {name: dict(sorted(series.items())) for name, series in found.items()}
+
+
+def training_of(store: Store, run_record: RunRecord) -> dict[str, Any] | None:
+    """Return what training cost: seconds, and the facts of `COST_METADATA` that are known."""
+    tuned = run_record.artifacts.get("tuned")
+    if tuned is None or "steps" not in tuned.metadata:
+        return None  # a model that came from outside
+    costs = {name: tuned.metadata[name] for name in COST_METADATA if tuned.metadata.get(name) is not None}
+    alone = {step.artifact.key: step.seconds for step in run_record.steps}
+    return {
+        "seconds": float(store.manifest(tuned)["seconds"]), "seconds_of_all_steps": sum(alone.values()), **costs,
+        **_weights(store, run_record),
+    }  # fmt: skip
+
+
+def _weights(store: Store, run_record: RunRecord) -> dict[str, float]:
+    """Return λ as it ended: of token means, as we train, and of whole strings, as in the paper's formula.
+
+    Source: Bansal and Sanghavi 2025, arXiv:2505.13811, whose sum is over strings. `string_weight` = λ x mean
+    target tokens of a row / mean rehearsal tokens of a row.
+    """
+    mixture = run_record.artifacts.get("mixture")
+    last = list(metrics_of(store, run_record.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())[-1:]
+    if not last or mixture is None or not mixture.metadata.get("rehearsal_tokens"):
+        return {}
+    metadata: dict[str, Any] = mixture.metadata
+    target, rehearsal = (
+        metadata[f"{source}_tokens"] / metadata[f"{source}_rows"] for source in ("target", "rehearsal")
+    )
+    return {"rehearsal_weight": last[0], "string_weight": last[0] * target / rehearsal}
+
+
+def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, Any]] | None:
+    """Return per watched measure its value at the start, at its worst and at the end of training.
+
+    `gap`: by how much the worst moment was worse than both the start and the end, at least 0.
+    Source: De Lange et al. 2022, arXiv:2205.13452. Differs: counted from the worse of the two ends, so that a
+    measure that only ever improves, or only ever worsens, has no gap.
+    """
+    if "tuned" not in run_record.artifacts:
+        return None
+    watched = {n: s for n, s in metrics_of(store, run_record.artifacts["tuned"]).items() if n.startswith(WATCH)}
+    found = {}
+    for name, series in watched.items():
+        measure = _measure_of(name, run_record)
+        sign = -1 if measure.higher_is_better else 1
+        worst_step = max(series, key=lambda step: sign * series[step])
+        start, *_, final = [*series.values(), *series.values()]
+        gap = min(sign * (series[worst_step] - end) for end in (start, final))
+        found[name.removeprefix(WATCH)] = {
+            "start": start, "worst": series[worst_step], "worst_step": worst_step, "final": final, "gap": gap,
+            **measure._asdict(),
+        }  # fmt: skip
+    return found or None
+
+
+def _measure_of(name: str, run_record: RunRecord) -> Measure:
+    """Return how `watch/probe_kl`, `watch/target_loss` or `watch/<benchmark>/<metric>` reads."""
+    benchmark, _, metric = name.removeprefix(WATCH).rpartition("/")
+    if not benchmark:
+        return Measure(NATS, False)
+    if scored := run_record.before.benchmarks.get(benchmark):
+        metadata = scored.metadata
+        is_share = metadata["kind"] == "binary" or (metadata["kind"] == "mean" and metadata["chance"] is not None)
+        return Measure(FRACTION if is_share else metric, bool(metadata["higher_is_better"]))
+    if any(word in metric for word in LOSS_WORDS):
+        return Measure(metric, False)
+    return Measure(FRACTION, True)
+
+
+def training_figures(summary: Summary) -> dict[str, float]:
+    """Return what people compare of a training, by the name of its metric in MLflow."""
+    flat: dict[str, float] = {}
+    for name, value in (summary.training or {}).items():
+        flat[f"training/{name}"] = float(value)
+    for name, found in (summary.stability_gap or {}).items():
+        flat |= {f"stability_gap/{name}": found["gap"], f"worst/{name}": found["worst"]}
+    for name, value in (summary.budget or {}).items():
+        if isinstance(value, bool | int | float):
+            flat[f"budget/{name}"] = float(value)
+        elif isinstance(value, dict):
+            flat |= {f"budget/{name}{s}": value[k] for k, s in _PARTS.items() if value[k] is not None}
+    return flat
+
+
+_PARTS = {"value": "", "low": "_low", "high": "_high"}
+
+
+def names_of_models(run_records: Sequence[RunRecord]) -> dict[str, str]:
+    """Return for the first variant of each trained model what to call the model in a figure.
+
+    Variants that share a model, such as the points of a sweep over `merge.alpha`, share its curve.
+    """
+    sharing: dict[str, list[str]] = {}
+    for run_record in run_records:
+        if "tuned" in run_record.artifacts:
+            sharing.setdefault(run_record.artifacts["tuned"].key, []).append(run_record.name)
+    return {names[0]: names[0] if len(names) == 1 else ", ".join(_families(names)) for names in sharing.values()}
+
+
+def _families(names: list[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        sweep = sweep_of(name)
+        repeat = name[len(variant_of(name)) :]
+        found[f"{sweep.family}{repeat}" if sweep else name] = None
+    return list(found)
+
+
+def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
+    """Return the figures of training that there is anything to draw in."""
+    named = names_of_models(run_records)
+    first = {run_record.name: run_record for run_record in run_records if run_record.name in named}
+    metrics = {name: metrics_of(store, run_record.artifacts["tuned"]) for name, run_record in first.items()}
+    budgets = {name: budget for name, run_record in first.items() if (budget := budget_setting(run_record))}
+    forms = {name: rehearsal_of(run_record).get("loss", "nll") for name, run_record in first.items()}
+
+    def panel(name: str, label: str, metric: str, only: Sequence[str] = tuple(first), **options: Any) -> Panel:
+        factor = options.pop("factor", 1)
+        lines = {v: in_blocks(metrics[v][metric], factor) for v in only if metric in metrics[v]}
+        return Panel(name, label, lines, **options)
+
+    found = [panel("target", "target loss, nats per token", "train/target_loss")]
+    for form, label in (("nll", "rehearsal loss, nats per token"), ("kl", "rehearsal divergence, nats per token")):
+        alike = [name for name, own in forms.items() if own == form]
+        found.append(panel(f"rehearsal {form}", label, "train/rehearsal_loss", alike))
+    found.append(_moving(panel("weight", "rehearsal weight λ (log scale)", "train/rehearsal_weight", is_log=True)))
+    estimate = "moving mean of the divergence, nats per token"
+    found.append(panel("divergence", estimate, "train/divergence_estimate", levels=budgets))
+    found.append(panel("probe_kl", "watched probe_kl, nats per token", "watch/probe_kl", levels=budgets))
+    found.append(panel("target_loss", "watched target loss, nats per token", "watch/target_loss"))
+    for metric in dict.fromkeys(m for own in metrics.values() for m in own if m.startswith(WATCH) and m.count("/") > 1):
+        benchmark, _, name = metric.removeprefix(WATCH).rpartition("/")
+        is_share = _measure_of(metric, next(t for n, t in first.items() if metric in metrics[n])).unit == FRACTION
+        label, factor = (f"{benchmark}: {name}, %", POINTS) if is_share else (f"{benchmark}: {name}", 1)
+        found.append(panel(metric, label, metric, factor=factor, is_benchmark=True))
+    return [panel for panel in found if panel.lines]
+
+
+def _moving(panel: Panel) -> Panel:
+    """Return `panel` without lines at or below 0; without any where none moves: the recipe says that already."""
+    lines = {name: line for name, line in panel.lines.items() if min(line[1]) > 0}
+    moves = any(max(values) > min(values) for _, values in lines.values())
+    return panel._replace(lines=lines if moves else {})
+
+
+def in_blocks(series: Series, factor: float = 1) -> Line:
+    """Return steps and values times `factor`, averaged over blocks where there are more than CURVE_POINTS."""
+    found = list(series.items())
+    size = -(-len(found) // CURVE_POINTS)
+    blocks = [found[i : i + size] for i in range(0, len(found), size)]
+    steps, values = ([sum(pair[k] for pair in block) / len(block) for block in blocks] for k in (0, 1))
+    return steps, [value * factor for value in values]
+
+
+def rehearsal_of(run_record: RunRecord) -> dict[str, Any]:
+    """Return the recipe's `train.rehearsal`, empty where it has none."""
+    return nested(run_record.recipe, "train", "rehearsal")
+
+
+def nested(content: Any, *path: str) -> dict[str, Any]:
+    """Return the mapping at `path`, empty where there is none."""
+    for name in path:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def budget_setting(run_record: RunRecord) -> float | None:
+    """Return the divergence, in nats per token, that the variant was told to keep to; None if it had no budget."""
+    tuned = run_record.artifacts.get("tuned")
+    if tuned is None:
+        return None
+    own = nested(run_record.recipe, "merge").get("budget")
+    budget: Any = own or tuned.metadata.get("budget") or rehearsal_of(run_record).get("budget")
+    return float(budget) if budget else None

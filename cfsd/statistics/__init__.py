@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: intervals, pairing, power, multiplicity, seeds, the rules of the gate."""

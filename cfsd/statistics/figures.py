@@ -1,0 +1,110 @@
+"""Figures: a value with its 95 % interval, and how those per token and of paired shares are made."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from cfsd.statistics.intervals import Floats, Interval, bootstrap_ratio, paired_share_bounds
+
+NATS = "nats/token"
+FRACTION = "fraction"
+OVERFLOW = 700.0  # nats; exp of more is infinite in float64
+
+
+class Figure(BaseModel):
+    """A value with its 95 % interval; both ends are None where no interval is known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    unit: str
+
+    def scaled(self, factor: float, unit: str) -> "Figure":
+        """Return the figure times a positive `factor`, in `unit`."""
+        low, high = (None if end is None else end * factor for end in (self.low, self.high))
+        return Figure(value=self.value * factor, low=low, high=high, unit=unit)
+
+
+def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
+    """Return sum(sums)/sum(counts) in nats per token, with a bootstrap over rows (one row per sequence).
+
+    For `probe_kl` and losses. Rows without tokens add nothing. No interval below 5 rows.
+
+    Raises:
+        ValueError: shapes differ, no tokens at all, a number that is not finite, a sum without tokens.
+    """
+    return per_token(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), seed)
+
+
+def difference_per_token(base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
+    """Return (sum(base_sums) - sum(tuned_sums))/sum(counts): target gain, nats per token, positive = learned.
+
+    A paired bootstrap over rows: the same row holds the same tokens for both models. Raises as
+    `mean_per_token` does.
+    """
+    base, tuned = np.asarray(base_sums, dtype=np.float64), np.asarray(tuned_sums, dtype=np.float64)
+    if base.shape != tuned.shape:
+        raise ValueError(f"rows of base {base.shape} and tuned {tuned.shape} differ; give the same rows")
+    return per_token(base - tuned, np.asarray(counts, dtype=np.float64), seed)
+
+
+def per_token(sums: Floats, counts: Floats, seed: int) -> Figure:
+    """Return what `mean_per_token` does, of arrays."""
+    if sums.shape != counts.shape or sums.ndim != 1:
+        raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be of one dimension and equal")
+    bad = ~np.isfinite(sums) | ~np.isfinite(counts) | (counts < 0) | ((counts == 0) & (sums != 0))
+    if bad.any():
+        rows = ", ".join(map(str, np.flatnonzero(bad)[:5]))
+        raise ValueError(f"{bad.sum()} rows (first: {rows}) are not finite or have a sum but no tokens")
+    if counts.sum() == 0:
+        raise ValueError("no row has any tokens; nothing can be measured per token")
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    return figure_of(sums.sum() / counts.sum(), bootstrap_ratio(sums, counts, seed=seed), NATS)
+
+
+def paired_share_difference(base: ArrayLike, tuned: ArrayLike) -> Figure:
+    """Return the share of True in `tuned` less that in `base`, on the same documents: positive = more.
+
+    So it is `target_accuracy_gain` as it stands. Interval: `cfsd.statistics.intervals.paired_share_bounds`.
+
+    Raises:
+        ValueError: shapes differ, no documents, values other than 0 and 1.
+    """
+    before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise ValueError(f"base {before.shape} and tuned {after.shape} must be the same documents, 1 or more")
+    if not (all_zero_or_one(before) and all_zero_or_one(after)):
+        raise ValueError("values other than 0 and 1 in base or tuned; shares are of documents right or wrong")
+    return share_difference(after > before, after < before, FRACTION)
+
+
+def share_difference(up: NDArray[np.bool_], down: NDArray[np.bool_], unit: str) -> Figure:
+    """Return the share of `up` less that of `down`, two masks over the same documents."""
+    ups, downs, total = int(up.sum()), int(down.sum()), len(up)
+    low, high = paired_share_bounds(ups, downs, total)
+    return figure_of((ups - downs) / total, Interval(float(low), float(high)), unit)
+
+
+def figure_of(value: float, interval: Interval | None, unit: str) -> Figure:
+    """Return the figure; a shrunken interval is stretched to hold its own estimate."""
+    value = float(value) + 0.0  # -0.0 would be printed with its sign
+    if interval is None:
+        return Figure(value=value, low=None, high=None, unit=unit)
+    return Figure(value=value, low=min(interval.low, value), high=max(interval.high, value), unit=unit)
+
+
+def exponential(difference: Figure) -> Figure | None:
+    """Return exp of a difference in nats per token, ends included: a quotient of perplexities; None if it overflows."""
+    if max(abs(end) for end in (difference.value, difference.low, difference.high) if end is not None) > OVERFLOW:
+        return None
+    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
+    return Figure(value=math.exp(difference.value), low=low, high=high, unit="factor")
+
+
+def all_zero_or_one(values: Floats) -> bool:
+    """Whether every value is exactly 0 or 1."""
+    return bool(((values == 0) | (values == 1)).all())

@@ -1,0 +1,250 @@
+"""Scores before, scores after -> what was forgotten, with intervals. Numbers in, numbers out.
+
+Sign: positive forgetting is always worse, positive gain always better.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from cfsd.statistics.figures import (
+    FRACTION,
+    NATS,
+    Figure,
+    all_zero_or_one,
+    difference_per_token,
+    exponential,
+    figure_of,
+    mean_per_token,
+    paired_share_difference,
+    per_token,
+    share_difference,
+)
+from cfsd.statistics.intervals import (
+    Floats,
+    bootstrap_change,
+    interval_of_mean,
+    is_above,
+    mcnemar_p,
+    reach_of,
+    sign_flip_p,
+)
+from cfsd.statistics.pairing import paired_by_document, refuse
+from cfsd.statistics.power import detectable_change, detectable_share
+
+__all__ = [
+    "FRACTION",
+    "NATS",
+    "BenchmarkForgetting",
+    "Figure",
+    "Measure",
+    "benchmark_forgetting",
+    "difference_per_token",
+    "mean_forgetting",
+    "mean_per_token",
+    "paired_by_document",
+    "paired_share_difference",
+]
+
+WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
+BOOTSTRAP = "studentised bootstrap over paired documents"
+TOO_FEW = "none: fewer than 5 documents, or a metric that cannot change"
+MCNEMAR = "exact McNemar"
+PERMUTATION = "paired permutation"
+
+
+class Measure(BaseModel):
+    """What is known of one benchmark's metric.
+
+    `chance` is the score of guessing, in [0, 1). `binary`: every document scores 0 or 1; `mean`: a number
+    per document, averaged; `perplexity`: a summed negative log-likelihood in nats and a count of tokens.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    metric: str
+    higher_is_better: bool
+    chance: float | None = Field(ge=0, lt=1)
+    kind: Literal["binary", "mean", "perplexity"]
+
+    @model_validator(mode="after")
+    def _perplexity_is_a_loss(self) -> Self:
+        if self.kind == "perplexity" and (self.higher_is_better or self.chance is not None):
+            raise ValueError(f"{self.metric}: a perplexity is better when lower and has no chance level")
+        return self
+
+
+class BenchmarkForgetting(BaseModel):
+    """What one benchmark says; `base`, `tuned`, `forgetting` in its own unit (perplexities: nats per token).
+
+    `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents; it
+    may disagree with the interval near 0.05, McNemar's test being the more cautious of the two.
+    `detectable`: smallest worsening found with 80 % power at 5 %, in the benchmark's unit; above 1 where no
+    drop of a share would be; None where nothing is known of it (no interval, or of width 0).
+    `q_value`: `p_value` after the false-discovery control of `cfsd.statistics.discoveries.controlled` (None before it).
+    `perplexity_factor`: tuned perplexity / base perplexity, the exponential of `forgetting`.
+    `interval_method`, `test`: what `forgetting`'s interval and `p_value` were made with.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    benchmark: str
+    metric: str
+    higher_is_better: bool = True
+    num_documents: int
+    base: FiniteFloat
+    tuned: FiniteFloat
+    forgetting: Figure
+    chance_corrected: Figure | None
+    retention: float | None
+    retention_note: str
+    right_to_wrong: float | None
+    wrong_to_right: float | None
+    p_value: float | None
+    detectable: float | None
+    q_value: float | None = None
+    perplexity_factor: Figure | None = None
+    interval_method: str = ""
+    test: str = ""
+
+
+def benchmark_forgetting(
+    name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame, *, seed: int = 0
+) -> BenchmarkForgetting:
+    """Return what `after` lost against `before` on the same documents.
+
+    One row per document: `doc_id`, `filter`, `doc_hash`, `value`, `count` (tokens for a perplexity, else 1).
+    The result does not depend on the order of the rows, and is fixed by `seed`.
+
+    Raises:
+        ValueError: documents unpaired, repeated or different, values not finite or not of the measure's
+            kind, several filters at once; the message names the benchmark and the documents.
+    """
+    try:
+        pairs = paired_by_document(before, after)
+        _check_kind(pairs, measure)
+    except ValueError as error:
+        raise ValueError(f"benchmark {name}: {error}") from error
+    base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
+    worse = base - tuned if measure.higher_is_better else tuned - base
+    forgetting, method = _forgetting(measure, base, tuned, worse, counts, seed)
+    retention, note = _retention(measure, base, tuned)
+    return BenchmarkForgetting(
+        benchmark=name,
+        metric=measure.metric,
+        higher_is_better=measure.higher_is_better,
+        num_documents=len(pairs),
+        base=base.sum() / counts.sum(),
+        tuned=tuned.sum() / counts.sum(),
+        forgetting=forgetting,
+        chance_corrected=_chance_corrected(measure, forgetting, base, tuned),
+        retention=retention,
+        retention_note=note,
+        perplexity_factor=exponential(forgetting) if measure.kind == "perplexity" else None,
+        interval_method=method,
+        **(_of_flips(worse) if measure.kind == "binary" else _of_changes(worse, forgetting, seed)),
+    )
+
+
+def _of_flips(worse: Floats) -> dict[str, Any]:
+    up, down, total = int(np.count_nonzero(worse > 0)), int(np.count_nonzero(worse < 0)), len(worse)
+    return {
+        "right_to_wrong": up / total,
+        "wrong_to_right": down / total,
+        "p_value": mcnemar_p(up, down),
+        "detectable": detectable_share((up + down) / total, total),
+        "test": MCNEMAR,
+    }
+
+
+def _of_changes(worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
+    return {
+        "right_to_wrong": None,
+        "wrong_to_right": None,
+        "p_value": sign_flip_p(worse, seed=seed),
+        "detectable": detectable_change(forgetting),
+        "test": PERMUTATION,
+    }
+
+
+def _forgetting(
+    measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int
+) -> tuple[Figure, str]:
+    """Return the figure and what its interval was made with."""
+    unit = FRACTION if measure.kind == "binary" else measure.metric
+    if measure.kind == "perplexity":
+        figure = per_token(worse, counts, seed)
+    elif all_zero_or_one(base) and all_zero_or_one(tuned):
+        return share_difference(worse > 0, worse < 0, unit), WALD
+    else:
+        interval = bootstrap_change(worse, reach=reach_of([base, tuned]), seed=seed)
+        figure = figure_of(worse.sum() / len(worse), interval, unit)
+    return figure, TOO_FEW if figure.low is None else BOOTSTRAP
+
+
+def _chance_corrected(measure: Measure, forgetting: Figure, base: Floats, tuned: Floats) -> Figure | None:
+    if measure.chance is None or not _is_score(measure, base, tuned):
+        return None
+    return forgetting.scaled(1 / (1 - measure.chance), FRACTION)
+
+
+def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:
+    """Return tuned/base, both less chance, or None and the reason why there is none."""
+    if not measure.higher_is_better:
+        return None, "better when lower"
+    if not _is_score(measure, base, tuned):
+        return None, "not a score from 0 to 1"
+    if measure.chance is None:
+        return None, "chance level unknown"
+    if not is_above(base, measure.chance, binary=all_zero_or_one(base)):
+        return None, "base at chance"
+    return float((tuned.mean() - measure.chance) / (base.mean() - measure.chance)), ""
+
+
+def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:
+    within = all(values.min() >= 0 and values.max() <= 1 for values in (base, tuned))
+    return measure.kind != "perplexity" and measure.higher_is_better and within
+
+
+def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
+    """Return the mean of the chance-corrected differences as a fraction: 0.05 is 5 points worse.
+
+    Benchmarks without a chance-corrected figure are left out; None if none has one. The interval takes the
+    benchmarks as independent samples of documents and as the only ones of interest (it does not speak for
+    benchmarks not run): `cfsd.statistics.intervals.interval_of_mean`. No interval where one of them has none.
+
+    Raises:
+        ValueError: a benchmark comes twice, whose figures would share their documents.
+    """
+    figures: dict[str, Figure] = {}
+    for entry in forgotten:
+        if entry.chance_corrected is None:
+            continue
+        if entry.benchmark in figures:
+            raise ValueError(f"benchmark {entry.benchmark} comes twice; give one metric and filter of each")
+        figures[entry.benchmark] = entry.chance_corrected
+    if not figures:
+        return None
+    values = np.array([figure.value for figure in figures.values()])
+    ends = [(figure.low, figure.high) for figure in figures.values()]
+    known = all(low is not None for low, _ in ends)
+    interval = interval_of_mean(values, *np.array(ends, dtype=np.float64).T) if known else None
+    return figure_of(values.mean(), interval, FRACTION)
+
+
+def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:
+    filters = sorted(pairs["filter"].unique())
+    if len(filters) > 1:
+        raise ValueError(f"scores of several filters ({', '.join(map(str, filters))}); give those of one")
+    counts, sums = pairs["count"].to_numpy(), pairs[["base", "tuned"]].to_numpy()
+    if measure.kind == "perplexity":
+        tokenless = (counts < 0) | ((counts == 0) & (sums != 0).any(axis=1)) | (counts.sum() == 0)
+        refuse(pairs, tokenless, "without a positive count of tokens")
+        return
+    refuse(pairs, counts != 1, "with a count other than 1, which only a perplexity may have")
+    if measure.kind == "binary":
+        between = ((sums != 0) & (sums != 1)).any(axis=1)
+        refuse(pairs, between, f"whose {measure.metric} is neither 0 nor 1; its kind is mean, not binary")

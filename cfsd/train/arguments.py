@@ -1,0 +1,49 @@
+"""Our settings in the words of transformers.Trainer."""
+
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.utils.import_utils import is_liger_kernel_available
+
+from cfsd.machine import Machine
+from cfsd.train.spec import TrainSpec
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> TrainingArguments:
+    """Return the arguments of one process; how many steps there are is not known yet."""
+    device = machine.resolved_device()
+    bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
+    sharded = machine.resolved_sharding() == "shard"
+    kernels = device == "cuda" and is_liger_kernel_available()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=SCHEDULES[spec.schedule],
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.clip_norm,
+        bf16=bfloat16,
+        use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and machine.resolved_training_processes() > 1 else None,
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=machine.gradient_checkpointing and not sharded,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fsdp="full_shard auto_wrap" if sharded else "",
+        fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
+        if sharded
+        else None,
+        use_liger_kernel=kernels,  # norms, rotations and activations; the loss is ours
+        liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False} if kernels else None,
+        save_strategy="steps",
+        save_steps=machine.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        gradient_accumulation_steps=1,
+        seed=spec.seed or 0,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process that sees several GPUs would get nn.DataParallel
+    return arguments

@@ -1,0 +1,1 @@
+"""Which rows make one optimizer step, and how they are laid out."""

@@ -1,0 +1,124 @@
+"""What a training reads: global batches as packs, one rank's share at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from cfsd.errors import BadInput
+from cfsd.store.artifact import Artifact, Store
+from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
+from cfsd.train.batches.micro_batches import Counts, MicroBatch, micro_batches_of
+from cfsd.train.batches.mixture import MixtureRows
+from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
+from cfsd.train.spec import TrainRequest, TrainSpec
+
+
+class Share(NamedTuple):
+    """One rank's share of one global batch; counts and views are of the whole batch."""
+
+    micro_batches: list[MicroBatch]
+    counts: Counts
+    views: Sequence[int]
+
+
+class Batches(Dataset[Share]):
+    """One item is one rank's share of one global batch."""
+
+    def __init__(
+        self,
+        rows: MixtureRows,
+        plan: list[GlobalBatch],
+        max_tokens: int,
+        distributions: StoredDistributions | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Cut every global batch of `plan` into packs of at most `max_tokens`."""
+        self.rows, self.plan, self.distributions = rows, plan, distributions
+        self.max_tokens, self.rank, self.world = max_tokens, rank, world
+        self.first_rehearsal_row = rows.first_rehearsal_row()
+        self.counts = _counts(rows, plan)
+
+    def __len__(self) -> int:
+        """Return the number of optimizer steps."""
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> Share:
+        """Return this rank's packs of step `step`, as many as every other rank has."""
+        batch = self.plan[step]
+        members = [*batch.target, *batch.rehearsal]
+        rows = [self.rows[i] for i in members]
+        fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
+        places = [i - self.first_rehearsal_row for i in members]
+        micro_batches = micro_batches_of(
+            rows, self.max_tokens, fresh=fresh, places=places, distributions=self.distributions
+        )
+        share = micro_batches[self.rank :: self.world]
+        if len(share) < -(-len(micro_batches) // self.world):  # a rank without a pack would leave the others waiting
+            share.append(micro_batches[0].without_loss())
+        return Share(share, self.counts[step], batch.views)
+
+    def metadata(self, steps: int) -> dict[str, Any]:
+        """Return what the first `steps` steps read."""
+        counts = self.counts[:steps]
+        return {
+            "steps": steps,
+            "target_tokens": sum(count.target for count in counts),
+            "rehearsal_tokens": sum(count.rehearsal for count in counts),
+            "tokens": sum(count.tokens for count in counts),
+            "most_row_views": max((seen + 1 for batch in self.plan[:steps] for seen in batch.views), default=0),
+        }
+
+
+def _counts(rows: MixtureRows, plan: list[GlobalBatch]) -> list[Counts]:
+    lengths, supervised = rows.lengths(), rows.supervised_tokens()
+    counts = []
+    for batch in plan:
+        target, rehearsal = ([supervised[i] for i in part] for part in (batch.target, batch.rehearsal))
+        fresh = sum(count for count, seen in zip(rehearsal, batch.views, strict=True) if not seen)
+        tokens = sum(lengths[i] for i in (*batch.target, *batch.rehearsal))
+        counts.append(Counts(sum(target), sum(rehearsal), fresh, tokens))
+    return counts
+
+
+def batches_of(
+    store: Store, mixture: Artifact, spec: TrainSpec, max_tokens: int, distributions: StoredDistributions | None = None,
+    rank: int = 0, world: int = 1,
+) -> Batches:  # fmt: skip
+    """Return the global batches of the whole training. Raises BadInput where rows that must be fresh run out."""
+    metadata: dict[str, Any] = mixture.metadata
+    rows = MixtureRows(store.path(mixture))
+    plan = plan_batches(
+        rows.sources(),
+        rows.supervised_tokens(),
+        target_rows=metadata["batch_target_rows"],
+        rehearsal_tokens=metadata["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0,
+        epochs=spec.epochs,
+        seed=metadata["seed"],
+        refresh=spec.rehearsal.refresh,
+    )
+    if spec.rehearsal.budget:
+        _check_budget(plan)
+    return Batches(rows, plan, max_tokens, distributions, rank, world)
+
+
+def _check_budget(plan: list[GlobalBatch]) -> None:
+    """Raise BadInput when some step has nothing new from which the divergence could be read."""
+    blind = sum(0 not in batch.views for batch in plan)
+    if blind:
+        raise BadInput(
+            f"train.rehearsal.budget reads the divergence on rehearsal rows that were not seen before, but {blind} of "
+            f"{len(plan)} steps have none; raise generate.rows about {len(plan) / max(1, len(plan) - blind):.1f}-fold, "
+            "or lower mix.rehearsal_tokens or train.epochs"
+        )
+
+
+def distributions_of(store: Store, request: TrainRequest, scratch: Path, *, write: bool) -> StoredDistributions | None:
+    """Open what was stored with the corpus, if the training reads it; with `write` it is laid out first."""
+    if request.corpus is None or not request.mixture.metadata["rehearsal_rows"]:
+        return None
+    if write:
+        lay_out(store.path(request.corpus), scratch, top=request.spec.rehearsal.needs_top())
+    return StoredDistributions(scratch)

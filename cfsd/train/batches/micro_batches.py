@@ -1,0 +1,103 @@
+"""Packs: the rows of one global batch as padded tensors that one forward pass holds each.
+
+B rows, T tokens, M rehearsal tokens that count, K stored likeliest tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfsd.model.batching import arrange, pad
+from cfsd.train.batches.stored_distributions import StoredDistributions
+from cfsd.train.loss.token_loss import Stored
+
+
+class Row(NamedTuple):
+    """One row of the mixture."""
+
+    source: str
+    token_ids: list[int]
+    supervised: list[bool]
+    weight: float
+    weights: Sequence[float] | None = None  # of each token, on top of the row's; None: all 1
+
+
+class MicroBatch(NamedTuple):
+    """Rows that one forward pass holds. Entry t belongs to token t, which token t-1 predicts."""
+
+    token_ids_BT: Tensor
+    coefficient_BT: Tensor  # what the token's loss is multiplied by, the rehearsal's without lambda; 0: not in the loss
+    target_BT: Tensor  # bool: the token belongs to the target's loss
+    fresh_BT: Tensor  # bool: of a rehearsal row that is seen for the first time
+    real_BT: Tensor  # bool: not padding
+    stored: Stored | None = None  # the base's law at the rehearsal tokens that count, row by row
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """Return the pack with its tensors on `device`."""
+        stored = None if self.stored is None else Stored(*(tensor.to(device) for tensor in self.stored))
+        token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT = (tensor.to(device) for tensor in self[:5])
+        return MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored)
+
+    def without_loss(self) -> "MicroBatch":
+        """Return the pack with nothing in it that counts."""
+        empty = None if self.stored is None else self.stored.part(slice(0, 0))
+        return self._replace(coefficient_BT=torch.zeros_like(self.coefficient_BT), stored=empty)
+
+
+class Counts(NamedTuple):
+    """Tokens of one global batch: those in each loss, those of rehearsal rows seen for the first time, and all."""
+
+    target: int
+    rehearsal: int
+    fresh: int
+    tokens: int
+
+
+def counts_of(rows: Sequence[Row], fresh: Sequence[bool]) -> Counts:
+    """Count the tokens of one global batch; `fresh` is per row."""
+    sizes = {True: 0, False: 0}
+    first_seen = 0
+    for row, first in zip(rows, fresh, strict=True):
+        sizes[row.source == "target"] += sum(row.supervised)
+        first_seen += sum(row.supervised) if first and row.source != "target" else 0
+    return Counts(sizes[True], sizes[False], first_seen, sum(len(row.token_ids) for row in rows))
+
+
+def micro_batches_of(
+    rows: Sequence[Row],
+    max_tokens: int,
+    *,
+    fresh: Sequence[bool] | None = None,
+    places: Sequence[int] | None = None,
+    distributions: StoredDistributions | None = None,
+) -> list[MicroBatch]:
+    """Return the packs of one global batch. Their losses add up to the batch's loss, however they are cut.
+
+    Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
+    time; `distributions` holds the base's law at each rehearsal row, whose number there is in `places`.
+    """
+    first = list(fresh) if fresh is not None else [False] * len(rows)
+    counts = counts_of(rows, first)
+    totals = {True: counts.target, False: counts.rehearsal}
+    micro_batches = []
+    for group in arrange([len(row.token_ids) for row in rows], max_tokens):
+        members = [rows[i] for i in group]
+        coefficients = [_coefficients(row, totals[row.source == "target"]) for row in members]
+        marks = [[row.source == "target" and counted for counted in row.supervised] for row in members]
+        seen = [[first[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
+        stored = None
+        if distributions is not None and places is not None:
+            rehearsed = [i for i in group if rows[i].source != "target"]
+            stored = distributions.at([(places[i], rows[i].token_ids, rows[i].supervised) for i in rehearsed])
+        token_ids = pad([row.token_ids for row in members])
+        real = [[True] * len(row.token_ids) for row in members]
+        target, new, not_padding = (pad(of_rows, torch.bool) for of_rows in (marks, seen, real))
+        micro_batches.append(MicroBatch(token_ids, pad(coefficients, torch.float64), target, new, not_padding, stored))
+    return micro_batches
+
+
+def _coefficients(row: Row, total: int) -> list[float]:
+    weights = row.weights if row.weights is not None else [1.0] * len(row.token_ids)
+    return [row.weight * w / total if counted else 0.0 for counted, w in zip(row.supervised, weights, strict=True)]

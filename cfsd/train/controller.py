@@ -1,0 +1,72 @@
+"""Lambda over the steps of a training: constant, on a schedule, or steered so that a divergence budget is used up."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from cfsd.train.spec import AIM, RehearsalSpec
+
+LOWEST, HIGHEST = 1e-5, 1e2
+HORIZON = 0.8  # what the moving mean keeps of itself at each step: it looks back about five steps
+GAIN = 4.0  # how much more the present surprise weighs than what all steps have added up to
+BELOW, ABOVE = -1.0, 0.4  # a surprise counts no further than this: early training overshoots, and that passes
+
+STATE = ("log_weight", "log_error", "nats", "tokens")
+
+
+class Controller:
+    """Gives lambda for each step; with a budget it learns from the divergence that each step measured.
+
+    With surprise = log(estimate / (AIM x budget)), between BELOW and ABOVE: log lambda = sum of rate x surprise over
+    the steps + GAIN x surprise. The estimate is a moving mean, weighted by tokens, of the divergence before the update
+    on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict.
+
+    The sum alone follows too late: it winds down while the divergence is still small, lets it overshoot, and has
+    brought it far below the budget when the learning rate ends. Measured on `tiny`: docs/decisions/0010.
+    """
+
+    def __init__(self, spec: RehearsalSpec, steps: int) -> None:
+        """Start at `spec.weight` for a training of `steps`."""
+        self.spec, self.steps = spec, steps
+        self.log_weight = math.log(spec.weight) if spec.weight else -math.inf
+        self.log_error = 0.0
+        self.nats, self.tokens = 0.0, 0.0
+
+    def weight(self, step: int) -> float:
+        """Return lambda for step `step`, counted from 0."""
+        if self.spec.budget:
+            return math.exp(_within(self.log_weight + GAIN * self.log_error))
+        if not self.spec.final_weight:
+            return self.spec.weight
+        share = step / max(1, self.steps - 1)
+        return math.exp((1 - share) * self.log_weight + share * math.log(self.spec.final_weight))
+
+    @property
+    def estimate(self) -> float | None:
+        """The moving mean, nats per token; None before the first row was measured."""
+        return self.nats / self.tokens if self.tokens else None
+
+    def learn(self, nats: float, tokens: int) -> None:
+        """Take in a step's divergence, summed over `tokens` of rows seen for the first time."""
+        if tokens:
+            self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
+        if self.spec.budget and tokens:
+            self.log_error = self._log_error(AIM * self.spec.budget)
+            self.log_weight = _within(self.log_weight + self.spec.budget_rate * self.log_error)
+
+    def _log_error(self, aim: float) -> float:
+        estimate = self.estimate or 0.0
+        return min(max(math.log(estimate / aim) if estimate > 0 else BELOW, BELOW), ABOVE)
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint must hold."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        for name in STATE:
+            setattr(self, name, float(state[name]))
+
+
+def _within(log_weight: float) -> float:
+    return min(max(log_weight, math.log(LOWEST)), math.log(HIGHEST))

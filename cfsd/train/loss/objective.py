@@ -1,0 +1,163 @@
+"""The loss: token-mean over the target + weight x token-mean over the rehearsal, each over the global batch.
+
+B rows, T tokens, N tokens that count, D hidden width.
+
+Source: Bansal and Sanghavi 2025, arXiv:2505.13811. Differs: the paper sums over whole strings; a token mean with a
+weight of its own does not change with lengths or batch layout, lambda_string = lambda x mean response tokens
+/ mean rehearsal tokens. The divergence in place of the likelihood is the same expectation with less variance
+(chain rule); Marek et al. 2026, arXiv:2605.26097, found it to keep more.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cfsd.model.undisturbed import mode_kept
+from cfsd.train.batches.micro_batches import MicroBatch
+from cfsd.train.loss.packed import packed_forward, prepare_packed
+from cfsd.train.loss.token_loss import Head, Reference, token_losses
+from cfsd.train.spec import RehearsalSpec
+
+log = logging.getLogger(__name__)
+
+
+class Losses(NamedTuple):
+    """The loss of a pack, to be differentiated, and plain sums over its tokens in nats, to be looked at."""
+
+    loss: Tensor
+    target_nll: Tensor
+    rehearsal: Tensor  # in the form that is trained on
+    divergence: Tensor  # from the base, over tokens of rehearsal rows seen for the first time; 0 where not known
+
+
+class Objective:
+    """Turns a model's forward pass into that of a pack, so that the whole loss lies within one call of the model.
+
+    DDP and FSDP gather weights and exchange gradients around that call; an output layer that is used outside of it
+    would have no weights there.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None) -> None:
+        """Take over the forward pass of `model`; `base` is needed where its law is the live reference."""
+        self.model, self.spec, self.base = model, spec, base
+        self.head_of = head_of(model)
+        self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
+        self._plain: Any = model.forward
+        model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
+
+    def remove(self) -> None:
+        """Give the model its own forward pass back."""
+        del self.model.forward
+
+    def forward(
+        self, *args: Any, micro_batch: Callable[[], MicroBatch] | None = None, rehearsal_weight: float = 1.0,
+        spec: RehearsalSpec | None = None, **named: Any,
+    ) -> Any:  # fmt: skip
+        """Return the Losses of what `micro_batch` returns; without one, whatever the model itself returns."""
+        if micro_batch is None:
+            return self._plain(*args, **named)
+        return self.losses(micro_batch(), rehearsal_weight, spec or self.spec)
+
+    def losses(self, micro_batch: MicroBatch, rehearsal_weight: float, spec: RehearsalSpec) -> Losses:
+        """Return the losses of `micro_batch`, its rehearsal's in the form of `spec`."""
+        counted_BT, target_BT = micro_batch.coefficient_BT[:, 1:] != 0, micro_batch.target_BT[:, 1:]
+        masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
+        given_ND, head = self._given(self.model, micro_batch.token_ids_BT, micro_batch.real_BT, masks)
+        next_N = _picked(micro_batch.token_ids_BT[:, 1:], masks)
+        num_target = int(masks[0].sum())
+        coefficient_N = _picked(micro_batch.coefficient_BT[:, 1:], masks)
+        coefficient_N[num_target:] *= rehearsal_weight
+        found = token_losses(given_ND, head, next_N, coefficient_N, self._reference(micro_batch, masks[1], spec))
+        fresh_M = micro_batch.fresh_BT[:, 1:][masks[1]]
+        divergence_M = self._divergence(micro_batch, found.loss_N[num_target:], found.nll_N[num_target:], spec)
+        sums = found.nll_N[:num_target].sum(), found.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
+        return Losses(found.total, *sums)
+
+    def _given(
+        self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Head]:
+        """Return the hidden states of the tokens that count and the head, or their logits and no head."""
+        head = self.head_of(model)
+        if head is None:
+            logits: Tensor = (self._plain if model is self.model else model)(
+                input_ids=token_ids_BT, use_cache=False
+            ).logits
+            return _picked(logits[:, :-1], masks), Head(None)
+        if self.unpadded:
+            hidden_ND = packed_forward(model.base_model, token_ids_BT, real_BT)
+            return torch.cat([hidden_ND[nn.functional.pad(mask, (0, 1))[real_BT]] for mask in masks]), head
+        hidden: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        return _picked(hidden[:, :-1], masks), head
+
+    def _reference(self, micro_batch: MicroBatch, rehearsal_BT: Tensor, spec: RehearsalSpec) -> Reference | None:
+        rows_B = rehearsal_BT.any(1)
+        if spec.loss == "nll" or not bool(rows_B.any()):
+            return None
+        if spec.reference == "stored":
+            return Reference(micro_batch.stored, spec.tail)
+        assert self.base is not None
+        with torch.no_grad():
+            hidden_MD, head = self._given(
+                self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (rehearsal_BT[rows_B],)
+            )
+        return Reference(hidden_MD=hidden_MD, head=head)
+
+    def _divergence(self, micro_batch: MicroBatch, loss_M: Tensor, nll_M: Tensor, spec: RehearsalSpec) -> Tensor:
+        """Return the divergence per rehearsal token: dense, or from the drawn token where that is all there is."""
+        if spec.loss == "kl":
+            return loss_M
+        return (
+            nll_M + micro_batch.stored.drawn_M.to(nll_M) if micro_batch.stored is not None else torch.zeros_like(nll_M)
+        )
+
+
+def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([values[mask] for mask in masks])
+
+
+def losses(
+    model: nn.Module, micro_batch: MicroBatch, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None
+) -> Losses:  # fmt: skip
+    """Return the losses of `micro_batch` by a model that an Objective has taken over, however it is wrapped."""
+    # wrapped: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
+    found: Losses = model(micro_batch=lambda: micro_batch, rehearsal_weight=rehearsal_weight, spec=spec)
+    return found
+
+
+@torch.no_grad()
+def head_of(model: PreTrainedModel) -> Any:
+    """Return a function that gives the output layer of a model like `model`, or None where it is more than one.
+
+    Found by trying: the logits of a few tokens against those of each form that is known.
+    """
+    layer: Any = model.get_output_embeddings()
+    config: Any = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+
+    def head(model: PreTrainedModel) -> Head:
+        layer: Any = model.get_output_embeddings()
+        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+    if isinstance(layer, nn.Linear) and _gives_the_logits(model, head(model)):
+        return head
+    log.warning("%s: the output is more than one linear layer; all logits of a pack are held at once", type(model))
+    return lambda model: None
+
+
+def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
+    token_ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with mode_kept(model):
+        model.eval()
+        wanted: Any = model(input_ids=token_ids, use_cache=False).logits
+        hidden: Any = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    assert head.weight_VD is not None
+    found = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
+    if head.softcap is not None:
+        found = (found / head.softcap).tanh() * head.softcap
+    return bool(torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3))

@@ -1,0 +1,243 @@
+"""Losses per token from the last hidden states, with their gradients, over a few tokens' logits at a time.
+
+N tokens, M of them against the base's law, C of a chunk, D hidden width, V vocabulary, K stored likeliest tokens.
+
+Logits of a whole batch never exist: each chunk makes its logits, losses and gradients, and is forgotten. Peak memory
+grows with C x V and one gradient of the output layer. torch's own linear_cross_entropy does the same for -log p; it
+knows neither the divergence nor a coefficient per token.
+
+Every loss here is const - sum_v a_v log p(v) for some a >= 0, whose gradient by the logits is (sum a) p - a:
+a is the drawn token for -log p, the base's law for the whole divergence, and its top plus the drawn token, if that is
+not in the top, for the sampled tail. The bucket's rest is one event, with a = p* on the top and r*/r x p on the rest.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cfsd.train.memory import CHUNK, CUDA_CHUNK
+
+
+class Stored(NamedTuple):
+    """What the sampler kept of the base's law at M tokens, in nats."""
+
+    ids_MK: Tensor
+    logprobs_MK: Tensor
+    rest_M: Tensor  # log of the mass outside the K likeliest
+    drawn_M: Tensor  # log p* of the token that was drawn
+
+    def part(self, rows: slice) -> "Stored":
+        """Return some of the tokens."""
+        return Stored(*(tensor[rows] for tensor in self))
+
+
+class Head(NamedTuple):
+    """The output layer as the model uses it: logits = limit(scale x weight hidden + bias)."""
+
+    weight_VD: Tensor | None  # None: what is given in place of hidden states are the logits themselves
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class Reference(NamedTuple):
+    """The base's law at M tokens: as stored, or to be made from its own hidden states."""
+
+    stored: Stored | None = None
+    tail: str = "sampled"
+    hidden_MD: Tensor | None = None
+    head: Head = Head(None)
+
+
+class TokenLosses(NamedTuple):
+    """Sum of coefficient x loss, to be differentiated; per token, in nats, the loss and plain -log p."""
+
+    total: Tensor
+    loss_N: Tensor
+    nll_N: Tensor
+
+
+def token_losses(
+    hidden_ND: Tensor, head: Head, next_N: Tensor, coefficient_N: Tensor, reference: Reference | None = None
+) -> TokenLosses:
+    """Return the losses of N tokens: -log p; for the last M of them, those of `reference`, the divergence from it."""
+    apply: Any = _ChunkedLoss.apply
+    return TokenLosses(*apply(hidden_ND, head.weight_VD, head.bias_V, head, next_N, coefficient_N, reference))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Gradients are made on the way forward, while a chunk's logits are there, and only scaled on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: Head, next_N: Tensor,
+        coefficient_N: Tensor, reference: Reference | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        device = hidden_ND.device.type
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        inputs = (hidden_ND, weight_VD, bias_V)
+        grads = [
+            None if t is None or not need else torch.zeros_like(t, dtype=exact)
+            for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True)
+        ]
+        loss_N, nll_N = (hidden_ND.new_zeros(len(next_N), dtype=exact) for _ in range(2))
+        coefficient_N = coefficient_N.to(exact)
+        with torch.autocast(device, enabled=False):
+            used = head._replace(weight_VD=_as(weight_VD, cast), bias_V=_as(bias_V, cast))
+            for rows, part in _chunks(len(next_N), reference, CUDA_CHUNK if device == "cuda" else CHUNK):
+                chunk = _Chunk(_logits(hidden_ND[rows].to(cast), used).to(exact), head.softcap, next_N[rows])
+                loss_N[rows], nll_N[rows] = chunk.measure(part), chunk.nll_C
+                if any(grad is not None for grad in grads):
+                    slope_CV = chunk.slope(coefficient_N[rows]).to(cast)
+                    _accumulate(grads, rows, slope_CV, hidden_ND[rows].to(cast), used)
+                    del slope_CV
+                del chunk  # or it would live on beside the next one
+        ctx.grads, ctx.dtypes = grads, [None if t is None else t.dtype for t in inputs]
+        ctx.mark_non_differentiable(loss_N, nll_N)
+        return (coefficient_N * loss_N).sum(), loss_N, nll_N
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor, *_: Any) -> Any:
+        found = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
+        ctx.grads = [None] * 3
+        return (*found, None, None, None, None)
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
+    """Return logits before the soft limit, in memory of their own."""
+    if head.weight_VD is None:
+        return hidden_CD.clone()
+    return linear(hidden_CD if head.scale == 1 else hidden_CD * head.scale, head.weight_VD, head.bias_V)
+
+
+def _limited(logits_CV: Tensor, softcap: float | None) -> Tensor:
+    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _accumulate(
+    grads: list[Tensor | None], rows: slice, slope_CV: Tensor, hidden_CD: Tensor, head: Head
+) -> None:  # fmt: skip
+    """Add a chunk's share to the gradients of hidden states, weights and bias."""
+    hidden, weight, bias = grads
+    if head.weight_VD is None:
+        if hidden is not None:
+            hidden[rows] = slope_CV
+        return
+    if head.scale != 1:
+        hidden_CD = hidden_CD * head.scale
+    if hidden is not None:
+        hidden[rows] = (slope_CV @ head.weight_VD).mul_(head.scale)
+    if weight is not None:
+        if weight.dtype == slope_CV.dtype:
+            weight.addmm_(slope_CV.t(), hidden_CD)
+        else:
+            weight += slope_CV.t() @ hidden_CD
+    if bias is not None:
+        bias += slope_CV.sum(0)
+
+
+def _chunks(count: int, reference: Reference | None, size: int) -> "Iterator[tuple[slice, _Part | None]]":
+    """Yield rows of a chunk, and the part of the reference that belongs to them; none holds rows of both kinds."""
+    plain = count - (0 if reference is None else _length(reference))
+    for first in range(0, plain, size):
+        yield slice(first, min(first + size, plain)), None
+    for first in range(plain, count, size):
+        last = min(first + size, count)
+        assert reference is not None
+        yield slice(first, last), _Part(reference, slice(first - plain, last - plain))
+
+
+def _length(reference: Reference) -> int:
+    return len(reference.stored.rest_M if reference.stored else reference.hidden_MD)  # type: ignore[arg-type]
+
+
+class _Part(NamedTuple):
+    reference: Reference
+    rows: slice
+
+    def stored(self) -> Stored | None:
+        return self.reference.stored.part(self.rows) if self.reference.stored else None
+
+    def log_distribution(self, dtype: torch.dtype) -> Tensor:
+        """Return the base's log-probabilities from its hidden states."""
+        assert self.reference.hidden_MD is not None
+        head, hidden_CD = self.reference.head, self.reference.hidden_MD[self.rows]
+        weight = _as(head.weight_VD, hidden_CD.dtype)
+        raw = _logits(hidden_CD, head._replace(weight_VD=weight, bias_V=_as(head.bias_V, hidden_CD.dtype)))
+        return _limited(raw.to(dtype), head.softcap).log_softmax(-1)
+
+
+class _Chunk:
+    """One chunk's law p, its losses, and then, in place of the law, the slope of the loss by the logits."""
+
+    def __init__(self, logits_CV: Tensor, softcap: float | None, next_C: Tensor) -> None:
+        self.softcap, self.next_C1 = softcap, next_C[:, None]
+        self.logits_CV = _limited(logits_CV, softcap)
+        max_C1, at_C1 = self.logits_CV.max(-1, keepdim=True)
+        self.law_CV = self.logits_CV.softmax(-1)
+        self.norm_C1 = max_C1 - self.law_CV.gather(1, at_C1).log()  # log-sum-exp: the likeliest never underflows
+        self.nll_C = (self.norm_C1 - self.logits_CV.gather(1, self.next_C1))[:, 0]
+        # the slope is mass x p - given, given being `amount` at `ids`, or the whole law
+        self.mass_C1: Tensor | float = 1.0
+        self.given: tuple[Tensor, Tensor] | Tensor = (self.next_C1, torch.ones_like(self.norm_C1))
+        self.tail_share_C1: Tensor | None = None  # bucket: r*/r
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        return self.logits_CV.gather(1, ids) - self.norm_C1
+
+    def measure(self, part: _Part | None) -> Tensor:
+        """Return the loss per token; what the slope needs is kept."""
+        if part is None:
+            return self.nll_C
+        stored = part.stored()
+        if stored is None:
+            return self._whole(part.log_distribution(self.law_CV.dtype))
+        ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(self.law_CV.dtype)
+        probs_CK = logprobs_CK.exp()
+        on_top_C = (probs_CK * (logprobs_CK - self.logprobs(ids_CK))).sum(-1)
+        if part.reference.tail == "bucket":
+            return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(self.law_CV.dtype))
+        outside_C = (ids_CK != self.next_C1).all(-1).to(self.law_CV.dtype)
+        self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]
+        self.given = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
+        return on_top_C + outside_C * (stored.drawn_M.to(self.law_CV.dtype) + self.nll_C)
+
+    def _whole(self, base_CV: Tensor) -> Tensor:
+        probs_CV = base_CV.exp()
+        loss_C = (probs_CV * base_CV.sub_(self.logits_CV).add_(self.norm_C1)).sum(-1)
+        self.given = probs_CV
+        return loss_C
+
+    def _bucket(self, ids_CK: Tensor, probs_CK: Tensor, rest_C: Tensor) -> Tensor:
+        """Return r* log(r*/r), r being the mass that the model gives to all but the top."""
+        tail_C1 = self.logits_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True) - self.norm_C1
+        mass_C1 = rest_C.exp()[:, None]
+        self.mass_C1 = probs_CK.sum(-1, keepdim=True) + mass_C1
+        share_C1 = (rest_C[:, None] - tail_C1).clamp(max=80).exp()  # r may underflow: 0 x infinity in the slope
+        self.given, self.tail_share_C1 = (ids_CK, probs_CK), share_C1
+        return (mass_C1 * (rest_C[:, None] - tail_C1))[:, 0].nan_to_num(0.0)  # no rest at all: 0 x infinity
+
+    def slope(self, coefficient_C: Tensor) -> Tensor:
+        """Return the gradient of coefficient x loss by the logits before the soft limit; the law is used up."""
+        scale_C1, slope_CV = coefficient_C[:, None], self.law_CV
+        if isinstance(self.given, Tensor):
+            slope_CV.sub_(self.given).mul_(scale_C1)
+        elif self.tail_share_C1 is None:
+            slope_CV.mul_(scale_C1 * self.mass_C1)
+            slope_CV.scatter_add_(1, self.given[0], -scale_C1 * self.given[1])
+        else:
+            ids_CK, probs_CK = self.given
+            top_CK = scale_C1 * (self.mass_C1 * slope_CV.gather(1, ids_CK) - probs_CK)
+            slope_CV.mul_(scale_C1 * (self.mass_C1 - self.tail_share_C1.nan_to_num(0.0)))
+            slope_CV.scatter_(1, ids_CK, top_CK)
+        if self.softcap is not None:
+            slope_CV.mul_(1 - (self.logits_CV / self.softcap).square_())
+        return slope_CV

@@ -1,0 +1,250 @@
+"""What training a model of given shapes needs in memory, per process: arithmetic on numbers, checked by measurement.
+
+python -m cfsd.train.memory CONFIG.json --gpus 8 --gigabytes 80        what fits, for a model's config.json
+
+Measured on a CPU (tests/test_training_memory.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
+alone. P parameters, T trained ones, D hidden width, I intermediate width, V vocabulary.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from cfsd.machine import Machine
+    from cfsd.train.spec import TrainSpec
+
+CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vocabulary
+CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
+
+
+FLOAT, HALF = 4, 2  # bytes
+USABLE = 0.9  # of a GPU: the rest is the driver's, and pieces too small to be used
+LOGIT_BUFFERS = 4  # logits and law of a chunk, and of the one before, which is freed when the next is there
+BASE_BUFFERS = 2  # the live base's logits and law
+EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
+
+
+class Shapes(NamedTuple):
+    """A decoder's sizes."""
+
+    width: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = False
+    gated: bool = True
+    head_size: int | None = None
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any]) -> Self | None:
+        """Return what a config.json of transformers tells; None where it names its sizes in another way."""
+        width, heads = (config.get(a, config.get(b)) for a, b in (("hidden_size", "n_embd"), _HEADS))
+        layers, vocabulary = config.get("num_hidden_layers", config.get("n_layer")), config.get("vocab_size")
+        if not (width and heads and layers and vocabulary):
+            return None
+        kind = str(config.get("model_type"))
+        return cls(
+            width, layers, config.get("intermediate_size") or config.get("n_inner") or 4 * width,
+            heads, config.get("num_key_value_heads") or heads, vocabulary,
+            tied=config.get("tie_word_embeddings", kind.startswith(EMBEDDING_TIED_BY_DEFAULT)),
+            gated=kind != "gpt2", head_size=config.get("head_dim"),
+        )  # fmt: skip
+
+    @property
+    def query_width(self) -> int:
+        """Width of all queries of a token together."""
+        return self.heads * (self.head_size or self.width // self.heads)
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys of a token together."""
+        return self.kv_heads * (self.head_size or self.width // self.heads)
+
+    def matrices(self) -> list[tuple[int, int]]:
+        """Return inputs and outputs of each linear layer of a block."""
+        d, q, kv, i = self.width, self.query_width, self.kv_width, self.intermediate
+        return [(d, q), (d, kv), (d, kv), (q, d), *[(d, i)] * (2 if self.gated else 1), (i, d)]
+
+    def block_parameters(self) -> int:
+        """Return the weights of one block."""
+        return sum(a * b for a, b in self.matrices()) + 2 * self.width
+
+    def embedding(self) -> int:
+        """Return the weights of the token embedding, or of the output layer."""
+        return self.vocabulary * self.width
+
+    def parameters(self) -> int:
+        """Return all weights."""
+        return self.layers * self.block_parameters() + self.embedding() * (1 if self.tied else 2) + self.width
+
+
+_HEADS = ("num_attention_heads", "n_head")
+
+
+class Load(NamedTuple):
+    """What is asked of the memory."""
+
+    micro_batch_tokens: int = 1024
+    processes: int = 1
+    sharded: bool = False
+    checkpointing: bool = False
+    bfloat16: bool = False
+    lora_rank: int = 0
+    anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
+    live_base: bool = False
+    chunk: int = 256  # tokens whose logits exist at once
+
+
+def load_of(spec: "TrainSpec", machine: "Machine") -> Load:
+    """Return what a training of `spec` on `machine` asks for."""
+    from cfsd.train.memory import CHUNK, CUDA_CHUNK
+
+    methods, cuda = spec.methods, machine.resolved_device() == "cuda"
+    return Load(
+        machine.micro_batch_tokens,
+        machine.resolved_training_processes(),
+        sharded=machine.resolved_sharding() == "shard",
+        checkpointing=machine.gradient_checkpointing,
+        bfloat16=spec.precision == "bfloat16" or (spec.precision == "auto" and cuda),
+        lora_rank=methods.lora.rank,
+        anchor_copies=methods.l2.is_on() + 2 * methods.ewc.is_on(),
+        live_base=bool(spec.rehearsal.weight) and (spec.rehearsal.loss, spec.rehearsal.reference) == ("kl", "base"),
+        chunk=CUDA_CHUNK if cuda else CHUNK,
+    )
+
+
+class Memory(NamedTuple):
+    """Bytes per process."""
+
+    weights: float
+    gradients: float
+    moments: float
+    anchors: float
+    live_base: float
+    activations: float
+    logits: float
+
+    def total(self) -> float:
+        """Return the sum: what is held at the end of the way forward of any micro-batch but the first."""
+        return float(sum(self))
+
+
+def training_memory(shapes: Shapes, load: Load) -> Memory:
+    """Return the bytes that each of `load.processes` needs to train a model of `shapes` with AdamW in float32."""
+    shards = load.processes if load.sharded else 1
+    all_weights = shapes.parameters()
+    added = shapes.layers * load.lora_rank * sum(a + b for a, b in shapes.matrices())
+    trained = added or all_weights
+    exchanged = trained if load.processes > 1 and not load.sharded else 0  # DDP's buckets are a second copy
+    return Memory(
+        weights=FLOAT * (all_weights + added) / shards,
+        gradients=FLOAT * (trained / shards + exchanged),
+        moments=2 * FLOAT * trained / shards,
+        anchors=FLOAT * load.anchor_copies * trained / shards,
+        live_base=(HALF if load.bfloat16 else FLOAT) * all_weights if load.live_base else 0,
+        activations=_activations(shapes, load),
+        logits=_logits(shapes, load),
+    )
+
+
+def _activations(shapes: Shapes, load: Load) -> float:
+    """Return what the way back needs of a micro-batch, and what it makes on the way."""
+    block = _block_bytes(shapes, load) * load.micro_batch_tokens
+    stream = FLOAT * shapes.width * load.micro_batch_tokens
+    kept = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
+    linear = HALF if load.bfloat16 else FLOAT
+    slopes = linear * load.micro_batch_tokens * (2 * shapes.intermediate + 2 * shapes.width)
+    around = 5 * stream  # embedding, last norm, the picked hidden states and their gradients
+    return kept + slopes + around + _casts(shapes, load)
+
+
+def _block_bytes(shapes: Shapes, load: Load) -> int:
+    """Return what one block keeps per token: norms and the residual stream in float32, the rest as it is computed.
+
+    Two norms keep their input, the normalised values and their product with the weight, which is what the linear
+    layers keep too unless it is cast for them; attention keeps queries, keys, values and its output; the MLP keeps what
+    goes into the activation function, what comes out, the other factor, and the product.
+    """
+    linear = HALF if load.bfloat16 else FLOAT
+    norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
+    attention = 2 * shapes.query_width + 2 * shapes.kv_width
+    mlp = (4 if shapes.gated else 3) * shapes.intermediate
+    adapters = 7 * load.lora_rank
+    return norms + linear * (attention + mlp + adapters)
+
+
+def _casts(shapes: Shapes, load: Load) -> float:
+    """Return the weights that exist a second time: cast by autocast, or gathered from their shards block by block."""
+    wide = HALF if load.bfloat16 else FLOAT
+    if load.sharded:  # this block and the next one on the way; the embedding and the output layer stay gathered
+        ends = shapes.embedding() * (1 if shapes.tied else 2)
+        return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.lora_rank else ends)
+    return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
+
+
+def _logits(shapes: Shapes, load: Load) -> float:
+    """Return the chunk's logits and the gradients of output layer and embedding, which add up with those before."""
+    buffers = LOGIT_BUFFERS + (BASE_BUFFERS if load.live_base else 0) + (1 if load.bfloat16 else 0)
+    head = 0 if load.lora_rank else 2 * FLOAT * shapes.embedding()
+    cast = HALF * shapes.embedding() * (1 if load.lora_rank else 2) if load.bfloat16 else 0
+    return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast
+
+
+class Choice(NamedTuple):
+    """One way to train, what it needs, and whether that is there."""
+
+    name: str
+    memory: Memory
+    fits: bool
+
+
+def choices(shapes: Shapes, gpus: int, bytes_each: float, load: Load | None = None) -> list[Choice]:
+    """Return every way to train a model of `shapes` on GPUs in bfloat16, whether it fits or not."""
+    asked = (load or Load(chunk=cuda_chunk()))._replace(processes=gpus, bfloat16=True)
+    ways = [
+        (name, asked._replace(lora_rank=rank, sharded=sharded, checkpointing=checkpointing))
+        for name, rank in (("all weights", 0), ("LoRA 16", 16))
+        for sharded in ((False, True) if gpus > 1 and not rank else (False,))  # cfsd.train.stage refuses LoRA in shards
+        for checkpointing in (False, True)
+    ]
+    found = []
+    for name, way in ways:
+        words = [name, "shard" if way.sharded else "replicate" if gpus > 1 else "one GPU"]
+        memory = training_memory(shapes, way)
+        label = ", ".join(words + (["checkpointing"] if way.checkpointing else []))
+        found.append(Choice(label, memory, memory.total() <= USABLE * bytes_each))
+    return found
+
+
+def cuda_chunk() -> int:
+    """Return how many tokens' logits exist at once on a GPU."""
+    from cfsd.train.memory import CUDA_CHUNK
+
+    return CUDA_CHUNK
+
+
+def main() -> None:
+    """Print a line per way to train."""
+    parser = argparse.ArgumentParser(prog="python -m cfsd.train.memory")
+    parser.add_argument("config", type=Path, help="a model's config.json")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gigabytes", type=float, default=80, help="memory of each")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    told = parser.parse_args()
+    shapes = Shapes.of_config(json.loads(told.config.read_text()))
+    if shapes is None:
+        parser.error(f"{told.config} does not name a decoder's sizes: hidden_size, num_hidden_layers, vocab_size, …")
+    load = Load(told.micro_batch_tokens, chunk=cuda_chunk())
+    print(f"{shapes.parameters() / 1e9:.2f} billion weights, {told.gpus} x {told.gigabytes:.0f} GB")
+    for choice in choices(shapes, told.gpus, told.gigabytes * 1e9, load):
+        parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in choice.memory._asdict().items() if value)
+        verdict = "fits" if choice.fits else "does not fit"
+        print(f"{choice.name:<40} {choice.memory.total() / 1e9:6.1f} GB  {verdict}  ({parts})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Anchors: the base's weights theta* by name, as the folder has them. Penalty: what pulls the trained ones back."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cfsd.model.loading import load_model
+
+WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name in the plain model, whatever wraps it for speed or for many devices."""
+    for part in WRAPPED:
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
+
+
+class Anchors:
+    """Tensors by parameter name from the safetensors of a folder, read one at a time.
+
+    Never taken from a model in training: after a resume its weights are not the base's any more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Look up which file holds which name."""
+        self.folder = folder
+        self._files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+        self._whole: dict[str, Tensor] = {}
+
+    def like(self, name: str, parameter: Tensor) -> Tensor:
+        """Return the tensor for `parameter`: this process' own shard, on its device, float32 at least."""
+        found = self._read(name, parameter.shape)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if isinstance(parameter, DTensor):  # every rank reads the file: nothing is sent
+            found = found.to(parameter.device)
+            mine = distribute_tensor(found, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            return mine.to_local().to(dtype).clone()
+        return found.to(parameter.device, dtype)
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        """Return the whole tensor; on CPU float32 ones are views of the file, not copies."""
+        if name in self._files and not self._whole:
+            with safe_open(self._files[name], framework="pt") as tensors:
+                found: Tensor = tensors.get_tensor(name)
+            if found.shape == shape:
+                return found
+        return self._converted()[name]
+
+    def _converted(self) -> dict[str, Tensor]:
+        """Return all weights as transformers loads them: some checkpoints have other names or layouts on the disk."""
+        if not self._whole:
+            model = load_model(self.folder, "cpu", "float32")
+            self._whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return self._whole
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+class Penalty:
+    """scale x sum of c (theta - theta*)^2 over the trainable parameters, c = 1 or the curvature's entry.
+
+    A tied weight counts once. The trainer calls `add` once per global batch, when gradients are complete and averaged
+    over processes; each process then adds the same, or its shards' part, and nothing is multiplied by their number.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scale: float,
+        anchors: Anchors,
+        curvature: Anchors | None = None,
+        *,
+        figure: Callable[[float], float],
+    ) -> None:
+        """Hold `figure`, what people look at, as a function of the sum without the scale."""
+        self.name, self.scale, self.anchors, self.curvature = name, scale, anchors, curvature
+        self.figure = 0.0  # as of the last `add`
+        self._figure = figure
+        self._held: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def add(self, model: nn.Module) -> float:
+        """Add the gradient to each trainable parameter's `.grad` in place; return the penalty's value."""
+        sums = [(p, self._pull(plain_name(n), p)) for n, p in model.named_parameters() if p.requires_grad]
+        total = _total(sums)
+        self.figure = self._figure(total)
+        return self.scale * total
+
+    def _pull(self, name: str, parameter: nn.Parameter) -> Tensor:
+        anchor, curvature = self._held_for(name, parameter)
+        away = _local(parameter) - anchor
+        slope = away if curvature is None else away * curvature
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        _local(parameter.grad).add_(slope, alpha=2 * self.scale)
+        return away.mul_(slope).sum()
+
+    def _held_for(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+        if name not in self._held:
+            curvature = self.curvature.like(name, parameter) if self.curvature else None
+            self._held[name] = self.anchors.like(name, parameter), curvature
+        return self._held[name]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _total(sums: list[tuple[nn.Parameter, Tensor]]) -> float:
+    """Return the sum over the whole parameters, of which this process may hold shards."""
+    plain: float | Tensor = 0.0
+    sharded: dict[DeviceMesh, Tensor] = {}
+    for parameter, part in sums:
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            copies = math.prod(mesh.size(i) for i, p in enumerate(parameter.placements) if p.is_replicate())
+            sharded[mesh] = sharded.get(mesh, torch.zeros_like(part, dtype=torch.float64)) + part.double() / copies
+        else:
+            plain = plain + part.double()
+    for mesh, part in sharded.items():
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(part, group=mesh.get_group(dimension))
+    return float(plain) + sum(float(part) for part in sharded.values())

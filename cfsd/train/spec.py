@@ -1,0 +1,161 @@
+"""Settings of training: optimizer, rehearsal, methods, what is watched."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.machine import Machine
+from cfsd.spec import Spec
+from cfsd.store.artifact import Artifact
+from cfsd.train.methods import Methods
+
+AIM = 1.1  # of the budget: what is over goes by merging, what was not used up never comes back; docs/decisions/0015
+
+
+class FisherSpec(Spec):
+    """How well the Fisher matrix is estimated."""
+
+    rows: PositiveInt = Field(256, description="Context-free rows of the corpus")
+
+
+class WatchSpec(Spec):
+    """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""
+
+    every: NonNegativeInt = Field(0, description="Optimizer steps between measurements; 0: off")
+    rows: PositiveInt = Field(32, description="Sequences of the base that the divergence is measured on")
+    held_out_rows: PositiveInt = Field(32, description="Most held-out target rows whose loss is measured")
+    benchmarks: tuple[str, ...] = Field((), description="Names of evaluate.benchmarks to score as well")
+    stop_above: PositiveFloat | None = Field(
+        None, description="The training ends when the watched divergence is above this, in nats per token"
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if not self.every and (self.stop_above or self.benchmarks):
+            raise ValueError("watch.stop_above and watch.benchmarks need watch.every: set it to a number of steps")
+        return self
+
+
+class RehearsalSpec(Spec):
+    """The rehearsal's share of the loss: `weight` x mean loss per rehearsal token of the global batch."""
+
+    steering: ClassVar[int] = (
+        3  # raised when `cfsd.train.controller` steers otherwise: part of the digest with a budget
+    )
+
+    weight: NonNegativeFloat = Field(
+        1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0 draws no rehearsal row"
+    )
+    final_weight: PositiveFloat | None = Field(
+        None, description="Lambda moves evenly in its logarithm from `weight` to here over the training; empty: stays"
+    )
+    loss: Literal["nll", "kl"] = Field(
+        "nll", description="nll: -log p of the sampled tokens; kl: divergence from the base's law at each token"
+    )
+    reference: Literal["stored", "base"] = Field(
+        "stored",
+        description="kl only: the base's law as kept with the corpus (generate.top_logprobs), or the base in memory",
+    )
+    tail: Literal["sampled", "bucket"] = Field(
+        "sampled", description="kl, stored: tokens outside the top as drawn (unbiased), or as one event (a lower bound)"
+    )
+    budget: PositiveFloat | None = Field(
+        None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"
+    )
+    budget_rate: PositiveFloat = Field(
+        0.2, description="How fast lambda follows: what each step adds to its logarithm at e times the budget"
+    )
+    refresh: Literal["cycle", "once", "fresh"] = Field(
+        "cycle",
+        description="cycle: all rows in turn, again and again; once: the first epoch's rows in every epoch; "
+        "fresh: no row twice",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.final_weight and not self.weight:
+            raise ValueError("rehearsal.final_weight needs a weight above 0 to start from: set rehearsal.weight")
+        if self.budget and self.final_weight:
+            raise ValueError("rehearsal.budget steers the weight, final_weight schedules it: set one of them")
+        if self.budget and not self.weight:
+            raise ValueError("rehearsal.budget needs a rehearsal.weight above 0 to start from, such as 1")
+        if self.budget and self.refresh == "once":
+            raise ValueError(
+                "rehearsal.budget reads the divergence on rows that were not seen before; with refresh: once there are "
+                "none after the first epoch: leave refresh at cycle"
+            )
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | ({"steering": self.steering} if self.budget else {})
+
+    def reads_corpus(self) -> bool:
+        """Say whether the training needs what the sampler stored with the corpus: laws or log-probabilities."""
+        return bool(self.weight) and ((self.loss == "kl" and self.reference == "stored") or self.budget is not None)
+
+    def needs_top(self) -> bool:
+        """Say whether the corpus must hold the likeliest tokens of each position."""
+        return bool(self.weight) and self.loss == "kl" and self.reference == "stored"
+
+
+class TrainSpec(Spec):
+    """How the base model is fine-tuned."""
+
+    version: ClassVar[int] = 2
+    neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec()}
+
+    learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate of AdamW")
+    epochs: PositiveInt = Field(1, description="Passes over the target's training rows")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Of the learning rate, after warm-up; linear and cosine end at 0"
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps that warm up")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay, towards 0")
+    clip_norm: PositiveFloat = Field(1.0, description="Largest norm of a global batch's gradient")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 on CPU; weights and optimizer stay in float32"
+    )
+    seed: NonNegativeInt | None = Field(None, description="Of dropout, if the model has any; empty: the recipe's")
+    rehearsal: RehearsalSpec = Field(RehearsalSpec(), description="How the corpus takes part")
+    methods: Methods = Field(Methods(), description="What else holds the weights back; default nothing")
+    watch: WatchSpec = Field(WatchSpec(), description="What is measured on the way; default nothing")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        steered_to = AIM * (self.rehearsal.budget or 0)
+        if self.watch.stop_above and self.watch.stop_above < steered_to:
+            raise ValueError(
+                f"watch.stop_above {self.watch.stop_above} is below what lambda is steered to, {steered_to:.3g} for "
+                f"the rehearsal.budget of {self.rehearsal.budget}: training would end early; raise it or leave it out"
+            )
+        return self
+
+
+class Watched(BaseModel):
+    """What is measured on the way."""
+
+    sample: Artifact
+    target: Artifact
+    benchmarks: tuple[Benchmark, ...] = ()
+
+
+class TrainRequest(BaseModel):
+    """What the process that trains is told. What the spec makes no use of is None."""
+
+    home: Path
+    base: Artifact
+    mixture: Artifact
+    corpus: Artifact | None = None
+    fisher: Artifact | None = None
+    watched: Watched | None = None
+    spec: TrainSpec
+    machine: Machine
+
+
+def check_sharding(spec: TrainSpec, machine: Machine) -> None:
+    """Raise BadInput where `machine` would shard what cannot be sharded."""
+    if machine.resolved_sharding() == "shard" and spec.methods.lora.is_on():
+        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")

@@ -1,0 +1,27 @@
+"""Stage train: fine-tune the base model on a mixture, in a process of its own.
+
+python -m cfsd.train.stage DRAFT        what the stage starts; DRAFT holds request.json
+"""
+
+from cfsd.model.loading import release_models
+from cfsd.process.child import run_in_process
+from cfsd.store.artifact import Draft
+from cfsd.train.spec import TrainRequest, check_sharding
+
+
+def train(request: TrainRequest, draft: Draft) -> None:
+    """Write the tuned model as a whole transformers folder. Continues from the draft's last whole checkpoint.
+
+    Raises BadInput, NotFinite, OutOfMemory, Stopped or Crashed.
+    """
+    check_sharding(request.spec, request.machine)
+    release_models()
+    processes = request.machine.resolved_training_processes()
+    draft.metadata |= run_in_process("cfsd.train.stage", draft.folder, request.model_dump_json(), processes)
+
+
+if __name__ == "__main__":
+    from cfsd.process.child import serve_request
+    from cfsd.train.trainer import fit
+
+    serve_request(lambda folder, text: fit(folder, TrainRequest.model_validate_json(text)))

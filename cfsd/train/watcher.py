@@ -1,0 +1,83 @@
+"""Measures a model while it is trained: divergence from the base, held-out target loss, benchmarks."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cfsd.evaluate.harness.score import score
+from cfsd.model.batching import arrange
+from cfsd.model.likelihood import score_responses, token_logprobs
+from cfsd.model.loading import load_tokenizer
+from cfsd.model.sample import Sample
+from cfsd.model.undisturbed import mode_kept
+from cfsd.store.artifact import Store
+from cfsd.store.tables import read_rows
+from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
+from cfsd.train.loss.objective import losses
+from cfsd.train.loss.token_loss import Stored
+from cfsd.train.spec import RehearsalSpec, TrainRequest
+
+TOP = 256  # of the base's law at each watched token; the rest as drawn: unbiased, and nearly the whole sum
+MEASURED = RehearsalSpec(loss="kl")
+
+
+class Watcher:
+    """Takes the base's law from the model before its first step, so that no second model is held."""
+
+    def __init__(self, base: PreTrainedModel, store: Store, request: TrainRequest) -> None:
+        """Read what is watched; `base` has the base's weights, and is going to be trained."""
+        assert request.watched
+        spec, self.watched = request.spec.watch, request.watched
+        self.max_tokens, self.device = request.machine.micro_batch_tokens, base.device
+        sample = read_rows(store.path(request.watched.sample), "corpus", ["token_ids"])[: spec.rows]
+        self.micro_batches = _micro_batches(base, [row["token_ids"] for row in sample], self.max_tokens)
+        self.held_out = read_rows(store.path(request.watched.target), "held_out")[: spec.held_out_rows]
+        self.tokenizer = load_tokenizer(store.path(request.base))
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Return the figures of `model` as it is now; its mode and all random states stay as they are."""
+        scored: Any = model
+        with mode_kept(model):
+            model.eval()
+            figures = {"watch/probe_kl": self._divergence(model)}
+            if self.held_out:
+                records = score_responses(scored, self.held_out, self.max_tokens, lambda done: None)
+                figures["watch/target_loss"] = sum(r["nll"] for r in records) / sum(r["count"] for r in records)
+            for benchmark in self.watched.benchmarks:
+                metadata = score(scored, self.tokenizer, benchmark, max_tokens=self.max_tokens).metadata
+                figures[f"watch/{benchmark.name}/{metadata['metric']}"] = float(metadata["score"])
+        return figures
+
+    def _divergence(self, model: nn.Module) -> float:
+        found = [
+            losses(model, micro_batch.to(self.device), spec=MEASURED).divergence.double()
+            for micro_batch in self.micro_batches
+        ]
+        return float(sum(found)) / sum(int(micro_batch.fresh_BT[:, 1:].sum()) for micro_batch in self.micro_batches)
+
+
+def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int) -> list[MicroBatch]:
+    """Return `token_rows` with the base's law at each token after the first."""
+    micro_batches = []
+    for group in arrange([len(row) for row in token_rows], max_tokens):
+        members = [token_rows[i] for i in group]
+        rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in members]
+        (micro_batch,) = micro_batches_of(
+            rows, len(rows) * len(members[0]), fresh=[True] * len(rows)
+        )  # longest first: one pack
+        most = min(TOP, base.config.get_text_config().vocab_size)
+        samples = token_logprobs(base, members, (), top_logprobs=most, max_tokens=max_tokens)
+        real_BT = micro_batch.coefficient_BT != 0
+        micro_batches.append(micro_batch._replace(fresh_BT=micro_batch.fresh_BT & real_BT, stored=_stored(samples)))
+    return micro_batches
+
+
+def _stored(samples: list[Sample]) -> Stored:
+    tops = [sample.top for sample in samples if sample.top is not None]
+    joined = [np.concatenate([getattr(top, name)[1:] for top in tops]) for name in ("ids", "logprobs", "rest")]
+    drawn = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
+    return Stored(*(torch.from_numpy(part) for part in (*joined, drawn)))
