@@ -345,7 +345,7 @@ def relative(one: Tensor, two: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("most_tokens", [1, 40, 90])
+@pytest.mark.parametrize("max_tokens", [1, 40, 90])
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(max_tokens: int, form: str) -> None:
     model, base, rows, (spec, stored) = toy(2, 11), toy(3, 11), mixed_rows(0, 11), FORMS[form]
     whole, parts = (cut(rows, most, base, stored) for most in (10_000, max_tokens))

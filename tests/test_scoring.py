@@ -75,7 +75,7 @@ def test_every_token_after_the_first_has_the_models_own_log_probability(model: P
         assert sample.logprobs[1:] == pytest.approx(wanted.tolist(), abs=2e-5)
 
 
-@pytest.mark.parametrize("most_tokens", [1, 6, 39, 40, 80])
+@pytest.mark.parametrize("max_tokens", [1, 6, 39, 40, 80])
 def test_logits_never_exceed_the_limit_and_the_limit_changes_nothing(llama: PreTrainedModel, max_tokens: int) -> None:
     rows = rows_of_many_lengths()
     positions: list[int] = []

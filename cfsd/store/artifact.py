@@ -22,6 +22,7 @@ from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sh
 from cfsd.store.journal import METRICS, PROGRESS, Journal
 
 MANIFEST = "manifest.json"
+SCHEMA = 2  # of the manifest; 1 called the metadata `facts`
 DRAFT = "draft.json"
 ERROR = "error.json"
 REQUEST = "request.json"
@@ -89,8 +90,9 @@ class Store:
 
     def manifest(self, artifact: Artifact) -> dict[str, Any]:
         """Return what was recorded when `artifact` was made."""
-        loaded: dict[str, Any] = json.loads((self.path(artifact) / MANIFEST).read_text())
-        return loaded
+        manifest = _manifest(self.path(artifact))
+        assert manifest is not None, "an artifact has a manifest"
+        return manifest
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """Return the artifact, or None if it is absent or any of its files is missing or changed."""
@@ -98,7 +100,7 @@ class Store:
         manifest = _manifest(folder)
         if manifest is None or self.damage(folder, manifest):
             return None
-        return Artifact(kind=kind, key=key, content=manifest["content"], metadata=manifest["facts"])
+        return Artifact(kind=kind, key=key, content=manifest["content"], metadata=manifest["metadata"])
 
     def damage(self, folder: Path, manifest: dict[str, Any], *, full: bool = False) -> list[str]:
         """Return the names of the files that are missing or differ from the manifest.
@@ -181,7 +183,7 @@ class Store:
         stamps = {name: _synced(path) for name, path in files.items()}
         digests = {name: str(stamp[2]) for name, stamp in stamps.items()}
         manifest = {
-            "schema": 1, "kind": kind, "key": key, "content": _content(files, digests), "facts": draft.metadata,
+            "schema": SCHEMA, "kind": kind, "key": key, "content": _content(files, digests), "metadata": draft.metadata,
             "files": digests, "environment": environment,
             "seconds": round(seconds, 3), "created": time.time(),
         }  # fmt: skip
@@ -211,6 +213,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    if manifest["schema"] == 1:
+        manifest["metadata"] = manifest.pop("facts")
     return manifest
 
 
