@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsd.machine import Machine, home
-from cfsd.model.loading import count_parameters
+from cfsd.model.checkpoint import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
 from cfsd.train.memory import Shapes, load_of, training_memory

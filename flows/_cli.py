@@ -125,7 +125,7 @@ def show_corpus(run_record: RunRecord) -> None:
     from cfsd.store.artifact import Store
     from flows._conclude import report_folder
 
-    for role in ("corpus", "kept", "selected"):
+    for role in ("corpus", "filtered", "selected_corpus"):
         artifact = run_record.artifacts[role]
         metadata = {
             k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.metadata.items() if v not in ("", {})

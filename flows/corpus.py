@@ -32,8 +32,8 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         digest=recipe.digest(),
-        artifacts={"base": base, "target": target, "chosen": chosen, "corpus": corpus, "kept": kept,
-                   "selected": selected},
+        artifacts={"base": base, "target": target, "selected_target": chosen, "corpus": corpus, "filtered": kept,
+                   "selected_corpus": selected},
     )  # fmt: skip
 
 

@@ -27,7 +27,9 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     a new learning rate trains and evaluates again, and never samples again.
     """  # noqa: D205
     run_record = corpus_pipeline(recipe, machine)
-    base, target, chosen, rehearsed = (run_record.artifacts[role] for role in ("base", "target", "chosen", "selected"))
+    base, target, chosen, rehearsed = (
+        run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
+    )
     probe = sample_probe(base, recipe.probe, machine)
     losses = weigh_target(base, chosen, recipe.mix, machine)
     mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)

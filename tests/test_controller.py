@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
+from cfsd.budget import STEERED_TO
 from cfsd.train.controller import HIGHEST, LOWEST, Controller
-from cfsd.train.spec import AIM, RehearsalSpec
+from cfsd.train.spec import RehearsalSpec
 
 BUDGET = 0.02
 SPEC = RehearsalSpec(budget=BUDGET)
@@ -33,11 +34,11 @@ def test_a_schedule_goes_evenly_in_the_logarithm() -> None:
 def test_while_the_surprise_stays_lambda_moves_by_rate_times_it(quotient: float) -> None:
     controller, path = Controller(SPEC.model_copy(update={"budget_rate": 0.5}), 10), []
     for step in range(5):
-        controller.learn(quotient * AIM * BUDGET * 40, 40)
+        controller.learn(quotient * STEERED_TO * BUDGET * 40, 40)
         path.append(math.log(controller.weight(step)))
     assert [after - before for before, after in pairwise(path)] == pytest.approx([0.5 * math.log(quotient)] * 4)
     assert (path[0] > 0) == (quotient > 1)
-    assert controller.estimate == pytest.approx(quotient * AIM * BUDGET)
+    assert controller.estimate == pytest.approx(quotient * STEERED_TO * BUDGET)
 
 
 def test_the_estimate_weighs_tokens_and_forgets() -> None:
@@ -90,7 +91,7 @@ def test_it_finds_the_budget_where_more_lambda_means_less_divergence(start: floa
         controller.learn(truth * rng.uniform(0.6, 1.4) * 100, 100)
         late.append(truth)
     mean = sum(late[150:]) / 150
-    assert 0.95 * AIM * budget < mean < 1.05 * AIM * budget
+    assert 0.95 * STEERED_TO * budget < mean < 1.05 * STEERED_TO * budget
 
 
 def test_it_goes_on_from_its_state_through_json() -> None:

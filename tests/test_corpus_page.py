@@ -161,7 +161,7 @@ def filtered(make: Make) -> tuple[Artifact, Artifact, Artifact]:
 def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifact, ...], tmp_path: Path) -> None:
     corpus, kept, selected = filtered
     view = describe_corpus(store, corpus, kept, selected)
-    assert [stage.name for stage in view.stages] == ["sampled", "kept", "selected"]
+    assert [stage.name for stage in view.stages] == ["sampled", "filtered", "selected"]
     sizes = [stage.rows for stage in view.stages]
     assert view.accepted_fraction == sizes[2] / sizes[0]
     means = [stage.mean_logprob or 0.0 for stage in view.stages]
@@ -174,10 +174,10 @@ def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifac
         total = {name: sum(counts) for name, counts in histogram.counts.items()}
         assert total == {"selected": sizes[2], "not selected": sizes[1] - sizes[2], "rejected": sizes[0] - sizes[1]}
     assert view.lengths and not any(view.lengths.counts["rejected"][5:])
-    assert [(r.reason, r.count, len(r.examples)) for r in view.rejected["kept"]] == [
+    assert [(r.reason, r.count, len(r.examples)) for r in view.rejected["filtered"]] == [
         ("too short", sizes[0] - sizes[1], 3)
     ]
-    artifacts = dict(zip(("corpus", "kept", "selected"), filtered, strict=True))
+    artifacts = dict(zip(("corpus", "filtered", "selected_corpus"), filtered, strict=True))
     words = page_of(store, tmp_path / "corpus.html", {"a": artifacts}).words
     wanted = [f"{number(100 * sizes[2] / sizes[0])} % of the rows are left", "Selected by geometric-median",
               "in this order: min_tokens 80.0 %, x 100 %", f"too short: {sizes[0] - sizes[1]} rows"]  # fmt: skip
@@ -187,7 +187,7 @@ def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifac
 def test_a_filter_that_changed_nothing_is_no_stage(store: Store, make: Make, tmp_path: Path) -> None:
     corpus, kept = make([many()]), make([many()], rejected={})
     assert len(describe_corpus(store, corpus, kept, None).stages) == 1
-    page = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus, "kept": kept}})
+    page = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus, "filtered": kept}})
     assert "No filter or selection changed it" in page.words and "Price of filtering" not in page.words
 
 
@@ -244,7 +244,7 @@ def test_tables_without_a_column_are_shown(store: Store, make: Make, tmp_path: P
 def test_an_empty_table_and_plain_fine_tuning(store: Store, make: Make, tmp_path: Path) -> None:
     rows = many()
     nothing = make([[]], rejected={"too short": 120})
-    page = page_of(store, tmp_path / "all.html", {"a": {"corpus": make([rows]), "kept": nothing}})
+    page = page_of(store, tmp_path / "all.html", {"a": {"corpus": make([rows]), "filtered": nothing}})
     assert "0 % of the rows are left" in page.words
     page = page_of(store, tmp_path / "none.html", {"a": {"corpus": make([[]])}, "b": {}})
     assert "No corpus was sampled" in page.words
@@ -269,7 +269,11 @@ def test_each_different_corpus_is_shown_once_with_its_warnings(
 ) -> None:
     corpus, kept, _ = filtered
     cold = make([many(seed=3)], biased="temperature=0.7", approximate=True)
-    variants = {"a": {"corpus": corpus, "kept": kept}, "b": {"corpus": cold}, "c": {"corpus": corpus, "kept": kept}}
+    variants = {
+        "a": {"corpus": corpus, "filtered": kept},
+        "b": {"corpus": cold},
+        "c": {"corpus": corpus, "filtered": kept},
+    }
     path = tmp_path / "corpus.html"
     page = page_of(store, path, variants)
     assert re.findall(r"(\w, \w|\w): corpus", page.words) == ["a, c", "b"]
@@ -283,7 +287,7 @@ def test_each_different_corpus_is_shown_once_with_its_warnings(
 def test_the_page_is_text_and_loads_nothing(store: Store, make: Make, tmp_path: Path) -> None:
     rows = [row(i, [3, 4, 5, 6, 7], text=HOSTILE, source=HOSTILE, finish_reason=HOSTILE) for i in range(4)]
     rejects = [{"row_id": 9, "reason": HOSTILE, "text": HOSTILE}]
-    artifacts = {HOSTILE: {"corpus": make([rows]), "kept": make([rows[:3]], rejects=rejects)}}
+    artifacts = {HOSTILE: {"corpus": make([rows]), "filtered": make([rows[:3]], rejects=rejects)}}
     path = tmp_path / "corpus.html"
     page = page_of(store, path, artifacts, title=HOSTILE)
     tags = {tag for tag, _ in page.elements}
@@ -293,7 +297,7 @@ def test_the_page_is_text_and_loads_nothing(store: Store, make: Make, tmp_path: 
 
 
 def test_equal_tables_give_an_equal_page(store: Store, filtered: tuple[Artifact, ...], tmp_path: Path) -> None:
-    artifacts = {"a": dict(zip(("corpus", "kept", "selected"), filtered, strict=True))}
+    artifacts = {"a": dict(zip(("corpus", "filtered", "selected_corpus"), filtered, strict=True))}
     for name in ("one", "two"):
         page_of(store, tmp_path / f"{name}.html", artifacts)
     assert (tmp_path / "one.html").read_text() == (tmp_path / "two.html").read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from cfsd.estimate import estimate
 from cfsd.machine import Machine
-from cfsd.model.loading import count_parameters
+from cfsd.model.checkpoint import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
 from cfsd.train.memory import Choice, Load, Shapes, choices, load_of, training_memory

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from cfsd.budget import MERGED_TO
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
-from cfsd.merge.budget import AIM, CLOSE, MAX_TRIES, largest_alpha
+from cfsd.merge.budget import CLOSE, MAX_TRIES, largest_alpha
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
@@ -41,7 +42,7 @@ CURVES: dict[str, Curve] = {
 def test_the_budget_is_kept_and_used_up_whatever_the_curve(name: str, most: float) -> None:
     tried = largest_alpha(CURVES[name], most, BUDGET)
     assert tried[0].alpha == most
-    assert abs(math.log(tried[-1].nats / (AIM * BUDGET))) <= CLOSE
+    assert abs(math.log(tried[-1].nats / (MERGED_TO * BUDGET))) <= CLOSE
     assert all(found.nats == CURVES[name](found.alpha) for found in tried)
     assert len(tried) <= (4 if name != "breaks between" else MAX_TRIES)
 

@@ -62,7 +62,7 @@ class World:
             "mean_logprob": -1.5, "mean_logprob_shift": 0.0123,
         }  # fmt: skip
         tables = {"corpus": corpus.slice(0, 29), "rejects": rejected}
-        self.kept = self.artifact("corpus", "kept", metadata, tables)
+        self.kept = self.artifact("corpus", "filtered", metadata, tables)
 
     def artifact(
         self, kind: str, name: str, metadata: dict[str, Any], tables: Tables | None = None,
@@ -129,7 +129,7 @@ class World:
         tuned = self.artifact("model", f"tuned {name}", {"steps": 12, "tokens": 4321}, metrics=curve)
         artifacts = {
             "base": self.base, "target": self.target, "probe": self.probe, "mixture": mixture, "tuned": tuned,
-            "final": tuned, **({"corpus": self.corpus, "kept": self.kept} if rehearsed else {}),
+            "final": tuned, **({"corpus": self.corpus, "filtered": self.kept} if rehearsed else {}),
         }  # fmt: skip
         before = Scores(benchmarks={b: self.scores("base", b, 90) for b in BENCHMARKS},
                         target=self.responses("base", 2.0, 1))  # fmt: skip
@@ -291,7 +291,7 @@ def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) ->
     run_record = world.variants()[1]
     page = report_of(world, [run_record], tmp_path / "report.html")
     tree = page.part("Where everything comes from", "Recipe")
-    roles = ["final, tuned", "mixture", "target", "kept", "corpus", "base"]
+    roles = ["final, tuned", "mixture", "target", "filtered", "corpus", "base"]
     places = [re.search(rf"\b{role} (model |corpus )?[0-9a-f]{{16}}", tree) for role in roles]
     starts = [place.start() for place in places if place]
     assert len(starts) == len(roles) and starts[:2] == sorted(starts[:2]) and starts[1] < min(starts[2:])
@@ -309,17 +309,22 @@ def test_lineage_names_sources_and_invents_none(world: World, tmp_path: Path) ->
 
 def test_lineage_shows_a_selection_only_where_there_was_one(world: World, tmp_path: Path) -> None:
     run_record = world.variants()[1]
-    whole = run_record.artifacts | {"chosen": run_record.artifacts["target"], "selected": run_record.artifacts["kept"]}
-    part = whole | {"chosen": world.artifact("target", "part", SELECTED)}
+    whole = run_record.artifacts | {
+        "selected_target": run_record.artifacts["target"],
+        "selected_corpus": run_record.artifacts["filtered"],
+    }
+    part = whole | {"selected_target": world.artifact("target", "part", SELECTED)}
     trees = []
     for artifacts in (run_record.artifacts, whole, part):
         changed = run_record.model_copy(update={"artifacts": artifacts})
         page = report_of(world, [changed], tmp_path / "report.html")
         trees.append(page.part("Where everything comes from", "Recipe"))
-    assert trees[0] == trees[1] and "chosen" not in trees[0]
-    mixture, chosen, target = (trees[2].index(a.key) for a in (part["mixture"], part["chosen"], part["target"]))
+    assert trees[0] == trees[1] and "selected_target" not in trees[0]
+    mixture, chosen, target = (
+        trees[2].index(a.key) for a in (part["mixture"], part["selected_target"], part["target"])
+    )
     assert "5 rows to train on (selected from 500 by random), 20 held out" in page.words
-    assert mixture < chosen < target and trees[2].count(part["chosen"].key) == 1
+    assert mixture < chosen < target and trees[2].count(part["selected_target"].key) == 1
 
 
 def test_variants_after_the_first_show_only_how_their_recipe_differs(three: tuple[Page, str]) -> None:

@@ -36,7 +36,7 @@ def sequence(world: World, losses: Any = LOSSES, *, watched: bool = True) -> tup
         base, before = (
             (run_records[-1].artifacts["final"], run_records[-1].after) if run_records else (world.base, plain.before)
         )
-        artifacts = plain.artifacts | {"base": base, "tuned": tuned, "final": tuned, "chosen": world.target}
+        artifacts = plain.artifacts | {"base": base, "tuned": tuned, "final": tuned, "selected_target": world.target}
         before = before.model_copy(update={"target": scored[t][t], "probe": None})
         after = plain.after.model_copy(update={"target": scored[t + 1][t]})
         run_records.append(plain.model_copy(update={"artifacts": artifacts, "before": before, "after": after}))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cfsd.budget import MERGED_TO
 from cfsd.errors import NotFinite
 from cfsd.evaluate.divergence import divergences
 from cfsd.machine import Machine
@@ -16,7 +17,6 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
 from cfsd.store.tables import read_rows
 
-AIM = 0.95  # of the budget: the middle between 0.8, from where on it counts as used up, and 1.1, where it is exceeded
 CLOSE = 0.03  # of the aim: finer than a control sample can tell
 MAX_TRIES = 10
 POWER = 1.5  # of alpha in the divergence, to begin with: near the tuned model 1.0 to 1.7 was measured, near the base 2
@@ -32,12 +32,12 @@ class Tried(NamedTuple):
 def largest_alpha(measure: Callable[[float], float], most: float, budget: float) -> list[Tried]:
     """Return the weights tried, in order; the last one keeps `budget` as `measure` sees it, and is to be taken.
 
-    `most` is taken if it keeps the budget; else the divergence is brought within CLOSE of AIM x budget.
+    `most` is taken if it keeps the budget; else the divergence is brought within CLOSE of MERGED_TO x budget.
     """
     tried = [Tried(most, measure(most))]
     if tried[0].nats <= budget:
         return tried
-    below, above, power, aim = Tried(0.0, 0.0), tried[0], POWER, AIM * budget
+    below, above, power, aim = Tried(0.0, 0.0), tried[0], POWER, MERGED_TO * budget
     while not _is_close(tried[-1].nats, aim) and len(tried) < MAX_TRIES:
         last = tried[-1]
         alpha = last.alpha * (aim / last.nats) ** (1 / power) if last.nats > 0 else 0.0

@@ -1,5 +1,6 @@
 """Checkpoint: a model that exists already, in one of four forms."""
 
+import math
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
+from safetensors import safe_open
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
@@ -113,3 +115,13 @@ def payload_of(folder: Path) -> dict[str, Path]:
     if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in files):
         raise BadInput(f"{str(folder)!r} has no tokenizer; copy the tokenizer files of the model it was tuned from")
     return files
+
+
+def count_parameters(folder: Path) -> int:
+    """Return how many numbers the weights in `folder` hold, from the files' headers alone."""
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+            parameters += sum(math.prod(shape) for shape in shapes)
+    return parameters

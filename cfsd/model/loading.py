@@ -1,7 +1,6 @@
 """Checkpoint: a model that exists already, in one of four forms, and how it comes into the store."""
 
 import json
-import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, payload_of
+from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, count_parameters, payload_of
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.store.digests import write_json
@@ -97,16 +95,6 @@ def describe(folder: Path) -> dict[str, JsonValue]:
         "end_tokens": list(read_eos_ids(folder)),
         "tokenizer": digest_of(load_tokenizer(folder).get_vocab()),
     }
-
-
-def count_parameters(folder: Path) -> int:
-    """Return how many numbers the weights in `folder` hold, from the files' headers alone."""
-    parameters = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-            parameters += sum(math.prod(shape) for shape in shapes)
-    return parameters
 
 
 def read_start_token(folder: Path) -> int:

@@ -7,6 +7,7 @@ weight of rehearsal at its floor the budget did not bind. The probe alone judges
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cfsd.budget import KEPT_UP_TO, USED_UP_FROM
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import table
 from cfsd.report.summary import Summary
@@ -16,7 +17,6 @@ from cfsd.statistics.figures import difference_per_token
 from cfsd.store.artifact import Store
 from cfsd.train.controller import HIGHEST, LOWEST
 
-MET, TIGHT = 1.1, 0.8  # times the budget
 WIDEST = 0.1  # half-width of the probe's interval, as a share of the value, up to which the value alone may judge
 NEAR = 1.001  # the controller works in logarithms
 OUTCOMES = {
@@ -70,7 +70,7 @@ def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str
         k: None if probe_kl[k] is None else probe_kl[k] / budget for k in ("value", "low", "high")
     } | {"unit": "of the budget"}  # fmt: skip
     half_width = _half_width(probe_kl)
-    met, above = (_at_most(ratio, limit, half_width) for limit in (MET, TIGHT))
+    met, above = (_at_most(ratio, limit, half_width) for limit in (KEPT_UP_TO, USED_UP_FROM))
     tight = None if met is None or above is None else met and not above
     tight = False if met is False or above is True else tight
     if met is False:
@@ -125,7 +125,7 @@ def is_plain(run_record: RunRecord) -> bool:
     tuned, recipe = run_record.artifacts.get("tuned"), run_record.recipe
     if tuned is None or not recipe:
         return False
-    corpus = run_record.artifacts.get("selected") or run_record.artifacts.get("kept")
+    corpus = run_record.artifacts.get("selected_corpus") or run_record.artifacts.get("filtered")
     rehearsed = tuned.metadata.get("rehearsal_tokens", corpus.metadata.get("rows") if corpus else 0)
     if rehearsed and rehearsal_of(run_record).get("weight", 1.0) != 0:
         return False
@@ -138,7 +138,7 @@ def is_plain(run_record: RunRecord) -> bool:
 
 
 def _same_question(one: RunRecord, other: RunRecord) -> bool:
-    roles = [role for role in ("base", "target", "chosen") if role in one.artifacts or role in other.artifacts]
+    roles = [role for role in ("base", "target", "selected_target") if role in one.artifacts or role in other.artifacts]
     same = all(one.artifacts.get(role) == other.artifacts.get(role) for role in roles)
     return same and one.after.target is not None and other.after.target is not None
 

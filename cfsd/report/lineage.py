@@ -9,15 +9,29 @@ from cfsd.report.table import number
 from cfsd.store.artifact import Artifact
 
 METADATA = 8
-ROLES = ("final", "tuned", "mixture", "chosen", "target", "selected", "kept", "corpus", "probe", "base")
-SELECTED_FROM = {"chosen": "target", "selected": "kept"}  # the same artifact where nothing was selected
+ROLES = (
+    "final",
+    "tuned",
+    "mixture",
+    "selected_target",
+    "target",
+    "selected_corpus",
+    "filtered",
+    "corpus",
+    "probe",
+    "base",
+)
+SELECTED_FROM = {
+    "selected_target": "target",
+    "selected_corpus": "filtered",
+}  # the same artifact where nothing was selected
 MADE_FROM = {  # an artifact whose first source is not there came from outside
     "final": ("tuned", "base"),
     "tuned": ("mixture", "base"),
-    "mixture": ("chosen", "selected"),
-    "chosen": ("target",),
-    "selected": ("kept",),
-    "kept": ("corpus",),
+    "mixture": ("selected_target", "selected_corpus"),
+    "selected_target": ("target",),
+    "selected_corpus": ("filtered",),
+    "filtered": ("corpus",),
     "target": ("base",),
     "corpus": ("base",),
     "probe": ("base",),

@@ -95,7 +95,7 @@ def _target(recipe: dict[str, Any]) -> str:
 
 def _rehearsed(run_record: RunRecord) -> str:
     """Return what was rehearsed, in words; empty for plain fine-tuning."""
-    corpus = run_record.artifacts.get("selected") or run_record.artifacts.get("kept")
+    corpus = run_record.artifacts.get("selected_corpus") or run_record.artifacts.get("filtered")
     if corpus is None or not corpus.metadata.get("rows") or _weightless(run_record):
         return ""
     made = run_record.artifacts.get("corpus", corpus).metadata

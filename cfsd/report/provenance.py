@@ -34,7 +34,7 @@ def _dropped(run_records: list[RunRecord]) -> list[dict[str, Any]]:
     """Return per target how many of its rows were not used, and why, with the variants it is of."""
     found: dict[str, dict[str, Any]] = {}
     for run_record in run_records:
-        if artifact := run_record.artifacts.get("chosen") or run_record.artifacts.get("target"):
+        if artifact := run_record.artifacts.get("selected_target") or run_record.artifacts.get("target"):
             fresh = {"metadata": artifact.metadata, "reasons": artifact.metadata.get("dropped") or {}, "variants": []}
             found.setdefault(artifact.key, fresh)["variants"].append(run_record.name)
     return list(found.values())

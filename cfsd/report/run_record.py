@@ -40,7 +40,7 @@ class RunRecord(BaseModel):
     digest: str = ""
     artifacts: dict[
         str, Artifact
-    ]  # by role: base, target, chosen, probe, corpus, kept, selected, mixture, tuned, final
+    ]  # by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final
     before: Scores = Scores()
     after: Scores = Scores()
     steps: tuple[Step, ...] = ()

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cfsd.train.spec import AIM, RehearsalSpec
+from cfsd.budget import STEERED_TO
+from cfsd.train.spec import RehearsalSpec
 
 LOWEST, HIGHEST = 1e-5, 1e2
 HORIZON = 0.8  # what the moving mean keeps of itself at each step: it looks back about five steps
@@ -17,8 +18,8 @@ STATE = ("log_weight", "log_error", "nats", "tokens")
 class Controller:
     """Gives lambda for each step; with a budget it learns from the divergence that each step measured.
 
-    With surprise = log(estimate / (AIM x budget)), between BELOW and ABOVE: log lambda = sum of rate x surprise over
-    the steps + GAIN x surprise. The estimate is a moving mean, weighted by tokens, of the divergence before the update
+    With e = log(estimate / (STEERED_TO x budget)), between BELOW and ABOVE: log lambda = sum of rate x e over
+    the steps + GAIN x e. The estimate is a moving mean, weighted by tokens, of the divergence before the update
     on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict.
 
     The sum alone follows too late: it winds down while the divergence is still small, lets it overshoot, and has
@@ -51,7 +52,7 @@ class Controller:
         if tokens:
             self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
         if self.spec.budget and tokens:
-            self.log_error = self._log_error(AIM * self.spec.budget)
+            self.log_error = self._log_error(STEERED_TO * self.spec.budget)
             self.log_weight = _within(self.log_weight + self.spec.budget_rate * self.log_error)
 
     def _log_error(self, aim: float) -> float:

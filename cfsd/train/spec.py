@@ -5,14 +5,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from cfsd.budget import STEERED_TO
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.machine import Machine
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
-
-AIM = 1.1  # of the budget: what is over goes by merging, what was not used up never comes back; docs/decisions/0015
 
 
 class FisherSpec(Spec):
@@ -125,7 +124,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        steered_to = AIM * (self.rehearsal.budget or 0)
+        steered_to = STEERED_TO * (self.rehearsal.budget or 0)
         if self.watch.stop_above and self.watch.stop_above < steered_to:
             raise ValueError(
                 f"watch.stop_above {self.watch.stop_above} is below what lambda is steered to, {steered_to:.3g} for "

@@ -44,7 +44,7 @@ def corpora_of(store: Store, artifacts: Mapping[str, Artifacts]) -> list[ShownCo
     """Return the different corpora that the variants rehearse; two differ where any row does, at any stage."""
     found: dict[tuple[str, ...], ShownCorpus] = {}
     for variant, roles in artifacts.items():
-        corpus, kept, selected = (roles.get(role) for role in ("corpus", "kept", "selected"))
+        corpus, kept, selected = (roles.get(role) for role in ("corpus", "filtered", "selected_corpus"))
         if corpus is None or corpus.metadata.get("rows") == 0:  # plain fine-tuning
             continue
         identity = tuple(stage.content for stage in (corpus, kept, selected) if stage)

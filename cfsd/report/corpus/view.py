@@ -22,8 +22,8 @@ PAIRS = 5
 SAMPLES = 20
 FIRST_TOKENS = 12
 BINS = 40  # at most
-STAGES = ("sampled", "kept", "selected")
-LEFT_OUT = {"kept": "rejected", "selected": "not selected"}
+STAGES = ("sampled", "filtered", "selected")
+LEFT_OUT = {"filtered": "rejected", "selected": "not selected"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _fact(artifact: Artifact | None, name: str, otherwise: Any) -> Any:
 def _places(corpus: Artifact, kept: Artifact | None, selected: Artifact | None) -> dict[str, Artifact]:
     """Return the artifact of each stage that changed what it was given."""
     places = {STAGES[0]: corpus}
-    for name, artifact in (("kept", kept), ("selected", selected)):
+    for name, artifact in (("filtered", kept), ("selected", selected)):
         if artifact is not None and artifact.content != [*places.values()][-1].content:
             places[name] = artifact
     return places
