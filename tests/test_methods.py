@@ -320,7 +320,7 @@ def test_a_call_reaches_the_inner_models_own_forward_as_it_is(folders: dict[str,
     adapted, seen = on("lora").adapt(model), []
     model.forward = lambda **given: seen.append(given)
     adapted(micro_batch="rows")
-    assert seen == [{"pack": "rows"}]
+    assert seen == [{"micro_batch": "rows"}]
 
 
 # Merge

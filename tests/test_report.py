@@ -463,7 +463,7 @@ def test_frontier_has_a_named_point_per_variant_and_a_panel_per_cost() -> None:
 
 def test_names_of_equal_points_do_not_cover_each_other() -> None:
     drawn = frontier_figure([summary(f"v{i}", 0.0, kl=0.0, gain=0.0) for i in range(6)], ["probe_kl"])
-    drawn.canvas.sample_token()
+    drawn.canvas.draw()
     boxes = [text.get_window_extent() for text in drawn.axes[0].texts if text.get_text()]
     covered = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.padded(-1).overlaps(b.padded(-1))]
     assert len(boxes) == 7 and covered == []

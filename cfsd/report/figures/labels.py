@@ -31,7 +31,7 @@ def write_labels(axes: Axes, labels: list[Label], *, size: float, color: str) ->
     """Write each text near its point, where it covers the least of points, intervals and other texts."""
     assert isinstance(axes.figure, Figure)
     canvas: Any = FigureCanvasAgg(axes.figure)
-    canvas.sample_token()  # the layout decides where points lie
+    canvas.draw()  # the layout decides where points lie
     pixel, inside = axes.figure.dpi / 72, np.array(axes.get_window_extent().extents)
     centers_N2 = axes.transData.transform([(label.x, label.y) for label in labels])
     taken = np.concatenate([_covered_N4(axes, label, pixel) for label in labels])
