@@ -114,11 +114,12 @@ def _rows(summary: Summary) -> list[list[str]]:
     rows = []
     for measure in MEASURES:
         if measure.label and (figure := figure_of(summary, measure.name)):
-            label, _, unit = measure.label.partition(", ")
+            label, _, in_unit = measure.label.partition(", ")
             heading, name = measure.scores or (label, "")
             means = [summary.target.get(f"{role}_{name}") for role in ("base", "tuned")]
             scores = ["" if mean is None else number(measure.factor * mean) for mean in means]
-            rows.append([heading, *scores, f"{label} {shown(figure, measure.factor)} {unit}"])
+            change = f"{shown(figure, measure.factor)} {in_unit}"
+            rows.append([heading, *scores, f"{label} {change}" if measure.scores else change])
     for entry in forgotten_of(summary):
         found = summary.benchmarks[entry.benchmark]
         unit = unit_of(found)
