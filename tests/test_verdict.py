@@ -183,6 +183,7 @@ def test_a_benchmark_is_worse_only_where_every_seed_says_so() -> None:
     )
     assert "It became worse at c (90.0 → 70.0 %)." in verdict([sure, sure.model_copy(update={"name": "a seed=2"})])
     assert "became worse" not in verdict([sure, unsure])
+    assert "No benchmark shows a loss in every seed; with 100 documents" in verdict([sure, unsure])
 
 
 def test_the_headline_is_two_sentences_at_most() -> None:

@@ -172,7 +172,8 @@ def _distance(one: Fig, other: Fig) -> str:
 
 def _alike(one: Variant, other: Variant) -> bool:
     pairs = [(one.gain, other.gain), (one.moved, other.moved), (one.lost, other.lost)]
-    return not any(difference(a, b) for a, b in pairs if a and b)
+    signs = [difference(a, b) for a, b in pairs if a and b]
+    return bool(signs) and not any(signs)
 
 
 def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
@@ -186,7 +187,8 @@ def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
     entries = [entry for v in variants for s in v.repeats for entry in forgotten_of(s)]
     unsettled = [entry for entry in entries if change_of(entry) == "unsettled"]
     if rest or unsettled:
-        said.append(f"no {'' if rest else 'other '}benchmark shows a loss{who}")
+        seeded = " in every seed" if any(len(v.repeats) > 1 for v in rest or variants) else ""
+        said.append(f"no {'' if rest else 'other '}benchmark shows a loss{seeded}{who}")
     text = "; ".join([*said, *([_power(unsettled)] if unsettled else [])])
     return [f"{text[:1].upper()}{text[1:]}."] if text else []
 
@@ -203,13 +205,14 @@ def _change(variant: Variant) -> str:
 
 def surely_worse(summaries: list[Summary]) -> list[str]:
     """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
-    worse = [{e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries]
-    scores = {name: (unit_of(b), b["base"], b["tuned"]) for name, b in summaries[0].benchmarks.items()}
-    return [
-        f"{name} ({number(base * unit.factor)} → {number(tuned * unit.factor)} {unit.score})"
-        for name, (unit, base, tuned) in scores.items()
-        if all(name in names for names in worse)
-    ]
+    worse = set.intersection(*({e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries))
+    named = []
+    for name, benchmark in summaries[0].benchmarks.items():
+        if name in worse:
+            unit = unit_of(benchmark)
+            scores = " → ".join(number(benchmark[role] * unit.factor) for role in ("base", "tuned"))
+            named.append(f"{name} ({scores} {unit.score})")
+    return named
 
 
 def _power(entries: list[BenchmarkForgetting]) -> str:
