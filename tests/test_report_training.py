@@ -138,9 +138,9 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     assert budget["target_gain_cost"]["value"] == pytest.approx(0.05)
     assert budget["target_gain_cost"]["low"] > 0
     said = verdict(summaries)
-    used = f"{shown(budget['ratio'], 100)} % of it, λ 2.50 at the end"
-    assert f"“budget” kept its budget of 0.100 nats per token and used it up ({used}); it gave up" in said
-    assert "; it gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
+    used = f"{shown(budget['ratio'], 100)} % of it was used; λ was 2.50 at the end"
+    assert f"Budget of “budget”, 0.100 nats per token: kept and used up; {used}; it gave up" in said
+    assert "; it gave up 0.0500 [0.0500, 0.0500] nats per token of the gain of “finetune”." in said
     flat = headline(summaries[1])
     assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
     alone = summarise(world.store, run_records[1]).budget
@@ -151,10 +151,12 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     found = summarise(world.store, world.budgeted()).model_copy(update={"name": "wide"})
     assert found.budget
     wide = found.model_copy(update={"budget": found.budget | judge(probe(0.1, 0.03), 0.1, 2.0)})
-    assert "may or may not have kept its budget of 0.100 nats per token" in budget_lines([wide])[0]
-    assert "the probe's interval is too wide to tell, raise probe.rows" in budget_lines([wide])[0]
+    said = (
+        "kept or missed (the probe's interval is too wide to say, raise probe.rows); 100 [70.0, 130] % of it was used"
+    )
+    assert said in budget_lines([wide])[0]
     lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, LOWEST)})
-    assert "would have kept its budget of 0.100 nats per token with hardly any rehearsal" in budget_lines([lowest])[0]
+    assert "0.100 nats per token: kept with hardly any rehearsal; 10.0 [" in budget_lines([lowest])[0]
 
 
 def merged(run_record: RunRecord, alpha: float, before: float = 0.14) -> RunRecord:
@@ -168,7 +170,7 @@ def test_merging_that_kept_a_budget_is_said(world: Trained) -> None:
     found = summarise(world.store, merged(world.budgeted(), 0.7))
     assert found.budget and (found.budget["alpha"], found.budget["ratio_before_merging"]) == (0.7, pytest.approx(1.4))
     (said,) = budget_lines([found])
-    assert said.endswith("; merging with the base at alpha 0.700 took it there from 140 %.")
+    assert said.endswith("; merging with the base at alpha 0.700 brought it down from 140 %.")
     assert headline(found)["budget/alpha"] == 0.7
     for alpha in (1.0, 0.5):  # as trained, and as asked for
         untouched = summarise(world.store, merged(world.budgeted(), alpha, before=0.095))
@@ -178,7 +180,9 @@ def test_merging_that_kept_a_budget_is_said(world: Trained) -> None:
 def test_seeds_of_a_budget_are_counted(world: Trained) -> None:
     kls = [0.1, 0.1, 0.3]
     repeats = [summarise(world.store, world.budgeted(f"b seed={i}", kl=kl)) for i, kl in enumerate(kls)]
-    assert budget_lines(repeats) == ["“b”: budget of 0.100 nats per token, over 3 seeds 2 tight, 1 missed."]
+    assert budget_lines(repeats) == [
+        "Budget of “b”, 0.100 nats per token: kept and used up in 2 of 3 seeds, missed in 1 of 3 seeds."
+    ]
 
 
 def test_the_cost_is_against_plain_training_of_the_same_seed(world: Trained) -> None:

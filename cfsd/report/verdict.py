@@ -47,17 +47,12 @@ LOST = {
     -1: "lost {} points on average over {}, which is a gain",
     None: "has too few documents to say whether it lost anything ({} points on average over {})",
 }
-COST = {
-    1: "it gave up {} nats per token of the target gain of “{}”",
-    0: "it is not shown to have given up target gain ({} nats per token) against “{}”",
-    -1: "it learned more of the target ({} nats per token given up) than “{}”",
-}
 OUTCOMES = {
-    "tight": "kept its budget of {} nats per token and used it up",
-    "met": "kept its budget of {} nats per token",
-    "not binding": "would have kept its budget of {} nats per token with hardly any rehearsal",
-    "missed": "missed its budget of {} nats per token",
-    "unknown": "may or may not have kept its budget of {} nats per token",
+    "tight": "kept and used up",
+    "met": "kept",
+    "not binding": "kept with hardly any rehearsal",
+    "missed": "missed",
+    "unknown": "kept or missed (the probe's interval is too wide to say, raise probe.rows)",
 }
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
 ZERO = {"low": 0.0, "high": 0.0}
@@ -244,25 +239,27 @@ def budget_lines(summaries: Iterable[Summary]) -> list[str]:
     for summary in summaries:
         if summary.budget:
             variants.setdefault(variant_of(summary.name), []).append(summary.budget)
-    return [f"{'; '.join(_budget(name, budgets))}." for name, budgets in variants.items()]
+    return [f"B{'; '.join(_budget(name, budgets))[1:]}." for name, budgets in variants.items()]
 
 
 def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
-    budget, nats = budgets[0], number(budgets[0]["nats"])
+    outcomes, several = [budget["outcome"] for budget in budgets], f" of {len(budgets)} seeds"
+    counts = {words: outcomes.count(outcome) for outcome, words in OUTCOMES.items() if outcome in outcomes}
+    said = [f"{words} in {count}{several}" if len(budgets) > 1 else words for words, count in counts.items()]
+    yield f"budget of “{name}”, {number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
     if len(budgets) > 1:
-        outcomes = [b["outcome"] for b in budgets]
-        counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes]
-        yield f"“{name}”: budget of {nats} nats per token, over {len(budgets)} seeds {', '.join(counts)}"
         return
-    used = f"{shown(budget['ratio'], POINTS)} % of it" if budget["ratio"] else "the probe was not measured"
-    weight = "" if budget["final_weight"] is None else f", λ {number(budget['final_weight'])} at the end"
-    yield f"“{name}” {OUTCOMES[budget['outcome']].format(nats)} ({used}{weight})"
-    if budget["outcome"] == "unknown" and budget["ratio"]:
-        yield "the probe's interval is too wide to tell, raise probe.rows"
+    (budget,) = budgets
+    if budget["ratio"]:
+        yield f"{shown(budget['ratio'], POINTS)} % of it was used"
+    if budget["final_weight"] is not None:
+        yield f"λ was {number(budget['final_weight'])} at the end"
     if (before := budget.get("ratio_before_merging") or 0) > 1:
-        yield f"merging with the base at alpha {number(budget['alpha'])} took it there from {number(before * POINTS)} %"
+        was = f"{number(before * POINTS)} %"
+        yield f"merging with the base at alpha {number(budget['alpha'])} brought it down from {was}"
     if cost := budget["target_gain_cost"]:
-        yield COST[difference(cost, ZERO) or 0].format(shown(cost), budget["plain"])
+        gave_up = "it gave up" if difference(cost, ZERO) == 1 else "it is not shown to have given up target gain:"
+        yield f"{gave_up} {shown(cost)} nats per token of the gain of “{budget['plain']}”"
 
 
 def warnings(summaries: list[Summary]) -> list[str]:
@@ -271,25 +268,20 @@ def warnings(summaries: list[Summary]) -> list[str]:
     for summary in summaries:
         for warning in summary.corpus_warnings:
             corpora.setdefault(warning, {})[variant_of(summary.name)] = None
-    doubts = dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings)
-    lines = [*doubts, *(f"the corpus of {quoted(names)} is {warning}" for warning, names in corpora.items())]
-    for summary in summaries:
-        training = summary.training or {}
+    lines = list(dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings))
+    lines += [f"the corpus of {quoted(names)} is {warning}" for warning, names in corpora.items()]
+    for name, training, budget in ((s.name, s.training or {}, s.budget or {}) for s in summaries):
         if (step := training.get("stopped_at_step")) is not None:
-            lines.append(f"the training of “{summary.name}” was stopped at step {step} (watch.stop_above)")
-        if _steered_too_late(summary.budget or {}, training):
+            lines.append(f"the training of “{name}” was stopped at step {step} (watch.stop_above)")
+        steered = budget.get("divergence_estimate") is not None  # with merge.budget alone it is None
+        merged = (budget.get("ratio_before_merging") or math.inf) > 1
+        if steered and merged and training.get("steps", ENOUGH_STEPS) < ENOUGH_STEPS:
             lines.append(
-                f"λ of “{summary.name}” had only {training['steps']} steps to be steered in, and merging had to keep "
-                f"the budget; with {ENOUGH_STEPS} or more steps less is given up (lower mix.target_rows and "
+                f"λ of “{name}” had only {training['steps']} steps to be steered in, and merging had to keep the "
+                f"budget; with {ENOUGH_STEPS} or more steps less is given up (lower mix.target_rows and "
                 "mix.rehearsal_tokens, or raise train.epochs)"
             )
     return [f"Warning: {line}." for line in lines]
-
-
-def _steered_too_late(budget: dict[str, Any], training: dict[str, Any]) -> bool:
-    steered = budget.get("divergence_estimate") is not None  # with merge.budget alone it is None
-    merged = (budget.get("ratio_before_merging") or math.inf) > 1
-    return steered and merged and int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 
 
 def print_summary(summaries: list[Summary], console: Console) -> None:
