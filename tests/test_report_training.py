@@ -141,6 +141,9 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     used = f"{shown(budget['ratio'], 100)} % of it was used; λ was 2.50 at the end"
     assert f"Budget of “budget”, 0.100 nats per token: kept and used up; {used}; it gave up" in said
     assert "; it gave up 0.0500 [0.0500, 0.0500] nats per token of the gain of “finetune”." in said
+    cheap = summaries[1].model_copy(update={"budget": budget | {"target_gain_cost": probe(0.01, 0.02)}})
+    unsure = "it is not shown to have given up any of the gain of “finetune” (0.0100 [-0.0100, 0.0300] nats per token)."
+    assert budget_lines([cheap])[0].endswith(unsure)
     flat = headline(summaries[1])
     assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
     alone = summarise(world.store, run_records[1]).budget

@@ -239,14 +239,14 @@ def budget_lines(summaries: Iterable[Summary]) -> list[str]:
     for summary in summaries:
         if summary.budget:
             variants.setdefault(variant_of(summary.name), []).append(summary.budget)
-    return [f"B{'; '.join(_budget(name, budgets))[1:]}." for name, budgets in variants.items()]
+    return [f"{'; '.join(_budget(name, budgets))}." for name, budgets in variants.items()]
 
 
 def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
     outcomes, several = [budget["outcome"] for budget in budgets], f" of {len(budgets)} seeds"
     counts = {words: outcomes.count(outcome) for outcome, words in OUTCOMES.items() if outcome in outcomes}
     said = [f"{words} in {count}{several}" if len(budgets) > 1 else words for words, count in counts.items()]
-    yield f"budget of “{name}”, {number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
+    yield f"Budget of “{name}”, {number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
     if len(budgets) > 1:
         return
     (budget,) = budgets
@@ -258,8 +258,9 @@ def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
         was = f"{number(before * POINTS)} %"
         yield f"merging with the base at alpha {number(budget['alpha'])} brought it down from {was}"
     if cost := budget["target_gain_cost"]:
-        gave_up = "it gave up" if difference(cost, ZERO) == 1 else "it is not shown to have given up target gain:"
-        yield f"{gave_up} {shown(cost)} nats per token of the gain of “{budget['plain']}”"
+        nats, gain = f"{shown(cost)} nats per token", f"the gain of “{budget['plain']}”"
+        sure = difference(cost, ZERO) == 1
+        yield f"it gave up {nats} of {gain}" if sure else f"it is not shown to have given up any of {gain} ({nats})"
 
 
 def warnings(summaries: list[Summary]) -> list[str]:
