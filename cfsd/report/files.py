@@ -1,9 +1,10 @@
-"""The files of a report folder, and how to make them again from the trails that lie among them."""
+"""The files of a report folder, and how to make them again from the run records that lie among them."""
 
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,7 +20,9 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.digests import write_json
 
 SCHEMA = 1
-RUN_RECORDS = "trails.json"
+RUN_RECORDS = "run_records.json"
+OLD_FILE = "trails.json"
+OLD_ROLES = {"chosen": "selected_target", "kept": "filtered", "selected": "selected_corpus"}
 
 
 class Kept(BaseModel):
@@ -41,18 +44,34 @@ def keep(folder: Path, kept: Kept) -> Path:
 
 def read_kept(folder: Path) -> Kept:
     """Return what the report in `folder` was made from. Raises BadInput."""
-    file = folder / RUN_RECORDS
-    if not file.is_file():
+    files = [folder / name for name in (RUN_RECORDS, OLD_FILE) if (folder / name).is_file()]
+    if not files:
         raise BadInput(f"{folder} has no {RUN_RECORDS}; give a folder below reports/ of a data folder")
     try:
-        content = json.loads(file.read_text())
-        if isinstance(content, list):  # as they were kept at first, without a title
+        content = with_present_names(json.loads(files[0].read_text()))
+        if isinstance(content, list):  # the first reports kept no title
             return Kept(title=folder.name.rpartition("-")[0], run_records=tuple(map(RunRecord.model_validate, content)))
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
+        if "trails" in content:
+            content["run_records"] = content.pop("trails")
         return Kept.model_validate(content)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise BadInput(f"{file} is not what a report of schema {SCHEMA} is made from: {error}") from error
+        raise BadInput(f"{files[0]} is not what a report of schema {SCHEMA} is made from: {error}") from error
+
+
+def with_present_names(content: Any) -> Any:
+    """Return JSON that an older version wrote with the names that fields and roles have now."""
+    if isinstance(content, list):
+        return [with_present_names(entry) for entry in content]
+    if not isinstance(content, dict):
+        return content
+    if "facts" in content and "content" in content:  # an artifact
+        return {"metadata" if name == "facts" else name: value for name, value in content.items()}
+    present = {name: value if name == "recipe" else with_present_names(value) for name, value in content.items()}
+    if artifacts := present.get("artifacts"):
+        present["artifacts"] = {OLD_ROLES.get(role, role): artifact for role, artifact in artifacts.items()}
+    return present
 
 
 def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
@@ -68,7 +87,7 @@ def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], 
 
 
 def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
-    """Write trails, summary.json and the model cards; return the figures and the files but the trails.
+    """Write run records, summary.json and model cards; return the figures and the files but the run records.
 
     Raises BadInput where the store lacks an artifact.
     """
@@ -78,7 +97,7 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary]
     summaries = [summarise(store, run_record, run_records) for run_record in run_records]
     files = [folder / "summary.json"]
     write_summary(files[0], summaries)
-    cards = [(t, s) for t, s in zip(run_records, summaries, strict=True) if has_card(t)]
+    cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
     for (run_record, summary), name in zip(cards, _card_names([run_record for run_record, _ in cards]), strict=True):
         files.append(folder / name)
         files[-1].write_text(model_card(store, run_record, summary), encoding="utf-8")
@@ -94,7 +113,7 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     """Write the page that shows the corpora, and return it. Raises BadInput where the store lacks an artifact."""
     _check_store(store, kept)
     keep(folder, kept)
-    write_corpus_page(folder / "corpus.html", store, kept.title, {t.name: t.artifacts for t in kept.run_records})
+    write_corpus_page(folder / "corpus.html", store, kept.title, {r.name: r.artifacts for r in kept.run_records})
     return folder / "corpus.html"
 
 
@@ -110,13 +129,9 @@ def _card_names(run_records: list[RunRecord]) -> list[str]:
 
 
 def _check_store(store: Store, kept: Kept) -> None:
-    needed: list[Artifact] = []
-    for run_record in kept.run_records:
-        sides = (run_record.before, run_record.after)
-        scores = [s for side in sides for s in (*side.benchmarks.values(), *side.texts.values())]
-        scores += [s for side in sides for s in (side.target, side.probe, side.target_divergence) if s]
-        needed += [*run_record.artifacts.values(), *scores, *(step.artifact for step in run_record.steps)]
-    check_artifacts(store, needed)
+    scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
+    made = [a for r in kept.run_records for a in (*r.artifacts.values(), *(step.artifact for step in r.steps))]
+    check_artifacts(store, [*made, *scores])
 
 
 def check_artifacts(store: Store, needed: Iterable[Artifact]) -> None:

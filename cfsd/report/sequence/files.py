@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cfsd.errors import BadInput
-from cfsd.report.files import Kept, check_artifacts, write_numbers
+from cfsd.report.files import Kept, check_artifacts, with_present_names, write_numbers
 from cfsd.report.run_record import Measured
 from cfsd.report.sequence.drawing import matrix_figure
 from cfsd.report.sequence.gaps import DEFINITION, described_gaps
@@ -24,7 +24,7 @@ SEQUENCE = "sequence.json"
 
 
 def keep_measured(folder: Path, measured: Measured) -> Path:
-    """Write beside the trails what else the page of a sequence is made from, and return the file."""
+    """Write beside the run records what else the page of a sequence is made from, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SEQUENCE, {"schema": SCHEMA, **measured.model_dump(mode="json")})
     return folder / SEQUENCE
@@ -39,7 +39,7 @@ def read_measured(folder: Path) -> Measured | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = with_present_names(json.loads(file.read_text()))
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
         return Measured.model_validate(content)

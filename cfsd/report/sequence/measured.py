@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cfsd.report.measures import benchmark_of
 from cfsd.report.run_record import Measured, RunRecord, Scored, Scores
 from cfsd.report.scores import table
 from cfsd.report.sequence.gaps import Gap, gaps_of
-from cfsd.report.summarise import benchmark_of, summarise
+from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary
 from cfsd.statistics.continual import Continual, Stability, continual, stability
 from cfsd.statistics.figures import FRACTION, NATS, Figure, difference_per_token, paired_share_difference

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cfsd.report.budget import budget_sentences
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.frontier import forest_figures
@@ -21,7 +20,7 @@ from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summary import Summary
 from cfsd.report.table import lines_of, unit_of
 from cfsd.report.training import names_of_models, panels_of
-from cfsd.report.verdict import warnings
+from cfsd.report.verdict import budget_lines, warnings
 from cfsd.statistics.continual import OF_TARGETS
 from cfsd.store.artifact import Store
 
@@ -41,7 +40,7 @@ def write_sequence_page(
         TEMPLATE,
         title=title,
         verdict=" ".join(learned_and_lost(remains)),
-        notes=[*budget_sentences(stages), *notes],
+        notes=[*budget_lines(stages), *notes],
         warnings=warnings(stages),
         targets=remains.losses.targets,
         stages=stages_of(remains.losses.targets),

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from cfsd.report.comparisons import listed, quoted
 from cfsd.report.sequence.measured import Remains
 from cfsd.report.table import POINTS, number, shown, sign_of
-from cfsd.report.verdict import two_sentences
+from cfsd.report.verdict import listed, quoted, two_sentences
 from cfsd.statistics.continual import Continual
 
 
@@ -38,8 +37,10 @@ def _loss(remains: Remains, stage: int, target: int) -> str:
 
 def _lost(remains: Remains) -> str:
     last = remains.since_base[-1]
-    of_base = "".join(two_sentences([last])).removesuffix(".").replace(f"“{last.name}”", "the last model")
-    against = f"; against the first base, {of_base[:1].lower()}{of_base[1:]}" if of_base else ""
+    renamed = last.model_copy(update={"name": "the last model"})
+    said = [sentence.replace("“the last model”", "the last model") for sentence in two_sentences([renamed])]
+    of_base = "; ".join(f"{sentence[:1].lower()}{sentence[1:-1]}" for sentence in said)
+    against = f"; against the first base, {of_base}" if of_base else ""
     return f"{_of_targets(remains)}{against}."
 
 
