@@ -51,7 +51,7 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(loader.const
 
 
 def hub_folder() -> Path | None:
-    """Return where the installed lm-eval keeps its own YAML files, if it is installed."""
+    """Return the folder of lm-eval's own YAML files, if it is installed."""
     package = find_spec("lm_eval")
     places = package.submodule_search_locations if package else None
     return Path(places[0]) / "tasks" if places else None

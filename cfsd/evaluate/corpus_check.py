@@ -1,4 +1,4 @@
-"""Is the corpus what it claims to be: a sample of the base's own distribution, given the start token alone?
+"""Is the corpus what it claims to be: a sample of the base's own distribution after the start token alone?
 
 Four checks of the rows of source context-free, each made for one kind of fault: first tokens that the base would not
 write (another model), text that is too likely (temperature), rare tokens that are missing (top_k), and anything but

@@ -99,9 +99,9 @@ class Divergence(NamedTuple):
 
 @torch.inference_mode()
 def divergence(base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]]) -> list[Divergence]:
-    """Return KL(base || tuned) along each row of `rows`, given the tokens before; start tokens only predict.
+    """Return KL(base || tuned) along each row of `rows`, at every token but the first.
 
-    `kl` sums over the whole vocabulary at each position, `sampled` takes the token that is there; on rows
+    `kl` sums over the whole vocabulary at each position, `sampled` takes the token of the row; on rows
     that the base sampled their expectations are equal.
     """
     token_ids_BT = pad(rows).to(base.device)
@@ -127,7 +127,7 @@ def divergences(
     base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], max_tokens: int,
     on_progress: Callable[[int], None],
 ) -> list[Divergence]:  # fmt: skip
-    """Return `divergence` of each row, measured in batches of at most `max_tokens`, padding counted."""
+    """Return `divergence` of each row, measured in batches of at most `max_tokens`, padding included."""
     measured: dict[int, Divergence] = {}
     for group in arrange([len(row) for row in rows], max_tokens):
         measured |= zip(group, divergence(base, tuned, [rows[i] for i in group]), strict=True)

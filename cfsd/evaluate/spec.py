@@ -15,7 +15,7 @@ from cfsd.store.artifact import Artifact, Store
 
 
 class EvaluateSpec(Spec):
-    """What is measured on base and tuned."""
+    """What is measured on base and tuned model."""
 
     neutral: ClassVar[dict[str, Any]] = {"texts": ()}
 
@@ -31,7 +31,7 @@ class EvaluateSpec(Spec):
         names = [part.name for part in parts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             kind = f"{type(parts[0]).__name__.lower()}s"
-            raise ValueError(f"{kind} named twice: {', '.join(twice)}; results are kept by name")
+            raise ValueError(f"{kind} named twice: {', '.join(twice)}; results are stored by name")
         return parts
 
     def check(self) -> None:

@@ -1,8 +1,8 @@
-"""Which texts share a run of words with texts that are kept for measuring.
+"""Which texts share a run of words with texts that are held back for measuring.
 
 Source: Brown et al. 2020, GPT-3, arXiv:2005.14165, section 4 and appendix C: a match is a common 13-gram of
 lower-case words without punctuation, or the whole of an example that is shorter; 8 words at least.
-Differs: the whole text is rejected; the paper cuts 200 characters around a match and keeps the rest.
+Differs: the whole text is rejected; the paper removes 200 characters around a match only.
 """
 
 import string

@@ -1,4 +1,4 @@
-"""The rules of the filter stage. Each tells which rows of a batch it rejects, and why."""
+"""The rules of the filter stage. Each says which rows of a batch it rejects, and why."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Places = NDArray[np.int64]  # rows of a batch
 
 
 class Rows(NamedTuple):
-    """A batch of the corpus, and what is known of each row."""
+    """A batch of the corpus, and sums over each row."""
 
     batch: pa.RecordBatch
     first: int  # how many rows came before the batch
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     detail: str | None = None
 
 
-Rule = Callable[[Rows, Places], Iterator[Verdict]]  # is asked about the places that no rule before rejected
+Rule = Callable[[Rows, Places], Iterator[Verdict]]  # judges the places that no earlier rule rejected
 Maker = Callable[[FilterSpec, Reference | None], Rule]
 
 
@@ -145,7 +145,7 @@ RULES: dict[str, Maker] = {
 def rules_of(spec: FilterSpec, reference: Reference | None) -> dict[str, Rule]:
     """Return the rules of `spec` that are on, by field, in the order of `RULES`.
 
-    Near duplicates are not among them: they are sought in the whole table, and `listed` rejects them.
+    Near duplicates are not among them: a search over the whole table gives their places to `listed`.
     """
     off = {name: FilterSpec.model_fields[name].default for name in RULES}
     return {name: make(spec, reference) for name, make in RULES.items() if getattr(spec, name) != off[name]}

@@ -1,4 +1,4 @@
-"""Stage filter: keep or reject each row, with a reason.
+"""Stage filter: accept or reject each row, with a reason.
 
 Off by default: rejecting rows biases the estimate of the divergence, and the metadata say by how much.
 
@@ -54,14 +54,14 @@ class Outcome:
     judged: Sums = field(default_factory=Sums)
     filtered: Sums = field(default_factory=Sums)  # accepted by every rule
     reasons: Counter[str] = field(default_factory=Counter)
-    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows it was asked about
+    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows that it judged
 
 
 def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: Reference | None = None) -> None:
     """Write the accepted rows of `corpus` as a `corpus` table and the others, with reasons, as `rejects`.
 
-    Every column is kept. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
-    A million rows of 128 tokens take about 120 MB more than a thousand. An interrupted filter starts anew.
+    All columns stay. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
+    A million rows of 128 tokens take about 120 MB more than a thousand. After an interruption it starts anew.
     """
     _clear(draft.folder)
     rules = rules_of(spec, reference)
@@ -97,7 +97,7 @@ def _copy(corpus: Path, draft: Draft) -> Outcome:
 
 
 def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: Draft) -> Iterator[Outcome]:
-    """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
+    """Write the tables; the search for near duplicates covers the rows that pass all `rules`."""
     size = _size(corpus)
     most = size.fitting(SHARD_BYTES, SHARD_ROWS)
     rejects = Shards(draft.folder, "rejects", most)
@@ -117,7 +117,7 @@ def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: D
 
 
 def _part(batches: Iterable[Rows], rules: Mapping[str, Rule], accepted: "Shards", rejects: "Shards") -> Outcome:
-    """Ask the rules about every row, and write each row where it belongs."""
+    """Judge every row by the rules, and write it as accepted or rejected."""
     outcome = Outcome()
     asked: Counter[str] = Counter()
     passed: Counter[str] = Counter()

@@ -22,7 +22,7 @@ class Batches:
         self._next = 0
 
     def size(self, longest: int, *, written: bool = False) -> int:
-        """Return the rows of batches whose longest row has `longest` tokens; `written`: most of them by the model."""
+        """Return the rows of batches whose longest row has `longest` tokens; `written` by the model, mostly."""
         tokens = self.max_tokens * (GENERATING if written else 1)
         self.longest, self.rows = longest, max(1, tokens // max(1, longest))
         return self.rows

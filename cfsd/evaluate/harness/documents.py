@@ -1,4 +1,4 @@
-"""Texts that are kept for measuring, documents of benchmarks and held-out rows: no rehearsal row may overlap them."""
+"""Texts that are held back for measuring, which no rehearsal row may overlap: benchmark documents, held-out rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

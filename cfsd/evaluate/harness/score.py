@@ -73,19 +73,19 @@ def score(
     max_tokens: int = 1024,
     on_progress: Progress | None = None,
 ) -> Scores:
-    """Return what `lm_eval.simple_evaluate` finds for `model`.
+    """Return the scores of `model`, those of `lm_eval.simple_evaluate`.
 
     A batch holds `max_tokens`, padding included, at least one row; after an out-of-memory half as many.
-    `on_progress(done, total)` counts requests (one per choice) and is called a
-    hundred times at most. The model's mode and all random states stay as they were, because training may go on.
-    Differs: `num_fewshot` also counts where the YAML says 0; chat templates write a fixed date; `thinking_end`
-    as in `cfsd.evaluate.harness.answers.Answers`.
+    `on_progress(done, total)` counts requests (one per choice) and is called a hundred times at most. The model's mode
+    and all random states are the same afterwards, because training may go on.
+    Differs: `num_fewshot` also applies where the YAML says 0; chat templates write a fixed date; `thinking_end`
+    as in `cfsd.evaluate.harness.written_answers.Answers`.
 
     Raises: BadInput if the benchmark cannot be loaded, has no such metric, or the model has no chat template;
         NotFinite if a log-likelihood or a document's value is NaN or infinite; OutOfMemory.
     """
     with loaded(benchmark, model.device) as (task, warnings), mode_kept(model):
-        lm = _LM(pretrained=model, tokenizer=_tokenizer(tokenizer, benchmark), batch_size="auto")
+        lm = _LM(pretrained=model, tokenizer=_own(tokenizer, benchmark), batch_size="auto")
         lm.prepare(benchmark, task, Batches(max_tokens), on_progress)
         refuse_what_has_no_mean(benchmark, task)
         results = evaluate(
@@ -99,14 +99,14 @@ def score(
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
 
 
-def _tokenizer(given: Any, benchmark: Benchmark) -> Any:
-    """Return a tokenizer that may be changed in place: HFLM gives one without a padding token another token."""
-    if given.pad_token_id is not None and not benchmark.chat_template:
-        return given
-    own = copy.deepcopy(given)
+def _own(tokenizer: Any, benchmark: Benchmark) -> Any:
+    """Return a tokenizer that may be changed in place: HFLM adds a padding token where there is none."""
+    if tokenizer.pad_token_id is not None and not benchmark.chat_template:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
     if benchmark.chat_template:
         try:
-            own.chat_template = dated_template(given)
+            own.chat_template = dated_template(tokenizer)
         except ValueError as error:
             raise BadInput(
                 f"benchmark {benchmark.name}: chat_template is on, but the model's tokenizer has no chat template; "
