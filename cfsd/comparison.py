@@ -85,8 +85,8 @@ class Comparison(BaseModel):
         recipes = {}
         for name, changes in self.expanded_variants().items():
             for repeat in range(self.seeds):
-                parts = {"mix.seed": self.recipe.mix.seed, "train.seed": self.recipe.train.seed}
-                seeds = {name: (seed or 0) + repeat for name, seed in parts.items()}
+                parts = (self.recipe.mix.seed, self.recipe.train.seed)
+                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 recipes[label] = validated(Recipe, changed, f"variant {name!r}")

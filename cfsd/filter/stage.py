@@ -97,7 +97,7 @@ def _copy(corpus: Path, draft: Draft) -> Outcome:
 
 
 def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: Draft) -> Iterator[Outcome]:
-    """Write the tables; the search for near duplicates covers the rows that pass all `rules`."""
+    """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
     size = _size(corpus)
     most = size.fitting(SHARD_BYTES, SHARD_ROWS)
     rejects = Shards(draft.folder, "rejects", most)
@@ -116,8 +116,8 @@ def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: D
     rejects.close()
 
 
-def _part(batches: Iterable[Rows], rules: Mapping[str, Rule], accepted: "Shards", rejects: "Shards") -> Outcome:
-    """Judge every row by the rules, and write it as accepted or rejected."""
+def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Shards", rejects: "Shards") -> Outcome:
+    """Ask the rules about every row, and write each row where it belongs."""
     outcome = Outcome()
     asked: Counter[str] = Counter()
     passed: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Two tests of a corpus against a distribution: first tokens, and log-probabilities. R rows, V vocabulary."""
+"""Two tests of a corpus against a law: first tokens, and log-probabilities of two samples. R rows, V vocabulary."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def difference_z(one: tuple[Array, Array], other: tuple[Array, Array]) -> float 
     """Return how many standard errors the mean per token of sample `one` is above the `other`'s.
 
     A sample: per row the summed values and how many tokens they are of. Rows are independent, the tokens of one are
-    not: the error of sum/sum is counted over rows. It is Welch's t, expressed as the normal deviate of the same
+    not: the error of sum/sum is counted over rows. It is Welch's t, given as the normal deviate of the same
     probability. None with fewer than two rows.
     """
     if any(len(count_R) < 2 or not count_R.sum() for _, count_R in (one, other)):
