@@ -69,8 +69,7 @@ def check(base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, 
     start = read_start_token(store.path(base))
     probs_V = first_distribution(load_for_measuring(store, base, machine.resolved_device()), start)
     filled = "fill" in str(corpus.metadata.get("biased"))
-    folders = (store.path(artifact) for artifact in (corpus, probe, mixture))
-    checked = check_corpus(*folders, probs_V, start, filled=filled)
+    checked = check_corpus(store.path(corpus), store.path(probe), store.path(mixture), probs_V, start, filled=filled)
     if claims_exact(corpus.metadata) and checked.failed:
         listed = "; ".join(f"{name}: {fault}" for name, fault in checked.failed.items())
         raise WrongCorpus(

@@ -36,8 +36,10 @@ class EvaluateSpec(Spec):
 
     def check(self) -> None:
         """Raise BadInput for errors detectable before running, without a model."""
-        for part in (*self.benchmarks, *self.texts):
-            part.check()
+        for benchmark in self.benchmarks:
+            benchmark.check()
+        for text in self.texts:
+            text.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template that a benchmark needs."""

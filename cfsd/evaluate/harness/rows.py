@@ -1,7 +1,6 @@
 """From lm-eval's results to our rows and metadata. Its objects come as arguments, so nothing of it is imported."""
 
 import math
-from collections.abc import Iterator
 from importlib.metadata import version
 from numbers import Real
 from typing import Any
@@ -109,8 +108,9 @@ def _kind(task: Any, metric: str, rows: pd.DataFrame) -> str:
 
 def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
     where = f"benchmark {benchmark.name}, document {sample['doc_id']}"
-    for number in _log_likelihoods(sample):  # accuracy would hide a NaN, whose argmax is the first choice
-        if not math.isfinite(number):
+    responses = (part[0] if isinstance(part, tuple) else part for repeats in sample["resps"] for part in repeats)
+    for number in responses:  # accuracy would hide a NaN, whose argmax is the first choice
+        if isinstance(number, float) and not math.isfinite(number):
             raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
     value, count, answer = _value(where, metric, sample), 1, ""
     if _aggregation(task, metric) in PERPLEXITIES:
@@ -127,14 +127,6 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
         "prompt": str(sample["arguments"][0][0]),
         "answer": answer or _answer(task, metric, sample),
     }
-
-
-def _log_likelihoods(sample: dict[str, Any]) -> Iterator[float]:
-    for repeats in sample["resps"]:
-        for response in repeats:
-            number = response[0] if isinstance(response, tuple) else response
-            if isinstance(number, float):
-                yield number
 
 
 def _value(where: str, metric: str, sample: dict[str, Any]) -> float:
@@ -182,8 +174,9 @@ def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], An
 
 
 def _best(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
-    length = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}.get(metric, lambda choice: 1)
-    lengths = [length(choice) for choice in choices]
+    lengths = [1] * len(choices)
+    if metric in ("acc_norm", "acc_bytes"):
+        lengths = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
     likelihoods = [likelihood for likelihood, _ in answers[: len(choices)]]
     return int(np.argmax(np.array(likelihoods) / lengths))
 
