@@ -18,7 +18,7 @@ def filter_corpus(
     """
     if spec.overlap_words is None:
         return _filter(corpus, None, None, spec, machine)
-    documents = tuple(Benchmark(name=benchmark.name, folder=benchmark.folder) for benchmark in evaluate.benchmarks)
+    documents = tuple(Benchmark(name=b.name, folder=b.folder, task=b.task) for b in evaluate.benchmarks)
     return _filter(corpus, target, EvaluateSpec(benchmarks=documents), spec, machine)
 
 

@@ -1,7 +1,7 @@
 """How many of lm-eval's requests one batch holds: by tokens, and half as many after an out-of-memory."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +56,3 @@ class Batches:
                 "use the device, or lower num_fewshot or max_gen_toks of the benchmark"
             ) from error
         self.max_tokens = max(1, self.max_tokens // 2)
-
-
-def longest_text(lm: Any, texts: Sequence[str]) -> int:
-    """Return the tokens of the longest of `texts` and one start token, at most the model's context."""
-    return min(int(lm.max_length), 1 + max((len(lm.tok_encode(text)) for text in texts), default=0))

@@ -7,7 +7,7 @@ import torch
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
-from cfsd.evaluate.harness.batch_sizes import Batches, longest_text
+from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.written_answers import Answers, length_limit
 
 Progress = Callable[[int, int], None]
@@ -62,22 +62,20 @@ class BatchedModel(Base):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests of whole texts."""
-        longest, rolling = longest_text(self, [request.args[0] for request in requests]), super().loglikelihood_rolling
-
-        def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-            self.batch_size_per_gpu = self.batches.size(longest)
-            return list(rolling(requests, disable_tqdm))
-
-        return self._counted(sized, requests)
+        return self._in_equal_batches(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests to write."""
-        longest = longest_text(self, [request.args[0] for request in requests]) + self.limit
-        generate = super().generate_until
+        return self._in_equal_batches(super().generate_until, requests, written=self.limit)
+
+    def _in_equal_batches(self, method: Callable[..., list[Any]], requests: list[Any], written: int = 0) -> list[Any]:
+        """Ask in batches of as many rows as fit of the longest: one start token, its text, `written` tokens."""
+        texts = (len(self.tok_encode(request.args[0])) for request in requests)
+        longest = min(1 + max(texts, default=0) + written, self.max_length)
 
         def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-            self.batch_size_per_gpu = self.batches.size(min(longest, self.max_length), written=True)
-            return list(generate(requests, disable_tqdm))
+            self.batch_size_per_gpu = self.batches.size(longest, written=bool(written))
+            return list(method(requests, disable_tqdm))
 
         return self._counted(sized, requests)
 
