@@ -25,7 +25,6 @@ from cfsd.statistics.intervals import (
     bootstrap_change,
     is_above,
     mcnemar_p,
-    reach_of,
     sign_flip_p,
 )
 from cfsd.statistics.pairing import paired_by_document, refuse
@@ -153,7 +152,8 @@ def _forgetting(
     elif all_zero_or_one(base) and all_zero_or_one(tuned):
         return share_difference(worse > 0, worse < 0, unit), WALD
     else:
-        interval = bootstrap_change(worse, reach=reach_of([base, tuned]), seed=seed)
+        reach = 1.0 if _are_scores(base, tuned) else float(np.ptp([base, tuned]))  # the largest possible change
+        interval = bootstrap_change(worse, reach=reach, seed=seed)
         figure = figure_of(worse.sum() / len(worse), interval, unit)
     return figure, TOO_FEW if figure.low is None else BOOTSTRAP
 
@@ -178,8 +178,11 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
 
 
 def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:
-    within = all(values.min() >= 0 and values.max() <= 1 for values in (base, tuned))
-    return measure.kind != "perplexity" and measure.higher_is_better and within
+    return measure.kind != "perplexity" and measure.higher_is_better and _are_scores(base, tuned)
+
+
+def _are_scores(*values: Floats) -> bool:
+    return bool(np.min(values) >= 0 and np.max(values) <= 1)
 
 
 def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:

@@ -3,7 +3,6 @@
 `tests/test_simulation.py` measures the coverage of each.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -153,11 +152,3 @@ def is_above(scores: Floats, level: float, *, binary: bool) -> bool:
         return bool(clear)
     exact = stats.binomtest(int(scores.sum()), len(scores), level, alternative="greater")
     return bool(clear and exact.pvalue < 0.025)
-
-
-def reach_of(values: Iterable[Floats]) -> float:
-    """Return the largest possible change of a metric: 1 for scores in [0, 1], else the span of the values."""
-    seen = np.concatenate(list(values))
-    if seen.min() >= 0 and seen.max() <= 1:
-        return 1.0
-    return float(seen.max() - seen.min())
