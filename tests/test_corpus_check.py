@@ -47,13 +47,13 @@ class World(NamedTuple):
 
     model: Any
     tokenizer: Any
-    eos_ids: tuple[int, ...]
+    ends: tuple[int, ...]
     probs_V: Any
     folder: Path
 
-    def sampled(self, spec: GenerateSpec, prompt: list[int], stream: str = "context-free") -> list[Sample]:
-        rows = range(spec.rows)
-        return sample(self.model, [prompt] * spec.rows, self.eos_ids, spec, rows, stream=stream)
+    def drawn(self, law: GenerateSpec, prompt: list[int], stream: str = "context-free") -> list[Sample]:
+        rows = range(law.rows)
+        return sample(self.model, [prompt] * law.rows, self.ends, law, rows, stream=stream)
 
     def written(self, name: str, samples: list[Sample], source: str = "context-free") -> Path:
         folder = self.folder / name
@@ -67,13 +67,13 @@ class World(NamedTuple):
     def checked(self, prompt: list[int] | None = None, seed: int = 0, **settings: Any) -> Checked:
         """Return the check of a corpus sampled after `prompt` by `settings`, whatever it claims."""
         spec = GenerateSpec(rows=ROWS, length=LENGTH, seed=seed, **settings)
-        corpus = self.written(f"corpus{seed}", self.sampled(spec, prompt or [0]))
+        corpus = self.written(f"corpus{seed}", self.drawn(spec, prompt or [0]))
         return check_corpus(corpus, self.probe(seed), self.mixture(corpus), self.probs_V, 0)
 
     def probe(self, seed: int = 0) -> Path:
         """A probe with shorter rows than the corpus."""
         spec = GenerateSpec(rows=200, length=LENGTH - 4, seed=seed)
-        return self.written(f"probe{seed}", self.sampled(spec, [0], "probe"), "probe")
+        return self.written(f"probe{seed}", self.drawn(spec, [0], "probe"), "probe")
 
     def mixture(self, corpus: Path) -> Path:
         folder = corpus.with_name(f"{corpus.name}-mixture")
@@ -118,7 +118,7 @@ def test_a_chat_template_before_the_text_is_caught(world: World) -> None:
 
 def test_a_doubled_start_token_is_caught_given_or_not(world: World) -> None:
     assert "other prompt tokens than it" in world.checked(prompt=[0, 0]).failed[START]
-    samples = [s._replace(logprobs=[None, -3.0, *s.logprobs[2:]]) for s in world.sampled(distribution_of(ROWS), [0, 0])]
+    samples = [s._replace(logprobs=[None, -3.0, *s.logprobs[2:]]) for s in world.drawn(distribution_of(ROWS), [0, 0])]
     corpus = world.written("doubled", samples)
     found = check_corpus(corpus, world.probe(), world.mixture(corpus), world.probs_V, 0)
     assert "have it twice" in found.failed[START]
@@ -161,7 +161,7 @@ def _one_token(rows: list[dict[str, Any]]) -> None:
      (_masked, "other prompt tokens than it in the mixture"), (_one_token, "1 rows of the mixture are not")],
 )  # fmt: skip
 def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, said: str) -> None:
-    corpus = world.written("mixed", world.sampled(distribution_of(ROWS), [0]))
+    corpus = world.written("mixed", world.drawn(distribution_of(ROWS), [0]))
     folder = world.mixture(corpus)
     assert check_corpus(corpus, world.probe(), folder, world.probs_V, 0).failed == {}
     rows, schema = read_rows(folder, "mixture"), pq.read_schema(shard_path(folder, "mixture", 0))
@@ -171,7 +171,7 @@ def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, 
 
 
 def test_other_sources_are_not_judged_by_the_distribution_of_the_base(world: World) -> None:
-    mixed = world.written("other", world.sampled(distribution_of(50), [5]), "contextual")
+    mixed = world.written("other", world.drawn(distribution_of(50), [5]), "contextual")
     assert check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0) == Checked(
         0, None, None, None, {}
     )
