@@ -172,9 +172,8 @@ def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, 
 
 def test_other_sources_are_not_judged_by_the_distribution_of_the_base(world: World) -> None:
     mixed = world.written("other", world.drawn(distribution_of(50), [5]), "contextual")
-    assert check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0) == Checked(
-        0, None, None, None, {}
-    )
+    checked = check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0)
+    assert checked == Checked(0, None, None, None, {})
 
 
 def test_a_token_that_cannot_come_is_seen_among_many(world: World) -> None:

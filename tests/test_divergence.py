@@ -81,10 +81,10 @@ def test_both_forms_agree_on_samples_of_the_base_and_the_dense_one_is_steadier()
     law = GenerateSpec(length=LENGTH, seed=0)
     rows = [s.token_ids for s in sample(base, [[START]] * 4000, (), law, range(4000), stream="probe")]
     found = divergence(base, tuned, rows)
-    dense, sampled = (torch.tensor([getattr(part, name) for part in found]) for name in ("kl", "sampled"))
-    gap = sampled - dense
+    dense, drawn = (torch.tensor([getattr(part, name) for part in found]) for name in ("kl", "sampled"))
+    gap = drawn - dense
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / 4000**0.5
-    assert dense.std() < sampled.std() / 2
+    assert dense.std() < drawn.std() / 2
     elsewhere = divergence(
         base, tuned, [s.token_ids for s in sample(tuned, [[START]] * 4000, (), law, range(4000), stream="probe")]
     )

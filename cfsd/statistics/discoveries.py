@@ -1,6 +1,6 @@
-"""Many benchmarks at once: which changes are significant among all of them, and how small the others may be.
+"""Many benchmarks at once: which changes stand when all are looked at, and what can be said of the rest.
 
-Twenty benchmarks without forgetting give one "finding" at 5 % by chance alone.
+Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 """
 
 import math
@@ -21,20 +21,20 @@ DEFINITION = (
 
 
 class Discoveries(BaseModel):
-    """The names of the benchmarks by the direction of their change, in their first order."""
+    """The names of the benchmarks by what was found of each, in the order given."""
 
     model_config = ConfigDict(frozen=True)
 
     worse: tuple[str, ...]
     better: tuple[str, ...]
-    unsettled: tuple[str, ...]  # no significant change, which is not the same as none: see `detectable`
+    unsettled: tuple[str, ...]  # no change found, which is not the same as none: see `detectable`
 
 
 def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForgetting]:
     """Return the benchmarks with `q_value`: the share of false ones to expect if all up to this one are called changed.
 
-    The tests are taken as independent for two fixed models, since the benchmarks have different documents. Those
-    without a p-value have None and do not count.
+    The benchmarks' documents are taken as different ones, so that the tests are independent given the two
+    models. Those without a p-value keep None and do not count.
 
     Source: Benjamini and Hochberg 1995, Controlling the false discovery rate, JRSS B 57(1), through
     `scipy.stats.false_discovery_control`.
@@ -49,10 +49,10 @@ def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForget
 
 def discoveries(forgotten: Sequence[BenchmarkForgetting]) -> Discoveries:
     """Return which benchmarks became worse or better, with false discoveries controlled at LEVEL."""
-    names: dict[str, list[str]] = {"worse": [], "better": [], "unsettled": []}
+    found: dict[str, list[str]] = {"worse": [], "better": [], "unsettled": []}
     for entry in controlled(forgotten):
-        names[_direction(entry)].append(entry.benchmark)
-    return Discoveries.model_validate(names)
+        found[_direction(entry)].append(entry.benchmark)
+    return Discoveries(**{name: tuple(names) for name, names in found.items()})
 
 
 def _direction(entry: BenchmarkForgetting) -> str:
@@ -67,13 +67,13 @@ def change_of(entry: BenchmarkForgetting) -> str:
 
 
 def finding(entry: BenchmarkForgetting) -> str:
-    """Return the change of one benchmark in words: "worse", "better" or "no forgetting found" with the power."""
-    change = change_of(entry)
-    return f"no forgetting found ({power_of(entry)})" if change == "unsettled" else change
+    """Return what may be said of one benchmark: "worse", "better" or "no forgetting found" with the power."""
+    said = change_of(entry)
+    return f"no forgetting found ({power_of(entry)})" if said == "unsettled" else said
 
 
 def power_of(entry: BenchmarkForgetting) -> str:
-    """Return the smallest drop that would have been detected, in words, to be printed beside every "not found"."""
+    """Return the smallest drop that would have been found, in words: to be printed beside every "not found"."""
     share, drop = entry.forgetting.unit == FRACTION, entry.detectable
     if drop is None:
         return f"{entry.num_documents} documents do not tell how small a drop would have been found"
@@ -84,10 +84,10 @@ def power_of(entry: BenchmarkForgetting) -> str:
 
 
 def detectable_mean(forgotten: Iterable[BenchmarkForgetting]) -> float | None:
-    """Return the smallest mean forgetting, a fraction, that would have been detected; above 1 where none would be.
+    """Return the smallest mean forgetting, a fraction, that would have been found; above 1 where none would be.
 
-    Those of the benchmarks, each stretched by its correction for chance, add up as independent errors do.
-    None where one of them is not known, or where no benchmark has a chance-corrected figure.
+    The benchmarks' own, each stretched by its correction for chance, add up as independent errors do.
+    None where that of one is not known, or where none has a mean.
     """
     drops = []
     for entry in forgotten:
@@ -103,7 +103,7 @@ def detectable_mean(forgotten: Iterable[BenchmarkForgetting]) -> float | None:
 
 
 def power_of_mean(forgotten: Iterable[BenchmarkForgetting]) -> str:
-    """Return the smallest mean drop that would have been detected, in words; empty where it is not known."""
+    """Return the smallest mean drop that would have been found, in words; empty where it is not known."""
     drop = detectable_mean(forgotten)
     if drop is None:
         return ""
