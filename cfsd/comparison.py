@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from cfsd.overrides import overridden, override, read_yaml, validated
+from cfsd.overrides import override, read_with_recipe, validated
 from cfsd.recipe import Recipe
 
 
@@ -66,7 +66,7 @@ class Comparison(BaseModel):
         return self
 
     def notes(self) -> list[str]:
-        """Return what readers of the comparison must know."""
+        """Return what a reader of the comparison must know."""
         if self.seeds == 1:
             return []
         return [
@@ -75,31 +75,27 @@ class Comparison(BaseModel):
         ]
 
     def expanded_variants(self) -> dict[str, dict[str, JsonValue]]:
-        """Return the overrides of every variant, those of sweeps after the others."""
-        found = dict(self.variants)
-        for name, changes in self.sweeps.items():
-            found |= _swept(name, changes)
-        return found
+        """Return the overrides of every variant, those of sweeps last."""
+        swept = [_swept(name, changes) for name, changes in self.sweeps.items()]
+        return {label: changes for variants in (self.variants, *swept) for label, changes in variants.items()}
 
     def recipes(self) -> dict[str, Recipe]:
         """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""
         plain = self.recipe.model_dump(mode="json")
-        found = {}
+        recipes = {}
         for name, changes in self.expanded_variants().items():
             for repeat in range(self.seeds):
                 parts = (self.recipe.mix.seed, self.recipe.train.seed)
                 seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
-                found[label] = validated(Recipe, changed, f"variant {name!r}")
-        return found
+                recipes[label] = validated(Recipe, changed, f"variant {name!r}")
+        return recipes
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None, seeds: int | None = None) -> Self:
         """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
-        content = read_yaml(Path(path))
-        if isinstance(content.get("recipe"), dict):
-            content["recipe"] = overridden(content["recipe"], overrides or [])
+        content = read_with_recipe(Path(path), overrides or [])
         return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
 
 
@@ -108,13 +104,13 @@ def _swept(name: str, changes: dict[str, JsonValue]) -> dict[str, dict[str, Json
     lists = {field: values for field, values in changes.items() if isinstance(values, list)}
     last = [field.rpartition(".")[2] for field in lists]
     words = [field if last.count(word) > 1 else word for field, word in zip(lists, last, strict=True)]
-    found: list[tuple[str, dict[str, JsonValue]]] = []
+    variants: list[tuple[str, dict[str, JsonValue]]] = []
     for values in product(*lists.values()):
         marks = (f"{word}={_short(value)}" for word, value in zip(words, values, strict=True))
-        found.append((" ".join([name, *marks]), changes | dict(zip(lists, values, strict=True))))
-    if len({label for label, _ in found}) < len(found):
+        variants.append((" ".join([name, *marks]), changes | dict(zip(lists, values, strict=True))))
+    if len({label for label, _ in variants}) < len(variants):
         raise ValueError(f"sweep {name!r} has a value twice; every value makes a variant of its own")
-    return dict(found)
+    return dict(variants)
 
 
 def _short(value: JsonValue) -> str:

@@ -1,4 +1,4 @@
-"""Reading YAML, overriding dotted fields, and validation errors that name file and field."""
+"""Recipes in YAML: reading, overrides of dotted fields, and validation errors that name file and field."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,14 +47,22 @@ def _value(text: str) -> Any:
 
 
 def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a recipe's fields with `a.b=c` overrides applied, short forms of the base written out first."""
+    """Return a recipe's fields with `a.b=c` overrides, after its short form of the base is written out."""
     if "base" in recipe:
         recipe = recipe | {"base": expanded(recipe["base"])}
     return override(recipe, parse_overrides(overrides))
 
 
+def read_with_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Return the mapping in a YAML file whose field `recipe` takes the overrides. Raises BadInput."""
+    content = read_yaml(path)
+    if isinstance(content.get("recipe"), dict):
+        content["recipe"] = overridden(content["recipe"], overrides)
+    return content
+
+
 def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `content` with dotted fields replaced; what is missing on the way is made. Raises BadInput."""
+    """Return `content` with dotted fields replaced; missing mappings on the way are made. Raises BadInput."""
     changed = dict(content)
     for name, value in changes.items():
         head, _, rest = name.partition(".")

@@ -154,12 +154,12 @@ def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_r
     Told before sampling, as if no row ended early; the training itself counts the rows that there are.
     """
     steps = train.epochs * -(-train_rows // mix.target_rows)
-    least = mix.rehearsal_tokens - generate.length  # that a step takes: whole rows while they fit
-    needed, most = (steps - 1) * least, generate.rows * generate.length
-    if train.rehearsal.budget and most < needed:
+    per_step = mix.rehearsal_tokens - generate.length  # at least: a step takes whole rows while they fit
+    needed, available = (steps - 1) * per_step, generate.rows * generate.length
+    if train.rehearsal.budget and available < needed:
         raise BadInput(
             f"train.rehearsal.budget reads the divergence on rows that were not seen before: {steps} steps of "
             f"{mix.rehearsal_tokens} tokens, but generate.rows={generate.rows} of at most {generate.length} tokens "
-            f"hold {most:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
+            f"hold {available:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
             "mix.rehearsal_tokens or train.epochs"
         )

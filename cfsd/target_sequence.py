@@ -1,4 +1,4 @@
-"""Several targets in turn: each is trained on the model that the one before gave."""
+"""Several targets in turn: each training starts from the model of the one before."""
 
 from pathlib import Path
 from typing import Self
@@ -6,12 +6,12 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.overrides import overridden, override, read_yaml, validated
+from cfsd.overrides import override, read_with_recipe, validated
 from cfsd.recipe import Recipe
 
 
 class TargetSequence(BaseModel):
-    """A recipe and what each target sets apart, in order, such as `{math: {target.path: math.jsonl}}`."""
+    """A recipe and the changes of each target, in order, such as `{math: {target.path: math.jsonl}}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,13 +29,10 @@ class TargetSequence(BaseModel):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
         """Return the sequence of a YAML file; overrides apply to its recipe, before the targets'."""
-        content = read_yaml(Path(path))
-        if isinstance(content.get("recipe"), dict):
-            content["recipe"] = overridden(content["recipe"], overrides or [])
-        return validated(cls, content, str(path))
+        return validated(cls, read_with_recipe(Path(path), overrides or []), str(path))
 
 
 def trained_on(recipe: Recipe, model: Path) -> Recipe:
-    """Return `recipe` with the model in the folder `model` for its base, begun by the same start token."""
+    """Return `recipe` with the model in the folder `model` as its base, and with the same start token."""
     start = Checkpoint(kind="folder", path=str(model), start_token=recipe.base.start_token)
     return recipe.model_copy(update={"base": start})

@@ -42,7 +42,7 @@ def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: 
 @stage("evaluate", "scores", gpu=True)
 def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role: Role, machine: Machine) -> None:
     """Score one benchmark; see `cfsd.evaluate.harness.score`."""
-    from cfsd.evaluate.stage import score_benchmark
+    from cfsd.evaluate.harness.score import score_benchmark
 
     score_benchmark(model, benchmark, draft, machine)
 
@@ -50,7 +50,7 @@ def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role
 @stage("evaluate-text", "scores", gpu=True)
 def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine: Machine) -> None:
     """Measure how well the user's own text is predicted; see `cfsd.evaluate.perplexity`."""
-    from cfsd.evaluate.stage import score_text
+    from cfsd.evaluate.perplexity import score_text
 
     score_text(model, text, draft, machine)
 
@@ -68,7 +68,7 @@ def evaluate_target(
 @stage("evaluate-probe", "scores", gpu=True)
 def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
     """Measure the divergence from the base on the probe; see `cfsd.evaluate.divergence`."""
-    from cfsd.evaluate.stage import score_probe
+    from cfsd.evaluate.divergence import score_probe
 
     score_probe(base, tuned, probe, draft, machine)
 
@@ -78,6 +78,6 @@ def evaluate_target_divergence(
     draft: Draft, base: Artifact, tuned: Artifact, target: Artifact, max_rows: int | None, machine: Machine
 ) -> None:
     """Measure the divergence from the base on held-out responses; see `cfsd.evaluate.divergence`."""
-    from cfsd.evaluate.stage import score_target_divergence
+    from cfsd.evaluate.divergence import score_target_divergence
 
     score_target_divergence(base, tuned, target, max_rows, draft, machine)

@@ -18,7 +18,7 @@ def filter_corpus(
     """
     if spec.overlap_words is None:
         return _filter(corpus, None, None, spec, machine)
-    documents = tuple(Benchmark(name=benchmark.name, folder=benchmark.folder) for benchmark in evaluate.benchmarks)
+    documents = tuple(Benchmark(name=b.name, folder=b.folder, task=b.task) for b in evaluate.benchmarks)
     return _filter(corpus, target, EvaluateSpec(benchmarks=documents), spec, machine)
 
 
@@ -32,9 +32,11 @@ def _filter(
     machine: Machine,
 ) -> None:
     """Reject the rows that a rule of `spec` is against."""
-    from cfsd.filter.overlap import reference
     from cfsd.filter.stage import filter_rows
 
-    target_folder = draft.store.path(target) if target else None
-    texts = reference(target_folder, benchmarks.benchmarks if benchmarks else ())
+    texts = None
+    if target and benchmarks:
+        from cfsd.evaluate.harness.documents import held_back_texts  # lm-eval takes seconds to import
+
+        texts = held_back_texts(draft.store.path(target), benchmarks.benchmarks)
     filter_rows(draft.store.path(corpus), spec, draft, texts)

@@ -17,7 +17,7 @@ from cfsd.evaluate.corpus_check import (
     SIGMAS,
     START,
     TAIL,
-    Found,
+    Checked,
     WrongCorpus,
     check,
     check_corpus,
@@ -64,9 +64,9 @@ class World(NamedTuple):
         write_shard(folder, "corpus", 0, table)
         return folder
 
-    def checked(self, prompt: list[int] | None = None, seed: int = 0, **law: Any) -> Found:
-        """Return what is found in a corpus sampled after `prompt` by `law`, whatever it claims."""
-        spec = GenerateSpec(rows=ROWS, length=LENGTH, seed=seed, **law)
+    def checked(self, prompt: list[int] | None = None, seed: int = 0, **settings: Any) -> Checked:
+        """Return the check of a corpus sampled after `prompt` by `settings`, whatever it claims."""
+        spec = GenerateSpec(rows=ROWS, length=LENGTH, seed=seed, **settings)
         corpus = self.written(f"corpus{seed}", self.drawn(spec, prompt or [0]))
         return check_corpus(corpus, self.probe(seed), self.mixture(corpus), self.probs_V, 0)
 
@@ -103,21 +103,21 @@ def test_honest_corpora_pass_and_what_is_measured_of_them_is_as_likely_as_it_say
 
 
 @pytest.mark.parametrize(
-    ("law", "named"), [({"top_k": 4}, FIRST), ({"top_k": 4}, TAIL), ({"temperature": 0.7}, LIKELIHOOD)]
+    ("settings", "named"), [({"top_k": 4}, FIRST), ({"top_k": 4}, TAIL), ({"temperature": 0.7}, LIKELIHOOD)]
 )
-def test_another_law_is_caught(world: World, law: dict[str, Any], named: str) -> None:
-    assert law.get("top_k", 4) == len(world.probs_V) // 8
-    assert named in world.checked(**law).failed
+def test_another_distribution_is_caught(world: World, settings: dict[str, Any], named: str) -> None:
+    assert settings.get("top_k", 4) == len(world.probs_V) // 8
+    assert named in world.checked(**settings).failed
 
 
 def test_a_chat_template_before_the_text_is_caught(world: World) -> None:
     prefix = template_start(world.tokenizer).prefix_ids
     assert prefix[0] == 0 and len(prefix) > 1  # it begins with the start token itself
-    assert "more given than it" in world.checked(prompt=prefix).failed[START]
+    assert "other prompt tokens than it" in world.checked(prompt=prefix).failed[START]
 
 
 def test_a_doubled_start_token_is_caught_given_or_not(world: World) -> None:
-    assert "more given than it" in world.checked(prompt=[0, 0]).failed[START]
+    assert "other prompt tokens than it" in world.checked(prompt=[0, 0]).failed[START]
     samples = [s._replace(logprobs=[None, -3.0, *s.logprobs[2:]]) for s in world.drawn(distribution_of(ROWS), [0, 0])]
     corpus = world.written("doubled", samples)
     found = check_corpus(corpus, world.probe(), world.mixture(corpus), world.probs_V, 0)
@@ -157,8 +157,8 @@ def _one_token(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_template, "500 rows of the mixture are not"), (_doubled, "more given than it in the mixture"),
-     (_masked, "more given than it in the mixture"), (_one_token, "1 rows of the mixture are not")],
+    [(_template, "500 rows of the mixture are not"), (_doubled, "other prompt tokens than it in the mixture"),
+     (_masked, "other prompt tokens than it in the mixture"), (_one_token, "1 rows of the mixture are not")],
 )  # fmt: skip
 def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, said: str) -> None:
     corpus = world.written("mixed", world.drawn(distribution_of(ROWS), [0]))
@@ -170,9 +170,10 @@ def test_what_happens_to_rows_in_mixing_is_caught(world: World, change: Change, 
     assert said in check_corpus(corpus, world.probe(), folder, world.probs_V, 0).failed[START]
 
 
-def test_other_sources_are_not_judged_by_the_law_of_the_base(world: World) -> None:
+def test_other_sources_are_not_judged_by_the_distribution_of_the_base(world: World) -> None:
     mixed = world.written("other", world.drawn(distribution_of(50), [5]), "contextual")
-    assert check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0) == Found(0, None, None, None, {})
+    checked = check_corpus(mixed, world.probe(), world.mixture(mixed), world.probs_V, 0)
+    assert checked == Checked(0, None, None, None, {})
 
 
 def test_a_token_that_cannot_come_is_seen_among_many(world: World) -> None:

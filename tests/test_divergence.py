@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsd.evaluate.divergence import CHUNK, divergence
-from cfsd.evaluate.stage import score_probe
+from cfsd.evaluate.divergence import CHUNK, divergence, score_probe
 from cfsd.generate.sampling import sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import probe

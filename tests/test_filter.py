@@ -1,4 +1,4 @@
-"""Each rule rejects with a reason; the facts say what rejecting did to the estimate."""
+"""Each rule rejects with a reason; the metadata say how rejecting biases the estimate."""
 
 import math
 import random
@@ -33,12 +33,14 @@ PROSE = "One row tells of a harbour where nothing happens twice and nobody minds
 HARBOUR = {"the book": ["In it one row tells of a harbour where nothing happens twice, and nobody minds."]}
 
 
-def row_of(row_id: int, tokens: list[int], nats: float | list[float], text: str = "", given: int = 1) -> dict[str, Any]:
-    """Return a row whose first `given` tokens were not sampled."""
-    values = nats if isinstance(nats, list) else [nats] * (len(tokens) - given)
+def row_of(
+    row_id: int, tokens: list[int], nats: float | list[float], text: str = "", prompt: int = 1
+) -> dict[str, Any]:
+    """Return a row whose first `prompt` tokens were not sampled."""
+    values = nats if isinstance(nats, list) else [nats] * (len(tokens) - prompt)
     return {
         "row_id": row_id, "source": "context-free", "token_ids": tokens,
-        "logprobs": [None] * given + [-value for value in values], "finish_reason": "length", "shard": 0,
+        "logprobs": [None] * prompt + [-value for value in values], "finish_reason": "length", "shard": 0,
         "seed": 0, "text": text or str(tokens),
     }  # fmt: skip
 
@@ -108,7 +110,7 @@ def test_a_copy_of_a_row_that_another_rule_rejected_is_no_duplicate(store: Store
 
 
 def test_given_tokens_count_neither_as_tokens_nor_in_the_mean(store: Store, tmp_path: Path) -> None:
-    rows = [row_of(0, [0, 5, 6, 7], [1.0], given=3), row_of(1, [0, 5, 6], [1.0, 3.0]), row_of(2, [0, 5], [], given=2)]
+    rows = [row_of(0, [0, 5, 6, 7], [1.0], prompt=3), row_of(1, [0, 5, 6], [1.0, 3.0]), row_of(2, [0, 5], [], prompt=2)]
     corpus = write_corpus(tmp_path / "corpus", rows)
     _, kept, rejected = made_from(store, corpus, FilterSpec(min_mean_logprob=-1.5))
     assert (kept, list(rejected)) == ([0, 2], [1])
@@ -325,12 +327,12 @@ def planned() -> Iterator[list[Planned]]:
 def test_target_and_benchmarks_count_only_where_the_spec_compares_with_them(home: Path, planned: list[Planned]) -> None:
     corpus = Artifact(kind="corpus", key="c", content="c")
     one, two = (Artifact(kind="target", key=name, content=name) for name in "tu")
-    metadata, both = EvaluateSpec(benchmarks=("facts",)), EvaluateSpec(benchmarks=("facts", "tiny_rev"))
+    single, both = EvaluateSpec(benchmarks=("facts",)), EvaluateSpec(benchmarks=("facts", "tiny_rev"))
     few = EvaluateSpec(benchmarks=({"name": "facts", "limit": 5, "num_fewshot": 1},), held_out_rows=9)
 
     def keys(spec: FilterSpec) -> list[str | None]:
         planned.clear()
-        for target, evaluate in ((one, metadata), (one, few), (two, metadata), (one, both)):
+        for target, evaluate in ((one, single), (one, few), (two, single), (one, both)):
             filter_corpus(corpus, target, evaluate, spec, Machine())
         return [step.key for step in planned]
 
@@ -338,3 +340,14 @@ def test_target_and_benchmarks_count_only_where_the_spec_compares_with_them(home
     first, limited, other_target, more_benchmarks = keys(FilterSpec(overlap_words=13))
     assert first == limited
     assert len({first, other_target, more_benchmarks}) == 3
+
+
+def test_a_benchmark_that_stands_in_the_recipe_is_compared_with_too(
+    home: Path, planned: list[Planned], tmp_path: Path
+) -> None:
+    corpus, target = (Artifact(kind=kind, key="k", content="c") for kind in ("corpus", "target"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n')
+    settings = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "rows.jsonl")}}
+    evaluate = EvaluateSpec.model_validate({"benchmarks": [{"task": settings}]})
+    filter_corpus(corpus, target, evaluate, FilterSpec(overlap_words=13), Machine())
+    assert [step.stage for step in planned] == ["filter"]

@@ -14,12 +14,12 @@ SPREAD = 0.02
 
 def figure(baseline: object, fresh: object, **changes: object) -> Guarded:
     values = [float(v) for v in np.asarray(baseline)]
-    given = {
+    settings = {
         "name": "forgetting/rev", "unit": "fraction", "higher_is_better": False, "baseline": values,
         "fresh": [float(v) for v in np.atleast_1d(np.asarray(fresh, dtype=float))],
         "margin": margin_of(values, least=0.01), "num_documents": 100,
     }  # fmt: skip
-    return Guarded(**(given | changes))
+    return Guarded(**(settings | changes))
 
 
 def outcomes(shift: float, *, runs: int, fresh: int = 2, seeds: int = 5, figures: int = 8) -> dict[str, float]:

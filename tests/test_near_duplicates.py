@@ -16,7 +16,7 @@ START, GIVEN = 0, 1
 
 
 def write_corpus(folder: Path, rows: list[list[int]], per_shard: int = 10**6, prompt: int = 0) -> Path:
-    """Write rows of a start token, `prompt` given tokens and sampled ones."""
+    """Write rows of a start token, `prompt` prompt tokens and sampled ones."""
     folder.mkdir()
     records: list[dict[str, Any]] = [
         {

@@ -1,4 +1,4 @@
-"""A text meets the reference exactly if they share a run of words; benchmarks are read in full."""
+"""A text overlaps the reference exactly if they share a run of words; benchmarks are read in full."""
 
 import json
 import random
@@ -11,39 +11,39 @@ from hypothesis import strategies as st
 
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_files import BUNDLED
-from cfsd.evaluate.harness.score import documents
-from cfsd.filter.overlap import LEAST_WORDS, Grams, Meeting, reference, words_of
+from cfsd.evaluate.harness.documents import documents, held_back_texts
+from cfsd.filter.overlap import LEAST_WORDS, Grams, Overlap, words_of
 from cfsd.store.tables import TARGET, table_of, write_shard
 
 WORDS = [f"word{i}" for i in range(40)]
 
 
-def test_thirteen_common_words_in_a_row_are_a_meeting_and_twelve_are_none() -> None:
+def test_thirteen_common_words_in_a_row_are_an_overlap_and_twelve_are_none() -> None:
     grams = Grams({"the book": [" ".join(WORDS)]}, 13)
-    assert grams.found(" ".join(["before", *WORDS[5:18], "after"])) == Meeting("the book", " ".join(WORDS[5:18]))
-    assert not grams.meets(" ".join(["before", *WORDS[5:17], "after", *WORDS[17:20]]))
-    assert not grams.meets("")
+    assert grams.overlap(" ".join(["before", *WORDS[5:18], "after"])) == Overlap("the book", " ".join(WORDS[5:18]))
+    assert not grams.overlap(" ".join(["before", *WORDS[5:17], "after", *WORDS[17:20]]))
+    assert not grams.overlap("")
 
 
 def test_case_and_punctuation_do_not_count() -> None:
     grams = Grams({"the book": ["The cat, “so to speak”, sat on  the mat; didn't it?"]}, 11)
-    assert grams.meets("And THE CAT - so to speak - sat… on\nthe (mat) didnt it indeed")
+    assert grams.overlap("And THE CAT - so to speak - sat… on\nthe (mat) didnt it indeed")
 
 
 def test_a_short_reference_counts_as_a_whole_if_it_has_enough_words() -> None:
     grams = Grams({"short": [" ".join(WORDS[:LEAST_WORDS])], "shorter": [" ".join(WORDS[20 : 19 + LEAST_WORDS])]}, 13)
-    assert grams.found(" ".join(WORDS[:30])) == Meeting("short", " ".join(WORDS[:LEAST_WORDS]))
-    assert not grams.meets(" ".join(WORDS[1:]))  # the whole, not a part of it
+    assert grams.overlap(" ".join(WORDS[:30])) == Overlap("short", " ".join(WORDS[:LEAST_WORDS]))
+    assert not grams.overlap(" ".join(WORDS[1:]))  # the whole, not a part of it
 
 
-def test_no_text_to_avoid_is_met_by_none() -> None:
-    assert not Grams({}, 13).meets(" ".join(WORDS))
-    assert not Grams({"empty": ["", "a few words"]}, 13).meets(" ".join(WORDS))
+def test_no_text_overlaps_an_empty_reference() -> None:
+    assert not Grams({}, 13).overlap(" ".join(WORDS))
+    assert not Grams({"empty": ["", "a few words"]}, 13).overlap(" ".join(WORDS))
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14))
-def test_meetings_are_those_of_a_search_without_hashes(seed: int, size: int) -> None:
+def test_overlaps_are_those_of_a_search_without_hashes(seed: int, size: int) -> None:
     rng = random.Random(seed)
 
     def text() -> str:
@@ -53,7 +53,7 @@ def test_meetings_are_those_of_a_search_without_hashes(seed: int, size: int) -> 
     grams = Grams(groups, size)
     for _ in range(20):
         own = text()
-        found = grams.found(own)
+        found = grams.overlap(own)
         met = {
             (name, run)
             for name, texts in groups.items()
@@ -78,9 +78,9 @@ def bundled(name: str) -> list[dict[str, object]]:
 
 def test_every_document_of_a_benchmark_is_read_with_its_right_answer() -> None:
     choice = [f"{row['context']} {row['choices'][row['answer']]}" for row in bundled("facts")]  # type: ignore[index]
-    assert documents(Benchmark(name="facts", limit=2)) == choice
+    assert list(documents(Benchmark(name="facts", limit=2))) == choice
     written = [f"{row['prompt']} {row['answer']}" for row in bundled("tiny_rev")]
-    assert documents(Benchmark(name="tiny_rev")) == written
+    assert list(documents(Benchmark(name="tiny_rev"))) == written
     rolling = [str(row["text"]).split() for row in bundled("technical_english")]
     assert [text.split() for text in documents(Benchmark(name="technical_english"))] == rolling
 
@@ -94,7 +94,7 @@ def test_a_document_whose_choices_are_its_beginnings_is_read_with_the_right_one(
         "doc_to_target": "{{end}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "starts.yaml").write_text(yaml.safe_dump(settings))
-    assert documents(Benchmark(name="starts", folder=str(tmp_path))) == ["Fire is hot and bright"]
+    assert list(documents(Benchmark(name="starts", folder=str(tmp_path)))) == ["Fire is hot and bright"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_reference_is_the_held_out_rows_and_the_benchmarks(tmp_path: Path, t
     for table, (prompt, response) in rows.items():
         row = {"row_id": 0, "source": "target", "token_ids": [0], "supervised": [True], "prompt": prompt}
         write_shard(tmp_path, table, 0, table_of(TARGET, [row | {"response": response}]))
-    found = Grams(reference(tmp_path, [Benchmark(name="facts")]), 13).found(text)
+    found = Grams(held_back_texts(tmp_path, [Benchmark(name="facts")]), 13).overlap(text)
     assert (found.name if found else None) == name
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from cfsd.errors import BadInput
-from cfsd.evaluate.divergence import target_divergence
-from cfsd.evaluate.perplexity import text_likelihoods, windows
+from cfsd.evaluate.divergence import score_target_divergence, target_divergence
+from cfsd.evaluate.perplexity import score_text, text_likelihoods, windows
 from cfsd.evaluate.spec import EvaluateSpec
-from cfsd.evaluate.stage import score_target_divergence, score_text
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_start_token
@@ -44,8 +43,8 @@ def measured(store: Store, model: Artifact, text: Text, max_tokens: int = 100) -
 
 def test_every_token_is_scored_once(store: Store, base: Artifact, texts: Path) -> None:
     found = measured(store, base, Text(name="mine", path=str(texts)))
-    assert [d.tokens for d in found] == [len(text) for text in TEXTS]  # one token per character
-    assert [d.bytes for d in found] == [len(text.encode()) for text in TEXTS]
+    assert [d["tokens"] for d in found] == [len(text) for text in TEXTS]  # one token per character
+    assert [d["bytes"] for d in found] == [len(text.encode()) for text in TEXTS]
     model, tokenizer = load_for_measuring(store, base, "cpu"), load_tokenizer(store.path(base))
     start = read_start_token(store.path(base))
     for text, document in zip(TEXTS, found, strict=True):
@@ -55,9 +54,9 @@ def test_every_token_is_scored_once(store: Store, base: Artifact, texts: Path) -
             part_BT = torch.tensor([tokens[first : first + 128]])
             with torch.no_grad():
                 expected += float(model(part_BT, labels=part_BT).loss) * (part_BT.shape[1] - 1)
-        assert document.nll == pytest.approx(expected, rel=1e-5)
+        assert document["nll"] == pytest.approx(expected, rel=1e-5)
     alone = measured(store, base, Text(name="mine", path=str(texts)), max_tokens=1)
-    assert [d.nll for d in alone] == pytest.approx([d.nll for d in found], rel=1e-6)
+    assert [d["nll"] for d in alone] == pytest.approx([d["nll"] for d in found], rel=1e-6)
 
 
 @pytest.mark.parametrize("longest", [2, 3, 7, 10, 11])
@@ -149,7 +148,7 @@ def test_texts_and_target_divergence_reach_the_summary(
     divergence = made("0c", score_target_divergence, base, tuned, target, None)
     after = Scores(texts={"mine": made("0b", score_text, tuned, text)}, target_divergence=divergence)
     found = summarise(store, RunRecord(name="x", artifacts={"base": base, "final": tuned}, before=before, after=after))
-    sums = [sum(d.nll for d in measured(store, model, text)) for model in (base, tuned)]
+    sums = [sum(d["nll"] for d in measured(store, model, text)) for model in (base, tuned)]
     tokens = sum(map(len, TEXTS))
     assert found.texts["mine"]["per_token"]["forgetting"]["value"] == pytest.approx((sums[1] - sums[0]) / tokens)
     assert before.texts["mine"].metadata["nats_per_token"] == pytest.approx(sums[0] / tokens)

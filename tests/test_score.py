@@ -257,13 +257,13 @@ def test_broken_data_is_named(model: Any, tokenizer: Any, tmp_path: Path) -> Non
 def test_is_silent_but_for_progress_and_keeps_warnings(
     model: Any, tokenizer: Any, tmp_path: Path, capfd: Any, caplog: Any
 ) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     for settings, total in ((CHOICE, 20), (READ, 8), (WRITE, 8)):
-        told.clear()
+        reported.clear()
         name = write(tmp_path, settings).stem
         benchmark = Benchmark(name=name, folder=str(tmp_path))
-        score(model, tokenizer, benchmark, max_tokens=20, on_progress=lambda done, of: told.append((done, of)))
-        assert told[-1] == (total, total) and told == sorted(told) and len(told) > 2
+        score(model, tokenizer, benchmark, max_tokens=20, on_progress=lambda done, of: reported.append((done, of)))
+        assert reported[-1] == (total, total) and reported == sorted(reported) and len(reported) > 2
     write(tmp_path, CHOICE, doc_to_text="{{question * 9}}")
     with caplog.at_level(logging.INFO):
         cut = scores_of(model, tokenizer, tmp_path, "pick")

@@ -44,7 +44,7 @@ def ends(figure: Figure) -> tuple[float, float]:
 
 
 def likely(total: int, share: float) -> Floats:
-    """Return the counts of a binomial law within 7 standard deviations and 8."""
+    """Return the counts of a binomial distribution within 7 standard deviations and 8."""
     middle, reach = total * share, 7 * np.sqrt(total * share) + 8
     return np.arange(max(0, int(middle - reach)), min(total, int(middle + reach)) + 1.0)
 
@@ -109,9 +109,9 @@ def test_the_coverage_check_refuses_intervals_too_narrow_and_too_wide() -> None:
 
 def simulated_coverage(total: int, share: float, drop: float, repeats: int) -> float:
     rng = np.random.default_rng(0)
-    law = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    shares = [(share + drop) / 2, (share - drop) / 2, 1 - share]
     covered = 0
-    for lost, gained, same in rng.multinomial(total, law, size=repeats):
+    for lost, gained, same in rng.multinomial(total, shares, size=repeats):
         low, high = ends(paired_share_difference(*right_and_wrong(same, lost, gained)))
         covered += low <= -drop <= high
     return covered / repeats

@@ -18,8 +18,7 @@ from transformers import Trainer, TrainingArguments
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite, StoreError
-from cfsd.evaluate.divergence import divergence
-from cfsd.evaluate.stage import score_probe
+from cfsd.evaluate.divergence import divergence, score_probe
 from cfsd.filter.spec import FilterSpec
 from cfsd.filter.stage import filter_rows
 from cfsd.generate.spec import GenerateSpec, ProbeSpec

@@ -1,6 +1,5 @@
 """Benchmark: one lm-eval task to score, checked and digested without importing lm-eval."""
 
-import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,6 +10,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate import benchmark_files
 from cfsd.evaluate.benchmark_files import BUNDLED, Definition, is_hub
 from cfsd.spec import Spec, digest_of
+from cfsd.store.digests import sha256_of_file
 
 WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
 OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", WRITTEN)
@@ -73,36 +73,32 @@ class Benchmark(Spec):
             content: Any = version("lm_eval")
         else:
             _check_data(self.name, definition)
-            content = [_sha256(path) for path in (*definition.sources, *definition.data)]
+            content = [sha256_of_file(path) for path in (*definition.sources, *definition.data)]
         if self.task is not None:
             settings["task"] = benchmark_files.placeless(self.task)
         return digest_of([type(self).__name__, self.version, settings, content])
 
     def check(self) -> None:
-        """Return quietly if the benchmark can be loaded, as far as can be told in a second.
+        """Look for errors that are detectable without importing lm-eval, in a second.
 
         Raises: BadInput for an unknown name, a missing folder, broken YAML, missing or empty data, a group,
-            or a benchmark that runs code written by the model.
+            an output type that lm-eval lacks, or a benchmark that runs code written by the model.
         """
         definition = self.find()
         if definition.config.get("unsafe_code"):
             raise BadInput(f"benchmark {self.name} runs code that the model writes; cfsd never does: leave it out")
-        self._check_output(definition)
+        kind = definition.config.get("output_type", WRITTEN)
+        if "class" not in definition.config:  # lm-eval checks its own tasks in Python
+            if kind not in OUTPUT_TYPES:
+                raise BadInput(
+                    f"benchmark {self.name}: output_type {kind!r} in {definition.place()} is none of "
+                    f"{', '.join(OUTPUT_TYPES)}; correct it"
+                )
+            self.check_answers(str(kind))
         _check_data(self.name, definition)
 
-    def _check_output(self, definition: Definition) -> None:
-        if "class" in definition.config:  # lm-eval's own tasks in Python say it themselves
-            return
-        kind = definition.config.get("output_type", WRITTEN)
-        if kind not in OUTPUT_TYPES:
-            raise BadInput(
-                f"benchmark {self.name}: output_type {kind!r} in {definition.place()} is none of "
-                f"{', '.join(OUTPUT_TYPES)}; correct it"
-            )
-        self.check_answers(str(kind))
-
     def check_answers(self, kind: str) -> None:
-        """Raise BadInput if a setting for written answers is given and `kind`, the output type, has none."""
+        """Raise BadInput if a setting for written answers is set and the output type `kind` has none."""
         for name in ("thinking_end", "max_gen_toks"):
             if getattr(self, name) is not None and kind != WRITTEN:
                 raise BadInput(
@@ -119,22 +115,23 @@ class Benchmark(Spec):
             return benchmark_files.inline(self.task)
         if self.folder is not None:
             return self._find_in(Path(self.folder).expanduser())
-        if found := benchmark_files.find(self.name, BUNDLED) or benchmark_files.find_hub(self.name):
-            return found
-        bundled = ", ".join(benchmark_files.names_in(BUNDLED)) or "none"
+        if definition := benchmark_files.find(self.name, BUNDLED) or benchmark_files.find_hub(self.name):
+            return definition
         raise BadInput(
-            f"no benchmark {self.name!r}: bundled are {bundled}; `lm-eval ls tasks` lists lm-eval's own; "
+            f"no benchmark {self.name!r}: bundled are {_listed(BUNDLED)}; `lm-eval ls tasks` lists lm-eval's own; "
             "for one of yours set `folder` to the folder of its YAML file"
         )
 
     def _find_in(self, folder: Path) -> Definition:
         if not folder.is_dir():
             raise BadInput(f"benchmark {self.name}: no folder {folder}; correct `folder` or leave it out")
-        found = benchmark_files.find(self.name, folder)
-        if found is None:
-            names = ", ".join(benchmark_files.names_in(folder)) or "none"
-            raise BadInput(f"no benchmark {self.name!r} in {folder}, only {names}; correct `name` or `folder`")
-        return found
+        if definition := benchmark_files.find(self.name, folder):
+            return definition
+        raise BadInput(f"no benchmark {self.name!r} in {folder}, only {_listed(folder)}; correct `name` or `folder`")
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(benchmark_files.names_in(folder)) or "none"
 
 
 def _check_data(name: str, definition: Definition) -> None:
@@ -145,8 +142,3 @@ def _check_data(name: str, definition: Definition) -> None:
         with path.open("rb") as file:
             if not file.read(4096).strip():
                 raise BadInput(f"benchmark {name}: data file {path} is empty; it needs one document per line")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,13 @@
-"""lm-eval's YAML files and task dicts, read without importing lm-eval: what defines a name, and which files count."""
+"""lm-eval's YAML files and task dicts, read without importing lm-eval, whose import takes seconds.
+
+They say what defines the name of a benchmark, and which files its scores depend on.
+"""
 
 import copy
 import glob
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +31,11 @@ class Definition(NamedTuple):
     data: list[Path]  # local data files, whether they exist or not
 
     def is_inline(self) -> bool:
-        """Say whether it stands in the recipe itself."""
+        """Return whether it stands in the recipe itself."""
         return self.path == INLINE
 
     def place(self, *, full: bool = False) -> str:
-        """Return where the user finds it: the file's name, or in `full` its path."""
+        """Return where the user finds it: the name of the file, or its `full` path."""
         return "its `task` in the recipe" if self.is_inline() else str(self.path if full else self.path.name)
 
 
@@ -43,17 +47,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """Plain YAML and the one tag that lm-eval adds."""
 
 
-def _function(loader: _Loader, node: Any) -> _Function:
-    return _Function(loader.construct_scalar(node))
-
-
-_Loader.add_constructor("!function", _function)
+_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
 
 
 def hub_folder() -> Path | None:
-    """Return where the installed lm-eval keeps its own YAML files, if it is installed."""
-    found = find_spec("lm_eval")
-    places = found.submodule_search_locations if found else None
+    """Return the folder of lm-eval's own YAML files, if it is installed."""
+    package = find_spec("lm_eval")
+    places = package.submodule_search_locations if package else None
     return Path(places[0]) / "tasks" if places else None
 
 
@@ -65,13 +65,13 @@ def find_hub(name: str) -> Definition | None:
 
 
 def is_hub(definition: Definition) -> bool:
-    """Say whether lm-eval itself brings the benchmark, so that its data comes from the hub."""
+    """Return whether the benchmark comes with lm-eval, so that its data is on the hub."""
     hub = hub_folder()
     return hub is not None and definition.path.is_relative_to(hub)
 
 
 def inline(settings: dict[str, Any]) -> Definition:
-    """Return what a task dict defines; relative data files are looked for in the working directory."""
+    """Return what a task dict defines; relative paths of data start from the working directory."""
     config = copy.deepcopy(settings)
     return Definition(INLINE, config, [], _localise(config, Path.cwd()))
 
@@ -79,35 +79,31 @@ def inline(settings: dict[str, Any]) -> Definition:
 def placeless(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a task dict without the paths of its local data, which count by content."""
     config = copy.deepcopy(settings)
-    _change_places(config, lambda name: name if "://" in name else "")
+    _change_paths(config, lambda name: name if "://" in name else "")
     return config
 
 
 def files_in(folder: Path) -> list[Path]:
     """Return the YAML files below `folder` in lm-eval's order: of two with one name the first counts."""
-    found = (path for path in folder.rglob("*.yaml") if not IGNORED_FOLDERS.intersection(path.parts))
-    return sorted(found, key=Path.as_posix)
+    paths = (path for path in folder.rglob("*.yaml") if not IGNORED_FOLDERS.intersection(path.parts))
+    return sorted(paths, key=Path.as_posix)
 
 
 def names_in(folder: Path) -> list[str]:
     """Return the benchmarks that the readable YAML files below `folder` define."""
-    found = []
+    names = set()
     for path in files_in(folder):
-        try:
-            name = read(path).config.get("task")
-        except BadInput:
-            continue
-        if isinstance(name, str):
-            found.append(name)
-    return sorted(set(found))
+        with suppress(BadInput):
+            names.add(read(path).config.get("task"))
+    return sorted(name for name in names if isinstance(name, str))
 
 
 def find(name: str, folder: Path) -> Definition | None:
-    """Return the first file below `folder` that defines `name`, as lm-eval would find it.
+    """Return what the first file below `folder` that defines `name` says, as lm-eval would find it.
 
-    Only files that contain the name are parsed: lm-eval has 14,000, and 1 s does instead of 6-23 s.
+    Only files that contain the name are parsed: of lm-eval's 14,000 files this takes 1 s instead of 6-23 s.
 
-    Raises: BadInput if `name` is a group or a tag, or if nothing defines it and a file with it is broken.
+    Raises: BadInput if `name` is a group or a tag, or if no file defines it and one that contains it is broken.
     """
     broken: list[BadInput] = []
     tagged: list[str] = []
@@ -127,18 +123,16 @@ def find(name: str, folder: Path) -> Definition | None:
             return definition
         if name in _as_list(config.get("tag")) and isinstance(config.get("task"), str):
             tagged.append(config["task"])
-    if tagged:
-        raise _several(name, "tag", tagged)
-    if broken:
-        raise broken[0]
+    if tagged or broken:
+        raise _several(name, "tag", tagged) if tagged else broken[0]
     return None
 
 
 def read(path: Path, _above: tuple[Path, ...] = ()) -> Definition:
     """Return what `path` defines.
 
-    Relative data files are looked for beside the YAML file that names them.
-    Differs: lm-eval looks in the working directory.
+    Relative paths of data start from the folder of the YAML file that names them.
+    Differs: lm-eval starts from the working directory.
 
     Raises: BadInput naming file and line if it is not readable YAML.
     """
@@ -186,30 +180,30 @@ def _modules(value: Any, folder: Path) -> Iterator[Path]:
 
 def _localise(config: dict[str, Any], folder: Path) -> list[Path]:
     """Make the data paths in `config` absolute, in place, and return the files they stand for."""
-    found: list[Path] = []
+    files: list[Path] = []
 
     def absolute(name: str) -> str:
         if "://" in name:
             return name
-        path = folder / name
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-        found.extend(Path(match) for match in sorted(matches) or [str(path)])
-        return str(path)
+        path = str(folder / name)
+        for match in sorted(glob.glob(path, recursive=True)) or [path]:  # noqa: PTH207  Path.glob takes no absolute one
+            files.extend(_files_of(Path(match)))
+        return path
 
-    _change_places(config, absolute)
-    return [file for path in found for file in (_files_below(path) if path.is_dir() else [path])]
+    _change_paths(config, absolute)
+    return files
 
 
-def _change_places(config: dict[str, Any], change: Callable[[str], str]) -> None:
+def _files_of(path: Path) -> list[Path]:
+    return sorted(below for below in path.rglob("*") if below.is_file()) if path.is_dir() else [path]
+
+
+def _change_paths(config: dict[str, Any], change: Callable[[str], str]) -> None:
     """Apply `change` to every path of local data in `config`, in place."""
-    settings = config.get("dataset_kwargs")
-    if isinstance(settings, dict):
-        for key in ("data_files", "data_dir"):
-            if key in settings:
-                settings[key] = _mapped(settings[key], change)
-    place = config.get("dataset_path")
-    if isinstance(place, str) and place.startswith((".", "/")):
-        config["dataset_path"] = change(place)
+    if isinstance(settings := config.get("dataset_kwargs"), dict):
+        settings |= {key: _mapped(settings[key], change) for key in ("data_files", "data_dir") if key in settings}
+    if isinstance(path := config.get("dataset_path"), str) and path.startswith((".", "/")):
+        config["dataset_path"] = change(path)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -218,10 +212,6 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [_mapped(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,9 +1,9 @@
-"""Is the corpus what it claims to be: text of the base's own law, written from the start token alone?
+"""Is the corpus what it claims to be: a sample of the base's own distribution after the start token alone?
 
-Checks of the rows of source context-free, each with faults in mind: first tokens that the base's law does not give
-(another model), text that is too likely (temperature), rare tokens that are missing (top_k), anything in front of the
-text but one start token (a chat template, a doubled start token), in the corpus or in what mixing made of it.
-R rows, T tokens.
+Four checks of the rows of source context-free, each made for one kind of fault: first tokens that the base would not
+write (another model), text that is too likely (temperature), rare tokens that are missing (top_k), and anything but
+one start token before the text (a chat template, a doubled start token), in the corpus or in the mixture made of it.
+R rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from pydantic import JsonValue
 from scipy import stats
 from transformers import PreTrainedModel
 
@@ -31,9 +30,9 @@ from cfsd.store.tables import batches, shards
 
 SIGMAS = 4.0
 LEVEL = float(2 * stats.norm.sf(SIGMAS))  # of every check: one false alarm in 16,000
-MAX_ROWS = 20_000  # that are looked at; more would find how bfloat16 rounds, not faults
+MAX_ROWS = 20_000  # that are examined; with more, the rounding of bfloat16 would show as a fault
 SOURCE = "context-free"
-RARE = 0.02  # of the probe's tokens, the least likely ones: a cut tail has none of them
+RARE = 0.02  # the least likely share of the probe's tokens: a cut tail has none of them
 FIRST, LIKELIHOOD, TAIL, START = "first tokens", "mean log-probability", "rare tokens", "start token"
 Array = NDArray[Any]
 
@@ -42,8 +41,8 @@ class WrongCorpus(CfsdError):
     """A corpus that claims to be an exact sample of the base is not one."""
 
 
-class Found(NamedTuple):
-    """What the checks came to; `failed` maps a check's name to what is wrong, in words."""
+class Checked(NamedTuple):
+    """The figures of the checks; `failed` maps the name of a check to what is wrong, in words."""
 
     rows: int
     first_token_p: float | None
@@ -51,18 +50,9 @@ class Found(NamedTuple):
     rare_token_z: float | None
     failed: dict[str, str]
 
-    def metadata(self) -> dict[str, JsonValue]:
-        """Return the facts of the artifact."""
-        return {"rows": self.rows, **self.numbers(), "failed": dict(self.failed)}
-
-    def numbers(self) -> dict[str, float | None]:
-        """Return the figures by name."""
-        names = ("first_token_p", "mean_logprob_z", "rare_token_z")
-        return {name: getattr(self, name) for name in names}
-
 
 class Beginnings(NamedTuple):
-    """How rows begin: the token after the first of each, and how many are not as they must be, by what is wrong."""
+    """How rows begin: the token after the first of each, and how many begin wrongly, by what is wrong."""
 
     rows: int
     first_R: Array
@@ -70,32 +60,36 @@ class Beginnings(NamedTuple):
 
 
 def check(base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, draft: Draft, machine: Machine) -> None:
-    """Check the corpus and what mixing made of it, with what was found as facts.
+    """Check the corpus and the mixture made of it, and write the figures as metadata.
 
-    Raises WrongCorpus where a corpus that was sampled here, by settings that claim the base's own law, fails. One
-    that says itself in what it is biased, or that a server with rounded weights wrote, is only described.
+    Raises WrongCorpus where a corpus fails that was sampled here with settings that leave the base's distribution
+    as it is. One whose metadata name a bias, or that a server with rounded weights wrote, is only described.
     """
     store = draft.store
     start = read_start_token(store.path(base))
-    model = load_for_measuring(store, base, machine.resolved_device())
+    probs_V = first_distribution(load_for_measuring(store, base, machine.resolved_device()), start)
     filled = "fill" in str(corpus.metadata.get("biased"))
-    folders = [store.path(artifact) for artifact in (corpus, probe, mixture)]
-    found = check_corpus(folders[0], folders[1], folders[2], first_distribution(model, start), start, filled=filled)
-    if claims_exact(corpus.metadata):
-        judge_claim(found)
-    numbers = found.numbers().items()
-    draft.journal.metrics(0, {f"check/{name}": value for name, value in numbers if value is not None})
-    write_json(draft.folder / "check.json", found.metadata())
-    draft.metadata |= found.metadata()
+    checked = check_corpus(store.path(corpus), store.path(probe), store.path(mixture), probs_V, start, filled=filled)
+    if claims_exact(corpus.metadata) and checked.failed:
+        listed = "; ".join(f"{name}: {fault}" for name, fault in checked.failed.items())
+        raise WrongCorpus(
+            "the rehearsal corpus is not a sample of the base model's own distribution, and no setting of the recipe "
+            f"says why. {listed}. Trained on, it would hold the model to another distribution. Sample another with "
+            "generate.seed; if that fails too, the sampler, the tokenizer or the base's weights have changed"
+        )
+    figures = {name: value for name, value in checked._asdict().items() if name not in ("rows", "failed")}
+    draft.journal.metrics(0, {f"check/{name}": value for name, value in figures.items() if value is not None})
+    write_json(draft.folder / "check.json", checked._asdict())
+    draft.metadata |= checked._asdict()
 
 
 def claims_exact(metadata: Mapping[str, Any]) -> bool:
-    """Say whether a corpus was sampled by this program's own sampler with settings that bend nothing."""
+    """Return whether our own sampler made the corpus, with settings that leave the base's distribution as it is."""
     return metadata.get("biased") == "" and not metadata.get("approximate") and "ids" not in metadata
 
 
-def first_distribution(model: "PreTrainedModel", start: int) -> Array:
-    """Return the law of the token after the start token, over the vocabulary."""
+def first_distribution(model: PreTrainedModel, start: int) -> Array:
+    """Return the probability of each token after the start token, over the vocabulary."""
     with torch.inference_mode():
         logits: Any = model(torch.tensor([[start]], device=model.device), use_cache=False).logits
         probs_V: Array = logits[0, -1].double().softmax(-1).cpu().numpy()
@@ -103,75 +97,62 @@ def first_distribution(model: "PreTrainedModel", start: int) -> Array:
 
 
 def warnings_of(metadata: Mapping[str, Any]) -> list[str]:
-    """Return what the facts of a check have against the corpus, for readers of a report."""
-    return [f"suspect by its {name}: {what}" for name, what in metadata.get("failed", {}).items()]
+    """Return what the metadata of a check hold against the corpus, for readers of a report."""
+    return [f"suspect by its {name}: {fault}" for name, fault in metadata.get("failed", {}).items()]
 
 
 def check_corpus(
     corpus: Path, probe: Path, mixture: Path, probs_V: Array, start: int, *, filled: bool = False
-) -> Found:
-    """Return what the checks of the tables in these folders say.
+) -> Checked:
+    """Return the figures and faults of the tables in these folders.
 
-    `probs_V` is the base's law of the token after the start token. `filled`: generate.fill gave the rows separators.
+    `probs_V`: the base's distribution after the start token. `filled`: generate.fill put separators into the rows.
     """
     sampled = beginnings(corpus, "corpus", start, filled=filled)
     if not sampled.rows:
-        return Found(0, None, None, None, {})
+        return Checked(0, None, None, None, {})
     p, z, rare_z = first_token_p(sampled.first_R, probs_V), *likelihood_z(corpus, probe)
     failed = {}
     if p < LEVEL:
-        failed[FIRST] = f"not by the base's law (chi-square over {sampled.rows:,} rows: p = {p:.1e})"
+        failed[FIRST] = f"not by the base's distribution (chi-square over {sampled.rows:,} rows: p = {p:.1e})"
     if z is not None and abs(z) >= SIGMAS:
         failed[LIKELIHOOD] = f"{abs(z):.1f} standard errors {'above' if z > 0 else 'below'} the probe's"
     if rare_z is not None and abs(rare_z) >= SIGMAS:
         failed[TAIL] = f"{abs(rare_z):.1f} standard errors {'more' if rare_z > 0 else 'fewer'} than in the probe"
     mixed = beginnings(mixture, "mixture", start, filled=filled)
-    faults = [
-        *_start_faults(sampled, probs_V, start),
-        *(f"{f} in the mixture" for f in _start_faults(mixed, probs_V, start)),
-    ]
+    faults = _start_faults(sampled, probs_V, start)
+    faults += [f"{fault} in the mixture" for fault in _start_faults(mixed, probs_V, start)]
     if changed := changed_rows(mixture, corpus):
         faults.append(f"{changed:,} rows of the mixture are not as they were sampled")
     if faults:
         failed[START] = "; ".join(faults)
-    return Found(sampled.rows, p, z, rare_z, failed)
-
-
-def judge_claim(found: Found) -> None:
-    """Raise WrongCorpus if a check failed: for corpora that claim to be exact."""
-    if found.failed:
-        listed = "; ".join(f"{name}: {what}" for name, what in found.failed.items())
-        raise WrongCorpus(
-            "the rehearsal corpus is not a sample of the base model's own law, and no setting of the recipe says why. "
-            f"{listed}. Trained on, it would hold the model to another law. Sample another with generate.seed; if "
-            "that fails too, the sampler, the tokenizer or the base's weights changed on the way"
-        )
+    return Checked(sampled.rows, p, z, rare_z, failed)
 
 
 def beginnings(folder: Path, name: str, start: int, *, filled: bool) -> Beginnings:
     """Return how the context-free rows of a corpus or mixture table begin."""
     mask = "logprobs" if name == "corpus" else "supervised"
     firsts: list[Array] = [np.zeros(0, np.int64)]
-    wrong = {"do not begin with it": 0, "have more given than it": 0}
-    rows = 0
+    lacking = prompted = rows = 0
     for batch in _context_free(folder, name, ["token_ids", mask]):
         token_T, length_R = batch["token_ids"].flatten().to_numpy(), _lengths(batch["token_ids"])
         begin_R = np.cumsum(length_R) - length_R
         flat = batch[mask].flatten()
         own_T = flat.is_valid() if name == "corpus" else flat
-        given_R = length_R - per_row(own_T.to_numpy(zero_copy_only=False).astype(np.int64), length_R)
-        wrong["do not begin with it"] += int((token_T[begin_R] != start).sum())
-        wrong["have more given than it"] += 0 if filled else int((given_R != 1).sum())
+        prompt_R = length_R - per_row(own_T.to_numpy(zero_copy_only=False).astype(np.int64), length_R)
+        lacking += int((token_T[begin_R] != start).sum())
+        prompted += 0 if filled else int((prompt_R != 1).sum())
         firsts.append(token_T[begin_R[length_R > 1] + 1])
         rows += batch.num_rows
-    return Beginnings(rows, np.concatenate(firsts), {what: count for what, count in wrong.items() if count})
+    wrong = {"do not begin with it": lacking, "have other prompt tokens than it": prompted}
+    return Beginnings(rows, np.concatenate(firsts), {fault: count for fault, count in wrong.items() if count})
 
 
-def _start_faults(found: Beginnings, probs_V: Array, start: int) -> list[str]:
-    faults = [f"{count:,} of {found.rows:,} rows {what}" for what, count in found.wrong.items()]
-    twice = int((found.first_R == start).sum())
-    if twice and stats.binom.sf(twice - 1, len(found.first_R), probs_V[start] / probs_V.sum()) < LEVEL:
-        faults.append(f"{twice:,} of {found.rows:,} rows have it twice")
+def _start_faults(begun: Beginnings, probs_V: Array, start: int) -> list[str]:
+    faults = [f"{count:,} of {begun.rows:,} rows {fault}" for fault, count in begun.wrong.items()]
+    twice = int((begun.first_R == start).sum())
+    if twice and stats.binom.sf(twice - 1, len(begun.first_R), probs_V[start] / probs_V.sum()) < LEVEL:
+        faults.append(f"{twice:,} of {begun.rows:,} rows have it twice")
     return faults
 
 
@@ -180,21 +161,20 @@ def changed_rows(mixture: Path, corpus: Path) -> int:
     mixed: dict[int, list[int]] = {}
     for batch in _context_free(mixture, "mixture", ["row_id", "token_ids"]):
         mixed |= dict(zip(batch["row_id"].to_pylist(), batch["token_ids"].to_pylist(), strict=True))
-    wanted = pa.array(list(mixed), pa.int64())
+    row_ids = pa.array(list(mixed), pa.int64())
     same = 0
-    for batch in _context_free(corpus, "corpus", ["row_id", "token_ids"], most=None):
-        rows = batch.filter(pc.is_in(batch["row_id"], wanted))
-        same += sum(
-            mixed[i] == t for i, t in zip(rows["row_id"].to_pylist(), rows["token_ids"].to_pylist(), strict=True)
-        )
+    for batch in _context_free(corpus, "corpus", ["row_id", "token_ids"], max_rows=None):
+        rows = batch.filter(pc.is_in(batch["row_id"], row_ids))
+        pairs = zip(rows["row_id"].to_pylist(), rows["token_ids"].to_pylist(), strict=True)
+        same += sum(mixed[row_id] == token_ids for row_id, token_ids in pairs)
     return len(mixed) - same
 
 
 def likelihood_z(corpus: Path, probe: Path) -> tuple[float | None, float | None]:
     """Return how many standard errors the corpus is above the probe: mean log-probability, share of rare tokens.
 
-    Over as many positions as both tables have: later tokens are likelier, or less likely, than earlier ones. Rare are
-    tokens as unlikely as the least likely RARE of the probe's. Means hardly see a cut tail, their share does.
+    Both over the positions that both tables have, since the mean changes along a row. Rare are the tokens as unlikely
+    as the least likely RARE of the probe's. A cut tail hardly changes the mean, but this share.
     """
     tables = [(corpus, SOURCE), (probe, "probe")]
     length = min(_longest(folder, source) for folder, source in tables)
@@ -210,11 +190,8 @@ def likelihood_z(corpus: Path, probe: Path) -> tuple[float | None, float | None]
 
 
 def _longest(folder: Path, source: str) -> int:
-    found = (
-        int(_lengths(batch["logprobs"]).max(initial=0))
-        for batch in _context_free(folder, "corpus", ["logprobs"], source)
-    )
-    return max(found, default=0)
+    parts = _context_free(folder, "corpus", ["logprobs"], source)
+    return max((int(_lengths(batch["logprobs"]).max(initial=0)) for batch in parts), default=0)
 
 
 def _tokens(folder: Path, source: str, length: int) -> tuple[Array, Array]:
@@ -235,12 +212,12 @@ def _lengths(lists: pa.ListArray) -> Array:
 
 
 def _context_free(
-    folder: Path, name: str, columns: list[str], source: str = SOURCE, most: int | None = MAX_ROWS
+    folder: Path, name: str, columns: list[str], source: str = SOURCE, max_rows: int | None = MAX_ROWS
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of `source`; of a large table rows spread evenly over it."""
     total = sum(pq.read_metadata(path).num_rows for path in shards(folder, name))
     first = 0
     for batch in batches(folder, name, ["source", *columns]):
-        chosen = spread(first, batch.num_rows, 1.0 if most is None else most / max(1, total))
+        is_examined = spread(first, batch.num_rows, 1.0 if max_rows is None else max_rows / max(1, total))
         first += batch.num_rows
-        yield batch.filter(pc.and_(pc.equal(batch["source"], source), pa.array(chosen)))
+        yield batch.filter(pc.and_(pc.equal(batch["source"], source), pa.array(is_examined)))

@@ -1,30 +1,47 @@
 """Perplexity: how well a model predicts the user's own texts, each token once, in nats per token and per byte."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
+from cfsd.evaluate.stage import Result, measure
 from cfsd.evaluate.text import SETTING, Text
+from cfsd.machine import Machine
 from cfsd.model.likelihood import score_responses
+from cfsd.model.loading import load_tokenizer, read_start_token
+from cfsd.store.artifact import Artifact, Draft
+
+BEGINNING = 200  # characters of a document that its record holds
 
 
-class Document(NamedTuple):
-    """One document's sum of -log p over its tokens, in nats."""
+def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> None:
+    """Write each document's negative log-likelihood as the `texts` table."""
+    folder = draft.store.path(model)
 
-    row_id: int
-    nll: float
-    tokens: int
-    bytes: int
-    text: str  # its beginning
+    def likelihoods(loaded: PreTrainedModel) -> Result:
+        records = text_likelihoods(
+            loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens,
+            lambda done, total: draft.journal.progress(done, total, "windows"),
+        )  # fmt: skip
+        nll, tokens, size = (sum(record[name] for record in records) for name in ("nll", "tokens", "bytes"))
+        loss = {"nats_per_token": nll / tokens, "nats_per_byte": nll / size}
+        metadata = {"text": text.name, "documents": len(records), "tokens": tokens, "bytes": size} | loss
+        figures = {f"eval/{text.name}/{name}": value for name, value in loss.items()}
+        return Result("texts", pa.Table.from_pylist(records), metadata, figures)
+
+    measure(likelihoods, [model], draft, machine)
 
 
 def text_likelihoods(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: Text, start: int, max_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, start: int, max_tokens: int,
     on_progress: Callable[[int, int], None],
-) -> list[Document]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return how well `model` predicts each document of `text` after the `start` token, every token once.
+
+    Per document: `row_id`, `nll` (the sum of -log p over its tokens, in nats), `tokens`, `bytes` and its beginning.
 
     Windows do not overlap but for one token, as lm-eval's rolling likelihood has them: the first of a window is
     predicted from the last of the one before alone.
@@ -43,12 +60,15 @@ def text_likelihoods(
         for window in windows([start, *token_ids], longest):
             owners.append(i)
             rows.append({"token_ids": window, "supervised": [False] + [True] * (len(window) - 1)})
-    found = score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows)))
-    sums, counts = [0.0] * len(texts), [0] * len(texts)
-    for owner, part in zip(owners, found, strict=True):
-        sums[owner] += part["nll"]
-        counts[owner] += part["count"]
-    return [Document(i, sums[i], counts[i], len(t.encode()), t[:200]) for i, t in enumerate(texts)]
+    scores = score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows)))
+    records: list[dict[str, Any]] = [
+        {"row_id": i, "nll": 0.0, "tokens": 0, "bytes": len(document.encode()), "text": document[:BEGINNING]}
+        for i, document in enumerate(texts)
+    ]
+    for owner, score in zip(owners, scores, strict=True):
+        records[owner]["nll"] += score["nll"]
+        records[owner]["tokens"] += score["count"]
+    return records
 
 
 def windows(token_ids: list[int], longest: int) -> Iterator[list[int]]:

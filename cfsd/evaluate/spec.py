@@ -1,5 +1,7 @@
 """Settings of the evaluate stage."""
 
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt, field_validator
@@ -13,7 +15,7 @@ from cfsd.store.artifact import Artifact, Store
 
 
 class EvaluateSpec(Spec):
-    """What is measured on base and tuned."""
+    """What is measured on base and tuned model."""
 
     neutral: ClassVar[dict[str, Any]] = {"texts": ()}
 
@@ -29,33 +31,36 @@ class EvaluateSpec(Spec):
         names = [part.name for part in parts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             kind = f"{type(parts[0]).__name__.lower()}s"
-            raise ValueError(f"{kind} named twice: {', '.join(twice)}; results are kept by name")
+            raise ValueError(f"{kind} named twice: {', '.join(twice)}; results are stored by name")
         return parts
 
     def check(self) -> None:
-        """Raise BadInput for whatever can be told to be wrong without a model."""
+        """Raise BadInput for errors detectable before running, without a model."""
         for benchmark in self.benchmarks:
             benchmark.check()
         for text in self.texts:
             text.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput if the base, once it is there, lacks the chat template that a benchmark asks for."""
-        asking = [benchmark.name for benchmark in self.benchmarks if benchmark.chat_template]
-        if not asking or not base.content:
-            return
-        from cfsd.model.loading import load_tokenizer
-
-        if not load_tokenizer(Store(home()).path(base)).chat_template:
+        """Raise BadInput if the base, once it is in the store, lacks the chat template that a benchmark needs."""
+        templated = [benchmark.name for benchmark in self.benchmarks if benchmark.chat_template]
+        if templated and base.content and not _has_chat_template(Store(home()).path(base)):
             raise BadInput(
-                f"benchmark {asking[0]}: chat_template is on, but the model's tokenizer has no chat template; turn it "
-                "off, or measure a model that has one"
+                f"benchmark {templated[0]}: chat_template is on, but the model's tokenizer has no chat template; turn "
+                "it off, or measure a model that has one"
             )
 
 
+def _has_chat_template(model: Path) -> bool:
+    settings = model / "tokenizer_config.json"
+    return (model / "chat_template.jinja").exists() or (
+        settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    )
+
+
 def check_comparable(base: Artifact, tuned: Artifact) -> None:
-    """Raise BadInput when the two models do not share a vocabulary: their distributions cannot be compared."""
-    if any(base.metadata[fact] != tuned.metadata[fact] for fact in ("tokenizer", "vocabulary")):
+    """Raise BadInput when the two models have different vocabularies, so that no divergence is defined."""
+    if any(base.metadata[name] != tuned.metadata[name] for name in ("tokenizer", "vocabulary")):
         raise BadInput(
             f"base and tuned have different vocabularies ({base.metadata['vocabulary']} and "
             f"{tuned.metadata['vocabulary']} tokens, or other tokens under the same numbers); "

@@ -19,7 +19,7 @@ SETTING = "evaluate.texts"
 class Text(Spec):
     """Texts of the user's own whose likelihood is measured."""
 
-    unnamed: ClassVar[tuple[str, ...]] = ("name", "path")  # what does not count; the content does
+    unnamed: ClassVar[tuple[str, ...]] = ("name", "path")  # not in the digest, which has the content
 
     name: str = Field(pattern=r"^[\w .:-]+$", description="what it is called in the results")
     path: str = Field(description=".txt or .md, one document; .jsonl with `text`, a document to a line; or a folder")
@@ -32,18 +32,18 @@ class Text(Spec):
         return settings | {"content": digest_of_files(digests)}
 
     def files(self) -> list[Path]:
-        """Return the files, in order. Raises BadInput if there is none that can be read."""
+        """Return the files, in order. Raises BadInput if none can be read."""
         path = Path(self.path).expanduser()
         if not path.is_dir():
             check_file(path, f"text {self.name}", SETTING, "a text is needed", ALLOWED)
             return [path]
-        found = sorted((p for p in path.rglob("*") if p.suffix in ALLOWED and p.is_file()), key=Path.as_posix)
-        if not found:
+        files = sorted((p for p in path.rglob("*") if p.suffix in ALLOWED and p.is_file()), key=Path.as_posix)
+        if not files:
             raise BadInput(f"text {self.name}: the folder {self.path!r} holds no {', '.join(ALLOWED)}; fix {SETTING}")
-        return found
+        return files
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in order, those without text left out. Raises BadInput naming file and place."""
+        """Yield the documents in order, except empty ones. Raises BadInput naming file and place."""
         number = 0
         for path in self.files():
             for text in self._texts(path):
@@ -54,7 +54,7 @@ class Text(Spec):
                     yield text
 
     def check(self) -> None:
-        """Raise BadInput if there is no document to be had."""
+        """Raise BadInput if there is no document."""
         if next(self.documents(), None) is None:
             raise BadInput(f"text {self.name}: {self.path!r} holds no text; fix {SETTING}")
 

@@ -1,4 +1,4 @@
-"""Stage filter: keep or reject each row of a corpus, with a reason."""
+"""Stage filter: accept or reject each row of a corpus, with a reason."""
 
 from cfsd.filter.spec import FilterSpec
 

@@ -1,14 +1,14 @@
 """Near duplicates: rows of a corpus that are almost an earlier row that stays.
 
-Rows whose MinHash signatures agree in a band are compared by their n-grams. Signatures' bands and n-grams wait on
-disk; memory holds about 20 bytes per row, and one band at a time.
+Rows whose MinHash signatures agree in a band are compared by their n-grams. The bands and the n-grams are on disk;
+memory holds about 20 bytes per row, and one band at a time.
 
 R rows, G n-grams, P pairs of rows.
 
 Source: Lee et al. 2021, arXiv:2107.06499, section 4.2: the Jaccard index of sets of 5-grams, candidates by MinHash in
 bands. Differs: n-grams of sampled token ids, not of words; 128 permutations in place of 9,000, as a row is not a web
-page; a candidate is judged by the exact index, not by an edit distance; no connected components, because at the
-end of a chain is a row that is like none that stays.
+page; a candidate is judged by the exact index, not by an edit distance; no connected components, because a
+long chain ends in a row that resembles none that stays.
 """
 
 import shutil
@@ -30,7 +30,7 @@ from cfsd.store.tables import batches, shards
 ORDER = 5
 PERMUTATIONS = 128
 SCHEME = "affine32"  # how datasketch permutes; pinned, since its default has changed once
-# What a false candidate and a missed pair weigh in the choice of bands: candidates are judged, so many are welcome.
+# Weights of a false candidate and of a missed pair in the choice of bands. False candidates are compared in vain only.
 # At threshold 0.8 that is 17 bands of 7, which find a pair of index 0.8 with odds of 0.98, one of 0.85 with 0.999.
 WEIGHTS = (0.02, 0.98)
 MAX_BANDED = 0.99  # above it datasketch finds no two bands
@@ -39,7 +39,7 @@ PAIR_GRAMS = 1 << 22  # n-grams compared at once
 
 
 class _Index(NamedTuple):
-    """What is known of every row: its bands and its n-grams, in files, in reading order."""
+    """The bands and n-grams of all rows, in files, in reading order."""
 
     folder: Path
     bands: int
@@ -96,8 +96,8 @@ def _gram_sets(batch: pa.RecordBatch) -> list[NDArray[np.uint32]]:
     lengths = pc.list_value_length(batch["token_ids"]).to_numpy()
     row_T = np.repeat(np.arange(batch.num_rows), lengths)
     sampled_T = batch["logprobs"].flatten().is_valid().to_numpy(zero_copy_only=False)
-    found = ngrams(Rows(batch["token_ids"].flatten().to_numpy(), row_T, sampled_T), ORDER)
-    keys = _distinct(found.row_G.astype(np.uint64) << np.uint64(32) | found.hash_G >> np.uint64(32))
+    grams = ngrams(Rows(batch["token_ids"].flatten().to_numpy(), row_T, sampled_T), ORDER)
+    keys = _distinct(grams.row_G.astype(np.uint64) << np.uint64(32) | grams.hash_G >> np.uint64(32))
     edges = np.searchsorted(keys, np.arange(1, batch.num_rows, dtype=np.uint64) << np.uint64(32))
     return np.split(keys.astype(np.uint32), edges)
 
@@ -129,9 +129,9 @@ def _hashed(values: NDArray[np.uint32]) -> Hashes:
 
 
 def _like_an_earlier_one(index: _Index, threshold: float) -> Ints:
-    """Return the rows that are like an earlier row that stays.
+    """Return the rows that resemble an earlier row that stays.
 
-    In rounds: a row before which no undecided row shares a band with it stays, and what is like it goes. So no
+    In rounds: a row stays if no earlier undecided row shares a band with it, and the rows that resemble it go. So no
     pair of rejected rows is ever compared, however many copies of one text there are.
     """
     undecided_R = np.diff(index.ends_R, prepend=0) > 0
@@ -149,7 +149,7 @@ def _like_an_earlier_one(index: _Index, threshold: float) -> Ints:
 
 def _candidates(index: _Index, rows: Ints) -> tuple[Ints, Ints]:
     """Return pairs, each once: the first of the rows that share a band, and every later one of them."""
-    found: list[Hashes] = [np.zeros(0, np.uint64)]
+    candidates: list[Hashes] = [np.zeros(0, np.uint64)]
     for number in range(index.bands):
         hashes = np.memmap(index.band(number), np.uint64, "r")[rows]
         order = np.argsort(hashes, kind="stable")
@@ -157,8 +157,8 @@ def _candidates(index: _Index, rows: Ints) -> tuple[Ints, Ints]:
         leader = np.maximum.accumulate(np.where(is_first, np.arange(len(rows)), 0))
         later = ~is_first
         pairs = rows[order[leader[later]]] << 32 | rows[order[later]]
-        found.append(pairs.astype(np.uint64))
-    both = _distinct(np.concatenate(found)).astype(np.int64)
+        candidates.append(pairs.astype(np.uint64))
+    both = _distinct(np.concatenate(candidates)).astype(np.int64)
     return both >> 32, both & 0xFFFFFFFF
 
 
@@ -167,15 +167,15 @@ def _overlaps(index: _Index, one_P: Ints, other_P: Ints) -> NDArray[np.float64]:
     grams = np.memmap(index.grams, np.uint32, "r")
     counts_R = np.diff(index.ends_R, prepend=0)
     sizes_P = counts_R[one_P] + counts_R[other_P]
-    found = [np.zeros(0)]
+    overlaps = [np.zeros(0)]
     edges = np.searchsorted(sizes_P.cumsum(), np.arange(PAIR_GRAMS, sizes_P.sum(), PAIR_GRAMS))
     for part in np.split(np.arange(len(one_P)), edges):
         sets = [_gathered(grams, index.ends_R[side[part]], counts_R[side[part]]) for side in (one_P, other_P)]
         both = np.sort(np.concatenate(sets))
         shared = both[1:][both[1:] == both[:-1]] >> np.uint64(32)
         shared_P = np.bincount(shared.astype(np.int64), minlength=len(part))
-        found.append(shared_P / (sizes_P[part] - shared_P))
-    return np.concatenate(found)
+        overlaps.append(shared_P / (sizes_P[part] - shared_P))
+    return np.concatenate(overlaps)
 
 
 def _gathered(grams: NDArray[np.uint32], ends_P: Ints, counts_P: Ints) -> Hashes:

@@ -1,4 +1,4 @@
-"""Gopher's limits of repetition: how much of a text may be said twice.
+"""Gopher's limits of repetition: how much of a text may occur twice.
 
 Source: Rae et al. 2021, arXiv:2112.11446, appendix on the filtering of MassiveWeb, "Repetition Removal", table A1.
 Differs, where the paper leaves it open:
@@ -7,7 +7,7 @@ Differs, where the paper leaves it open:
 * of equal lines, paragraphs and n-grams the first is no duplicate, and characters that several duplicates
   cover count once;
 * the top n-gram (of several as frequent the longest) must occur twice: else every text of five words is rejected.
-The limits were chosen for web pages. A row of 30 words exceeds them sooner.
+The limits are made for web pages. A row of 30 words exceeds them sooner.
 """
 
 import re
@@ -39,7 +39,7 @@ class Measure(NamedTuple):
 def excess(text: str) -> Measure | None:
     """Return the first limit of the table that `text` exceeds.
 
-    35 us for 500 characters of prose, 175 us for the slowest found, just under the limits.
+    It takes 35 us for 500 characters of prose, 175 us at worst, for texts just under the limits.
     """
     return next((measure for measure in _measures(text) if measure.share > measure.limit), None)
 
@@ -61,16 +61,16 @@ def _parts(text: str, separator: re.Pattern[str], name: str, limit: float, chara
         yield Measure(f"characters in duplicate {name}", (length - sum(map(len, unique))) / length, characters)
 
 
-def _grams(words: list[str], ends: list[int]) -> Iterator[Measure]:
-    """Yield the measures of n-grams; `ends[i]` is the number of characters in the first i words."""
+def _grams(words: list[str], lengths: list[int]) -> Iterator[Measure]:
+    """Yield the measures of n-grams; `lengths[i]` is the number of characters in the first i words."""
     for n, limit in TOP_GRAM_CHARACTERS.items():
         count, length = _top(words, n)
         if count < 2:
             return  # no longer n-gram repeats either
-        yield Measure(f"top {n}-gram", count * length / ends[-1], limit)
+        yield Measure(f"top {n}-gram", count * length / lengths[-1], limit)
     least = min(DUPLICATE_GRAM_CHARACTERS.values())
     for n, limit in DUPLICATE_GRAM_CHARACTERS.items():
-        share = _covered(words, ends, n) / ends[-1]
+        share = _covered(words, lengths, n) / lengths[-1]
         yield Measure(f"duplicate {n}-grams", share, limit)
         if share <= least:
             return  # longer duplicates lie within these
@@ -85,7 +85,7 @@ def _top(words: list[str], n: int) -> tuple[int, int]:
     return most, max(sum(map(len, gram)) for gram, count in counts.items() if count == most)
 
 
-def _covered(words: list[str], ends: list[int], n: int) -> int:
+def _covered(words: list[str], lengths: list[int], n: int) -> int:
     """Return the number of characters in n-grams that occurred before."""
     seen: set[tuple[str, ...]] = set()
     covered = last = 0
@@ -93,6 +93,6 @@ def _covered(words: list[str], ends: list[int], n: int) -> int:
         if gram not in seen:
             seen.add(gram)
             continue
-        covered += ends[start + n] - ends[max(start, last)]
+        covered += lengths[start + n] - lengths[max(start, last)]
         last = start + n
     return covered

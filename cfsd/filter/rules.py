@@ -1,4 +1,4 @@
-"""The rules of the filter stage. Each tells which rows of a batch it rejects, and why."""
+"""The rules of the filter stage. Each says which rows of a batch it rejects, and why."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -17,12 +17,16 @@ Places = NDArray[np.int64]  # rows of a batch
 
 
 class Rows(NamedTuple):
-    """A batch of the corpus, and what is known of each row."""
+    """A batch of the corpus, and sums over each row."""
 
     batch: pa.RecordBatch
     first: int  # how many rows came before the batch
     counts: NDArray[np.int64]  # sampled tokens
     nats: NDArray[np.float64]  # their summed log-probability
+
+    def sampled_tokens(self) -> NDArray[np.int64]:
+        """Return how many tokens of each row were sampled."""
+        return self.counts
 
     def means(self) -> NDArray[np.float64]:
         """Return the mean log-probability per sampled token; NaN for a row without, which no bound rejects."""
@@ -44,7 +48,8 @@ class Verdict(NamedTuple):
     detail: str | None = None
 
 
-Rule = Callable[[Rows, Places], Iterator[Verdict]]  # is asked about the places that no rule before rejected
+Rule = Callable[[Rows, Places], Iterator[Verdict]]  # judges the places that no earlier rule rejected
+Maker = Callable[[FilterSpec, Reference | None], Rule]
 
 
 def measured(batch: pa.RecordBatch, first: int) -> Rows:
@@ -60,45 +65,24 @@ def measured(batch: pa.RecordBatch, first: int) -> Rows:
     return Rows(batch, first, np.diff(sampled_before[starts]), nats)
 
 
-def rules_of(spec: FilterSpec, reference: Reference | None) -> dict[str, Rule]:
-    """Return the rules that are on, by field, in the order of `cfsd.filter.stage`; `listed` makes the last one."""
+def _bound(name: str, values: Callable[[Rows], NDArray[Any]], reason: str) -> Maker:
+    """Return the maker of the rule that `values` are not beyond the spec's field `name`, a minimum or a maximum."""
+    is_beyond = operator.lt if name.startswith("min_") else operator.gt
 
-    def counts(rows: Rows) -> NDArray[np.int64]:
-        return rows.counts
+    def make(spec: FilterSpec, reference: Reference | None) -> Rule:
+        limit = getattr(spec, name)
 
-    low, high = spec.min_mean_logprob, spec.max_mean_logprob
-    bounds: list[tuple[str, Callable[[Rows], NDArray[Any]], Callable[[Any, Any], Any], str]] = [
-        ("min_tokens", counts, operator.lt, f"fewer than {spec.min_tokens} tokens"),
-        ("max_tokens", counts, operator.gt, f"more than {spec.max_tokens} tokens"),
-        ("min_mean_logprob", Rows.means, operator.lt, f"mean log-probability below {low} nats"),
-        ("max_mean_logprob", Rows.means, operator.gt, f"mean log-probability above {high} nats"),
-    ]
-    rules: dict[str, Rule] = {}
-    for name, values, is_beyond, reason in bounds:
-        if (limit := getattr(spec, name)) is not None:
-            rules[name] = _bound(values, is_beyond, limit, reason)
-    if spec.duplicates:
-        rules["duplicates"] = _repeats()
-    if spec.repetition:
-        rules["repetition"] = _repetition
-    if spec.overlap_words is not None:
-        assert reference is not None, "overlap_words needs the texts that no row may overlap"
-        rules["overlap_words"] = _overlap(reference, spec.overlap_words)
-    return rules
+        def rule(rows: Rows, left: Places) -> Iterator[Verdict]:
+            values_R = values(rows)
+            for place in left[is_beyond(values_R[left], limit)].tolist():
+                yield Verdict(place, reason.format(limit), f"{values_R[place]:.4g}")
+
+        return rule
+
+    return make
 
 
-def _bound(
-    values: Callable[[Rows], NDArray[Any]], is_beyond: Callable[[Any, Any], Any], limit: float, reason: str
-) -> Rule:
-    def rule(rows: Rows, left: Places) -> Iterator[Verdict]:
-        found = values(rows)
-        for place in left[is_beyond(found[left], limit)].tolist():
-            yield Verdict(place, reason, f"{found[place]:.4g}")
-
-    return rule
-
-
-def _repeats() -> Rule:
+def _duplicates(spec: FilterSpec, reference: Reference | None) -> Rule:
     """Return the rule against rows with the tokens of an earlier row; it remembers about 80 bytes per row."""
     seen: set[bytes] = set()
 
@@ -116,21 +100,55 @@ def _repeats() -> Rule:
     return rule
 
 
-def _repetition(rows: Rows, left: Places) -> Iterator[Verdict]:
-    for place, text in zip(left.tolist(), rows.texts(left), strict=True):
-        if found := excess(text):
-            yield Verdict(place, f"{found.name} above {found.limit:g}", f"{found.share:.3f}")
-
-
-def _overlap(reference: Reference, words: int) -> Rule:
-    grams = Grams(reference, words)
+def _by_text(reject: Callable[[str], tuple[str, str] | None]) -> Rule:
+    """Return the rule that asks `reject` about each text, which answers with reason and detail, or None."""
 
     def rule(rows: Rows, left: Places) -> Iterator[Verdict]:
         for place, text in zip(left.tolist(), rows.texts(left), strict=True):
-            if found := grams.found(text):
-                yield Verdict(place, f"overlaps {found.name}", found.gram)
+            if rejection := reject(text):
+                yield Verdict(place, *rejection)
 
     return rule
+
+
+def _repetition(spec: FilterSpec, reference: Reference | None) -> Rule:
+    def reject(text: str) -> tuple[str, str] | None:
+        measure = excess(text)
+        return measure and (f"{measure.name} above {measure.limit:g}", f"{measure.share:.3f}")
+
+    return _by_text(reject)
+
+
+def _overlap(spec: FilterSpec, reference: Reference | None) -> Rule:
+    assert reference is not None and spec.overlap_words, "overlap_words needs the texts that no row may overlap"
+    grams = Grams(reference, spec.overlap_words)
+
+    def reject(text: str) -> tuple[str, str] | None:
+        overlap = grams.overlap(text)
+        return overlap and (f"overlaps {overlap.name}", overlap.gram)
+
+    return _by_text(reject)
+
+
+# A rule is one function here and one field of the spec, off by default. Cheap rules come first.
+RULES: dict[str, Maker] = {
+    "min_tokens": _bound("min_tokens", Rows.sampled_tokens, "fewer than {} tokens"),
+    "max_tokens": _bound("max_tokens", Rows.sampled_tokens, "more than {} tokens"),
+    "min_mean_logprob": _bound("min_mean_logprob", Rows.means, "mean log-probability below {} nats"),
+    "max_mean_logprob": _bound("max_mean_logprob", Rows.means, "mean log-probability above {} nats"),
+    "duplicates": _duplicates,
+    "repetition": _repetition,
+    "overlap_words": _overlap,
+}
+
+
+def rules_of(spec: FilterSpec, reference: Reference | None) -> dict[str, Rule]:
+    """Return the rules of `spec` that are on, by field, in the order of `RULES`.
+
+    Near duplicates are not among them: a search over the whole table gives their places to `listed`.
+    """
+    off = {name: FilterSpec.model_fields[name].default for name in RULES}
+    return {name: make(spec, reference) for name, make in RULES.items() if getattr(spec, name) != off[name]}
 
 
 def listed(places: Places, reason: str) -> Rule:

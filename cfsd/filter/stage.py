@@ -1,10 +1,10 @@
-"""Stage filter: keep or reject each row, with a reason.
+"""Stage filter: accept or reject each row, with a reason.
 
-Off by default: rejecting rows bends the estimate of the divergence, and the facts say by how much.
+Off by default: rejecting rows biases the estimate of the divergence, and the metadata say by how much.
 
-A row gets the reason of the first rule that rejects it. The rules are asked in this order, cheap ones first:
-min_tokens, max_tokens, min_mean_logprob, max_mean_logprob, duplicates, repetition, overlap_words, near_duplicates.
-So a copy counts as an exact duplicate, not as a near one; and what a row is compared with has passed the rules before.
+A row gets the reason of the first rule that rejects it, in the order of `cfsd.filter.rules.RULES` and then
+near_duplicates. So a copy counts as an exact duplicate, not as a near one, and a row is compared only with rows that
+passed the rules before.
 """
 
 import shutil
@@ -34,7 +34,7 @@ SHARD_BYTES, SHARD_ROWS = 64 << 20, 16384  # one shard at most, about
 
 @dataclass
 class Sums:
-    """What the facts need of many rows."""
+    """Sums over rows, for the metadata."""
 
     rows: int = 0
     tokens: int = 0
@@ -49,19 +49,19 @@ class Sums:
 
 @dataclass
 class Outcome:
-    """What became of the rows that were judged."""
+    """Counts of the rows that were judged."""
 
-    seen: Sums = field(default_factory=Sums)
-    kept: Sums = field(default_factory=Sums)
+    judged: Sums = field(default_factory=Sums)
+    filtered: Sums = field(default_factory=Sums)  # accepted by every rule
     reasons: Counter[str] = field(default_factory=Counter)
-    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows it was asked about
+    accepted: dict[str, float] = field(default_factory=dict)  # by rule: the fraction of the rows that it judged
 
 
-def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: "Reference | None" = None) -> None:
+def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: Reference | None = None) -> None:
     """Write the accepted rows of `corpus` as a `corpus` table and the others, with reasons, as `rejects`.
 
-    Every column is kept. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
-    A million rows of 128 tokens take about 120 MB more than a thousand. An interrupted filter starts anew.
+    All columns stay. `reference`, needed with `overlap_words`, holds the texts that no row may overlap.
+    A million rows of 128 tokens take about 120 MB more than a thousand. After an interruption it starts anew.
     """
     _clear(draft.folder)
     rules = rules_of(spec, reference)
@@ -74,7 +74,6 @@ def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: "Refere
 
 
 def _clear(folder: Path) -> None:
-
     _clear_scratch(folder)
     for path in (*shards(folder, "corpus"), *shards(folder, "rejects")):
         path.unlink()
@@ -86,7 +85,7 @@ def _clear_scratch(folder: Path) -> None:
 
 
 def _copy(corpus: Path, draft: Draft) -> Outcome:
-    """Copy the shards as they are; only log-probabilities are read, for the facts."""
+    """Copy the shards as they are; only log-probabilities are read, for the metadata."""
     for path in shards(corpus, "corpus"):
         partial = draft.folder / f".{path.name}.partial"
         shutil.copyfile(path, partial)
@@ -94,10 +93,10 @@ def _copy(corpus: Path, draft: Draft) -> Outcome:
     sums = Sums()
     for rows in _read(corpus, _size(corpus), draft, ["logprobs"]):
         sums.add(rows.counts, rows.nats)
-    return Outcome(seen=sums, kept=sums)
+    return Outcome(judged=sums, filtered=sums)
 
 
-def _judge(corpus: Path, rules: "Mapping[str, Rule]", near: float | None, draft: Draft) -> Iterator[Outcome]:
+def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: Draft) -> Iterator[Outcome]:
     """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
     size = _size(corpus)
     most = size.fitting(SHARD_BYTES, SHARD_ROWS)
@@ -126,13 +125,13 @@ def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Sha
         left = np.arange(rows.batch.num_rows)
         verdicts: list[Verdict] = []
         for name, rule in rules.items():
-            found = list(rule(rows, left))
+            rejected = list(rule(rows, left))
             asked[name] += len(left)
-            left = np.setdiff1d(left, [verdict.place for verdict in found], assume_unique=True)
+            left = np.setdiff1d(left, [verdict.place for verdict in rejected], assume_unique=True)
             passed[name] += len(left)
-            verdicts += found
-        outcome.seen.add(rows.counts, rows.nats)
-        outcome.kept.add(rows.counts[left], rows.nats[left])
+            verdicts += rejected
+        outcome.judged.add(rows.counts, rows.nats)
+        outcome.filtered.add(rows.counts[left], rows.nats[left])
         outcome.reasons.update(verdict.reason for verdict in verdicts)
         accepted.add(rows.batch.take(pa.array(left)) if verdicts else rows.batch)
         if verdicts:
@@ -142,17 +141,16 @@ def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Sha
     return outcome
 
 
-def _rejected(batch: "pa.RecordBatch", verdicts: "list[Verdict]") -> "pa.RecordBatch":
-
-    told = [{"reason": verdict.reason, "detail": verdict.detail} for verdict in verdicts]
-    reasons = pa.RecordBatch.from_pylist(told, schema=pa.schema([("reason", pa.string()), ("detail", pa.string())]))
+def _rejected(batch: pa.RecordBatch, verdicts: list[Verdict]) -> pa.RecordBatch:
+    texts = [{"reason": verdict.reason, "detail": verdict.detail} for verdict in verdicts]
+    reasons = pa.RecordBatch.from_pylist(texts, schema=pa.schema([("reason", pa.string()), ("detail", pa.string())]))
     rows = batch.take(pa.array([verdict.place for verdict in verdicts], pa.int64()))
     columns = [reasons[name] if name in reasons.schema.names else rows[name] for name in REJECTS.names]
     return pa.RecordBatch.from_arrays(columns, schema=REJECTS)
 
 
 def _metadata(outcomes: list[Outcome]) -> dict[str, Any]:
-    before, after = outcomes[0].seen, outcomes[-1].kept
+    before, after = outcomes[0].judged, outcomes[-1].filtered
     metadata: dict[str, Any] = {"rows": after.rows, "tokens": after.tokens, "rejected": {}, "accepted_by_rule": {}}
     for outcome in outcomes:
         metadata["rejected"] |= outcome.reasons
@@ -177,7 +175,6 @@ class Size(NamedTuple):
 
 
 def _size(corpus: Path) -> Size:
-
     rows = size = 0
     for path in shards(corpus, "corpus"):
         metadata = pq.read_metadata(path)
@@ -186,17 +183,17 @@ def _size(corpus: Path) -> Size:
     return Size(rows, size)
 
 
-def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = None) -> "Iterator[Rows]":
-    """Yield the table in batches of bounded size, and say how far it is."""
-    most = size.fitting(READ_BYTES, READ_ROWS)
-    done = told = 0
+def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = None) -> Iterator[Rows]:
+    """Yield the table in batches of bounded size, and report the progress."""
+    max_rows = size.fitting(READ_BYTES, READ_ROWS)
+    done = reported = 0
     for path in shards(corpus, "corpus"):
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=most, columns=columns):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=max_rows, columns=columns):
             yield measured(batch, done)
             done += batch.num_rows
-            if done - told >= most or done == size.rows:  # a file is synced each time
+            if done - reported >= max_rows or done == size.rows:  # a file is synced each time
                 draft.journal.progress(done, size.rows, "rows")
-                told = done
+                reported = done
 
 
 class Shards:
@@ -209,7 +206,7 @@ class Shards:
         self.written = 0
         self.waiting: list[pa.RecordBatch] = []
 
-    def add(self, batch: "pa.RecordBatch") -> None:
+    def add(self, batch: pa.RecordBatch) -> None:
         """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
         if self.waiting and self.waiting[0].schema != batch.schema:
             self.close()

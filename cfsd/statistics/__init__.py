@@ -1,1 +1,1 @@
-"""Numbers in, numbers out: intervals, pairing, power, multiplicity, seeds, the rules of the gate."""
+"""Statistics of measured numbers: intervals, pairing, power, multiplicity, seeds, and the rules of the gate."""

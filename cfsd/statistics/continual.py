@@ -1,6 +1,6 @@
-"""Several targets in turn: the R matrix and what is read from it. Numbers in, numbers out, with their definitions.
+"""Several targets in turn: the R matrix and the figures that are computed from it, with their definitions.
 
-Sources disagree in sign and denominator, so that no number here goes without its definition.
+Sources disagree in sign and denominator, so no figure here comes without its definition.
 Stage 0 is the base, stage t the model after training through target t; T targets in all.
 """
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.figures import Figure, figure_of
+from cfsd.statistics.figures import Figure, figure_of, interval_of_means
 from cfsd.statistics.forgetting import BenchmarkForgetting
-from cfsd.statistics.intervals import Floats, interval_of_mean
+from cfsd.statistics.intervals import Floats
 
 OF_TARGETS = {
     "matrix": "R[t, j]: held-out score of target j after training through target t; t = 0 is the base. Losses count "
@@ -30,7 +30,7 @@ OF_GENERAL = {
 
 
 class Continual(BaseModel):
-    """What the R matrix says of the targets; figures are None where T is 1.
+    """The R matrix of the targets and its figures, which are None where T is 1.
 
     `matrix`: T+1 rows of T scores, more is better, None where not measured. `transfer`, `forgetting`: the terms of
     the two sums, one for each target but the last. `definitions`: one for every figure, to be printed with it.
@@ -70,15 +70,15 @@ def continual(
     unit: str,
     changes: Sequence[Figure] = (),
 ) -> Continual:
-    """Return what was kept of earlier targets, from `scores`: stages 0 to T by targets 1 to T, NaN where not measured.
+    """Return how well earlier targets are remembered, from `scores`: stages 0 to T by targets 1 to T, or NaN.
 
     Every target is needed from its own stage on. `changes`: R[T, j] - R[j, j] for each target but the last, positive
-    = better, paired over its held-out rows; they give backward transfer its interval (the targets' rows being
-    independent). Average forgetting has none: it picks the best stage by the same rows.
+    = better, paired over its held-out rows. They give backward transfer its interval, the targets' rows being
+    independent. Average forgetting has none, since it picks the best stage by the same rows.
 
     Source: Lopez-Paz and Ranzato 2017, arXiv:1706.08840 section 2 (R, backward transfer); Chaudhry et al. 2018,
     arXiv:1801.10112 section 3 (forgetting).
-    Differs: a stage 0 row is kept and never counts; stages before the target's own count where measured.
+    Differs: a stage 0 row is in the matrix and never counts; stages before the target's own count where measured.
 
     Raises:
         ValueError: a shape other than (T+1, T), a score missing that is needed, changes that are not those of `scores`.
@@ -121,11 +121,8 @@ def _backward_transfer(transfer: Floats, changes: Sequence[Figure], unit: str) -
     values = np.array([change.value for change in changes])
     if values.shape != transfer.shape or not np.allclose(values, transfer, rtol=1e-4, atol=1e-6):
         raise ValueError(f"changes {values} are not R[T, j] - R[j, j] of the scores, {transfer} (positive = better)")
-    ends = [(change.low, change.high) for change in changes]
-    if any(low is None for low, _ in ends):
-        return figure_of(transfer.mean(), None, unit)
-    lows, highs = np.array(ends, dtype=np.float64).T
-    return figure_of(values.mean(), interval_of_mean(values, lows, highs), unit)
+    interval = interval_of_means(values, changes)
+    return figure_of(values.mean() if interval else transfer.mean(), interval, unit)
 
 
 def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:
@@ -149,21 +146,21 @@ def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:
     )
 
 
-def described(found: Continual | Stability) -> str:
+def described(figures: Continual | Stability) -> str:
     """Return the figures as lines of text, each with its definition."""
-    lines = [f"{name}: {_shown(found, name)}\n  {text}" for name, text in found.definitions.items()]
-    title = found.benchmark if isinstance(found, Stability) else f"{len(found.targets)} targets, {found.unit}"
+    lines = [f"{name}: {_shown(figures, name)}\n  {text}" for name, text in figures.definitions.items()]
+    title = figures.benchmark if isinstance(figures, Stability) else f"{len(figures.targets)} targets, {figures.unit}"
     return "\n".join([title, *lines])
 
 
-def _shown(found: Continual | Stability, name: str) -> str:
-    value = getattr(found, name)
+def _shown(figures: Continual | Stability, name: str) -> str:
+    value = getattr(figures, name)
     if name == "matrix":
         rows = (" ".join("-" if score is None else f"{score:.4g}" for score in row) for row in value)
         return "".join(f"\n  stage {stage}: {row}" for stage, row in enumerate(rows))
     if value is None:
         return "none with a single target"
-    if name == "worst" and isinstance(found, Stability):
-        return f"{value:.4g} at stage {found.worst_stage}"
-    ends = "" if value.low is None else f" ({value.low:.4g} to {value.high:.4g})"
-    return f"{value.value:.4g}{ends} {value.unit}"
+    if name == "worst" and isinstance(figures, Stability):
+        return f"{value:.4g} at stage {figures.worst_stage}"
+    interval = "" if value.low is None else f" ({value.low:.4g} to {value.high:.4g})"
+    return f"{value.value:.4g}{interval} {value.unit}"

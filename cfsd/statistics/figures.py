@@ -1,12 +1,13 @@
-"""Figures: a value with its 95 % interval, and how those per token and of paired shares are made."""
+"""Figures: values with 95 % intervals; means per token and differences of paired shares."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.intervals import Floats, Interval, bootstrap_ratio, paired_share_bounds
+from cfsd.statistics.intervals import Floats, Interval, bootstrap_ratio, interval_of_mean, paired_share_bounds
 
 NATS = "nats/token"
 FRACTION = "fraction"
@@ -14,7 +15,7 @@ OVERFLOW = 700.0  # nats; exp of more is infinite in float64
 
 
 class Figure(BaseModel):
-    """A value with its 95 % interval; both ends are None where no interval is known."""
+    """A value with its 95 % interval; both bounds are None where no interval is known."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +26,7 @@ class Figure(BaseModel):
 
     def scaled(self, factor: float, unit: str) -> "Figure":
         """Return the figure times a positive `factor`, in `unit`."""
-        low, high = (None if end is None else end * factor for end in (self.low, self.high))
+        low, high = (None if bound is None else bound * factor for bound in (self.low, self.high))
         return Figure(value=self.value * factor, low=low, high=high, unit=unit)
 
 
@@ -37,23 +38,7 @@ def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
     Raises:
         ValueError: shapes differ, no tokens at all, a number that is not finite, a sum without tokens.
     """
-    return per_token(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), seed)
-
-
-def difference_per_token(base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
-    """Return (sum(base_sums) - sum(tuned_sums))/sum(counts): target gain, nats per token, positive = learned.
-
-    A paired bootstrap over rows: the same row holds the same tokens for both models. Raises as
-    `mean_per_token` does.
-    """
-    base, tuned = np.asarray(base_sums, dtype=np.float64), np.asarray(tuned_sums, dtype=np.float64)
-    if base.shape != tuned.shape:
-        raise ValueError(f"rows of base {base.shape} and tuned {tuned.shape} differ; give the same rows")
-    return per_token(base - tuned, np.asarray(counts, dtype=np.float64), seed)
-
-
-def per_token(sums: Floats, counts: Floats, seed: int) -> Figure:
-    """Return what `mean_per_token` does, of arrays."""
+    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if sums.shape != counts.shape or sums.ndim != 1:
         raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be of one dimension and equal")
     bad = ~np.isfinite(sums) | ~np.isfinite(counts) | (counts < 0) | ((counts == 0) & (sums != 0))
@@ -66,10 +51,22 @@ def per_token(sums: Floats, counts: Floats, seed: int) -> Figure:
     return figure_of(sums.sum() / counts.sum(), bootstrap_ratio(sums, counts, seed=seed), NATS)
 
 
+def difference_per_token(base_sums: ArrayLike, tuned_sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
+    """Return (sum(base_sums) - sum(tuned_sums))/sum(counts): target gain, nats per token, positive = learned.
+
+    A paired bootstrap over rows: the same row holds the same tokens for both models. Raises as
+    `mean_per_token` does.
+    """
+    base, tuned = np.asarray(base_sums, dtype=np.float64), np.asarray(tuned_sums, dtype=np.float64)
+    if base.shape != tuned.shape:
+        raise ValueError(f"rows of base {base.shape} and tuned {tuned.shape} differ; give the same rows")
+    return mean_per_token(base - tuned, counts, seed=seed)
+
+
 def paired_share_difference(base: ArrayLike, tuned: ArrayLike) -> Figure:
     """Return the share of True in `tuned` less that in `base`, on the same documents: positive = more.
 
-    So it is `target_accuracy_gain` as it stands. Interval: `cfsd.statistics.intervals.paired_share_bounds`.
+    It is `target_accuracy_gain`. Interval: `cfsd.statistics.intervals.paired_share_bounds`.
 
     Raises:
         ValueError: shapes differ, no documents, values other than 0 and 1.
@@ -90,21 +87,31 @@ def share_difference(up: NDArray[np.bool_], down: NDArray[np.bool_], unit: str) 
 
 
 def figure_of(value: float, interval: Interval | None, unit: str) -> Figure:
-    """Return the figure; a shrunken interval is stretched to hold its own estimate."""
+    """Return the figure; an interval that misses its own estimate is stretched to hold it."""
     value = float(value) + 0.0  # -0.0 would be printed with its sign
     if interval is None:
         return Figure(value=value, low=None, high=None, unit=unit)
     return Figure(value=value, low=min(interval.low, value), high=max(interval.high, value), unit=unit)
 
 
-def exponential(difference: Figure) -> Figure | None:
-    """Return exp of a difference in nats per token, ends included: a quotient of perplexities; None if it overflows."""
-    if max(abs(end) for end in (difference.value, difference.low, difference.high) if end is not None) > OVERFLOW:
+def interval_of_means(values: Floats, parts: Sequence[Figure]) -> Interval | None:
+    """Return the interval of the mean of `values` from those of their figures; None where one has none."""
+    ends = [(part.low, part.high) for part in parts]
+    if any(low is None for low, _ in ends):
         return None
-    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
+    lows, highs = np.array(ends, dtype=np.float64).T
+    return interval_of_mean(values, lows, highs)
+
+
+def exponential(difference: Figure) -> Figure | None:
+    """Return exp of a difference in nats per token, a quotient of perplexities; None if it overflows."""
+    numbers = (difference.value, difference.low, difference.high)
+    if max(abs(number) for number in numbers if number is not None) > OVERFLOW:
+        return None
+    low, high = (None if bound is None else math.exp(bound) for bound in (difference.low, difference.high))
     return Figure(value=math.exp(difference.value), low=low, high=high, unit="factor")
 
 
 def all_zero_or_one(values: Floats) -> bool:
-    """Whether every value is exactly 0 or 1."""
+    """Return whether every value is exactly 0 or 1."""
     return bool(((values == 0) | (values == 1)).all())

@@ -1,4 +1,4 @@
-"""Scores before, scores after -> what was forgotten, with intervals. Numbers in, numbers out.
+"""How much a model forgot of a benchmark, with intervals, from its scores before and after.
 
 Sign: positive forgetting is always worse, positive gain always better.
 """
@@ -12,42 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from cfsd.statistics.figures import (
     FRACTION,
-    NATS,
     Figure,
     all_zero_or_one,
-    difference_per_token,
     exponential,
     figure_of,
+    interval_of_means,
     mean_per_token,
-    paired_share_difference,
-    per_token,
     share_difference,
 )
 from cfsd.statistics.intervals import (
     Floats,
     bootstrap_change,
-    interval_of_mean,
     is_above,
     mcnemar_p,
-    reach_of,
     sign_flip_p,
 )
 from cfsd.statistics.pairing import paired_by_document, refuse
 from cfsd.statistics.power import detectable_change, detectable_share
-
-__all__ = [
-    "FRACTION",
-    "NATS",
-    "BenchmarkForgetting",
-    "Figure",
-    "Measure",
-    "benchmark_forgetting",
-    "difference_per_token",
-    "mean_forgetting",
-    "mean_per_token",
-    "paired_by_document",
-    "paired_share_difference",
-]
 
 WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
 BOOTSTRAP = "studentised bootstrap over paired documents"
@@ -57,7 +38,7 @@ PERMUTATION = "paired permutation"
 
 
 class Measure(BaseModel):
-    """What is known of one benchmark's metric.
+    """The metric of one benchmark.
 
     `chance` is the score of guessing, in [0, 1). `binary`: every document scores 0 or 1; `mean`: a number
     per document, averaged; `perplexity`: a summed negative log-likelihood in nats and a count of tokens.
@@ -78,15 +59,15 @@ class Measure(BaseModel):
 
 
 class BenchmarkForgetting(BaseModel):
-    """What one benchmark says; `base`, `tuned`, `forgetting` in its own unit (perplexities: nats per token).
+    """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: nats per token).
 
-    `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents; it
-    may disagree with the interval near 0.05, McNemar's test being the more cautious of the two.
-    `detectable`: smallest worsening found with 80 % power at 5 %, in the benchmark's unit; above 1 where no
-    drop of a share would be; None where nothing is known of it (no interval, or of width 0).
-    `q_value`: `p_value` after the false-discovery control of `cfsd.statistics.discoveries.controlled` (None before it).
+    `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents. Near 0.05 it
+    may disagree with the interval, since McNemar's test is the more cautious of the two.
+    `detectable`: smallest worsening that is detected with 80 % power at 5 %, in the benchmark's unit; above 1 where
+    no drop of a share is; None without an interval, or with one of width 0.
+    `q_value`: `p_value` after the false-discovery control of `cfsd.statistics.discoveries.controlled`, None before it.
     `perplexity_factor`: tuned perplexity / base perplexity, the exponential of `forgetting`.
-    `interval_method`, `test`: what `forgetting`'s interval and `p_value` were made with.
+    `interval_method`, `test`: the methods of `forgetting`'s interval and of `p_value`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -101,8 +82,8 @@ class BenchmarkForgetting(BaseModel):
     chance_corrected: Figure | None
     retention: float | None
     retention_note: str
-    right_to_wrong: float | None
-    wrong_to_right: float | None
+    right_to_wrong: float | None = None
+    wrong_to_right: float | None = None
     p_value: float | None
     detectable: float | None
     q_value: float | None = None
@@ -114,7 +95,7 @@ class BenchmarkForgetting(BaseModel):
 def benchmark_forgetting(
     name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame, *, seed: int = 0
 ) -> BenchmarkForgetting:
-    """Return what `after` lost against `before` on the same documents.
+    """Return the forgetting from `before` to `after`, on the same documents.
 
     One row per document: `doc_id`, `filter`, `doc_hash`, `value`, `count` (tokens for a perplexity, else 1).
     The result does not depend on the order of the rows, and is fixed by `seed`.
@@ -166,36 +147,28 @@ def chance_correction(measure: Measure, base: Floats, tuned: Floats) -> float | 
 
 def _of_flips(worse: Floats) -> dict[str, Any]:
     up, down, total = int(np.count_nonzero(worse > 0)), int(np.count_nonzero(worse < 0)), len(worse)
-    return {
-        "right_to_wrong": up / total,
-        "wrong_to_right": down / total,
-        "p_value": mcnemar_p(up, down),
-        "detectable": detectable_share((up + down) / total, total),
-        "test": MCNEMAR,
-    }
+    shares = {"right_to_wrong": up / total, "wrong_to_right": down / total}
+    detectable = detectable_share((up + down) / total, total)
+    return shares | {"p_value": mcnemar_p(up, down), "detectable": detectable, "test": MCNEMAR}
 
 
 def _of_changes(worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
-    return {
-        "right_to_wrong": None,
-        "wrong_to_right": None,
-        "p_value": sign_flip_p(worse, seed=seed),
-        "detectable": detectable_change(forgetting),
-        "test": PERMUTATION,
-    }
+    detectable = detectable_change(forgetting)
+    return {"p_value": sign_flip_p(worse, seed=seed), "detectable": detectable, "test": PERMUTATION}
 
 
 def _forgetting(
     measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int
 ) -> tuple[Figure, str]:
-    """Return the figure and what its interval was made with."""
+    """Return the figure and the method of its interval."""
     unit = FRACTION if measure.kind == "binary" else measure.metric
     if measure.kind == "perplexity":
-        figure = per_token(worse, counts, seed)
+        figure = mean_per_token(worse, counts, seed=seed)
     elif all_zero_or_one(base) and all_zero_or_one(tuned):
         return share_difference(worse > 0, worse < 0, unit), WALD
     else:
-        interval = bootstrap_change(worse, reach=reach_of([base, tuned]), seed=seed)
+        reach = 1.0 if _are_scores(base, tuned) else float(np.ptp([base, tuned]))  # the largest possible change
+        interval = bootstrap_change(worse, reach=reach, seed=seed)
         figure = figure_of(worse.sum() / len(worse), interval, unit)
     return figure, TOO_FEW if figure.low is None else BOOTSTRAP
 
@@ -219,16 +192,19 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
 
 
 def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:
-    within = all(values.min() >= 0 and values.max() <= 1 for values in (base, tuned))
-    return measure.kind != "perplexity" and measure.higher_is_better and within
+    return measure.kind != "perplexity" and measure.higher_is_better and _are_scores(base, tuned)
+
+
+def _are_scores(*values: Floats) -> bool:
+    return bool(np.min(values) >= 0 and np.max(values) <= 1)
 
 
 def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     """Return the mean of the chance-corrected differences as a fraction: 0.05 is 5 points worse.
 
     Benchmarks without a chance-corrected figure are left out; None if none has one. The interval takes the
-    benchmarks as independent samples of documents and as the only ones of interest (it does not speak for
-    benchmarks not run): `cfsd.statistics.intervals.interval_of_mean`. No interval where one of them has none.
+    benchmarks as independent samples of documents, and holds for these benchmarks only:
+    `cfsd.statistics.intervals.interval_of_mean`. No interval where one of them has none.
 
     Raises:
         ValueError: a benchmark comes twice, whose figures would share their documents.
@@ -243,10 +219,7 @@ def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     if not figures:
         return None
     values = np.array([figure.value for figure in figures.values()])
-    ends = [(figure.low, figure.high) for figure in figures.values()]
-    known = all(low is not None for low, _ in ends)
-    interval = interval_of_mean(values, *np.array(ends, dtype=np.float64).T) if known else None
-    return figure_of(values.mean(), interval, FRACTION)
+    return figure_of(values.mean(), interval_of_means(values, list(figures.values())), FRACTION)
 
 
 def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:

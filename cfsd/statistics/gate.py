@@ -1,7 +1,8 @@
-"""The gate: did a figure get worse than the baseline's, by more than another seed makes? Numbers in, verdict out.
+"""The gate: is a figure worse than the baseline's by more than another seed would make it?
 
-Models trained alike but for their seeds differ for certain on the same documents, so a document interval alone
-would fail honest runs. What is asked here is whether the fresh models could be further seeds of the baseline.
+Models that were trained with different seeds differ significantly on the same documents, so an interval over
+documents alone would fail honest runs. The question here is whether the fresh models could be further seeds of the
+baseline.
 """
 
 import math
@@ -17,7 +18,7 @@ Outcome = Literal["fail", "pass", "cannot tell"]
 Floats = NDArray[np.float64]
 
 FAMILY_WISE = 0.01  # probability that any figure of an unchanged program fails
-CONFIDENCE = 0.95  # of either end of the intervals, so that they hold 90 %
+CONFIDENCE = 0.95  # of either bound of the intervals, so that they hold 90 %
 USUAL_SEEDS = 2  # fresh ones, for which margins are made
 MAX_SEEDS, MAX_TIMES = 100, 64  # of seeds, and times as many documents, that are still proposed
 ROUNDING = 1e-9  # no worsening, where nothing varies between seeds
@@ -28,9 +29,9 @@ AT_LEAST_SPREADS = 2
 class Guarded(BaseModel):
     """One figure for every seed of the baseline and for the fresh ones.
 
-    `least_spread`: the smallest standard deviation between seeds that is believed; one document for scores of
-    0 or 1, of which a few seeds may well agree by chance. `document_variance`: squared standard error of the
-    difference that comes from the choice of documents, 0 where they say nothing.
+    `least_spread`: the smallest standard deviation between seeds that counts; for scores of 0 or 1 that of one
+    document, since a few seeds may agree by chance. `document_variance`: squared standard error of the difference
+    that comes from the choice of documents, 0 where it is unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,7 +48,7 @@ class Guarded(BaseModel):
 
 
 class Finding(BaseModel):
-    """What the gate says of one figure; `worsening`, `low`, `high` positive = worse, in `unit`."""
+    """The judgement of one figure; `worsening`, `low`, `high` positive = worse, in `unit`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -86,22 +87,21 @@ def judge(guarded: Sequence[Guarded]) -> Judgement:
 
     The test takes the fresh models for further seeds of the baseline: their mean is expected within the
     prediction interval of the baseline's, t with its seeds less one degrees of freedom, which is exact for one
-    fresh seed as for many. Holm's correction makes 1 % of all figures together. `low` and `high` are one-sided
-    95 % bounds each; they also count the choice of documents. Seeds that spread more than the baseline's show
-    only where their mean gets worse.
+    fresh seed as for many. Holm's correction bounds the probability of any wrong FAIL by 1 %. `low` and `high` are
+    one-sided 95 % bounds each; they also count the choice of documents. That fresh seeds spread more than the
+    baseline's is noticed only where their mean is worse.
 
     Source: Hahn 1969, Factors for calculating two-sided prediction intervals, JASA 64 (the mean of k further
     samples); Holm 1979, A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6.
     """
     tests = [_test(figure) for figure in guarded]
     significant = holm([p for _, p in tests])
-    found = [
-        _finding(figure, d, p, sure, len(guarded))
-        for figure, (d, p), sure in zip(guarded, tests, significant, strict=True)
-    ]
     order: list[Outcome] = ["fail", "cannot tell", "pass"]
-    found.sort(key=lambda finding: order.index(finding.outcome))
-    return Judgement(outcome=found[0].outcome if found else "pass", findings=tuple(found))
+    findings = sorted(
+        (_finding(*parts, len(guarded)) for parts in zip(guarded, tests, significant, strict=True)),
+        key=lambda finding: order.index(finding.outcome),
+    )
+    return Judgement(outcome=findings[0].outcome if findings else "pass", findings=tuple(findings))
 
 
 def holm(p_values: Sequence[float], level: float = FAMILY_WISE) -> list[bool]:
@@ -115,19 +115,21 @@ def holm(p_values: Sequence[float], level: float = FAMILY_WISE) -> list[bool]:
 
 
 def margin_of(values: Sequence[float], *, least: float, least_spread: float = 0.0) -> float:
-    """Return the worsening that is let pass: two standard deviations between seeds, `least`, or, most often,
-    what two honest fresh seeds stay below for certain with 99 % probability; more seeds make it sharper.
-    """  # noqa: D205
+    """Return the largest worsening that passes: two standard deviations between seeds, `least`, or a bound.
+
+    The bound, usually the largest of the three, is what the interval of two honest fresh seeds stays below with 99 %
+    probability; more seeds of the baseline make it smaller.
+    """
     seeds, spread = len(values), max(float(np.std(values, ddof=1)), least_spread)
     reach = (stats.t.ppf(CONFIDENCE, seeds - 1) + stats.t.ppf(0.99, seeds - 1)) * math.sqrt(1 / USUAL_SEEDS + 1 / seeds)
     return max(float(reach) * spread, AT_LEAST_SPREADS * spread, least)
 
 
 def document_noise(sums: ArrayLike, counts: ArrayLike) -> float:
-    """Return how much of a figure's document variance is the seeds' doing, for one seed.
+    """Return the part of a figure's document variance that comes from one seed.
 
-    `sums` (seeds, documents) and `counts` (documents): the figure is sum(sums)/sum(counts). Each document's
-    own ups and downs from seed to seed, the figure's left out.
+    `sums` (seeds, documents) and `counts` (documents): the figure is sum(sums)/sum(counts). It is the variance of
+    each document from seed to seed, apart from the figure's own.
     """
     values, weights = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     rest = _rest(values, weights)
@@ -137,8 +139,8 @@ def document_noise(sums: ArrayLike, counts: ArrayLike) -> float:
 def document_variance(before: ArrayLike, after: ArrayLike, counts: ArrayLike, *, noise: float = 0.0) -> float:
     """Return the squared standard error, from the choice of documents, of the figure's change on the same ones.
 
-    `before`, `after` and `counts` (documents): sums per document, means over seeds. `noise` is what the seeds
-    add to it, `document_noise` times (1/seeds + 1/fresh seeds): it is counted between seeds already.
+    `before`, `after` and `counts` (documents): sums per document, means over seeds. `noise` is the seeds' part,
+    `document_noise` times (1/seeds + 1/fresh seeds), which the spread between seeds counts already.
     """
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     weights = np.asarray(counts, dtype=np.float64)
@@ -170,25 +172,26 @@ def _p(worsening: float, error: Error) -> float:
 def _error(
     figure: Guarded, fresh: int, *, honest: bool = False, baseline: int | None = None, documents: float = 1.0
 ) -> Error:
-    """Return the error with so many seeds, and `documents` times as many documents as there are.
+    """Return the error with that many seeds, and with `documents` times as many documents as there are.
 
-    `honest`: were the fresh models further seeds of the baseline, whose documents are the same.
+    `honest`: as if the fresh models were further seeds of the baseline, measured on the same documents.
     """
     spread = max(float(np.std(figure.baseline, ddof=1)), figure.least_spread)
     seeds = baseline or len(figure.baseline)
     if honest:
         return Error(spread * math.sqrt(1 / fresh + 1 / seeds), seeds - 1)
-    seen = spread**2 * (1 / fresh + 1 / seeds)
-    read = figure.document_variance / documents
-    if (total := seen + read) == 0:
+    of_seeds = spread**2 * (1 / fresh + 1 / seeds)
+    of_documents = figure.document_variance / documents
+    if (total := of_seeds + of_documents) == 0:
         return Error(0.0, seeds - 1)
-    freedom = total**2 / (seen**2 / (seeds - 1) + read**2 / max(1, figure.num_documents - 1))  # Satterthwaite 1946
+    # Satterthwaite 1946
+    freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_documents**2 / max(1, figure.num_documents - 1))
     return Error(math.sqrt(total), freedom)
 
 
-def _finding(figure: Guarded, worsening: float, p: float, significant: bool, family: int) -> Finding:
-    error = _error(figure, len(figure.fresh))
-    half = _half(error)
+def _finding(figure: Guarded, test: tuple[float, float], significant: bool, family: int) -> Finding:
+    worsening, p = test
+    half = _half(_error(figure, len(figure.fresh)))
     outcome: Outcome = "cannot tell"
     if worsening > figure.margin and significant:
         outcome = "fail"
@@ -215,23 +218,23 @@ def _half(error: Error) -> float:
 
 
 def _needed(figure: Guarded, worsening: float, family: int) -> str:
-    """Return how many seeds or documents would tell, if the worsening stayed what it is."""
+    """Return how many seeds or documents would decide, if the worsening stayed as it is."""
     above = worsening > figure.margin
 
-    def told(fresh: int, baseline: int | None, documents: float) -> bool:
+    def decides(fresh: int, baseline: int | None, documents: float) -> bool:
         if above:
             return _p(worsening, _error(figure, fresh, honest=True, baseline=baseline)) <= FAMILY_WISE / family
         return worsening + _half(_error(figure, fresh, baseline=baseline, documents=documents)) < figure.margin
 
     first = len(figure.fresh) + 1
     for fresh in range(first, MAX_SEEDS + 1):
-        if told(fresh, None, 1.0):
+        if decides(fresh, None, 1.0):
             return f"{fresh} fresh seeds"
     for both in range(max(first, len(figure.baseline) + 1), MAX_SEEDS + 1):
-        if told(both, both, 1.0):
+        if decides(both, both, 1.0):
             return f"{both} seeds, fresh and in the baseline"
     for times in (2, 4, 8, 16, 32, MAX_TIMES):
-        if not above and told(MAX_SEEDS, MAX_SEEDS, times):
+        if not above and decides(MAX_SEEDS, MAX_SEEDS, times):
             return f"{times * figure.num_documents} documents, and {MAX_SEEDS} seeds"
     if not above and figure.document_variance:
         return f"more than {MAX_TIMES * figure.num_documents} documents, or the baseline's own"

@@ -3,7 +3,6 @@
 `tests/test_simulation.py` measures the coverage of each.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +19,14 @@ CELLS = 1 << 17  # of one block of resamples; larger blocks leave the cache: 2 t
 
 
 class Interval(NamedTuple):
-    """The two ends of a 95 % interval."""
+    """The two bounds of a 95 % interval."""
 
     low: float
     high: float
 
 
 def paired_share_bounds(up: ArrayLike, down: ArrayLike, total: int) -> tuple[Floats, Floats]:
-    """Return both ends for a difference of paired shares, elementwise, within [-1, 1].
+    """Return both bounds for a difference of paired shares, elementwise, within [-1, 1].
 
     `up` and `down` count the documents that changed either way, `total` all documents. Never of width 0:
     with no change at all it is +-2.77/(total + 2).
@@ -53,7 +52,7 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5.
     Differs: a resample's standard error counts as at least a quarter of the whole sample's; otherwise a
-    resample that drew one row over and over gives an infinite end.
+    resample of one row over and over gives an infinite bound.
     """
     if len(sums) < MIN_ROWS:
         return None
@@ -88,10 +87,10 @@ def _resampled_sums(columns: Floats, seed: int) -> Floats:
 def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | None:
     """Return the interval of the mean of paired `changes`, of which most may be 0; None below 5 documents.
 
-    `reach` is the largest change that the metric allows. Two documents are added that changed by s either
-    way: by `reach` if hardly any changed, by what the others did if many. That is the idea of
-    `paired_share_bounds`: a width where no document changed. With 1 document in 20 changed, out of 50, the
-    percentile bootstrap covered 0.75 and this one 0.99. Over 7 laws of change it covered 0.93 or more from 50
+    `reach` is the largest change that the metric allows. Two documents are added that changed by s either way: by
+    `reach` if hardly any document changed, by as much as the others if many did. As in `paired_share_bounds`, the
+    interval so has a width where no document changed. With 1 document in 20 changed, out of 50, the percentile
+    bootstrap covered 0.75 and this one 0.99. Over 7 distributions of change it covered 0.93 or more from 50
     documents on; at 20 documents, all changed and skewed, only 0.88.
     """
     if reach == 0 or len(changes) < MIN_ROWS:
@@ -100,8 +99,8 @@ def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | 
     trust = min(1.0, 3 / max(1, changed))
     size = np.sqrt((changes @ changes + trust * reach**2) / (changed + trust))
     padded = np.append(changes, [size, -size])
-    found = bootstrap_ratio(padded, np.ones(len(padded)), seed=seed)
-    return found and Interval(max(found.low, -reach), min(found.high, reach))
+    interval = bootstrap_ratio(padded, np.ones(len(padded)), seed=seed)
+    return interval and Interval(max(interval.low, -reach), min(interval.high, reach))
 
 
 def interval_of_mean(values: Floats, lows: Floats, highs: Floats) -> Interval:
@@ -140,10 +139,10 @@ def sign_flip_p(changes: Floats, *, seed: int) -> float:
 
 
 def is_above(scores: Floats, level: float, *, binary: bool) -> bool:
-    """Whether the mean of `scores` is above `level`, one-sided at 2.5 %.
+    """Return whether the mean of `scores` is above `level`, one-sided at 2.5 %.
 
-    By a t test, and for 0/1 scores by the exact binomial test as well: the first fails where all scores
-    are equal, the second takes a single success for proof when `level` is 0.
+    By a t test, and for 0/1 scores by the exact binomial test as well: the t test fails where all scores
+    are equal, the binomial test takes a single success for proof when `level` is 0.
     """
     if len(scores) < MIN_ROWS:
         return False
@@ -153,11 +152,3 @@ def is_above(scores: Floats, level: float, *, binary: bool) -> bool:
         return bool(clear)
     exact = stats.binomtest(int(scores.sum()), len(scores), level, alternative="greater")
     return bool(clear and exact.pvalue < 0.025)
-
-
-def reach_of(values: Iterable[Floats]) -> float:
-    """Return the largest possible change of a metric: 1 for scores in [0, 1], else the span of those seen."""
-    seen = np.concatenate(list(values))
-    if seen.min() >= 0 and seen.max() <= 1:
-        return 1.0
-    return float(seen.max() - seen.min())

@@ -35,12 +35,12 @@ def _checked(side: str, frame: pd.DataFrame) -> pd.DataFrame:
         lack = f"no column {', '.join(missing)}" if missing else "no documents"
         raise ValueError(f"the scores of the {side} model have {lack}; one row per document is needed")
     refuse(frame, frame.duplicated(KEY), f"more than once among the scores of the {side} model")
-    kept = frame[COLUMNS].copy()
+    checked = frame[COLUMNS].copy()
     for column in ("value", "count"):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
         refuse(frame, ~np.isfinite(numbers), f"with a {column} that is not a finite number ({side} model)")
-        kept[column] = numbers
-    return kept
+        checked[column] = numbers
+    return checked
 
 
 def refuse(frame: pd.DataFrame, bad: ArrayLike, reason: str) -> None:

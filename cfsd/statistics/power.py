@@ -1,6 +1,6 @@
-"""Power: how small a change would have been found, and how many documents or seeds a given one needs.
+"""Power: how small a change is detectable, and how many documents or seeds are needed to detect a given one.
 
-Found means with 80 % probability, by a two-sided test at 5 %.
+Detectable means with 80 % probability, by a two-sided test at 5 %.
 """
 
 import math
@@ -16,20 +16,20 @@ MAX_SEEDS = 1000
 
 
 def detectable_share(changed_share: float, total: int) -> float:
-    """Return the smallest drop of a share that would have been found; above 1 where no drop would be.
+    """Return the smallest drop of a share that is detectable; above 1 where no drop is.
 
-    `changed_share` is the observed share of documents that changed, taken as at least 3/total: none seen
-    among n says no more than that (the rule of three).
+    `changed_share` is the observed share of documents that changed, taken as at least 3/total: none among n
+    proves no more than that (the rule of three).
     """
     share = min(1.0, max(changed_share, 3 / total))
     return float((Z + Z_POWER) * np.sqrt(share / total))
 
 
 def detectable_change(figure: Figure) -> float | None:
-    """Return the smallest change that would have been found, from the width of the figure's own interval.
+    """Return the smallest change that is detectable, from the width of the figure's own interval.
 
-    For what is no share of documents: mean scores, losses, probe_kl. None without an interval, or with one of
-    width 0 (all rows equal), which says nothing about the scatter.
+    For mean scores, losses and probe_kl, which are no shares of documents. None without an interval, or with one of
+    width 0 (all rows equal), from which the scatter cannot be estimated.
     """
     if figure.low is None or figure.high is None or figure.high <= figure.low:
         return None
@@ -37,7 +37,7 @@ def detectable_change(figure: Figure) -> float | None:
 
 
 def documents_needed(changed_share: float, drop: float) -> int:
-    """Return how many documents would find `drop`: the smallest n with `detectable_share(changed_share, n) <= drop`.
+    """Return how many documents detect `drop`: the smallest n with `detectable_share(changed_share, n) <= drop`.
 
     Raises:
         ValueError: `changed_share` outside [0, 1] or `drop` outside (0, 1].
@@ -49,9 +49,9 @@ def documents_needed(changed_share: float, drop: float) -> int:
 
 
 def seeds_needed(deviation: float, change: float) -> int:
-    """Return how many seeds would find `change` by a t test, given the standard `deviation` between seeds.
+    """Return how many seeds detect `change` by a t test, at a standard `deviation` between seeds.
 
-    Of documents' scatter it knows nothing: more seeds on the same documents do not lessen that part.
+    The scatter of documents does not count: more seeds on the same documents do not reduce it.
 
     Raises:
         ValueError: `deviation` negative, `change` not above 0, or more than 1000 seeds needed.

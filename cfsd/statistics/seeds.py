@@ -1,7 +1,7 @@
 """One figure over several seeds: an interval that counts the scatter of documents and that of seeds.
 
-A document interval alone speaks for one trained model, not for its recipe: two models trained alike but for the
-seed differ significantly on the same documents.
+An interval over documents alone holds for one trained model, not for its recipe: two models that were trained with
+different seeds differ significantly on the same documents.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ DEFINITION = (
 
 
 class OverSeeds(BaseModel):
-    """A figure over seeds; `figure` has no ends below FEWEST seeds, `deviation` is None for a single one.
+    """A figure over seeds; `figure` has no interval below FEWEST seeds, `deviation` is None for a single one.
 
-    `deviation`: standard deviation between the seeds' values. It holds some of the documents' scatter too.
+    `deviation`: standard deviation between the seeds' values. It includes some of the documents' scatter.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,11 +38,11 @@ def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> OverS
     """Return the mean over `seeds`, each a figure on the same documents with its interval over them.
 
     `averaged` is the figure of the documents averaged over the seeds, where it is known: its interval is the
-    narrower one over documents. Without it the seeds' own distances are averaged, which is what they come to
-    when every seed loses the same documents, and too much otherwise.
+    narrower one over documents. Without it the seeds' own distances are averaged, which is right when every seed
+    loses the same documents, and too wide otherwise.
 
     Source: the two parts are joined as in Zou, Huang and Zhang 2009 ("MOVER"), see `intervals.interval_of_mean`.
-    Differs: what of a document's change is due to its seed alone counts in both parts, so that the interval is
+    Differs: the part of a document's change that is due to the seed alone counts twice, so that the interval is
     rather too wide: it covers 0.95-0.97 where every seed loses the same documents, 0.99-1.00 where each its own.
 
     Raises:

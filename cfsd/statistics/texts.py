@@ -1,4 +1,4 @@
-"""What was forgotten of the user's own texts: likelihoods before, likelihoods after -> figures, paired by document."""
+"""How much a model forgot of the user's own texts, from likelihoods before and after, paired by document."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ NATS_PER_BYTE = "nats/byte"
 UNITS = {"per_token": ("tokens", NATS), "per_byte": ("bytes", NATS_PER_BYTE)}
 
 
-def text_forgetting(name: str, before: "pd.DataFrame", after: "pd.DataFrame") -> dict[str, Any]:
+def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     """Return, per token and per byte, the negative log-likelihood before and after, and by how much it rose.
 
     One row per document: `row_id`, `nll` (a sum in nats), `tokens`, `bytes`. Positive forgetting is worse.
@@ -21,7 +21,7 @@ def text_forgetting(name: str, before: "pd.DataFrame", after: "pd.DataFrame") ->
     same = ["row_id", "tokens", "bytes"]
     if not before[same].equals(after[same]):
         raise ValueError(f"text {name}: the documents before and after differ; measure both models on the same ones")
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "documents": len(before),
         "tokens": int(before["tokens"].sum()),
         "bytes": int(before["bytes"].sum()),
@@ -29,9 +29,9 @@ def text_forgetting(name: str, before: "pd.DataFrame", after: "pd.DataFrame") ->
     for unit, (column, label) in UNITS.items():
         counts = before[column].to_numpy(float)
         rise = difference_per_token(after["nll"].to_numpy(), before["nll"].to_numpy(), counts, seed=0)
-        found[unit] = {
+        figures[unit] = {
             "base": float(before["nll"].sum() / counts.sum()),
             "tuned": float(after["nll"].sum() / counts.sum()),
             "forgetting": rise.model_copy(update={"unit": label}).model_dump(),
         }
-    return found
+    return figures

@@ -1,1 +1,1 @@
-"""Scores of lm-eval's tasks, document by document."""
+"""Scoring on lm-eval tasks, document by document. Only these modules import lm-eval; start reading at `score`."""

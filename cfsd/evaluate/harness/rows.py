@@ -1,7 +1,6 @@
-"""What lm-eval found for each document -> rows and facts. Its objects come as arguments, not as imports."""
+"""From lm-eval's results to our rows and metadata. Its objects come as arguments, so nothing of it is imported."""
 
 import math
-from collections.abc import Iterator
 from importlib.metadata import version
 from numbers import Real
 from typing import Any
@@ -13,7 +12,7 @@ from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.benchmark import Benchmark
 
 COLUMNS = ["benchmark", "filter", "doc_id", "doc_hash", "metric", "value", "count", "prompt", "answer"]
-# lm-eval's aggregations by name: the averages over documents, and those over log-likelihoods.
+# lm-eval's aggregations by name: averages over documents, and averages over log-likelihoods.
 MEANS = ("mean", "nanmean")
 PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
 CHOICE_ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
@@ -21,12 +20,12 @@ ZERO_OR_ONE = (*CHOICE_ACCURACIES, "exact_match")
 
 
 def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> str:
-    """Return the metric that is asked for, or acc, else exact_match, else the first usable of `results`.
+    """Return the metric that the benchmark names, or acc, else exact_match, else the first usable of `results`.
 
-    Raises: BadInput if it is not there, or is no average over documents (f1, bleu).
+    Raises: BadInput if it is missing, or is no average over documents (f1, bleu).
     """
-    found = {key.partition(",")[0] for key in results if "," in key and "_stderr," not in key}
-    listed = [name for name in task.aggregation() if name in found]  # in the YAML's order, as found is not
+    names = {key.partition(",")[0] for key in results if "," in key and "_stderr," not in key}
+    listed = [name for name in task.aggregation() if name in names]  # in the order of the YAML
     usable = [name for name in listed if _aggregation(task, name) in MEANS + PERPLEXITIES]
     for name in [benchmark.metric] if benchmark.metric else ["acc", "exact_match", *usable]:
         if name in usable:
@@ -37,18 +36,18 @@ def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> 
 
 
 def refuse_what_has_no_mean(benchmark: Benchmark, task: Any) -> None:
-    """Make `task` raise BadInput for a document whose averaged metric is no number; lm-eval would stumble over it."""
+    """Make `task` raise BadInput for a document whose averaged metric is no number; lm-eval's own error names none."""
     process, documents = task.process_results, 0
     averaged = [name for name in task.aggregation() if _aggregation(task, name) in MEANS]
 
     def checked(document: Any, results: Any) -> Any:
         nonlocal documents
-        found = process(document, results)
+        values = process(document, results)
         for metric in averaged:
-            if metric in found:
-                _number(f"benchmark {benchmark.name}, document {documents}", metric, found[metric])
+            if metric in values:
+                _number(f"benchmark {benchmark.name}, document {documents}", metric, values[metric])
         documents += 1
-        return found
+        return values
 
     task.process_results = checked
 
@@ -61,20 +60,21 @@ def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[d
     Raises: NotFinite if a log-likelihood or a value is NaN or infinite; BadInput if a document has no value, or none
         is left.
     """
-    kept = [sample for sample in samples if not (_aggregation(task, metric) == "nanmean" and _is_nan(sample, metric))]
-    if not kept:
+    if _aggregation(task, metric) == "nanmean":
+        samples = [sample for sample in samples if not _is_nan(sample.get(metric))]
+    if not samples:
         raise BadInput(f"benchmark {benchmark.name}: its {metric} is NaN for every document; choose another metric")
-    return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in kept], columns=COLUMNS)
+    return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in samples], columns=COLUMNS)
 
 
-def _is_nan(sample: dict[str, Any], metric: str) -> bool:
-    return isinstance(value := sample.get(metric), Real) and math.isnan(value)
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, Real) and math.isnan(value)
 
 
 def metadata(
     benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what `cfsd.evaluate.harness.score.Scores` promises, warnings aside."""
+    """Return the metadata of `cfsd.evaluate.harness.score.Scores` that hold for all documents."""
     higher_is_better = task.higher_is_better().get(metric)
     if higher_is_better is None:
         raise BadInput(f"benchmark {benchmark.name}: its YAML must say higher_is_better for {metric}")
@@ -102,13 +102,16 @@ def _aggregation(task: Any, metric: str) -> str:
 def _kind(task: Any, metric: str, rows: pd.DataFrame) -> str:
     if _aggregation(task, metric) in PERPLEXITIES:
         return "perplexity"
-    # By name as well: a mean metric that happens to be 0 or 1 everywhere must not change kind between models.
+    # The name counts too: a mean metric that is 0 or 1 everywhere by chance must not change kind between models.
     return "binary" if metric in ZERO_OR_ONE and rows["value"].isin([0.0, 1.0]).all() else "mean"
 
 
 def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
     where = f"benchmark {benchmark.name}, document {sample['doc_id']}"
-    _check_finite(where, sample)
+    responses = (part[0] if isinstance(part, tuple) else part for repeats in sample["resps"] for part in repeats)
+    for number in responses:  # accuracy would hide a NaN, whose argmax is the first choice
+        if isinstance(number, float) and not math.isfinite(number):
+            raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
     value, count, answer = _value(where, metric, sample), 1, ""
     if _aggregation(task, metric) in PERPLEXITIES:
         value, count = -value, sum(_num_tokens(lm, *arguments) for arguments in sample["arguments"])
@@ -124,21 +127,6 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
         "prompt": str(sample["arguments"][0][0]),
         "answer": answer or _answer(task, metric, sample),
     }
-
-
-def _check_finite(where: str, sample: dict[str, Any]) -> None:
-    # Accuracy would hide it: the argmax over NaN is the first choice.
-    for number in _log_likelihoods(sample):
-        if not math.isfinite(number):
-            raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
-
-
-def _log_likelihoods(sample: dict[str, Any]) -> Iterator[float]:
-    for repeats in sample["resps"]:
-        for response in repeats:
-            number = response[0] if isinstance(response, tuple) else response
-            if isinstance(number, float):
-                yield number
 
 
 def _value(where: str, metric: str, sample: dict[str, Any]) -> float:
@@ -168,15 +156,15 @@ def _num_tokens(lm: Any, context: str, continuation: str | None = None) -> int:
 
 
 def _answer(task: Any, metric: str, sample: dict[str, Any]) -> str:
-    """Return the model's answer and the right one, to be read by people."""
-    given, right = sample["filtered_resps"], sample["target"]
+    """Return the model's answer and the right one, for people to read."""
+    answer, right = sample["filtered_resps"], sample["target"]
     if task.OUTPUT_TYPE == "multiple_choice":
         choices, right = _choices_and_right(task, sample)
         named = [choices[i] if isinstance(i, int) else str(i) for i in _as_list(right)]
-        given, right = choices[_best(metric, choices, given)], " or ".join(named)
-    elif len(given) == 1:
-        given = given[0]
-    return f"{given} [right: {right}]"
+        answer, right = choices[_best(metric, choices, answer)], " or ".join(named)
+    elif len(answer) == 1:
+        answer = answer[0]
+    return f"{answer} [right: {right}]"
 
 
 def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], Any]:
@@ -187,19 +175,17 @@ def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], An
 
 def _best(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
     lengths = [1] * len(choices)
-    if metric == "acc_norm":
-        lengths = [len(choice) for choice in choices]
-    if metric == "acc_bytes":
-        lengths = [len(choice.encode()) for choice in choices]
+    if metric in ("acc_norm", "acc_bytes"):
+        lengths = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
     likelihoods = [likelihood for likelihood, _ in answers[: len(choices)]]
     return int(np.argmax(np.array(likelihoods) / lengths))
 
 
 def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str, Any]]) -> float | None:
-    """Return the expected score of guessing: as given, as in the YAML's metadata, or from the choices."""
-    stated = (task.get_config("metadata") or {}).get("chance", benchmark.chance)
+    """Return the expected score of guessing: the benchmark's, that of the YAML's metadata, or from the choices."""
+    stated = benchmark.chance if benchmark.chance is not None else (task.get_config("metadata") or {}).get("chance")
     if stated is not None:
-        return float(benchmark.chance if benchmark.chance is not None else stated)
+        return float(stated)
     if metric not in CHOICE_ACCURACIES or task.OUTPUT_TYPE != "multiple_choice":
         return None
     pairs = [_choices_and_right(task, sample) for sample in samples]

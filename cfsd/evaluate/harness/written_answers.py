@@ -1,4 +1,4 @@
-"""Written answers: what is the answer in what a model wrote, and how its writing ended."""
+"""Written answers: which part of what a model wrote is the answer, and how the writing ended."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,26 +17,26 @@ def length_limit(settings: Mapping[str, Any], default: int) -> int:
 class Answers:
     """Reads answers one after the other and counts how they ended.
 
-    With `thinking_end` the answer is what follows the last end mark, without the white space around the mark, and
-    is empty where there is none. Differs: lm-eval's `think_end_token` takes an unfinished reasoning for the answer,
-    never sees a mark that is a special token, and lets the benchmark's stop sequences end the reasoning too, or not,
-    as the other rows of the batch have it. Here the model writes until its end token or the limit.
+    With `thinking_end` the answer is what follows the last such mark, without the white space around it, and is
+    empty where the mark is missing. Differs: lm-eval's `think_end_token` takes unfinished reasoning for the answer,
+    never sees a mark that is a special token, and may let the benchmark's stop sequences end the reasoning,
+    depending on the other rows of the batch. Here the model writes until an eos token or the limit.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking_end: str | None, ends: Collection[int]) -> None:
-        """`ends`: the ids at which the model ends a text."""
-        self.tokenizer, self.thinking_end, self.ends = tokenizer, thinking_end, frozenset(ends)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking_end: str | None, eos_ids: Collection[int]) -> None:
+        """Count from zero; the model ends a text at any of `eos_ids`."""
+        self.tokenizer, self.thinking_end, self.eos_ids = tokenizer, thinking_end, frozenset(eos_ids)
         self.number = self.at_limit = self.unfinished = 0
         self.limit = 0
         self.stops: list[str] = []
 
     def begin(self, limit: int, stops: Sequence[str]) -> None:
-        """Say what holds for the answers that follow: their most tokens, and the sequences that end one."""
+        """Set what holds for the answers that follow: the most tokens of one, and the sequences that end it."""
         self.limit, self.stops = limit, [stop for stop in stops if stop]
 
     def read(self, tokens: list[int]) -> str:
         """Return the answer in `tokens`, not yet cut at a stop sequence."""
-        end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+        end = next((i for i, token in enumerate(tokens) if token in self.eos_ids), None)
         answer = self._decoded(tokens) if self.thinking_end is None else self._after(tokens[:end], self.thinking_end)
         is_cut = end is None and len(tokens) >= self.limit
         self.number += 1
@@ -55,7 +55,7 @@ class Answers:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
     def _after(self, tokens: list[int], mark: str) -> str | None:
-        _, found, answer = self._decoded(tokens, special=True).rpartition(mark)
+        _, mark_read, answer = self._decoded(tokens, special=True).rpartition(mark)
         for token in self.tokenizer.all_special_tokens:
             answer = answer.replace(token, "")
-        return answer.lstrip() if found else None
+        return answer.lstrip() if mark_read else None

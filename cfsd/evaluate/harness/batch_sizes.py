@@ -1,8 +1,7 @@
-"""How many requests of lm-eval go through the model at once: by tokens, and half as many after an out-of-memory."""
+"""How many of lm-eval's requests one batch holds: by tokens, and half as many after an out-of-memory."""
 
 import gc
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,37 +9,20 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from cfsd.errors import OutOfMemory
 
-
-class Collector(logging.Handler):
-    """Keeps distinct warnings, but for those on being given a loaded model, which lm-eval's HFLM always gives."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message of `record`."""
-        message = record.getMessage()
-        is_expected = record.module == "huggingface" and record.funcName == "__init__"
-        if not is_expected and message not in self.messages:
-            self.messages.append(message)
-
-
-GENERATING = 16  # times as many tokens where the model writes: only a row's last position has logits then
+GENERATING = 16  # times as many tokens where the model writes, because only a row's last position has logits then
 
 
 class Batches:
     """Sizes of batches of at most `max_tokens`, padding included, at least one row."""
 
     def __init__(self, max_tokens: int) -> None:
-        """Start with the size given."""
+        """Begin with batches of `max_tokens`."""
         self.max_tokens = max_tokens
-        self.rows = self.longest = 0  # of the batch at work
+        self.rows = self.longest = 0  # of the present batch
         self._next = 0
 
     def size(self, longest: int, *, written: bool = False) -> int:
-        """Return the rows of batches whose longest row has `longest` tokens; `written`: most of them by the model."""
+        """Return the rows of batches whose longest row has `longest` tokens; `written` by the model, mostly."""
         tokens = self.max_tokens * (GENERATING if written else 1)
         self.longest, self.rows = longest, max(1, tokens // max(1, longest))
         return self.rows
@@ -51,8 +33,8 @@ class Batches:
             self._next = position + self.size(length())
         return self.rows
 
-    def answer(self, ask: Callable[[], list[Any]]) -> list[Any]:
-        """Return what `ask` gives, asked again with half the tokens to a batch after each out-of-memory.
+    def retried(self, ask: Callable[[], list[Any]]) -> list[Any]:
+        """Return the answers of `ask`, which is called again with half the tokens to a batch after an out-of-memory.
 
         Raises: OutOfMemory if one row alone does not fit.
         """
@@ -63,7 +45,7 @@ class Batches:
                 if not should_reduce_batch_size(error):
                     raise
                 self._halve(error)
-            gc.collect()  # outside the except clause, which keeps the failed pass alive
+            gc.collect()  # outside the except clause, which would keep the failed pass alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -74,8 +56,3 @@ class Batches:
                 "use the device, or lower num_fewshot or max_gen_toks of the benchmark"
             ) from error
         self.max_tokens = max(1, self.max_tokens // 2)
-
-
-def longest_text(lm: Any, texts: Sequence[str]) -> int:
-    """Return the tokens of the longest of `texts`, a start token before it, as far as the model's context goes."""
-    return min(int(lm.max_length), 1 + max((len(lm.tok_encode(text)) for text in texts), default=0))

@@ -1,4 +1,4 @@
-"""How lm-eval's model class is asked: in batches that fit, with progress, its written answers read by us."""
+"""What is changed in lm-eval's model class: batches that fit, progress, and our own reading of written answers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
-from cfsd.evaluate.harness.answers import Answers, length_limit
-from cfsd.evaluate.harness.batches import Batches, longest_text
+from cfsd.evaluate.harness.batch_sizes import Batches
+from cfsd.evaluate.harness.written_answers import Answers, length_limit
 
 Progress = Callable[[int, int], None]
-Base: Any = object  # what it is put before is lm-eval's HFLM, which only `cfsd.evaluate.harness.score` imports
+Base: Any = object  # a mixin: `cfsd.evaluate.harness.score` puts it before lm-eval's HFLM
 
 
 class _Counter:
-    """In place of lm-eval's cache hook, which is told of every answered request: reports each new percent."""
+    """Takes the place of lm-eval's cache hook, which sees every answered request, and reports each new percent."""
 
     def __init__(self, total: int, on_progress: Progress | None) -> None:
         self.done, self.total, self.on_progress = 0, total, on_progress
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        if attr != "loglikelihood_rolling":  # told at the very end only; counted per batch below instead
+        if attr != "loglikelihood_rolling":  # reported only at the very end, so it is counted per batch below
             self.advance(1)
 
     def advance(self, number: int) -> None:
@@ -30,11 +30,11 @@ class _Counter:
             self.on_progress(self.done, self.total)
 
 
-class Model(Base):  # type: ignore[misc]
-    """To be put before HFLM: no bars, `on_progress`, sizes of batches and answers of our own."""
+class BatchedModel(Base):  # type: ignore[misc]
+    """Overrides of HFLM: no bars, `on_progress`, sizes of batches and answers of our own."""
 
     def prepare(self, benchmark: Benchmark, task: Any, batches: Batches, on_progress: Progress | None) -> None:
-        """Say how `task` is worked on. Raises BadInput if its answers have no room in the model's context."""
+        """Get ready for `task`. Raises BadInput if its answers have no room in the model's context."""
         self.batches, self.on_progress, self.benchmark = batches, on_progress, benchmark
         self.limit = length_limit(task.get_config("generation_kwargs") or {}, self.max_gen_toks)
         if task.OUTPUT_TYPE == WRITTEN and self.limit >= self.max_length:
@@ -45,17 +45,16 @@ class Model(Base):  # type: ignore[misc]
         self.answers = self._no_answers()
 
     def _no_answers(self) -> Answers:
-        known: Any = getattr(self.model, "generation_config", None)
-        ends = getattr(known, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        return Answers(self.tokenizer, self.benchmark.thinking_end, [*ends, self.eot_token_id])
+        eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return Answers(self.tokenizer, self.benchmark.thinking_end, [*eos_ids, self.eot_token_id])
 
     def _counted(self, method: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
         def ask() -> list[Any]:
             self.cache_hook, self.answers = _Counter(len(requests), self.on_progress), self._no_answers()
             return method(requests, disable_tqdm=True)
 
-        return self.batches.answer(ask)
+        return self.batches.retried(ask)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests of one text after another."""
@@ -63,22 +62,20 @@ class Model(Base):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests of whole texts."""
-        longest, rolling = longest_text(self, [request.args[0] for request in requests]), super().loglikelihood_rolling
-
-        def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-            self.batch_size_per_gpu = self.batches.size(longest)
-            return list(rolling(requests, disable_tqdm))
-
-        return self._counted(sized, requests)
+        return self._in_equal_batches(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests to write."""
-        longest = longest_text(self, [request.args[0] for request in requests]) + self.limit
-        generate = super().generate_until
+        return self._in_equal_batches(super().generate_until, requests, written=self.limit)
+
+    def _in_equal_batches(self, method: Callable[..., list[Any]], requests: list[Any], written: int = 0) -> list[Any]:
+        """Ask in batches of as many rows as fit of the longest: one start token, its text, `written` tokens."""
+        texts = (len(self.tok_encode(request.args[0])) for request in requests)
+        longest = min(1 + max(texts, default=0) + written, self.max_length)
 
         def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-            self.batch_size_per_gpu = self.batches.size(min(longest, self.max_length), written=True)
-            return list(generate(requests, disable_tqdm))
+            self.batch_size_per_gpu = self.batches.size(longest, written=bool(written))
+            return list(method(requests, disable_tqdm))
 
         return self._counted(sized, requests)
 
@@ -90,7 +87,7 @@ class Model(Base):  # type: ignore[misc]
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Any]:
         answers: list[Any] = super()._loglikelihood_tokens(requests, True, override_bs)
-        if requests and requests[0][0] is None:  # windows of rolling requests are not told to the hook
+        if requests and requests[0][0] is None:  # the hook does not see the windows of rolling requests
             self.cache_hook.advance(len(requests))
         return answers
 
@@ -102,7 +99,7 @@ class Model(Base):  # type: ignore[misc]
         return generated
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """Return the answer in what the model wrote: the only lists that lm-eval decodes; or one token's text."""
+        """Return the answer in what the model wrote (lm-eval decodes no other lists), or the text of one token."""
         if isinstance(tokens, list):
             return self.answers.read(tokens)
         return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
