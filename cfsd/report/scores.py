@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cfsd.statistics.figures import Figure, per_token
+from cfsd.statistics.figures import Figure, mean_per_token
 from cfsd.statistics.forgetting import Measure
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import shard_path
@@ -37,4 +37,4 @@ def loss_fall(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[NDArray[np.float
 
 def target_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
     """Return by how much the loss on held-out responses fell, in nats per token; positive is learned."""
-    return per_token(*loss_fall(base, tuned), seed=0)
+    return mean_per_token(*loss_fall(base, tuned), seed=0)
