@@ -45,7 +45,7 @@ check: $(DONE) docs  ## Format, lint, types, documentation
 	$(BIN)/mypy
 
 docs: $(DONE)  ## Build the documentation into site/ and check its links (10 seconds)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs-picture: $(DONE)  ## Draw the picture of the architecture from the imports
 	$(BIN)/python docs/architecture.py

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -39,7 +40,7 @@ def imports() -> Graph:
     """Return which package imports which, late imports included. Tests of the code hold it free of circles."""
     files = {path: _module(path) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))}
     boxes = {package_of(module) for module in files.values()} - {"cfsd"}
-    graph: Graph = {box: set() for box in boxes}
+    graph: Graph = {box: set() for box in sorted(boxes)}
     for path, module in files.items():
         if (box := package_of(module)) in boxes:
             graph[box] |= {package_of(name) for name in _imported(path)} & boxes - {box}
@@ -101,9 +102,9 @@ def arranged(rows: list[list[str]], arrows: dict[str, list[str]]) -> dict[str, t
     x = {name: place for row in rows for name, place in zip(row, _spread(row), strict=True)}
     for _ in range(60):
         for row in rows:
-            wish = {name: sum(x[other] for other in joined.get(name, [name])) / len(joined.get(name, [name])) for name in row}
+            wish = {name: fmean(x[other] for other in joined.get(name, [name])) for name in row}
             row.sort(key=wish.__getitem__)
-            middle = sum(wish.values()) / len(row)
+            middle = fmean(wish.values())
             x |= {name: middle + place for name, place in zip(row, _spread(row), strict=True)}
         centre = (max(x.values()) + min(x.values())) / 2
         x = {name: place - centre for name, place in x.items()}
@@ -175,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
-        sys.exit(0 if is_current() else "docs/explanation/architecture.svg is older than the imports: make docs-picture")
+        sys.exit(0 if is_current() else "the picture is older than the imports: make docs-picture")
     try:
         draw(imports(), PICTURE)
     except CycleError as error:

@@ -1,21 +1,20 @@
 """What mkdocs calls while it builds the site: pages made from the code, and checks of the result."""
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import architecture
+import reference_fields
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # these scripts, and the library
-
-import architecture
-import reference_fields
-
 CFSD = Path(__file__).parents[1] / "cfsd"
-LOADED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*\brel=["']?stylesheet["']?[^>]*//""")
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//"""
+    r"""|<link\b[^>]*\brel=["']?(?:stylesheet|preconnect)["']?[^>]*//"""
+)
 
 
 def on_config(config: MkDocsConfig) -> None:

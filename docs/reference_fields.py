@@ -3,90 +3,53 @@
 python docs/reference_fields.py     prints the page
 """
 
-import json
 from collections.abc import Iterator
-from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from cfsd.comparison import Comparison
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from flows.fields import Described, sections
 
 INTRODUCTION = """# Every field
 
 Made from the specs when the site is built; `python -m flows.fields` prints the same in a terminal. A recipe is a YAML
 file; `--set FIELD=VALUE` changes a field of it by its dotted name. Fields of the machine are set by
-`--machine FIELD=VALUE`, change no result and are in no key. A field without a default is required.
+`--machine FIELD=VALUE`, change no result and are in no key.
 """
-TITLES = {
-    Recipe: "a recipe",
-    Comparison: "a comparison: `python -m flows.compare`",
-    Machine: "the machine: `--machine FIELD=VALUE`",
+TITLES: dict[type[BaseModel], str] = {
+    Recipe: "A recipe",
+    Comparison: "A comparison: `python -m flows.compare`",
+    Machine: "The machine: `--machine FIELD=VALUE`",
 }
-LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "pattern": "matches"}
 
 
 def page() -> str:
-    """Return the whole page, as Markdown: one table per spec."""
+    """Return the whole page, as Markdown: one table per spec, each spec once."""
     seen: set[type[BaseModel]] = set()
-    sections = [part for top in TITLES for model, prefix in _models(top, "", seen) for part in _section(model, prefix)]
-    return "\n".join([INTRODUCTION, *sections])
+    parts = [INTRODUCTION]
+    for top in TITLES:
+        for prefix, model, fields in sections(top):
+            if model not in seen:
+                parts += _section(prefix, model, fields)
+                seen.add(model)
+    return "\n".join(parts) + "\n"
 
 
-def _models(model: type[BaseModel], prefix: str, seen: set[type[BaseModel]]) -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield each model once, with the dotted prefix of its fields, parents before the models in their fields."""
-    if model in seen:
-        return
-    seen.add(model)
-    yield model, prefix
-    for name, field in model.model_fields.items():
-        for inner, several in _models_in(field.annotation):
-            yield from _models(inner, f"{prefix}{name}{'[]' if several else ''}.", seen)
-
-
-def _models_in(annotation: Any, several: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Yield the models that an annotation names, and whether they stand in a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, several
-    for inner in get_args(annotation):
-        yield from _models_in(inner, several or getattr(annotation, "__origin__", None) in (tuple, list))
-
-
-def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    schema = model.model_json_schema()
-    title = TITLES.get(model) or f"`{prefix.rstrip('.')}`"
-    yield f"\n## {title[0].upper()}{title[1:]}\n"
-    yield f"{schema.get('description', '').strip()}\n\n`{model.__name__}` of `{_package(model)}`\n"
+def _section(prefix: str, model: type[BaseModel], fields: list[Described]) -> Iterator[str]:
+    package = ".".join(model.__module__.split(".")[:2])
+    yield f"\n## {TITLES.get(model) or f'`{prefix.rstrip(chr(46))}`'}\n"
+    yield f"{(model.__doc__ or '').strip()}\n\n`{model.__name__}` of `{package}`\n"
     yield "| field | type | default | what it does |\n|---|---|---|---|"
-    for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", ()) else _default(field.get("default"))
-        yield f"| `{prefix}{name}` | {_type(field, schema)} | {default} | {_cell(field.get('description', ''))} |"
+    for field in fields:
+        yield f"| `{field.name}` | {_cell(field.kind)} | {_default(field)} | {_cell(field.description)} |"
 
 
-def _package(model: type[BaseModel]) -> str:
-    return ".".join(model.__module__.split(".")[:2])
-
-
-def _default(value: Any) -> str:
-    if isinstance(value, dict) and value:
-        return "as below"
-    return "empty" if value in (None, [], {}, "") else f"`{_cell(json.dumps(value, ensure_ascii=False))}`"
-
-
-def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """Return the words for a field's JSON schema: `integer > 0, or empty`."""
-    if options := field.get("anyOf"):
-        words = [_type(option, schema) for option in options]
-        return ", or ".join(["empty" if word == "null" else word for word in words])
-    if "enum" in field or "const" in field:
-        return " · ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if "$ref" in field:
-        return f"`{field['$ref'].rpartition('/')[2]}`"
-    word = {"array": "list", "object": "mapping"}.get(field.get("type", ""), field.get("type", "any"))
-    if items := field.get("items"):
-        word = f"list of {_type(items, schema)}"
-    return " ".join([word, *(_cell(f"{sign} {field[key]}") for key, sign in LIMITS.items() if key in field)])
+def _default(field: Described) -> str:
+    if field.default in ("empty", "required"):
+        return field.default
+    return "as below" if field.is_section else f"`{_cell(field.default)}`"
 
 
 def _cell(text: str) -> str:
