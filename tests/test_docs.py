@@ -2,17 +2,27 @@
 
 import importlib.util
 import re
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
+from pydantic import create_model
 
 from cfsd.comparison import Comparison
+from cfsd.data.target import Target
+from cfsd.errors import BadInput
+from cfsd.filter.rules import Rows as FilterRows
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.train.methods import Methods
 from flows.fields import rows
 from tests.conftest import ROOT
 
@@ -122,3 +132,51 @@ def test_the_picture_keeps_the_order_and_leaves_out_what_follows() -> None:
 def test_actions_are_pinned_by_commit(workflow: Path) -> None:
     uses = re.findall(r"uses: *(\S+)(.*)", workflow.read_text())
     assert uses and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) and "# v" in said for action, said in uses)
+
+
+def example(name: str) -> dict[str, Any]:
+    """Return what the first Python block of an extension page defines."""
+    names: dict[str, Any] = {"__name__": f"example_{name}"}
+    exec(blocks(ROOT / "docs" / "extending" / f"{name}.md", "python")[0], names)
+    return names
+
+
+def test_the_example_of_a_method_is_one() -> None:
+    half = example("method")["Half"]
+    methods = create_model("Methods", __base__=Methods, half=(half, half()))
+    on = methods.model_validate({"half": {"weight": 0.5}, "ewc": {"weight": 1}})
+    assert {name: pull.scale for name, pull in on.pulls().items()} == {"ewc": 0.5, "half": 0.25}
+    assert methods().digest() == Methods().digest()
+
+
+def test_the_example_of_a_measure_is_one() -> None:
+    entry = example("measure")["ENTRY"]
+    responses = tuple(pd.DataFrame({"nll": nll}) for nll in ([3.0, 2.0, 1.0, 5.0], [1.0, 1.0, 2.0, 1.0]))
+    figure = entry.compute(SimpleNamespace(responses=responses))
+    assert figure.value == 0.5 and figure.low < 0.5 < figure.high
+    assert entry.compute(SimpleNamespace(responses=None)) is None
+
+
+def test_the_example_of_a_source_is_one() -> None:
+    source = example("source")["ENTRY"]["paragraph"]
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [7] if text == "\n\n" else [])
+    rows_made = source.alike(None, SimpleNamespace(start=1, tokenizer=tokenizer, eos_ids=(2,)), [4, 5])
+    assert (rows_made.prompts, rows_made.ids, rows_made.eos_ids) == ([[1, 7], [1, 7]], [4, 5], (2,))
+
+
+def test_the_example_of_a_filter_rule_is_one() -> None:
+    rule = example("filter-rule")["ENTRY"]["max_digits"](SimpleNamespace(max_digits=0.5), None)
+    batch = pa.record_batch({"text": ["year 2024", "12345", None]})
+    verdicts = list(rule(FilterRows(batch, 0, np.zeros(3, int), np.zeros(3)), np.arange(3)))
+    assert [(verdict.place, verdict.reason) for verdict in verdicts] == [(1, "too many digits")]
+
+
+def test_the_example_of_a_target_kind_is_one(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as connection, connection:
+        connection.execute("CREATE TABLE pairs (prompt, response)")
+        connection.execute("INSERT INTO pairs VALUES ('a', 'b')")
+    records = example("target-kind")["sqlite_records"]
+    target = Target(path=str(tmp_path / "rows.db"), name="pairs")
+    assert list(records(target)) == [{"prompt": "a", "response": "b"}]
+    with pytest.raises(BadInput, match="no readable table 'others'"):
+        list(records(target.model_copy(update={"name": "others"})))
