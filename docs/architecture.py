@@ -144,7 +144,8 @@ def _box(axes: Axes, box: str, x: float, y: float) -> None:
     patch = FancyBboxPatch((x - 0.92, y - 0.2), 1.84, 0.4, boxstyle=style, fc=COLOURS[layer], ec="#37474f", zorder=3)
     axes.add_patch(patch)
     label = f"{name}.py" if is_module else f"{name or layer}/"
-    axes.text(x, y, label, ha="center", va="center", fontsize=9, zorder=4, weight="normal" if is_module else "bold")
+    size, weight = (9 if len(label) < 16 else 8), ("normal" if is_module else "bold")
+    axes.text(x, y, label, ha="center", va="center", fontsize=size, zorder=4, weight=weight)
 
 
 def _arrow(axes: Axes, points: list[tuple[float, float]]) -> None:

@@ -1,5 +1,6 @@
 """What mkdocs calls while it builds the site: pages made from the code, and checks of the result."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,17 +38,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def api_pages() -> Iterator[tuple[str, str]]:
-    """Yield (package, page): its modules in alphabetical order, `spec` and `stage` first."""
+    """Yield (name, page): a page for each package, `spec` and `stage` first, and one for the modules beside them."""
     for package in sorted(CFSD.iterdir()):
-        if (package / "__init__.py").exists():
+        if (face := package / "__init__.py").exists():
             modules = sorted(package.rglob("*.py"), key=lambda file: (file.stem not in ("spec", "stage"), str(file)))
-            yield package.name, _page(f"cfsd.{package.name}", [file for file in modules if file.stem != "__init__"])
-    yield "modules", _page("Modules of cfsd", sorted(file for file in CFSD.glob("*.py") if file.stem != "__init__"))
+            yield package.name, _page(f"cfsd.{package.name}", _docstring(face), modules)
+    yield "modules", _page("Modules of cfsd", _docstring(CFSD / "__init__.py"), sorted(CFSD.glob("*.py")))
 
 
-def _page(title: str, modules: list[Path]) -> str:
-    names = [".".join(file.relative_to(CFSD.parent).with_suffix("").parts) for file in modules]
-    return "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)]) + "\n"
+def _docstring(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def _page(title: str, introduction: str, modules: list[Path]) -> str:
+    paths = [file.relative_to(CFSD.parent).with_suffix("") for file in modules if file.stem != "__init__"]
+    return "\n\n".join([f"# {title}", introduction, *(f"::: {'.'.join(path.parts)}" for path in paths)]) + "\n"
 
 
 def on_pre_build(config: MkDocsConfig) -> None:

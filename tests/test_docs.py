@@ -135,9 +135,9 @@ def test_actions_are_pinned_by_commit(workflow: Path) -> None:
 
 
 def example(name: str) -> dict[str, Any]:
-    """Return what the first Python block of an extension page defines."""
+    """Return what the longest Python block of an extension page defines: the others are fragments."""
     names: dict[str, Any] = {"__name__": f"example_{name}"}
-    exec(blocks(ROOT / "docs" / "extending" / f"{name}.md", "python")[0], names)
+    exec(max(blocks(ROOT / "docs" / "extending" / f"{name}.md", "python"), key=len), names)
     return names
 
 
