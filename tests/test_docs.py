@@ -180,3 +180,10 @@ def test_the_example_of_a_target_kind_is_one(tmp_path: Path) -> None:
     assert list(records(target)) == [{"prompt": "a", "response": "b"}]
     with pytest.raises(BadInput, match="no readable table 'others'"):
         list(records(target.model_copy(update={"name": "others"})))
+
+
+def test_the_examples_of_the_library_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in blocks(ROOT / "docs" / "how-to" / "library.md", "python"):
+        exec(block, {})
+    assert re.match(r"0\.0003 \['context-free'\] [0-9a-f]{16}\nvalue=-0\.25 low=-", capsys.readouterr().out)
