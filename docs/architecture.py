@@ -104,7 +104,7 @@ def arranged(rows: list[list[str]], arrows: dict[str, list[str]]) -> dict[str, t
         for row in rows:
             wish = {name: fmean(x[other] for other in joined.get(name, [name])) for name in row}
             row.sort(key=wish.__getitem__)
-            middle = fmean(wish.values())
+            middle = fmean(wish.values()) / 3  # towards the middle of the page
             x |= {name: middle + place for name, place in zip(row, _spread(row), strict=True)}
         centre = (max(x.values()) + min(x.values())) / 2
         x = {name: place - centre for name, place in x.items()}
@@ -144,7 +144,7 @@ def _box(axes: Axes, box: str, x: float, y: float) -> None:
     patch = FancyBboxPatch((x - 0.92, y - 0.2), 1.84, 0.4, boxstyle=style, fc=COLOURS[layer], ec="#37474f", zorder=3)
     axes.add_patch(patch)
     label = f"{name}.py" if is_module else f"{name or layer}/"
-    size, weight = (9 if len(label) < 16 else 8), ("normal" if is_module else "bold")
+    size, weight = (9 if len(label) < 16 else 7.5), ("normal" if is_module else "bold")
     axes.text(x, y, label, ha="center", va="center", fontsize=size, zorder=4, weight=weight)
 
 
