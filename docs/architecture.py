@@ -133,7 +133,7 @@ def draw(graph: Graph, to: Path) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, 0.4))
     axes.axis("off")
     with matplotlib.rc_context({"svg.hashsalt": "cfsd", "svg.fonttype": "path"}):
-        figure.savefig(to, bbox_inches="tight", metadata={"Date": None, "Description": mark(graph)})
+        figure.savefig(to, bbox_inches="tight", metadata={"Date": None, "Description": mark(arrows)})
     plt.close(figure)
 
 
@@ -161,15 +161,18 @@ def _arrow(axes: Axes, points: list[tuple[float, float]]) -> None:
     )
 
 
-def mark(graph: Graph) -> str:
-    """Return a digest of the imports, which the picture carries."""
-    text = json.dumps({box: sorted(below) for box, below in sorted(graph.items())})
-    return f"imports {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+def mark(arrows: Graph) -> str:
+    """Return a digest of what is drawn, which the picture carries."""
+    text = json.dumps({box: sorted(below) for box, below in sorted(arrows.items())})
+    return f"arrows {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def is_current() -> bool:
     """Say whether the picture shows the imports as they are."""
-    return PICTURE.exists() and mark(imports()) in PICTURE.read_text()
+    try:
+        return PICTURE.exists() and mark(reduced(imports())) in PICTURE.read_text()
+    except CycleError:
+        return False
 
 
 def main() -> None:
