@@ -6,7 +6,7 @@ DONE = $(VENV)/.installed
 PART ?= overhead
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-tiny test gate slow check format bench up down clean
+.PHONY: help setup demo demo-tiny test coverage gate slow check docs docs-picture format bench up down clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +29,9 @@ demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)
 test: $(DONE)  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+coverage: $(DONE)  ## The fast tests, and which share of the lines they run
+	PYTEST_ADDOPTS="--cov=cfsd --cov=tasks --cov=flows --cov-report=term:skip-covered" $(MAKE) fast
+
 gate: $(DONE)  ## Has forgetting on the tiny recipe got worse than its baseline? One fresh seed (1 minute)
 	$(BIN)/python -m flows.regress deployments/recipes/tiny.yaml --seeds 1 || test $$? = 3
 
@@ -36,10 +39,16 @@ slow: $(DONE)  ## The tests that take minutes each, with Ray
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m slow
 
-check: $(DONE)  ## Format, lint, types
+check: $(DONE) docs  ## Format, lint, types, documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(DONE)  ## Build the documentation into site/ and check its links (10 seconds)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-picture: $(DONE)  ## Draw the picture of the architecture from the imports
+	$(BIN)/python docs/architecture.py
 
 format: $(DONE)  ## Put the code into its format
 	$(BIN)/ruff format .
@@ -56,4 +65,4 @@ down: $(DONE)  ## End them
 	$(BIN)/python -m flows.serve down
 
 clean:  ## Remove caches; the data folder stays
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site .coverage

@@ -1,47 +1,98 @@
-"""Every field of a recipe and of the machine, with its default, unit and effect.
+"""Every field of a recipe and of the machine, with its type, default, unit and effect.
 
 python -m flows.fields
 """
 
-from typing import Any, get_args
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.table import Table
 
-from cfsd.evaluate.benchmark import Benchmark
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 
-
-def rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
-    """Return (dotted name, default, description) of every field, nested ones in place of their parent."""
-    found = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += rows(inner, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, _default(field), field.description or ""))
-            if Benchmark in get_args(inner):
-                found += rows(Benchmark, f"{prefix}{name}[].")
-    return found
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
-def _default(field: FieldInfo) -> str:
-    default: Any = field.default
-    return "" if default is PydanticUndefined else "empty" if default in (None, (), {}) else str(default)
+class Described(NamedTuple):
+    """A field as users see it. `default` is as in YAML, or "empty", or "required"."""
+
+    name: str  # dotted; `[]` after what is a list
+    kind: str
+    default: str
+    description: str
+    is_section: bool  # its own fields are listed as well
+
+
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], list[Described]]]:
+    """Yield (dotted prefix, spec, fields) of `model` and of every spec in its fields, parents first."""
+    schema = model.model_json_schema()
+    inner = {name: list(_specs_in(field.annotation)) for name, field in model.model_fields.items()}
+    yield (
+        prefix,
+        model,
+        [
+            Described(
+                prefix + name,
+                _kind(field),
+                _default(name, field, schema),
+                field.get("description", ""),
+                bool(inner[name]),
+            )
+            for name, field in schema["properties"].items()
+        ],
+    )
+    for name, specs in inner.items():
+        for spec, is_list in specs:
+            yield from sections(spec, f"{prefix}{name}{'[]' if is_list else ''}.")
+
+
+def rows(model: type[BaseModel]) -> list[Described]:
+    """Return every field that holds a value or a list, by dotted name."""
+    fields = [field for _, _, described in sections(model) for field in described]
+    return [field for field in fields if not field.is_section or field.kind.startswith("list")]
+
+
+def _specs_in(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, is_list
+    for part in get_args(annotation):
+        yield from _specs_in(part, is_list or get_origin(annotation) in (tuple, list))
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """Return a field's JSON schema in words, such as `integer > 0, or empty`."""
+    if options := field.get("anyOf"):
+        return ", or ".join("empty" if option.get("type") == "null" else _kind(option) for option in options)
+    if "enum" in field or "const" in field:
+        return " · ".join(map(str, field.get("enum", [field.get("const")])))
+    if "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    if field.get("type") == "array":
+        return f"list of {_kind(field.get('items', {}))}"
+    word = {"object": "mapping"}.get(field.get("type", ""), field.get("type", "value"))
+    return " ".join([word, *(f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field)])
+
+
+def _default(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
+    if name in schema.get("required", ()):
+        return "required"
+    default = field.get("default")
+    if default in (None, "", [], {}):
+        return "empty"
+    return default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
 
 
 def main() -> None:
     """Print both tables."""
     console = Console()
     for title, model in (("recipe: YAML, or --set FIELD=VALUE", Recipe), ("--machine FIELD=VALUE", Machine)):
-        table = Table("field", "default", "what it does", title=title, show_lines=False)
-        for row in rows(model):
-            table.add_row(*row)
+        table = Table("field", "type", "default", "what it does", title=title, show_lines=False)
+        for field in rows(model):
+            table.add_row(field.name, field.kind, field.default, field.description)
         console.print(table)
 
 

@@ -98,5 +98,5 @@ def test_every_field_says_what_it_does() -> None:
     from cfsd.recipe import Recipe
     from flows.fields import rows
 
-    assert [name for name, _, text in rows(Recipe) + rows(Machine) if not text] == []
-    assert "train.rehearsal.weight" in {name for name, _, _ in rows(Recipe)}
+    assert [field.name for field in rows(Recipe) + rows(Machine) if not field.description] == []
+    assert "train.rehearsal.weight" in {field.name for field in rows(Recipe)}
