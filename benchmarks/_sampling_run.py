@@ -32,9 +32,10 @@ from cfsd.generate import cache, sampling
 from cfsd.generate.sampling import sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.loading import fetch, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.fetching import fetch
+from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.model.sample import Sample
-from cfsd.store.tables import shard_path, write_shard
+from cfsd.store.tables import corpus_schema, shard_path, write_shard
 
 TEXT = Path(__file__).parents[1] / "README.md"  # any real text will do: it is what the windows' caches are filled from
 Answer = dict[str, Any]
@@ -159,8 +160,8 @@ class Contender:
     def _stored(self, samples: list[Sample], seed: int, top: int) -> Answer:
         with tempfile.TemporaryDirectory() as folder:
             table = corpus_table(
-                samples, range(len(samples)), source="context-free", shard=0, seed=seed,
-                tokenizer=self._tokenizer(), top_logprobs=top, vocabulary=self.model.config.vocab_size,
+                dict(enumerate(samples)), self._tokenizer(), corpus_schema(top, self.model.config.vocab_size),
+                source="context-free", shard=0, seed=seed,
             )  # fmt: skip
             write_shard(Path(folder), "corpus", 0, table)
             return {"bytes": shard_path(Path(folder), "corpus", 0).stat().st_size}

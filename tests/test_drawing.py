@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cfsd.generate.drawing import sample_token
+from cfsd.generate.token_choice import sample_token
 from cfsd.model.distribution import distribution_of, likeliest
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.generate.drawing import sampled_probs, uniforms
 from cfsd.generate.sampling import Turns, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.token_choice import sampled_probs, uniforms
 from cfsd.model.distribution import distribution_of
 from cfsd.model.loading import load_model, read_eos_ids
 from cfsd.model.sample import Sample

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.server.check import check_server
-from cfsd.generate.server.client import ServerGone
+from cfsd.generate.server.client import Connection, ServerGone, ServerSampling
 from cfsd.generate.server.protocol import Answer, Pieces
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import Connection
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.sample import Sample
 from tests.conftest import save_model
@@ -62,10 +61,8 @@ def to(server: Loopback, **settings: Any) -> Connection:
 
 def rows(world: World, connection: Connection, count: int, **law: Any) -> list[Sample | str]:
     asked = GenerateSpec(rows=count, **{"length": LENGTH, "seed": 5, **law})
-    return sample_from_server(
-        connection, [[START]] * count, asked, range(count), stream="context-free", ends=(END,),
-        tokenizer=world.tokenizer,
-    )  # fmt: skip
+    wanted = ServerSampling(connection, asked, (END,), world.tokenizer, "context-free")
+    return sample_from_server(wanted, [[START]] * count, range(count))
 
 
 def samples(world: World, connection: Connection, count: int, **law: Any) -> list[Sample]:
@@ -76,7 +73,7 @@ def samples(world: World, connection: Connection, count: int, **law: Any) -> lis
 
 def check(world: World, connection: Connection, **law: Any) -> dict[str, Any]:
     asked = GenerateSpec(**{"length": LENGTH, "seed": 5, **law})
-    return check_server(connection, world.model, START, asked, world.tokenizer, (END,))
+    return check_server(ServerSampling(connection, asked, (END,), world.tokenizer), world.model, START)
 
 
 @torch.inference_mode()
@@ -170,10 +167,8 @@ def test_no_row_ends_before_min_length(world: World, serve: Serve) -> None:
 def test_never_more_requests_at_once_than_allowed(world: World, serve: Serve) -> None:
     server = serve(seconds=0.02)
     done: list[int] = []
-    sample_from_server(
-        to(server, in_flight=3), [[START]] * 20, GenerateSpec(length=4), range(20), stream="s", ends=(END,),
-        tokenizer=world.tokenizer, on_done=done.append,
-    )  # fmt: skip
+    wanted = ServerSampling(to(server, in_flight=3), GenerateSpec(length=4), (END,), world.tokenizer, "s")
+    sample_from_server(wanted, [[START]] * 20, range(20), done.append)
     assert server.most == 3
     assert done == list(range(1, 21))
 
@@ -250,7 +245,7 @@ def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: 
         else:
             assert found.token_ids == exact.token_ids
             assert found.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
-    served = served_by(connection, [START], GenerateSpec(), (END,), world.tokenizer)
+    served = served_by(ServerSampling(connection, GenerateSpec(), (END,), world.tokenizer), [START])
     assert served.metadata()["ids"] == "approximate: ids reconstructed"
 
 

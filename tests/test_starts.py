@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.generate.starts import contextual_starts, template_start
+from cfsd.generate.chat_template import template_start
+from cfsd.generate.sources import contextual_starts
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows
 from tests.conftest import write_rows

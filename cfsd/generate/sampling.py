@@ -1,9 +1,10 @@
-"""Sample sequences from a causal language model, exactly by its own distribution.
+"""Sequences sampled from a causal language model, exactly by its own distribution.
 
 B rows, V vocabulary, P prompt tokens.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import Cache
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.generate.cache import preallocated
-from cfsd.generate.drawing import sample_token, sampled_probs, uniforms
+from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.output_layer import packed_head
 from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.token_choice import sample_token, sampled_probs, uniforms
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
 from cfsd.model.sample import Sample
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
-    """What happens when a text ends: `between` is inserted and the row goes on, at most `more` times."""
+    """After the end of a text `between` is inserted and the row goes on, at most `more` times."""
 
     more: int = 0
     between: Sequence[int] = ()
@@ -43,18 +44,20 @@ def sample(
     stream: str,
     turns: Turns = Turns(),  # noqa: B008
     where: str = "",
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], object] = lambda step: None,
 ) -> list[Sample]:
     """Return one row per entry of `rows`: its prompt (one token at least), then `spec.length` tokens or up to an end.
 
-    Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of draws.
-    Number t after the prompt of row r is drawn with number t of (spec.seed, stream, r), whatever the batch.
+    Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of sampled
+    ones. Token t after the prompt of row r is sampled with random number t of (spec.seed, stream, r), whatever the
+    batch.
     `on_step` gets the number of positions that are done after the longest common part of the prompts.
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    drawn = np.stack([uniforms(spec.seed or 0, stream, row, spec.length) for row in rows])
-    batch = Batch(prompts, torch.from_numpy(drawn), eos_ids, spec, turns, where, model.device)
+    uniform_BT = torch.from_numpy(np.stack([uniforms(spec.seed or 0, stream, row, spec.length) for row in rows]))
+    batch = Batch(prompts, uniform_BT.to(model.device), eos_ids, spec, turns)
+    batch.where = where or "the batch"
     cache = preallocated(model, batch.capacity)
     with packed_head(model, len(rows)):
         if cache is None:
@@ -64,7 +67,7 @@ def sample(
     return batch.samples()
 
 
-def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], None]) -> None:
+def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], object]) -> None:
     new_BT, step = batch.tokens[:, : batch.common], 0
     while True:
         logits_BV = model(input_ids=new_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -83,10 +86,12 @@ def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Calla
 
 
 class Batch:
-    """Rows that are written together: what is given, what was drawn, who has ended.
+    """Rows that are written together: their prompts, their sampled tokens, and which of them have ended.
 
     tokens, logprobs: B x capacity; `at` is the position that is written next, the same in all rows.
     """
+
+    where = "the batch"  # its name in errors
 
     def __init__(
         self,
@@ -95,19 +100,17 @@ class Batch:
         eos_ids: Sequence[int],
         spec: GenerateSpec,
         turns: Turns,
-        where: str,
-        device: torch.device,
     ) -> None:
-        """Lay out the prompts."""
-        self.spec, self.turns, self.eos_ids, self.where = spec, turns, list(eos_ids), where
+        """Lay out the prompts on the device of the random numbers."""
+        self.spec, self.turns, self.eos_ids = spec, turns, list(eos_ids)
+        self.uniform, device = uniform_BT, uniform_BT.device
         lengths = [len(prompt) for prompt in prompts]
         self.capacity, self.common, self.at = max(lengths) + spec.length, min(lengths), min(lengths)
         rows = len(lengths)
-        given = np.zeros((rows, self.capacity), dtype=np.int64)
+        tokens = np.zeros((rows, self.capacity), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            given[row, : len(prompt)] = prompt
-        self.tokens = torch.from_numpy(given).to(device)
-        self.uniform = uniform_BT.to(device)
+            tokens[row, : len(prompt)] = prompt
+        self.tokens = torch.from_numpy(tokens).to(device)
         self.prompt_length = torch.tensor(lengths, device=device)
         self.logprobs = torch.full((rows, self.capacity), float("nan"), device=device)
         self.top = self._room_for_top(rows, device)
@@ -116,7 +119,7 @@ class Batch:
         self.length = torch.full((rows,), self.capacity, device=device)  # tokens of the row, once it has ended
         self.alive = torch.arange(rows, device=device)  # the rows of the batch that still go through the model
         self.turns_left = torch.full((rows,), turns.more, device=device)
-        self.inserting = torch.full((rows,), -1, device=device)  # place in turns.between; -1: drawing
+        self.inserting = torch.full((rows,), -1, device=device)  # place in turns.between; -1: the row is sampled
         self.between = torch.tensor(list(turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
 
@@ -129,18 +132,18 @@ class Batch:
         return ids, nan, torch.full(shape[:2], float("nan"), device=device)
 
     def take(self, distribution: Distribution) -> Tensor:
-        """Write the next token of every living row, drawn from `distribution` where it is not given, and return them.
+        """Write and return the next token of every living row: its prompt's while that lasts, else a sampled one.
 
         Raises NotFinite.
         """
         if not distribution.finite():
-            raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where or 'the batch'}")
+            raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where}")
         alive, at = self.alive, self.at
         after_B = at - self.prompt_length[alive]  # tokens since the prompt; negative while it lasts
         probs_BV = sampled_probs(distribution, self.spec, self.eos_ids, after_B < self.spec.min_length)
-        drawn_B = sample_token(probs_BV, self.uniform[alive, after_B.clamp(0, self.spec.length - 1)])
+        new_B = sample_token(probs_BV, self.uniform[alive, after_B.clamp(0, self.spec.length - 1)])
         inserting_B = self.inserting[alive]
-        token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], drawn_B)
+        token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], new_B)
         token_B = torch.where(after_B < 0, self.tokens[alive, at], token_B)
         sampled_B = (after_B >= 0) & (inserting_B < 0) & ~self.ended[alive]
         self._write(distribution, token_B, sampled_B)
@@ -184,20 +187,18 @@ class Batch:
         lengths, by_end = self.length.tolist(), self.by_end.tolist()
         tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
         top = [part.cpu().numpy() for part in self.top] if self.top else None
-        found = []
+        samples = []
         for row, length in enumerate(lengths):
-            ids = tokens[row, :length].tolist()
-            given = np.isnan(logprobs[row, :length])
-            known = [None if g else v for g, v in zip(given.tolist(), logprobs[row, :length].tolist(), strict=True)]
-            reason = "eos" if by_end[row] else "length"
-            found.append(Sample(ids, known, reason, Top(*(part[row, :length] for part in top)) if top else None))
-        return found
+            known = [None if math.isnan(value) else value for value in logprobs[row, :length].tolist()]
+            own_top = Top(*(part[row, :length] for part in top)) if top else None
+            samples.append(Sample(tokens[row, :length].tolist(), known, "eos" if by_end[row] else "length", own_top))
+        return samples
 
 
 def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     """Write the rows through `generate`, whose bookkeeping knows this model's own kind of cache.
 
-    The draw is ours all the same: a processor leaves `generate` one token to choose from.
+    The tokens are sampled here all the same: a processor leaves `generate` one token to choose from.
     """
     if batch.turns.more or batch.common != batch.capacity - batch.spec.length:
         raise BadInput(
@@ -206,7 +207,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
         )
     log.warning("%s keeps its own kind of state: sampling through generate, which is slower", type(model).__name__)
 
-    class Drawn(LogitsProcessor):
+    class OneChoice(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
             token_B = batch.take(distribution_of(scores))
             return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
@@ -219,7 +220,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
     writer.generation_config = plain  # whatever `plain` leaves open is filled from here: penalties, truncation
     try:
-        processors = LogitsProcessorList([Drawn()])
+        processors = LogitsProcessorList([OneChoice()])
         writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)
     finally:
         writer.generation_config = own

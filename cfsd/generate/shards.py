@@ -1,10 +1,9 @@
 """Shards: a corpus sampled piece by piece, in this process, in several, or wherever a sampler takes them.
 
-A shard is a fixed list of rows, its batch shape belongs to it and its draws depend on seed, source and row alone:
-whoever samples it, in whatever order and however often it was begun, the rows are the same.
+A shard is a fixed list of rows with a batch shape of its own, and its random numbers depend on seed, source and row
+alone. So its rows are the same whoever samples it, in whatever order, and however often it was begun.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,17 +12,16 @@ import pyarrow.parquet as pq
 
 from cfsd.data.corpus_table import sampled_per_row, sampled_sums
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate.jobs import Look, Sampler, Shard, ShardJob, ShardWork
-from cfsd.generate.shard_rows import sample_shard, write_starts
+from cfsd.generate.shard_job import Sampler, Shard, ShardJob
+from cfsd.generate.shard_sampling import sample_shard
+from cfsd.generate.sources import write_starts
 from cfsd.generate.spec import SHARDS_PER_SOURCE
-from cfsd.process.child import Child
+from cfsd.generate.workers import sample_in_workers
 from cfsd.store.artifact import Draft
-from cfsd.store.journal import PROGRESS, Journal
+from cfsd.store.journal import Journal
 from cfsd.store.tables import shard_path, write_shard
 
-POLL_SECONDS = 0.5
-ATTEMPTS = 3  # waves of lost shards, or deaths of one worker, before giving up
-WORKERS = ".workers"
+ATTEMPTS = 3  # waves of lost shards before giving up
 
 
 def shards_of(source: str, first_index: int, rows: int, size: int) -> list[Shard]:
@@ -52,16 +50,12 @@ def sample_source(
         _sample_missing(job, shards, draft, sampler)
         if tokens is None:
             return
-        done = sum(_tokens(job.folder, shard) for shard in shards)
+        done = sum(sampled_sums(shard_path(job.folder, "corpus", shard.index))[0] for shard in shards)
         if done >= tokens:
             return _cut(job.folder, shards, tokens)
         if not done:
             raise BadInput(f"{rows} rows of source {source} hold not one sampled token, so no fraction can be filled")
         rows += max(1, math.ceil((tokens - done) * rows / done))
-
-
-def _tokens(folder: Path, shard: Shard) -> int:
-    return sampled_sums(shard_path(folder, "corpus", shard.index))[0]
 
 
 def _cut(folder: Path, shards: list[Shard], tokens: float) -> None:
@@ -87,77 +81,37 @@ def _sample_missing(job: ShardJob, shards: list[Shard], draft: Draft, sampler: S
         if sampler is not None:
             sampler(job, missing, watch.look)
         elif job.machine.resolved_processes() > 1:
-            _in_workers(job, missing, watch.look)
+            sample_in_workers(job, missing, watch.look)
         else:
-            _here(job, missing, watch.look)
+            for shard in missing:
+                sample_shard(job, shard, watch.look)
+                watch.look()
     if missing := watch.look():
         raise Crashed(f"{len(missing)} shards were lost {ATTEMPTS} times, first {missing[0]}; those done are kept")
 
 
 class Watch:
-    """Which shards are there, told to the journal as they come."""
+    """Which shards are finished; new ones are written to the journal."""
 
     def __init__(self, folder: Path, shards: list[Shard], journal: Journal) -> None:
         """Watch `shards` of a draft; those that are there already were sampled by an earlier attempt."""
         self.folder, self.journal, self.total = folder, journal, sum(shard.last - shard.first for shard in shards)
-        self.missing = [shard for shard in shards if not shard.done(folder)]
+        self.missing = [shard for shard in shards if not shard.is_done(folder)]
         self.tokens, self.started = 0, time.monotonic()
 
     def look(self, under_way: float = 0.0) -> list[Shard]:
-        """Return the shards that are still missing, of which `under_way` rows are done, and tell of new ones."""
-        new = [shard for shard in self.missing if shard.done(self.folder)]
+        """Return the shards that are still missing, of which `under_way` rows are done, and record new ones."""
+        new = [shard for shard in self.missing if shard.is_done(self.folder)]
         self.missing = [shard for shard in self.missing if shard not in new]
         left = sum(shard.last - shard.first for shard in self.missing)
         for shard in new:
-            self._tell(shard)
+            self._record(shard)
         self.journal.progress(int(self.total - left + under_way), self.total, "rows")
         return self.missing
 
-    def _tell(self, shard: Shard) -> None:
+    def _record(self, shard: Shard) -> None:
         tokens, nats = sampled_sums(shard_path(self.folder, "corpus", shard.index))
         self.tokens += tokens
         speed = self.tokens / max(1e-9, time.monotonic() - self.started)
         values = {"tokens": tokens, "mean_logprob": nats / max(1, tokens), "tokens_per_second": speed}
         self.journal.metrics(shard.last, {f"generate/{name}": value for name, value in values.items()})
-
-
-def _here(job: ShardJob, shards: list[Shard], look: Look) -> None:
-
-    for shard in shards:
-        sample_shard(job, shard, look)
-        look(0.0)
-
-
-def _in_workers(job: ShardJob, shards: list[Shard], look: Look) -> None:
-    """Run workers that take turns at the shards; one that dies is replaced."""
-    text = ShardWork(job=job, shards=shards).model_dump_json()
-    workers = {i: _worker(job, i, text) for i in range(min(job.machine.resolved_processes(), len(shards)))}
-    deaths = 0
-    try:
-        while workers:
-            time.sleep(POLL_SECONDS)
-            look(sum(_under_way(worker.folder) for worker in workers.values()))
-            for i in [i for i, worker in workers.items() if worker.process.poll() is not None]:
-                try:
-                    workers.pop(i).answer()
-                except Crashed:
-                    deaths += 1
-                    if deaths > ATTEMPTS:
-                        raise
-                    workers[i] = _worker(job, i, text)
-    finally:
-        for worker in workers.values():
-            worker.stop()
-
-
-def _worker(job: ShardJob, number: int, text: str) -> Child:
-    folder = job.folder / WORKERS / str(number)
-    folder.mkdir(parents=True, exist_ok=True)
-    Journal(folder).progress(0, 0, "rows")
-    devices = {"CUDA_VISIBLE_DEVICES": str(number)} if job.machine.resolved_device() == "cuda" else {}
-    return Child("cfsd.generate.shard_worker", folder, text, devices)
-
-
-def _under_way(folder: Path) -> float:
-    found = json.loads((folder / PROGRESS).read_text())
-    return float(found["done"])

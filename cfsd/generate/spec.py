@@ -22,7 +22,7 @@ class ProbeSpec(Spec):
 
 
 class GenerateSpec(Spec):
-    """The rehearsal corpus. The defaults sample the model's own law exactly."""
+    """The rehearsal corpus. The defaults sample exactly from the model's own distribution."""
 
     neutral: ClassVar[dict[str, Any]] = {
         "source": "context-free", "fractions": {}, "replay": None, "min_length": 0, "fill": False, "top_logprobs": 0,
@@ -41,9 +41,10 @@ class GenerateSpec(Spec):
     replay: Replay | None = Field(None, description="replay only: where the documents are")
     min_length: NonNegativeInt = Field(0, description="No text ends before this many tokens: biased above 0")
     fill: bool = Field(
-        False, description="Go on after a text's end, parted as the model was trained, until the row is full: biased"
+        False,
+        description="Go on after a text's end, separated as in training, until the row is full: biased",
     )
-    temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples another law: biased")
+    temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples from another distribution: biased")
     top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the tail is never sampled: biased")
     top_k: NonNegativeInt = Field(0, description="0: off. Otherwise only the k likeliest tokens: biased")
     top_logprobs: NonNegativeInt = Field(
@@ -68,7 +69,7 @@ class GenerateSpec(Spec):
         return sorted(self.fractions) if self.source == "mixed" else [self.source]
 
     def biases(self) -> list[str]:
-        """Return which settings make the rows follow another law than the model's own."""
+        """Return which settings make the rows follow another distribution than the model's own."""
         neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_length": 0, "fill": False}
         return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
 

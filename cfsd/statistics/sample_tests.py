@@ -1,4 +1,7 @@
-"""Two tests of a corpus against a law: first tokens, and log-probabilities of two samples. R rows, V vocabulary."""
+"""Two tests of a corpus against a distribution: its first tokens, and the log-probabilities of two samples.
+
+R rows, V vocabulary.
+"""
 
 from typing import Any
 
@@ -11,9 +14,13 @@ Array = NDArray[Any]
 
 
 def first_token_p(first_R: Array, probs_V: Array) -> float:
-    """Return the chi-square p-value of these first tokens; rare ones are pooled, or tested alone if too rare."""
+    """Return the p-value of these first tokens under `probs_V`, which need not be normalised; see `counts_p`."""
     seen_V = np.bincount(first_R, minlength=len(probs_V)).astype(float)
-    expected_V = np.pad(probs_V, (0, len(seen_V) - len(probs_V))) / probs_V.sum() * len(first_R)
+    return counts_p(seen_V, np.pad(probs_V, (0, len(seen_V) - len(probs_V))) / probs_V.sum() * len(first_R))
+
+
+def counts_p(seen_V: Array, expected_V: Array) -> float:
+    """Return the chi-square p-value of counts; rare tokens are pooled, or tested alone if they are too rare."""
     common_V = expected_V >= SMALLEST_EXPECTED
     seen, expected = seen_V[common_V], expected_V[common_V]
     rare_seen, rare_expected = seen_V[~common_V].sum(), expected_V[~common_V].sum()
