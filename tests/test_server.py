@@ -230,7 +230,7 @@ def test_prompts_go_as_text_where_ids_are_refused(world: World, serve: Serve) ->
 
 def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serve) -> None:
     for strings in (False, True):
-        with pytest.raises(BadInput, match=r"where \[0\] was given \(1 in all\)"):
+        with pytest.raises(BadInput, match=r"where \[0\] was sent \(1 in all\)"):
             rows(world, to(serve(extra_start=True, strings=strings)), 1)
 
 
@@ -250,7 +250,7 @@ def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: 
 
 
 def test_an_end_that_is_neither_listed_nor_echoed_is_refused(world: World, serve: Serve) -> None:
-    with pytest.raises(BadInput, match="nobody knows how likely the end was"):
+    with pytest.raises(BadInput, match="the probability of the end is unknown"):
         rows(world, to(serve(owned_by="other", list_end=False, echo=False)), 40)
 
 

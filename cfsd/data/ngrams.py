@@ -23,10 +23,10 @@ class Rows(NamedTuple):
     row_T: Ints  # the row that each token is in, from 0, never falling
     sampled_T: NDArray[np.bool_]  # false for prompt tokens
 
-    def of(self, chosen_R: NDArray[np.bool_]) -> "Rows":
-        """Return the rows where `chosen_R` is true; they keep their numbers."""
-        chosen_T = chosen_R[self.row_T]
-        return Rows(self.ids_T[chosen_T], self.row_T[chosen_T], self.sampled_T[chosen_T])
+    def of(self, selected_R: NDArray[np.bool_]) -> "Rows":
+        """Return the rows where `selected_R` is true; they keep their numbers."""
+        selected_T = selected_R[self.row_T]
+        return Rows(self.ids_T[selected_T], self.row_T[selected_T], self.sampled_T[selected_T])
 
 
 class Grams(NamedTuple):
@@ -37,10 +37,10 @@ class Grams(NamedTuple):
 
 
 def spread(first: int, count: int, fraction: float) -> NDArray[np.bool_]:
-    """Return which of the rows `first`, `first` + 1, … are chosen, so that `fraction` of all are, evenly spread."""
+    """Return which of the rows `first`, `first` + 1, … are selected, so that `fraction` of all are, evenly spread."""
     edge = np.floor(np.arange(first, first + count + 1) * min(1.0, fraction))
-    chosen: NDArray[np.bool_] = edge[1:] > edge[:-1]
-    return chosen
+    selected: NDArray[np.bool_] = edge[1:] > edge[:-1]
+    return selected
 
 
 def ngrams(rows: Rows, order: int) -> Grams:

@@ -33,7 +33,7 @@ class Target(Spec):
         description="A column of chat messages, in place of prompt and response; loss on assistant turns",
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
-    held_out: PositiveInt = Field(64, description="Rows kept out of training to measure what was learned")
+    held_out: PositiveInt = Field(64, description="Rows that are left out of training, to measure what was learned")
     measure_only: bool = Field(False, description="Keep every row from training: to measure models that exist")
     max_length: PositiveInt = Field(1024, description="Longer rows (tokens) are dropped and counted, never cut")
     seed: NonNegativeInt | None = Field(None, description="Split and generator; empty: the recipe's")

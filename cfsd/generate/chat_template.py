@@ -8,12 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from cfsd.data.chat import dated_template
 from cfsd.errors import BadInput
 
-CONTENT = "Xqzcontentqzx"  # what a user says so that the place can be found; no template writes or changes it
+CONTENT = "Xqzcontentqzx"  # marks the place of a user's words; no template writes or changes it
 OTHER_SOURCES = "set generate.source to context-free, or take a model tuned for chats"
 
 
 class Turn(NamedTuple):
-    """A chat's tokens around what a user says.
+    """The tokens of a chat around the words of a user.
 
     `prefix_ids` come before it. The user's turn ends when `end_id` is sampled; after that `between_ids` open the
     assistant's turn. `end_id` None: the template closes the turn with plain text, so the model writes that and the

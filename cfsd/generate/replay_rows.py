@@ -23,20 +23,20 @@ def replay_rows(replay: Replay, base: Tokenization, *, rows: int, length: int, s
     start token in front of the text is not doubled.
     Reads all documents once and holds only the wanted rows. Raises BadInput when the documents do not suffice.
     """
-    chosen = _Chosen(rows)
+    selected = _FirstPassages(rows)
     tokenizer: Any = base.tokenizer
-    for batch in _batches(_passages(replay, length, seed), chosen):
+    for batch in _batches(_passages(replay, length, seed), selected):
         texts = [passage.text for passage in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for passage, ids in zip(batch, encoded["input_ids"], strict=True):
             ended = [*ids, *base.end()] if passage.last else ids
-            chosen.add(passage.key, list(_pieces(ended, base, length)))
-    if chosen.rows < rows:
+            selected.add(passage.key, list(_pieces(ended, base, length)))
+    if selected.rows < rows:
         raise BadInput(
-            f"generate.replay gives {chosen.rows} rows of at most {length} tokens ({chosen.tokens()} tokens in all), "
-            f"but {rows} rows are wanted; give more documents, or ask for fewer or shorter rows"
+            f"generate.replay gives {selected.rows} rows of at most {length} tokens ({selected.tokens()} tokens in "
+            f"all), but {rows} rows are wanted; give more documents, or ask for fewer or shorter rows"
         )
-    return chosen.drain(base.start)
+    return selected.drain(base.start)
 
 
 class _Passage(NamedTuple):
@@ -47,7 +47,7 @@ class _Passage(NamedTuple):
     last: bool
 
 
-class _Chosen:
+class _FirstPassages:
     """The first passages of the shuffled order that make `wanted` rows, after one reading of all."""
 
     def __init__(self, wanted: int) -> None:
@@ -90,12 +90,12 @@ def _passages(replay: Replay, length: int, seed: int) -> Iterator[_Passage]:
         yield _Passage(order.random(), text[begin:], last=True)
 
 
-def _batches(passages: Iterator[_Passage], chosen: _Chosen) -> Iterator[list[_Passage]]:
-    """Yield passages that may be chosen, several at a time: the tokenizer is twice as fast so."""
+def _batches(passages: Iterator[_Passage], selected: _FirstPassages) -> Iterator[list[_Passage]]:
+    """Yield passages that may be selected, several at a time: the tokenizer is twice as fast so."""
     batch: list[_Passage] = []
     size = 0
     for passage in passages:
-        if chosen.wants(passage.key):
+        if selected.wants(passage.key):
             batch.append(passage)
             size += len(passage.text)
         if size >= BATCH_CHARACTERS:

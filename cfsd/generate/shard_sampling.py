@@ -28,9 +28,9 @@ REMEDY = "lower machine.sampling_rows or generate.length"
 
 
 def check_engine(job: ShardJob) -> dict[str, JsonValue]:
-    """Return what a server says of itself, once it has shown that it samples from the base's own distribution.
+    """Check that the server, if one is to sample, does so from the base's own distribution, and describe it.
 
-    Raises BadInput naming what differs.
+    Returns the metadata of the check, empty for engine torch. Raises BadInput naming what differs.
     """
     is_needed = job.spec.rows and any(SOURCES[source].is_sampled for source in job.spec.sources())
     if job.machine.engine == "torch" or not is_needed:

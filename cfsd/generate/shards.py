@@ -29,7 +29,7 @@ def shards_of(source: str, first_index: int, rows: int, size: int) -> list[Shard
     count = -(-rows // size)
     if count > SHARDS_PER_SOURCE:
         raise BadInput(
-            f"{rows} rows in shards of {size} make {count} files, the most is {SHARDS_PER_SOURCE}; "
+            f"{rows} rows in shards of {size} make {count} files, at most {SHARDS_PER_SOURCE} are allowed; "
             "raise machine.sampling_rows"
         )
     return [Shard(first_index + i, source, i * size, min((i + 1) * size, rows)) for i in range(count)]

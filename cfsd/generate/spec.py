@@ -30,7 +30,7 @@ class GenerateSpec(Spec):
 
     rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
-    source: Literal["context-free", "template", "contextual", "replay", "mixed"] = Field(
+    source: Literal[Source, "mixed"] = Field(
         "context-free",
         description="context-free: from the start token alone, the method; template: after the chat template's text "
         "before a user turn; contextual: after target prompts; replay: documents of yours; mixed: see fractions",
@@ -84,4 +84,6 @@ def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> 
         )
     vocabulary, wanted = base.metadata.get("vocabulary"), getattr(spec, "top_logprobs", 0)
     if isinstance(vocabulary, int) and wanted > vocabulary:
-        raise BadInput(f"{name}.top_logprobs is {wanted}, but the base knows {vocabulary} tokens: that is the most")
+        raise BadInput(
+            f"{name}.top_logprobs is {wanted}, but the vocabulary of the base has {vocabulary} tokens; lower it"
+        )

@@ -35,7 +35,7 @@ class Checkpoint(Spec):
     path: str | None = Field(None, description="folder only: the folder; its content is its identity")
     start_token: str | None = Field(
         None,
-        description="Token given to the model to write from nothing; empty: BOS, else document separator",
+        description="Token from which the model writes unprompted; empty: BOS, else document separator",
     )
 
     @model_validator(mode="before")

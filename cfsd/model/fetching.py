@@ -67,7 +67,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
         if known is not None:
             return int(known)
     raise BadInput(
-        "this model's tokenizer has neither BOS nor EOS, so nothing tells where its documents begin; "
+        "this model's tokenizer has neither BOS nor EOS, so it is unknown where its documents begin; "
         "set base.start_token to the token that began or separated the documents it was trained on"
     )
 

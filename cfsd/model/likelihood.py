@@ -55,7 +55,7 @@ def token_logprobs(
     max_tokens: int = 1024,
     where: str = "",
 ) -> list[Sample]:
-    """Return each row with log p* of every token given those before it, in nats, and the K likeliest on request.
+    """Return each row with log p* of every token after those before it, in nats, and the K likeliest on request.
 
     Only the first token has no log-probability. At most `max_tokens` positions have logits at a time: rows of like
     length go together, and a longer row passes through the model several times, each time for a part of its logits.
@@ -87,7 +87,7 @@ def _record(sample: Sample, at: int, distribution: Distribution, next_T: Tensor,
     logprobs_T = distribution.logprobs(next_T[:, None])[:, 0]
     if not bool((finite_T := torch.isfinite(logprobs_T)).all()):
         token = at + int(finite_T.int().argmin())
-        raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a given row'} is not finite")
+        raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a row'} is not finite")
     until = at + len(next_T)
     sample.logprobs[at:until] = logprobs_T.tolist()
     if sample.top is not None:

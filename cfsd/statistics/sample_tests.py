@@ -31,7 +31,7 @@ def counts_p(seen_V: Array, expected_V: Array) -> float:
 
 
 def _chi_square(seen: Array, expected: Array) -> float:
-    """Return the p-value of counts, given their sum."""
+    """Return the p-value of counts, conditional on their sum."""
     if len(seen) < 2:
         return 1.0
     return float(stats.chisquare(seen, expected / expected.sum() * seen.sum()).pvalue)
@@ -48,7 +48,7 @@ def difference_z(one: tuple[Array, Array], other: tuple[Array, Array]) -> float 
     """Return how many standard errors the mean per token of sample `one` is above the `other`'s.
 
     A sample: per row the summed values and how many tokens they are of. Rows are independent, the tokens of one are
-    not: the error of sum/sum is counted over rows. It is Welch's t, given as the normal deviate of the same
+    not: the error of sum/sum is counted over rows. It is Welch's t, as the normal deviate of the same
     probability. None with fewer than two rows.
     """
     if any(len(count_R) < 2 or not count_R.sum() for _, count_R in (one, other)):

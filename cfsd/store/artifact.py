@@ -1,6 +1,6 @@
 """Artifact: a reference to a content-addressed folder. Store: where the folders are, and the cache.
 
-store/<kind>/<key>/manifest.json + payload        complete: found, verified, never changed
+store/<kind>/<key>/manifest.json + payload        complete: verified, never changed
 store/<kind>/<key>.draft/                         being made; continued after a crash
 """
 
@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ Identified = Artifact | Spec | str | int | float | None | tuple[Spec, ...]
 
 
 def key_of(stage: str, *inputs: Identified) -> str:
-    """Return the 16 hex digits by which the result of `stage` on `inputs` is found.
+    """Return the 16 hex digits by which the store knows the result of `stage` on `inputs`.
 
     Artifacts count by content, specs by digest; where and how fast it is made does not count.
     """
@@ -63,16 +64,18 @@ def _identity(value: Identified) -> JsonValue:
     return value.digest() if isinstance(value, Spec) else value
 
 
+@dataclass
 class Draft:
-    """The folder in which an artifact is made."""
+    """The folder in which an artifact is made; `continued` when an earlier attempt left work in it."""
 
-    def __init__(self, store: "Store", folder: Path, *, continued: bool) -> None:
-        """Refer to `folder`; `continued` when an earlier attempt left work in it."""
-        self.store = store
-        self.folder = folder
-        self.continued = continued
-        self.journal = Journal(folder)
-        self.metadata: dict[str, JsonValue] = {}
+    store: "Store"
+    folder: Path
+    continued: bool
+    metadata: dict[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Open the journal of the folder."""
+        self.journal = Journal(self.folder)
 
 
 class Store:
@@ -202,7 +205,9 @@ class Store:
         if folder.exists():  # damaged: `find` refused it
             shutil.rmtree(folder)
         draft.rename(folder)
-        _sync_folder(folder.parent)
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
         artifact = self.find(kind, key)
         assert artifact, "the manifest was just written"
         return artifact
@@ -244,11 +249,3 @@ def _content(files: dict[str, Path], digests: dict[str, str]) -> str:
         if name.endswith(".parquet"):  # corpus-00000.parquet, corpus-00001.parquet: one table
             tables.setdefault(name.rsplit("-", 1)[0], []).append(path)
     return digest_of_files(parts | {name: digest_of_rows(paths) for name, paths in tables.items()})[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,7 +36,7 @@ class DigestMemory:
     """
 
     def __init__(self, home: Path) -> None:
-        """Open the memory kept in `home`."""
+        """Open the memory in `home`."""
         self.home = home
         self.file = home / "digests.json"
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ CORPUS = pa.schema(
     ]
 )
 NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
-SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # a shard ends with the rows that reach either
+SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # of one shard, about
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
@@ -105,15 +106,19 @@ def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     temporary.replace(shard_path(folder, name, index))
 
 
+@dataclass
 class TableWriter:
-    """Writes a table while its rows arrive: each shard has at most `max_rows` rows and about `max_bytes` bytes."""
+    """Writes a table into `folder` while its rows arrive.
 
-    def __init__(self, folder: Path, name: str, max_rows: int = SHARD_ROWS, max_bytes: int = SHARD_BYTES) -> None:
-        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
-        folder.mkdir(exist_ok=True)
-        self.folder, self.name, self.max_rows, self.max_bytes = folder, name, max_rows, max_bytes
-        self.shards = 0  # that are written
-        self.waiting: list[pa.RecordBatch] = []
+    Each shard has at most `max_rows` rows, and ends with the batch by which it has `max_bytes` bytes in memory.
+    """
+
+    folder: Path
+    name: str
+    max_rows: int = SHARD_ROWS
+    max_bytes: int = SHARD_BYTES
+    shards: int = 0  # that are written
+    waiting: list[pa.RecordBatch] = field(default_factory=list)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
@@ -136,6 +141,7 @@ class TableWriter:
         # notes of the shards that rows come from (a halved batch) would be untrue of this one
         table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
         if table.num_rows or not self.shards:
+            self.folder.mkdir(exist_ok=True)
             write_shard(self.folder, self.name, self.shards, table.slice(0, self.max_rows))
             self.shards += 1
         self.waiting = table.slice(self.max_rows).to_batches()

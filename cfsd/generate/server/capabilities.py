@@ -96,7 +96,7 @@ def check_prompt(answer: Answer, prompt: Sequence[int], connection: Connection) 
     else:
         return
     raise BadInput(
-        f"the server {connection.base_url} read {read} where {list(prompt)[:8]} was given ({len(prompt)} in all): its "
+        f"the server {connection.base_url} read {read} where {list(prompt)[:8]} was sent ({len(prompt)} in all): its "
         "texts would not begin as the recipe's do; use a server that takes token ids (vLLM, SGLang, llama-server)"
     )
 

@@ -75,10 +75,10 @@ class Client:
             await http.aclose()
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """Send it over a connection that nobody uses.
+        """Send it over an idle connection.
 
-        A client each, because one pool looks at all its connections whenever a request comes or goes: 16 of them
-        doubled the time of short requests.
+        Each connection has a client of its own, because a pool looks at all its connections at every request: 16 of
+        them doubled the time of short requests.
         """
         http = self.idle.pop() if self.idle else self._another()
         try:

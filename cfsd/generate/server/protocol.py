@@ -43,7 +43,7 @@ TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
 class Served(NamedTuple):
-    """What is known of a server: who it says it is, how it takes prompts and gives tokens."""
+    """What is known of a server: its kind, its model, how it takes prompts and names tokens."""
 
     kind: str
     model: str
@@ -52,7 +52,7 @@ class Served(NamedTuple):
     stops: tuple[int, ...] = ()  # where it stops without listing the token; empty: it lists them
 
     def metadata(self) -> dict[str, str]:
-        """Return what a corpus should say about where it came from."""
+        """Return what the metadata of a corpus says about its server."""
         return {
             "server": "llama-cpp-python" if self.kind == LLAMA_CPP_PYTHON else self.kind,
             "served_model": self.model.rsplit("/", 1)[1] if self.model.startswith("/") else self.model,

@@ -37,7 +37,7 @@ def sample_from_server(
     """Return one sample for each of `rows`, or the reason why it was dropped; `on_done` gets how many are there.
 
     `prompts[i]` are the tokens that row `rows[i]` begins with. A row's seed is 31 bits of (spec.seed, stream, row);
-    whether a server honours it is not ours to say, so rows are equal in distribution, not in bits.
+    a server may ignore it, so rows are equal in distribution, not in bits.
 
     Raises BadInput when the server cannot sample as `wanted`, ServerGone (worth a retry) when it does not answer.
     """
@@ -60,7 +60,7 @@ def sample_from_server(
 
 
 def served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
-    """Return what the server says and shows of itself. Raises as `sample_from_server` does."""
+    """Return which server answers and how it works. Raises as `sample_from_server` does."""
     return _connected(wanted, lambda client: find_out(client, prompt, wanted))
 
 
@@ -177,7 +177,7 @@ class _Sampler:
         except Refused as error:
             raise BadInput(
                 "the server neither lists the token that ends a text nor echoes a prompt with log-probabilities, so "
-                f"nobody knows how likely the end was; use vLLM or llama-server ({error})"
+                f"the probability of the end is unknown; use vLLM or llama-server ({error})"
             ) from error
         return end_logprob(echo, answer, row.prompt_length)
 
