@@ -24,7 +24,7 @@ from cfsd.evaluate.corpus_check import (
     first_distribution,
 )
 from cfsd.generate.chat_template import template_start
-from cfsd.generate.sampling import sample
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
@@ -53,7 +53,7 @@ class World(NamedTuple):
 
     def drawn(self, law: GenerateSpec, prompt: list[int], stream: str = "context-free") -> list[Sample]:
         rows = range(law.rows)
-        return sample(self.model, [prompt] * law.rows, self.ends, law, rows, stream=stream)
+        return sample(self.model, Rows(rows, [prompt] * law.rows, self.ends, stream), law)
 
     def written(self, name: str, samples: list[Sample], source: str = "context-free") -> Path:
         folder = self.folder / name

@@ -273,6 +273,15 @@ def test_a_table_is_cut_into_shards_of_equal_size(tmp_path: Path) -> None:
     assert [row["row_id"] for row in read_rows(tmp_path, "corpus")] == list(range(25))
 
 
+def test_a_shard_ends_with_the_batch_that_reaches_its_bytes(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path, "corpus", max_bytes=100)
+    batches_of_five = table_of(CORPUS, [row_of(i, [0, 5], 1.0) for i in range(25)]).to_batches(max_chunksize=5)
+    for batch in batches_of_five:
+        writer.add(batch)
+    writer.close()
+    assert [pq.read_metadata(path).num_rows for path in shards(tmp_path, "corpus")] == [5] * 5
+
+
 def test_what_an_interrupted_attempt_left_is_not_in_the_result(store: Store, tmp_path: Path) -> None:
     corpus, spec = six(tmp_path / "corpus"), FilterSpec(min_tokens=2)
 

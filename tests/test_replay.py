@@ -58,9 +58,11 @@ def replay_of(path: Path, **settings: Any) -> Replay:
 
 def rows_of(
     path: Path, tokenizer: "PreTrainedTokenizerBase", rows: int, *, length: int = 6, seed: int = 0,
-    ends: tuple[int, ...] = (END,), start: int = START,
+    eos_ids: tuple[int, ...] = (END,), start: int = START,
 ) -> list[list[int]]:  # fmt: skip
-    return list(replay_rows(replay_of(path), Tokenization(tokenizer, start, ends), rows=rows, length=length, seed=seed))
+    return list(
+        replay_rows(replay_of(path), Tokenization(tokenizer, start, eos_ids), rows=rows, length=length, seed=seed)
+    )
 
 
 def cut(text: str, tokenizer: "PreTrainedTokenizerBase", length: int, end: list[int]) -> list[list[int]]:
@@ -77,14 +79,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, tokenizer: Any, 
     assert rows_of(path, tokenizer, 12) == rows_of(write(tmp_path / "same.jsonl", TEXTS), tokenizer, 12)
 
 
-@pytest.mark.parametrize(("ends", "end"), [((END,), [END]), ((5, END), [END]), ((5,), [5]), ((), [])])
+@pytest.mark.parametrize(("eos_ids", "end"), [((END,), [END]), ((5, END), [END]), ((5,), [5]), ((), [])])
 def test_rows_are_the_documents_cut_from_their_start_to_their_end(
-    tmp_path: Path, tokenizer: Any, ends: tuple[int, ...], end: list[int]
+    tmp_path: Path, tokenizer: Any, eos_ids: tuple[int, ...], end: list[int]
 ) -> None:
     texts = [text for text in KEPT if tokenizer.convert_ids_to_tokens(5) not in text]
     whole = {text: cut(text, tokenizer, 6, end) for text in texts}
     total = sum(map(len, whole.values()))
-    rows = rows_of(write(tmp_path / "rows.jsonl", texts), tokenizer, total, ends=ends)
+    rows = rows_of(write(tmp_path / "rows.jsonl", texts), tokenizer, total, eos_ids=eos_ids)
     assert Counter(map(tuple, rows)) == Counter(tuple(row) for part in whole.values() for row in part)
     assert any(len(part) > 2 for part in whole.values())
     for part in whole.values():

@@ -70,13 +70,13 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]
     ]  # fmt: skip
     log = (tmp_path_factory.mktemp("log") / "server.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log)
-    found = Connection(base_url=f"http://127.0.0.1:{port}", in_flight=2)
+    connection = Connection(base_url=f"http://127.0.0.1:{port}", in_flight=2)
     try:
         end = time.monotonic() + 120
-        while not _answers(f"{found.base_url}/models"):
+        while not _answers(f"{connection.base_url}/models"):
             assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()
             time.sleep(0.3)
-        yield found
+        yield connection
     finally:
         process.terminate()
         process.wait(30)

@@ -33,33 +33,42 @@ class Turns(NamedTuple):
     between: Sequence[int] = ()
 
 
+class Rows(NamedTuple):
+    """Rows to be written: their numbers and prompts, the tokens that end a text, and what follows such an end."""
+
+    ids: Sequence[int]
+    prompts: Sequence[Sequence[int]]  # of one token at least
+    eos_ids: Sequence[int]
+    stream: str = ""  # of random numbers; rows of the same number in two streams are independent
+    turns: Turns = Turns()
+
+    def part(self, first: int, last: int) -> "Rows":
+        """Return the rows at places `first` to `last` - 1."""
+        return self._replace(ids=self.ids[first:last], prompts=self.prompts[first:last])
+
+
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    eos_ids: Sequence[int],
+    rows: Rows,
     spec: GenerateSpec,
-    rows: Sequence[int],
     *,
-    stream: str,
-    turns: Turns = Turns(),  # noqa: B008
     where: str = "",
     on_step: Callable[[int], object] = lambda step: None,
 ) -> list[Sample]:
-    """Return one row per entry of `rows`: its prompt (one token at least), then `spec.length` tokens or up to an end.
+    """Return the rows: each its prompt, then `spec.length` tokens or up to an end.
 
     Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of sampled
-    ones. Token t after the prompt of row r is sampled with random number t of (spec.seed, stream, r), whatever the
-    batch.
-    `on_step` gets the number of positions that are done after the longest common part of the prompts.
+    ones. Token t after the prompt of row r is sampled with random number t of (spec.seed, rows.stream, r), whatever
+    the batch. `on_step` gets the number of positions that are done after the longest common part of the prompts.
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    uniform_BT = torch.from_numpy(np.stack([uniforms(spec.seed or 0, stream, row, spec.length) for row in rows]))
-    batch = Batch(prompts, uniform_BT.to(model.device), eos_ids, spec, turns)
+    numbers = np.stack([uniforms(spec.seed or 0, rows.stream, row, spec.length) for row in rows.ids])
+    batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec)
     batch.where = where or "the batch"
     cache = preallocated(model, batch.capacity)
-    with packed_head(model, len(rows)):
+    with packed_head(model, len(rows.ids)):
         if cache is None:
             _with_generate(model, batch)
         else:
@@ -93,34 +102,27 @@ class Batch:
 
     where = "the batch"  # its name in errors
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniform_BT: Tensor,
-        eos_ids: Sequence[int],
-        spec: GenerateSpec,
-        turns: Turns,
-    ) -> None:
+    def __init__(self, rows: Rows, uniform_BT: Tensor, spec: GenerateSpec) -> None:
         """Lay out the prompts on the device of the random numbers."""
-        self.spec, self.turns, self.eos_ids = spec, turns, list(eos_ids)
+        self.spec, self.turns, self.eos_ids = spec, rows.turns, list(rows.eos_ids)
         self.uniform, device = uniform_BT, uniform_BT.device
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(prompt) for prompt in rows.prompts]
         self.capacity, self.common, self.at = max(lengths) + spec.length, min(lengths), min(lengths)
-        rows = len(lengths)
-        tokens = np.zeros((rows, self.capacity), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
+        count = len(lengths)
+        tokens = np.zeros((count, self.capacity), dtype=np.int64)
+        for row, prompt in enumerate(rows.prompts):
             tokens[row, : len(prompt)] = prompt
         self.tokens = torch.from_numpy(tokens).to(device)
         self.prompt_length = torch.tensor(lengths, device=device)
-        self.logprobs = torch.full((rows, self.capacity), float("nan"), device=device)
-        self.top = self._room_for_top(rows, device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.logprobs = torch.full((count, self.capacity), float("nan"), device=device)
+        self.top = self._room_for_top(count, device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         self.by_end = torch.zeros_like(self.ended)  # whether an end token was the reason
-        self.length = torch.full((rows,), self.capacity, device=device)  # tokens of the row, once it has ended
-        self.alive = torch.arange(rows, device=device)  # the rows of the batch that still go through the model
-        self.turns_left = torch.full((rows,), turns.more, device=device)
-        self.inserting = torch.full((rows,), -1, device=device)  # place in turns.between; -1: the row is sampled
-        self.between = torch.tensor(list(turns.between) or [0], device=device)
+        self.length = torch.full((count,), self.capacity, device=device)  # tokens of the row, once it has ended
+        self.alive = torch.arange(count, device=device)  # the rows of the batch that still go through the model
+        self.turns_left = torch.full((count,), rows.turns.more, device=device)
+        self.inserting = torch.full((count,), -1, device=device)  # place in turns.between; -1: the row is sampled
+        self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
 
     def _room_for_top(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -11,12 +11,12 @@ from pydantic import JsonValue
 
 from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
 from cfsd.errors import OutOfMemory
-from cfsd.generate.sampling import sample
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.check import check_server
 from cfsd.generate.server.client import Connection, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
-from cfsd.generate.sources import SOURCES, Rows, rows_of, tokenization_of
+from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring
 from cfsd.model.sample import Sample
@@ -41,7 +41,7 @@ def check_engine(job: ShardJob) -> dict[str, JsonValue]:
     return metadata | ({} if metadata["ids"] == "exact" else {"approximate": "ids reconstructed"})
 
 
-def _server(job: ShardJob, eos_ids: tuple[int, ...], stream: str = "") -> ServerSampling:
+def _server(job: ShardJob, eos_ids: Sequence[int], stream: str = "") -> ServerSampling:
     machine = job.machine
     connection = Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
     return ServerSampling(connection, job.spec, eos_ids, tokenization_of(job).tokenizer, stream)
@@ -56,7 +56,7 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
         samples, parts = _within_memory(job, shard, rows, look)
         notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
     else:
-        server = _server(job, rows.eos_ids, shard.source)
+        server = _server(job, rows.eos_ids, rows.stream)
         samples = sample_from_server(server, rows.prompts, rows.ids, on_done=look)
     usable = {row: s for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
     if dropped := Counter(s for s in samples if isinstance(s, str)):
@@ -94,7 +94,4 @@ def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sam
         return token_logprobs(model, rows.prompts, rows.eos_ids, top_logprobs=job.spec.top_logprobs, where=where)
     lengths = [len(prompt) for prompt in rows.prompts]
     steps = max(lengths) - min(lengths) + job.spec.length
-    return sample(
-        model, rows.prompts, rows.eos_ids, job.spec, rows.ids, stream=shard.source, turns=rows.turns, where=where,
-        on_step=lambda step: look(len(rows.ids) * step / steps),
-    )  # fmt: skip
+    return sample(model, rows, job.spec, where=where, on_step=lambda step: look(len(rows.ids) * step / steps))

@@ -21,26 +21,13 @@ from cfsd.data.corpus_table import DROPPED
 from cfsd.errors import BadInput
 from cfsd.generate.chat_template import template_start
 from cfsd.generate.replay_rows import replay_rows
-from cfsd.generate.sampling import Turns
+from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.store.artifact import Store
 from cfsd.store.tables import batches
 
 STARTS = pa.schema([("token_ids", pa.list_(pa.int32()))])
-
-
-class Rows(NamedTuple):
-    """Rows to be written: their prompts, the tokens that end a text and what follows such an end."""
-
-    ids: list[int]
-    prompts: list[list[int]]
-    eos_ids: tuple[int, ...]
-    turns: Turns = Turns()
-
-    def part(self, first: int, last: int) -> "Rows":
-        """Return the rows at places `first` to `last` - 1."""
-        return self._replace(ids=self.ids[first:last], prompts=self.prompts[first:last])
 
 
 class SourceRows(NamedTuple):
@@ -88,9 +75,9 @@ def rows_of(job: ShardJob, shard: Shard) -> Rows:
     """Return the rows of `shard`; `write_starts` comes first. Raises BadInput where a source does not fit the base."""
     ids, base, alike = list(range(shard.first, shard.last)), tokenization_of(job), SOURCES[shard.source].alike
     if alike is not None:
-        return alike(job, base, ids)
+        return alike(job, base, ids)._replace(stream=shard.source)
     group = pq.ParquetFile(_starts_path(job, shard.source)).read_row_group(shard.first // job.machine.sampling_rows)
-    return Rows(ids, group["token_ids"].to_pylist()[: len(ids)], base.eos_ids)
+    return Rows(ids, group["token_ids"].to_pylist()[: len(ids)], base.eos_ids, shard.source)
 
 
 def _starts_path(job: ShardJob, source: str) -> Path:
@@ -101,7 +88,7 @@ def _context_free(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     # where one token both ends and begins a text (OLMo, GPT-2), it separates texts by itself
     separator = [] if base.start in base.eos_ids else [base.start]
     turns = Turns(job.spec.length, separator) if job.spec.fill else Turns()
-    return Rows(ids, [[base.start]] * len(ids), base.eos_ids, turns)
+    return Rows(ids, [[base.start]] * len(ids), base.eos_ids, turns=turns)
 
 
 def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
@@ -114,7 +101,7 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     prompts = [turn.prefix_ids] * len(ids)
     if turn.end_id is None:
         return Rows(ids, prompts, base.eos_ids)
-    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), Turns(1, turn.between_ids))
+    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids))
 
 
 def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:

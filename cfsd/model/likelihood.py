@@ -1,6 +1,6 @@
 """The log-probabilities that a model gives to the tokens of texts that exist. B rows, T tokens, V vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ def score_responses(
 @torch.inference_mode()
 def token_logprobs(
     model: PreTrainedModel,
-    token_rows: list[list[int]],
-    eos_ids: tuple[int, ...],
+    token_rows: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
     *,
     top_logprobs: int = 0,
     max_tokens: int = 1024,
@@ -76,7 +76,7 @@ def token_logprobs(
     return [samples[i] for i in range(len(token_rows))]
 
 
-def _blank(row: list[int], eos_ids: tuple[int, ...], count: int) -> Sample:
+def _blank(row: Sequence[int], eos_ids: Sequence[int], count: int) -> Sample:
     shape, nan = (len(row), count), np.float32("nan")
     top = Top(np.zeros(shape, np.int32), np.full(shape, nan), np.full(len(row), nan)) if count else None
     return Sample(list(row), [None] * len(row), "eos" if len(row) > 1 and row[-1] in eos_ids else "length", top)
