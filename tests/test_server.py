@@ -303,9 +303,7 @@ def test_what_a_server_cannot_do_is_refused_with_the_remedy(
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 9, "min_length": 4}])
-def test_the_start_check_passes_the_recipes_own(
-    world: World, serve: Serve, settings: dict[str, Any]
-) -> None:
+def test_the_start_check_passes_the_recipes_own(world: World, serve: Serve, settings: dict[str, Any]) -> None:
     metadata = check(world, to(serve()), **settings)
     assert metadata["first_token_p_value"] > SIGNIFICANCE
     assert metadata["logprob_difference_max"] < 1e-4

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cfsd.errors import StoreError
 from cfsd.spec import Spec, digest_of
-from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file, write_json
+from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sha256_of_file, write_json
 from cfsd.store.journal import METRICS, PROGRESS, Journal
 
 MANIFEST = "manifest.json"
@@ -240,8 +240,6 @@ def _synced(path: Path) -> list[Any]:
 
 
 def _content(files: dict[str, Path], digests: dict[str, str]) -> str:
-    from cfsd.store.tables import digest_of_rows  # late: whoever only refers to artifacts needs no pyarrow
-
     payload = {name: path for name, path in files.items() if name not in ASIDE}
     parts = {name: digests[name] for name in payload if not name.endswith(".parquet")}
     tables: dict[str, list[Path]] = {}

@@ -1,22 +1,17 @@
-"""The contract between stages: the columns of each table, and how a table is written, read and digested.
+"""The contract between stages: the columns of each table, and how a table is written and read.
 
 Tables are Parquet shards `<name>-00000.parquet`, so that `datasets.load_dataset("parquet", …)` reads them too.
 A written shard is whole: it appears under its name only when every row is on the disk.
 """
 
-import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-
-from cfsd.store.digests import digest_of_files
 
 # logprobs[t] = log p*(token t | tokens < t) in nats; null for prompt tokens, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
@@ -166,32 +161,3 @@ def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterat
 def read_rows(folder: Path, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """Return all rows of a small table."""
     return [row for batch in batches(folder, name, columns) for row in batch.to_pylist()]
-
-
-def digest_of_rows(files: Iterable[Path]) -> str:
-    """Return the sha256 of the row values of Parquet `files` in the given order.
-
-    How rows are divided into files, row groups and pages does not count: each column feeds
-    its lengths, its nulls and its values to hashes of their own.
-    """
-    parts: dict[str, Any] = defaultdict(hashlib.sha256)
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                _feed(parts, name, column)
-    return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
-
-
-def _feed(parts: dict[str, Any], name: str, column: pa.Array) -> None:
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        lengths = pc.list_value_length(column).fill_null(-1)
-        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        _feed(parts, f"{name}/item", column.flatten())
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        lengths = pc.binary_length(column).fill_null(-1)
-        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        parts[name].update("".join(text or "" for text in column.to_pylist()).encode())
-    else:
-        parts[f"{name}/null"].update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
-        values = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
-        parts[name].update(values.to_numpy(zero_copy_only=False).tobytes())
