@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.server.check import check_server
-from cfsd.generate.server.client import Connection, ServerGone, ServerSampling
-from cfsd.generate.server.protocol import Answer, Pieces
+from cfsd.generate.server.client import ServerGone
+from cfsd.generate.server.protocol import Answer, Connection, Pieces, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.loading import load_model, load_tokenizer

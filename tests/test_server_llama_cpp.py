@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.check import TOLERANCE, check_server
-from cfsd.generate.server.client import Connection, ServerSampling
+from cfsd.generate.server.protocol import Connection, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint

@@ -13,7 +13,7 @@ from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
 from cfsd.errors import OutOfMemory
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.check import check_server
-from cfsd.generate.server.client import Connection, ServerSampling
+from cfsd.generate.server.protocol import Connection, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
 from cfsd.generate.sources import SOURCES, rows_of, tokenization_of

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 from cfsd.errors import BadInput
-from cfsd.generate.server.client import Client, Connection, Refused, ServerSampling
+from cfsd.generate.server.client import Client, Refused
 from cfsd.generate.server.protocol import (
     LLAMA_CPP_PYTHON,
     SGLANG,
     VLLM,
     Answer,
+    Connection,
     Served,
-    prompt_of,
+    ServerSampling,
     request,
     special_tokens,
     text_of,
@@ -69,9 +70,8 @@ async def _first_answer(
     if served.kind == LLAMA_CPP_PYTHON:
         served = served._replace(prompts="text")
     for seed in range(FIRST_ANSWERS):
-        body = request(served, wanted.spec, wanted.eos_ids, max_tokens=1, seed=seed)
         try:
-            answer = await client.complete(body | {"prompt": prompt_of(served, prompt, wanted.tokenizer)})
+            answer = await client.complete(request(served, wanted, prompt, max_tokens=1, seed=seed))
         except Refused as error:
             if wanted.spec.top_logprobs and "logprobs" in str(error):
                 raise Refused(
@@ -110,8 +110,7 @@ async def _stops_of(client: Client, served: Served, prompt: Sequence[int], wante
     key = (client.connection, served.model, tuple(eos_ids))
     if key not in _stops:
         others = sorted(special_tokens(tokenizer) - set(eos_ids))[:MAX_TRIED]
-        body = request(served, wanted.spec, eos_ids, max_tokens=2, seed=0)
-        body["prompt"] = prompt_of(served, prompt, tokenizer)
+        body = request(served, wanted, prompt, max_tokens=2, seed=0)
         del body["logprobs"]
         try:
             tried = [

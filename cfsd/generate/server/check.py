@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
-from cfsd.generate.server.client import Connection, ServerSampling
-from cfsd.generate.server.protocol import Pieces, special_tokens
+from cfsd.generate.server.protocol import Connection, Pieces, ServerSampling, special_tokens
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs

@@ -3,46 +3,16 @@
 import asyncio
 import os
 import random
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
-from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate.server.protocol import Answer, read_answer
-from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import KEY_VARIABLE, server_url
+from cfsd.generate.server.protocol import Answer, Connection, read_answer
+from cfsd.machine import KEY_VARIABLE
 
 TOO_MANY, BROKEN = 429, 500
 LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
-
-
-class Connection(BaseModel):
-    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    base_url: str
-    model: str | None = Field(None, description="The model's name there; empty: its only one")
-    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
-    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
-    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
-    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
-    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
-
-    _url = field_validator("base_url")(server_url)
-
-
-class ServerSampling(NamedTuple):
-    """Which server samples, by which settings, and the tokens of the model that it should serve."""
-
-    connection: Connection
-    spec: GenerateSpec
-    eos_ids: Sequence[int]
-    tokenizer: PreTrainedTokenizerBase
-    stream: str = ""  # parts the seeds of rows, as the name of a source does
 
 
 class ServerGone(Crashed):

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import server_url
 from cfsd.model.distribution import Top
 
 VLLM, SGLANG, LLAMA_CPP, LLAMA_CPP_PYTHON = "vllm", "sglang", "llamacpp", "me"  # `owned_by` in the list of models
@@ -40,6 +42,32 @@ EXTRAS: dict[str, dict[str, Any]] = {
 REMAINING_AT_LEAST = 1e-8  # what float32 log-probabilities can leave of 1
 ECHO_DIFFERENCE = 0.5  # nats on average; a pass over the row differs from token by token, by 0.01 at 4 bits
 TOKEN_ID = re.compile(r"token_id:(\d+)")
+
+
+class Connection(BaseModel):
+    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    base_url: str
+    model: str | None = Field(None, description="The model's name there; empty: its only one")
+    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
+    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
+    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
+    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
+    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
+
+    _url = field_validator("base_url")(server_url)
+
+
+class ServerSampling(NamedTuple):
+    """Which server samples, by which settings, and the tokens of the model that it should serve."""
+
+    connection: Connection
+    spec: GenerateSpec
+    eos_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+    stream: str = ""  # rows of the same number in two streams have different seeds
 
 
 class Served(NamedTuple):
@@ -75,14 +103,16 @@ class Answer(NamedTuple):
 
 
 def request(
-    served: Served, spec: GenerateSpec, eos_ids: Sequence[int], *, max_tokens: int, seed: int, min_tokens: int = 0
+    served: Served, wanted: ServerSampling, prompt: Sequence[int], *, max_tokens: int, seed: int, min_tokens: int = 0
 ) -> dict[str, Any]:
-    """Return the body of a request without its prompt. Every setting is named: no default of the server counts."""
+    """Return the body of a request. Every setting is named, so that no default of the server counts."""
+    spec = wanted.spec
     off = -1 if served.kind in (VLLM, SGLANG) else 0  # SGLang refuses 0, llama-cpp-python -1
     body = {
         **FOR_ALL,
         **EXTRAS.get(served.kind, {**FOR_VLLM, **FOR_LLAMA_CPP}),
         "model": served.model,
+        "prompt": text_of(wanted.tokenizer, prompt) if served.prompts == "text" else list(prompt),
         "max_tokens": max_tokens,
         "temperature": spec.temperature,
         "top_p": spec.top_p,
@@ -91,7 +121,7 @@ def request(
         "logprobs": max(spec.top_logprobs, 1),  # llama.cpp takes 0 for none
     }
     if served.kind != LLAMA_CPP_PYTHON:
-        body["stop_token_ids"] = list(eos_ids)
+        body["stop_token_ids"] = list(wanted.eos_ids)
         body["min_tokens"] = min_tokens
     if served.kind == VLLM:  # it then stops at stop_token_ids alone, and lists the one that was sampled
         body["ignore_eos"] = True
@@ -174,11 +204,6 @@ class Pieces:
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return `ids` as text, nothing cleaned or left out."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def prompt_of(served: Served, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | str:
-    """Return a prompt as `served` takes it."""
-    return list(ids) if served.prompts == "ids" else text_of(tokenizer, ids)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

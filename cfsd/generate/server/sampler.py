@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.capabilities import check_prompt, find_out
-from cfsd.generate.server.client import Client, Refused, ServerSampling
+from cfsd.generate.server.client import Client, Refused
 from cfsd.generate.server.protocol import (
     Answer,
     Pieces,
     Served,
+    ServerSampling,
     end_logprob,
-    prompt_of,
     request,
     special_tokens,
     text_of,
@@ -108,7 +108,7 @@ class _Sampler:
     """Writes rows with one server."""
 
     def __init__(self, client: Client, served: Served, wanted: ServerSampling) -> None:
-        self.client, self.served, self.spec, self.stream = client, served, wanted.spec, wanted.stream
+        self.client, self.served, self.wanted, self.spec = client, served, wanted, wanted.spec
         self.eos_ids, self.tokenizer = list(wanted.eos_ids), wanted.tokenizer
         self.special = special_tokens(self.tokenizer)
         self.pieces = Pieces(self.tokenizer) if served.ids == "reconstructed" else None
@@ -117,10 +117,10 @@ class _Sampler:
         """Return row `number`, or why it must go."""
         row, part = _Row(prompt), 0
         while room := self.spec.length - (len(row.ids) - row.prompt_length):
-            seed = _number(31, self.stream, self.spec.seed or 0, number, part)
+            seed = _number(31, self.wanted.stream, self.spec.seed or 0, number, part)
             lacking = max(0, self.spec.min_length - (len(row.ids) - row.prompt_length))
-            body = request(self.served, self.spec, self.eos_ids, max_tokens=room, seed=seed, min_tokens=lacking)
-            answer = await self.client.complete(body | {"prompt": prompt_of(self.served, row.ids, self.tokenizer)})
+            body = request(self.served, self.wanted, row.ids, max_tokens=room, seed=seed, min_tokens=lacking)
+            answer = await self.client.complete(body)
             check_prompt(answer, row.ids, self.client.connection)
             tokens = tokens_of(answer, self.pieces, row.ids, self.eos_ids)
             if isinstance(tokens, str):
@@ -158,7 +158,7 @@ class _Sampler:
             if isinstance(logprob, str):
                 return logprob
             logprobs[stop] = logprob
-        point = _number(53, self.stream, self.spec.seed or 0, number, "end")
+        point = _number(53, self.wanted.stream, self.spec.seed or 0, number, "end")
         stop = _sampled_key(logprobs, self.spec.temperature, point)
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
@@ -167,11 +167,10 @@ class _Sampler:
         return row.sample("eos", 0)
 
     async def _end_logprob(self, row: _Row, answer: Answer, stop: int) -> float | str:
-        prompt: list[int] | str = [*row.ids, stop]
-        if self.served.prompts == "text":
+        body = request(self.served, self.wanted, [*row.ids, stop], max_tokens=1, seed=0) | {"echo": True}
+        if self.served.prompts == "text":  # the text as the server wrote it
             before, after = (text_of(self.tokenizer, ids) for ids in (row.ids[: row.prompt_length], [stop]))
-            prompt = before + answer.text + after
-        body = request(self.served, self.spec, self.eos_ids, max_tokens=1, seed=0) | {"prompt": prompt, "echo": True}
+            body["prompt"] = before + answer.text + after
         try:
             echo = await self.client.complete(body)
         except Refused as error:
