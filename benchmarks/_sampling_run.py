@@ -28,13 +28,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from benchmarks._bound import attention_flops, flops_per_token, limit, skeleton
 from cfsd.data.corpus_table import corpus_table
-from cfsd.generate import cache, sampling
-from cfsd.generate.sampling import sample
+from cfsd.generate import key_value_cache, sampling
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.loading import fetch, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.fetching import fetch
+from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.model.sample import Sample
-from cfsd.store.tables import shard_path, write_shard
+from cfsd.store.tables import corpus_schema, shard_path, write_shard
 
 TEXT = Path(__file__).parents[1] / "README.md"  # any real text will do: it is what the windows' caches are filled from
 Answer = dict[str, Any]
@@ -96,7 +97,7 @@ class Contender:
         started = time.perf_counter()
         if self.role == "ours":
             distribution = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
-            samples = sample(self.model, prompts, self.ends, distribution, range(rows), stream="bench")
+            samples = sample(self.model, Rows(range(rows), prompts, self.ends, "bench"), distribution)
             counts = [len(s.token_ids) - 1 for s in samples]
             extra = self._stored(samples, seed, top) if store else {}
         else:
@@ -129,7 +130,7 @@ class Contender:
         try:
             if self.role == "ours":
                 distribution = GenerateSpec(rows=len(prompts), length=room)
-                sample(self.model, prompts, (), distribution, range(len(prompts)), stream="bench", on_step=clock)
+                sample(self.model, Rows(range(len(prompts)), prompts, (), "bench"), distribution, on_step=clock)
             else:
                 self._generate(prompts, room, (), clock)
         except Enough:
@@ -159,8 +160,8 @@ class Contender:
     def _stored(self, samples: list[Sample], seed: int, top: int) -> Answer:
         with tempfile.TemporaryDirectory() as folder:
             table = corpus_table(
-                samples, range(len(samples)), source="context-free", shard=0, seed=seed,
-                tokenizer=self._tokenizer(), top_logprobs=top, vocabulary=self.model.config.vocab_size,
+                dict(enumerate(samples)), self._tokenizer(), corpus_schema(top, self.model.config.vocab_size),
+                source="context-free", shard=0, seed=seed,
             )  # fmt: skip
             write_shard(Path(folder), "corpus", 0, table)
             return {"bytes": shard_path(Path(folder), "corpus", 0).stat().st_size}
@@ -257,8 +258,8 @@ class Sections:
                 self._time(module, "forward", "head" if module is head else "layers: matrix products")
         self._time(torch.nn.functional, "scaled_dot_product_attention", "layers: attention")
         self._time(model, "forward", "layers: norms, rotation and the rest")
-        self._time(cache.PreallocatedLayer, "update", "cache")
-        self._time(cache.PreallocatedLayer, "batch_select_indices", "cache")
+        self._time(key_value_cache.PreallocatedLayer, "update", "cache")
+        self._time(key_value_cache.PreallocatedLayer, "batch_select_indices", "cache")
         self._time(sampling, "law_of", "drawing: softmax")
         self._time(sampling, "sampled_probs", "drawing: the draw")
         self._time(sampling, "draw", "drawing: the draw")

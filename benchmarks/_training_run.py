@@ -30,7 +30,8 @@ from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.loading import fetch, load_model, load_tokenizer
+from cfsd.model.fetching import fetch
+from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.train.batches.loading import batches_of
 from cfsd.train.spec import TrainRequest, TrainSpec

@@ -4,24 +4,15 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-import httpx
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 from cfsd.errors import BadInput
 
 HOME_VARIABLE = "CFSD_HOME"
+KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 SAMPLING = ("probe", "generate")  # the stages whose work is divided into shards
 TRAINING = "train"  # the stage whose work is done by several processes at once
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
@@ -75,38 +66,30 @@ class Machine(BaseModel):
             lacking = "needs base_url" if self.engine == "server" else "takes no base_url; set engine=server"
             raise ValueError(f"engine {self.engine} {lacking}")
         if self.base_url is not None:
-            from cfsd.machine import Connection
-
-            Connection(base_url=self.base_url)  # says what is wrong with it
+            server_url(self.base_url)
         return self
 
     def resolved_device(self) -> str:
         """Return "cpu" or "cuda"."""
         if self.device == "cpu":
             return "cpu"
-        import torch
-
-        if self.device == "cuda" and not torch.cuda.is_available():
+        available = _torch().cuda.is_available()
+        if self.device == "cuda" and not available:
             raise BadInput("machine.device is cuda, but torch finds none here; set it to cpu or auto")
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if available else "cpu"
 
     def resolved_processes(self) -> int:
         """Return how many processes sample at the same time."""
-        if self.engine == "server":
-            return 1
-        if self.processes or self.resolved_device() == "cpu":
-            return self.processes or 1
-        import torch
-
-        return torch.cuda.device_count()
+        return 1 if self.engine == "server" else self._one_per_gpu(self.processes)
 
     def resolved_training_processes(self) -> int:
         """Return how many processes train one model together."""
-        if self.training_processes or self.resolved_device() == "cpu":
-            return self.training_processes or 1
-        import torch
+        return self._one_per_gpu(self.training_processes)
 
-        return torch.cuda.device_count()
+    def _one_per_gpu(self, asked: int | None) -> int:
+        if asked or self.resolved_device() == "cpu":
+            return asked or 1
+        return int(_torch().cuda.device_count())
 
     def resolved_sharding(self) -> Literal["replicate", "shard"]:
         """Return how the training processes divide the model. Raises BadInput where sharding would do nothing."""
@@ -128,9 +111,7 @@ class Machine(BaseModel):
 
     def settle(self, processes: int = 1) -> None:
         """Make torch use this machine's threads. Called once by whatever is about to compute."""
-        import torch
-
-        torch.set_num_threads(self.resolved_threads(processes))
+        _torch().set_num_threads(self.resolved_threads(processes))
 
     def environment(self, stage: str) -> dict[str, JsonValue]:
         """Return what a draft of `stage` must share with the process that continues it, for equal bits."""
@@ -149,34 +130,25 @@ class Machine(BaseModel):
         }
 
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+def server_url(value: str) -> str:
+    """Return the base URL of a completions server with /v1 at its end. Raises ValueError when it cannot be one."""
+    try:
+        url = urlsplit(value)
+        _ = url.port  # is read only to be checked
+    except ValueError as error:
+        raise ValueError(f"base_url {value!r} is no URL: {error}") from error
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
+        where = f"{url.scheme}://{url.hostname or ''}{url.path}"  # without what may be a secret
+        raise ValueError(
+            f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
+            f"environment variable {KEY_VARIABLE}"
+        )
+    plain = value.rstrip("/")
+    return plain if plain.endswith("/v1") else f"{plain}/v1"
 
 
-class Connection(BaseModel):
-    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
+def _torch() -> Any:
+    """Return torch, which is imported late: commands that only read a machine answer in a second."""
+    import torch
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    base_url: str
-    model: str | None = Field(None, description="The model's name there; empty: its only one")
-    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
-    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
-    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
-    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
-    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain(cls, value: str) -> str:
-        try:
-            url = httpx.URL(value)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"base_url {value!r} is no URL: {error}") from error
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
-            where = f"{url.scheme}://{url.host}{url.path}"  # without what may be a secret
-            raise ValueError(
-                f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
-                f"environment variable {KEY_VARIABLE}"
-            )
-        plain = value.rstrip("/")
-        return plain if plain.endswith("/v1") else f"{plain}/v1"
+    return torch

@@ -1,4 +1,4 @@
-"""Spec: the settings of one stage, and the digest by which its results are found again."""
+"""Spec: the settings of one stage, and the digest by which its results are identified."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ class Spec(BaseModel):
 
     `version` is raised when the code behind the spec changes what it computes.
     `neutral` names, per field added after a release, the value at which the field changes nothing:
-    while a field has it, it is left out of the digest, so that older artifacts are still found.
+    while a field has it, it is left out of the digest, so that older artifacts stay valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

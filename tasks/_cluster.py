@@ -20,7 +20,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate.jobs import Look, Sampler, Shard, ShardJob
+from cfsd.generate.shard_job import Look, Sampler, Shard, ShardJob
 from cfsd.machine import Machine
 from tasks.record import say
 
@@ -65,14 +65,14 @@ def sampler_of(machine: Machine) -> Iterator[Sampler | None]:
       retries=0, log_prints=True)  # fmt: skip
 def sample_one(job: ShardJob, shard: Shard) -> None:
     """Write one shard, on the node that Ray chose."""
-    from cfsd.generate.shard_rows import sample_shard
+    from cfsd.generate.shard_sampling import sample_shard
 
     if not job.folder.is_dir():
         raise BadInput(
             f"node {platform.node()} has no {job.folder}; "
             "a cluster needs the data folder on a disk that all its nodes share, at the same path"
         )
-    if not shard.done(job.folder):  # a shared disk may show it late to whoever asked
+    if not shard.is_done(job.folder):  # a shared disk may show it late to whoever asked
         sample_shard(job, shard)
 
 

@@ -8,8 +8,8 @@ from tasks._stage import stage
 
 @stage("fetch", "model")
 def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
-    """Make a transformers folder of the checkpoint; see `cfsd.model.loading`."""
-    from cfsd.model.loading import fetch
+    """Make a transformers folder of the checkpoint; see `cfsd.model.fetching`."""
+    from cfsd.model.fetching import fetch
 
     machine.settle()
     fetch(checkpoint, draft)

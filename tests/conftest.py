@@ -121,7 +121,7 @@ def store(home: Path) -> "Store":
 def fetched(store: "Store", folder: Path, start_token: str | None = None) -> "Artifact":
     """Bring a model folder into the store, as the first stage does."""
     from cfsd.model.checkpoint import Checkpoint
-    from cfsd.model.loading import fetch
+    from cfsd.model.fetching import fetch
     from cfsd.store.artifact import key_of
 
     checkpoint = Checkpoint(kind="folder", path=str(folder), start_token=start_token)

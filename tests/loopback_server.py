@@ -79,30 +79,31 @@ class Loopback:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def prompt(self, body: dict[str, Any]) -> list[int]:
-        given = body["prompt"]
-        if isinstance(given, str):
-            given = self.tokenizer.encode(given, add_special_tokens=False)
-        return [0, *given] if self.manners.extra_start else list(given)
+        ids = body["prompt"]
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids, add_special_tokens=False)
+        return [0, *ids] if self.manners.extra_start else list(ids)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request that is in order."""
-        prompt, drawn = self.prompt(body), []
+        prompt = self.prompt(body)
+        sampled: list[int] = []
         shown: list[tuple[int, float, dict[int, float]]] = []
         generator = torch.Generator().manual_seed(body["seed"])
         finish = "length"
         for t in range(1, len(prompt)) if body.get("echo") else ():
             shown.append((prompt[t], *self._seen(self.logits(prompt[:t]), prompt[t], body)))
         for step in range(min(body["max_tokens"], self.manners.context - len(prompt))):
-            logits = self.logits([*prompt, *drawn])
+            logits = self.logits([*prompt, *sampled])
             token = self._draw(logits, body, generator, step)
-            drawn.append(token)
+            sampled.append(token)
             shown.append((token, *self._seen(logits, token, body)))
             if token in {*self.manners.own_stops, *self._stops(body)}:
                 finish = "stop"
                 break
         if finish == "stop" and not self.manners.list_end:
             shown.pop()
-        return self._answer(prompt, drawn, shown, finish, body)
+        return self._answer(prompt, sampled, shown, finish, body)
 
     def _stops(self, body: dict[str, Any]) -> list[int]:
         asked = body.get("stop_token_ids") or []
@@ -130,12 +131,12 @@ class Loopback:
         return logprobs[token].item(), {token: logprobs[token].item(), **top}
 
     def _answer(
-        self, prompt: list[int], drawn: list[int], shown: list[Any], finish: str, body: dict[str, Any]
+        self, prompt: list[int], sampled: list[int], shown: list[Any], finish: str, body: dict[str, Any]
     ) -> dict[str, Any]:
         def name(token: int) -> str:
             return self.text([token]) if self.manners.strings else f"token_id:{token}"
 
-        text = self.text(drawn[:-1] if finish == "stop" else drawn)
+        text = self.text(sampled[:-1] if finish == "stop" else sampled)
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": finish}
         if not self.manners.no_logprobs and "logprobs" in body:
             choice["logprobs"] = {
@@ -145,7 +146,7 @@ class Loopback:
             }
         if not self.manners.strings:
             choice |= {"token_ids": [token for token, _, _ in shown], "prompt_token_ids": prompt}
-        counted = len(drawn) - (finish == "stop" and not self.manners.list_end)
+        counted = len(sampled) - (finish == "stop" and not self.manners.list_end)
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": counted}}
 
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import Checkpoint, payload_of
-from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token, start_token
+from cfsd.model.fetching import start_token
+from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
 

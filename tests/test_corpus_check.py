@@ -23,10 +23,10 @@ from cfsd.evaluate.corpus_check import (
     check_corpus,
     first_distribution,
 )
-from cfsd.generate.sampling import sample
+from cfsd.generate.chat_template import template_start
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import generate, probe
-from cfsd.generate.starts import template_start
 from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
@@ -34,7 +34,7 @@ from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids
 from cfsd.model.sample import Sample
 from cfsd.statistics.sample_tests import difference_z, first_token_p
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
-from cfsd.store.tables import read_rows, shard_path, write_shard
+from cfsd.store.tables import CORPUS, read_rows, shard_path, write_shard
 from tests.conftest import fetched, save_model
 
 ROWS, LENGTH = 500, 12
@@ -53,14 +53,12 @@ class World(NamedTuple):
 
     def drawn(self, law: GenerateSpec, prompt: list[int], stream: str = "context-free") -> list[Sample]:
         rows = range(law.rows)
-        return sample(self.model, [prompt] * law.rows, self.ends, law, rows, stream=stream)
+        return sample(self.model, Rows(rows, [prompt] * law.rows, self.ends, stream), law)
 
     def written(self, name: str, samples: list[Sample], source: str = "context-free") -> Path:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        ids = list(range(len(samples)))
-        table = corpus_table(samples, ids, source=source, shard=0, seed=0, tokenizer=self.tokenizer, top_logprobs=0,
-                             vocabulary=len(self.probs_V))  # fmt: skip
+        table = corpus_table(dict(enumerate(samples)), self.tokenizer, CORPUS, source=source, shard=0, seed=0)
         write_shard(folder, "corpus", 0, table)
         return folder
 

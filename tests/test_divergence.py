@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsd.evaluate.divergence import CHUNK, divergence, score_probe
-from cfsd.generate.sampling import sample
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import probe
 from cfsd.machine import Machine
@@ -79,14 +79,14 @@ def test_its_expectation_is_the_divergence_of_whole_texts() -> None:
 def test_both_forms_agree_on_samples_of_the_base_and_the_dense_one_is_steadier() -> None:
     base, tuned = toy(0), toy(1)
     law = GenerateSpec(length=LENGTH, seed=0)
-    rows = [s.token_ids for s in sample(base, [[START]] * 4000, (), law, range(4000), stream="probe")]
+    rows = [s.token_ids for s in sample(base, Rows(range(4000), [[START]] * 4000, (), "probe"), law)]
     found = divergence(base, tuned, rows)
     dense, drawn = (torch.tensor([getattr(part, name) for part in found]) for name in ("kl", "sampled"))
     gap = drawn - dense
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / 4000**0.5
     assert dense.std() < drawn.std() / 2
     elsewhere = divergence(
-        base, tuned, [s.token_ids for s in sample(tuned, [[START]] * 4000, (), law, range(4000), stream="probe")]
+        base, tuned, [s.token_ids for s in sample(tuned, Rows(range(4000), [[START]] * 4000, (), "probe"), law)]
     )
     gap = torch.tensor([part.sampled - part.kl for part in elsewhere])
     assert abs(float(gap.mean())) > 8 * float(gap.std()) / 4000**0.5  # on another model's texts they do not

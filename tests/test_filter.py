@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter import stage
 from cfsd.filter.spec import FilterSpec
-from cfsd.filter.stage import Shards, Sums, filter_rows
+from cfsd.filter.stage import Sums, filter_rows
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact, Store, key_of
-from cfsd.store.tables import CORPUS, batches, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.store.tables import CORPUS, TableWriter, batches, corpus_schema, read_rows, shards, table_of, write_shard
 from tasks._stage import Planned, planning
 from tasks.filter import filter_corpus
 
@@ -267,12 +267,21 @@ def test_sums_do_not_depend_on_how_rows_are_batched() -> None:
 
 def test_a_table_is_cut_into_shards_of_equal_size(tmp_path: Path) -> None:
     table = table_of(CORPUS, [row_of(i, [0, 5], 1.0) for i in range(25)])
-    writer = Shards(tmp_path, "corpus", 10)
+    writer = TableWriter(tmp_path, "corpus", 10)
     for batch in table.to_batches(max_chunksize=7):
         writer.add(batch)
     assert [pq.read_metadata(path).num_rows for path in shards(tmp_path, "corpus")] == [10, 10]
     writer.close()
     assert [row["row_id"] for row in read_rows(tmp_path, "corpus")] == list(range(25))
+
+
+def test_a_shard_ends_with_the_batch_that_reaches_its_bytes(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path, "corpus", max_bytes=100)
+    batches_of_five = table_of(CORPUS, [row_of(i, [0, 5], 1.0) for i in range(25)]).to_batches(max_chunksize=5)
+    for batch in batches_of_five:
+        writer.add(batch)
+    writer.close()
+    assert [pq.read_metadata(path).num_rows for path in shards(tmp_path, "corpus")] == [5] * 5
 
 
 def test_what_an_interrupted_attempt_left_is_not_in_the_result(store: Store, tmp_path: Path) -> None:

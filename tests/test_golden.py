@@ -25,7 +25,7 @@ from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.loading import fetch
+from cfsd.model.fetching import fetch
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.store.tables import read_rows

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfsd.merge.stage import merge
-from cfsd.model.loading import load_model, write_start_token
+from cfsd.model.fetching import write_start_token
+from cfsd.model.loading import load_model
 from tests.conftest import save_model
 
 

@@ -20,7 +20,8 @@ from transformers import GPT2LMHeadModel
 
 from cfsd.errors import BadInput
 from cfsd.merge.stage import merge
-from cfsd.model.loading import load_model, write_start_token
+from cfsd.model.fetching import write_start_token
+from cfsd.model.loading import load_model
 from cfsd.spec import Spec
 from cfsd.train.fisher import FILE
 from cfsd.train.methods import Methods

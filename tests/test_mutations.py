@@ -63,7 +63,7 @@ def mix_masked(target: Path, corpus: Path, spec: Any, draft: Draft, losses: Path
 
 def generate_from_another(base: Artifact, target: Any, spec: Any, draft: Draft, *rest: Any) -> None:
     """Sample from another model than the base."""
-    from cfsd.model.loading import describe, write_start_token
+    from cfsd.model.fetching import describe, write_start_token
 
     def work(made: Draft) -> None:
         pretrain(ANOTHER, made.folder)

@@ -34,7 +34,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from cfsd.generate.sampling import sample
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
 from cfsd.train.loss.objective import Losses, Objective, head_of, losses
@@ -171,7 +171,7 @@ def loss_and_gradient(
 def sampled(base: Any, count: int, seed: int) -> list[Row]:
     law = GenerateSpec(length=LENGTH, seed=seed)
     return rehearsal(
-        [s.token_ids for s in sample(base, [[START]] * count, (), law, range(count), stream="context-free")]
+        [s.token_ids for s in sample(base, Rows(range(count), [[START]] * count, (), "context-free"), law)]
     )
 
 

@@ -185,7 +185,7 @@ def test_a_killed_rank_is_named_and_not_its_peers_that_complain(child: Callable[
     os.kill(pid_in(folder, "1"), signal.SIGKILL)
     thread.join(60)
     assert isinstance(ended[0], Crashed)
-    assert str(ended[0]).startswith("rank 1 of 2 ended with code -9 and no word; if nobody killed it")
+    assert str(ended[0]).startswith("rank 1 of 2 ended with code -9 and no error message; if no user killed it")
 
 
 def test_a_stop_before_the_work_began_is_a_stop(child: Callable[[str], Path]) -> None:

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from cfsd.data.replay import Replay, documents
 from cfsd.errors import BadInput
 from cfsd.generate.replay_rows import replay_rows
-from cfsd.model.loading import load_tokenizer
+from cfsd.model.loading import Tokenization, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +58,11 @@ def replay_of(path: Path, **settings: Any) -> Replay:
 
 def rows_of(
     path: Path, tokenizer: "PreTrainedTokenizerBase", rows: int, *, length: int = 6, seed: int = 0,
-    ends: tuple[int, ...] = (END,), start: int = START,
+    eos_ids: tuple[int, ...] = (END,), start: int = START,
 ) -> list[list[int]]:  # fmt: skip
-    return list(replay_rows(replay_of(path), tokenizer, start, ends, rows=rows, length=length, seed=seed))
+    return list(
+        replay_rows(replay_of(path), Tokenization(tokenizer, start, eos_ids), rows=rows, length=length, seed=seed)
+    )
 
 
 def cut(text: str, tokenizer: "PreTrainedTokenizerBase", length: int, end: list[int]) -> list[list[int]]:
@@ -77,14 +79,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, tokenizer: Any, 
     assert rows_of(path, tokenizer, 12) == rows_of(write(tmp_path / "same.jsonl", TEXTS), tokenizer, 12)
 
 
-@pytest.mark.parametrize(("ends", "end"), [((END,), [END]), ((5, END), [END]), ((5,), [5]), ((), [])])
+@pytest.mark.parametrize(("eos_ids", "end"), [((END,), [END]), ((5, END), [END]), ((5,), [5]), ((), [])])
 def test_rows_are_the_documents_cut_from_their_start_to_their_end(
-    tmp_path: Path, tokenizer: Any, ends: tuple[int, ...], end: list[int]
+    tmp_path: Path, tokenizer: Any, eos_ids: tuple[int, ...], end: list[int]
 ) -> None:
     texts = [text for text in KEPT if tokenizer.convert_ids_to_tokens(5) not in text]
     whole = {text: cut(text, tokenizer, 6, end) for text in texts}
     total = sum(map(len, whole.values()))
-    rows = rows_of(write(tmp_path / "rows.jsonl", texts), tokenizer, total, ends=ends)
+    rows = rows_of(write(tmp_path / "rows.jsonl", texts), tokenizer, total, eos_ids=eos_ids)
     assert Counter(map(tuple, rows)) == Counter(tuple(row) for part in whole.values() for row in part)
     assert any(len(part) > 2 for part in whole.values())
     for part in whole.values():
@@ -109,10 +111,8 @@ def test_more_rows_begin_with_the_same_ones_in_an_order_of_their_seed(tmp_path: 
 
 def test_every_document_comes_first_equally_often(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "rows.jsonl", ["a", "bcdefghij", "klmnopqrstuvwxyz", "b", "c"])
-    replay = replay_of(path)
-    first = Counter(
-        tuple(next(replay_rows(replay, tokenizer, START, (END,), rows=1, length=30, seed=seed))) for seed in range(400)
-    )
+    replay, base = replay_of(path), Tokenization(tokenizer, START, (END,))
+    first = Counter(tuple(next(replay_rows(replay, base, rows=1, length=30, seed=seed))) for seed in range(400))
     assert len(first) == 5 and chisquare(list(first.values())).pvalue > 1e-3
 
 
@@ -236,7 +236,7 @@ def test_a_data_set_is_read_as_a_file_is(home: Path, tmp_path: Path, tokenizer: 
     file = write(tmp_path / "set" / "train.parquet", TEXTS)
     hub = Replay(kind="hub", name=str(tmp_path / "set"), revision="0" * 40)  # a folder is a data set too
     assert list(documents(hub)) == KEPT
-    rows = list(replay_rows(hub, tokenizer, START, (END,), rows=9, length=6, seed=0))
+    rows = list(replay_rows(hub, Tokenization(tokenizer, START, (END,)), rows=9, length=6, seed=0))
     assert rows == rows_of(file, tokenizer, 9)
     with pytest.raises(BadInput, match="no column 'body'; its columns are 'number', 'text'"):
         list(documents(hub.model_copy(update={"column": "body"})))

@@ -1,4 +1,4 @@
-"""The sampler draws from the model's own law, exactly, and records what it drew."""
+"""The sampler follows the model's own distribution exactly, and records the log-probabilities."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.generate.drawing import sampled_probs, uniforms
-from cfsd.generate.sampling import Turns, sample
+from cfsd.generate.sampling import Rows, Turns, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.token_choice import sampled_probs, uniforms
 from cfsd.model.distribution import distribution_of
 from cfsd.model.loading import load_model, read_eos_ids
 from cfsd.model.sample import Sample
@@ -26,7 +26,7 @@ DRAWS = 6000
 class World(NamedTuple):
     model: PreTrainedModel
     start: int
-    ends: tuple[int, ...]
+    eos_ids: tuple[int, ...]
 
 
 @pytest.fixture(scope="module", params=["llama", "olmo", "gpt2", "qwen2", "gemma2"])
@@ -40,20 +40,20 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(model, start, read_eos_ids(folder))
 
 
-def drawn(world: World, law: GenerateSpec, rows: Sequence[int], stream: str = "context-free") -> list[Sample]:
-    return sample(world.model, [[world.start]] * len(rows), world.ends, law, rows, stream=stream)
+def sampled(world: World, spec: GenerateSpec, rows: Sequence[int], stream: str = "context-free") -> list[Sample]:
+    return sample(world.model, Rows(rows, [[world.start]] * len(rows), world.eos_ids, stream), spec)
 
 
 @torch.inference_mode()
 def next_law(world: World, contexts: list[list[int]]) -> Tensor:
     """Return p(next token | context), computed apart from the sampler, in float64."""
-    law: Tensor = world.model(torch.tensor(contexts), use_cache=False).logits[:, -1].double().softmax(-1)
-    return law
+    probs: Tensor = world.model(torch.tensor(contexts), use_cache=False).logits[:, -1].double().softmax(-1)
+    return probs
 
 
-def p_value(tokens: list[int], law: Tensor) -> float:
+def p_value(tokens: list[int], probs: Tensor) -> float:
     """Return the chi-square p-value of the counts of `tokens`, rare tokens counted together."""
-    expected = law.numpy() / law.sum().item() * len(tokens)
+    expected = probs.numpy() / probs.sum().item() * len(tokens)
     counts = np.bincount(tokens, minlength=len(expected))
     common = expected >= 5
     rest = [expected[~common].sum()] if (~common).any() else []
@@ -62,16 +62,16 @@ def p_value(tokens: list[int], law: Tensor) -> float:
 
 
 def distributions(world: World) -> tuple[Tensor, Tensor]:
-    """Return the law of the first token, and that of the second among texts that go on."""
+    """Return the distribution of the first token, and that of the second among texts that go on."""
     first = next_law(world, [[world.start]])[0]
-    goes_on = [token for token in range(len(first)) if token not in world.ends]
+    goes_on = [token for token in range(len(first)) if token not in world.eos_ids]
     after = next_law(world, [[world.start, token] for token in goes_on])
     second = (first[goes_on, None] * after).sum(0)
     return first, second / second.sum()
 
 
-def p_values(world: World, law: GenerateSpec) -> tuple[float, float]:
-    tokens = [s.token_ids for s in drawn(world, law, range(DRAWS))]
+def p_values(world: World, spec: GenerateSpec) -> tuple[float, float]:
+    tokens = [s.token_ids for s in sampled(world, spec, range(DRAWS))]
     first, second = distributions(world)
     return p_value([t[1] for t in tokens], first), p_value([t[2] for t in tokens if len(t) > 2], second)
 
@@ -82,16 +82,16 @@ def test_first_and_second_tokens_follow_the_models_softmax(world: World) -> None
 
 @pytest.mark.parametrize("bias", [{"temperature": 0.8}, {"top_k": 12}, {"top_p": 0.9}])
 def test_every_bias_changes_the_law_and_is_reported(world: World, bias: dict[str, Any]) -> None:
-    law = GenerateSpec(rows=0, length=2, seed=1, **bias)
-    assert max(p_values(world, law)) < SIGNIFICANCE
-    assert [name.split("=")[0] for name in law.biases()] == list(bias)
+    spec = GenerateSpec(rows=0, length=2, seed=1, **bias)
+    assert max(p_values(world, spec)) < SIGNIFICANCE
+    assert [name.split("=")[0] for name in spec.biases()] == list(bias)
     assert GenerateSpec().biases() == []
 
 
 def test_biased_laws_are_those_of_their_definitions() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], dtype=torch.float64)
 
-    def law(**bias: Any) -> list[list[float]]:
+    def biased(**bias: Any) -> list[list[float]]:
         kept = sampled_probs(distribution_of(probs.log()), GenerateSpec(**bias))
         return (kept / kept.sum(-1, keepdim=True)).tolist()
 
@@ -99,17 +99,17 @@ def test_biased_laws_are_those_of_their_definitions() -> None:
         return [pytest.approx(row), pytest.approx(row[::-1])]
 
     squares = [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]
-    assert law(temperature=0.5) == both(squares)
-    assert law(top_k=2) == both([0.625, 0.375, 0, 0])
-    assert law(top_p=0.79) == both([0.625, 0.375, 0, 0])
-    assert law(top_p=0.81) == both([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
-    assert law(top_k=99) == both([0.5, 0.3, 0.15, 0.05])
-    assert law() == both([0.5, 0.3, 0.15, 0.05])
+    assert biased(temperature=0.5) == both(squares)
+    assert biased(top_k=2) == both([0.625, 0.375, 0, 0])
+    assert biased(top_p=0.79) == both([0.625, 0.375, 0, 0])
+    assert biased(top_p=0.81) == both([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    assert biased(top_k=99) == both([0.5, 0.3, 0.15, 0.05])
+    assert biased() == both([0.5, 0.3, 0.15, 0.05])
 
 
 @pytest.mark.parametrize("bias", [{}, {"temperature": 0.7, "top_k": 5}])
 def test_recorded_logprobs_are_the_models_own_whatever_is_sampled(world: World, bias: dict[str, Any]) -> None:
-    for s in drawn(world, GenerateSpec(length=20, seed=2, **bias), range(48)):
+    for s in sampled(world, GenerateSpec(length=20, seed=2, **bias), range(48)):
         with torch.inference_mode():
             logprobs = world.model(torch.tensor([s.token_ids]), use_cache=False).logits[0].log_softmax(-1)
         fresh = [logprobs[t, token].item() for t, token in enumerate(s.token_ids[1:])]
@@ -118,36 +118,36 @@ def test_recorded_logprobs_are_the_models_own_whatever_is_sampled(world: World, 
 
 
 def test_a_text_ends_at_its_first_end_token_and_nowhere_else(world: World) -> None:
-    samples = drawn(world, GenerateSpec(length=20, seed=3), range(400))
+    samples = sampled(world, GenerateSpec(length=20, seed=3), range(400))
     assert {s.finish_reason for s in samples} == {"eos", "length"}
     for s in samples:
         assert s.token_ids[0] == world.start
         assert len(s.token_ids) == len(s.logprobs)
-        ended = s.token_ids[-1] in world.ends
+        ended = s.token_ids[-1] in world.eos_ids
         assert s.finish_reason == ("eos" if ended else "length")
         assert ended or len(s.logprobs) == 21
-        assert not set(s.token_ids[1:-1]) & set(world.ends)
+        assert not set(s.token_ids[1:-1]) & set(world.eos_ids)
 
 
 def test_a_model_without_end_tokens_writes_to_the_end(world: World) -> None:
-    samples = sample(world.model, [[world.start]] * 50, (), GenerateSpec(length=6), range(50), stream="context-free")
+    samples = sample(world.model, Rows(range(50), [[world.start]] * 50, (), "context-free"), GenerateSpec(length=6))
     assert {(len(s.logprobs), s.finish_reason) for s in samples} == {(7, "length")}
 
 
 def test_a_row_does_not_depend_on_its_neighbours(world: World) -> None:
     """Row 7 alone is never compacted; among 200 that end one by one it is."""
-    law = GenerateSpec(length=24, seed=4)
-    together = drawn(world, law, range(200))
+    spec = GenerateSpec(length=24, seed=4)
+    together = sampled(world, spec, range(200))
     assert len({len(s.logprobs) for s in together}) > 5
     for row in (7, 60, 199, max(range(200), key=lambda r: len(together[r].logprobs))):
-        alone = drawn(world, law, [row])[0]
+        alone = sampled(world, spec, [row])[0]
         assert alone.token_ids == together[row].token_ids
         assert alone.logprobs[1:] == pytest.approx(together[row].logprobs[1:], abs=1e-5)
         assert alone.finish_reason == together[row].finish_reason
 
 
 def test_a_longer_length_only_continues_the_text(world: World) -> None:
-    short, long = (drawn(world, GenerateSpec(length=n, seed=5), range(30)) for n in (5, 15))
+    short, long = (sampled(world, GenerateSpec(length=n, seed=5), range(30)) for n in (5, 15))
     assert [s.token_ids for s in short] == [s.token_ids[:6] for s in long]
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_gives_nan_is_named(world: World) -> None:
     hook = head.register_forward_hook(lambda module, args, output: output * float("nan"))
     try:
         with pytest.raises(NotFinite, match="token 1 of shard 3"):
-            sample(world.model, [[0]], (), GenerateSpec(length=2), [0], stream="probe", where="shard 3")
+            sample(world.model, Rows([0], [[0]], (), "probe"), GenerateSpec(length=2), where="shard 3")
     finally:
         hook.remove()
 
@@ -173,13 +173,13 @@ def test_a_model_that_gives_nan_is_named(world: World) -> None:
 def test_texts_end_as_often_as_the_model_says(world: World) -> None:
     """The surplus of ends over their probabilities is a martingale: its sum over sqrt(sum p(1-p)) is a z-score."""
     surplus = variance = 0.0
-    ends = list(world.ends)
-    for s in drawn(world, GenerateSpec(length=16, seed=6), range(300)):
+    eos_ids = list(world.eos_ids)
+    for s in sampled(world, GenerateSpec(length=16, seed=6), range(300)):
         with torch.inference_mode():
             distributions = (
                 world.model(torch.tensor([s.token_ids[:-1]]), use_cache=False).logits[0].double().softmax(-1)
             )
-        chance = distributions[:, ends].sum(-1)
+        chance = distributions[:, eos_ids].sum(-1)
         surplus += (s.finish_reason == "eos") - chance.sum().item()
         variance += (chance * (1 - chance)).sum().item()
     assert variance > 5
@@ -188,10 +188,10 @@ def test_texts_end_as_often_as_the_model_says(world: World) -> None:
 
 def test_prompts_of_unequal_length_are_gone_on_from_as_if_each_were_alone(world: World) -> None:
     prompts = [[world.start, *range(3, 3 + n)] for n in (2, 0, 7, 4)]
-    law = GenerateSpec(length=10, seed=7)
-    together = sample(world.model, prompts, world.ends, law, range(4), stream="contextual")
+    spec = GenerateSpec(length=10, seed=7)
+    together = sample(world.model, Rows(range(4), prompts, world.eos_ids, "contextual"), spec)
     for row, prompt in enumerate(prompts):
-        alone = sample(world.model, [prompt], world.ends, law, [row], stream="contextual")[0]
+        alone = sample(world.model, Rows([row], [prompt], world.eos_ids, "contextual"), spec)[0]
         assert together[row].token_ids == alone.token_ids
         assert together[row].token_ids[: len(prompt)] == prompt
         known = [value is not None for value in together[row].logprobs]
@@ -199,18 +199,18 @@ def test_prompts_of_unequal_length_are_gone_on_from_as_if_each_were_alone(world:
         assert together[row].logprobs[len(prompt) :] == pytest.approx(alone.logprobs[len(prompt) :], abs=1e-4)
 
 
-def test_filled_rows_hold_several_texts_and_every_drawn_token_has_the_models_logprob(world: World) -> None:
-    between = [] if world.start in world.ends else [world.start]
+def test_filled_rows_hold_several_texts_and_every_sampled_token_has_the_models_logprob(world: World) -> None:
+    between = [] if world.start in world.eos_ids else [world.start]
     turns = Turns(20, between)
-    law = GenerateSpec(length=20, seed=8, fill=True)
-    samples = sample(world.model, [[world.start]] * 60, world.ends, law, range(60), stream="context-free", turns=turns)
+    spec = GenerateSpec(length=20, seed=8, fill=True)
+    samples = sample(world.model, Rows(range(60), [[world.start]] * 60, world.eos_ids, "context-free", turns), spec)
     assert {len(s.token_ids) for s in samples} == {21}
-    assert any(set(s.token_ids[1:-2]) & set(world.ends) for s in samples)
+    assert any(set(s.token_ids[1:-2]) & set(world.eos_ids) for s in samples)
     for s in samples:
         with torch.inference_mode():
             logprobs = world.model(torch.tensor([s.token_ids]), use_cache=False).logits[0].log_softmax(-1)
         for t in range(1, 21):
-            inserted = bool(between) and s.token_ids[t - 1] in world.ends
+            inserted = bool(between) and s.token_ids[t - 1] in world.eos_ids
             assert (s.logprobs[t] is None) == inserted
             if inserted:
                 assert s.token_ids[t] == world.start
@@ -219,14 +219,14 @@ def test_filled_rows_hold_several_texts_and_every_drawn_token_has_the_models_log
 
 
 def test_one_more_turn_is_opened_by_the_given_tokens_and_ends_the_row(world: World) -> None:
-    law = GenerateSpec(length=40, seed=9)
+    spec = GenerateSpec(length=40, seed=9)
     samples = sample(
-        world.model, [[world.start]] * 80, world.ends, law, range(80), stream="template", turns=Turns(1, [5, 6])
+        world.model, Rows(range(80), [[world.start]] * 80, world.eos_ids, "template", Turns(1, [5, 6])), spec
     )
     finished = [s for s in samples if s.finish_reason == "eos"]
     assert finished
     for s in finished:
-        ends = [t for t, token in enumerate(s.token_ids) if token in world.ends and s.logprobs[t] is not None]
+        ends = [t for t, token in enumerate(s.token_ids) if token in world.eos_ids and s.logprobs[t] is not None]
         assert len(ends) == 2
         assert s.token_ids[ends[0] + 1 : ends[0] + 3] == [5, 6]
         assert s.logprobs[ends[0] + 1 : ends[0] + 3] == [None, None]
@@ -234,16 +234,16 @@ def test_one_more_turn_is_opened_by_the_given_tokens_and_ends_the_row(world: Wor
 
 
 def test_no_text_ends_before_the_least_length(world: World) -> None:
-    law = GenerateSpec(length=12, seed=3, min_length=5)
-    counts = [len(s.token_ids) - 1 for s in drawn(world, law, range(300))]
+    spec = GenerateSpec(length=12, seed=3, min_length=5)
+    counts = [len(s.token_ids) - 1 for s in sampled(world, spec, range(300))]
     assert min(counts) == 6
-    assert law.biases() == ["min_length=5"]
-    assert min(len(s.token_ids) - 1 for s in drawn(world, GenerateSpec(length=12, seed=3), range(300))) == 1
+    assert spec.biases() == ["min_length=5"]
+    assert min(len(s.token_ids) - 1 for s in sampled(world, GenerateSpec(length=12, seed=3), range(300))) == 1
 
 
 @pytest.mark.parametrize("count", [3, 99])
 def test_the_likeliest_tokens_are_stored_with_what_is_left(world: World, count: int) -> None:
-    for s in drawn(world, GenerateSpec(length=8, seed=10, top_logprobs=count), range(20)):
+    for s in sampled(world, GenerateSpec(length=8, seed=10, top_logprobs=count), range(20)):
         with torch.inference_mode():
             logprobs = world.model(torch.tensor([s.token_ids]), use_cache=False).logits[0].log_softmax(-1)
         assert s.top is not None
@@ -264,7 +264,7 @@ def test_a_model_with_a_state_of_its_own_goes_through_generate(caplog: pytest.Lo
     config = MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
     world = World(MambaForCausalLM(config).eval(), 0, (1,))
     world.model.generation_config.repetition_penalty = 1.7  # the checkpoint's own settings must not count
-    samples = drawn(world, GenerateSpec(length=6, seed=2), range(300))
+    samples = sampled(world, GenerateSpec(length=6, seed=2), range(300))
     assert "slower" in caplog.text
     assert p_value([s.token_ids[1] for s in samples], next_law(world, [[0]])[0]) > SIGNIFICANCE
     assert {s.finish_reason for s in samples} == {"eos", "length"}
@@ -274,4 +274,4 @@ def test_a_model_with_a_state_of_its_own_goes_through_generate(caplog: pytest.Lo
         fresh = [logprobs[t, token].item() for t, token in enumerate(s.token_ids[1:])]
         assert s.logprobs[1:] == pytest.approx(fresh, abs=1e-4)
     with pytest.raises(BadInput, match="context-free without fill"):
-        sample(world.model, [[0]], (1,), GenerateSpec(length=4), [0], stream="template", turns=Turns(1))
+        sample(world.model, Rows([0], [[0]], (1,), "template", Turns(1)), GenerateSpec(length=4))

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.server.check import check_server
 from cfsd.generate.server.client import ServerGone
-from cfsd.generate.server.protocol import Answer, Pieces
+from cfsd.generate.server.protocol import Answer, Connection, Pieces, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import Connection
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.sample import Sample
 from tests.conftest import save_model
@@ -60,23 +59,21 @@ def to(server: Loopback, **settings: Any) -> Connection:
     return Connection(base_url=server.url, **{"backoff": 0.01, "retries": 3, **settings})
 
 
-def rows(world: World, connection: Connection, count: int, **law: Any) -> list[Sample | str]:
-    asked = GenerateSpec(rows=count, **{"length": LENGTH, "seed": 5, **law})
-    return sample_from_server(
-        connection, [[START]] * count, asked, range(count), stream="context-free", ends=(END,),
-        tokenizer=world.tokenizer,
-    )  # fmt: skip
+def rows(world: World, connection: Connection, count: int, **settings: Any) -> list[Sample | str]:
+    spec = GenerateSpec(rows=count, **{"length": LENGTH, "seed": 5, **settings})
+    wanted = ServerSampling(connection, spec, (END,), world.tokenizer, "context-free")
+    return sample_from_server(wanted, [[START]] * count, range(count))
 
 
-def samples(world: World, connection: Connection, count: int, **law: Any) -> list[Sample]:
-    found = [row for row in rows(world, connection, count, **law) if isinstance(row, Sample)]
-    assert len(found) == count
-    return found
+def samples(world: World, connection: Connection, count: int, **settings: Any) -> list[Sample]:
+    sampled = [row for row in rows(world, connection, count, **settings) if isinstance(row, Sample)]
+    assert len(sampled) == count
+    return sampled
 
 
-def check(world: World, connection: Connection, **law: Any) -> dict[str, Any]:
-    asked = GenerateSpec(**{"length": LENGTH, "seed": 5, **law})
-    return check_server(connection, world.model, START, asked, world.tokenizer, (END,))
+def check(world: World, connection: Connection, **settings: Any) -> dict[str, Any]:
+    spec = GenerateSpec(**{"length": LENGTH, "seed": 5, **settings})
+    return check_server(ServerSampling(connection, spec, (END,), world.tokenizer), world.model, START)
 
 
 @torch.inference_mode()
@@ -86,19 +83,19 @@ def fresh(world: World, sample: Sample) -> list[float]:
     return [logprobs[t, token].item() for t, token in enumerate(sample.token_ids[1:])]
 
 
-def assert_exact(world: World, found: list[Sample]) -> None:
+def assert_exact(world: World, sampled: list[Sample]) -> None:
     """Fail unless rows end where they should and carry the model's own log-probabilities."""
-    for s in found:
+    for s in sampled:
         assert s.token_ids[0] == START and s.logprobs[0] is None
         assert s.logprobs[1:] == pytest.approx(fresh(world, s), abs=1e-4)
         assert END not in s.token_ids[1:-1]
         assert s.finish_reason == ("eos" if s.token_ids[-1] == END else "length")
         assert s.finish_reason == "eos" or len(s.token_ids) == LENGTH + 1
-    assert {s.finish_reason for s in found} == {"eos", "length"}
+    assert {s.finish_reason for s in sampled} == {"eos", "length"}
 
 
-def p_value(tokens: list[int], law: torch.Tensor) -> float:
-    expected = law.double().numpy() * len(tokens)
+def p_value(tokens: list[int], probs: torch.Tensor) -> float:
+    expected = probs.double().numpy() * len(tokens)
     common = expected >= 5
     counts = np.bincount(tokens, minlength=len(expected))
     seen, wanted = [*counts[common], counts[~common].sum()], [*expected[common], expected[~common].sum()]
@@ -106,14 +103,14 @@ def p_value(tokens: list[int], law: torch.Tensor) -> float:
 
 
 def test_first_and_second_tokens_follow_the_models_softmax(world: World, serve: Serve) -> None:
-    found = samples(world, to(serve()), 600, length=2)
+    sampled = samples(world, to(serve()), 600, length=2)
     with torch.inference_mode():
         first = world.model(torch.tensor([[START]])).logits[0, -1].softmax(-1)
         goes_on = [token for token in range(len(first)) if token != END]
         after = world.model(torch.tensor([[START, token] for token in goes_on])).logits[:, -1].softmax(-1)
     second = (first[goes_on, None] * after).sum(0)
-    assert p_value([s.token_ids[1] for s in found], first) > SIGNIFICANCE
-    assert p_value([s.token_ids[2] for s in found if len(s.token_ids) > 2], second / second.sum()) > SIGNIFICANCE
+    assert p_value([s.token_ids[1] for s in sampled], first) > SIGNIFICANCE
+    assert p_value([s.token_ids[2] for s in sampled if len(s.token_ids) > 2], second / second.sum()) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("owned_by", ["vllm", "sglang", "llamacpp", "unheard-of"])
@@ -121,7 +118,7 @@ def test_rows_are_exact_whoever_serves(world: World, serve: Serve, owned_by: str
     assert_exact(world, samples(world, to(serve(owned_by=owned_by)), 24))
 
 
-def test_log_probabilities_are_the_models_own_under_a_biased_law(world: World, serve: Serve) -> None:
+def test_log_probabilities_are_the_models_own_under_a_biased_settings(world: World, serve: Serve) -> None:
     assert_exact(world, samples(world, to(serve()), 32, temperature=1.5, top_k=20))
 
 
@@ -158,8 +155,8 @@ def test_top_logprobs_are_the_models_likeliest(world: World, serve: Serve) -> No
 
 
 def test_no_row_ends_before_min_length(world: World, serve: Serve) -> None:
-    def shortest(**law: Any) -> int:
-        ended = [s for s in samples(world, to(serve()), 60, **law) if s.finish_reason == "eos"]
+    def shortest(**settings: Any) -> int:
+        ended = [s for s in samples(world, to(serve()), 60, **settings) if s.finish_reason == "eos"]
         return min(len(s.token_ids) - 1 for s in ended)
 
     assert shortest() < 7 < shortest(min_length=7)
@@ -170,10 +167,8 @@ def test_no_row_ends_before_min_length(world: World, serve: Serve) -> None:
 def test_never_more_requests_at_once_than_allowed(world: World, serve: Serve) -> None:
     server = serve(seconds=0.02)
     done: list[int] = []
-    sample_from_server(
-        to(server, in_flight=3), [[START]] * 20, GenerateSpec(length=4), range(20), stream="s", ends=(END,),
-        tokenizer=world.tokenizer, on_done=done.append,
-    )  # fmt: skip
+    wanted = ServerSampling(to(server, in_flight=3), GenerateSpec(length=4), (END,), world.tokenizer, "s")
+    sample_from_server(wanted, [[START]] * 20, range(20), done.append)
     assert server.most == 3
     assert done == list(range(1, 21))
 
@@ -235,7 +230,7 @@ def test_prompts_go_as_text_where_ids_are_refused(world: World, serve: Serve) ->
 
 def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serve) -> None:
     for strings in (False, True):
-        with pytest.raises(BadInput, match=r"where \[0\] was given \(1 in all\)"):
+        with pytest.raises(BadInput, match=r"where \[0\] was sent \(1 in all\)"):
             rows(world, to(serve(extra_start=True, strings=strings)), 1)
 
 
@@ -243,33 +238,33 @@ def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serv
 def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: Serve, manners: dict[str, Any]) -> None:
     expected = samples(world, to(serve(owned_by="other")), 40)
     connection = to(serve(owned_by="other", strings=True, **manners))
-    for exact, found in zip(expected, rows(world, connection, 40), strict=True):
-        if isinstance(found, str):
-            assert found == "the text ends at once, and the server does not list its end"
+    for exact, sampled in zip(expected, rows(world, connection, 40), strict=True):
+        if isinstance(sampled, str):
+            assert sampled == "the text ends at once, and the server does not list its end"
             assert exact.token_ids == [START, END]
         else:
-            assert found.token_ids == exact.token_ids
-            assert found.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
-    served = served_by(connection, [START], GenerateSpec(), (END,), world.tokenizer)
+            assert sampled.token_ids == exact.token_ids
+            assert sampled.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
+    served = served_by(ServerSampling(connection, GenerateSpec(), (END,), world.tokenizer), [START])
     assert served.metadata()["ids"] == "approximate: ids reconstructed"
 
 
 def test_an_end_that_is_neither_listed_nor_echoed_is_refused(world: World, serve: Serve) -> None:
-    with pytest.raises(BadInput, match="nobody knows how likely the end was"):
+    with pytest.raises(BadInput, match="the probability of the end is unknown"):
         rows(world, to(serve(owned_by="other", list_end=False, echo=False)), 40)
 
 
 def test_a_row_goes_on_where_a_server_stops_at_a_token_that_ends_nothing(world: World, serve: Serve) -> None:
-    found = samples(world, to(serve(own_stops=(START,))), 60)
-    assert_exact(world, found)
-    assert any(START in s.token_ids[1:-1] for s in found)
+    sampled = samples(world, to(serve(own_stops=(START,))), 60)
+    assert_exact(world, sampled)
+    assert any(START in s.token_ids[1:-1] for s in sampled)
 
 
-def test_a_stop_that_may_have_been_another_token_is_drawn_and_counted(world: World, serve: Serve) -> None:
-    found = rows(world, to(serve(owned_by="other", strings=True, list_end=False, own_stops=(START,))), 60)
-    reasons = {row for row in found if isinstance(row, str)}
+def test_a_stop_that_may_have_been_another_token_is_sampled_and_counted(world: World, serve: Serve) -> None:
+    sampled = rows(world, to(serve(owned_by="other", strings=True, list_end=False, own_stops=(START,))), 60)
+    reasons = {row for row in sampled if isinstance(row, str)}
     assert "the server stopped at <bos>, which ends no text of this model" in reasons
-    assert_exact(world, [row for row in found if isinstance(row, Sample)])
+    assert_exact(world, [row for row in sampled if isinstance(row, Sample)])
 
 
 def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
@@ -291,7 +286,7 @@ def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("manners", "law", "message"),
+    ("manners", "settings", "message"),
     [
         ({"context": 6}, {}, "cut a row after 5 of 8 tokens"),
         ({"no_logprobs": True}, {}, "gives no log-probabilities"),
@@ -301,15 +296,15 @@ def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
     ],
 )
 def test_what_a_server_cannot_do_is_refused_with_the_remedy(
-    world: World, serve: Serve, manners: dict[str, Any], law: dict[str, Any], message: str
+    world: World, serve: Serve, manners: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        rows(world, to(serve(**manners)), 8, **law)
+        rows(world, to(serve(**manners)), 8, **settings)
 
 
-@pytest.mark.parametrize("law", [{}, {"temperature": 0.7, "top_k": 9, "min_length": 4}])
-def test_the_start_check_passes_the_recipes_model_and_law(world: World, serve: Serve, law: dict[str, Any]) -> None:
-    metadata = check(world, to(serve()), **law)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 9, "min_length": 4}])
+def test_the_start_check_passes_the_recipes_own(world: World, serve: Serve, settings: dict[str, Any]) -> None:
+    metadata = check(world, to(serve()), **settings)
     assert metadata["first_token_p_value"] > SIGNIFICANCE
     assert metadata["logprob_difference_max"] < 1e-4
     assert (metadata["ids"], metadata["checked_rows_dropped"]) == ("exact", 0)

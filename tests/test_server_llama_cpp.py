@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.check import TOLERANCE, check_server
+from cfsd.generate.server.protocol import Connection, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import Connection
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
-from cfsd.model.loading import fetch, load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.fetching import fetch
+from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.model.sample import Sample
 from cfsd.store.artifact import Store
 from tests.conftest import _free_port
@@ -43,7 +44,10 @@ class World(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     start: int
-    ends: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+
+    def asks(self, connection: Connection, spec: GenerateSpec) -> ServerSampling:
+        return ServerSampling(connection, spec, self.eos_ids, self.tokenizer, "context-free")
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +70,13 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]
     ]  # fmt: skip
     log = (tmp_path_factory.mktemp("log") / "server.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log)
-    found = Connection(base_url=f"http://127.0.0.1:{port}", in_flight=2)
+    connection = Connection(base_url=f"http://127.0.0.1:{port}", in_flight=2)
     try:
         end = time.monotonic() + 120
-        while not _answers(f"{found.base_url}/models"):
+        while not _answers(f"{connection.base_url}/models"):
             assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()
             time.sleep(0.3)
-        yield found
+        yield connection
     finally:
         process.terminate()
         process.wait(30)
@@ -86,9 +90,9 @@ def _answers(url: str) -> bool:
 
 
 def test_the_start_check_passes(world: World, connection: Connection) -> None:
-    law = GenerateSpec(length=48, seed=1)
+    spec = GenerateSpec(length=48, seed=1)
     started = time.monotonic()
-    metadata = check_server(connection, world.model, world.start, law, world.tokenizer, world.ends)
+    metadata = check_server(world.asks(connection, spec), world.model, world.start)
     print(f"\nchecked in {time.monotonic() - started:.0f} s: {metadata}", file=sys.stderr)
     assert metadata["ids"] == "approximate: ids reconstructed"
     assert metadata["logprob_difference_mean"] < TOLERANCE
@@ -96,12 +100,9 @@ def test_the_start_check_passes(world: World, connection: Connection) -> None:
 
 @torch.inference_mode()
 def test_rows_carry_log_probabilities_near_the_dequantised_models(world: World, connection: Connection) -> None:
-    law = GenerateSpec(length=48, seed=1)
+    spec = GenerateSpec(length=48, seed=1)
     started = time.monotonic()
-    rows = sample_from_server(
-        connection, [[world.start]] * 24, law, range(24), stream="context-free", ends=world.ends,
-        tokenizer=world.tokenizer,
-    )  # fmt: skip
+    rows = sample_from_server(world.asks(connection, spec), [[world.start]] * 24, range(24))
     seconds = time.monotonic() - started
     kept = [row for row in rows if isinstance(row, Sample)]
     apart = np.concatenate([_apart(world.model, row) for row in kept])
@@ -130,6 +131,6 @@ def test_a_slightly_other_model_is_refused(world: World, connection: Connection)
     weight += 0.3 * kept.std() * torch.randn(weight.shape, generator=torch.manual_seed(0))
     try:
         with pytest.raises(BadInput, match="not those of the recipe's model"):
-            check_server(connection, world.model, world.start, GenerateSpec(), world.tokenizer, world.ends)
+            check_server(world.asks(connection, GenerateSpec()), world.model, world.start)
     finally:
         weight.copy_(kept)

@@ -18,7 +18,7 @@ from cfsd.data.replay import Replay
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite, OutOfMemory
-from cfsd.generate.sampling import sample
+from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.client import ServerGone
 from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
 from cfsd.generate.stage import generate, probe
@@ -35,17 +35,17 @@ MACHINE = Machine(device="cpu", threads=1, sampling_rows=32)
 
 
 def made(
-    store: Store, base: Artifact, law: GenerateSpec, machine: Machine = MACHINE, target: Artifact | None = None
+    store: Store, base: Artifact, spec: GenerateSpec, machine: Machine = MACHINE, target: Artifact | None = None
 ) -> Artifact:
-    key = key_of("generate", base, law, machine.model_dump_json())
-    return store.make("corpus", key, lambda draft: generate(base, target, law, draft, machine))[0]
+    key = key_of("generate", base, spec, machine.model_dump_json())
+    return store.make("corpus", key, lambda draft: generate(base, target, spec, draft, machine))[0]
 
 
 def test_the_corpus_is_what_was_sampled_and_the_probe_is_another(store: Store, model_folder: Path) -> None:
     base = fetched(store, model_folder)
-    law, look = GenerateSpec(rows=70, length=12, seed=0), ProbeSpec(rows=70, length=12, seed=0)
+    spec, look = GenerateSpec(rows=70, length=12, seed=0), ProbeSpec(rows=70, length=12, seed=0)
     corpus = store.make(
-        "corpus", key_of("generate", base, law), lambda draft: generate(base, None, law, draft, MACHINE)
+        "corpus", key_of("generate", base, spec), lambda draft: generate(base, None, spec, draft, MACHINE)
     )[0]
     held = store.make("corpus", key_of("probe", base, look), lambda draft: probe(base, look, draft, MACHINE))[0]
     rows, probed = (read_rows(store.path(artifact), "corpus") for artifact in (corpus, held))
@@ -54,7 +54,7 @@ def test_the_corpus_is_what_was_sampled_and_the_probe_is_another(store: Store, m
     folder = store.path(base)
     model = load_model(folder, "cpu").eval()
     start = [read_start_token(folder)]
-    again = sample(model, [start] * 70, read_eos_ids(folder), law, range(70), stream="context-free")
+    again = sample(model, Rows(range(70), [start] * 70, read_eos_ids(folder), "context-free"), spec)
     assert [row["token_ids"] for row in rows] == [s.token_ids for s in again]
     assert all(row["logprobs"][0] is None and len(row["logprobs"]) == len(row["token_ids"]) for row in rows)
     assert [row["token_ids"] for row in probed] != [row["token_ids"] for row in rows]
@@ -67,20 +67,20 @@ def test_the_corpus_is_what_was_sampled_and_the_probe_is_another(store: Store, m
 
 
 def test_finished_shards_of_a_draft_are_kept(store: Store, model_folder: Path) -> None:
-    base, law = fetched(store, model_folder), GenerateSpec(rows=70, length=12, seed=0)
+    base, spec = fetched(store, model_folder), GenerateSpec(rows=70, length=12, seed=0)
 
     def interrupted(draft: Any) -> None:
-        generate(base, None, law.model_copy(update={"rows": 64}), draft, MACHINE)
+        generate(base, None, spec.model_copy(update={"rows": 64}), draft, MACHINE)
         stamps.extend(path.stat().st_mtime_ns for path in sorted(draft.folder.glob("corpus-*")))
         raise OSError("interrupted")
 
     stamps: list[int] = []
     with pytest.raises(OSError, match="interrupted"):
         store.make("corpus", "a" * 16, interrupted)
-    made = store.make("corpus", "a" * 16, lambda draft: generate(base, None, law, draft, MACHINE))[0]
+    made = store.make("corpus", "a" * 16, lambda draft: generate(base, None, spec, draft, MACHINE))[0]
     shards = sorted(store.path(made).glob("corpus-*"))
     assert [path.stat().st_mtime_ns for path in shards[:2]] == stamps
-    whole = store.make("corpus", "b" * 16, lambda draft: generate(base, None, law, draft, MACHINE))[0]
+    whole = store.make("corpus", "b" * 16, lambda draft: generate(base, None, spec, draft, MACHINE))[0]
     assert made.content == whole.content
 
 
@@ -92,8 +92,8 @@ def test_a_length_beyond_the_models_context_is_refused(base: Artifact) -> None:
 
 def test_two_processes_write_the_same_bytes_and_a_killed_one_is_replaced(store: Store, base: Artifact) -> None:
     """Equal threads per process; the first worker that has begun a shard is killed."""
-    law = GenerateSpec(rows=800, length=100, seed=0, top_logprobs=4)
-    one = made(store, base, law)
+    spec = GenerateSpec(rows=800, length=100, seed=0, top_logprobs=4)
+    one = made(store, base, spec)
     machine = MACHINE.model_copy(update={"processes": 2})
     killed: list[int] = []
     folder = store.root / "corpus" / f"{'c' * 16}.draft"
@@ -110,7 +110,7 @@ def test_two_processes_write_the_same_bytes_and_a_killed_one_is_replaced(store: 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    two, _ = store.make("corpus", "c" * 16, lambda draft: generate(base, None, law, draft, machine))
+    two, _ = store.make("corpus", "c" * 16, lambda draft: generate(base, None, spec, draft, machine))
     killer.join()
     assert killed
     assert two.content == one.content
@@ -133,8 +133,8 @@ def test_an_error_in_a_worker_comes_out_as_what_it_is(store: Store, model_folder
 def test_a_batch_that_does_not_fit_is_halved_and_the_shard_says_so(
     store: Store, base: Artifact, fits: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    law = GenerateSpec(rows=40, length=12, seed=0)
-    plain = made(store, base, law)
+    spec = GenerateSpec(rows=40, length=12, seed=0)
+    plain = made(store, base, spec)
     model = load_for_measuring(store, base, "cpu")
 
     def allocate(module: Any, args: Any, kwargs: Any) -> None:
@@ -145,9 +145,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_shard_says_so(
     try:
         if not fits:
             with pytest.raises(OutOfMemory, match=r"one row of shard 0.*lower machine\.sampling_rows"):
-                store.make("corpus", "d" * 16, lambda draft: generate(base, None, law, draft, MACHINE))
+                store.make("corpus", "d" * 16, lambda draft: generate(base, None, spec, draft, MACHINE))
             return
-        halved = store.make("corpus", "d" * 16, lambda draft: generate(base, None, law, draft, MACHINE))[0]
+        halved = store.make("corpus", "d" * 16, lambda draft: generate(base, None, spec, draft, MACHINE))[0]
     finally:
         hook.remove()
     assert halved.metadata["halved_shards"] == {"00000": 4}
@@ -167,26 +167,26 @@ def world_of(store: Store, base: Artifact, tmp_path: Path) -> tuple[Artifact, Re
 
 def test_contextual_rows_go_on_from_prompts_of_training_rows_only(store: Store, base: Artifact, tmp_path: Path) -> None:
     target, _ = world_of(store, base, tmp_path)
-    law = GenerateSpec(rows=70, length=12, source="contextual", seed=0)
-    rows = read_rows(store.path(made(store, base, law, target=target)), "corpus")
+    spec = GenerateSpec(rows=70, length=12, source="contextual", seed=0)
+    rows = read_rows(store.path(made(store, base, spec, target=target)), "corpus")
     prompts = {
         tuple(t for t, s in zip(row["token_ids"], row["supervised"], strict=True) if not s)
         for row in read_rows(store.path(target), "train")
     }
     assert len(rows) == 70
     for row in rows:
-        given = [i for i, value in enumerate(row["logprobs"]) if value is None]
-        assert tuple(row["token_ids"][: len(given)]) in prompts
-        assert given == list(range(len(given)))
+        prompt = [i for i, value in enumerate(row["logprobs"]) if value is None]
+        assert tuple(row["token_ids"][: len(prompt)]) in prompts
+        assert prompt == list(range(len(prompt)))
         assert row["source"] == "contextual"
     with pytest.raises(BadInput, match="needs a target"):
-        made(store, base, law.model_copy(update={"seed": 1}))
+        made(store, base, spec.model_copy(update={"seed": 1}))
 
 
 def test_replay_rows_are_scored_and_hold_the_same_columns(store: Store, base: Artifact, tmp_path: Path) -> None:
     _, replay = world_of(store, base, tmp_path)
-    law = GenerateSpec(rows=40, length=16, source="replay", replay=replay, top_logprobs=3, seed=0)
-    corpus = made(store, base, law)
+    spec = GenerateSpec(rows=40, length=16, source="replay", replay=replay, top_logprobs=3, seed=0)
+    corpus = made(store, base, spec)
     table = pq.read_table(shards(store.path(corpus), "corpus")[0])
     assert {"topk_ids", "topk_logprobs", "rest_logprob"} < set(table.column_names)
     assert str(table.schema.field("topk_ids").type.value_type) == "uint16"
@@ -205,8 +205,8 @@ def test_replay_rows_are_scored_and_hold_the_same_columns(store: Store, base: Ar
 def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: Artifact, tmp_path: Path) -> None:
     target, replay = world_of(store, base, tmp_path)
     fractions = {"context-free": 0.5, "contextual": 0.2, "replay": 0.3}
-    law = GenerateSpec(rows=60, length=12, source="mixed", fractions=fractions, replay=replay, seed=0)
-    corpus = made(store, base, law, MACHINE.model_copy(update={"sampling_rows": 16}), target)
+    spec = GenerateSpec(rows=60, length=12, source="mixed", fractions=fractions, replay=replay, seed=0)
+    corpus = made(store, base, spec, MACHINE.model_copy(update={"sampling_rows": 16}), target)
     metadata: Any = corpus.metadata
     assert metadata["token_fractions"] == pytest.approx(fractions, abs=12 / 720)
     assert 720 <= metadata["tokens"] <= 720 + 3 * 12
@@ -224,9 +224,11 @@ def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: 
 def test_fractions_are_kept_when_texts_are_short(store: Store, base: Artifact, tmp_path: Path) -> None:
     """Rows that end early leave tokens to make up for: more rows are sampled, and the surplus is cut."""
     target, _ = world_of(store, base, tmp_path)
-    law = GenerateSpec(rows=20, length=60, source="mixed", fractions={"context-free": 0.25, "contextual": 0.75}, seed=3)
+    spec = GenerateSpec(
+        rows=20, length=60, source="mixed", fractions={"context-free": 0.25, "contextual": 0.75}, seed=3
+    )
     small = MACHINE.model_copy(update={"sampling_rows": 4})
-    corpus = made(store, base, law, small, target)
+    corpus = made(store, base, spec, small, target)
     metadata: Any = corpus.metadata
     assert metadata["rows"] > 20
     assert metadata["token_fractions"]["contextual"] == pytest.approx(0.75, abs=60 / 1200)
@@ -265,11 +267,11 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
     store: Store, base: Artifact
 ) -> None:
     model, tokenizer = load_model(store.path(base), "cpu").eval(), load_tokenizer(store.path(base))
-    law = GenerateSpec(rows=96, length=10, seed=0, top_logprobs=3)
+    spec = GenerateSpec(rows=96, length=10, seed=0, top_logprobs=3)
 
     def work(url: str) -> Callable[[Draft], None]:
         machine = Machine(device="cpu", engine="server", base_url=url, in_flight=4, sampling_rows=16)
-        return lambda draft: generate(base, None, law, draft, machine)
+        return lambda draft: generate(base, None, spec, draft, machine)
 
     with serving(model, tokenizer, Manners(die_after=600)) as dying, pytest.raises(ServerGone, match="same command"):
         store.make("corpus", "f" * 16, work(dying.url))

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.generate.starts import contextual_starts, template_start
+from cfsd.generate.chat_template import template_start
+from cfsd.generate.sources import SOURCES, contextual_starts
+from cfsd.generate.spec import Source
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows
 from tests.conftest import write_rows
@@ -44,6 +46,11 @@ class Shape(NamedTuple):
     end: str | None
     between: str
     added: tuple[str, ...] = ()
+
+
+def test_every_source_of_the_spec_has_rows() -> None:
+    assert set(SOURCES) == {"probe", *get_args(Source)}
+    assert all((source.alike is None) != (source.each is None) for source in SOURCES.values())
 
 
 EACH = "{% for m in messages %}"
@@ -170,28 +177,28 @@ def prompts_of(target: Path, part: str) -> list[tuple[int, ...]]:
 
 def test_contextual_rows_begin_with_prompts_of_training_rows_only(target: Path) -> None:
     train = prompts_of(target, "train")
-    found = [tuple(prompt) for prompt in contextual_starts(target, len(train), 0, 100)]
-    assert Counter(found) == Counter(train)
-    assert not set(found) & (set(prompts_of(target, "held_out")) - set(train))
-    assert found != train
+    starts = [tuple(prompt) for prompt in contextual_starts(target, len(train), 0, 100)]
+    assert Counter(starts) == Counter(train)
+    assert not set(starts) & (set(prompts_of(target, "held_out")) - set(train))
+    assert starts != train
 
 
 def test_prompts_come_again_in_the_same_order_and_more_rows_begin_alike(target: Path) -> None:
     count = len(prompts_of(target, "train"))
-    found = contextual_starts(target, 2 * count + 3, 5, 100)
-    assert found[:count] == found[count : 2 * count] and found[:3] == found[2 * count :]
+    starts = contextual_starts(target, 2 * count + 3, 5, 100)
+    assert starts[:count] == starts[count : 2 * count] and starts[:3] == starts[2 * count :]
     for fewer in (1, 7, count):
-        assert contextual_starts(target, fewer, 5, 100) == found[:fewer]
-    assert contextual_starts(target, count, 6, 100) != found[:count]
-    found[0].append(0)
-    assert found[count] == found[0][:-1]
+        assert contextual_starts(target, fewer, 5, 100) == starts[:fewer]
+    assert contextual_starts(target, count, 6, 100) != starts[:count]
+    starts[0].append(0)
+    assert starts[count] == starts[0][:-1]
 
 
 def test_prompts_without_room_are_counted_and_all_of_them_refused(target: Path) -> None:
     lengths = [len(prompt) for prompt in prompts_of(target, "train")]
     dropped: Counter[str] = Counter()
-    found = contextual_starts(target, 200, 0, 5, dropped)
-    assert {len(prompt) for prompt in found} == {length for length in lengths if length <= 5}
+    starts = contextual_starts(target, 200, 0, 5, dropped)
+    assert {len(prompt) for prompt in starts} == {length for length in lengths if length <= 5}
     assert dropped == {"longer than 5 tokens": sum(length > 5 for length in lengths)}
     with pytest.raises(BadInput, match=f"at most 2 tokens fit, but the shortest has {min(lengths)}"):
         contextual_starts(target, 3, 0, 2)

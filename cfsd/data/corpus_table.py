@@ -1,8 +1,8 @@
-"""Sampled rows as the corpus table, and what can be said of such a table: counts, shares, mean log-probability."""
+"""Sampled rows as the corpus table, and the metadata of such a table: counts, shares, mean log-probability."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +10,51 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.model.sample import Sample
-from cfsd.store.tables import batches, corpus_schema, shards
+from cfsd.store.tables import batches, shards
 
 HALVED = b"halved"  # notes of a shard, in its Parquet metadata: they are not row values and not in the content digest
 DROPPED = b"dropped"
 
 
 def corpus_table(
-    samples: "Sequence[Sample]",
-    row_ids: Sequence[int],
+    samples: Mapping[int, Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    schema: pa.Schema,
     *,
     source: str,
     shard: int,
     seed: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    top_logprobs: int,
-    vocabulary: int,
 ) -> pa.Table:
-    """Return `samples` as rows of a corpus."""
+    """Return `samples`, by row id, as rows of a corpus with the columns of `schema`."""
+    rows = samples.values()
     columns: dict[str, Any] = {
-        "row_id": list(row_ids),
-        "source": [source] * len(samples),
-        "token_ids": [s.token_ids for s in samples],
-        "logprobs": [s.logprobs for s in samples],
-        "finish_reason": [s.finish_reason for s in samples],
-        "shard": [shard] * len(samples),
-        "seed": [seed] * len(samples),
-        "text": tokenizer.batch_decode([s.token_ids for s in samples]),
+        "row_id": list(samples),
+        "source": [source] * len(rows),
+        "token_ids": [row.token_ids for row in rows],
+        "logprobs": [row.logprobs for row in rows],
+        "finish_reason": [row.finish_reason for row in rows],
+        "shard": [shard] * len(rows),
+        "seed": [seed] * len(rows),
+        "text": tokenizer.batch_decode([row.token_ids for row in rows]),
     }
-    schema = corpus_schema(top_logprobs, vocabulary)
     arrays = {name: pa.array(values, type=schema.field(name).type) for name, values in columns.items()}
-    if top_logprobs:
-        arrays |= _top_columns(samples, schema)
+    if "topk_ids" in schema.names:
+        arrays |= _top_columns(rows, schema)
     return pa.table(arrays, schema=schema)
 
 
-def _top_columns(samples: "Sequence[Sample]", schema: pa.Schema) -> dict[str, pa.Array]:
+def _top_columns(samples: Iterable[Sample], schema: pa.Schema) -> dict[str, pa.Array]:
     tops = [s.top for s in samples if s.top is not None]
     counts = [len(top.rest) for top in tops]
-    kept = tops[0].ids.shape[1] if tops else 0
+    width = tops[0].ids.shape[1] if tops else 0
     parts = {
-        "topk_ids": ([top.ids.ravel() for top in tops], kept),
-        "topk_logprobs": ([top.logprobs.ravel() for top in tops], kept),
+        "topk_ids": ([top.ids.ravel() for top in tops], width),
+        "topk_logprobs": ([top.logprobs.ravel() for top in tops], width),
         "rest_logprob": ([top.rest for top in tops], 1),
     }
     return {name: _lists(values, counts, times, schema.field(name).type) for name, (values, times) in parts.items()}
@@ -72,23 +71,23 @@ def _lists(values: list[Any], counts: list[int], times: int, kind: pa.DataType) 
     )
 
 
-def sampled_per_row(logprobs: pa.ListArray) -> "np.ndarray[Any, Any]":
-    """Return how many tokens of each row were not given."""
+def sampled_per_row(logprobs: pa.ListArray) -> NDArray[Any]:
+    """Return how many tokens of each row were sampled."""
     known = np.concatenate([[0], np.cumsum(np.asarray(logprobs.flatten().is_valid()))])
     offsets = np.asarray(logprobs.offsets) - logprobs.offsets[0].as_py()
-    counts: np.ndarray[Any, Any] = known[offsets[1:]] - known[offsets[:-1]]
+    counts: NDArray[Any] = known[offsets[1:]] - known[offsets[:-1]]
     return counts
 
 
 def sampled_sums(shard: Path) -> tuple[int, float]:
-    """Return how many tokens of one shard were not given, and the sum of their log-probabilities, in nats."""
+    """Return how many tokens of one shard were sampled, and the sum of their log-probabilities, in nats."""
     chunks = [chunk.flatten() for chunk in pq.read_table(shard, columns=["logprobs"])["logprobs"].chunks]
     nats = sum(pc.sum(chunk.cast(pa.float64())).as_py() or 0.0 for chunk in chunks)
     return sum(len(chunk) - chunk.null_count for chunk in chunks), nats
 
 
 def corpus_metadata(folder: Path) -> dict[str, JsonValue]:
-    """Return what holds for a corpus: rows, tokens, per source, mean log-probability, shards with a note."""
+    """Return the counts of a corpus, its mean log-probability in nats per token, and the notes of its shards."""
     rows, tokens = Counter[str](), Counter[str]()
     ended, nats = 0, 0.0
     for batch in batches(folder, "corpus", ["source", "logprobs", "finish_reason"]):
@@ -116,5 +115,5 @@ def _notes(folder: Path) -> dict[str, JsonValue]:
         if HALVED in notes:
             halved[path.stem.rsplit("-", 1)[1]] = int(notes[HALVED])
         dropped.update(json.loads(notes.get(DROPPED, b"{}")))
-    found: dict[str, JsonValue] = {"halved_shards": halved} if halved else {}
-    return found | ({"dropped_rows": dict(dropped)} if dropped else {})
+    notes_of_all: dict[str, JsonValue] = {"halved_shards": halved} if halved else {}
+    return notes_of_all | ({"dropped_rows": dict(dropped)} if dropped else {})

@@ -1,6 +1,6 @@
 """N-grams of token ids as 64-bit numbers: how varied a corpus is, how much rows repeat themselves and each other.
 
-T tokens, G n-grams, R rows. Two n-grams share a number with odds of 1e-7 in a million; nothing else is approximate.
+T tokens, G n-grams, R rows. Two n-grams of a million share a number with probability 1e-7; nothing else is approximate.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ class Rows(NamedTuple):
 
     ids_T: Ints
     row_T: Ints  # the row that each token is in, from 0, never falling
-    sampled_T: NDArray[np.bool_]  # false where the token was given to the model
+    sampled_T: NDArray[np.bool_]  # false for prompt tokens
 
-    def of(self, chosen_R: NDArray[np.bool_]) -> "Rows":
-        """Return the rows that are chosen; they keep their numbers."""
-        chosen_T = chosen_R[self.row_T]
-        return Rows(self.ids_T[chosen_T], self.row_T[chosen_T], self.sampled_T[chosen_T])
+    def of(self, selected_R: NDArray[np.bool_]) -> "Rows":
+        """Return the rows where `selected_R` is true; they keep their numbers."""
+        selected_T = selected_R[self.row_T]
+        return Rows(self.ids_T[selected_T], self.row_T[selected_T], self.sampled_T[selected_T])
 
 
 class Grams(NamedTuple):
@@ -37,10 +37,10 @@ class Grams(NamedTuple):
 
 
 def spread(first: int, count: int, fraction: float) -> NDArray[np.bool_]:
-    """Return which of the rows `first`, `first` + 1, … are chosen, so that `fraction` of all are, evenly spread."""
+    """Return which of the rows `first`, `first` + 1, … are selected, so that `fraction` of all are, evenly spread."""
     edge = np.floor(np.arange(first, first + count + 1) * min(1.0, fraction))
-    chosen: NDArray[np.bool_] = edge[1:] > edge[:-1]
-    return chosen
+    selected: NDArray[np.bool_] = edge[1:] > edge[:-1]
+    return selected
 
 
 def ngrams(rows: Rows, order: int) -> Grams:
@@ -87,8 +87,8 @@ class NearPair(NamedTuple):
     overlap: float
 
 
-def nearest_pairs(sets: Sequence[Hashes], most: int) -> list[NearPair]:
-    """Return the `most` pairs with the largest Jaccard index |A & B| / |A | B|, over all pairs; none of index 0.
+def nearest_pairs(sets: Sequence[Hashes], count: int) -> list[NearPair]:
+    """Return the `count` pairs with the largest Jaccard index |A & B| / |A | B|, over all pairs; none of index 0.
 
     `sets` holds the n-grams of each row, each once. Exact: a block of rows at a time against all later ones.
     """
@@ -97,12 +97,12 @@ def nearest_pairs(sets: Sequence[Hashes], most: int) -> list[NearPair]:
     starts = np.concatenate([[0], np.cumsum(sizes_R)])
     shape = (len(sets), int(column.max(initial=-1)) + 1)
     has: Any = sparse.csr_matrix((np.ones(len(column), np.int32), column, starts), shape)
-    found: list[NearPair] = []
+    nearest: list[NearPair] = []
     for first in range(0, len(sets), BLOCK):
         shared = (has[first : first + BLOCK] @ has[first:].T).tocoo()
         later = shared.col > shared.row
         one, other, both = shared.row[later] + first, shared.col[later] + first, shared.data[later]
         overlap = both / (sizes_R[one] + sizes_R[other] - both)
-        best = np.lexsort((other, one, -overlap))[:most]
-        found += [NearPair(int(one[i]), int(other[i]), float(overlap[i])) for i in best]
-    return sorted(found, key=lambda pair: (-pair.overlap, pair.one, pair.other))[:most]
+        best = np.lexsort((other, one, -overlap))[:count]
+        nearest += [NearPair(int(one[i]), int(other[i]), float(overlap[i])) for i in best]
+    return sorted(nearest, key=lambda pair: (-pair.overlap, pair.one, pair.other))[:count]

@@ -5,6 +5,7 @@ Readers that guess types turn the answer 007 into 7, so these do not guess.
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ FILES = (".jsonl", ".json", ".csv", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
 
 Record = dict[str, Any]
+
+
+def is_pinned(name: str | None, revision: str | None) -> bool:
+    """Return whether both name one commit of a hub: an id, and 40 hex digits."""
+    return bool(name and re.fullmatch(r"[0-9a-f]{40}", revision or ""))
 
 
 def check_file(path: Path, what: str, setting: str, needed: str, allowed: Sequence[str] = FILES) -> None:
@@ -70,7 +76,7 @@ def _csv(path: Path, _: str | None) -> Iterator[Any]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Any]:
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # late: a recipe is read without pyarrow
 
     file = pq.ParquetFile(path)
     columns = [column] if column in file.schema_arrow.names else None
@@ -85,7 +91,7 @@ def hub_records(
     name: str, revision: str, split: str, subset: str | None = None, column: str | None = None
 ) -> Iterator[Record]:
     """Yield the records of a pinned data set, memory-mapped from a cache in the data folder; raises BadInput."""
-    from datasets import load_dataset
+    from datasets import load_dataset  # late: takes seconds, and only a data set of a hub needs it
     from datasets.exceptions import DatasetsError
 
     try:

@@ -1,13 +1,12 @@
 """Replay: the user's own documents, rehearsed in place of sampled text."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cfsd.data.records import FILES, Record, check_file, file_records, hub_records
+from cfsd.data.records import FILES, Record, check_file, file_records, hub_records, is_pinned
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec
@@ -36,7 +35,7 @@ class Replay(Spec):
     def _complete(self) -> Self:
         if self.kind == "file" and not self.path:
             raise ValueError("replay of kind file needs `path`")
-        if self.kind == "hub" and not (self.name and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")):
+        if self.kind == "hub" and not is_pinned(self.name, self.revision):
             raise ValueError(f"hub data set {self.name!r} needs `revision`, a commit of 40 hex digits")
         return self
 
@@ -80,7 +79,10 @@ def _texts(replay: Replay) -> Iterator[str]:
         return
     for path in _files(replay).values():
         if path.suffix == ".txt":
-            yield _whole(path)
+            try:
+                yield path.read_text(encoding="utf-8-sig")
+            except (OSError, ValueError) as error:
+                raise BadInput(f"replay {str(path)!r} could not be read as text in UTF-8: {error}") from error
         else:
             records = file_records(path, "replay", replay.column)
             yield from (_text(record, replay, str(path)) for record in records)
@@ -98,20 +100,13 @@ def _text(record: Record, replay: Replay, place: str) -> str:
     return text or ""
 
 
-def _whole(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"replay {str(path)!r} could not be read as text in UTF-8: {error}") from error
-
-
 def _files(replay: Replay) -> dict[str, Path]:
     """Return the files by what counts of their names: in a folder the order and the suffix, else the suffix."""
     path = Path(replay.path or "")
     if not path.is_dir():
         return {path.suffix: path}
-    found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    names = sorted(file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts))
+    files = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    names = sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
     return {name: path / name for name in names}
 
 

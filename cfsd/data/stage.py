@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
-from cfsd.data.target import Target, _fill, _records
+from cfsd.data.records import Record
+from cfsd.data.target import Target, fill, records_of
 from cfsd.errors import BadInput
-from cfsd.model.loading import load_tokenizer, read_eos_ids
+from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import TARGET, table_of, write_shard
 
@@ -26,17 +27,16 @@ class Row(NamedTuple):
 
 def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     """Write `train` and `held_out` tables. Raises BadInput naming why when too few rows are left."""
-    folder, context = draft.store.path(base), base.metadata["context"]
-    tokenizer, eos_ids = load_tokenizer(folder), read_eos_ids(folder)
+    tokens, context = load_tokenization(draft.store.path(base)), base.metadata["context"]
     if isinstance(context, int) and context < target.max_length:
         target = target.model_copy(update={"max_length": context})
 
     dropped: Counter[str] = Counter()
-    kept = list(_unique(_rows(target, tokenizer, eos_ids, dropped), dropped))
-    _enough(target, kept, dropped)
-    random.Random(f"split {target.seed}").shuffle(kept)
-    held_out = len(kept) if target.measure_only else target.held_out
-    parts = {"held_out": kept[:held_out], "train": kept[held_out:]}
+    usable = list(_unique(_rows(target, tokens, dropped), dropped))
+    _check_number(target, len(usable), dropped)
+    random.Random(f"split {target.seed}").shuffle(usable)
+    held_out = len(usable) if target.measure_only else target.held_out
+    parts = {"held_out": usable[:held_out], "train": usable[held_out:]}
     for name, rows in parts.items():
         records = [{"row_id": i, "source": "target", **row._asdict()} for i, row in enumerate(rows)]
         write_shard(draft.folder, name, 0, table_of(TARGET, records))
@@ -50,23 +50,21 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     }
 
 
-def _enough(target: Target, kept: list[Row], dropped: Counter[str]) -> None:
-    if len(kept) > (0 if target.measure_only else target.held_out):
+def _check_number(target: Target, usable: int, dropped: Counter[str]) -> None:
+    if usable > (0 if target.measure_only else target.held_out):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
     raise BadInput(
-        f"the target has {len(kept)} usable rows ({reasons}), but held_out={target.held_out} of them are kept "
+        f"the target has {usable} usable rows ({reasons}), but held_out={target.held_out} of them are kept "
         "from training; give more rows, a smaller target.held_out or a larger target.max_length"
     )
 
 
-def _rows(
-    target: Target, tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...], dropped: Counter[str]
-) -> Iterator[Row]:
-    for index, record in enumerate(_records(target)):
+def _rows(target: Target, tokens: Tokenization, dropped: Counter[str]) -> Iterator[Row]:
+    for index, record in enumerate(records_of(target)):
         if target.rows is not None and index >= target.rows:
             return
-        row = _chat_row(target, record, tokenizer) if target.messages else _pair_row(target, record, tokenizer, eos_ids)
+        row = _chat_row(target, record, tokens.tokenizer) if target.messages else _pair_row(target, record, tokens)
         if not any(row.supervised):
             dropped["with an empty response"] += 1
         elif len(row.token_ids) > target.max_length:
@@ -85,22 +83,21 @@ def _unique(rows: Iterable[Row], dropped: Counter[str]) -> Iterator[Row]:
         yield row
 
 
-def _pair_row(
-    target: Target, record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...]
-) -> Row:
-    prompt, response = _fill(target.prompt, record), _fill(target.response, record)
+def _pair_row(target: Target, record: Record, tokens: Tokenization) -> Row:
+    prompt, response = fill(target.prompt, record), fill(target.response, record)
+    tokenizer: Any = tokens.tokenizer
     before = tokenizer(prompt)["input_ids"]
     after = tokenizer(response, add_special_tokens=False)["input_ids"]
-    if eos_ids and tokenizer.eos_token_id in before[-1:]:
+    if tokens.eos_ids and tokenizer.eos_token_id in before[-1:]:
         before = before[:-1]  # some tokenizers end every text by themselves
-    end = [tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]] if eos_ids and after else []
+    end = tokens.end() if after else []
     supervised = [False] * len(before) + [True] * len(after + end)
     if before == [] and supervised:
         supervised[0] = False  # nothing comes before the first token, so nothing predicts it
     return Row(before + after + end, supervised, prompt, response)
 
 
-def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Row:
+def _chat_row(target: Target, record: Record, tokenizer: PreTrainedTokenizerBase) -> Row:
     messages = record.get(target.messages or "")
     if not isinstance(messages, list) or not messages:
         raise BadInput(f"target column {target.messages!r} is not a list of messages; columns: {', '.join(record)}")
@@ -128,7 +125,7 @@ def _chat_row(target: Target, record: dict[str, Any], tokenizer: "PreTrainedToke
     return Row(token_ids, supervised, str(messages[0]["content"]), "\n".join(said))
 
 
-def _templated(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], *, open_turn: bool = False) -> list[int]:
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, open_turn: bool = False) -> list[int]:
     encoded: Any = tokenizer.apply_chat_template(
         messages, chat_template=dated_template(tokenizer), add_generation_prompt=open_turn, return_dict=True
     )

@@ -1,6 +1,5 @@
 """Target: what to fine-tune on, and its records as the user has them."""
 
-import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from cfsd.data.records import check_file, file_records, hub_records
+from cfsd.data.records import Record, check_file, file_records, hub_records, is_pinned
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec, digest_of
@@ -34,7 +33,7 @@ class Target(Spec):
         description="A column of chat messages, in place of prompt and response; loss on assistant turns",
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
-    held_out: PositiveInt = Field(64, description="Rows kept out of training to measure what was learned")
+    held_out: PositiveInt = Field(64, description="Rows that are left out of training, to measure what was learned")
     measure_only: bool = Field(False, description="Keep every row from training: to measure models that exist")
     max_length: PositiveInt = Field(1024, description="Longer rows (tokens) are dropped and counted, never cut")
     seed: NonNegativeInt | None = Field(None, description="Split and generator; empty: the recipe's")
@@ -43,7 +42,7 @@ class Target(Spec):
     def _complete(self) -> Self:
         if self.kind == "file" and not self.path:
             raise ValueError("a target of kind file needs `path`")
-        if self.kind == "hub" and not (self.name and re.fullmatch(r"[0-9a-f]{40}", self.revision or "")):
+        if self.kind == "hub" and not is_pinned(self.name, self.revision):
             raise ValueError(f"hub data set {self.name!r} needs `revision`, a commit of 40 hex digits")
         if self.kind == "gym" and not (self.name and self.rows):
             raise ValueError("a target of kind gym needs `name` and `rows`")
@@ -61,14 +60,13 @@ class Target(Spec):
         """Raise BadInput if the rows cannot be had; reads no more than the first one."""
         if self.kind == "gym":
             next(iter(_gym(self)), None)
-            return
-        if self.kind == "hub":
-            return
-        needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
-        check_file(Path(self.path or ""), "target", "target.path", needed)
+        elif self.kind == "file":
+            needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
+            check_file(Path(self.path or ""), "target", "target.path", needed)
 
 
-def _fill(template: str, record: dict[str, Any]) -> str:
+def fill(template: str, record: Record) -> str:
+    """Return a column of `record`, or `template` with columns filled in. Raises BadInput when a column is missing."""
     if template in record:
         return "" if record[template] is None else str(record[template])
     try:
@@ -82,7 +80,8 @@ def _fill(template: str, record: dict[str, Any]) -> str:
         ) from None
 
 
-def _records(target: Target) -> Iterator[dict[str, Any]]:
+def records_of(target: Target) -> Iterator[Record]:
+    """Yield the records of `target` as the user has them. Raises BadInput when they cannot be read."""
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
@@ -90,7 +89,7 @@ def _records(target: Target) -> Iterator[dict[str, Any]]:
     return file_records(Path(target.path or ""), "target")
 
 
-def _gym(target: Target) -> Iterator[dict[str, Any]]:
+def _gym(target: Target) -> Iterator[Record]:
     import reasoning_gym
 
     # item i is made from seed + i there, so neighbouring seeds would share nearly all items

@@ -24,12 +24,11 @@ from cfsd.filter.overlap import Reference
 from cfsd.filter.rules import Rows, Rule, Verdict, listed, measured, rules_of
 from cfsd.filter.spec import FilterSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import REJECTS, shards, write_shard
+from cfsd.store.tables import REJECTS, TableWriter, shards
 
 PASSED = ".passed"  # in the draft: rows that passed every rule but near_duplicates
 SCRATCH = ".scratch"
 READ_BYTES, READ_ROWS = 32 << 20, 4096  # one batch at most, about
-SHARD_BYTES, SHARD_ROWS = 64 << 20, 16384  # one shard at most, about
 
 
 @dataclass
@@ -99,11 +98,10 @@ def _copy(corpus: Path, draft: Draft) -> Outcome:
 def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: Draft) -> Iterator[Outcome]:
     """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
     size = _size(corpus)
-    most = size.fitting(SHARD_BYTES, SHARD_ROWS)
-    rejects = Shards(draft.folder, "rejects", most)
+    rejects = TableWriter(draft.folder, "rejects")
     if rules:
         passed = draft.folder / PASSED if near is not None else draft.folder
-        yield _part(_read(corpus, size, draft), rules, Shards(passed, "corpus", most), rejects)
+        yield _part(_read(corpus, size, draft), rules, TableWriter(passed, "corpus"), rejects)
         corpus = passed
     if near is not None:
 
@@ -112,11 +110,12 @@ def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: D
 
         places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
         near_rule = {"near_duplicates": listed(places, "near duplicate")}
-        yield _part(_read(corpus, _size(corpus), draft), near_rule, Shards(draft.folder, "corpus", most), rejects)
+        accepted = TableWriter(draft.folder, "corpus")
+        yield _part(_read(corpus, _size(corpus), draft), near_rule, accepted, rejects)
     rejects.close()
 
 
-def _part(batches: "Iterable[Rows]", rules: "Mapping[str, Rule]", accepted: "Shards", rejects: "Shards") -> Outcome:
+def _part(batches: Iterable[Rows], rules: Mapping[str, Rule], accepted: TableWriter, rejects: TableWriter) -> Outcome:
     """Ask the rules about every row, and write each row where it belongs."""
     outcome = Outcome()
     asked: Counter[str] = Counter()
@@ -194,36 +193,3 @@ def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = No
             if done - reported >= max_rows or done == size.rows:  # a file is synced each time
                 draft.journal.progress(done, size.rows, "rows")
                 reported = done
-
-
-class Shards:
-    """A table that is written while its rows arrive, `most` rows to a shard."""
-
-    def __init__(self, folder: Path, name: str, most: int) -> None:
-        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
-        folder.mkdir(exist_ok=True)
-        self.folder, self.name, self.most = folder, name, most
-        self.written = 0
-        self.waiting: list[pa.RecordBatch] = []
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
-        if self.waiting and self.waiting[0].schema != batch.schema:
-            self.close()
-        self.waiting.append(batch)
-        while sum(part.num_rows for part in self.waiting) >= self.most:
-            self._write()
-
-    def close(self) -> None:
-        """Write what waits; a table without rows is one empty shard."""
-        if self.waiting:
-            self._write()
-
-    def _write(self) -> None:
-
-        # notes of the shards that rows come from (a halved batch) would be untrue of this one
-        table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
-        if table.num_rows or not self.written:
-            write_shard(self.folder, self.name, self.written, table.slice(0, self.most))
-            self.written += 1
-        self.waiting = table.slice(self.most).to_batches()

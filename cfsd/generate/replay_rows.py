@@ -6,47 +6,37 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from cfsd.data.replay import Replay, documents
 from cfsd.errors import BadInput
+from cfsd.model.loading import Tokenization
 
 PASSAGE_CHARACTERS = 64  # per token of a row's length: about 16 rows of English
 BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer, which needs 150 bytes a character while it works
 
 
-def replay_rows(
-    replay: Replay,
-    tokenizer: "PreTrainedTokenizerBase",
-    start: int,
-    eos_ids: tuple[int, ...],
-    *,
-    rows: int,
-    length: int,
-    seed: int,
-) -> Iterator[list[int]]:
-    """Yield `rows` rows, each `start` and then at most `length` tokens, an end token where a document ends.
+def replay_rows(replay: Replay, base: Tokenization, *, rows: int, length: int, seed: int) -> Iterator[list[int]]:
+    """Yield `rows` rows: the base's start token and at most `length` tokens, an eos id where a document ends.
 
     Documents come in a seeded order, whatever the number of rows: more rows begin with the same ones. A document's
     rows follow each other; one longer than PASSAGE_CHARACTERS x `length` takes part as several passages, cut at the
-    ends of lines, so that a book is not a corpus of its own. An end token written in the text ends the document
-    there; a start token written in front of it is not doubled.
+    ends of lines, so that a book is not a corpus of its own. An eos id within the text ends the document there; a
+    start token in front of the text is not doubled.
     Reads all documents once and holds only the wanted rows. Raises BadInput when the documents do not suffice.
     """
-    chosen = _Chosen(rows)
-    end = [tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]] if eos_ids else []
-    for batch in _batches(_passages(replay, length, seed), chosen):
+    selected = _FirstPassages(rows)
+    tokenizer: Any = base.tokenizer
+    for batch in _batches(_passages(replay, length, seed), selected):
         texts = [passage.text for passage in batch]
-        encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for passage, ids in zip(batch, encoded["input_ids"], strict=True):
-            ended = [*ids, *end] if passage.last else ids
-            chosen.add(passage.key, list(_pieces(ended, start, eos_ids, length)))
-    if chosen.rows < rows:
+            ended = [*ids, *base.end()] if passage.last else ids
+            selected.add(passage.key, list(_pieces(ended, base, length)))
+    if selected.rows < rows:
         raise BadInput(
-            f"generate.replay gives {chosen.rows} rows of at most {length} tokens ({chosen.tokens()} tokens in all), "
-            f"but {rows} rows are wanted; give more documents, or ask for fewer or shorter rows"
+            f"generate.replay gives {selected.rows} rows of at most {length} tokens ({selected.tokens()} tokens in "
+            f"all), but {rows} rows are wanted; give more documents, or ask for fewer or shorter rows"
         )
-    return chosen.drain(start)
+    return selected.drain(base.start)
 
 
 class _Passage(NamedTuple):
@@ -57,8 +47,8 @@ class _Passage(NamedTuple):
     last: bool
 
 
-class _Chosen:
-    """The first passages of the shuffled order that make `wanted` rows, found in one reading."""
+class _FirstPassages:
+    """The first passages of the shuffled order that make `wanted` rows, after one reading of all."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted, self.rows = wanted, 0
@@ -89,23 +79,23 @@ class _Chosen:
 
 def _passages(replay: Replay, length: int, seed: int) -> Iterator[_Passage]:
     order = random.Random(f"replay {seed}")
-    most = PASSAGE_CHARACTERS * length
+    max_characters = PASSAGE_CHARACTERS * length
     for text in documents(replay):
         begin = 0
-        while len(text) - begin > most:
-            middle, end = begin + most // 2, begin + most
+        while len(text) - begin > max_characters:
+            middle, end = begin + max_characters // 2, begin + max_characters
             cut = text.rfind("\n", middle, end) + 1 or max(text.rfind(" ", middle, end), 0) or end
             yield _Passage(order.random(), text[begin:cut], last=False)
             begin = cut
         yield _Passage(order.random(), text[begin:], last=True)
 
 
-def _batches(passages: Iterator[_Passage], chosen: _Chosen) -> Iterator[list[_Passage]]:
-    """Yield passages that may be chosen, several at a time: the tokenizer is twice as fast so."""
+def _batches(passages: Iterator[_Passage], selected: _FirstPassages) -> Iterator[list[_Passage]]:
+    """Yield passages that may be selected, several at a time: the tokenizer is twice as fast so."""
     batch: list[_Passage] = []
     size = 0
     for passage in passages:
-        if chosen.wants(passage.key):
+        if selected.wants(passage.key):
             batch.append(passage)
             size += len(passage.text)
         if size >= BATCH_CHARACTERS:
@@ -115,12 +105,12 @@ def _batches(passages: Iterator[_Passage], chosen: _Chosen) -> Iterator[list[_Pa
         yield batch
 
 
-def _pieces(ids: list[int], start: int, eos_ids: tuple[int, ...], length: int) -> Iterator["array[int]"]:
-    for text in _texts_of(ids, eos_ids):
-        first = 1 if text[0] == start else 0
+def _pieces(ids: list[int], base: Tokenization, length: int) -> Iterator["array[int]"]:
+    for text in _texts_of(ids, base.eos_ids):
+        first = 1 if text[0] == base.start else 0
         for begin in range(first, len(text), length):
             piece = text[begin : begin + length]
-            if len(piece) > 1 or piece[0] not in eos_ids:  # an end alone would say that texts are empty
+            if len(piece) > 1 or piece[0] not in base.eos_ids:  # an end alone would say that texts are empty
                 yield array("i", piece)
 
 

@@ -1,9 +1,10 @@
-"""Sample sequences from a causal language model, exactly by its own distribution.
+"""Sequences sampled from a causal language model, exactly by its own distribution.
 
 B rows, V vocabulary, P prompt tokens.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import Cache
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.generate.cache import preallocated
-from cfsd.generate.drawing import sample_token, sampled_probs, uniforms
+from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.output_layer import packed_head
 from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.token_choice import sample_token, sampled_probs, uniforms
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
 from cfsd.model.sample import Sample
 
@@ -26,37 +27,48 @@ log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
-    """What happens when a text ends: `between` is inserted and the row goes on, at most `more` times."""
+    """After the end of a text `between` is inserted and the row goes on, at most `more` times."""
 
     more: int = 0
     between: Sequence[int] = ()
 
 
+class Rows(NamedTuple):
+    """Rows to be written: their numbers and prompts, the tokens that end a text, and what follows such an end."""
+
+    ids: Sequence[int]
+    prompts: Sequence[Sequence[int]]  # of one token at least
+    eos_ids: Sequence[int]
+    stream: str = ""  # of random numbers; rows of the same number in two streams are independent
+    turns: Turns = Turns()
+
+    def part(self, first: int, last: int) -> "Rows":
+        """Return the rows at places `first` to `last` - 1."""
+        return self._replace(ids=self.ids[first:last], prompts=self.prompts[first:last])
+
+
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    eos_ids: Sequence[int],
+    rows: Rows,
     spec: GenerateSpec,
-    rows: Sequence[int],
     *,
-    stream: str,
-    turns: Turns = Turns(),  # noqa: B008
     where: str = "",
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], object] = lambda step: None,
 ) -> list[Sample]:
-    """Return one row per entry of `rows`: its prompt (one token at least), then `spec.length` tokens or up to an end.
+    """Return the rows: each its prompt, then `spec.length` tokens or up to an end.
 
-    Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of draws.
-    Number t after the prompt of row r is drawn with number t of (spec.seed, stream, r), whatever the batch.
-    `on_step` gets the number of positions that are done after the longest common part of the prompts.
+    Prompts of unequal length need no padding: while a row's prompt lasts, its tokens are taken in place of sampled
+    ones. Token t after the prompt of row r is sampled with random number t of (spec.seed, rows.stream, r), whatever
+    the batch. `on_step` gets the number of positions that are done after the longest common part of the prompts.
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    drawn = np.stack([uniforms(spec.seed or 0, stream, row, spec.length) for row in rows])
-    batch = Batch(prompts, torch.from_numpy(drawn), eos_ids, spec, turns, where, model.device)
+    numbers = np.stack([uniforms(spec.seed or 0, rows.stream, row, spec.length) for row in rows.ids])
+    batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec)
+    batch.where = where or "the batch"
     cache = preallocated(model, batch.capacity)
-    with packed_head(model, len(rows)):
+    with packed_head(model, len(rows.ids)):
         if cache is None:
             _with_generate(model, batch)
         else:
@@ -64,7 +76,7 @@ def sample(
     return batch.samples()
 
 
-def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], None]) -> None:
+def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], object]) -> None:
     new_BT, step = batch.tokens[:, : batch.common], 0
     while True:
         logits_BV = model(input_ids=new_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -83,41 +95,34 @@ def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Calla
 
 
 class Batch:
-    """Rows that are written together: what is given, what was drawn, who has ended.
+    """Rows that are written together: their prompts, their sampled tokens, and which of them have ended.
 
     tokens, logprobs: B x capacity; `at` is the position that is written next, the same in all rows.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniform_BT: Tensor,
-        eos_ids: Sequence[int],
-        spec: GenerateSpec,
-        turns: Turns,
-        where: str,
-        device: torch.device,
-    ) -> None:
-        """Lay out the prompts."""
-        self.spec, self.turns, self.eos_ids, self.where = spec, turns, list(eos_ids), where
-        lengths = [len(prompt) for prompt in prompts]
+    where = "the batch"  # its name in errors
+
+    def __init__(self, rows: Rows, uniform_BT: Tensor, spec: GenerateSpec) -> None:
+        """Lay out the prompts on the device of the random numbers."""
+        self.spec, self.turns, self.eos_ids = spec, rows.turns, list(rows.eos_ids)
+        self.uniform, device = uniform_BT, uniform_BT.device
+        lengths = [len(prompt) for prompt in rows.prompts]
         self.capacity, self.common, self.at = max(lengths) + spec.length, min(lengths), min(lengths)
-        rows = len(lengths)
-        given = np.zeros((rows, self.capacity), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            given[row, : len(prompt)] = prompt
-        self.tokens = torch.from_numpy(given).to(device)
-        self.uniform = uniform_BT.to(device)
+        count = len(lengths)
+        tokens = np.zeros((count, self.capacity), dtype=np.int64)
+        for row, prompt in enumerate(rows.prompts):
+            tokens[row, : len(prompt)] = prompt
+        self.tokens = torch.from_numpy(tokens).to(device)
         self.prompt_length = torch.tensor(lengths, device=device)
-        self.logprobs = torch.full((rows, self.capacity), float("nan"), device=device)
-        self.top = self._room_for_top(rows, device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.logprobs = torch.full((count, self.capacity), float("nan"), device=device)
+        self.top = self._room_for_top(count, device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         self.by_end = torch.zeros_like(self.ended)  # whether an end token was the reason
-        self.length = torch.full((rows,), self.capacity, device=device)  # tokens of the row, once it has ended
-        self.alive = torch.arange(rows, device=device)  # the rows of the batch that still go through the model
-        self.turns_left = torch.full((rows,), turns.more, device=device)
-        self.inserting = torch.full((rows,), -1, device=device)  # place in turns.between; -1: drawing
-        self.between = torch.tensor(list(turns.between) or [0], device=device)
+        self.length = torch.full((count,), self.capacity, device=device)  # tokens of the row, once it has ended
+        self.alive = torch.arange(count, device=device)  # the rows of the batch that still go through the model
+        self.turns_left = torch.full((count,), rows.turns.more, device=device)
+        self.inserting = torch.full((count,), -1, device=device)  # place in turns.between; -1: the row is sampled
+        self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
 
     def _room_for_top(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -129,18 +134,18 @@ class Batch:
         return ids, nan, torch.full(shape[:2], float("nan"), device=device)
 
     def take(self, distribution: Distribution) -> Tensor:
-        """Write the next token of every living row, drawn from `distribution` where it is not given, and return them.
+        """Write and return the next token of every living row: its prompt's while that lasts, else a sampled one.
 
         Raises NotFinite.
         """
         if not distribution.finite():
-            raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where or 'the batch'}")
+            raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where}")
         alive, at = self.alive, self.at
         after_B = at - self.prompt_length[alive]  # tokens since the prompt; negative while it lasts
         probs_BV = sampled_probs(distribution, self.spec, self.eos_ids, after_B < self.spec.min_length)
-        drawn_B = sample_token(probs_BV, self.uniform[alive, after_B.clamp(0, self.spec.length - 1)])
+        new_B = sample_token(probs_BV, self.uniform[alive, after_B.clamp(0, self.spec.length - 1)])
         inserting_B = self.inserting[alive]
-        token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], drawn_B)
+        token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], new_B)
         token_B = torch.where(after_B < 0, self.tokens[alive, at], token_B)
         sampled_B = (after_B >= 0) & (inserting_B < 0) & ~self.ended[alive]
         self._write(distribution, token_B, sampled_B)
@@ -184,20 +189,18 @@ class Batch:
         lengths, by_end = self.length.tolist(), self.by_end.tolist()
         tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
         top = [part.cpu().numpy() for part in self.top] if self.top else None
-        found = []
+        samples = []
         for row, length in enumerate(lengths):
-            ids = tokens[row, :length].tolist()
-            given = np.isnan(logprobs[row, :length])
-            known = [None if g else v for g, v in zip(given.tolist(), logprobs[row, :length].tolist(), strict=True)]
-            reason = "eos" if by_end[row] else "length"
-            found.append(Sample(ids, known, reason, Top(*(part[row, :length] for part in top)) if top else None))
-        return found
+            known = [None if math.isnan(value) else value for value in logprobs[row, :length].tolist()]
+            own_top = Top(*(part[row, :length] for part in top)) if top else None
+            samples.append(Sample(tokens[row, :length].tolist(), known, "eos" if by_end[row] else "length", own_top))
+        return samples
 
 
 def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     """Write the rows through `generate`, whose bookkeeping knows this model's own kind of cache.
 
-    The draw is ours all the same: a processor leaves `generate` one token to choose from.
+    The tokens are sampled here all the same: a processor leaves `generate` one token to choose from.
     """
     if batch.turns.more or batch.common != batch.capacity - batch.spec.length:
         raise BadInput(
@@ -206,7 +209,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
         )
     log.warning("%s keeps its own kind of state: sampling through generate, which is slower", type(model).__name__)
 
-    class Drawn(LogitsProcessor):
+    class OneChoice(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
             token_B = batch.take(distribution_of(scores))
             return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
@@ -219,7 +222,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
     writer.generation_config = plain  # whatever `plain` leaves open is filled from here: penalties, truncation
     try:
-        processors = LogitsProcessorList([Drawn()])
+        processors = LogitsProcessorList([OneChoice()])
         writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)
     finally:
         writer.generation_config = own

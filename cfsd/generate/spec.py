@@ -22,7 +22,7 @@ class ProbeSpec(Spec):
 
 
 class GenerateSpec(Spec):
-    """The rehearsal corpus. The defaults sample the model's own law exactly."""
+    """The rehearsal corpus. The defaults sample exactly from the model's own distribution."""
 
     neutral: ClassVar[dict[str, Any]] = {
         "source": "context-free", "fractions": {}, "replay": None, "min_length": 0, "fill": False, "top_logprobs": 0,
@@ -30,7 +30,7 @@ class GenerateSpec(Spec):
 
     rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
-    source: Literal["context-free", "template", "contextual", "replay", "mixed"] = Field(
+    source: Literal[Source, "mixed"] = Field(
         "context-free",
         description="context-free: from the start token alone, the method; template: after the chat template's text "
         "before a user turn; contextual: after target prompts; replay: documents of yours; mixed: see fractions",
@@ -41,9 +41,10 @@ class GenerateSpec(Spec):
     replay: Replay | None = Field(None, description="replay only: where the documents are")
     min_length: NonNegativeInt = Field(0, description="No text ends before this many tokens: biased above 0")
     fill: bool = Field(
-        False, description="Go on after a text's end, parted as the model was trained, until the row is full: biased"
+        False,
+        description="Go on after a text's end, separated as in training, until the row is full: biased",
     )
-    temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples another law: biased")
+    temperature: PositiveFloat = Field(1.0, description="Anything but 1 samples from another distribution: biased")
     top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the tail is never sampled: biased")
     top_k: NonNegativeInt = Field(0, description="0: off. Otherwise only the k likeliest tokens: biased")
     top_logprobs: NonNegativeInt = Field(
@@ -68,7 +69,7 @@ class GenerateSpec(Spec):
         return sorted(self.fractions) if self.source == "mixed" else [self.source]
 
     def biases(self) -> list[str]:
-        """Return which settings make the rows follow another law than the model's own."""
+        """Return which settings make the rows follow another distribution than the model's own."""
         neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_length": 0, "fill": False}
         return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
 
@@ -83,4 +84,6 @@ def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> 
         )
     vocabulary, wanted = base.metadata.get("vocabulary"), getattr(spec, "top_logprobs", 0)
     if isinstance(vocabulary, int) and wanted > vocabulary:
-        raise BadInput(f"{name}.top_logprobs is {wanted}, but the base knows {vocabulary} tokens: that is the most")
+        raise BadInput(
+            f"{name}.top_logprobs is {wanted}, but the vocabulary of the base has {vocabulary} tokens; lower it"
+        )

@@ -1,18 +1,34 @@
-"""Stage generate: text sampled from the base model given nothing but its start token; the probe likewise.
+"""Stage generate: text sampled from the base model after nothing but its start token; the probe likewise.
 
 Source: Bansal and Sanghavi 2025, arXiv:2505.13811: rehearsing this text estimates KL(base || tuned) without bias,
-at temperature 1 and without truncation. Any other setting estimates the divergence from another law.
+at temperature 1 and without truncation. Any other setting estimates the divergence from another distribution.
 The other sources are what the method is compared to: text after the target's prompts, after the chat template,
 and documents of the user's own.
+
+A corpus is sampled in shards: in this process, in several, or wherever a sampler takes them. A shard is a fixed list of
+rows with a batch shape of its own, and its random numbers depend on seed, source and row alone. So its rows are the
+same whoever samples it, in whatever order, and however often it was begun.
 """
 
-from cfsd.data.corpus_table import corpus_metadata
-from cfsd.generate.jobs import Sampler, ShardJob
-from cfsd.generate.shard_rows import check_engine
-from cfsd.generate.shards import sample_source
+import math
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cfsd.data.corpus_table import corpus_metadata, sampled_per_row, sampled_sums
+from cfsd.errors import BadInput, Crashed
+from cfsd.generate.shard_job import Sampler, Shard, ShardJob
+from cfsd.generate.shard_sampling import check_engine, sample_shard
+from cfsd.generate.sources import write_starts
 from cfsd.generate.spec import SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
+from cfsd.generate.workers import sample_in_workers
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.journal import Journal
+from cfsd.store.tables import shard_path, write_shard
+
+ATTEMPTS = 3  # waves of lost shards before giving up
 
 
 def generate(
@@ -21,7 +37,7 @@ def generate(
     spec: GenerateSpec,
     draft: Draft,
     machine: Machine,
-    sampler: "Sampler | None" = None,
+    sampler: Sampler | None = None,
 ) -> None:
     """Write the `corpus` table shard by shard; finished shards are kept whatever happens.
 
@@ -37,9 +53,102 @@ def generate(
     draft.metadata |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}
 
 
-def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: "Sampler | None" = None) -> None:
+def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:
     """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
     job = ShardJob.of(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     draft.metadata |= check_engine(job)
     sample_source(job, "probe", 0, None, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
+
+
+def shards_of(source: str, first_index: int, rows: int, size: int) -> list[Shard]:
+    """Return `rows` rows cut into shards of `size`."""
+    count = -(-rows // size)
+    if count > SHARDS_PER_SOURCE:
+        raise BadInput(
+            f"{rows} rows in shards of {size} make {count} files, at most {SHARDS_PER_SOURCE} are allowed; "
+            "raise machine.sampling_rows"
+        )
+    return [Shard(first_index + i, source, i * size, min((i + 1) * size, rows)) for i in range(count)]
+
+
+def sample_source(
+    job: ShardJob, source: str, first_index: int, tokens: float | None, draft: Draft, sampler: Sampler | None = None
+) -> None:
+    """Write all shards of one source: `job.spec.rows` rows, or as many as hold `tokens` tokens.
+
+    Raises NotFinite, OutOfMemory, BadInput or Crashed; finished shards stay.
+    """
+    size = job.machine.sampling_rows
+    rows = job.spec.rows if tokens is None else math.ceil(tokens / job.spec.length)
+    while True:
+        draft.metadata |= write_starts(job, source, rows)
+        shards = shards_of(source, first_index, rows, size)
+        _sample_missing(job, shards, draft, sampler)
+        if tokens is None:
+            return
+        done = sum(sampled_sums(shard_path(job.folder, "corpus", shard.index))[0] for shard in shards)
+        if done >= tokens:
+            return _cut(job.folder, shards, tokens)
+        if not done:
+            raise BadInput(f"{rows} rows of source {source} hold not one sampled token, so no fraction can be filled")
+        rows += max(1, math.ceil((tokens - done) * rows / done))
+
+
+def _cut(folder: Path, shards: list[Shard], tokens: float) -> None:
+    """Drop the rows after the one that completes `tokens`."""
+    left = tokens
+    for shard in shards:
+        path = shard_path(folder, "corpus", shard.index)
+        if left <= 0:
+            path.unlink()
+            continue
+        table = pq.read_table(path)
+        until = sampled_per_row(table["logprobs"].combine_chunks()).cumsum()
+        if len(until) and until[-1] > left:
+            write_shard(folder, "corpus", shard.index, table.slice(0, int((until < left).sum()) + 1))
+        left -= until[-1] if len(until) else 0
+
+
+def _sample_missing(job: ShardJob, shards: list[Shard], draft: Draft, sampler: Sampler | None) -> None:
+    watch = Watch(job.folder, shards, draft.journal)
+    for _ in range(ATTEMPTS):
+        if not (missing := watch.look()):
+            return
+        if sampler is not None:
+            sampler(job, missing, watch.look)
+        elif job.machine.resolved_processes() > 1:
+            sample_in_workers(job, missing, watch.look)
+        else:
+            for shard in missing:
+                sample_shard(job, shard, watch.look)
+                watch.look()
+    if missing := watch.look():
+        raise Crashed(f"{len(missing)} shards were lost {ATTEMPTS} times, first {missing[0]}; those done are kept")
+
+
+class Watch:
+    """Which shards are finished; new ones are written to the journal."""
+
+    def __init__(self, folder: Path, shards: list[Shard], journal: Journal) -> None:
+        """Watch `shards` of a draft; those that are there already were sampled by an earlier attempt."""
+        self.folder, self.journal, self.total = folder, journal, sum(shard.last - shard.first for shard in shards)
+        self.missing = [shard for shard in shards if not shard.is_done(folder)]
+        self.tokens, self.started = 0, time.monotonic()
+
+    def look(self, under_way: float = 0.0) -> list[Shard]:
+        """Return the shards that are still missing, of which `under_way` rows are done, and record new ones."""
+        new = [shard for shard in self.missing if shard.is_done(self.folder)]
+        self.missing = [shard for shard in self.missing if shard not in new]
+        left = sum(shard.last - shard.first for shard in self.missing)
+        for shard in new:
+            self._record(shard)
+        self.journal.progress(int(self.total - left + under_way), self.total, "rows")
+        return self.missing
+
+    def _record(self, shard: Shard) -> None:
+        tokens, nats = sampled_sums(shard_path(self.folder, "corpus", shard.index))
+        self.tokens += tokens
+        speed = self.tokens / max(1e-9, time.monotonic() - self.started)
+        values = {"tokens": tokens, "mean_logprob": nats / max(1, tokens), "tokens_per_second": speed}
+        self.journal.metrics(shard.last, {f"generate/{name}": value for name, value in values.items()})

@@ -1,6 +1,6 @@
 """Stage mix: target rows and rehearsal rows as one table, written as they are read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ from pydantic import JsonValue
 from cfsd.mix.flow_weights import Weights, flow_weights
 from cfsd.mix.spec import MixSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import SEQUENCE, batches, mixture_schema, shards, write_shard
+from cfsd.store.tables import SEQUENCE, TableWriter, batches, mixture_schema, shards
 
-SHARD_TOKENS = 1 << 22  # a shard ends with the batch that reaches it: 17 MB, or the longest 4,096 rows
+SHARD_BYTES = 16 << 20  # of one shard, about; no more waits in memory
 
 
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
@@ -28,10 +28,15 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
     done, total = 0, sum(pq.read_metadata(path).num_rows for path in paths)
     sizes: dict[str, tuple[int, int]] = {}
     weights = _weights(spec, losses)
-    for index, table in enumerate(_tables(_mixed(target, corpus, weights), sizes)):
-        write_shard(draft.folder, "mixture", index, table)
-        done += table.num_rows
+    writer = TableWriter(draft.folder, "mixture", max_bytes=SHARD_BYTES)
+    for batch in _mixed(target, corpus, weights):
+        for source, rows, supervised in _counted(batch):
+            before = sizes.get(source, (0, 0))
+            sizes[source] = before[0] + rows, before[1] + supervised
+        writer.add(batch)
+        done += batch.num_rows
         draft.journal.progress(done, total, "rows")
+    writer.close()
     draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
 
 
@@ -81,23 +86,6 @@ def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.
     ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
     offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
     return [pa.array(weights.row_R[rows]), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
-
-
-def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]) -> "Iterator[pa.Table]":
-    """Join `parts` to tables of some SHARD_TOKENS tokens, and count each source's rows and supervised tokens."""
-    waiting: list[pa.RecordBatch] = []
-    tokens = 0
-    for part in parts:
-        for source, rows, supervised in _counted(part):
-            before = sizes.get(source, (0, 0))
-            sizes[source] = before[0] + rows, before[1] + supervised
-        waiting.append(part)
-        tokens += len(part["token_ids"].flatten())
-        if tokens >= SHARD_TOKENS:
-            yield pa.Table.from_batches(waiting)
-            waiting, tokens = [], 0
-    if waiting:
-        yield pa.Table.from_batches(waiting)
 
 
 def _counted(part: "pa.RecordBatch") -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""How many tokens fit into one forward pass whose logits are all kept, as lm-eval keeps them."""
+"""Rows arranged and padded into batches, and how many tokens fit into a forward pass that holds all logits."""
 
 from collections.abc import Sequence
 from typing import Any

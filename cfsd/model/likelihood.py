@@ -1,6 +1,6 @@
-"""How well a model predicts given responses. B rows, T tokens, V vocabulary."""
+"""The log-probabilities that a model gives to the tokens of texts that exist. B rows, T tokens, V vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def score_responses(
     All of them first choice is the same as: greedy decoding of the prompt writes exactly this response.
     `per_token` adds `token_nll`, the -log p of each supervised token.
     """
-    found: dict[int, dict[str, Any]] = {}
+    scores: dict[int, dict[str, Any]] = {}
     for group in arrange([len(row["token_ids"]) for row in rows], max_tokens):
         token_ids_BT = pad([rows[i]["token_ids"] for i in group]).to(model.device)
         wanted_BT = pad([rows[i]["supervised"] for i in group], torch.bool)[:, 1:].to(model.device)
@@ -34,32 +34,32 @@ def score_responses(
             logits_NV = output.logits[place][wanted_BT[place, columns]].float()
             next_N = token_ids_BT[place, 1:][wanted_BT[place]]
             nll_N = torch.nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
-            found[i] = {
+            scores[i] = {
                 **{k: rows[i][k] for k in ("row_id", "prompt", "response") if k in rows[i]},
                 "nll": nll_N.double().sum().item(),
                 "correct": int((logits_NV.argmax(-1) == next_N).sum()),
                 "count": len(next_N),
                 **({"token_nll": nll_N.tolist()} if per_token else {}),
             }
-        on_progress(len(found))
-    return [found[i] for i in range(len(rows))]
+        on_progress(len(scores))
+    return [scores[i] for i in range(len(rows))]
 
 
 @torch.inference_mode()
 def token_logprobs(
     model: PreTrainedModel,
-    token_rows: list[list[int]],
-    eos_ids: tuple[int, ...],
+    token_rows: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
     *,
     top_logprobs: int = 0,
     max_tokens: int = 1024,
     where: str = "",
 ) -> list[Sample]:
-    """Return each row with log p* of every token given those before it, in nats, and the K likeliest on request.
+    """Return each row with log p* of every token after those before it, in nats, and the K likeliest on request.
 
     Only the first token has no log-probability. At most `max_tokens` positions have logits at a time: rows of like
     length go together, and a longer row passes through the model several times, each time for a part of its logits.
-    Raises NotFinite naming `where` when the model gives NaN, or no probability at all to a given token.
+    Raises NotFinite naming `where` when the model gives NaN, or no probability at all to a token.
     """
     samples = {i: _blank(row, eos_ids, top_logprobs) for i, row in enumerate(token_rows)}
     for group in arrange([len(row) for row in token_rows], max_tokens):
@@ -76,7 +76,7 @@ def token_logprobs(
     return [samples[i] for i in range(len(token_rows))]
 
 
-def _blank(row: list[int], eos_ids: tuple[int, ...], count: int) -> Sample:
+def _blank(row: Sequence[int], eos_ids: Sequence[int], count: int) -> Sample:
     shape, nan = (len(row), count), np.float32("nan")
     top = Top(np.zeros(shape, np.int32), np.full(shape, nan), np.full(len(row), nan)) if count else None
     return Sample(list(row), [None] * len(row), "eos" if len(row) > 1 and row[-1] in eos_ids else "length", top)
@@ -87,7 +87,7 @@ def _record(sample: Sample, at: int, distribution: Distribution, next_T: Tensor,
     logprobs_T = distribution.logprobs(next_T[:, None])[:, 0]
     if not bool((finite_T := torch.isfinite(logprobs_T)).all()):
         token = at + int(finite_T.int().argmin())
-        raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a given row'} is not finite")
+        raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a row'} is not finite")
     until = at + len(next_T)
     sample.logprobs[at:until] = logprobs_T.tolist()
     if sample.top is not None:

@@ -6,7 +6,7 @@ from cfsd.model.distribution import Top
 
 
 class Sample(NamedTuple):
-    """One row: its tokens from the first given one on, and log p* of each, in nats; None where it was given."""
+    """One row: its tokens, the prompt's first, and log p* of each in nats; None for tokens of the prompt."""
 
     token_ids: list[int]
     logprobs: list[float | None]

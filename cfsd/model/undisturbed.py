@@ -1,4 +1,4 @@
-"""Measuring that leaves no trace: random states and a model's mode as they were, warnings kept instead of written."""
+"""Measuring that changes nothing else: random states and a model's mode are restored afterwards."""
 
 import random
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Run a stage in a process of its own, which ends with its parent and says why it ended.
+"""Run a stage in a process of its own, which ends with its parent and reports why it failed.
 
 The parent writes request.json into the draft; the child answers with facts.json, or with error.json. Several processes
 that work together are one child to their parent: a launcher (`cfsd.process.ranks`), whose ranks serve the request.
@@ -43,7 +43,7 @@ DISTRIBUTED = (RANK, "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 class Child:
-    """`python -m module folder` in a process group of its own; what it says lies in `folder`."""
+    """`python -m module folder` in a process group of its own; its answer is written into `folder`."""
 
     def __init__(
         self, module: str, folder: Path, request: str, environment: dict[str, str] | None = None, processes: int = 1
@@ -71,7 +71,7 @@ class Child:
             self.process.wait()
 
     def answer(self) -> dict[str, JsonValue]:
-        """Return the facts that it wrote before it ended. Raises what its error.json says."""
+        """Return the metadata that it wrote before it ended. Raises the error of its error.json."""
         if (self.folder / METADATA).exists():
             metadata: dict[str, JsonValue] = json.loads((self.folder / METADATA).read_text())
             (self.folder / METADATA).unlink()
@@ -80,9 +80,9 @@ class Child:
 
 
 def run_in_process(module: str, folder: Path, request: str, processes: int = 1) -> dict[str, JsonValue]:
-    """Run `python -m module folder`, in `processes` that work together, and return the facts that it (rank 0) wrote.
+    """Run `python -m module folder`, in `processes` that work together; return the metadata that it (rank 0) wrote.
 
-    An interrupt here ends the child first. Raises what the child's error.json says.
+    An interrupt here ends the child first. Raises the error of the child's error.json.
     """
     child = Child(module, folder, request, processes=processes)
     try:
@@ -99,14 +99,14 @@ def _error_of(folder: Path, code: int) -> CfsdError:
         return KINDS[error["kind"]](error["message"])
     if code == -signal.SIGTERM:
         return Stopped("stopped before a step was done; run again")
-    return Crashed(f"the process ended with code {code} and no word{killed(folder, code)}; {log_end(folder)}")
+    return Crashed(f"the process ended with code {code} and no error message{killed(folder, code)}; {log_end(folder)}")
 
 
 def killed(folder: Path, code: int) -> str:
-    """Return what may be behind the end of a process that left no word, as a clause for an error message."""
+    """Return the likely cause when a process ended without an error message, as a clause for ours."""
     if code != -signal.SIGKILL:
         return ""
-    return f"; if nobody killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"
+    return f"; if no user killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"
 
 
 def log_end(folder: Path) -> str:
@@ -127,23 +127,16 @@ def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
         except Exception as error:
             now = time.time()
             traceback.print_exc()
-            word = _described(error, request)
+            described = _described(error, request)
             if rank is None:
-                write_json(folder / ERROR, word)
+                write_json(folder / ERROR, described)
             else:
-                write_json(folder / RANKS / f"{rank}.json", word | {"rank": int(rank), "time": now})
+                write_json(folder / RANKS / f"{rank}.json", described | {"rank": int(rank), "time": now})
             sys.exit(1)
         if rank in (None, "0"):
             write_json(folder / METADATA, metadata)
-        if rank is not None:
-            _leave_the_others()
-
-
-def _leave_the_others() -> None:
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        if rank is not None and (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _described(error: Exception, request: str) -> dict[str, Any]:
@@ -156,12 +149,12 @@ def _described(error: Exception, request: str) -> dict[str, Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether `error` is a device's or the allocator's complaint about memory."""
+    """Return whether `error` means that a device or the allocator has no memory left."""
     if isinstance(error, MemoryError):
         return True
     if (torch := sys.modules.get("torch")) and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU allocator's words
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the message of the CPU allocator
 
 
 def end_with_parent() -> None:

@@ -1,9 +1,9 @@
-"""Run a module in several processes of this machine, as torchrun does, and answer with one word for all of them.
+"""Run a module in several processes of this machine, as torchrun does, and give one answer for all of them.
 
 python -m cfsd.process.ranks DRAFT MODULE PROCESSES        what `run_in_process` starts; DRAFT holds request.json
 
-This process holds the draft's lock. Its ranks are `python -m MODULE DRAFT`, they end when it does, and each leaves
-its own word in DRAFT/.ranks when it fails; the first of these becomes error.json.
+This process holds the draft's lock. Its ranks are `python -m MODULE DRAFT` and end when it does. A rank that fails
+writes its error into DRAFT/.ranks; the first of these errors becomes error.json.
 """
 
 import json
@@ -33,7 +33,7 @@ NAMED = ("crash", "out_of_memory")  # other errors are the same on every rank
 
 
 def main() -> None:
-    """Run the ranks to their end; exit with 1 and error.json when they have no facts."""
+    """Run the ranks to their end; exit with 1 and error.json when they wrote no metadata."""
     folder, module, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     end_with_parent()
     with FileLock(folder / WRITER_LOCK):
@@ -60,23 +60,23 @@ def _run(folder: Path, module: str, processes: int) -> dict[str, Any] | None:
         return first_failure(folder, failed.failures, processes)
     except SignalException:
         _wait_for_ranks()
-        return _first_word(folder) or {"kind": "stopped", "message": "stopped before a step was done; run again"}
+        return _first_error(folder) or {"kind": "stopped", "message": "stopped before a step was done; run again"}
     return None
 
 
 def _wait_for_ranks() -> None:
-    """Let the ranks save. They were told once; a second signal to this process changes nothing."""
+    """Let the ranks save. They have the signal already; a second one to this process changes nothing."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     psutil.wait_procs(psutil.Process().children(), STOP_SECONDS - SECONDS_TO_ANSWER)
 
 
 def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
-    """Return the error of the rank that failed first; the others only lost their peer, or were told to end.
+    """Return the error of the rank that failed first; the others only lost their peer, or were asked to end.
 
-    A rank that was killed leaves no word, and its peers' complaints come after its death.
+    A rank that was killed writes no error, and the errors of its peers come after its death.
     """
-    word = _first_word(folder)
+    error = _first_error(folder)
     written = {int(path.stem) for path in (folder / RANKS).glob("*.json")}
     silent = {
         rank: failure
@@ -84,18 +84,20 @@ def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processe
         if rank not in written and failure.exitcode not in (0, -signal.SIGTERM)
     }
     rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
-    if end and (word is None or end.timestamp <= word["time"] + SECONDS_TO_NOTICE):
-        message = f"ended with code {end.exitcode} and no word{killed(folder, end.exitcode)}; {log_end(folder)}"
+    if end and (error is None or end.timestamp <= error["time"] + SECONDS_TO_NOTICE):
+        message = (
+            f"ended with code {end.exitcode} and no error message{killed(folder, end.exitcode)}; {log_end(folder)}"
+        )
         return {"kind": "crash", "message": f"rank {rank} of {processes} {message}"}
-    if word is None:
-        return {"kind": "stopped", "message": "the ranks were told to end before a step was done; run again"}
-    where = f"rank {word['rank']} of {processes}: " if word["kind"] in NAMED else ""
-    return {"kind": word["kind"], "message": where + word["message"]}
+    if error is None:
+        return {"kind": "stopped", "message": "the ranks were asked to end before a step was done; run again"}
+    where = f"rank {error['rank']} of {processes}: " if error["kind"] in NAMED else ""
+    return {"kind": error["kind"], "message": where + error["message"]}
 
 
-def _first_word(folder: Path) -> dict[str, Any] | None:
-    words = [json.loads(path.read_text()) for path in sorted((folder / RANKS).glob("*.json"))]
-    return min(words, key=lambda word: float(word["time"]), default=None)
+def _first_error(folder: Path) -> dict[str, Any] | None:
+    errors = [json.loads(path.read_text()) for path in sorted((folder / RANKS).glob("*.json"))]
+    return min(errors, key=lambda error: float(error["time"]), default=None)
 
 
 if __name__ == "__main__":

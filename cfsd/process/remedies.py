@@ -1,4 +1,4 @@
-"""What to set when memory does not suffice, with what it is set to now, as far as the stage's request tells."""
+"""Which settings need less memory, with the values that they have in a stage's request."""
 
 import json
 from collections.abc import Callable
@@ -6,32 +6,26 @@ from typing import Any, NamedTuple
 
 
 class Remedy(NamedTuple):
-    """A setting, where a request holds it, what to do with it, and whether that would change anything."""
+    """What to do with a setting, where a request holds it, and at which values doing so would change something."""
 
     setting: str
-    path: tuple[str, ...]
+    path: str  # in the request
     advice: str
-    helps: Callable[[Any], bool]
+    helps: Callable[[Any], bool] = lambda now: True
 
 
+SHARD = "set to shard, with machine.training_processes above 1 on CUDA, without LoRA"
 TRAINING = (
-    Remedy("machine.micro_batch_tokens", ("machine", "micro_batch_tokens"), "lower", lambda now: now > 1),
-    Remedy("machine.gradient_checkpointing", ("machine", "gradient_checkpointing"), "set to true", lambda on: not on),
-    Remedy(
-        "machine.sharding", ("machine", "sharding"),
-        "set to shard, with machine.training_processes above 1 on CUDA, without LoRA",
-        lambda now: now == "replicate",
-    ),
-    Remedy("machine.training_processes", ("machine", "training_processes"), "raise, when sharded", lambda _: True),
-    Remedy("train.methods.lora.rank", ("spec", "methods", "lora", "rank"), "set to 16, say", lambda rank: not rank),
-    Remedy(
-        "train.rehearsal.reference", ("spec", "rehearsal", "reference"), "set to stored", lambda now: now == "base"
-    ),
-    Remedy("target.max_length", (), "lower", lambda _: True),
-)  # fmt: skip
+    Remedy("machine.micro_batch_tokens", "machine.micro_batch_tokens", "lower", lambda now: now > 1),
+    Remedy("machine.gradient_checkpointing", "machine.gradient_checkpointing", "set to true", lambda now: not now),
+    Remedy("machine.sharding", "machine.sharding", SHARD, lambda now: now == "replicate"),
+    Remedy("machine.training_processes", "machine.training_processes", "raise, when sharded"),
+    Remedy("train.methods.lora.rank", "spec.methods.lora.rank", "set to 16, for example", lambda now: not now),
+    Remedy("train.rehearsal.reference", "spec.rehearsal.reference", "set to stored", lambda now: now == "base"),
+)
 SAMPLING = (
-    Remedy("machine.sampling_rows", ("job", "machine", "sampling_rows"), "lower", lambda now: now > 1),
-    Remedy("generate.length", ("job", "spec", "length"), "lower", lambda _: True),
+    Remedy("machine.sampling_rows", "job.machine.sampling_rows", "lower", lambda now: now > 1),
+    Remedy("generate.length", "job.spec.length", "lower"),
 )
 ANY = "lower machine.micro_batch_tokens, machine.sampling_rows, target.max_length or generate.length"
 
@@ -39,22 +33,20 @@ ANY = "lower machine.micro_batch_tokens, machine.sampling_rows, target.max_lengt
 def memory_remedies(request: str) -> str:
     """Return which settings need less memory, as a clause for an error message."""
     try:
-        told = json.loads(request)
+        settings = json.loads(request)
     except json.JSONDecodeError:
         return ANY
-    if not isinstance(told, dict):
+    if not isinstance(settings, dict) or not settings.keys() & {"job", "spec"}:
         return ANY
-    known = SAMPLING if "job" in told else TRAINING if "spec" in told else ()
-    advice = [_advice(remedy, told) for remedy in known]
-    return "what helps: " + "; ".join(filter(None, advice)) if known else ANY
+    advice = [_advice(remedy, settings) for remedy in (SAMPLING if "job" in settings else TRAINING)]
+    more = [] if "job" in settings else ["target.max_length: lower"]
+    return "what helps: " + "; ".join([*filter(None, advice), *more])
 
 
-def _advice(remedy: Remedy, told: dict[str, Any]) -> str | None:
-    now: Any = told
-    for name in remedy.path:
+def _advice(remedy: Remedy, settings: dict[str, Any]) -> str | None:
+    now: Any = settings
+    for name in remedy.path.split("."):
         if not isinstance(now, dict) or name not in now:
             return None
         now = now[name]
-    if not remedy.path:
-        return f"{remedy.setting}: {remedy.advice}"
     return f"{remedy.setting} (now {json.dumps(now)}): {remedy.advice}" if remedy.helps(now) else None

@@ -3,7 +3,7 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from cfsd.data.corpus_table import corpus_metadata
 from cfsd.select.geometric_median import geometric_median, match
 from cfsd.select.spec import COUNTS, TABLES, SelectSpec, selects
 from cfsd.store.artifact import Artifact, Draft
-from cfsd.store.tables import batches, shards, write_shard
+from cfsd.store.tables import TableWriter, batches, shards
 
 Array = np.ndarray[Any, Any]
-
-SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # a shard ends when it has either
 
 
 def select(rows: Artifact, spec: SelectSpec, draft: Draft, embedding: Array | None = None) -> None:
@@ -36,7 +34,10 @@ def select(rows: Artifact, spec: SelectSpec, draft: Draft, embedding: Array | No
     chosen = _drawn(rows.kind, have, k, spec) if spec.method == "random" else _matched(embedding, k, draft)
     keep = np.zeros(have, dtype=bool)
     keep[chosen] = True
-    _write(draft.folder, table, _kept(folder, table, keep))
+    writer = TableWriter(draft.folder, table)
+    for batch in _kept(folder, table, keep):
+        writer.add(batch)
+    writer.close()
     if rows.kind == "target":
         for path in shards(folder, "held_out"):
             shutil.copyfile(path, draft.folder / path.name)
@@ -63,25 +64,6 @@ def _kept(folder: Path, table: str, keep: Array) -> Iterator["pa.RecordBatch"]:
         yield batch.filter(pa.array(keep[position : position + batch.num_rows]))
         position += batch.num_rows
     assert position == len(keep), "the facts say how many rows there are"
-
-
-def _write(folder: Path, table: str, kept: Iterable["pa.RecordBatch"]) -> None:
-
-    waiting: list[pa.RecordBatch] = []
-    index = 0
-    for batch in kept:
-        rows, size = sum(part.num_rows for part in waiting), sum(part.nbytes for part in waiting)
-        other = bool(waiting) and waiting[0].schema != batch.schema  # sources may differ in their columns
-        if other or rows >= SHARD_ROWS or size >= SHARD_BYTES:
-            write_shard(folder, table, index, _joined(waiting))
-            waiting, index = [], index + 1
-        waiting.append(batch)
-    write_shard(folder, table, index, _joined(waiting))
-
-
-def _joined(batches: list["pa.RecordBatch"]) -> "pa.Table":
-
-    return pa.Table.from_batches(batches).replace_schema_metadata(None)  # notes of a shard do not hold for its rows
 
 
 def _target_metadata(rows: Artifact, folder: Path) -> dict[str, JsonValue]:

@@ -1,4 +1,7 @@
-"""Two tests of a corpus against a law: first tokens, and log-probabilities of two samples. R rows, V vocabulary."""
+"""Two tests of a corpus against a distribution: its first tokens, and the log-probabilities of two samples.
+
+R rows, V vocabulary.
+"""
 
 from typing import Any
 
@@ -11,9 +14,13 @@ Array = NDArray[Any]
 
 
 def first_token_p(first_R: Array, probs_V: Array) -> float:
-    """Return the chi-square p-value of these first tokens; rare ones are pooled, or tested alone if too rare."""
+    """Return the p-value of these first tokens under `probs_V`, which need not be normalised; see `counts_p`."""
     seen_V = np.bincount(first_R, minlength=len(probs_V)).astype(float)
-    expected_V = np.pad(probs_V, (0, len(seen_V) - len(probs_V))) / probs_V.sum() * len(first_R)
+    return counts_p(seen_V, np.pad(probs_V, (0, len(seen_V) - len(probs_V))) / probs_V.sum() * len(first_R))
+
+
+def counts_p(seen_V: Array, expected_V: Array) -> float:
+    """Return the chi-square p-value of counts; rare tokens are pooled, or tested alone if they are too rare."""
     common_V = expected_V >= SMALLEST_EXPECTED
     seen, expected = seen_V[common_V], expected_V[common_V]
     rare_seen, rare_expected = seen_V[~common_V].sum(), expected_V[~common_V].sum()
@@ -24,7 +31,7 @@ def first_token_p(first_R: Array, probs_V: Array) -> float:
 
 
 def _chi_square(seen: Array, expected: Array) -> float:
-    """Return the p-value of counts, given their sum."""
+    """Return the p-value of counts, conditional on their sum."""
     if len(seen) < 2:
         return 1.0
     return float(stats.chisquare(seen, expected / expected.sum() * seen.sum()).pvalue)
@@ -41,7 +48,7 @@ def difference_z(one: tuple[Array, Array], other: tuple[Array, Array]) -> float 
     """Return how many standard errors the mean per token of sample `one` is above the `other`'s.
 
     A sample: per row the summed values and how many tokens they are of. Rows are independent, the tokens of one are
-    not: the error of sum/sum is counted over rows. It is Welch's t, given as the normal deviate of the same
+    not: the error of sum/sum is counted over rows. It is Welch's t, as the normal deviate of the same
     probability. None with fewer than two rows.
     """
     if any(len(count_R) < 2 or not count_R.sum() for _, count_R in (one, other)):

@@ -1,6 +1,6 @@
 """Artifact: a reference to a content-addressed folder. Store: where the folders are, and the cache.
 
-store/<kind>/<key>/manifest.json + payload        complete: found, verified, never changed
+store/<kind>/<key>/manifest.json + payload        complete: verified, never changed
 store/<kind>/<key>.draft/                         being made; continued after a crash
 """
 
@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ Identified = Artifact | Spec | str | int | float | None | tuple[Spec, ...]
 
 
 def key_of(stage: str, *inputs: Identified) -> str:
-    """Return the 16 hex digits by which the result of `stage` on `inputs` is found.
+    """Return the 16 hex digits by which the store knows the result of `stage` on `inputs`.
 
     Artifacts count by content, specs by digest; where and how fast it is made does not count.
     """
@@ -63,16 +64,18 @@ def _identity(value: Identified) -> JsonValue:
     return value.digest() if isinstance(value, Spec) else value
 
 
+@dataclass
 class Draft:
-    """The folder in which an artifact is made."""
+    """The folder in which an artifact is made; `continued` when an earlier attempt left work in it."""
 
-    def __init__(self, store: "Store", folder: Path, *, continued: bool) -> None:
-        """Refer to `folder`; `continued` when an earlier attempt left work in it."""
-        self.store = store
-        self.folder = folder
-        self.continued = continued
-        self.journal = Journal(folder)
-        self.metadata: dict[str, JsonValue] = {}
+    store: "Store"
+    folder: Path
+    continued: bool
+    metadata: dict[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Open the journal of the folder."""
+        self.journal = Journal(self.folder)
 
 
 class Store:
@@ -113,10 +116,10 @@ class Store:
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""
-        found = self.find(artifact.kind, artifact.key)
+        intact = self.find(artifact.kind, artifact.key)
         folder = self.path(artifact)
-        if found is None or (bad := self.damage(folder, self.manifest(artifact), full=True)):
-            names = "its files" if found is None else ", ".join(bad)
+        if intact is None or (bad := self.damage(folder, self.manifest(artifact), full=True)):
+            names = "its files" if intact is None else ", ".join(bad)
             raise StoreError(
                 f"{artifact.kind} {artifact.key} is damaged ({names}); "
                 f"restore it, or delete the folder {folder} and run again"
@@ -137,8 +140,8 @@ class Store:
         next call continues if `environment` (precision, sharding, package versions) is the same.
         """
         with self.lock(kind, key, say):
-            if found := self.find(kind, key):
-                return found, False
+            if artifact := self.find(kind, key):
+                return artifact, False
             waiting = self.root / kind / f"{key}.draft"
             if (done := _manifest(waiting)) and not self.damage(waiting, done):
                 return self._put_in_place(waiting, kind, key), False
@@ -202,10 +205,12 @@ class Store:
         if folder.exists():  # damaged: `find` refused it
             shutil.rmtree(folder)
         draft.rename(folder)
-        _sync_folder(folder.parent)
-        found = self.find(kind, key)
-        assert found, "the manifest was just written"
-        return found
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        artifact = self.find(kind, key)
+        assert artifact, "the manifest was just written"
+        return artifact
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -242,11 +247,3 @@ def _content(files: dict[str, Path], digests: dict[str, str]) -> str:
         if name.endswith(".parquet"):  # corpus-00000.parquet, corpus-00001.parquet: one table
             tables.setdefault(name.rsplit("-", 1)[0], []).append(path)
     return digest_of_files(parts | {name: digest_of_rows(paths) for name, paths in tables.items()})[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

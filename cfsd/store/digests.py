@@ -6,10 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from typing import Any
 
 READ_BYTES = 1 << 22
 
@@ -41,7 +38,7 @@ class DigestMemory:
     """
 
     def __init__(self, home: Path) -> None:
-        """Open the memory kept in `home`."""
+        """Open the memory in `home`."""
         self.home = home
         self.file = home / "digests.json"
 
@@ -80,12 +77,12 @@ def digest_of_files(digests: dict[str, str]) -> str:
 
 
 def digest_of_rows(files: Iterable[Path]) -> str:
-    """Return the sha256 of the row values of Parquet `files` in the given order.
+    """Return the sha256 of the row values of Parquet `files` in their order.
 
     How rows are divided into files, row groups and pages does not count: each column feeds
     its lengths, its nulls and its values to hashes of their own.
     """
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # late: settings are read without pyarrow
 
     parts: dict[str, Any] = defaultdict(hashlib.sha256)
     for file in files:
@@ -95,7 +92,7 @@ def digest_of_rows(files: Iterable[Path]) -> str:
     return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
 
 
-def _feed(parts: dict[str, Any], name: str, column: "pa.Array[Any]") -> None:
+def _feed(parts: dict[str, Any], name: str, column: Any) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,4 +1,4 @@
-"""Journal: how a stage speaks to the world while it works. It only writes files.
+"""Journal: metrics and progress of a stage while it works, as files that others read.
 
 `metrics.jsonl`  one line per value: {"time", "step", "name", "value"}
 `progress.json`  {"done", "total", "unit"}
@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ METRICS = "metrics.jsonl"
 PROGRESS = "progress.json"
 
 
+@dataclass
 class Journal:
-    """Metrics and progress of one draft."""
+    """Metrics and progress of one draft, written into its folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write into `folder`."""
-        self.folder = folder
+    folder: Path
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append `values` at `step`, durable when this returns."""
@@ -34,13 +34,13 @@ class Journal:
             os.fsync(file.fileno())
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Say that `done` of `total` `unit` are finished."""
+        """Record that `done` of `total` `unit` are finished."""
         write_json(self.folder / PROGRESS, {"done": done, "total": total, "unit": unit})
 
     def cut_back(self, step: int) -> None:
         """Drop the metrics after `step`, which a resumed training writes again."""
-        kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
-        text = "".join(f"{json.dumps(record)}\n" for record in kept)
+        records = [record for record in read_metrics(self.folder) if record["step"] <= step]
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
         temporary = self.folder / f".{METRICS}"
         temporary.write_text(text)
         temporary.replace(self.folder / METRICS)

@@ -6,13 +6,14 @@ A written shard is whole: it appears under its name only when every row is on th
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# logprobs[t] = log p*(token t | tokens < t) in nats; null where the token was given, as the start token is
+# logprobs[t] = log p*(token t | tokens < t) in nats; null for prompt tokens, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
 CORPUS = pa.schema(
     [
@@ -25,6 +26,7 @@ CORPUS = pa.schema(
     ]
 )
 NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
+SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # of one shard, about
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
@@ -97,6 +99,47 @@ def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(shard_path(folder, name, index))
+
+
+@dataclass
+class TableWriter:
+    """Writes a table into `folder` while its rows arrive.
+
+    Each shard has at most `max_rows` rows, and ends with the batch by which it has `max_bytes` bytes in memory.
+    """
+
+    folder: Path
+    name: str
+    max_rows: int = SHARD_ROWS
+    max_bytes: int = SHARD_BYTES
+    shards: int = 0  # that are written
+    waiting: list[pa.RecordBatch] = field(default_factory=list)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
+        if self.waiting and self.waiting[0].schema != batch.schema:
+            self.close()
+        self.waiting.append(batch)
+        while self._is_full():
+            self._write()
+
+    def _is_full(self) -> bool:
+        rows, size = sum(part.num_rows for part in self.waiting), sum(part.nbytes for part in self.waiting)
+        return bool(rows >= self.max_rows or size >= self.max_bytes)
+
+    def close(self) -> None:
+        """Write the rows that wait; a table without rows is one empty shard."""
+        if self.waiting:
+            self._write()
+
+    def _write(self) -> None:
+        # notes of the shards that rows come from (a halved batch) would be untrue of this one
+        table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
+        if table.num_rows or not self.shards:
+            self.folder.mkdir(exist_ok=True)
+            write_shard(self.folder, self.name, self.shards, table.slice(0, self.max_rows))
+            self.shards += 1
+        self.waiting = table.slice(self.max_rows).to_batches()
 
 
 def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:

@@ -1,8 +1,6 @@
-"""What a completions server shows of itself: its model, how it takes prompts, how it names tokens, where it stops."""
+"""What a completions server can do: its model, how it takes prompts, how it names tokens, where it stops."""
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.client import Client, Refused
@@ -11,40 +9,33 @@ from cfsd.generate.server.protocol import (
     SGLANG,
     VLLM,
     Answer,
+    Connection,
     Served,
-    prompt_of,
+    ServerSampling,
     request,
     special_tokens,
     text_of,
     top_of,
 )
-from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import Connection
 
-SURE = 100.0  # logit bias that leaves one token to draw
-MAX_TRIED = 32  # control tokens that are tried for whether the server stops at them
+SURE = 100.0  # logit bias that leaves one token to sample
+MAX_TRIED = 32  # control tokens at which the server may stop
 FIRST_ANSWERS = 8  # a text that ends at once shows no token
 _stops: dict[tuple[Connection, str, tuple[int, ...]], tuple[int, ...]] = {}
 
 
-async def find_out(
-    client: Client,
-    prompt: Sequence[int],
-    spec: GenerateSpec,
-    eos_ids: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
-) -> Served:
-    """Return who serves and how, by asking for the list of models and for a token or two after `prompt`.
+async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling) -> Served:
+    """Return which server answers and how it works, after asking for its models and for a token or two after `prompt`.
 
-    Raises BadInput when it cannot serve rows under `spec`; the message says what could.
+    Raises BadInput when it cannot sample as `wanted`; the message says what could.
     """
-    served = await _listed(client)
+    spec, served = wanted.spec, await _listed(client)
     if spec.min_length and served.kind not in (VLLM, SGLANG):
         raise BadInput(
             f"generate.min_length is {spec.min_length}, but only vLLM and SGLang keep a text from ending early, and "
             f"this server calls itself {served.kind}; leave it at 0 or use the torch engine"
         )
-    served, answer = await _first_answer(client, served, prompt, spec, eos_ids, tokenizer)
+    served, answer = await _first_answer(client, served, prompt, wanted)
     if not answer.logprobs or answer.logprobs[0] is None:
         raise BadInput(
             f"the server {client.connection.base_url} gives no log-probabilities, and every row of a corpus has them; "
@@ -58,7 +49,7 @@ async def find_out(
             f"generate.top_logprobs is {spec.top_logprobs}, but this server names tokens by their text, which several "
             "may share; set it to 0, or use vLLM or the torch engine"
         )
-    return served._replace(ids="reconstructed", stops=await _stops_of(client, served, prompt, spec, eos_ids, tokenizer))
+    return served._replace(ids="reconstructed", stops=await _stops_of(client, served, prompt, wanted))
 
 
 async def _listed(client: Client) -> Served:
@@ -73,22 +64,16 @@ async def _listed(client: Client) -> Served:
 
 
 async def _first_answer(
-    client: Client,
-    served: Served,
-    prompt: Sequence[int],
-    spec: GenerateSpec,
-    eos_ids: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
+    client: Client, served: Served, prompt: Sequence[int], wanted: ServerSampling
 ) -> tuple[Served, Answer]:
     """Return how the server takes prompts, and an answer that has a token unless all of FIRST_ANSWERS are empty."""
     if served.kind == LLAMA_CPP_PYTHON:
         served = served._replace(prompts="text")
     for seed in range(FIRST_ANSWERS):
-        body = request(served, spec, eos_ids, max_tokens=1, seed=seed)
         try:
-            answer = await client.complete(body | {"prompt": prompt_of(served, prompt, tokenizer)})
+            answer = await client.complete(request(served, wanted, prompt, max_tokens=1, seed=seed))
         except Refused as error:
-            if spec.top_logprobs and "logprobs" in str(error):
+            if wanted.spec.top_logprobs and "logprobs" in str(error):
                 raise Refused(
                     f"{error}; lower generate.top_logprobs or raise its limit (vLLM: --max-logprobs)"
                 ) from error
@@ -103,7 +88,7 @@ async def _first_answer(
 
 
 def check_prompt(answer: Answer, prompt: Sequence[int], connection: Connection) -> None:
-    """Raise BadInput if the server read another prompt than it was given."""
+    """Raise BadInput if the server read another prompt than the one that it was sent."""
     if answer.prompt_ids is not None and answer.prompt_ids != list(prompt):
         read = f"the tokens {answer.prompt_ids[:8]}"
     elif answer.prompt_counted not in (None, len(prompt)):
@@ -111,27 +96,21 @@ def check_prompt(answer: Answer, prompt: Sequence[int], connection: Connection) 
     else:
         return
     raise BadInput(
-        f"the server {connection.base_url} read {read} where {list(prompt)[:8]} was given ({len(prompt)} in all): its "
+        f"the server {connection.base_url} read {read} where {list(prompt)[:8]} was sent ({len(prompt)} in all): its "
         "texts would not begin as the recipe's do; use a server that takes token ids (vLLM, SGLang, llama-server)"
     )
 
 
-async def _stops_of(
-    client: Client,
-    served: Served,
-    prompt: Sequence[int],
-    spec: GenerateSpec,
-    eos_ids: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
-) -> tuple[int, ...]:
-    """Return at which control tokens the server stops, found by making it draw each of them.
+async def _stops_of(client: Client, served: Served, prompt: Sequence[int], wanted: ServerSampling) -> tuple[int, ...]:
+    """Return at which control tokens the server stops: it is made to sample each of them.
 
     llama.cpp stops at every token whose name it knows as an end, whatever the model's own end is.
     """
+    eos_ids, tokenizer = wanted.eos_ids, wanted.tokenizer
     key = (client.connection, served.model, tuple(eos_ids))
     if key not in _stops:
         others = sorted(special_tokens(tokenizer) - set(eos_ids))[:MAX_TRIED]
-        body = request(served, spec, eos_ids, max_tokens=2, seed=0) | {"prompt": prompt_of(served, prompt, tokenizer)}
+        body = request(served, wanted, prompt, max_tokens=2, seed=0)
         del body["logprobs"]
         try:
             tried = [

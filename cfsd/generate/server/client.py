@@ -1,4 +1,4 @@
-"""Requests to a completions server: where it is, how often it is asked again, what is told when it does not answer."""
+"""Requests to a completions server: where it is, how often it is asked again, which errors it may give."""
 
 import asyncio
 import os
@@ -8,8 +8,8 @@ from typing import Any, Self
 import httpx
 
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate.server.protocol import Answer, read_answer
-from cfsd.machine import KEY_VARIABLE, Connection
+from cfsd.generate.server.protocol import Answer, Connection, read_answer
+from cfsd.machine import KEY_VARIABLE
 
 TOO_MANY, BROKEN = 429, 500
 LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
@@ -45,10 +45,10 @@ class Client:
             await http.aclose()
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """Send it over a connection that nobody uses.
+        """Send it over an idle connection.
 
-        A client each, because one pool looks at all its connections whenever a request comes or goes: 16 of them
-        doubled the time of short requests.
+        Each connection has a client of its own, because a pool looks at all its connections at every request: 16 of
+        them doubled the time of short requests.
         """
         http = self.idle.pop() if self.idle else self._another()
         try:

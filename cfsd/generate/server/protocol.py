@@ -1,4 +1,4 @@
-"""The words of the completions protocol: what a server is asked, and tokens out of what it answers.
+"""The completions protocol: the bodies of requests, and the tokens in the answers to them.
 
 Field names were read in the sources of vLLM, SGLang, llama.cpp's server and llama-cpp-python's. They differ in how they
 give tokens: as ids, as "token_id:17", as objects with an id, or as strings only.
@@ -9,24 +9,25 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import server_url
 from cfsd.model.distribution import Top
 
-VLLM, SGLANG, LLAMA_CPP, LLAMA_CPP_PYTHON = "vllm", "sglang", "llamacpp", "me"  # owned_by in the list of models
+VLLM, SGLANG, LLAMA_CPP, LLAMA_CPP_PYTHON = "vllm", "sglang", "llamacpp", "me"  # `owned_by` in the list of models
 
 # Whatever is not sent, a server fills from its command line or the checkpoint's generation_config.
 FOR_ALL: dict[str, Any] = {
     "n": 1, "echo": False, "stream": False, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip
-FOR_VLLM: dict[str, Any] = {
-    "repetition_penalty": 1.0, "skip_special_tokens": False, "spaces_between_special_tokens": False,
-    "add_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
-}  # fmt: skip
 FOR_SGLANG: dict[str, Any] = {"repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True}
-# ignore_eos means another thing here: the end tokens are never drawn.
+FOR_VLLM: dict[str, Any] = FOR_SGLANG | {
+    "spaces_between_special_tokens": False, "add_special_tokens": False, "return_tokens_as_token_ids": True,
+}  # fmt: skip
+# ignore_eos means another thing here: the eos ids are never sampled.
 FOR_LLAMA_CPP: dict[str, Any] = {
     "repeat_penalty": 1.0, "typical_p": 1.0, "top_n_sigma": -1.0, "xtc_probability": 0.0, "dry_multiplier": 0.0,
     "dynatemp_range": 0.0, "mirostat": 0, "mirostat_mode": 0, "ignore_eos": False, "post_sampling_probs": False,
@@ -34,7 +35,7 @@ FOR_LLAMA_CPP: dict[str, Any] = {
 EXTRAS: dict[str, dict[str, Any]] = {
     VLLM: FOR_VLLM,
     SGLANG: FOR_SGLANG,
-    # its own order scales by temperature last, so that top_p cuts another law
+    # its own order scales by temperature last, so that top_p would cut another distribution
     LLAMA_CPP: {**FOR_LLAMA_CPP, "samplers": ["temperature", "top_k", "top_p"]},
     LLAMA_CPP_PYTHON: FOR_LLAMA_CPP,
 }
@@ -43,8 +44,34 @@ ECHO_DIFFERENCE = 0.5  # nats on average; a pass over the row differs from token
 TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
+class Connection(BaseModel):
+    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    base_url: str
+    model: str | None = Field(None, description="The model's name there; empty: its only one")
+    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
+    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
+    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
+    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
+    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
+
+    _url = field_validator("base_url")(server_url)
+
+
+class ServerSampling(NamedTuple):
+    """Which server samples, by which settings, and the tokens of the model that it should serve."""
+
+    connection: Connection
+    spec: GenerateSpec
+    eos_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+    stream: str = ""  # rows of the same number in two streams have different seeds
+
+
 class Served(NamedTuple):
-    """What is known of a server: who it says it is, how it takes prompts and gives tokens."""
+    """What is known of a server: its kind, its model, how it takes prompts and names tokens."""
 
     kind: str
     model: str
@@ -53,7 +80,7 @@ class Served(NamedTuple):
     stops: tuple[int, ...] = ()  # where it stops without listing the token; empty: it lists them
 
     def metadata(self) -> dict[str, str]:
-        """Return what a corpus should say about where it came from."""
+        """Return what the metadata of a corpus says about its server."""
         return {
             "server": "llama-cpp-python" if self.kind == LLAMA_CPP_PYTHON else self.kind,
             "served_model": self.model.rsplit("/", 1)[1] if self.model.startswith("/") else self.model,
@@ -76,14 +103,16 @@ class Answer(NamedTuple):
 
 
 def request(
-    served: Served, spec: GenerateSpec, eos_ids: Sequence[int], *, max_tokens: int, seed: int, min_tokens: int = 0
+    served: Served, wanted: ServerSampling, prompt: Sequence[int], *, max_tokens: int, seed: int, min_tokens: int = 0
 ) -> dict[str, Any]:
-    """Return the body of a request, without its prompt: `spec` in the words of `served`, nothing left to defaults."""
+    """Return the body of a request. Every setting is named, so that no default of the server counts."""
+    spec = wanted.spec
     off = -1 if served.kind in (VLLM, SGLANG) else 0  # SGLang refuses 0, llama-cpp-python -1
     body = {
         **FOR_ALL,
         **EXTRAS.get(served.kind, {**FOR_VLLM, **FOR_LLAMA_CPP}),
         "model": served.model,
+        "prompt": text_of(wanted.tokenizer, prompt) if served.prompts == "text" else list(prompt),
         "max_tokens": max_tokens,
         "temperature": spec.temperature,
         "top_p": spec.top_p,
@@ -92,9 +121,9 @@ def request(
         "logprobs": max(spec.top_logprobs, 1),  # llama.cpp takes 0 for none
     }
     if served.kind != LLAMA_CPP_PYTHON:
-        body["stop_token_ids"] = list(eos_ids)
+        body["stop_token_ids"] = list(wanted.eos_ids)
         body["min_tokens"] = min_tokens
-    if served.kind == VLLM:  # it then stops at stop_token_ids alone, and lists the one that was drawn
+    if served.kind == VLLM:  # it then stops at stop_token_ids alone, and lists the one that was sampled
         body["ignore_eos"] = True
     return body
 
@@ -146,7 +175,7 @@ def _by_id(top: dict[str, float]) -> dict[int, float]:
 class Pieces:
     """Which strings are one token of a tokenizer and no other."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Decode every token of the vocabulary behind an ordinary one: some tokenizers drop a leading space."""
         self.tokenizer = tokenizer
         anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
@@ -172,17 +201,12 @@ class Pieces:
         return ids
 
 
-def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return `ids` as text, nothing cleaned or left out."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def prompt_of(served: Served, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[int] | str:
-    """Return a prompt as `served` takes it."""
-    return list(ids) if served.prompts == "ids" else text_of(tokenizer, ids)
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of control tokens: at others no server stops by itself."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return added | set(tokenizer.all_special_ids)
@@ -203,15 +227,15 @@ def tokens_of(answer: Answer, pieces: Pieces | None, prompt: Sequence[int], eos_
     return answer.ids
 
 
-def end_logprob(echo: Answer, answer: Answer, given: int) -> float | str:
+def end_logprob(echo: Answer, answer: Answer, prompt_length: int) -> float | str:
     """Return the log-probability of the token after the `answer` that was echoed back, or why it is not known.
 
-    The echo must repeat the answer's tokens, after `given` ones of which the first may be left out.
+    The echo must repeat the answer's tokens, after those of the prompt, of which the first may be left out.
     """
     count = len(answer.pieces)
-    if echo.prompt_counted not in (None, given + count + 1):
+    if echo.prompt_counted not in (None, prompt_length + count + 1):
         return "the server reads the text's end as other tokens"
-    for first in (given, given - 1):
+    for first in (prompt_length, prompt_length - 1):
         last = first + count
         if echo.pieces[first:last] != answer.pieces or len(echo.logprobs) <= last:
             continue
@@ -223,8 +247,8 @@ def end_logprob(echo: Answer, answer: Answer, given: int) -> float | str:
     return "the server's echo does not repeat the text"
 
 
-def top_of(given: int, tops: Sequence[dict[int, float]], k: int) -> Top:
-    """Return the `k` likeliest tokens of each position, nan for the `given` first ones.
+def top_of(prompt_length: int, tops: Sequence[dict[int, float]], k: int) -> Top:
+    """Return the `k` likeliest tokens of each position, nan for those of the prompt.
 
     `rest` is the log of the mass that is left, from the k alone. Raises BadInput if the server gave fewer.
     """
@@ -235,10 +259,10 @@ def top_of(given: int, tops: Sequence[dict[int, float]], k: int) -> Top:
             "the server with a higher limit (vLLM: --max-logprobs), or use the torch engine"
         )
     best = [sorted(top.items(), key=lambda pair: -pair[1])[:k] for top in tops]
-    ids = np.zeros((given + len(best), k), np.int32)
+    ids = np.zeros((prompt_length + len(best), k), np.int32)
     logprobs = np.full(ids.shape, np.nan, np.float32)
     if best:
-        ids[given:] = [[token for token, _ in row] for row in best]
-        logprobs[given:] = [[logprob for _, logprob in row] for row in best]
+        ids[prompt_length:] = [[token for token, _ in row] for row in best]
+        logprobs[prompt_length:] = [[logprob for _, logprob in row] for row in best]
     left = 1 - np.exp(logprobs.astype(np.float64)).sum(1)
     return Top(ids, logprobs, np.log(np.maximum(left, REMAINING_AT_LEAST)).astype(np.float32))

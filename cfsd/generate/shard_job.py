@@ -1,4 +1,4 @@
-"""What is sampled shard by shard: the job, its shards, and who may work on them."""
+"""The unit of sampling, a shard, and the job that all shards of a corpus belong to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ class Shard:
         """Return the rows as text."""
         return f"{self.first}:{self.last}".encode()
 
-    def done(self, folder: Path) -> bool:
-        """Say whether `folder` holds it, with exactly these rows."""
+    def is_done(self, folder: Path) -> bool:
+        """Return whether `folder` holds the shard with exactly these rows."""
         path = shard_path(folder, "corpus", self.index)
         return path.exists() and (pq.read_schema(path).metadata or {}).get(SPAN) == self.span()
 
 
 class ShardJob(BaseModel):
-    """What whoever samples shards is told."""
+    """Everything that sampling a shard needs to know, in any process and on any node."""
 
     home: Path
     folder: Path  # the draft
@@ -51,12 +51,5 @@ class ShardJob(BaseModel):
         return cls(home=draft.store.home, folder=draft.folder, base=base, target=target, spec=spec, machine=machine)
 
 
-class ShardWork(BaseModel):
-    """What one of several workers is told."""
-
-    job: ShardJob
-    shards: list[Shard]
-
-
-Look = Callable[[float], object]  # called while shards are made, with the rows that are under way
+Look = Callable[[float], object]  # called while shards are made, with the number of rows that are under way
 Sampler = Callable[[ShardJob, list[Shard], Look], None]  # writes the shards; may lose some

@@ -1,4 +1,4 @@
-"""One token per row: the law of the draw holds for large vocabularies, rare tokens included."""
+"""One token per row: it follows the probabilities of large vocabularies, rare tokens included."""
 
 import math
 
@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cfsd.generate.drawing import sample_token
+from cfsd.generate.token_choice import sample_token
 from cfsd.model.distribution import distribution_of, likeliest
 
 
 def grid(count: int) -> torch.Tensor:
-    """Return the midpoints of `count` equal parts of [0, 1): their draws follow a law as closely as can be."""
+    """Return the midpoints of `count` equal parts of [0, 1): tokens follow the probabilities as closely as can be."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
@@ -31,7 +31,7 @@ def test_equally_spaced_points_meet_each_token_as_often_as_its_probability_says(
 
 @given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True, allow_subnormal=False))
 @settings(max_examples=200, deadline=None)
-def test_a_token_that_cannot_be_is_never_drawn(seed: int, point: float) -> None:
+def test_a_token_that_cannot_be_is_never_sampled(seed: int, point: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     probs = torch.rand(1, 700, generator=generator)
     probs[:, torch.randperm(700, generator=generator)[:690]] = 0
@@ -70,7 +70,7 @@ def test_the_likeliest_are_those_of_a_full_sort(vocabulary: int, count: int) -> 
 def test_log_probabilities_add_up_in_every_precision() -> None:
     for kind in (torch.float32, torch.bfloat16, torch.float64):
         logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)).to(kind)
-        law = distribution_of(logits)
-        assert law.logits_BV.dtype in (torch.float32, torch.float64)
-        everything = law.logprobs(torch.arange(400).expand(3, -1))
+        distribution = distribution_of(logits)
+        assert distribution.logits_BV.dtype in (torch.float32, torch.float64)
+        everything = distribution.logprobs(torch.arange(400).expand(3, -1))
         assert torch.allclose(everything.double().exp().sum(-1), torch.ones(3, dtype=torch.float64), atol=1e-5)

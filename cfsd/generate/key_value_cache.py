@@ -6,7 +6,6 @@ SmolLM2-135M takes half as long as the attention that reads it.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -28,12 +27,10 @@ class PreallocatedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the memory; on CPU its pages count only once they are written."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.all_keys, self.all_values = (self._room(like) for like in (key_states, value_states))
+        rows, heads, _, _ = key_states.shape
+        self.all_keys = key_states.new_empty(rows, heads, self.capacity, key_states.shape[-1])
+        self.all_values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
-
-    def _room(self, like: Tensor) -> Tensor:
-        rows, heads, _, width = like.shape
-        return torch.empty(rows, heads, self.capacity, width, dtype=like.dtype, device=like.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new tokens and return views of all."""

@@ -1,4 +1,4 @@
-"""One token per row from the model's logits: the draw, the chosen log-probabilities, the likeliest alternatives.
+"""One token per row, sampled with a random number from the model's probabilities or from a biased version of them.
 
 B rows, V vocabulary, K likeliest.
 """
@@ -20,7 +20,7 @@ BLOCK = 256  # tokens per partial sum; two short searches in place of a float64 
 def uniforms(seed: int, stream: str, row: int, length: int) -> np.ndarray[Any, Any]:
     """Return `length` numbers in [0, 1) that depend on nothing but the arguments.
 
-    Number t of row r is the same whatever else is sampled beside it; `stream` keeps probe and corpus apart.
+    Number t of row r is the same whatever else is in the batch; `stream` differs between probe and corpus.
     """
     key = np.frombuffer(hashlib.sha256(f"{stream} {seed}".encode()).digest()[:16], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row])).random(length)
@@ -63,7 +63,7 @@ def sampled_probs(
 ) -> Tensor:
     """Return the probabilities, not normalised, that are sampled: the model's own unless `spec` is biased.
 
-    Tokens `barred` cannot be drawn in rows where `barred_B` is true.
+    Tokens `barred` cannot be sampled in rows where `barred_B` is true.
     """
     probs_BV = distribution.probs_BV
     if spec.temperature != 1:
@@ -72,8 +72,8 @@ def sampled_probs(
         probs_BV = probs_BV.clone()
         probs_BV[:, list(barred)] = probs_BV[:, list(barred)].masked_fill(barred_B[:, None], 0.0)
     if spec.top_k:
-        kept_BK, index_BK = probs_BV.topk(min(spec.top_k, probs_BV.shape[1]))
-        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index_BK, kept_BK)
+        largest_BK, index_BK = probs_BV.topk(min(spec.top_k, probs_BV.shape[1]))
+        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index_BK, largest_BK)
     if spec.top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV

@@ -1,27 +1,21 @@
-"""What a row begins with where it is not the start token alone: a chat template's opening, or a target's prompt."""
+"""What a chat template writes around the words of a user, as tokens."""
 
-import random
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
 from cfsd.errors import BadInput
-from cfsd.store.tables import batches
 
-CONTENT = "Xqzcontentqzx"  # what a user says so that the place can be found; no template writes or changes it
+CONTENT = "Xqzcontentqzx"  # marks the place of a user's words; no template writes or changes it
 OTHER_SOURCES = "set generate.source to context-free, or take a model tuned for chats"
 
 
 class Turn(NamedTuple):
-    """A chat's tokens around what a user says.
+    """The tokens of a chat around the words of a user.
 
-    `prefix_ids` come before it. The user's turn ends when `end_id` is drawn; after that `between_ids` open the
+    `prefix_ids` come before it. The user's turn ends when `end_id` is sampled; after that `between_ids` open the
     assistant's turn. `end_id` None: the template closes the turn with plain text, so the model writes that and the
     answer in one go, until an end token.
     """
@@ -31,7 +25,7 @@ class Turn(NamedTuple):
     end_id: int | None
 
 
-def template_start(tokenizer: "PreTrainedTokenizerBase") -> Turn:
+def template_start(tokenizer: PreTrainedTokenizerBase) -> Turn:
     """Return what the chat template writes around a user's first turn, so that the model can say both turns.
 
     A default system prompt of the template stays: it is what the model was tuned with. Today's date becomes a fixed
@@ -56,7 +50,7 @@ def template_start(tokenizer: "PreTrainedTokenizerBase") -> Turn:
     return Turn(prefix, [], None) if end is None else Turn(prefix, whole[end + 1 :], whole[end])
 
 
-def _around_content(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+def _around_content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise BadInput(f"generate.source is template, but this model has no chat template; {OTHER_SOURCES}")
     try:
@@ -74,36 +68,6 @@ def _around_content(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     encoded: Any = tokenizer(text, add_special_tokens=False)
     return list(encoded["input_ids"])
-
-
-def contextual_starts(
-    target: Path, rows: int, seed: int, most: int, dropped: Counter[str] | None = None
-) -> list[list[int]]:
-    """Return `rows` prompts of the target's training rows, all tokens before the first supervised one.
-
-    They come in one seeded order, again and again; more rows begin with the same ones. Prompts of more than `most`
-    tokens are left out and counted in `dropped`. Raises BadInput when none is left.
-    """
-    lengths = np.array([len(prompt) for prompt in _prompts(target)], dtype=np.int64)
-    fitting = np.flatnonzero(lengths <= most).tolist()
-    if dropped is not None and len(fitting) < len(lengths):
-        dropped[f"longer than {most} tokens"] += len(lengths) - len(fitting)
-    if not fitting:
-        shortest = f"the shortest has {lengths.min()} tokens" if len(lengths) else "there are none to train on"
-        raise BadInput(
-            f"no prompt of the target leaves room for generate.length: at most {most} tokens fit, but {shortest}; "
-            "set a smaller generate.length, or another generate.source"
-        )
-    order = random.Random(f"contextual {seed}").sample(fitting, len(fitting))[:rows]
-    wanted = set(order)
-    kept = {place: prompt for place, prompt in enumerate(_prompts(target)) if place in wanted}
-    return [list(kept[order[row % len(order)]]) for row in range(rows)]
-
-
-def _prompts(target: Path) -> Iterator[list[int]]:
-    for batch in batches(target, "train", ["token_ids", "supervised"]):
-        for token_ids, supervised in zip(*batch.to_pydict().values(), strict=True):
-            yield token_ids[: supervised.index(True)]

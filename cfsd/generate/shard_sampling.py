@@ -1,0 +1,97 @@
+"""One shard: its rows go through the engine, in smaller parts where memory runs out, and become a table."""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+
+from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
+from cfsd.errors import OutOfMemory
+from cfsd.generate.sampling import Rows, sample
+from cfsd.generate.server.check import check_server
+from cfsd.generate.server.protocol import Connection, ServerSampling
+from cfsd.generate.server.sampler import sample_from_server
+from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
+from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
+from cfsd.model.likelihood import token_logprobs
+from cfsd.model.loading import load_for_measuring
+from cfsd.model.sample import Sample
+from cfsd.process.child import is_out_of_memory
+from cfsd.store.artifact import Store
+from cfsd.store.tables import corpus_schema, write_shard
+
+REMEDY = "lower machine.sampling_rows or generate.length"
+
+
+def check_engine(job: ShardJob) -> dict[str, JsonValue]:
+    """Check that the server, if one is to sample, does so from the base's own distribution, and describe it.
+
+    Returns the metadata of the check, empty for engine torch. Raises BadInput naming what differs.
+    """
+    is_needed = job.spec.rows and any(SOURCES[source].is_sampled for source in job.spec.sources())
+    if job.machine.engine == "torch" or not is_needed:
+        return {}
+    base = tokenization_of(job)
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
+    metadata = check_server(_server(job, base.eos_ids), model, base.start)
+    return metadata | ({} if metadata["ids"] == "exact" else {"approximate": "ids reconstructed"})
+
+
+def _server(job: ShardJob, eos_ids: Sequence[int], stream: str = "") -> ServerSampling:
+    machine = job.machine
+    connection = Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
+    return ServerSampling(connection, job.spec, eos_ids, tokenization_of(job).tokenizer, stream)
+
+
+def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: None) -> None:
+    """Write one shard. Raises NotFinite naming it, OutOfMemory, BadInput, or ConnectionError for a dead server."""
+    rows, notes = rows_of(job, shard), {SPAN: shard.span()}
+    samples: Sequence[Sample | str]
+    if job.machine.engine == "torch" or not SOURCES[shard.source].is_sampled:
+        job.machine.settle(job.machine.resolved_processes())
+        samples, parts = _within_memory(job, shard, rows, look)
+        notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
+    else:
+        server = _server(job, rows.eos_ids, rows.stream)
+        samples = sample_from_server(server, rows.prompts, rows.ids, on_done=look)
+    usable = {row: s for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
+    if dropped := Counter(s for s in samples if isinstance(s, str)):
+        notes[DROPPED] = json.dumps(dropped).encode()
+    vocabulary: Any = job.base.metadata.get("vocabulary", 1 << 31)
+    schema, tokenizer = corpus_schema(job.spec.top_logprobs, vocabulary), tokenization_of(job).tokenizer
+    same = {"shard": shard.index, "seed": job.spec.seed or 0}
+    table = corpus_table(usable, tokenizer, schema, source=shard.source, **same)
+    write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))
+
+
+def _within_memory(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> tuple[list[Sample], int]:
+    """Return the rows and in how many parts they were sampled: halves of halves until they fit in memory."""
+    count = len(rows.ids)
+    try:
+        return _with_torch(job, shard, rows, look), 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if count == 1:
+            raise OutOfMemory(f"out of memory with one row of shard {shard.index} ({error}); {REMEDY}") from error
+    gc.collect()  # outside the handler, whose traceback holds the cache that did not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"out of memory: shard {shard.index} goes on with {count // 2} rows at a time", flush=True)
+    first, a = _within_memory(job, shard, rows.part(0, count // 2), look)
+    second, b = _within_memory(job, shard, rows.part(count // 2, count), look)
+    return first + second, a + b
+
+
+def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sample]:
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
+    where = f"shard {shard.index}"
+    if not SOURCES[shard.source].is_sampled:
+        return token_logprobs(model, rows.prompts, rows.eos_ids, top_logprobs=job.spec.top_logprobs, where=where)
+    lengths = [len(prompt) for prompt in rows.prompts]
+    steps = max(lengths) - min(lengths) + job.spec.length
+    return sample(model, rows, job.spec, where=where, on_step=lambda step: look(len(rows.ids) * step / steps))

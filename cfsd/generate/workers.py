@@ -1,0 +1,82 @@
+"""Several processes of this machine that share the shards of a job, each with its own model.
+
+python -m cfsd.generate.workers FOLDER        one of them; FOLDER holds request.json
+"""
+
+import json
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, JsonValue
+
+from cfsd.errors import Crashed
+from cfsd.generate.shard_job import Look, Shard, ShardJob
+from cfsd.generate.shard_sampling import sample_shard
+from cfsd.process.child import Child, serve_request
+from cfsd.store.journal import PROGRESS, Journal
+
+POLL_SECONDS = 0.5
+DEATHS = 3  # of workers, before giving up
+FOLDERS = ".workers"
+
+
+class ShardWork(BaseModel):
+    """The request to each of the workers."""
+
+    job: ShardJob
+    shards: list[Shard]
+
+
+def sample_in_workers(job: ShardJob, shards: list[Shard], look: Look) -> None:
+    """Run workers that take turns at the shards; one that dies is replaced."""
+    text = ShardWork(job=job, shards=shards).model_dump_json()
+    workers = {i: _worker(job, i, text) for i in range(min(job.machine.resolved_processes(), len(shards)))}
+    deaths = 0
+    try:
+        while workers:
+            time.sleep(POLL_SECONDS)
+            look(sum(_under_way(worker.folder) for worker in workers.values()))
+            for i in [i for i, worker in workers.items() if worker.process.poll() is not None]:
+                try:
+                    workers.pop(i).answer()
+                except Crashed:
+                    deaths += 1
+                    if deaths > DEATHS:
+                        raise
+                    workers[i] = _worker(job, i, text)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _worker(job: ShardJob, number: int, text: str) -> Child:
+    folder = job.folder / FOLDERS / str(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    Journal(folder).progress(0, 0, "rows")
+    devices = {"CUDA_VISIBLE_DEVICES": str(number)} if job.machine.resolved_device() == "cuda" else {}
+    return Child("cfsd.generate.workers", folder, text, devices)
+
+
+def _under_way(folder: Path) -> float:
+    return float(json.loads((folder / PROGRESS).read_text())["done"])
+
+
+def take_shards(folder: Path, text: str) -> dict[str, JsonValue]:
+    """Sample every shard that is not there and that no other worker has taken."""
+    work, journal = ShardWork.model_validate_json(text), Journal(folder)
+    claims = work.job.folder / ".claims"
+    claims.mkdir(exist_ok=True)
+    for shard in work.shards:
+        try:  # the kernel frees the claim of a worker that dies
+            with FileLock(claims / f"{shard.index}.lock", timeout=0):
+                if not shard.is_done(work.job.folder):
+                    sample_shard(work.job, shard, lambda under_way: journal.progress(int(under_way), 0, "rows"))
+        except Timeout:
+            continue
+        journal.progress(0, 0, "rows")
+    return {}
+
+
+if __name__ == "__main__":
+    serve_request(take_shards)
