@@ -1,9 +1,10 @@
-"""One pass over a corpus table, a record batch at a time: what is counted of every row, and of rows evenly spread.
+"""One pass over a corpus table, a record batch at a time: figures of all rows, and of rows spread evenly over it.
 
 What grows with the table is 8 bytes per row. T tokens, R rows of a batch.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +15,20 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cfsd.data.ngrams import PAIR_ORDER, Hashes, Ints, Rows, ngrams, repetition, spread
+from cfsd.report.table import POINTS
 from cfsd.store.tables import batches, shards
 
 ORDERS = (1, 2, 3, 4)
 COLUMNS = ["source", "token_ids", "logprobs", "finish_reason"]
-Floats = NDArray[np.float32]
+FINISHED = {"eos": "ended by the model", "length": "cut off"}
+Floats = NDArray[np.float64]
 
 
 class Inventory(NamedTuple):
     """What the footers of a table's shards say, without reading a row."""
 
     rows: int
-    tokens: int  # given ones included
+    tokens: int  # prompt tokens included
     top_k: int  # log-probabilities stored per token; 0: none. The most of any shard, as sources may differ
     bytes_of: dict[str, int]  # per column, as compressed on the disk
 
@@ -46,6 +49,38 @@ def inventory(folder: Path) -> Inventory:
     return Inventory(rows, tokens, top_k, dict(bytes_of))
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The figures of a corpus at one point: as sampled, after the filter, or after selection."""
+
+    name: str
+    key: str
+    rows: int
+    tokens: int  # sampled
+    prompt_tokens: int  # start token, prompts, separators: the model did not sample them
+    mean_logprob: float | None  # nats per sampled token, under the base
+    finish_reasons: dict[str, int]
+    distinct: dict[int, float]  # distinct-n by n; 1: no n-gram comes twice
+    repetition: float | None  # mean over rows of the share of 4-grams that stood earlier in the row
+    most_repetitive: float | None  # the same share, exceeded by one row in twenty
+    repetition_rows: int  # on which repetition was measured
+    ngram_tokens: int  # on which distinct-n was measured
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the figures by their labels on the page; shares in percent, log-probabilities in nats per token."""
+        ends = sum(self.finish_reasons.values())
+        figures = {
+            "rows": self.rows,
+            "sampled tokens": self.tokens,
+            "prompt tokens": self.prompt_tokens,
+            "mean log-probability": self.mean_logprob,
+            **{f"{FINISHED.get(r, r)}, % of rows": POINTS * n / ends for r, n in self.finish_reasons.items()},
+            **{f"distinct-{n}": self.distinct.get(n) for n in ORDERS},
+        }
+        repeated = {"repetition, %": self.repetition, "repetition, above in 1 row of 20, %": self.most_repetitive}
+        return figures | {label: None if share is None else POINTS * share for label, share in repeated.items()}
+
+
 class Fractions(NamedTuple):
     """Which part of the rows each figure of n-grams is computed on; 1 or more: all."""
 
@@ -54,21 +89,21 @@ class Fractions(NamedTuple):
     pairs: float
 
 
-class Measured:
-    """What was counted; `add` takes one more batch."""
+class CorpusCounts:
+    """What one pass over a corpus table counts; `add` takes one more batch of its rows."""
 
     def __init__(self, fractions: Fractions) -> None:
         """Start with nothing counted."""
         self.fractions = fractions
-        self.rows = self.tokens = self.given = self.ngram_tokens = 0
+        self.rows = self.tokens = self.prompt_tokens = self.ngram_tokens = 0
         self.nats = 0.0
-        self.has_logprobs = False
         self.sources: Counter[str] = Counter()  # sampled tokens
         self.finish_reasons: Counter[str] = Counter()
-        self.first_tokens: dict[int, list[float]] = {}  # token -> rows that begin with it, their summed probability
+        self.first_tokens: Counter[int] = Counter()  # rows whose sampled text begins with the token
+        self.first_probabilities: Counter[int] = Counter()  # summed over these rows
         self.repetition: list[float] = []  # per row that was looked at
-        self.places: list[int] = []  # of the rows whose n-grams are in `sets`
-        self.sets: list[Hashes] = []
+        self.pair_places: list[int] = []  # of the rows whose n-grams are in `pair_sets`
+        self.pair_sets: list[Hashes] = []
         self._lengths: list[Ints] = []
         self._means: list[Floats] = []
         self._hashes: dict[int, list[Hashes]] = defaultdict(list)
@@ -76,65 +111,53 @@ class Measured:
     def add(self, batch: pa.RecordBatch) -> None:
         """Count one more batch of rows."""
         rows, logprobs_T = _rows_of(batch)
-        count = batch.num_rows
-        length_R = np.bincount(rows.row_T[rows.sampled_T], minlength=count)
-        self._add_logprobs(rows, logprobs_T, length_R)
-        self._add_first_tokens(rows, logprobs_T)
-        if "source" in batch.schema.names:
-            for source, length in zip(batch.column("source").to_pylist(), length_R.tolist(), strict=True):
-                self.sources[source or "unknown"] += length
-        if "finish_reason" in batch.schema.names:
-            self.finish_reasons.update(reason or "unknown" for reason in batch.column("finish_reason").to_pylist())
-        self._add_distinct(rows.of(spread(self.rows, count, self.fractions.distinct)))
-        self.repetition += repetition(ngrams(rows.of(spread(self.rows, count, self.fractions.repetition)), PAIR_ORDER))
-        self._add_pairs(rows, spread(self.rows, count, self.fractions.pairs))
-        self.rows += count
-        self.tokens += int(length_R.sum())
-        self.given += len(rows.ids_T) - int(length_R.sum())
+        count, place_T = batch.num_rows, np.flatnonzero(rows.sampled_T)
+        length_R = np.bincount(rows.row_T[place_T], minlength=count)
+        nats_R = np.bincount(rows.row_T[place_T], logprobs_T[place_T], minlength=count)
+        mean_R = np.divide(nats_R, length_R, out=np.full(count, np.nan), where=length_R > 0)
         self._lengths.append(length_R.astype(np.int32))
-
-    def _add_logprobs(self, rows: Rows, logprobs_T: Floats | None, length_R: Ints) -> None:
-        if logprobs_T is None:
-            self._means.append(np.full(len(length_R), np.nan, np.float32))
-            return
-        self.has_logprobs = True
-        there = rows.sampled_T
-        nats_R = np.bincount(rows.row_T[there], logprobs_T[there].astype(np.float64), minlength=len(length_R))
-        self.nats += float(nats_R.sum())
-        mean_R = np.where(length_R > 0, nats_R / np.maximum(length_R, 1), np.nan)
         self._means.append(mean_R.astype(np.float32))
-
-    def _add_first_tokens(self, rows: Rows, logprobs_T: Floats | None) -> None:
-        place_T = np.flatnonzero(rows.sampled_T)
+        self.nats += float(np.nansum(nats_R))
+        self.tokens += len(place_T)
+        self.prompt_tokens += len(rows.ids_T) - len(place_T)
+        for source, length in zip(_strings(batch, "source"), length_R.tolist(), strict=False):
+            self.sources[source] += length
+        self.finish_reasons.update(_strings(batch, "finish_reason"))
         _, first = np.unique(rows.row_T[place_T], return_index=True)
-        place_R = place_T[first]
-        token_F, inverse, count_F = np.unique(rows.ids_T[place_R], return_inverse=True, return_counts=True)
-        probability = np.zeros(len(place_R)) if logprobs_T is None else np.exp(logprobs_T[place_R].astype(np.float64))
-        summed_F = np.bincount(inverse, probability, minlength=len(token_F))
-        for token, count, summed in zip(token_F.tolist(), count_F.tolist(), summed_F.tolist(), strict=True):
-            entry = self.first_tokens.setdefault(token, [0, 0.0])
-            entry[0] += count
-            entry[1] += summed
+        self._add_first_tokens(rows.ids_T[place_T[first]], logprobs_T[place_T[first]])
+        self._add_ngrams(rows, count)
+        self.rows += count
 
-    def _add_distinct(self, rows: Rows) -> None:
-        self.ngram_tokens += int(rows.sampled_T.sum())
+    def _add_first_tokens(self, ids_R: Ints, logprobs_R: Floats) -> None:
+        token_F, inverse, count_F = np.unique(ids_R, return_inverse=True, return_counts=True)
+        summed_F = np.bincount(inverse, np.nan_to_num(np.exp(logprobs_R)), minlength=len(token_F))
+        self.first_tokens.update(dict(zip(token_F.tolist(), count_F.tolist(), strict=True)))
+        self.first_probabilities.update(dict(zip(token_F.tolist(), summed_F.tolist(), strict=True)))
+
+    def _add_ngrams(self, rows: Rows, count: int) -> None:
+        some, repeated, paired = (rows.of(spread(self.rows, count, fraction)) for fraction in self.fractions)
+        self.ngram_tokens += int(some.sampled_T.sum())
         for order in ORDERS:
-            self._hashes[order].append(ngrams(rows, order).hash_G)
-
-    def _add_pairs(self, rows: Rows, chosen_R: NDArray[np.bool_]) -> None:
-        grams = ngrams(rows.of(chosen_R), PAIR_ORDER)
-        edges = np.searchsorted(grams.row_G, np.arange(len(chosen_R) + 1))
-        for row in np.flatnonzero(chosen_R).tolist():
-            self.places.append(self.rows + row)
-            self.sets.append(np.unique(grams.hash_G[edges[row] : edges[row + 1]]))
+            self._hashes[order].append(ngrams(some, order).hash_G)
+        self.repetition += repetition(ngrams(repeated, PAIR_ORDER))
+        grams = ngrams(paired, PAIR_ORDER)
+        edges = np.searchsorted(grams.row_G, np.arange(count + 1))
+        for row in np.flatnonzero(spread(self.rows, count, self.fractions.pairs)).tolist():
+            self.pair_places.append(self.rows + row)
+            self.pair_sets.append(np.unique(grams.hash_G[edges[row] : edges[row + 1]]))
 
     def lengths(self) -> Ints:
         """Return the number of sampled tokens of every row."""
         return np.concatenate([np.zeros(0, np.int32), *self._lengths])
 
-    def means(self) -> Floats:
+    def means(self) -> NDArray[np.float32]:
         """Return the mean log-probability of every row's sampled tokens, nats; nan where there is none."""
         return np.concatenate([np.zeros(0, np.float32), *self._means])
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether any row has log-probabilities."""
+        return bool(np.isfinite(self.means()).any())
 
     def distinct(self) -> dict[int, float]:
         """Return distinct-n: different n-grams / n-grams, of `ngram_tokens` sampled tokens.
@@ -150,17 +173,43 @@ class Measured:
                 shares[order] = (1 + int((hashes[1:] != hashes[:-1]).sum())) / len(hashes)
         return shares
 
+    def stage(self, name: str, key: str) -> Stage:
+        """Return the figures of the whole table, which is the artifact called `key`."""
+        repeated = self.repetition
+        return Stage(
+            name=name,
+            key=key,
+            rows=self.rows,
+            tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
+            mean_logprob=self.nats / self.tokens if self.has_logprobs else None,
+            finish_reasons=dict(self.finish_reasons.most_common()),
+            distinct=self.distinct(),
+            repetition=float(np.mean(repeated)) if repeated else None,
+            most_repetitive=float(np.quantile(repeated, 0.95)) if repeated else None,
+            repetition_rows=len(repeated),
+            ngram_tokens=self.ngram_tokens,
+        )
 
-def measure(folder: Path, fractions: Fractions) -> Measured:
+
+def count_corpus(folder: Path, fractions: Fractions) -> CorpusCounts:
     """Return what is counted of the corpus table in `folder`."""
-    measured = Measured(fractions)
+    counts = CorpusCounts(fractions)
     for batch in batches(folder, "corpus", COLUMNS):
-        measured.add(batch)
-    return measured
+        counts.add(batch)
+    return counts
 
 
-def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats | None]:
-    """Return the tokens of a batch and their log-probabilities; without these, all but the start token is sampled."""
+def _strings(batch: pa.RecordBatch, column: str) -> list[str]:
+    values = batch.column(column).to_pylist() if column in batch.schema.names else []
+    return [value or "unknown" for value in values]
+
+
+def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats]:
+    """Return the tokens of a batch and their log-probabilities, nan where there is none.
+
+    Without a column of log-probabilities, every token but the row's first counts as sampled.
+    """
     token_ids = batch.column("token_ids")
     length_R = pc.list_value_length(token_ids).fill_null(0).to_numpy()
     ids_T = token_ids.flatten().to_numpy()
@@ -169,6 +218,6 @@ def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats | None]:
     if logprobs is None or len(logprobs) != len(ids_T):
         sampled_T = np.ones(len(ids_T), bool)
         sampled_T[(np.cumsum(length_R) - length_R)[length_R > 0]] = False
-        return Rows(ids_T, row_T, sampled_T), None
+        return Rows(ids_T, row_T, sampled_T), np.full(len(ids_T), np.nan)
     sampled_T = logprobs.is_valid().to_numpy(zero_copy_only=False)
-    return Rows(ids_T, row_T, sampled_T), logprobs.to_numpy(zero_copy_only=False)
+    return Rows(ids_T, row_T, sampled_T), logprobs.to_numpy(zero_copy_only=False).astype(np.float64)

@@ -40,7 +40,7 @@ def write_sequence_page(
             LOSS: matrix_figure(retention.losses, losses=True),
             EXACT: matrix_figure(retention.exact, losses=False),
         },
-        "since_base": since_base_figures(since),
+        "since the first base": since_base_figures(since),
         "forest": forest_figures(since),
         "curves": curve_figures(
             panels_of(store, run_records), [stage.name for stage in run_records], names_of_models(run_records)
