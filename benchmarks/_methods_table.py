@@ -8,13 +8,13 @@ import pandas as pd
 
 from cfsd.report.figures.frontier import frontier_figure, styles
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import table
+from cfsd.report.scores import first_scores, metric_of, table, target_gain
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, shown
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import Figure, difference_per_token, mean_per_token
+from cfsd.statistics.figures import Figure, mean_per_token
 from cfsd.statistics.forgetting import Measure, benchmark_forgetting, mean_forgetting
-from cfsd.store.artifact import Artifact, Store
+from cfsd.store.artifact import Store
 
 EVEN, ODD = 0, 1
 ENOUGH = 0.95  # of plain fine-tuning's target gain
@@ -39,19 +39,12 @@ def tables_of(store: Store, run_record: RunRecord) -> Tables:
     """Read the score tables of `run_record`; of a benchmark's filters the first."""
     before, after = run_record.before, run_record.after
     assert before.target and after.target and after.probe
-    benchmarks = {}
-    for name, base in before.benchmarks.items():
-        metadata: dict[str, Any] = base.metadata
-        measure = Measure(**{field: metadata[field] for field in Measure.model_fields})
-        pair = (_first_filter(store, scores, metadata["filters"][0]) for scores in (base, after.benchmarks[name]))
-        benchmarks[name] = (measure, *pair)
+    benchmarks = {
+        name: (metric_of(base), first_scores(store, base), first_scores(store, after.benchmarks[name]))
+        for name, base in before.benchmarks.items()
+    }
     target = table(store, before.target, "responses"), table(store, after.target, "responses")
-    return Tables(target, table(store, after.probe, "divergence"), benchmarks)  # type: ignore[arg-type]
-
-
-def _first_filter(store: Store, scores: Artifact, name: str) -> pd.DataFrame:
-    rows: pd.DataFrame = table(store, scores, "scores")
-    return rows[rows["filter"] == name]
+    return Tables(target, table(store, after.probe, "divergence"), benchmarks)
 
 
 def half(tables: Tables, parity: int) -> Tables:
@@ -70,9 +63,7 @@ def half(tables: Tables, parity: int) -> Tables:
 
 def figures_of(tables: Tables) -> dict[str, Figure]:
     """Return MAIN, as far as known, and each loss benchmark's rise; intervals over documents."""
-    base, tuned = tables.target
-    counts = base["count"].to_numpy(float)
-    gain = difference_per_token(base["nll"].to_numpy(), tuned["nll"].to_numpy(), counts, seed=0)
+    gain = target_gain(*tables.target)
     moved = mean_per_token(tables.probe["kl"].to_numpy(), tables.probe["count"].to_numpy(float), seed=0)
     found = [benchmark_forgetting(n, measure, b, t) for n, (measure, b, t) in tables.benchmarks.items()]
     mean = mean_forgetting(found)

@@ -64,9 +64,19 @@ class Recipe(Spec):
         left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
         return {k: v for k, v in super()._identity().items() if k not in left_out}
 
+    def budget(self) -> float | None:
+        """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
+        return self.merge.budget or self.train.rehearsal.budget
+
     def merging(self) -> MergeSpec:
-        """Return `merge` with the budget that it keeps: its own, else that of training."""
-        return self.merge.model_copy(update={"budget": self.merge.budget or self.train.rehearsal.budget})
+        """Return `merge` with the budget that it keeps."""
+        return self.merge.model_copy(update={"budget": self.budget()})
+
+    def is_plain(self) -> bool:
+        """Say whether the base is fine-tuned on the target with nothing against forgetting."""
+        rehearses = self.generate.rows and self.train.rehearsal.weight
+        merges = self.merge.alpha != 1 or self.budget()
+        return not (rehearses or merges or self.train.methods.active() or self.mix.flow != "off")
 
     def check(self) -> None:
         """Raise BadInput for whatever can be told to be wrong without loading weights."""

@@ -33,7 +33,7 @@ def conclude(
 
 
 def conclude_corpus(title: str, run_records: list[RunRecord], run_id: str | None) -> Path:
-    """Write the page that shows the corpora of `run_records`, and the trails themselves, which lead to every row."""
+    """Write the page that shows the corpora of `run_records`, and the records, which lead to every row."""
     from cfsd.report.files import Kept, write_corpus_files
 
     kept = Kept(title=title, run_records=tuple(run_records))
@@ -51,11 +51,12 @@ def report_folder(title: str, run_records: Sequence[RunRecord]) -> Path:
 
 
 def _markdown(title: str, summaries: list[Summary]) -> str:
+    from cfsd.report.summarise import headline
     from cfsd.report.verdict import remarks, two_sentences, warnings
 
     lines = [f"# {title}", "", " ".join(two_sentences(summaries)), ""]
     lines += [f"* {line}" for line in (*remarks(summaries), *warnings(summaries))]
     for summary in summaries:
         lines += ["", f"## {summary.name}"]
-        lines += [f"* {name}: {value:.4g}" for name, value in record.headline(summary).items()]
+        lines += [f"* {name}: {value:.4g}" for name, value in headline(summary).items()]
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     selected = select_corpus(base, kept, recipe.select, machine)
     return RunRecord(
         name=recipe.name,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe,
         digest=recipe.digest(),
         artifacts={"base": base, "target": target, "selected_target": chosen, "corpus": corpus, "filtered": kept,
                    "selected_corpus": selected},

@@ -290,6 +290,8 @@ def _link_step(
 
 def conclusion(run_id: str | None, summary: Summary | None, files: list[Path]) -> None:
     """Put the figures people compare, and the files people open, on a variant's or a comparison's run."""
+    from cfsd.report.summarise import headline
+
     if run_id is None:
         return
     if summary:
@@ -298,26 +300,3 @@ def conclusion(run_id: str | None, summary: Summary | None, files: list[Path]) -
         tracked(lambda client: _log_metrics(client, run_id, records))
     for file in files:
         tracked(lambda client, file=file: client.log_artifact(run_id, str(file)))  # type: ignore[misc]
-
-
-def headline(summary: Summary) -> dict[str, float]:
-    """Return the figures of a summary by metric name, bounds of intervals beside them."""
-    from cfsd.report.training import training_figures
-
-    figures: dict[str, Any] = {
-        "target/gain": summary.target_gain,
-        "target/accuracy_gain": summary.target_accuracy_gain,
-        "forgetting/probe_kl": summary.probe_kl,
-        "forgetting/target_divergence": summary.target_divergence,
-        **{f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()},
-        "forgetting/mean": summary.mean_forgetting,
-        **{f"forgetting/{name}": b["forgetting"] for name, b in summary.benchmarks.items()},
-    }
-    flat = {f"target/{k}": v for k, v in summary.target.items()}
-    for name, b in summary.benchmarks.items():
-        flat |= {f"base/{name}/{b['metric']}": b["base"], f"eval/{name}/{b['metric']}": b["tuned"]}
-    for name, figure in figures.items():
-        for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            if figure and figure[part] is not None:
-                flat[name + suffix] = figure[part]
-    return flat | training_figures(summary)

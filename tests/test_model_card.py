@@ -30,7 +30,7 @@ def variant(world: World, **changes: Any) -> RunRecord:
     }  # fmt: skip
     recipe = Recipe.model_validate(content | changes)
     run_record = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
-    return run_record.model_copy(update={"recipe": recipe.model_dump(mode="json"), "digest": "0123456789abcdef"})
+    return run_record.model_copy(update={"recipe": recipe, "digest": "0123456789abcdef"})
 
 
 def card_of(world: World, run_record: RunRecord) -> str:
@@ -78,7 +78,7 @@ def test_its_recipe_can_be_run_and_no_path_is_told(world: World, tmp_path: Path)
     (tmp_path / "recipe.yaml").write_text(found[1])
     loaded = Recipe.load(tmp_path / "recipe.yaml")
     assert loaded.train.methods.lora.rank == 4
-    assert loaded.base == Recipe.model_validate(run_record.recipe).base
+    assert run_record.recipe and loaded.base == run_record.recipe.base
 
 
 def test_only_what_was_trained_has_a_card(world: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cfsd.recipe import Recipe
-from tasks.record import flattened, headline
+from tasks.record import flattened
 from tests.conftest import ROOT, Run
 
 ON = ["--machine", "threads=1"]
@@ -100,6 +100,7 @@ def test_parameters_are_the_recipe_field_by_field(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["forgetting/probe_kl", "target/gain"])
 def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
+    from cfsd.report.summarise import headline
     from cfsd.report.summary import Summary
 
     nothing: dict[str, Any] = dict.fromkeys(Summary.model_fields)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pydantic import JsonValue
 from rich.console import Console
 
+from cfsd.recipe import Recipe
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.frontier import forest_figures, frontier_figure, styles, svg_of
 from cfsd.report.report_page import write_report
@@ -31,6 +32,12 @@ BENCHMARKS = {"cap": 0.0, "choice": 0.25}  # name -> chance
 DOCUMENTS = 100
 SELECTED = {"train_rows": 5, "held_out_rows": 20, "selected": 5, "of": 500, "method": "random"}
 Tables = dict[str, pa.Table]
+
+
+def recipe_of(name: str, **changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"name": name, "base": "tiny", "target": {"path": "rows.jsonl", "held_out": 20}, **changes}
+    )
 
 
 class World:
@@ -139,7 +146,7 @@ class World:
             Step(stage="probe", artifact=self.probe, executed=name == "finetune", seconds=1.5),
             Step(stage="train", artifact=tuned, executed=True, seconds=12.25),
         )
-        recipe = {"name": name, "train": {"learning_rate": 1e-5, "rehearsal_weight": float(rehearsed)}}
+        recipe = recipe_of(name, generate={"rows": 30 if rehearsed else 0})
         return RunRecord(name=name, recipe=recipe, digest=f"digest-{name}"[:16], artifacts=artifacts,
                      before=before, after=after, steps=steps)  # fmt: skip
 
@@ -280,7 +287,7 @@ def test_measuring_two_models_leaves_out_what_there_is_not(world: World, tmp_pat
     run_record = RunRecord(name="measure", artifacts=artifacts, before=before, after=after)
     page = report_of(world, [run_record], tmp_path / "report.html")
     assert page.headings() == ["table", "benchmarks", "items", "lineage", "cost"]
-    assert "“measure” forgot: it lost" in page.words
+    assert "“measure” lost 46.7 [" in page.words
     for absent in ("target gain", "probe_kl", "None", "nan"):
         assert absent not in page.words
     bare = RunRecord(name="nothing", artifacts=artifacts, before=Scores(), after=Scores())
@@ -330,7 +337,7 @@ def test_lineage_shows_a_selection_only_where_there_was_one(world: World, tmp_pa
 def test_variants_after_the_first_show_only_how_their_recipe_differs(three: tuple[Page, str]) -> None:
     recipes = three[0].part("Recipe", "Cost and versions")
     assert recipes.count("learning_rate") == 1
-    assert "train.rehearsal_weight: 1.0" in recipes
+    assert "generate.rows: 30" in recipes
 
 
 def test_equal_artifacts_give_an_equal_page(world: World, three: tuple[Page, str], tmp_path: Path) -> None:
@@ -341,9 +348,9 @@ def test_equal_artifacts_give_an_equal_page(world: World, three: tuple[Page, str
 def test_a_run_that_changed_nothing_is_drawn_and_said(world: World, tmp_path: Path) -> None:
     run_record = world.trained("lr0", right=90, loss=2.0, kl=0.0)
     page = report_of(world, [run_record], tmp_path / "report.html")
-    assert "was not found to have learned the target" in page.words
-    assert "No forgetting was found on the whole: it lost 0 [" in page.words
-    assert "predictions did not move" in page.words
+    assert "“lr0” is not shown to have learned the target (gain 0 [0, 0] nats per token)" in page.words
+    assert "and did not move from the base." in page.words
+    assert "No benchmark shows a loss; with 100 documents each, losses under 4.9 points may stay" in page.words
     assert page.words.count("no forgetting found (a drop of") == len(BENCHMARKS)
     assert "nan" not in (tmp_path / "report.html").read_text()
 

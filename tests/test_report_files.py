@@ -1,4 +1,4 @@
-"""A report folder: made again from the trails in it, the same; and a model taken out of the store to publish."""
+"""A report folder: made again from the run records in it, the same; and a model taken out of the store to publish."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from cfsd.report.files import RUN_RECORDS, Kept, keep, read_kept, write_files
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact
 from tests.conftest import ROOT, fetched
-from tests.test_report import World
+from tests.test_report import SELECTED, World
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,33 @@ def test_a_report_is_made_again_from_what_lies_in_it(world: World, tmp_path: Pat
     assert "A note" in files[0].read_text()
 
 
-def test_trails_kept_before_titles_were_can_be_read(world: World, tmp_path: Path) -> None:
+def test_records_kept_before_titles_were_can_be_read(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "demo-tiny-12345678"
     folder.mkdir()
     run_records = [run_record.model_dump(mode="json") for run_record in world.variants()]
-    (folder / RUN_RECORDS).write_text(json.dumps(run_records))
+    (folder / "trails.json").write_text(json.dumps(run_records))
     kept = read_kept(folder)
     assert kept.title == "demo-tiny" and list(kept.run_records) == world.variants()
+
+
+def test_a_report_of_an_older_version_can_be_made_again(world: World, tmp_path: Path) -> None:
+    """Its file was trails.json, artifacts had facts, and three roles had other names."""
+    full = world.variants()[1]
+    roles = {"selected_target": world.artifact("target", "part", SELECTED), "selected_corpus": world.kept}
+    run_record = full.model_copy(update={"artifacts": full.artifacts | roles})
+    measured = run_record.model_copy(update={"name": "measured", "recipe": None})
+    old = {"selected_target": "chosen", "filtered": "kept", "selected_corpus": "selected"}
+
+    def as_it_was(record: RunRecord) -> object:
+        written = record.model_dump(mode="json") | {
+            "recipe": record.recipe.model_dump(mode="json") if record.recipe else {}
+        }
+        artifacts = {old.get(role, role): artifact for role, artifact in written["artifacts"].items()}
+        return json.loads(json.dumps(written | {"artifacts": artifacts}).replace('"metadata":', '"facts":'))
+
+    trails = {"schema": 1, "title": "t", "notes": ["n"], "trails": [as_it_was(run_record), as_it_was(measured)]}
+    (tmp_path / "trails.json").write_text(json.dumps(trails))
+    assert read_kept(tmp_path) == Kept(title="t", notes=("n",), run_records=(run_record, measured))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from cfsd.errors import BadInput
-from cfsd.report.files import Kept, read_kept
+from cfsd.report.files import RUN_RECORDS, Kept, read_kept
 from cfsd.report.run_record import Measured, RunRecord
-from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files
+from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files, write_sequence_page
 from cfsd.report.sequence.gaps import WHOLE, gaps_of
 from cfsd.report.sequence.retention import Retention, retention_of
-from cfsd.report.sequence.page import write_sequence_page
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summarise import summarise
 from tests.test_report import Page, World, summary
@@ -83,7 +82,10 @@ def test_the_two_sentences_say_what_was_learned_and_lost(made: tuple[Retention, 
     )
     assert lost.startswith("The earlier targets became worse: backward transfer -0.600 [")
     assert "(held-out loss of “sums” 0.500 → 1.50 and “maps” 0.400 → 0.600)" in lost
-    assert "against the first base, the last model forgot: it lost" in lost and "moved by 0.3" in lost
+    assert (
+        "; against the first base, the last model moved 0.3" in lost and "nats per token from the base; it lost" in lost
+    )
+    assert lost.endswith("over 2 benchmarks and became worse at cap (90.0 → 60.0 %) and choice (90.0 → 60.0 %).")
     assert f"{learned} {lost}" in page.words
 
 
@@ -119,7 +121,7 @@ def test_made_again_from_what_lies_in_the_folder(made: tuple[Retention, Path], w
     assert measured
     write_sequence_files(tmp_path, world.store, read_kept(folder), measured)
     names = {path.name for path in folder.iterdir()} - {"frontier.png"}
-    assert {"report.html", "continual.json", "continual.md", SEQUENCE, "trails.json", "summary.json"} <= names
+    assert {"report.html", "continual.json", "continual.md", SEQUENCE, RUN_RECORDS, "summary.json"} <= names
     assert {n: (tmp_path / n).read_bytes() for n in names} == {n: (folder / n).read_bytes() for n in names}
 
 

@@ -4,60 +4,47 @@ Source: CFSD's own rule: the final probe_kl is at most 1.1 x the budget ("met") 
 weight of rehearsal at its floor the budget did not bind. The probe alone judges; training never saw it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cfsd.budget import KEPT_UP_TO, USED_UP_FROM
+from cfsd.recipe import Recipe
+from cfsd.report.recipe_text import flattened
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import table
-from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, Fig, number, shown, sign_of, variant_of
-from cfsd.report.training import budget_setting, metrics_of, nested, rehearsal_of
-from cfsd.statistics.figures import difference_per_token
+from cfsd.report.scores import table, target_gain
+from cfsd.report.summary import Fig
+from cfsd.report.training import metrics_of
 from cfsd.store.artifact import Store
-from cfsd.train.controller import HIGHEST, LOWEST
+from cfsd.train.controller import LOWEST
 
 WIDEST = 0.1  # half-width of the probe's interval, as a share of the value, up to which the value alone may judge
 NEAR = 1.001  # the controller works in logarithms
-OUTCOMES = {
-    "tight": "kept its budget {nats} and used it up",
-    "met": "kept its budget {nats}",
-    "not binding": "would have kept its budget {nats} with hardly any rehearsal",
-    "missed": "missed its budget {nats}",
-    "unknown": "may or may not have kept its budget {nats}",
-}
 
 
 def budget_of(
-    store: Store, run_record: RunRecord, run_records: Sequence[RunRecord], summary: Summary
+    store: Store, run_record: RunRecord, run_records: Sequence[RunRecord], probe_kl: Fig | None
 ) -> dict[str, Any] | None:
     """Return the budget of `run_record` and what became of it, or None if it had none; fields in docs/summary.md.
 
     The cost is counted against the plain fine-tuning variant in `run_records` that differs least from this one.
     """
-    budget = budget_setting(run_record)
+    budget = run_record.budget()
     if budget is None:
         return None
     weight, plain = _final_weight(store, run_record), plain_variant(run_record, run_records)
-    judged = judge(summary.probe_kl, budget, weight)
     cost = _cost(store, run_record, plain) if plain else None
-    estimate = run_record.artifacts["tuned"].metadata.get("divergence_estimate")
+    merged: Any = run_record.artifacts["fitted"].metadata if "fitted" in run_record.artifacts else {}
+    before = merged.get("control_kl_at_most")
     return {
         "nats": budget,
-        **judged,
+        **judge(probe_kl, budget, weight),
         "final_weight": weight,
-        "divergence_estimate": estimate,
-        **_merged(run_record, budget),
+        "divergence_estimate": run_record.artifacts["tuned"].metadata.get("divergence_estimate"),
+        "alpha": merged.get("alpha"),
+        "ratio_before_merging": None if before is None else before / budget,
         "plain": plain.name if plain and cost else None,
         "target_gain_cost": cost,
     }
-
-
-def _merged(run_record: RunRecord, budget: float) -> dict[str, Any]:
-    """Return the weight that the tuned model was merged with, and where it stood without that, by a control sample."""
-    metadata: Any = run_record.artifacts["fitted"].metadata if "fitted" in run_record.artifacts else {}
-    before = metadata.get("control_kl_at_most")
-    return {"alpha": metadata.get("alpha"), "ratio_before_merging": None if before is None else before / budget}
 
 
 def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
@@ -66,13 +53,12 @@ def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str
     An interval wider than WIDEST judges only where it lies wholly on one side of a limit.
     """
     floor = weight is not None and weight <= LOWEST * NEAR
-    ratio = probe_kl and {
-        k: None if probe_kl[k] is None else probe_kl[k] / budget for k in ("value", "low", "high")
-    } | {"unit": "of the budget"}  # fmt: skip
-    half_width = _half_width(probe_kl)
-    met, above = (_at_most(ratio, limit, half_width) for limit in (KEPT_UP_TO, USED_UP_FROM))
-    tight = None if met is None or above is None else met and not above
-    tight = False if met is False or above is True else tight
+    ratio, half_width = _ratio(probe_kl, budget), _half_width(probe_kl)
+    met, below = (_at_most(ratio, limit, half_width) for limit in (KEPT_UP_TO, USED_UP_FROM))
+    if met is False or below is True:
+        tight: bool | None = False
+    else:
+        tight = None if met is None or below is None else True
     if met is False:
         outcome = "missed"
     elif floor:
@@ -84,6 +70,13 @@ def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str
     return {
         "outcome": outcome, "met": met, "tight": tight, "binding": not floor, "ratio": ratio, "half_width": half_width,
     }  # fmt: skip
+
+
+def _ratio(probe_kl: Fig | None, budget: float) -> Fig | None:
+    if probe_kl is None:
+        return None
+    ends = {end: None if probe_kl[end] is None else probe_kl[end] / budget for end in ("value", "low", "high")}
+    return ends | {"unit": "of the budget"}
 
 
 def _half_width(figure: Fig | None) -> float | None:
@@ -116,105 +109,28 @@ def plain_variant(run_record: RunRecord, run_records: Sequence[RunRecord]) -> Ru
 
     Of several, the one whose recipe differs in the fewest settings: the same seed comes before another one.
     """
-    alike = [t for t in run_records if is_plain(t) and _same_question(t, run_record)]
-    return min(alike, key=lambda other: _differences(other.recipe, run_record.recipe), default=None)
+    settings = _settings(run_record.recipe)
+
+    def differences(other: RunRecord) -> int:
+        others = _settings(other.recipe)
+        return sum(settings.get(name) != others.get(name) for name in settings | others)
+
+    alike = [r for r in run_records if r.recipe and r.recipe.is_plain() and _same_question(r, run_record)]
+    return min(alike, key=differences, default=None)
 
 
-def is_plain(run_record: RunRecord) -> bool:
-    """Say whether `run_record` was trained without rehearsal and without any method, and not merged."""
-    tuned, recipe = run_record.artifacts.get("tuned"), run_record.recipe
-    if tuned is None or not recipe:
-        return False
-    corpus = run_record.artifacts.get("selected_corpus") or run_record.artifacts.get("filtered")
-    rehearsed = tuned.metadata.get("rehearsal_tokens", corpus.metadata.get("rows") if corpus else 0)
-    if rehearsed and rehearsal_of(run_record).get("weight", 1.0) != 0:
-        return False
-    methods = nested(recipe, "train", "methods").values()
-    if any(method.get("weight") or method.get("rank") for method in methods if isinstance(method, dict)):
-        return False
-    merging = nested(recipe, "merge")
-    merged = merging.get("alpha", 1) not in (1, None) or merging.get("budget")
-    return not merged and nested(recipe, "mix").get("flow", "off") in ("off", None)
+def _settings(recipe: Recipe | None) -> dict[str, Any]:
+    return dict(flattened(recipe.model_dump())) if recipe else {}
 
 
 def _same_question(one: RunRecord, other: RunRecord) -> bool:
-    roles = [role for role in ("base", "target", "selected_target") if role in one.artifacts or role in other.artifacts]
-    same = all(one.artifacts.get(role) == other.artifacts.get(role) for role in roles)
-    return same and one.after.target is not None and other.after.target is not None
-
-
-def _differences(one: Any, other: Any) -> int:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return sum(_differences(one.get(name), other.get(name)) for name in one | other)
-    return int(one != other)
+    """Say whether both were trained from one base on one target, and measured on it."""
+    same = all(one.artifacts.get(r) == other.artifacts.get(r) for r in ("base", "target", "selected_target"))
+    return same and "tuned" in one.artifacts and one.after.target is not None and other.after.target is not None
 
 
 def _cost(store: Store, run_record: RunRecord, plain: RunRecord) -> Fig | None:
     """Return by how much the plain variant's held-out loss is lower, paired by row; positive = gain given up."""
-    assert run_record.after.target and plain.after.target
-    own, other = (table(store, t.after.target, "responses") for t in (run_record, plain) if t.after.target)
-    columns = ["row_id", "count"]
-    if not own[columns].equals(other[columns]):
-        return None  # they were not asked the same rows
-    cost = difference_per_token(own["nll"].to_numpy(), other["nll"].to_numpy(), own["count"].to_numpy(float), seed=0)
-    return cost.model_dump()
-
-
-def budget_sentences(summaries: Sequence[Summary]) -> list[str]:
-    """Return a sentence per variant that had a budget; the repeats of a variant are counted."""
-    variants: dict[str, list[Summary]] = {}
-    for summary in summaries:
-        if summary.budget:
-            variants.setdefault(variant_of(summary.name), []).append(summary)
-    return [" ".join(_sentence(name, repeats)) for name, repeats in variants.items()]
-
-
-def _sentence(name: str, repeats: list[Summary]) -> Iterator[str]:
-    budgets = [s.budget for s in repeats if s.budget]
-    nats = f"of {number(budgets[0]['nats'])} nats per token"
-    if len(budgets) > 1:
-        counts = {o: [b["outcome"] for b in budgets].count(o) for o in OUTCOMES}
-        found = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
-        yield f"Budget {nats} of “{name}”, over {len(budgets)} seeds: {found}."
-        return
-    (budget,) = budgets
-    used = budget["ratio"] and f"probe_kl is {shown(budget['ratio'], POINTS)} % of it"
-    ratio = used or "the probe was not measured"
-    yield f"“{name}” {OUTCOMES[budget['outcome']].format(nats=nats)}: {ratio}{_weight(budget)}."
-    if (before := budget.get("ratio_before_merging") or 0) > 1:
-        alpha = number(budget["alpha"])
-        yield f"Before merging it stood at {number(before * POINTS)} % of it; the base was mixed in (alpha {alpha})."
-    if budget["outcome"] == "unknown" and budget["ratio"]:
-        yield (
-            f"The probe's interval is too wide to tell ({_width(budget)}; {WIDEST * 100:.0f} % is enough): "
-            "raise probe.rows."
-        )
-    if budget["target_gain_cost"]:
-        yield _cost_in_words(budget)
-
-
-def _weight(budget: dict[str, Any]) -> str:
-    weight = budget["final_weight"]
-    if weight is None:
-        return ""
-    if not budget["binding"]:
-        return f", with λ at its floor of {LOWEST:g}"
-    return f", with λ at its ceiling of {HIGHEST:g}" if weight >= HIGHEST / NEAR else f", with λ at {number(weight)}"
-
-
-def _width(budget: dict[str, Any]) -> str:
-    half = budget["half_width"]
-    return "no interval is known" if half is None else f"half of it is {number(half * POINTS)} % of the value"
-
-
-def _cost_in_words(budget: dict[str, Any]) -> str:
-    cost, plain = budget["target_gain_cost"], f"“{budget['plain']}”"
-    if sign_of(cost) == 0:
-        return f"It was not found to cost target gain against {plain}: {shown(cost)} nats per token."
-    if sign_of(cost) < 0:
-        return f"It learned more of the target than {plain}, by {shown(_turned(cost))} nats per token."
-    return f"That gave up {shown(cost)} nats per token of the target gain of {plain}."
-
-
-def _turned(figure: Fig) -> Fig:
-    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
+    own, other = (table(store, r.after.target, "responses") for r in (run_record, plain) if r.after.target)
+    same = ["row_id", "count"]
+    return target_gain(own, other).model_dump() if own[same].equals(other[same]) else None

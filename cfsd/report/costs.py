@@ -10,20 +10,15 @@ from cfsd.store.artifact import Store
 
 def costs_of(run_records: list[RunRecord]) -> list[dict[str, Any]]:
     """Return a row per artifact of the steps: seconds, tokens, for whom it was made and who found it."""
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for run_record in run_records:
         for step in run_record.steps:
-            fresh = {
-                "stage": step.stage,
-                "key": step.artifact.key,
-                "seconds": step.seconds,
-                "made": [],
-                "found": [],
-            }
-            entry = found.setdefault(f"{step.stage} {step.artifact.key}", fresh)
-            entry["tokens"] = step.artifact.metadata.get("tokens")
-            entry["made" if step.executed else "found"].append(run_record.name)
-    return list(found.values())
+            names = (step.stage, step.artifact.key)
+            row = rows.setdefault(names, dict(zip(("stage", "key"), names, strict=True), made=[], found=[]))
+            row.setdefault("seconds", step.seconds)
+            row["tokens"] = step.artifact.metadata.get("tokens")
+            row["made" if step.executed else "found"].append(run_record.name)
+    return list(rows.values())
 
 
 def trainings_of(run_records: list[RunRecord], summaries: list[Summary]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""The files of a report folder, and how to make them again from the trails that lie among them."""
+"""The files of a report folder, and how to make them again from the run records that lie among them."""
 
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,7 +20,13 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.digests import write_json
 
 SCHEMA = 1
-RUN_RECORDS = "trails.json"
+RUN_RECORDS = "run_records.json"
+OLD_FILE = "trails.json"
+OLD_NAMES = {
+    "trails": "run_records", "facts": "metadata", "chosen": "selected_target", "kept": "filtered",
+    "selected": "selected_corpus",
+}  # fmt: skip
+UNCHANGED = ("recipe", "facts", "metadata")  # what is inside of these has its own names
 
 
 class Kept(BaseModel):
@@ -41,18 +48,27 @@ def keep(folder: Path, kept: Kept) -> Path:
 
 def read_kept(folder: Path) -> Kept:
     """Return what the report in `folder` was made from. Raises BadInput."""
-    file = folder / RUN_RECORDS
-    if not file.is_file():
+    files = [folder / name for name in (RUN_RECORDS, OLD_FILE) if (folder / name).is_file()]
+    if not files:
         raise BadInput(f"{folder} has no {RUN_RECORDS}; give a folder below reports/ of a data folder")
     try:
-        content = json.loads(file.read_text())
-        if isinstance(content, list):  # as they were kept at first, without a title
+        content = with_present_names(json.loads(files[0].read_text()))
+        if isinstance(content, list):  # the first reports kept no title
             return Kept(title=folder.name.rpartition("-")[0], run_records=tuple(map(RunRecord.model_validate, content)))
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
         return Kept.model_validate(content)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise BadInput(f"{file} is not what a report of schema {SCHEMA} is made from: {error}") from error
+        raise BadInput(f"{files[0]} is not what a report of schema {SCHEMA} is made from: {error}") from error
+
+
+def with_present_names(content: Any) -> Any:
+    """Return JSON that an older version wrote with the names that fields and roles have now."""
+    if isinstance(content, list):
+        return [with_present_names(entry) for entry in content]
+    if not isinstance(content, dict):
+        return content
+    return {OLD_NAMES.get(n, n): v if n in UNCHANGED else with_present_names(v) for n, v in content.items()}
 
 
 def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
@@ -68,7 +84,7 @@ def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], 
 
 
 def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
-    """Write trails, summary.json and the model cards; return the figures and the files but the trails.
+    """Write run records, summary.json and model cards; return the figures and the files but the run records.
 
     Raises BadInput where the store lacks an artifact.
     """

@@ -8,12 +8,12 @@ import yaml
 
 from cfsd.report.costs import versions_of
 from cfsd.report.lineage import lineage, lines_of_tree
+from cfsd.report.measures import MEASURES, figure_of
 from cfsd.report.recipe_text import readable_yaml
 from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, forgotten_of, number, shown, unit_of
-from cfsd.report.training import nested, rehearsal_of
+from cfsd.report.table import forgotten_of, number, shown, unit_of
 from cfsd.report.verdict import verdict, warnings
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
@@ -31,7 +31,7 @@ def has_card(run_record: RunRecord) -> bool:
 
 def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
     """Return the card of the variant's final model, from its artifacts alone; no path of this machine is in it."""
-    recipe = _without_paths(run_record.recipe)
+    recipe = _without_paths(run_record.recipe.model_dump(mode="json")) if run_record.recipe else {}
     return rendered(
         TEMPLATE,
         metadata=yaml.safe_dump(_metadata(recipe, summary), sort_keys=False, allow_unicode=True),
@@ -54,7 +54,7 @@ def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
 
 def _metadata(recipe: dict[str, Any], summary: Summary) -> dict[str, Any]:
     """Return the fields that the hub reads. `base_model` only where the base has a name there."""
-    base = nested(recipe, "base")
+    base = recipe.get("base", {})
     on_hub = {"hub": base.get("name"), "smollm2": SMOLLM2}.get(str(base.get("kind")))
     results = [_result(name, found) for name, found in summary.benchmarks.items()]
     return {
@@ -80,7 +80,7 @@ def _result(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(recipe: dict[str, Any]) -> str:
-    base = nested(recipe, "base")
+    base = recipe.get("base", {})
     if base.get("kind") == "smollm2":
         return f"{SMOLLM2} (from its Q4_1 weights)"
     if base.get("kind") == "hub":
@@ -89,7 +89,7 @@ def _base(recipe: dict[str, Any]) -> str:
 
 
 def _target(recipe: dict[str, Any]) -> str:
-    target = nested(recipe, "target")
+    target = recipe.get("target", {})
     return str(target.get("name") or target.get("path") or target.get("kind") or "a target of its owner's")
 
 
@@ -107,23 +107,18 @@ def _rehearsed(run_record: RunRecord) -> str:
 
 def _weightless(run_record: RunRecord) -> bool:
     """Say whether rehearsal rows were read with a weight of 0 throughout."""
-    known = rehearsal_of(run_record)
-    return known.get("weight") == 0 and not known.get("final_weight") and known.get("budget") is None
+    return run_record.recipe is not None and run_record.recipe.train.rehearsal.weight == 0
 
 
 def _rows(summary: Summary) -> list[list[str]]:
     rows = []
-    if summary.target_gain:
-        loss = [number(summary.target[f"{role}_loss"]) for role in ("base", "tuned")]
-        rows.append(["target: held-out loss, nats/token", *loss, f"gain {shown(summary.target_gain)}"])
-    if summary.target_accuracy_gain:
-        exact = [number(POINTS * summary.target[f"{role}_accuracy"]) for role in ("base", "tuned")]
-        rows.append(["target: exact, %", *exact, f"gain {shown(summary.target_accuracy_gain, POINTS)} points"])
-    if summary.probe_kl:
-        rows.append(["probe_kl, nats/token", "0", shown(summary.probe_kl), ""])
-    if summary.mean_forgetting:
-        lost = f"lost {shown(summary.mean_forgetting, POINTS)} points"
-        rows.append(["mean forgetting, less guessing", "", "", lost])
+    for measure in MEASURES:
+        if measure.label and (figure := figure_of(summary, measure.name)):
+            label, _, unit = measure.label.partition(", ")
+            heading, name = measure.scores or (label, "")
+            means = [summary.target.get(f"{role}_{name}") for role in ("base", "tuned")]
+            scores = ["" if mean is None else number(measure.factor * mean) for mean in means]
+            rows.append([heading, *scores, f"{label} {shown(figure, measure.factor)} {unit}"])
     for entry in forgotten_of(summary):
         found = summary.benchmarks[entry.benchmark]
         unit = unit_of(found)
@@ -140,16 +135,15 @@ def _rows(summary: Summary) -> list[list[str]]:
 
 def _training(recipe: dict[str, Any], run_record: RunRecord, summary: Summary) -> list[tuple[str, str]]:
     """Return the settings and costs that people ask for first; the recipe holds all of them."""
-    train, rehearsal = nested(recipe, "train"), rehearsal_of(run_record)
-    costs = summary.training or {}
+    train, costs = recipe.get("train", {}), summary.training or {}
     found = [(name.replace("_", " "), train.get(name)) for name in SETTINGS]
-    if _rehearsed(run_record):
-        found += [(f"rehearsal {name}", rehearsal.get(name)) for name in ("loss", "weight", "budget")]
-    for method, settings in nested(train, "methods").items():
+    if train and _rehearsed(run_record):
+        found += [(f"rehearsal {name}", train["rehearsal"][name]) for name in ("loss", "weight", "budget")]
+    for method, settings in train.get("methods", {}).items():
         strength = settings.get("rank") or settings.get("weight") if isinstance(settings, dict) else None
         found.append((method, strength or None))
     fitted = (summary.budget or {}).get("alpha")
-    alpha = nested(recipe, "merge").get("alpha", 1) if fitted is None else fitted
+    alpha = recipe.get("merge", {}).get("alpha", 1) if fitted is None else fitted
     found.append(("merged with the base, weight of the tuned", None if alpha == 1 else f"{alpha:.3g}"))
     found += [(name.replace("_", " "), costs.get(name)) for name in ("steps", "target_tokens", "rehearsal_tokens")]
     found.append(("training, seconds", number(costs["seconds"]) if "seconds" in costs else None))

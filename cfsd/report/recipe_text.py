@@ -10,21 +10,18 @@ from cfsd.report.run_record import RunRecord
 
 def recipes_of(run_records: list[RunRecord]) -> dict[str, dict[str, str]]:
     """Return each recipe's digest and YAML: the first in full, of the others what differs from it."""
-    found: dict[str, dict[str, str]] = {}
+    texts: dict[str, dict[str, str]] = {}
     first: dict[str, Any] = {}
     for run_record in run_records:
-        if not run_record.recipe:
+        if run_record.recipe is None:
             continue
-        flat = dict(flattened(run_record.recipe))
-        changed = {k: flat.get(k) for k in flat | first if first and flat.get(k) != first.get(k)}
-        text = readable_yaml(changed if first else run_record.recipe)
-        found[run_record.name] = {
-            "digest": run_record.digest,
-            "yaml": text if changed or not first else "the same",
-            "of": next(iter(found), ""),
-        }
+        recipe = run_record.recipe.model_dump(mode="json")
+        flat = dict(flattened(recipe))
+        changed = {k: flat.get(k) for k in flat | first if flat.get(k) != first.get(k)} if first else recipe
+        text = readable_yaml(changed) if changed else "the same"
+        texts[run_record.name] = {"digest": run_record.digest, "yaml": text, "of": next(iter(texts), "")}
         first = first or flat
-    return found
+    return texts
 
 
 def readable_yaml(content: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
-"""Run record: every artifact of one variant, enough to make its summary and report again."""
+"""Run record: what one variant was told and what came of it, as names of artifacts."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
 
 
@@ -31,26 +33,36 @@ class Scores(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """Every artifact of one variant: enough to make its summary and report again."""
+    """Every artifact of one variant: enough to make its summary and report again.
+
+    `artifacts` by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    recipe: dict[str, JsonValue] = {}
+    recipe: Recipe | None = None  # None: two models that were measured, not trained
     digest: str = ""
-    artifacts: dict[
-        str, Artifact
-    ]  # by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final
+    artifacts: dict[str, Artifact]
     before: Scores = Scores()
     after: Scores = Scores()
     steps: tuple[Step, ...] = ()
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None  # older versions wrote {} where there was no recipe
+
+    def budget(self) -> float | None:
+        """Return the divergence, in nats per token, that the trained model was to keep to; None without a budget."""
+        return self.recipe.budget() if self.recipe and "tuned" in self.artifacts else None
 
 
 Scored = Sequence[Sequence[Artifact]]  # held-out responses by stage, 0 being the first base, and target
 
 
 class Measured(BaseModel):
-    """What was measured over a sequence beside the trails of its stages.
+    """What was measured over a sequence beside the run records of its stages.
 
     `scored`: T+1 stages by T targets. `probes`: divergence from the first base on its own probe, stages 1 to T.
     """

@@ -1,20 +1,40 @@
-"""Score tables of artifacts as data frames."""
+"""Score tables of artifacts as data frames, and the one way in which each is read."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from cfsd.statistics.figures import Figure, per_token
+from cfsd.statistics.forgetting import Measure
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import shard_path
-
-
-def first_scores(store: Store, artifact: Artifact) -> Any:
-    """Return a benchmark's scores, with the answers as lm-eval's first filter reads them, as a pandas DataFrame."""
-    metadata: dict[str, Any] = artifact.metadata
-    rows = table(store, artifact, "scores")
-    return rows[rows["filter"] == metadata["filters"][0]]
 
 
 def table(store: Store, artifact: Artifact, name: str) -> Any:
     """Return a small table of `artifact` as a pandas DataFrame."""
     return pd.read_parquet(shard_path(store.path(artifact), name, 0))
+
+
+def first_scores(store: Store, artifact: Artifact) -> Any:
+    """Return a benchmark's scores, with the answers as lm-eval's first filter reads them, as a pandas DataFrame."""
+    metadata: Mapping[str, Any] = artifact.metadata
+    rows = table(store, artifact, "scores")
+    return rows[rows["filter"] == metadata["filters"][0]]
+
+
+def metric_of(artifact: Artifact) -> Measure:
+    """Return what is known of the metric of a benchmark's scores."""
+    return Measure.model_validate({name: artifact.metadata[name] for name in Measure.model_fields})
+
+
+def loss_fall(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return by how many nats the loss of each held-out response fell, and how many tokens the response has."""
+    return base["nll"].to_numpy(float) - tuned["nll"].to_numpy(float), base["count"].to_numpy(float)
+
+
+def target_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
+    """Return by how much the loss on held-out responses fell, in nats per token; positive is learned."""
+    return per_token(*loss_fall(base, tuned), seed=0)

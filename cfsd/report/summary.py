@@ -9,22 +9,27 @@ from cfsd.store.digests import write_json
 
 SCHEMA = 1
 
+Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.statistics.figures.Figure` as JSON
+
 
 class Summary(BaseModel):
-    """The figures of one variant, with 95 % intervals. Signs: gain positive = learned, forgetting positive = worse."""
+    """The figures of one variant, with 95 % intervals. Signs: gain positive = learned, forgetting positive = worse.
 
-    model_config = ConfigDict(frozen=True)
+    Measures of `cfsd.report.measures` are fields; those that no other code asks for by name need not be declared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str
     digest: str
-    target_gain: dict[str, Any] | None  # base - tuned loss on held-out responses
-    target_accuracy_gain: dict[str, Any] | None  # tuned - base share of responses that greedy decoding writes
+    target_gain: Fig | None  # base - tuned loss on held-out responses
+    target_accuracy_gain: Fig | None  # tuned - base share of responses that greedy decoding writes
     target: dict[str, float]  # base_loss, tuned_loss, base_accuracy, tuned_accuracy
-    probe_kl: dict[str, Any] | None
-    probe_kl_sampled: dict[str, Any] | None
-    mean_forgetting: dict[str, Any] | None
+    probe_kl: Fig | None
+    probe_kl_sampled: Fig | None
+    mean_forgetting: Fig | None
     benchmarks: dict[str, dict[str, Any]]
-    target_divergence: dict[str, Any] | None = None  # KL(base || tuned) on held-out responses, given their prompts
+    target_divergence: Fig | None = None  # KL(base || tuned) on held-out responses, given their prompts
     answers: dict[str, dict[str, dict[str, Any]]] = {}  # per benchmark with written ones and role: how they ended
     evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte

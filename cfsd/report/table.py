@@ -2,17 +2,17 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from cfsd.report.summary import Summary
-from cfsd.statistics.discoveries import change_of, detectable_mean
+from cfsd.report.measures import MEASURES, Measure, figure_of
+from cfsd.report.summary import Fig, Summary
+from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.power import detectable_change
-
-Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.statistics.forgetting.Figure` as a Summary holds it
 
 POINTS = 100  # percentage points in a fraction of 1
 
@@ -48,11 +48,11 @@ class Sweep(NamedTuple):
 
 def sweep_of(name: str) -> Sweep | None:
     """Return the point of a sweep that the variant called `name`, or its repeat, is; None if it is none."""
-    found = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d[\d.]*(?:e[-+]?\d+)?)", variant_of(name))
-    if found is None:
+    point = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d[\d.]*(?:e[-+]?\d+)?)", variant_of(name))
+    if point is None:
         return None
     try:
-        return Sweep(found[1], found[2], float(found[2]))
+        return Sweep(point[1], point[2], float(point[2]))
     except ValueError:  # such as a version, 1.2.3
         return None
 
@@ -71,6 +71,7 @@ def unit_of(benchmark: dict[str, Any]) -> Unit:
     return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
 
 
+NATS_PER_TOKEN = Unit("nats/token", "nats/token", 1)
 ENDINGS = {"at_limit": "answers at the length limit", "unfinished": "reasoning unfinished"}
 
 
@@ -86,32 +87,32 @@ class Line(NamedTuple):
 
 def lines_of(summaries: list[Summary]) -> list[Line]:
     """Return the table's rows; figures that no variant has are left out."""
-    targets = [s.target for s in summaries]
-    found = [
-        _scores("target loss, nats/token", [(t.get("base_loss"), t.get("tuned_loss")) for t in targets]),
-        _figures("  gain, nats/token", [s.target_gain for s in summaries], better=1),
-        _scores(
-            "target exact, %",
-            [(t.get("base_accuracy"), t.get("tuned_accuracy")) for t in targets],
-            POINTS,
-        ),
-        _figures("  gain, points", [s.target_accuracy_gain for s in summaries], POINTS, better=1),
-        _figures("probe_kl, nats/token", [s.probe_kl for s in summaries]),
-        _figures("target divergence, nats/token", [s.target_divergence for s in summaries]),
-        *_budgets([s.budget or {} for s in summaries]),
-        _figures("mean forgetting, points", [s.mean_forgetting for s in summaries], POINTS, better=-1),
-        _power_of_means(summaries),
-    ]
+    lines = [line for measure in MEASURES if measure.label for line in _measure(measure, summaries)]
+    lines += _budgets([s.budget or {} for s in summaries])
     for name in dict.fromkeys(name for s in summaries for name in s.benchmarks):
-        found += [*_benchmark(name, summaries), *_answers(name, summaries)]
+        lines += [*_benchmark(name, summaries), *_answers(name, summaries)]
     for name in dict.fromkeys(name for s in summaries for name in s.texts):
-        found += _text(name, summaries)
-    return [line for line in found if any(line.cells)]
+        lines += _text(name, summaries)
+    return [line for line in lines if any(line.cells)]
 
 
-def forgotten_of(summary: Summary) -> "list[BenchmarkForgetting]":
+def _measure(measure: Measure, summaries: list[Summary]) -> Iterator[Line]:
+    """Yield the scores that a measure is the difference of, the measure, and what would have been found of it."""
+    if measure.scores:
+        heading, name = measure.scores
+        pairs = [(s.target.get(f"base_{name}"), s.target.get(f"tuned_{name}")) for s in summaries]
+        yield _scores(heading, pairs, measure.factor)
+    figures = [figure_of(s, measure.name) for s in summaries]
+    yield _figures(measure.label, figures, measure.factor, measure.better, is_part=measure.scores is not None)
+    if measure.detectable:
+        open_ = [figure is not None and sign_of(figure) == 0 for figure in figures]
+        changes = [measure.detectable(forgotten_of(s)) for s in summaries]
+        yield _power(Unit("%", "points", POINTS) if measure.factor == POINTS else NATS_PER_TOKEN, changes, open_)
+
+
+def forgotten_of(summary: Summary) -> list[BenchmarkForgetting]:
     """Return what a summary's benchmarks lost, as what they were before they became JSON."""
-    return [BenchmarkForgetting.model_validate(found | {"benchmark": n}) for n, found in summary.benchmarks.items()]
+    return [BenchmarkForgetting.model_validate(entry | {"benchmark": n}) for n, entry in summary.benchmarks.items()]
 
 
 def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
@@ -127,53 +128,33 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
     metric = "" if unit.score == first["metric"] else f"{first['metric']}, "
     lower = "" if first.get("higher_is_better", True) or first.get("perplexity_factor") else ", lower is better"
     changes = ["" if entry is None else change_of(entry) for entry in entries]
-    lost = _figures(f"  lost, {unit.lost}", [r["forgetting"] if r else None for r in results], unit.factor)
+    lost = _figures(f"lost, {unit.lost}", [r["forgetting"] if r else None for r in results], unit.factor)
     return [
         _scores(f"{name}: {metric}{unit.score}{lower}", pairs, unit.factor),
         lost._replace(marks=["" if change == "unsettled" else change for change in changes]),
-        _power(
-            unit,
-            [e.detectable if e else None for e in entries],
-            [change == "unsettled" for change in changes],
-        ),
+        _power(unit, [e.detectable if e else None for e in entries], [change == "unsettled" for change in changes]),
     ]
 
 
-def _answers(name: str, summaries: list[Summary]) -> list[Line]:
-    """Return what share of the written answers reached the length limit, or never left their reasoning, if any."""
-    found = [s.answers.get(name, {}) for s in summaries]
-    pairs = {
-        label: [(a.get("base", {}).get(fact), a.get("tuned", {}).get(fact)) for a in found]
-        for fact, label in ENDINGS.items()
-    }
-    return [
-        _scores(f"{label}, %", shares, POINTS)._replace(is_part=True)
-        for label, shares in pairs.items()
-        if any(share for pair in shares for share in pair)
-    ]
+def _answers(name: str, summaries: list[Summary]) -> Iterator[Line]:
+    """Yield what share of the written answers reached the length limit, or never left their reasoning, if any."""
+    answers = [s.answers.get(name, {}) for s in summaries]
+    for ending, label in ENDINGS.items():
+        shares = [(a.get("base", {}).get(ending), a.get("tuned", {}).get(ending)) for a in answers]
+        if any(share for pair in shares for share in pair):
+            yield _scores(f"{label}, %", shares, POINTS)._replace(is_part=True)
 
 
 def _text(name: str, summaries: list[Summary]) -> list[Line]:
     """Return the loss per token on a text of the user's, how much it rose, and what rise would have been found."""
     results = [s.texts[name]["per_token"] if name in s.texts else None for s in summaries]
     rises = [r["forgetting"] if r else None for r in results]
-    open_ = [rise is not None and sign_of(rise) == 0 for rise in rises]
+    drops = [detectable_change(Figure.model_validate(rise)) if rise else None for rise in rises]
     return [
         _scores(f"{name}: loss, nats/token", [(r["base"], r["tuned"]) if r else (None, None) for r in results]),
-        _figures("  lost, nats/token", rises, better=-1),
-        _power(
-            Unit("nats/token", "nats/token", 1),
-            [detectable_change(Figure.model_validate(rise)) if rise else None for rise in rises],
-            open_,
-        ),
+        _figures("lost, nats/token", rises, better=-1),
+        _power(NATS_PER_TOKEN, drops, [rise is not None and sign_of(rise) == 0 for rise in rises]),
     ]
-
-
-def _power_of_means(summaries: list[Summary]) -> Line:
-
-    unsettled = [s.mean_forgetting is not None and sign_of(s.mean_forgetting) == 0 for s in summaries]
-    drops = [detectable_mean(forgotten_of(s)) if open_ else None for s, open_ in zip(summaries, unsettled, strict=True)]
-    return _power(Unit("%", "points", POINTS), drops, unsettled)
 
 
 def _power(unit: Unit, drops: list[float | None], unsettled: list[bool]) -> Line:
@@ -194,12 +175,13 @@ def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
     outcomes = [b.get("outcome", "") for b in budgets]
     marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
     alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
+    blank = ["" for _ in budgets]
     return [
-        Line("budget of probe_kl, nats/token", "", nats, ["" for _ in budgets]),
-        _figures("  used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
+        Line("budget of probe_kl, nats/token", "", nats, blank),
+        _figures("used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
         Line("outcome", "", outcomes, marks, is_part=True),
-        *([Line("merged at alpha", "", alphas, ["" for _ in budgets], is_part=True)] if any(alphas) else []),
-        _figures("  gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
+        Line("merged at alpha", "", alphas, blank, is_part=True),
+        _figures("gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
     ]
 
 
@@ -214,10 +196,12 @@ def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: 
     return Line(label, number(bases[0] * factor) if bases else "", cells, ["" for _ in cells])
 
 
-def _figures(label: str, figures: list[Fig | None], factor: float = 1, better: int = 0) -> Line:
+def _figures(
+    label: str, figures: list[Fig | None], factor: float = 1, better: int = 0, *, is_part: bool = True
+) -> Line:
     cells = ["" if figure is None else shown(figure, factor) for figure in figures]
     marks = [{1: "better", -1: "worse"}.get(better * sign_of(figure), "") for figure in figures]
-    return Line(label.strip(), "", cells, marks, label.startswith(" "))
+    return Line(label, "", cells, marks, is_part)
 
 
 def sign_of(figure: Fig | None) -> int:
@@ -227,7 +211,7 @@ def sign_of(figure: Fig | None) -> int:
     return int(figure["low"] > 0) - int(figure["high"] < 0)
 
 
-def summary_frame(summaries: list[Summary]) -> "pd.DataFrame":
+def summary_frame(summaries: list[Summary]) -> pd.DataFrame:
     """Return the table as text: a row per figure, columns `figure`, `base` and one per variant."""
     rows, main = [], ""
     for line in lines_of(summaries):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
-from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, sweep_of, variant_of
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.store.artifact import Artifact, Store
@@ -22,8 +21,8 @@ Series = dict[int, float]  # step -> value
 Line = tuple[list[float], list[float]]  # steps, values
 
 
-class Measure(NamedTuple):
-    """How a watched measure reads."""
+class Reading(NamedTuple):
+    """How a measure that was watched in training reads."""
 
     unit: str
     higher_is_better: bool
@@ -45,15 +44,15 @@ class Panel(NamedTuple):
 
 def metrics_of(store: Store, artifact: Artifact) -> dict[str, Series]:
     """Return each metric of the artifact's training by step, in order; values that are not numbers are left out."""
-    found: dict[str, Series] = {}
+    metrics: dict[str, Series] = {}
     for record in read_metrics(store.path(artifact)):
         if math.isfinite(record["value"]):
-            found.setdefault(record["name"], {})[record["step"]] = record["value"]
-    return {name: dict(sorted(series.items())) for name, series in found.items()}
+            metrics.setdefault(record["name"], {})[record["step"]] = record["value"]
+    return {name: dict(sorted(series.items())) for name, series in metrics.items()}
 
 
 def training_of(store: Store, run_record: RunRecord) -> dict[str, Any] | None:
-    """Return what training cost: seconds, and the facts of `COST_METADATA` that are known."""
+    """Return what training cost: seconds, and what is known of `COST_METADATA`."""
     tuned = run_record.artifacts.get("tuned")
     if tuned is None or "steps" not in tuned.metadata:
         return None  # a model that came from outside
@@ -92,50 +91,32 @@ def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, An
     if "tuned" not in run_record.artifacts:
         return None
     watched = {n: s for n, s in metrics_of(store, run_record.artifacts["tuned"]).items() if n.startswith(WATCH)}
-    found = {}
+    gaps = {}
     for name, series in watched.items():
-        measure = _measure_of(name, run_record)
-        sign = -1 if measure.higher_is_better else 1
+        reading = _reading_of(name, run_record)
+        sign = -1 if reading.higher_is_better else 1
         worst_step = max(series, key=lambda step: sign * series[step])
         start, *_, final = [*series.values(), *series.values()]
         gap = min(sign * (series[worst_step] - end) for end in (start, final))
-        found[name.removeprefix(WATCH)] = {
+        gaps[name.removeprefix(WATCH)] = {
             "start": start, "worst": series[worst_step], "worst_step": worst_step, "final": final, "gap": gap,
-            **measure._asdict(),
+            **reading._asdict(),
         }  # fmt: skip
-    return found or None
+    return gaps or None
 
 
-def _measure_of(name: str, run_record: RunRecord) -> Measure:
+def _reading_of(name: str, run_record: RunRecord) -> Reading:
     """Return how `watch/probe_kl`, `watch/target_loss` or `watch/<benchmark>/<metric>` reads."""
     benchmark, _, metric = name.removeprefix(WATCH).rpartition("/")
     if not benchmark:
-        return Measure(NATS, False)
+        return Reading(NATS, False)
     if scored := run_record.before.benchmarks.get(benchmark):
         metadata = scored.metadata
         is_share = metadata["kind"] == "binary" or (metadata["kind"] == "mean" and metadata["chance"] is not None)
-        return Measure(FRACTION if is_share else metric, bool(metadata["higher_is_better"]))
+        return Reading(FRACTION if is_share else metric, bool(metadata["higher_is_better"]))
     if any(word in metric for word in LOSS_WORDS):
-        return Measure(metric, False)
-    return Measure(FRACTION, True)
-
-
-def training_figures(summary: Summary) -> dict[str, float]:
-    """Return what people compare of a training, by the name of its metric in MLflow."""
-    flat: dict[str, float] = {}
-    for name, value in (summary.training or {}).items():
-        flat[f"training/{name}"] = float(value)
-    for name, found in (summary.stability_gap or {}).items():
-        flat |= {f"stability_gap/{name}": found["gap"], f"worst/{name}": found["worst"]}
-    for name, value in (summary.budget or {}).items():
-        if isinstance(value, bool | int | float):
-            flat[f"budget/{name}"] = float(value)
-        elif isinstance(value, dict):
-            flat |= {f"budget/{name}{s}": value[k] for k, s in _PARTS.items() if value[k] is not None}
-    return flat
-
-
-_PARTS = {"value": "", "low": "_low", "high": "_high"}
+        return Reading(metric, False)
+    return Reading(FRACTION, True)
 
 
 def names_of_models(run_records: Sequence[RunRecord]) -> dict[str, str]:
@@ -151,12 +132,11 @@ def names_of_models(run_records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _families(names: list[str]) -> list[str]:
-    found: dict[str, None] = {}
+    families: dict[str, None] = {}
     for name in names:
-        sweep = sweep_of(name)
-        repeat = name[len(variant_of(name)) :]
-        found[f"{sweep.family}{repeat}" if sweep else name] = None
-    return list(found)
+        sweep, repeat = sweep_of(name), name[len(variant_of(name)) :]
+        families[f"{sweep.family}{repeat}" if sweep else name] = None
+    return list(families)
 
 
 def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
@@ -164,29 +144,29 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
     named = names_of_models(run_records)
     first = {run_record.name: run_record for run_record in run_records if run_record.name in named}
     metrics = {name: metrics_of(store, run_record.artifacts["tuned"]) for name, run_record in first.items()}
-    budgets = {name: budget for name, run_record in first.items() if (budget := budget_setting(run_record))}
-    forms = {name: rehearsal_of(run_record).get("loss", "nll") for name, run_record in first.items()}
+    budgets = {name: budget for name, run_record in first.items() if (budget := run_record.budget())}
+    forms = {name: r.recipe.train.rehearsal.loss if r.recipe else "nll" for name, r in first.items()}
 
     def panel(name: str, label: str, metric: str, only: Sequence[str] = tuple(first), **options: Any) -> Panel:
         factor = options.pop("factor", 1)
         lines = {v: in_blocks(metrics[v][metric], factor) for v in only if metric in metrics[v]}
         return Panel(name, label, lines, **options)
 
-    found = [panel("target", "target loss, nats per token", "train/target_loss")]
+    panels = [panel("target", "target loss, nats per token", "train/target_loss")]
     for form, label in (("nll", "rehearsal loss, nats per token"), ("kl", "rehearsal divergence, nats per token")):
         alike = [name for name, own in forms.items() if own == form]
-        found.append(panel(f"rehearsal {form}", label, "train/rehearsal_loss", alike))
-    found.append(_moving(panel("weight", "rehearsal weight λ (log scale)", "train/rehearsal_weight", is_log=True)))
+        panels.append(panel(f"rehearsal {form}", label, "train/rehearsal_loss", alike))
+    panels.append(_moving(panel("weight", "rehearsal weight λ (log scale)", "train/rehearsal_weight", is_log=True)))
     estimate = "moving mean of the divergence, nats per token"
-    found.append(panel("divergence", estimate, "train/divergence_estimate", levels=budgets))
-    found.append(panel("probe_kl", "watched probe_kl, nats per token", "watch/probe_kl", levels=budgets))
-    found.append(panel("target_loss", "watched target loss, nats per token", "watch/target_loss"))
+    panels.append(panel("divergence", estimate, "train/divergence_estimate", levels=budgets))
+    panels.append(panel("probe_kl", "watched probe_kl, nats per token", "watch/probe_kl", levels=budgets))
+    panels.append(panel("target_loss", "watched target loss, nats per token", "watch/target_loss"))
     for metric in dict.fromkeys(m for own in metrics.values() for m in own if m.startswith(WATCH) and m.count("/") > 1):
         benchmark, _, name = metric.removeprefix(WATCH).rpartition("/")
-        is_share = _measure_of(metric, next(t for n, t in first.items() if metric in metrics[n])).unit == FRACTION
+        is_share = _reading_of(metric, next(t for n, t in first.items() if metric in metrics[n])).unit == FRACTION
         label, factor = (f"{benchmark}: {name}, %", POINTS) if is_share else (f"{benchmark}: {name}", 1)
-        found.append(panel(metric, label, metric, factor=factor, is_benchmark=True))
-    return [panel for panel in found if panel.lines]
+        panels.append(panel(metric, label, metric, factor=factor, is_benchmark=True))
+    return [panel for panel in panels if panel.lines]
 
 
 def _moving(panel: Panel) -> Panel:
@@ -198,30 +178,8 @@ def _moving(panel: Panel) -> Panel:
 
 def in_blocks(series: Series, factor: float = 1) -> Line:
     """Return steps and values times `factor`, averaged over blocks where there are more than CURVE_POINTS."""
-    found = list(series.items())
-    size = -(-len(found) // CURVE_POINTS)
-    blocks = [found[i : i + size] for i in range(0, len(found), size)]
+    points = list(series.items())
+    size = -(-len(points) // CURVE_POINTS)
+    blocks = [points[i : i + size] for i in range(0, len(points), size)]
     steps, values = ([sum(pair[k] for pair in block) / len(block) for block in blocks] for k in (0, 1))
     return steps, [value * factor for value in values]
-
-
-def rehearsal_of(run_record: RunRecord) -> dict[str, Any]:
-    """Return the recipe's `train.rehearsal`, empty where it has none."""
-    return nested(run_record.recipe, "train", "rehearsal")
-
-
-def nested(content: Any, *path: str) -> dict[str, Any]:
-    """Return the mapping at `path`, empty where there is none."""
-    for name in path:
-        content = content.get(name) if isinstance(content, dict) else None
-    return content if isinstance(content, dict) else {}
-
-
-def budget_setting(run_record: RunRecord) -> float | None:
-    """Return the divergence, in nats per token, that the variant was told to keep to; None if it had no budget."""
-    tuned = run_record.artifacts.get("tuned")
-    if tuned is None:
-        return None
-    own = nested(run_record.recipe, "merge").get("budget")
-    budget: Any = own or tuned.metadata.get("budget") or rehearsal_of(run_record).get("budget")
-    return float(budget) if budget else None

@@ -1,29 +1,22 @@
-"""The verdict: what the figures of many variants say, in two sentences, and what must be said beside them."""
+"""The verdict: two short sentences on what was learned and lost, a line per budget, warnings; the same everywhere.
+
+Variants are told apart by their own intervals: `difference` is the one place that decides it.
+"""
 
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
-from cfsd.report.budget import budget_sentences
-from cfsd.report.comparisons import (
-    comparisons,
-    listed,
-    over_seeds,
-    power_over,
-    quoted,
-    surely_worse,
-    variants_of,
-    where,
-)
-from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, forgotten_of, number, shown, sign_of, variant_of
+from cfsd.report.measures import figure_of
+from cfsd.report.summary import Fig, Summary
+from cfsd.report.table import POINTS, forgotten_of, number, shown, unit_of, variant_of
 from cfsd.report.terminal import print_table
 from cfsd.statistics import seeds
-from cfsd.statistics.discoveries import power_of
-from cfsd.statistics.figures import FRACTION
-from cfsd.statistics.forgetting import BenchmarkForgetting
+from cfsd.statistics.discoveries import change_of
+from cfsd.statistics.figures import FRACTION, Figure
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
 ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
@@ -33,6 +26,79 @@ FEW_SEEDS = (
 )
 MANY_SEEDS = f"Brackets in the verdict are over seeds. {seeds.DEFINITION}"
 
+# What is said by the sign of a figure, or of a difference; None: no interval is known.
+LEARNED = {
+    1: "learned the target: its held-out loss fell by {} nats per token",
+    0: "is not shown to have learned the target (gain {} nats per token)",
+    -1: "became worse at the target (gain {} nats per token)",
+    None: "has too few held-out rows to say whether it learned the target (gain {} nats per token)",
+}
+LEARNED_THAN = {
+    1: "learned more than {} (gain {} against {} nats per token)",
+    0: "learned as much as {}",
+    -1: "learned less than {} (gain {} against {} nats per token)",
+    None: "has too few held-out rows to say whether it learned as much as {}",
+}
+MOVED = {1: "moved {} as far", 0: "moved about as far", -1: "moved {} as far", None: "may have moved {} as far"}
+LOST = {
+    1: "lost {} points on average over {}",
+    0: "",
+    -1: "lost {} points on average over {}, which is a gain",
+    None: "has too few documents to say whether it lost anything ({} points on average over {})",
+}
+COST = {
+    1: "it gave up {} nats per token of the target gain of “{}”",
+    0: "it is not shown to have given up target gain ({} nats per token) against “{}”",
+    -1: "it learned more of the target ({} nats per token given up) than “{}”",
+}
+OUTCOMES = {
+    "tight": "kept its budget of {} nats per token and used it up",
+    "met": "kept its budget of {} nats per token",
+    "not binding": "would have kept its budget of {} nats per token with hardly any rehearsal",
+    "missed": "missed its budget of {} nats per token",
+    "unknown": "may or may not have kept its budget of {} nats per token",
+}
+PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
+ZERO = {"low": 0.0, "high": 0.0}
+
+
+class Variant(NamedTuple):
+    """One variant: its repeats, which differ in their seed, and its figures over them."""
+
+    name: str
+    repeats: list[Summary]
+    gain: Fig | None
+    moved: Fig | None
+    lost: Fig | None
+
+
+def variants_of(summaries: list[Summary]) -> list[Variant]:
+    """Return the variants, in the order of their first repeats."""
+    repeats: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        repeats.setdefault(variant_of(summary.name), []).append(summary)
+    measures = ("target_gain", "probe_kl", "mean_forgetting")
+    return [Variant(name, own, *(over_seeds(own, measure) for measure in measures)) for name, own in repeats.items()]
+
+
+def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
+    """Return a figure over the repeats; of fewer than FEWEST seeds, its ends hold those of every seed."""
+    figures = [Figure.model_validate(figure) for s in repeats if (figure := figure_of(s, name)) is not None]
+    if not figures or len(figures) < len(repeats):
+        return None
+    joined = figures[0] if len(figures) == 1 else seeds.over_seeds(figures).figure
+    ends = [(f.low, f.high) for f in figures if f.low is not None and f.high is not None]
+    if 1 < len(figures) < seeds.FEWEST and len(ends) == len(figures):
+        joined = joined.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})
+    return joined.model_dump()
+
+
+def difference(one: Fig, other: Fig) -> int | None:
+    """Return 1 or -1 where `one` is above or below `other`, 0 where they overlap, None where an interval is missing."""
+    if one["low"] is None or other["low"] is None:
+        return None
+    return int(one["low"] > other["high"]) - int(one["high"] < other["low"])
+
 
 def verdict(summaries: list[Summary]) -> str:
     """Return the two sentences and the remarks as one text."""
@@ -40,133 +106,198 @@ def verdict(summaries: list[Summary]) -> str:
 
 
 def two_sentences(summaries: list[Summary]) -> list[str]:
-    """Return what was learned and what was forgotten, a sentence each, within what the intervals allow.
+    """Return what was learned and how far the model moved, and what benchmarks lost, within what intervals allow.
 
-    Repeats of a variant count as one: `cfsd.statistics.seeds`. Fewer than two where there is nothing to say.
+    Of several variants, the one that moved least among those that learned most is compared with the first other one.
+    Fewer than two sentences where there is nothing to say.
     """
     variants = variants_of(summaries)
-    if len(variants) > 1:
-        return comparisons(variants)[:2]
-    learned = _learned(summaries)
-    subject = "It" if learned else f"“{variant_of(summaries[0].name)}”"
-    return [sentence for sentence in (learned, _cost(summaries, subject)) if sentence]
+    best = _best(variants)
+    others = [v for v in variants if v is not best]
+    clauses = list(_compared(best, *others) if others else _alone(best))
+    name = f"Of {len(variants)} variants, “{best.name}”" if len(others) > 1 else f"“{best.name}”"
+    first = [f"{name} {listed(clauses)}."] if clauses else []
+    return [*first, *_benchmarks(variants, "it" if first else name)]
 
 
-def remarks(summaries: list[Summary]) -> list[str]:
-    """Return what stands beneath the two sentences: further comparisons, budgets, what is known of seeds."""
-    variants = variants_of(summaries)
-    further = [*comparisons(variants)[2:], *_worse_at(variants)] if len(variants) > 1 else []
-    repeats = {len(found) for found in variants.values()} - {1}
-    over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
-    return [*further, *budget_sentences(summaries), *over]
+def _best(variants: list[Variant]) -> Variant:
+    """Return the variant that moved least, or else lost least, of those not known to have learned less than another."""
+    gains = [v.gain for v in variants if v.gain]
+    most = max(gains, key=lambda gain: float(gain["value"]), default=None)
+    learned = [v for v in variants if most is None or (v.gain and difference(v.gain, most) != -1)]
+    return min(learned, key=lambda v: (_value(v.moved), _value(v.lost), -_value(v.gain)))
 
 
-def _worse_at(variants: dict[str, list[Summary]]) -> list[str]:
-    """Return a line on the benchmarks that by themselves became worse, variant by variant."""
-    worse = {name: found for name, repeats in variants.items() if (found := surely_worse(repeats))}
-    said = [f"“{name}” at {listed(found)}" for name, found in worse.items()]
-    return [f"Worse at single benchmarks: {'; '.join(said)}."] if said else []
+def _value(figure: Fig | None) -> float:
+    return math.inf if figure is None else float(figure["value"])
 
 
-def warnings(summaries: list[Summary]) -> list[str]:
-    """Return a line per way in which a corpus is not the base's own law, training cut short, or doubtful score."""
-    found: dict[str, dict[str, None]] = {}
-    for summary in summaries:
-        for warning in summary.corpus_warnings:
-            found.setdefault(warning, {})[variant_of(summary.name)] = None
-    stopped = [(s.name, step) for s in summaries if (step := (s.training or {}).get("stopped_at_step")) is not None]
-    hurried = [(s.name, s.training["steps"]) for s in summaries if s.training and _too_late(s.budget, s.training)]
-    doubts = dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings)
+def _alone(variant: Variant) -> Iterator[str]:
+    if gain := variant.gain:
+        yield LEARNED[difference(gain, ZERO)].format(shown(gain))
+    if moved := variant.moved:
+        by = "did not move" if moved["value"] <= UNMOVED else f"moved {shown(moved)} nats per token"
+        yield f"{by} from the base"
+
+
+def _compared(one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
+    """Yield what `one` is to `other`, and from which of the further variants it cannot be told."""
+    against, named = f" as “{other.name}”", f"“{other.name}”"
+    if one.gain and other.gain:
+        sign, against = difference(one.gain, other.gain), ""
+        gains = [number(figure["value"]) for figure in (one.gain, other.gain)]
+        if sign == 0 and difference(one.gain, ZERO) != 1:
+            yield f"is not shown to have learned the target (gain {gains[0]} nats per token, {named} {gains[1]})"
+        else:
+            yield LEARNED_THAN[sign].format(named, *gains)
+    if one.moved and other.moved:
+        yield f"{_distance(one.moved, other.moved)} from the base{against}"
+    alike = [v.name for v in further if _alike(one, v)]
+    if alike and (one.gain or one.moved):
+        yield f"cannot be told from {quoted(alike)}"
+
+
+def _distance(one: Fig, other: Fig) -> str:
+    """Return the share of the distance of `other` in words: a fifth, or 0.43 times."""
+    if min(one["value"], other["value"]) <= UNMOVED:
+        return f"moved {number(one['value'])} against {number(other['value'])} nats per token"
+    ratio = one["value"] / other["value"]
+    part = round(1 / ratio)
+    near = 2 <= part < len(PARTS) + 2 and abs(part * ratio - 1) < 0.1
+    return MOVED[difference(one, other)].format(PARTS[part - 2] if near else f"{number(ratio)} times")
+
+
+def _alike(one: Variant, other: Variant) -> bool:
+    pairs = [(one.gain, other.gain), (one.moved, other.moved), (one.lost, other.lost)]
+    return not any(difference(a, b) for a, b in pairs if a and b)
+
+
+def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
+    """Return the sentence on benchmarks: who lost what, and where no loss shows, how large a one may be invisible."""
+    changes = {v.name: change for v in variants if (change := _change(v))}
+    rest = [v for v in variants if v.repeats[0].benchmarks and v.name not in changes]
+    said = [f"{subject if len(variants) == 1 else f'“{name}”'} {change}" for name, change in changes.items()]
+    said = said if len(said) <= 4 else [*said[:3], f"benchmarks of {len(said) - 3} more changed"]
+    if rest:
+        everyone = {1: "", 2: " for either"}.get(len(variants), " for any variant")
+        who = everyone if len(rest) == len(variants) else f" for {quoted(v.name for v in rest)}"
+        said.append(f"no benchmark shows a loss{who}; {_power(rest)}")
+    text = "; ".join(said)
+    return [f"{text[:1].upper()}{text[1:]}."] if text else []
+
+
+def _change(variant: Variant) -> str:
+    """Return what a variant's benchmarks lost, on average and one by one; empty where nothing is shown."""
+    average, worse = "", surely_worse(variant.repeats)
+    if variant.lost:
+        count = sum(entry.chance_corrected is not None for entry in forgotten_of(variant.repeats[0]))
+        over = f"{count} benchmark{'s' if count > 1 else ''}"
+        average = LOST[difference(variant.lost, ZERO)].format(shown(variant.lost, POINTS), over)
+    return " and ".join(part for part in (average, f"became worse at {listed(worse)}" if worse else "") if part)
+
+
+def surely_worse(summaries: list[Summary]) -> list[str]:
+    """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
+    worse = [{e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries]
+    scores = {name: (unit_of(b), b["base"], b["tuned"]) for name, b in summaries[0].benchmarks.items()}
     return [
-        *(f"Warning: {doubt}." for doubt in doubts),
-        *(f"Warning: the corpus of {quoted(names)} is {warning}." for warning, names in found.items()),
-        *(
-            f"Warning: the training of “{name}” was stopped at step {step} (watch.stop_above)."
-            for name, step in stopped
-        ),
-        *(
-            f"Warning: λ of “{name}” had only {steps} steps to be steered in, and merging had to keep the budget; with "
-            f"{ENOUGH_STEPS} or more steps less is given up (lower mix.target_rows and mix.rehearsal_tokens, or raise "
-            "train.epochs)."
-            for name, steps in hurried
-        ),
+        f"{name} ({number(base * unit.factor)} → {number(tuned * unit.factor)} {unit.score})"
+        for name, (unit, base, tuned) in scores.items()
+        if all(name in names for names in worse)
     ]
 
 
-def _too_late(budget: dict[str, Any] | None, training: dict[str, Any]) -> bool:
-    if budget is None or budget["divergence_estimate"] is None:  # with merge.budget alone nothing was steered
-        return False
-    if (budget.get("ratio_before_merging") or math.inf) <= 1:
-        return False
-    return int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
+def _power(variants: list[Variant]) -> str:
+    """Return how large a loss of one benchmark may stay invisible: the largest over benchmarks and repeats."""
+    entries = [entry for v in variants for s in v.repeats for entry in forgotten_of(s)]
+    counts = [entry.num_documents for entry in entries]
+    low, high = min(counts), max(counts)
+    largest: dict[str, float] = {}
+    for entry in entries:
+        unit, scale = ("points", POINTS) if entry.forgetting.unit == FRACTION else (entry.forgetting.unit, 1)
+        if entry.detectable is not None:
+            largest[unit] = max(largest.get(unit, 0), min(entry.detectable * scale, POINTS if scale > 1 else math.inf))
+    sizes = [f"under {float(f'{drop:.2g}'):g} {unit}" for unit, drop in largest.items()]
+    if unknown := [entry.benchmark for entry in entries if entry.detectable is None]:
+        sizes.append(f"of unknown size at {listed(list(dict.fromkeys(unknown)))}")
+    documents = f"{low:,}{f' to {high:,}' if high > low else ''}"
+    return f"with {documents} documents each, losses {' or '.join(sizes)} may stay invisible"
 
 
-def _learned(summaries: list[Summary]) -> str:
-    gain, name = over_seeds(summaries, "target_gain"), variant_of(summaries[0].name)
-    if gain is None:
-        return ""
-    by = f"{shown(gain)} nats per token"
-    if gain["low"] is None:
-        return f"Held-out rows are too few to say whether “{name}” learned the target (gain {by})."
-    if sign_of(gain) <= 0:
-        found = "became worse at the target itself" if sign_of(gain) else "was not found to have learned the target"
-        return f"“{name}” {found}: the gain in held-out loss is {by}."
-    shares = [[s.target[f"{role}_accuracy"] for s in summaries] for role in ("base", "tuned")]
-    exact = [number(POINTS * sum(found) / len(found)) for found in shares]
-    return (
-        f"“{name}” became better at the target: its loss on held-out rows fell by {by}, "
-        f"and the rows it answers exactly went from {exact[0]} to {exact[1]} %."
-    )
+def remarks(summaries: list[Summary]) -> list[str]:
+    """Return what stands beneath the two sentences: a line per budget, and what brackets mean over seeds."""
+    repeats = {len(v.repeats) for v in variants_of(summaries)} - {1}
+    over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
+    return [*budget_lines(summaries), *over]
 
 
-def _cost(summaries: list[Summary], subject: str) -> str:
-    """Return the sentence on what was forgotten: by the benchmarks, and by how far the predictions moved."""
-    forgot, moved = _forgot(summaries, subject), _moved(summaries)
-    said = "; ".join(part for part in (forgot, moved) if part)
-    return f"{said[:1].upper()}{said[1:]}." if said else ""
+def budget_lines(summaries: Iterable[Summary]) -> list[str]:
+    """Return a line per variant that had a budget; the outcomes of its repeats are counted."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        if summary.budget:
+            variants.setdefault(variant_of(summary.name), []).append(summary.budget)
+    return [f"{'; '.join(_budget(name, budgets))}." for name, budgets in variants.items()]
 
 
-def _forgot(summaries: list[Summary], subject: str) -> str:
-    mean, entries = over_seeds(summaries, "mean_forgetting"), forgotten_of(summaries[0])
-    if not entries:
-        return ""
-    averaged = [entry for entry in entries if mean is None or entry.chance_corrected]
-    over = f"{len(averaged)} benchmark{'s' if len(averaged) > 1 else ''}"
-    worse = surely_worse(summaries)
-    if mean is None:
-        unfound = f"no forgetting was found on {over}{_each(entries)}"
-        return f"{subject} became worse at {listed(worse)}" if worse else unfound
-    points = f"{shown(mean, POINTS)} points on average over {over}"
-    alone = f"{',' if sign_of(mean) > 0 else ', but'} worse by itself: {listed(worse)}" if worse else ""
-    if mean["low"] is None:
-        return f"documents are too few to say whether anything was forgotten: {points} were lost{alone}"
-    if sign_of(mean) > 0:
-        return f"{subject} forgot: it lost {points}{alone}"
-    if sign_of(mean) < 0:
-        return f"{subject} forgot nothing on the whole: it lost {points}, so it gained{alone}"
-    return f"no forgetting was found on the whole: it lost {points}{where(power_over(summaries))}{alone}"
+def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
+    budget, nats = budgets[0], number(budgets[0]["nats"])
+    if len(budgets) > 1:
+        outcomes = [b["outcome"] for b in budgets]
+        counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes]
+        yield f"“{name}”: budget of {nats} nats per token, over {len(budgets)} seeds {', '.join(counts)}"
+        return
+    used = f"{shown(budget['ratio'], POINTS)} % of it" if budget["ratio"] else "the probe was not measured"
+    weight = "" if budget["final_weight"] is None else f", λ {number(budget['final_weight'])} at the end"
+    yield f"“{name}” {OUTCOMES[budget['outcome']].format(nats)} ({used}{weight})"
+    if budget["outcome"] == "unknown" and budget["ratio"]:
+        yield "the probe's interval is too wide to tell, raise probe.rows"
+    if (before := budget.get("ratio_before_merging") or 0) > 1:
+        yield f"merging with the base at alpha {number(budget['alpha'])} took it there from {number(before * POINTS)} %"
+    if cost := budget["target_gain_cost"]:
+        yield COST[difference(cost, ZERO) or 0].format(shown(cost), budget["plain"])
 
 
-def _each(entries: list[BenchmarkForgetting]) -> str:
-    """Return the power of benchmarks without a mean: of the least sharp of those that count documents."""
-    shares = [entry for entry in entries if entry.forgetting.unit == FRACTION and entry.detectable is not None]
-    if len(entries) == 1:
-        return where(power_of(entries[0]))
-    if len(shares) < len(entries):
-        return "".join(f"{', ' if i else ' ('}{e.benchmark}: {power_of(e)}" for i, e in enumerate(entries[:3])) + ")"
-    return where(power_of(max(shares, key=lambda entry: entry.detectable or 0)).replace("would", "on each would"))
+def warnings(summaries: list[Summary]) -> list[str]:
+    """Return a line per doubtful score, corpus that is not the base's own, training cut short or steered too late."""
+    corpora: dict[str, dict[str, None]] = {}
+    for summary in summaries:
+        for warning in summary.corpus_warnings:
+            corpora.setdefault(warning, {})[variant_of(summary.name)] = None
+    doubts = dict.fromkeys(doubt for summary in summaries for doubt in summary.evaluation_warnings)
+    lines = [*doubts, *(f"the corpus of {quoted(names)} is {warning}" for warning, names in corpora.items())]
+    for summary in summaries:
+        training = summary.training or {}
+        if (step := training.get("stopped_at_step")) is not None:
+            lines.append(f"the training of “{summary.name}” was stopped at step {step} (watch.stop_above)")
+        if _steered_too_late(summary.budget or {}, training):
+            lines.append(
+                f"λ of “{summary.name}” had only {training['steps']} steps to be steered in, and merging had to keep "
+                f"the budget; with {ENOUGH_STEPS} or more steps less is given up (lower mix.target_rows and "
+                "mix.rehearsal_tokens, or raise train.epochs)"
+            )
+    return [f"Warning: {line}." for line in lines]
 
 
-def _moved(summaries: list[Summary]) -> str:
-    kl = over_seeds(summaries, "probe_kl")
-    if kl is None:
-        return ""
-    moved = "did not move" if kl["value"] <= UNMOVED else f"moved by {shown(kl)} nats per token"
-    return f"on text that the base model writes unprompted, the tuned model's predictions {moved}"
+def _steered_too_late(budget: dict[str, Any], training: dict[str, Any]) -> bool:
+    steered = budget.get("divergence_estimate") is not None  # with merge.budget alone it is None
+    merged = (budget.get("ratio_before_merging") or math.inf) > 1
+    return steered and merged and int(training.get("steps", ENOUGH_STEPS)) < ENOUGH_STEPS
 
 
-def print_summary(summaries: list[Summary], console: "Console") -> None:
+def print_summary(summaries: list[Summary], console: Console) -> None:
     """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own."""
     print_table(summaries, console)
     for said in (" ".join(two_sentences(summaries)), *remarks(summaries), *warnings(summaries)):
         console.print(Text(said))
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return the names in quotes, as a list in a sentence."""
+    return listed([f"“{name}”" for name in names])
+
+
+def listed(names: list[str], limit: int = 4) -> str:
+    """Return `names` as a list in a sentence; of many, how many more."""
+    *first, last = names if len(names) <= limit else [*names[: limit - 1], f"{len(names) - limit + 1} more"]
+    return f"{', '.join(first)} and {last}" if first else last

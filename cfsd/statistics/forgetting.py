@@ -129,7 +129,7 @@ def benchmark_forgetting(
     except ValueError as error:
         raise ValueError(f"benchmark {name}: {error}") from error
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
-    worse = base - tuned if measure.higher_is_better else tuned - base
+    worse = worsening(measure, base, tuned)
     forgetting, method = _forgetting(measure, base, tuned, worse, counts, seed)
     retention, note = _retention(measure, base, tuned)
     return BenchmarkForgetting(
@@ -147,6 +147,21 @@ def benchmark_forgetting(
         interval_method=method,
         **(_of_flips(worse) if measure.kind == "binary" else _of_changes(worse, forgetting, seed)),
     )
+
+
+def worsening(measure: Measure, base: Floats, tuned: Floats) -> Floats:
+    """Return by how much each document's score became worse: positive is worse."""
+    return base - tuned if measure.higher_is_better else tuned - base
+
+
+def chance_correction(measure: Measure, base: Floats, tuned: Floats) -> float | None:
+    """Return 1/(1 - chance), by which a loss is multiplied for the mean over benchmarks.
+
+    None where chance is not known or the scores are not from 0 to 1; such a benchmark does not count for the mean.
+    """
+    if measure.chance is None or not _is_score(measure, base, tuned):
+        return None
+    return 1 / (1 - measure.chance)
 
 
 def _of_flips(worse: Floats) -> dict[str, Any]:
@@ -186,9 +201,8 @@ def _forgetting(
 
 
 def _chance_corrected(measure: Measure, forgetting: Figure, base: Floats, tuned: Floats) -> Figure | None:
-    if measure.chance is None or not _is_score(measure, base, tuned):
-        return None
-    return forgetting.scaled(1 / (1 - measure.chance), FRACTION)
+    correction = chance_correction(measure, base, tuned)
+    return None if correction is None else forgetting.scaled(correction, FRACTION)
 
 
 def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from cfsd.report.figures.labels import Point, interval, write_names
-from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, Fig, number, sweep_of, unit_of, variant_of
+from cfsd.report.summary import Fig, Summary
+from cfsd.report.table import POINTS, number, sweep_of, unit_of, variant_of
 
 INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they follow light and dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")

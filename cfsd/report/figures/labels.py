@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cfsd.report.table import Fig
+from cfsd.report.summary import Fig
 
 FAR = 16  # typographic points from the marker beyond which a line leads to the name
 MISLEADING = 25.0  # typographic points further that a name may lie rather than nearer to another point than to its own

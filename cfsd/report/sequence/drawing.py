@@ -21,8 +21,8 @@ from cfsd.report.figures.frontier import (
     set_names,
     short,
 )
-from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, Fig, number
+from cfsd.report.summary import Fig, Summary
+from cfsd.report.table import POINTS, number
 from cfsd.statistics.continual import Continual
 
 CELL_INK = "black"  # on a cell's own colour, in a dark page too; INK would follow the page

@@ -1,24 +1,38 @@
-"""The files of a sequence's report folder, and how to make them again from what lies among them."""
+"""The report folder of several targets in turn: page, pictures and figures, from the artifacts of a store alone.
+
+The page is `sequence.html.j2`: the R matrix, what is read from it, what is left of the first base.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from cfsd.errors import BadInput
-from cfsd.report.files import Kept, check_artifacts, write_numbers
-from cfsd.report.rendering import rendered
+from cfsd.report.changed_answers import changed_answers
+from cfsd.report.figures.curves import curve_figures
+from cfsd.report.figures.frontier import embedded, forest_figures
+from cfsd.report.files import Kept, check_artifacts, with_present_names, write_numbers
+from cfsd.report.provenance import provenance_of
+from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
-from cfsd.report.sequence.drawing import matrix_figure
-from cfsd.report.sequence.gaps import DEFINITION
-from cfsd.report.sequence.page import figures_of, write_sequence_page
-from cfsd.report.sequence.retention import CHANGED, LEARNED, OF_BASE, Retention, retention_of
-from cfsd.statistics.continual import described
+from cfsd.report.sequence.drawing import matrix_figure, since_base_figures, stages_of
+from cfsd.report.sequence.gaps import DEFINITION, WHOLE
+from cfsd.report.sequence.retention import CHANGED, LEARNED, OF_BASE, Retention, retention_of, since_the_base
+from cfsd.report.sequence.verdict import learned_and_lost
+from cfsd.report.summary import Summary
+from cfsd.report.table import lines_of, unit_of
+from cfsd.report.training import names_of_models, panels_of
+from cfsd.report.verdict import budget_lines, warnings
+from cfsd.statistics.continual import OF_TARGETS, described
 from cfsd.store.artifact import Store
 from cfsd.store.digests import write_json
 
 SCHEMA = 1
 SEQUENCE = "sequence.json"
+LOSS = "Held-out loss, nats per token: lower is better."
+EXACT = "Held-out responses answered exactly, %: higher is better."
 
 
 def read_measured(folder: Path) -> Measured | None:
@@ -30,7 +44,7 @@ def read_measured(folder: Path) -> Measured | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = with_present_names(json.loads(file.read_text()))
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
         return Measured.model_validate(content)
@@ -55,19 +69,65 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     return retention, [page, *numbers, picture, text, figures]
 
 
+def write_sequence_page(
+    path: Path, store: Store, kept: Kept, stages: list[Summary], measured: Measured, retention: Retention
+) -> None:
+    """Write the page of a sequence to `path`; `stages` are the summaries of the stages, each against its own base."""
+    run_records, since = list(kept.run_records), list(retention.since_base)
+    names, last = [stage.name for stage in run_records], since_the_base(run_records, measured)[-1]
+    matrices = {
+        LOSS: matrix_figure(retention.losses, losses=True),
+        EXACT: matrix_figure(retention.exact, losses=False),
+    }
+    figures = {
+        "matrix": matrices,
+        "since the first base": since_base_figures(since),
+        "forest": forest_figures(since),
+        "curves": curve_figures(panels_of(store, run_records), names, names_of_models(run_records)),
+    }
+    write_page(
+        path,
+        "sequence.html.j2",
+        **_contents(kept.title, retention),
+        notes=[*budget_lines(stages), *kept.notes],
+        warnings=warnings(stages),
+        stages=stages_of(retention.losses.targets),
+        whole_sequence=WHOLE,
+        summaries=since,
+        lines=lines_of(since),
+        unit_of=unit_of,
+        drawn=embedded(figures),
+        changed=changed_answers(store, [last.model_copy(update={"name": f"first base against the model {last.name}"})]),
+        **provenance_of(store, run_records, stages),
+    )
+
+
+def _contents(title: str, retention: Retention) -> dict[str, Any]:
+    """Return the figures and their definitions as `sequence.html.j2` and `continual.md.j2` read them."""
+    content = retention.model_dump()
+    return {
+        "title": title,
+        "verdict": " ".join(learned_and_lost(retention)),
+        "targets": retention.losses.targets,
+        **{name: content[name] for name in ("losses", "exact", "learned", "benchmarks", "gaps")},
+        "changed_targets": content["changed"],
+        "definitions": {"learned": LEARNED, "change": CHANGED}
+        | {name.replace("_", " "): text for name, text in OF_TARGETS.items()},
+        "gap_definition": DEFINITION,
+        "of_base": OF_BASE,
+    }
+
+
 def _write_figures(path: Path, retention: Retention) -> None:
     content = retention.model_dump(mode="json")
-    gaps = content.pop("gaps")
-    since = {
-        summary["name"]: {name: summary[name] for name in ("probe_kl", "mean_forgetting", "benchmarks", "texts")}
-        for summary in content.pop("since_base")
-    }
+    targets, summaries, gaps = (content.pop(name) for name in ("losses", "since_base", "gaps"))
+    shared = ("probe_kl", "mean_forgetting", "benchmarks", "texts")
     write_json(
         path,
         {
-            "targets": content.pop("losses"),
+            "targets": targets,
             **content,
-            "since_base": since,
+            "since_base": {summary["name"]: {name: summary[name] for name in shared} for summary in summaries},
             "stability_gap": {"definition": DEFINITION, "found": gaps},
             "definitions": {"learned": LEARNED, "changed": CHANGED, "since_base": OF_BASE},
         },
@@ -76,6 +136,6 @@ def _write_figures(path: Path, retention: Retention) -> None:
 
 def described_sequence(title: str, retention: Retention) -> str:
     """Return the figures as Markdown, each with its definition, after the two sentences."""
-    described_figures = list(map(described, (retention.losses, retention.exact, *retention.benchmarks)))
+    texts = [described(figures) for figures in (retention.losses, retention.exact, *retention.benchmarks)]
     since = [summary.model_dump() for summary in retention.since_base]
-    return rendered("continual.md.j2", **figures_of(title, retention), described=described_figures, since_base=since)
+    return rendered("continual.md.j2", **_contents(title, retention), described=texts, since_base=since)

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cfsd.report.measures import benchmark_of
 from cfsd.report.run_record import Measured, RunRecord, Scores
-from cfsd.report.scores import table
+from cfsd.report.scores import table, target_gain
 from cfsd.report.sequence.gaps import Gap, gaps_of
-from cfsd.report.summarise import benchmark_of, summarise
+from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary
 from cfsd.statistics.continual import Continual, Stability, continual, stability
-from cfsd.statistics.figures import FRACTION, NATS, Figure, difference_per_token, paired_share_difference
+from cfsd.statistics.figures import FRACTION, NATS, Figure, paired_share_difference
 from cfsd.store.artifact import Artifact, Store
 
 LEARNED = (
@@ -70,8 +71,7 @@ def retention_of(
 
 def _fall_of_loss(store: Store, before: Artifact, after: Artifact) -> Figure:
     """Return by how much the loss fell, in nats per token, paired by row."""
-    first, second = (table(store, scores, "responses") for scores in (before, after))
-    return difference_per_token(first["nll"].to_numpy(), second["nll"].to_numpy(), first["count"].to_numpy(), seed=0)
+    return target_gain(*(table(store, scores, "responses") for scores in (before, after)))
 
 
 def _rise_of_exact(store: Store, before: Artifact, after: Artifact) -> Figure:

@@ -1,17 +1,17 @@
 """What a sequence of targets learned and lost, in two sentences, within what the intervals allow."""
 
-from cfsd.report.comparisons import listed, quoted
 from cfsd.report.sequence.retention import Retention
 from cfsd.report.table import POINTS, number, shown, sign_of
-from cfsd.report.verdict import two_sentences
+from cfsd.report.verdict import listed, quoted, two_sentences
 from cfsd.statistics.continual import Continual
 
 
 def learned_and_lost(retention: Retention) -> list[str]:
     """Return what was learned, stage by stage, and what was lost of the earlier targets and of the first base."""
-    last = retention.since_base[-1]
-    of_base = "".join(two_sentences([last])).removesuffix(".").replace(f"“{last.name}”", "the last model")
-    against = f"; against the first base, {of_base[:1].lower()}{of_base[1:]}" if of_base else ""
+    last = retention.since_base[-1].model_copy(update={"name": "the last model"})
+    sentences = [sentence.replace("“the last model”", "the last model") for sentence in two_sentences([last])]
+    of_base = "; ".join(f"{sentence[:1].lower()}{sentence[1:-1]}" for sentence in sentences)
+    against = f"; against the first base, {of_base}" if of_base else ""
     return [_learned(retention), f"{_lost_of_targets(retention)}{against}."]
 
 

@@ -5,22 +5,22 @@ from typing import Any
 
 import pytest
 
-from cfsd.report.budget import budget_sentences, judge, plain_variant
+from cfsd.report.budget import judge, plain_variant
 from cfsd.report.run_record import RunRecord
-from cfsd.report.summarise import summarise
+from cfsd.report.summarise import headline, summarise
+from cfsd.report.table import shown
 from cfsd.report.training import (
     CURVE_POINTS,
     in_blocks,
     metrics_of,
     panels_of,
     stability_gap,
-    training_figures,
     training_of,
 )
-from cfsd.report.verdict import verdict, warnings
+from cfsd.report.verdict import budget_lines, verdict, warnings
 from cfsd.store.artifact import Artifact, Draft, key_of
 from cfsd.train.controller import LOWEST
-from tests.test_report import World, report_of
+from tests.test_report import World, recipe_of, report_of
 
 Metrics = dict[int, dict[str, float]]
 METADATA = {"steps": 40, "tokens": 9000, "target_tokens": 3000, "rehearsal_tokens": 6000, "peak_memory": 1_234_000_000}
@@ -46,7 +46,7 @@ def path_of(weights: list[float], budget: float) -> Metrics:
 
 
 class Trained(World):
-    """A world whose variants have a recipe, facts and metrics of training of their own."""
+    """A world whose variants have a recipe, metadata and metrics of training of their own."""
 
     def variant(
         self,
@@ -63,7 +63,7 @@ class Trained(World):
         steps = tuple(s.model_copy(update={"artifact": tuned}) if s.stage == "train" else s for s in run_record.steps)
         artifacts = run_record.artifacts | {"tuned": tuned, "final": tuned}
         return run_record.model_copy(
-            update={"recipe": {"name": name, **recipe}, "artifacts": artifacts, "steps": steps}
+            update={"recipe": recipe_of(name, **recipe), "artifacts": artifacts, "steps": steps}
         )
 
     def model(self, name: str, metadata: dict[str, Any], metrics: Metrics) -> Artifact:
@@ -78,12 +78,13 @@ class Trained(World):
         )[0]
 
     def plain(self, name: str = "finetune", **recipe: Any) -> RunRecord:
-        return self.variant(name, loss=0.5, kl=0.8, metadata=PLAIN, **recipe)
+        return self.variant(name, loss=0.5, kl=0.8, metadata=PLAIN, **{"generate": {"rows": 0}} | recipe)
 
     def budgeted(self, name: str = "budget", kl: float = 0.1, loss: float = 0.55, **metadata: Any) -> RunRecord:
         metadata = {"budget": 0.1, "final_weight": 2.5, "divergence_estimate": 0.101, "most_row_views": 3} | metadata
         metrics = path_of([1.1**step for step in range(40)], budget=0.1)
-        recipe = {"train": {"rehearsal": {"budget": 0.1, "loss": "kl"}}}
+        rehearsal = {"budget": 0.1, "loss": "kl"}
+        recipe = {"generate": {"top_logprobs": 64}, "train": {"rehearsal": rehearsal}}
         return self.variant(name, loss=loss, kl=kl, metadata=metadata, metrics=metrics, **recipe)
 
 
@@ -137,9 +138,10 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     assert budget["target_gain_cost"]["value"] == pytest.approx(0.05)
     assert budget["target_gain_cost"]["low"] > 0
     said = verdict(summaries)
-    assert "“budget” kept its budget of 0.100 nats per token and used it up: probe_kl is" in said
-    assert "λ at 2.50. That gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
-    flat = training_figures(summaries[1])
+    used = f"{shown(budget['ratio'], 100)} % of it, λ 2.50 at the end"
+    assert f"“budget” kept its budget of 0.100 nats per token and used it up ({used}); it gave up" in said
+    assert "; it gave up 0.0500 [0.0500, 0.0500] nats per token of the target gain of “finetune”." in said
+    flat = headline(summaries[1])
     assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
     alone = summarise(world.store, run_records[1]).budget
     assert alone and alone["target_gain_cost"] is None and alone["plain"] is None
@@ -149,9 +151,10 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     found = summarise(world.store, world.budgeted()).model_copy(update={"name": "wide"})
     assert found.budget
     wide = found.model_copy(update={"budget": found.budget | judge(probe(0.1, 0.03), 0.1, 2.0)})
-    assert "too wide to tell (half of it is 30.0 % of the value; 10 % is enough)" in budget_sentences([wide])[0]
+    assert "may or may not have kept its budget of 0.100 nats per token" in budget_lines([wide])[0]
+    assert "the probe's interval is too wide to tell, raise probe.rows" in budget_lines([wide])[0]
     lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, LOWEST)})
-    assert "λ at its floor" in budget_sentences([lowest])[0]
+    assert "would have kept its budget of 0.100 nats per token with hardly any rehearsal" in budget_lines([lowest])[0]
 
 
 def merged(run_record: RunRecord, alpha: float, before: float = 0.14) -> RunRecord:
@@ -164,18 +167,18 @@ def merged(run_record: RunRecord, alpha: float, before: float = 0.14) -> RunReco
 def test_merging_that_kept_a_budget_is_said(world: Trained) -> None:
     found = summarise(world.store, merged(world.budgeted(), 0.7))
     assert found.budget and (found.budget["alpha"], found.budget["ratio_before_merging"]) == (0.7, pytest.approx(1.4))
-    (said,) = budget_sentences([found])
-    assert "Before merging it stood at 140 % of it; the base was mixed in (alpha 0.700)." in said
-    assert training_figures(found)["budget/alpha"] == 0.7
+    (said,) = budget_lines([found])
+    assert said.endswith("; merging with the base at alpha 0.700 took it there from 140 %.")
+    assert headline(found)["budget/alpha"] == 0.7
     for alpha in (1.0, 0.5):  # as trained, and as asked for
         untouched = summarise(world.store, merged(world.budgeted(), alpha, before=0.095))
-        assert "merging" not in budget_sentences([untouched])[0]
+        assert "merging" not in budget_lines([untouched])[0]
 
 
 def test_seeds_of_a_budget_are_counted(world: Trained) -> None:
     kls = [0.1, 0.1, 0.3]
     repeats = [summarise(world.store, world.budgeted(f"b seed={i}", kl=kl)) for i, kl in enumerate(kls)]
-    assert budget_sentences(repeats) == ["Budget of 0.100 nats per token of “b”, over 3 seeds: 2 tight, 1 missed."]
+    assert budget_lines(repeats) == ["“b”: budget of 0.100 nats per token, over 3 seeds 2 tight, 1 missed."]
 
 
 def test_the_cost_is_against_plain_training_of_the_same_seed(world: Trained) -> None:
@@ -286,7 +289,8 @@ def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int
 def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
     summary = summarise(world.store, world.budgeted())
     plain = type(summary)(**summary.model_dump(exclude={"budget", "stability_gap", "training"}))
-    assert training_figures(plain) == {} and warnings([plain]) == []
+    started = ("budget/", "stability_gap/", "worst/", "training/")
+    assert not [name for name in headline(plain) if name.startswith(started)] and warnings([plain]) == []
     assert "budget" not in verdict([plain]).replace("“budget”", "")
 
 
