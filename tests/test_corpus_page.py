@@ -87,7 +87,8 @@ def test_figures_equal_a_plain_count(store: Store, make: Make) -> None:
         found = [gram for text in texts for gram in grams(text, n)]
         assert stage.distinct[n] == pytest.approx(len(set(found)) / len(found))
     repeated = [1 - len(set(own)) / len(own) for text in texts if (own := grams(text, 4))]
-    assert stage.repetition == pytest.approx(np.mean(repeated))
+    assert stage.repetitions == pytest.approx(repeated)
+    assert stage.figures()["repetition, %"] == pytest.approx(100 * np.mean(repeated))
     assert stage.mean_logprob == pytest.approx(sum(sum(r["logprobs"][1:]) for r in rows) / tokens)
     assert stage.finish_reasons["eos"] == sum(r["finish_reason"] == "eos" for r in rows)
     firsts = [text[0] for text in texts]

@@ -4,9 +4,9 @@ What grows with the table is 8 bytes per row. T tokens, R rows of a batch.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from cfsd.store.tables import batches, shards
 ORDERS = (1, 2, 3, 4)
 COLUMNS = ["source", "token_ids", "logprobs", "finish_reason"]
 FINISHED = {"eos": "ended by the model", "length": "cut off"}
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 
 class Inventory(NamedTuple):
@@ -49,38 +49,6 @@ def inventory(folder: Path) -> Inventory:
     return Inventory(rows, tokens, top_k, dict(bytes_of))
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The figures of a corpus at one point: as sampled, after the filter, or after selection."""
-
-    name: str
-    key: str
-    rows: int
-    tokens: int  # sampled
-    prompt_tokens: int  # start token, prompts, separators: the model did not sample them
-    mean_logprob: float | None  # nats per sampled token, under the base
-    finish_reasons: dict[str, int]
-    distinct: dict[int, float]  # distinct-n by n; 1: no n-gram comes twice
-    repetition: float | None  # mean over rows of the share of 4-grams that stood earlier in the row
-    most_repetitive: float | None  # the same share, exceeded by one row in twenty
-    repetition_rows: int  # on which repetition was measured
-    ngram_tokens: int  # on which distinct-n was measured
-
-    def figures(self) -> dict[str, float | None]:
-        """Return the figures by their labels on the page; shares in percent, log-probabilities in nats per token."""
-        ends = sum(self.finish_reasons.values())
-        figures = {
-            "rows": self.rows,
-            "sampled tokens": self.tokens,
-            "prompt tokens": self.prompt_tokens,
-            "mean log-probability": self.mean_logprob,
-            **{f"{FINISHED.get(r, r)}, % of rows": POINTS * n / ends for r, n in self.finish_reasons.items()},
-            **{f"distinct-{n}": self.distinct.get(n) for n in ORDERS},
-        }
-        repeated = {"repetition, %": self.repetition, "repetition, above in 1 row of 20, %": self.most_repetitive}
-        return figures | {label: None if share is None else POINTS * share for label, share in repeated.items()}
-
-
 class Fractions(NamedTuple):
     """Which part of the rows each figure of n-grams is computed on; 1 or more: all."""
 
@@ -89,24 +57,59 @@ class Fractions(NamedTuple):
     pairs: float
 
 
-class CorpusCounts:
-    """What one pass over a corpus table counts; `add` takes one more batch of its rows."""
+@dataclass
+class Stage:
+    """A corpus at one point: as sampled, after the filter, or after selection; `add` counts one more batch of rows."""
 
-    def __init__(self, fractions: Fractions) -> None:
-        """Start with nothing counted."""
-        self.fractions = fractions
-        self.rows = self.tokens = self.prompt_tokens = self.ngram_tokens = 0
-        self.nats = 0.0
-        self.sources: Counter[str] = Counter()  # sampled tokens
-        self.finish_reasons: Counter[str] = Counter()
-        self.first_tokens: Counter[int] = Counter()  # rows whose sampled text begins with the token
-        self.first_probabilities: Counter[int] = Counter()  # summed over these rows
-        self.repetition: list[float] = []  # per row that was looked at
-        self.pair_places: list[int] = []  # of the rows whose n-grams are in `pair_sets`
-        self.pair_sets: list[Hashes] = []
-        self._lengths: list[Ints] = []
-        self._means: list[Floats] = []
-        self._hashes: dict[int, list[Hashes]] = defaultdict(list)
+    name: str
+    key: str
+    fractions: Fractions = field(repr=False)
+    rows: int = 0
+    tokens: int = 0  # sampled
+    prompt_tokens: int = 0  # start token, prompts, separators: the model did not sample them
+    ngram_tokens: int = 0  # on which distinct-n was measured
+    nats: float = 0.0  # log-probabilities under the base, summed over the sampled tokens
+    distinct: dict[int, float] = field(default_factory=dict)  # distinct-n by n; 1: no n-gram occurs twice
+    sources: Counter[str] = field(default_factory=Counter)  # sampled tokens
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    first_tokens: Counter[int] = field(default_factory=Counter, repr=False)  # rows whose sampled text begins so
+    first_probabilities: Counter[int] = field(default_factory=Counter, repr=False)  # summed over these rows
+    repetitions: list[float] = field(default_factory=list, repr=False)  # share of 4-grams seen earlier in the row
+    pair_sets: dict[int, Hashes] = field(default_factory=dict, repr=False)  # the n-grams of rows, by their place
+    _lengths: list[Ints] = field(default_factory=list, repr=False)
+    _means: list[Floats] = field(default_factory=list, repr=False)
+    _hashes: dict[int, list[Hashes]] = field(default_factory=lambda: defaultdict(list), repr=False)
+
+    def lengths(self) -> Ints:
+        """Return the number of sampled tokens of every row."""
+        return np.concatenate([np.zeros(0, np.int32), *self._lengths])
+
+    def means(self) -> Floats:
+        """Return the mean log-probability of every row's sampled tokens, nats; nan where there is none."""
+        return np.concatenate([np.zeros(0, np.float32), *self._means])
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Nats per sampled token, under the base; None where no log-probabilities are known."""
+        return self.nats / self.tokens if np.isfinite(self.means()).any() else None
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the figures by their labels on the page; shares in percent, log-probabilities in nats per token.
+
+        Repetition: the mean over rows of the share of 4-grams that occur earlier in the row, and what one row in
+        twenty exceeds.
+        """
+        shares, ends = POINTS * np.array(self.repetitions), sum(self.finish_reasons.values())
+        return {
+            "rows": self.rows,
+            "sampled tokens": self.tokens,
+            "prompt tokens": self.prompt_tokens,
+            "mean log-probability": self.mean_logprob,
+            **{f"{FINISHED.get(r, r)}, % of rows": POINTS * n / ends for r, n in self.finish_reasons.most_common()},
+            **{f"distinct-{n}": self.distinct.get(n) for n in ORDERS},
+            "repetition, %": float(shares.mean()) if len(shares) else None,
+            "repetition, above in 1 row of 20, %": float(np.quantile(shares, 0.95)) if len(shares) else None,
+        }
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Count one more batch of rows."""
@@ -139,65 +142,33 @@ class CorpusCounts:
         self.ngram_tokens += int(some.sampled_T.sum())
         for order in ORDERS:
             self._hashes[order].append(ngrams(some, order).hash_G)
-        self.repetition += repetition(ngrams(repeated, PAIR_ORDER))
+        self.repetitions += repetition(ngrams(repeated, PAIR_ORDER))
         grams = ngrams(paired, PAIR_ORDER)
         edges = np.searchsorted(grams.row_G, np.arange(count + 1))
         for row in np.flatnonzero(spread(self.rows, count, self.fractions.pairs)).tolist():
-            self.pair_places.append(self.rows + row)
-            self.pair_sets.append(np.unique(grams.hash_G[edges[row] : edges[row + 1]]))
+            self.pair_sets[self.rows + row] = np.unique(grams.hash_G[edges[row] : edges[row + 1]])
 
-    def lengths(self) -> Ints:
-        """Return the number of sampled tokens of every row."""
-        return np.concatenate([np.zeros(0, np.int32), *self._lengths])
-
-    def means(self) -> NDArray[np.float32]:
-        """Return the mean log-probability of every row's sampled tokens, nats; nan where there is none."""
-        return np.concatenate([np.zeros(0, np.float32), *self._means])
-
-    @property
-    def has_logprobs(self) -> bool:
-        """Whether any row has log-probabilities."""
-        return bool(np.isfinite(self.means()).any())
-
-    def distinct(self) -> dict[int, float]:
-        """Return distinct-n: different n-grams / n-grams, of `ngram_tokens` sampled tokens.
+    def finish(self) -> None:
+        """Measure distinct-n: different n-grams / n-grams, of `ngram_tokens` sampled tokens.
 
         Source: Li et al. 2016, arXiv:1510.03055, where the metric is introduced. Differs: n-grams of the model's
         tokens, not of words; divided by the n-grams of that order, not by all tokens, so that 1 is the most.
         """
-        shares = {}
         for order, parts in self._hashes.items():
             hashes = np.concatenate(parts)
             hashes.sort()  # np.unique of numpy 2.4 builds a hash table: 0.4 s in place of 0.05 for a million
             if len(hashes):
-                shares[order] = (1 + int((hashes[1:] != hashes[:-1]).sum())) / len(hashes)
-        return shares
-
-    def stage(self, name: str, key: str) -> Stage:
-        """Return the figures of the whole table, which is the artifact called `key`."""
-        repeated = self.repetition
-        return Stage(
-            name=name,
-            key=key,
-            rows=self.rows,
-            tokens=self.tokens,
-            prompt_tokens=self.prompt_tokens,
-            mean_logprob=self.nats / self.tokens if self.has_logprobs else None,
-            finish_reasons=dict(self.finish_reasons.most_common()),
-            distinct=self.distinct(),
-            repetition=float(np.mean(repeated)) if repeated else None,
-            most_repetitive=float(np.quantile(repeated, 0.95)) if repeated else None,
-            repetition_rows=len(repeated),
-            ngram_tokens=self.ngram_tokens,
-        )
+                self.distinct[order] = (1 + int((hashes[1:] != hashes[:-1]).sum())) / len(hashes)
+        self._hashes.clear()
 
 
-def count_corpus(folder: Path, fractions: Fractions) -> CorpusCounts:
-    """Return what is counted of the corpus table in `folder`."""
-    counts = CorpusCounts(fractions)
+def measure_stage(name: str, key: str, folder: Path, fractions: Fractions) -> Stage:
+    """Return the figures of the corpus table in `folder`, which is the artifact called `key`."""
+    stage = Stage(name, key, fractions)
     for batch in batches(folder, "corpus", COLUMNS):
-        counts.add(batch)
-    return counts
+        stage.add(batch)
+    stage.finish()
+    return stage
 
 
 def _strings(batch: pa.RecordBatch, column: str) -> list[str]:

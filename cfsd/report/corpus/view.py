@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cfsd.data.ngrams import nearest_pairs
-from cfsd.report.corpus.measure import CorpusCounts, Fractions, Inventory, Stage, count_corpus, inventory
+from cfsd.report.corpus.measure import Fractions, Stage, inventory, measure_stage
 from cfsd.report.corpus.text import Decode, Rejected, TextRow, decoder, rejected_by, rows_at
 from cfsd.store.artifact import Artifact, Store
 
@@ -115,16 +115,14 @@ def describe_corpus(
 ) -> CorpusView:
     """Return what is in `corpus` and what became of it; `base` gives the tokenizer, by which tokens become text."""
     artifacts = _stages_that_changed(corpus, filtered, selected)
-    sizes = {name: inventory(store.path(artifact)) for name, artifact in artifacts.items()}
-    counts = _count_all(store, artifacts, sizes)
-    name, artifact = list(artifacts.items())[-1]
-    sampled, last, decode = counts["sampled"], counts[name], decoder(store, base)
-    pairs = [
-        (pair.overlap, last.pair_places[pair.one], last.pair_places[pair.other])
-        for pair in nearest_pairs(last.pair_sets, PAIRS)
-    ]
+    size = inventory(store.path(corpus))
+    stages = _measured(store, artifacts)
+    sampled, last, decode = stages[0], stages[-1], decoder(store, base)
+    folder, pair_places = store.path(artifacts[last.name]), list(last.pair_sets)
+    pairs = [(p.overlap, pair_places[p.one], pair_places[p.other])
+             for p in nearest_pairs(list(last.pair_sets.values()), PAIRS)]  # fmt: skip
     places = _evenly_by_mean(last)
-    rows = rows_at(store.path(artifact), [*places, *(place for pair in pairs for place in pair[1:])], decode)
+    rows = rows_at(folder, [*places, *(place for pair in pairs for place in pair[1:])], decode)
     warnings, engine = corpus_warnings(corpus.metadata), store.manifest(corpus).get("environment", {}).get("engine")
     return CorpusView(
         key=corpus.key,
@@ -133,16 +131,12 @@ def describe_corpus(
         halved_shards=_number_of(corpus.metadata.get("halved_shards")),
         dropped_rows=_metadata(corpus, "dropped_rows", {}),
         engine=str(_metadata(corpus, "engine", "") or engine or ""),
-        top_k=sizes["sampled"].top_k,
-        bytes_per_token={
-            column: size / sampled.tokens
-            for column, size in Counter(sizes["sampled"].bytes_of).most_common()
-            if sampled.tokens
-        },
-        stages=tuple(count.stage(name, artifacts[name].key) for name, count in counts.items()),
+        top_k=size.top_k,
+        bytes_per_token={c: n / sampled.tokens for c, n in Counter(size.bytes_of).most_common() if sampled.tokens},
+        stages=stages,
         sources={source: tokens / max(1, last.tokens) for source, tokens in last.sources.most_common()},
-        lengths=_histogram({name: count.lengths() for name, count in counts.items()}, whole=True),
-        mean_logprobs=_histogram({name: count.means() for name, count in counts.items()}, whole=False),
+        lengths=_histogram({stage.name: stage.lengths() for stage in stages}, whole=True),
+        mean_logprobs=_histogram({stage.name: stage.means() for stage in stages}, whole=False),
         first_tokens=_first_tokens(sampled, decode),
         samples=tuple(rows[place] for place in places),
         pairs=tuple(NearRows(overlap, rows[one], rows[other]) for overlap, one, other in pairs),
@@ -166,16 +160,17 @@ def _stages_that_changed(corpus: Artifact, filtered: Artifact | None, selected: 
     return artifacts
 
 
-def _count_all(store: Store, artifacts: dict[str, Artifact], sizes: dict[str, Inventory]) -> dict[str, CorpusCounts]:
-    """Count every stage, on as many n-grams as the smallest has: distinct-n falls as the text grows."""
+def _measured(store: Store, artifacts: dict[str, Artifact]) -> tuple[Stage, ...]:
+    """Return every stage, measured on as many n-grams as the smallest has: distinct-n falls as the text grows."""
+    sizes = {name: inventory(store.path(artifact)) for name, artifact in artifacts.items()}
     tokens = min(NGRAM_TOKENS, *(size.tokens for size in sizes.values()))
-    counts: dict[str, CorpusCounts] = {}
+    stages = []
     for name, artifact in artifacts.items():
-        size = sizes[name]
-        bounded = NGRAM_TOKENS / max(1, size.tokens)
-        pairs = min(bounded, PAIR_ROWS / max(1, size.rows)) if name == [*artifacts][-1] else 0
-        counts[name] = count_corpus(store.path(artifact), Fractions(tokens / max(1, size.tokens), bounded, pairs))
-    return counts
+        bounded = NGRAM_TOKENS / max(1, sizes[name].tokens)
+        pairs = min(bounded, PAIR_ROWS / max(1, sizes[name].rows)) if name == [*artifacts][-1] else 0
+        fractions = Fractions(tokens / max(1, sizes[name].tokens), bounded, pairs)
+        stages.append(measure_stage(name, artifact.key, store.path(artifact), fractions))
+    return tuple(stages)
 
 
 def _histogram(values: dict[str, Any], *, whole: bool) -> Histogram | None:
@@ -202,24 +197,24 @@ def _edges(low: float, high: float, rows: int, *, whole: bool) -> Any:
     return np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
 
-def _first_tokens(counts: CorpusCounts, decode: Decode | None) -> tuple[FirstToken, ...]:
+def _first_tokens(stage: Stage, decode: Decode | None) -> tuple[FirstToken, ...]:
     """Return the most frequent first tokens; all context-free rows begin with the same probabilities."""
-    is_alike = set(counts.sources) == {"context-free"} and counts.has_logprobs
-    ranked = sorted(counts.first_tokens.items(), key=lambda entry: (-entry[1], entry[0]))[:FIRST_TOKENS]
+    is_alike = set(stage.sources) == {"context-free"} and stage.mean_logprob is not None
+    ranked = sorted(stage.first_tokens.items(), key=lambda entry: (-entry[1], entry[0]))[:FIRST_TOKENS]
     return tuple(
         FirstToken(
             text=json.dumps(decode([token]), ensure_ascii=False) if decode else f"token {token}",
             rows=rows,
-            share=rows / counts.first_tokens.total(),
-            probability=counts.first_probabilities[token] / rows if is_alike else None,
+            share=rows / stage.first_tokens.total(),
+            probability=stage.first_probabilities[token] / rows if is_alike else None,
         )
         for token, rows in ranked
     )
 
 
-def _evenly_by_mean(counts: CorpusCounts) -> list[int]:
+def _evenly_by_mean(stage: Stage) -> list[int]:
     """Return the places of rows to read, one from each twentieth of the rows in order of mean log-probability."""
-    order = np.argsort(counts.means(), kind="stable")
+    order = np.argsort(stage.means(), kind="stable")
     number = min(SAMPLES, len(order))
     ranks = (np.arange(number) + 0.5) * len(order) / max(1, number)
     return [int(order[int(rank)]) for rank in ranks]
