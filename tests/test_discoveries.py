@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cfsd.statistics.discoveries import controlled, discoveries, finding, power_of
+from cfsd.statistics.discoveries import change_of, controlled, finding, power_of
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting
 from cfsd.statistics.intervals import mcnemar_p
 
@@ -27,6 +27,10 @@ def flipped(name: str, lost: int, gained: int, total: int = 200) -> BenchmarkFor
     return scored(name, ACCURACY, [1.0] * lost + [0.0] * gained + same, [0.0] * lost + [1.0] * gained + same)
 
 
+def changes(entries: list[BenchmarkForgetting]) -> dict[str, str]:
+    return {entry.benchmark: change_of(entry) for entry in controlled(entries)}
+
+
 def test_q_values_are_the_step_up_of_benjamini_and_hochberg() -> None:
     flips = [(20, 2), (9, 3), (4, 4), (1, 0), (3, 14)]
     entries = [flipped(str(i), *counts) for i, counts in enumerate(flips)]
@@ -41,15 +45,14 @@ def test_q_values_are_the_step_up_of_benjamini_and_hochberg() -> None:
 def test_a_finding_alone_may_be_none_among_many() -> None:
     one = flipped("one", 10, 2)
     assert one.p_value is not None and 0.03 < one.p_value < 0.05
-    assert discoveries([one]).worse == ("one",)
-    found = discoveries([one, *(flipped(str(i), 4, 4) for i in range(9))])
-    assert found.worse == found.better == ()
-    assert found.unsettled[0] == "one"
+    assert changes([one]) == {"one": "worse"}
+    among = changes([one, *(flipped(str(i), 4, 4) for i in range(9))])
+    assert len(among) == 10 and set(among.values()) == {"unsettled"}
 
 
 def test_findings_have_a_direction() -> None:
-    found = discoveries([flipped("lost", 30, 2), flipped("won", 2, 30), flipped("same", 3, 3)])
-    assert (found.worse, found.better, found.unsettled) == (("lost",), ("won",), ("same",))
+    found = changes([flipped("lost", 30, 2), flipped("won", 2, 30), flipped("same", 3, 3)])
+    assert found == {"lost": "worse", "won": "better", "same": "unsettled"}
 
 
 def test_of_the_findings_at_most_5_percent_are_false() -> None:

@@ -31,8 +31,8 @@ def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
     assert lost == [
         "“finetune” learned more than “rehearse” (gain 1.50 against 1.00 nats per token) and moved 5.00 times as far "
         "from the base.",
-        "“finetune” lost 20.0 [18.0, 22.0] points on average over 1 benchmark and became worse at b (90.0 → 80.0 %); no "
-        f"benchmark shows a loss for “rehearse”; {UNSEEN}.",
+        "“finetune” lost 20.0 [18.0, 22.0] points on average over 1 benchmark and became worse at b (90.0 → 80.0 %); "
+        f"no benchmark shows a loss for “rehearse”; {UNSEEN}.",
     ]
 
 
@@ -138,7 +138,8 @@ def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_co
     ]  # fmt: skip
     learned, lost = two_sentences(several)
     assert learned == (
-        "Of 4 variants, “b” learned as much as “a”, moved a quarter as far from the base and cannot be told from “c”."
+        "Of 4 variants, “b” learned as much as “a”, moved a quarter as far from the base and is not distinguishable "
+        "from “c”."
     )  # d moved least, but learned less
     assert lost.startswith("“a” lost 50.0 [48.0, 52.0] points on average")
     assert "; “c” lost 3.00 [1.00, 5.00] points" in lost and "; “d” lost 30.0 [28.0, 32.0] points" in lost

@@ -20,6 +20,12 @@ from cfsd.recipe import Recipe
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
 
+SCHEMA: Literal[1] = 1
+LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
+DIGITS = 6
+NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
+MEAN = "mean_forgetting"
+
 
 class Measured(NamedTuple):
     """One figure of one run: sum(sums)/sum(counts), document by document in a fixed order."""
@@ -40,23 +46,9 @@ class Measured(NamedTuple):
 
 def mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
     """Return the weight of every benchmark in the mean of chance-corrected forgetting."""
-    corrections = [
-        {name: found.correction for name, found in run.items() if found.correction is not None} for run in runs
-    ]
+    corrections = [{name: m.correction for name, m in run.items() if m.correction is not None} for run in runs]
     known = set.intersection(*map(set, corrections)) if corrections else set()
     return {name: correction / len(known) for name, correction in corrections[0].items() if name in known}
-
-
-def mean_value(run: dict[str, Measured], parts: dict[str, float]) -> float:
-    """Return the mean forgetting of one run, as a fraction."""
-    return sum(weight * run[name].value for name, weight in parts.items())
-
-
-SCHEMA: Literal[1] = 1
-LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
-DIGITS = 6
-NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
-MEAN = "mean_forgetting"
 
 
 class Documents(BaseModel):
@@ -149,11 +141,9 @@ def baseline_of(
 
 def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
     """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
-    kept = {
-        name: figure.model_copy(update={"margin": known.figures[name].margin}) if name in known.figures else figure
-        for name, figure in baseline.figures.items()
-    }
-    return baseline.model_copy(update={"figures": kept})
+    margins = {name: known.figures.get(name, figure).margin for name, figure in baseline.figures.items()}
+    figures = {n: figure.model_copy(update={"margin": margins[n]}) for n, figure in baseline.figures.items()}
+    return baseline.model_copy(update={"figures": figures})
 
 
 def _figure(runs: Sequence[Measured]) -> BaselineFigure:
@@ -191,28 +181,20 @@ def guarded(baseline: Baseline, runs: Sequence[dict[str, Measured]]) -> list[Gua
     """Return what the gate is to judge: every figure of the baseline. Raises BadInput where one is not measured."""
     for run in runs:
         baseline.check_measured(run)
-    parts = baseline.figures[MEAN].parts if MEAN in baseline.figures else {}
-    variances = {name: _variance(baseline, name, runs) for name in baseline.figures if name != MEAN}
-    found = []
-    for name, figure in baseline.figures.items():
-        if name == MEAN:
-            variance = sum(weight**2 * variances[part] for part, weight in parts.items())
-            fresh, documents = [mean_value(run, parts) for run in runs], min(len(runs[0][part].sums) for part in parts)
-        else:
-            variance, documents = variances[name], len(runs[0][name].sums)
-            fresh = [run[name].value for run in runs]
-        shared = figure.model_dump(include={"unit", "higher_is_better", "margin", "least_spread"})
-        found.append(
-            Guarded(
-                name=name,
-                baseline=figure.values,
-                fresh=tuple(fresh),
-                document_variance=variance,
-                num_documents=documents,
-                **shared,
-            )
-        )
-    return found
+    return [_guarded(baseline, name, runs) for name in baseline.figures]
+
+
+def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> Guarded:
+    figure = baseline.figures[name]
+    parts = figure.parts or {name: 1.0}
+    return Guarded(
+        name=name,
+        baseline=figure.values,
+        fresh=tuple(sum(weight * run[part].value for part, weight in parts.items()) for run in runs),
+        document_variance=sum(weight**2 * _variance(baseline, part, runs) for part, weight in parts.items()),
+        num_documents=min(len(runs[0][part].sums) for part in parts),
+        **figure.model_dump(include={"unit", "higher_is_better", "margin", "least_spread"}),
+    )
 
 
 def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> float:
@@ -250,13 +232,11 @@ def commit_here() -> str:
     """Return the git commit of this code, `+` after it where files differ from it; "unknown" outside of git."""
     folder = Path(__file__).parent.parent
     try:
-        said = [
-            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return said[0].strip() + ("+" if said[1].strip() else "")
+    return said.stdout.strip()
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -287,7 +267,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 def as_text(baseline: Baseline) -> str:
     """Return `baseline` as JSON, lists of numbers on one line each."""
     text = baseline.model_dump_json(indent=1)
-    return NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    return NUMBERS.sub(lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
 
 
 def _short(value: float) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from cfsd.store.artifact import Artifact
 
-ENDINGS = ("max_gen_toks", "at_limit", "unfinished", "left_out")  # facts of scores
+ENDINGS = ("max_gen_toks", "at_limit", "unfinished", "left_out")  # in the metadata of scores
 WORTH_SAYING = 0.05  # share of answers
 MAX_SAID = 3  # of lm-eval's own warnings
 
@@ -15,8 +15,8 @@ def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) ->
     answers, said = {}, []
     for name, base in before.items():
         scores = {"base": base.metadata, "tuned": after[name].metadata}
-        if found := {role: ends for role, metadata in scores.items() if (ends := _endings(metadata))}:
-            answers[name] = found
+        if endings := {role: ends for role, metadata in scores.items() if (ends := _endings(metadata))}:
+            answers[name] = endings
         said += [f"{name}: {warning}" for role, metadata in scores.items() for warning in _warnings(role, metadata)]
     return {"answers": answers, "evaluation_warnings": list(dict.fromkeys(said))}
 

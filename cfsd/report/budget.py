@@ -48,7 +48,7 @@ def budget_of(
 
 
 def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
-    """Return `outcome`, `met`, `tight` (None where that cannot be told), `ratio` to the budget, `half_width`.
+    """Return `outcome`, `met`, `tight` (None where the interval leaves that open), `ratio` to the budget, `half_width`.
 
     An interval wider than WIDEST judges only where it lies wholly on one side of a limit.
     """

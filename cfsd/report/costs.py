@@ -34,4 +34,4 @@ def versions_of(store: Store, run_records: list[RunRecord]) -> dict[str, str]:
     for artifact in artifacts.values():
         for name, value in store.manifest(artifact).get("environment", {}).items():
             values.setdefault(name, {})[str(value)] = None
-    return {name: ", ".join(found) for name, found in values.items()}
+    return {name: ", ".join(texts) for name, texts in values.items()}

@@ -94,7 +94,7 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary]
     summaries = [summarise(store, run_record, run_records) for run_record in run_records]
     files = [folder / "summary.json"]
     write_summary(files[0], summaries)
-    cards = [(t, s) for t, s in zip(run_records, summaries, strict=True) if has_card(t)]
+    cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
     for (run_record, summary), name in zip(cards, _card_names([run_record for run_record, _ in cards]), strict=True):
         files.append(folder / name)
         files[-1].write_text(model_card(store, run_record, summary), encoding="utf-8")
@@ -110,7 +110,7 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     """Write the page that shows the corpora, and return it. Raises BadInput where the store lacks an artifact."""
     _check_store(store, kept)
     keep(folder, kept)
-    write_corpus_page(folder / "corpus.html", store, kept.title, {t.name: t.artifacts for t in kept.run_records})
+    write_corpus_page(folder / "corpus.html", store, kept.title, {r.name: r.artifacts for r in kept.run_records})
     return folder / "corpus.html"
 
 
@@ -126,13 +126,9 @@ def _card_names(run_records: list[RunRecord]) -> list[str]:
 
 
 def _check_store(store: Store, kept: Kept) -> None:
-    needed: list[Artifact] = []
-    for run_record in kept.run_records:
-        sides = (run_record.before, run_record.after)
-        scores = [s for side in sides for s in (*side.benchmarks.values(), *side.texts.values())]
-        scores += [s for side in sides for s in (side.target, side.probe, side.target_divergence) if s]
-        needed += [*run_record.artifacts.values(), *scores, *(step.artifact for step in run_record.steps)]
-    check_artifacts(store, needed)
+    scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
+    made = [a for r in kept.run_records for a in (*r.artifacts.values(), *(step.artifact for step in r.steps))]
+    check_artifacts(store, [*made, *scores])
 
 
 def check_artifacts(store: Store, needed: Iterable[Artifact]) -> None:

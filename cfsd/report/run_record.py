@@ -1,4 +1,4 @@
-"""Run record: what one variant was told and what came of it, as names of artifacts."""
+"""Run record: the recipe of one variant, and the artifacts that it led to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +30,11 @@ class Scores(BaseModel):
     probe: Artifact | None = None  # divergence from the base; the tuned model only
     texts: dict[str, Artifact] = {}
     target_divergence: Artifact | None = None  # the tuned model only
+
+    def artifacts(self) -> list[Artifact]:
+        """Return every table of scores."""
+        others = (self.target, self.probe, self.target_divergence)
+        return [*self.benchmarks.values(), *self.texts.values(), *(scores for scores in others if scores)]
 
 
 class RunRecord(BaseModel):

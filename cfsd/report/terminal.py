@@ -10,7 +10,7 @@ from cfsd.report.summary import Summary
 from cfsd.report.table import lines_of
 
 
-def print_table(summaries: list[Summary], console: "Console") -> None:
+def print_table(summaries: list[Summary], console: Console) -> None:
     """Print the table, in parts where the console is too narrow for all variants."""
     unlimited = console.options.update(width=100_000)
     for between in (" [", "\n["):
@@ -23,8 +23,7 @@ def print_table(summaries: list[Summary], console: "Console") -> None:
     print_table(summaries[middle:], console)
 
 
-def _rich_table(summaries: list[Summary], between: str) -> "Table":
-
+def _rich_table(summaries: list[Summary], between: str) -> Table:
     printed = Table("", box=box.SIMPLE_HEAD)
     for name in ("base", *(s.name for s in summaries)):
         printed.add_column(Text(name), justify="right", overflow="fold")

@@ -74,10 +74,8 @@ def _weights(store: Store, run_record: RunRecord) -> dict[str, float]:
     last = list(metrics_of(store, run_record.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())[-1:]
     if not last or mixture is None or not mixture.metadata.get("rehearsal_tokens"):
         return {}
-    metadata: dict[str, Any] = mixture.metadata
-    target, rehearsal = (
-        metadata[f"{source}_tokens"] / metadata[f"{source}_rows"] for source in ("target", "rehearsal")
-    )
+    counts: dict[str, Any] = mixture.metadata
+    target, rehearsal = (counts[f"{source}_tokens"] / counts[f"{source}_rows"] for source in ("target", "rehearsal"))
     return {"rehearsal_weight": last[0], "string_weight": last[0] * target / rehearsal}
 
 
@@ -147,33 +145,33 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
     budgets = {name: budget for name, run_record in first.items() if (budget := run_record.budget())}
     forms = {name: r.recipe.train.rehearsal.loss if r.recipe else "nll" for name, r in first.items()}
 
-    def panel(name: str, label: str, metric: str, only: Sequence[str] = tuple(first), **options: Any) -> Panel:
-        factor = options.pop("factor", 1)
-        lines = {v: in_blocks(metrics[v][metric], factor) for v in only if metric in metrics[v]}
-        return Panel(name, label, lines, **options)
+    def lines(metric: str, factor: float = 1, form: str = "") -> dict[str, Line]:
+        alike = [name for name in first if metric in metrics[name] and form in ("", forms[name])]
+        return {name: in_blocks(metrics[name][metric], factor) for name in alike}
 
-    panels = [panel("target", "target loss, nats per token", "train/target_loss")]
-    for form, label in (("nll", "rehearsal loss, nats per token"), ("kl", "rehearsal divergence, nats per token")):
-        alike = [name for name, own in forms.items() if own == form]
-        panels.append(panel(f"rehearsal {form}", label, "train/rehearsal_loss", alike))
-    panels.append(_moving(panel("weight", "rehearsal weight λ (log scale)", "train/rehearsal_weight", is_log=True)))
-    estimate = "moving mean of the divergence, nats per token"
-    panels.append(panel("divergence", estimate, "train/divergence_estimate", levels=budgets))
-    panels.append(panel("probe_kl", "watched probe_kl, nats per token", "watch/probe_kl", levels=budgets))
-    panels.append(panel("target_loss", "watched target loss, nats per token", "watch/target_loss"))
+    loss, weights = "train/rehearsal_loss", lines("train/rehearsal_weight")
+    panels = [
+        Panel("target", "target loss, nats per token", lines("train/target_loss")),
+        Panel("rehearsal nll", "rehearsal loss, nats per token", lines(loss, form="nll")),
+        Panel("rehearsal kl", "rehearsal divergence, nats per token", lines(loss, form="kl")),
+        Panel("weight", "rehearsal weight λ (log scale)", _moving(weights), is_log=True),
+        Panel("divergence", "moving mean of the divergence, nats per token", lines("train/divergence_estimate"),
+              levels=budgets),
+        Panel("probe_kl", "watched probe_kl, nats per token", lines("watch/probe_kl"), levels=budgets),
+        Panel("target_loss", "watched target loss, nats per token", lines("watch/target_loss")),
+    ]  # fmt: skip
     for metric in dict.fromkeys(m for own in metrics.values() for m in own if m.startswith(WATCH) and m.count("/") > 1):
         benchmark, _, name = metric.removeprefix(WATCH).rpartition("/")
-        is_share = _reading_of(metric, next(t for n, t in first.items() if metric in metrics[n])).unit == FRACTION
+        is_share = _reading_of(metric, next(r for n, r in first.items() if metric in metrics[n])).unit == FRACTION
         label, factor = (f"{benchmark}: {name}, %", POINTS) if is_share else (f"{benchmark}: {name}", 1)
-        panels.append(panel(metric, label, metric, factor=factor, is_benchmark=True))
+        panels.append(Panel(metric, label, lines(metric, factor), is_benchmark=True))
     return [panel for panel in panels if panel.lines]
 
 
-def _moving(panel: Panel) -> Panel:
-    """Return `panel` without lines at or below 0; without any where none moves: the recipe says that already."""
-    lines = {name: line for name, line in panel.lines.items() if min(line[1]) > 0}
-    moves = any(max(values) > min(values) for _, values in lines.values())
-    return panel._replace(lines=lines if moves else {})
+def _moving(weights: dict[str, Line]) -> dict[str, Line]:
+    """Return the lines that are above 0 throughout; none where none of them moves: the recipe says that already."""
+    positive = {name: line for name, line in weights.items() if min(line[1]) > 0}
+    return positive if any(max(values) > min(values) for _, values in positive.values()) else {}
 
 
 def in_blocks(series: Series, factor: float = 1) -> Line:

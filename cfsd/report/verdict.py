@@ -1,6 +1,6 @@
 """The verdict: two short sentences on what was learned and lost, a line per budget, warnings; the same everywhere.
 
-Variants are told apart by their own intervals: `difference` is the one place that decides it.
+Whether two variants differ is decided by their own intervals, in `difference` alone.
 """
 
 import math
@@ -141,7 +141,7 @@ def _alone(variant: Variant) -> Iterator[str]:
 
 
 def _compared(one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
-    """Yield what `one` is to `other`, and from which of the further variants it cannot be told."""
+    """Yield what `one` is to `other`, and which of the further variants are not distinguishable from it."""
     against, named = f" as “{other.name}”", f"“{other.name}”"
     if one.gain and other.gain:
         sign, against = difference(one.gain, other.gain), ""
@@ -154,7 +154,7 @@ def _compared(one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
         yield f"{_distance(one.moved, other.moved)} from the base{against}"
     alike = [v.name for v in further if _alike(one, v)]
     if alike and (one.gain or one.moved):
-        yield f"cannot be told from {quoted(alike)}"
+        yield f"is not distinguishable from {quoted(alike)}"
 
 
 def _distance(one: Fig, other: Fig) -> str:

@@ -1,4 +1,4 @@
-"""Many benchmarks at once: which changes stand when all are looked at, and what can be said of the rest.
+"""Many benchmarks at once: which changes stand when all are looked at, and the power where none does.
 
 Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 """
@@ -6,7 +6,6 @@ Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 import math
 from collections.abc import Iterable, Sequence
 
-from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from cfsd.statistics.figures import FRACTION
@@ -18,16 +17,6 @@ DEFINITION = (
     f"A benchmark counts as changed where its two-sided p, adjusted over all benchmarks tested by Benjamini and "
     f"Hochberg, is at most {LEVEL:g}: of those called changed, at most {100 * LEVEL:g} % are expected to be wrong."
 )
-
-
-class Discoveries(BaseModel):
-    """The names of the benchmarks by what was found of each, in the order given."""
-
-    model_config = ConfigDict(frozen=True)
-
-    worse: tuple[str, ...]
-    better: tuple[str, ...]
-    unsettled: tuple[str, ...]  # no change found, which is not the same as none: see `detectable`
 
 
 def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForgetting]:
@@ -47,29 +36,21 @@ def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForget
     ]
 
 
-def discoveries(forgotten: Sequence[BenchmarkForgetting]) -> Discoveries:
-    """Return which benchmarks became worse or better, with false discoveries controlled at LEVEL."""
-    found: dict[str, list[str]] = {"worse": [], "better": [], "unsettled": []}
-    for entry in controlled(forgotten):
-        found[_direction(entry)].append(entry.benchmark)
-    return Discoveries(**{name: tuple(names) for name, names in found.items()})
+def change_of(entry: BenchmarkForgetting) -> str:
+    """Return "worse", "better" or "unsettled": by `q_value` where `controlled` has given one, else by `p_value`.
 
-
-def _direction(entry: BenchmarkForgetting) -> str:
-    if entry.q_value is None or entry.q_value > LEVEL or entry.forgetting.value == 0:
+    "unsettled" is not the same as no change: see `detectable`.
+    """
+    value = entry.p_value if entry.q_value is None else entry.q_value
+    if value is None or value > LEVEL or entry.forgetting.value == 0:
         return "unsettled"
     return "worse" if entry.forgetting.value > 0 else "better"
 
 
-def change_of(entry: BenchmarkForgetting) -> str:
-    """Return "worse", "better" or "unsettled": by `q_value` where `controlled` has given one, else by `p_value`."""
-    return _direction(entry if entry.q_value is not None else entry.model_copy(update={"q_value": entry.p_value}))
-
-
 def finding(entry: BenchmarkForgetting) -> str:
-    """Return what may be said of one benchmark: "worse", "better" or "no forgetting found" with the power."""
-    said = change_of(entry)
-    return f"no forgetting found ({power_of(entry)})" if said == "unsettled" else said
+    """Return what may be claimed of one benchmark: "worse", "better" or "no forgetting found" with the power."""
+    change = change_of(entry)
+    return f"no forgetting found ({power_of(entry)})" if change == "unsettled" else change
 
 
 def power_of(entry: BenchmarkForgetting) -> str:
@@ -100,13 +81,3 @@ def detectable_mean(forgotten: Iterable[BenchmarkForgetting]) -> float | None:
             return None
         drops.append(drop)
     return math.hypot(*drops) / len(drops) if drops else None
-
-
-def power_of_mean(forgotten: Iterable[BenchmarkForgetting]) -> str:
-    """Return the smallest mean drop that would have been found, in words; empty where it is not known."""
-    drop = detectable_mean(forgotten)
-    if drop is None:
-        return ""
-    if drop > 1:
-        return "with so few documents no mean drop would have been found"
-    return f"a mean drop of {100 * drop:.2g} points would have been found with 80 % probability"
