@@ -141,7 +141,7 @@ def describe_corpus(
         samples=tuple(rows[place] for place in places),
         pairs=tuple(NearRows(overlap, rows[one], rows[other]) for overlap, one, other in pairs),
         pair_rows=len(last.pair_sets),
-        rejected={n: rows for n, a in artifacts.items() if n in LEFT_OUT and (rows := rejected_by(store, a))},
+        rejected={n: left_out for n in LEFT_OUT if n in artifacts and (left_out := rejected_by(store, artifacts[n]))},
         accepted_by_rule=_metadata(filtered, "accepted_by_rule", {}),
         selected_by=_metadata(selected, "method", ""),
     )

@@ -120,10 +120,14 @@ def _sweep_texts(sweep: list[Point]) -> dict[str, str]:
 
 def errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False) -> None:
     """Draw one figure against another, with the intervals that they have."""
-    size: Any = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
-    reach = {axis: [[max(0.0, f["value"] - low)], [max(0.0, high - f["value"])]]
-             for axis, f in (("xerr", x), ("yerr", y)) for low, high in [interval(f)]}  # fmt: skip
-    axes.errorbar(x["value"], y["value"], **reach, fmt=style.marker, color=style.color, **size)
+    size = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
+    look: Any = {"fmt": style.marker, "color": style.color} | size
+    axes.errorbar(x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), **look)
+
+
+def _reach(figure: Fig) -> list[list[float]]:
+    low, high = interval(figure)
+    return [[max(0.0, figure["value"] - low)], [max(0.0, high - figure["value"])]]
 
 
 def plain_axes(axes: Axes, x: str, y: str) -> None:

@@ -57,7 +57,7 @@ def _write_score(axes: Axes, t: int, j: int, score: float) -> None:
     if np.isnan(score):
         axes.text(j, t, "-", **style | {"size": figures.SIZE, "color": figures.INK})
     else:
-        axes.text(j, t, number(score), **style, **({"weight": "bold"} if t > j else {"style": "italic"}))
+        axes.text(j, t, number(score), **style | ({"weight": "bold"} if t > j else {"style": "italic"}))
 
 
 def _label_axes(axes: Axes, targets: Sequence[str]) -> None:

@@ -136,6 +136,6 @@ def _write_figures(path: Path, retention: Retention) -> None:
 
 def described_sequence(title: str, retention: Retention) -> str:
     """Return the figures as Markdown, each with its definition, after the two sentences."""
-    texts = [described(figures) for figures in (retention.losses, retention.exact, *retention.benchmarks)]
+    texts = [described(retention.losses), described(retention.exact), *map(described, retention.benchmarks)]
     since = [summary.model_dump() for summary in retention.since_base]
     return rendered("continual.md.j2", **_contents(title, retention), described=texts, since_base=since)

@@ -22,15 +22,10 @@ def _learned(retention: Retention) -> str:
     others = [names[t] for t in range(T) if not is_learned[t]]
     if not learned:
         return f"None of the {T} targets was found to have been learned at its own stage."
-    if not others:
-        who = f"Each of the {T} targets was learned at its own stage"
-    elif len(learned) == 1:
-        who = f"Of {T} targets, {quoted(names[t] for t in learned)} was learned at its own stage"
-    else:
-        who = f"Of {T} targets, {quoted(names[t] for t in learned)} were learned at their own stages"
+    were = "was learned at its own stage" if len(learned) == 1 else "were learned, each at its own stage"
     losses = listed([f"“{names[t]}” {_change(retention.losses, t, t, t + 1, -1)}" for t in learned])
     but = f"; {quoted(others)} {'was' if len(others) == 1 else 'were'} not found to be" if others else ""
-    return f"{who}: held-out loss of {losses} nats per token{but}."
+    return f"{len(learned)} of {T} targets {were}: held-out loss of {losses} nats per token{but}."
 
 
 def _lost_of_targets(retention: Retention) -> str:
