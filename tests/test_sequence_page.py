@@ -173,5 +173,5 @@ def test_nothing_is_claimed_that_was_not_found(made: tuple[Retention, Path], wor
     assert lost.startswith("No change of the earlier targets was found on the whole: backward transfer 0 [0, 0]")
     some = made[0].model_copy(update={"learned": (*made[0].learned[:2], retention.learned[2])})
     learned, _ = learned_and_lost(some)
-    assert learned.startswith("2 of 3 targets were learned, each at its own stage: held-out loss of “sums” 2.00 → 0.500")
+    assert learned.startswith("2 of 3 targets were learned, each at its own stage: held-out loss of “sums” 2.00")
     assert "“poems” was not found to be" in learned

@@ -55,18 +55,18 @@ def changed_answers(store: Store, run_records: list[RunRecord]) -> dict[str, lis
     each are shown; the counts are always of all documents.
     """
     groups = sum(2 * len(run_record.before.benchmarks) for run_record in run_records)
-    most = max(3, min(MAX_ITEMS, MAX_IN_ALL // max(1, groups)))
+    shown = max(3, min(MAX_ITEMS, MAX_IN_ALL // max(1, groups)))
     return {
         run_record.name: [
             changed
             for name, before in run_record.before.benchmarks.items()
-            if (changed := _changed(store, name, before, run_record.after.benchmarks[name], most)).directions
+            if (changed := _changed(store, name, before, run_record.after.benchmarks[name], shown)).directions
         ]
         for run_record in run_records
     }
 
 
-def _changed(store: Store, name: str, before: Artifact, after: Artifact, most: int) -> Changed:
+def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: int) -> Changed:
     metadata: Mapping[str, Any] = before.metadata
     base, tuned = first_scores(store, before), table(store, after, "scores")
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
@@ -77,7 +77,7 @@ def _changed(store: Store, name: str, before: Artifact, after: Artifact, most: i
     for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")
         if len(rows):
-            items = [_item(row, way, sign > 0 if is_binary else None) for row in rows.head(most).to_dict("records")]
+            items = [_item(row, way, sign > 0 if is_binary else None) for row in rows.head(shown).to_dict("records")]
             directions.append(Direction(way, words if is_binary else f"scored {way}", len(rows), items))
     return Changed(name, len(joined), directions)
 
