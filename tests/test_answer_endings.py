@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from cfsd.report.answer_endings import answers_of
 from cfsd.report.run_record import RunRecord, Scores
-from cfsd.report.summarise import summarise
+from cfsd.report.summarise import answers_of, summarise
 from cfsd.report.table import lines_of
 from cfsd.report.verdict import warnings
 from tests.test_report import World

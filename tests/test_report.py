@@ -1,6 +1,7 @@
 """The report from small artifacts with the real tables: what it says, leaves out and never does."""
 
 import io
+import json
 import random
 import re
 from html.parser import HTMLParser
@@ -17,13 +18,17 @@ from rich.console import Console
 from cfsd.recipe import Recipe
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.frontier import forest_figures, frontier_figure, styles, svg_of
+from cfsd.report.files import Kept, write_files
+from cfsd.report.measures import MEASURES, Measure, ScoreTables
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord, Scores, Step
-from cfsd.report.summarise import summarise
+from cfsd.report.scores import loss_fall
+from cfsd.report.summarise import headline, summarise
 from cfsd.report.summary import Summary
 from cfsd.report.table import number, shown, summary_frame
 from cfsd.report.training import Panel
 from cfsd.report.verdict import print_summary, two_sentences
+from cfsd.statistics.figures import Figure as StatFigure
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard
 
@@ -389,6 +394,28 @@ def summary(name: str, forgot: float, kl: float | None = 0.1, gain: float | None
         mean_forgetting=figure(forgot, half), benchmarks={"b": benchmark(forgot / 2, half / 2)},
         seconds={}, executed=[], cached=[],
     )  # fmt: skip
+
+
+def test_a_measure_in_the_table_of_measures_reaches_every_place(world: World, tmp_path: Path) -> None:
+    """An entry and its function are all that a new measure over the score tables takes."""
+
+    def worst_gain(tables: ScoreTables) -> StatFigure:
+        nats, counts = loss_fall(*tables.responses)
+        return StatFigure(value=float((nats / counts).min()), low=None, high=None, unit="nats/token")
+
+    measure = Measure("worst_gain", worst_gain, mlflow="target/worst_gain", label="least gain of a row, nats/token")
+    MEASURES.append(measure)
+    try:
+        kept = Kept(title="t", run_records=(world.variants()[1],))
+        (made,), (page, numbers, _, card) = write_files(tmp_path, world.store, kept)
+        console = Console(width=200, file=io.StringIO())
+        print_summary([made], console)
+        assert headline(made)["target/worst_gain"] == pytest.approx(1.4)
+    finally:
+        MEASURES.remove(measure)
+    assert json.loads(numbers.read_text())["variants"]["rehearse"]["worst_gain"]["value"] == pytest.approx(1.4)
+    shown_in = [page.read_text(), card.read_text(), console.file.getvalue()]  # type: ignore[attr-defined]
+    assert ["least gain of a row" in text and "1.40" in text for text in shown_in] == [True] * 3
 
 
 # --- table, terminal, numbers, figures -----------------------------------------------------------------------

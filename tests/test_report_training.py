@@ -187,6 +187,8 @@ def test_the_cost_is_against_plain_training_of_the_same_seed(world: Trained) -> 
     others = [
         world.plain("merged", merge={"alpha": 0.5}),
         world.plain("lora", train={"methods": {"lora": {"rank": 8}}}),
+        world.plain("l2", train={"methods": {"l2": {"weight": 0.1}}}),
+        world.plain("merged to a budget", merge={"budget": 0.5}),
         world.plain("flow", mix={"flow": "sample"}),
         world.variant("rehearse", loss=0.6, kl=0.2, train={"seed": 1}),
     ]

@@ -80,14 +80,16 @@ def test_a_loss_is_claimed_only_where_zero_is_outside() -> None:
 def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
     mixed = summary("a", 0.01)
     worse = with_benchmarks(mixed, b=benchmark(0.0, 0.05), c=benchmark(0.2, 0.05))
-    assert verdict([worse]).endswith("It became worse at c (90.0 → 70.0 %).")
+    assert verdict([worse]).endswith(
+        f"It became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; {UNSEEN}."
+    )
     chance = with_benchmarks(mixed, c=benchmark(0.2, 0.05, q_value=0.06))
     assert "became worse" not in verdict([chance])  # among many, one such is no finding
     several = verdict([summary("a", 0.5), worse.model_copy(update={"name": "b"})])
     assert (
         "“a” lost 50.0 [48.0, 52.0] points on average over 1 benchmark and became worse at b (90.0 → 65.0 %)" in several
     )
-    assert "“b” became worse at c (90.0 → 70.0 %)." in several
+    assert "; “b” became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; with 100" in several
     loss = benchmark(0.2, 0.05) | {"chance_corrected": None}
     lost = with_benchmarks(summary("a", 0.1), b=benchmark(0.0, 0.05), wiki=loss)
     assert "on average over 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean
@@ -101,7 +103,8 @@ def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
         (0.13, "moved 0.769 times as far"),
         (0.115, "moved about as far"),
         (0.1, "moved about as far"),
-        (4.0, "moved 0.0250 times as far"),
+        (1.0, "moved a tenth as far"),
+        (2.4, "moved 1/24 as far"),
     ],
 )
 def test_moving_less_is_said_only_when_intervals_are_apart(other: float, words: str) -> None:
@@ -180,6 +183,7 @@ def test_a_benchmark_is_worse_only_where_every_seed_says_so() -> None:
     )
     assert "It became worse at c (90.0 → 70.0 %)." in verdict([sure, sure.model_copy(update={"name": "a seed=2"})])
     assert "became worse" not in verdict([sure, unsure])
+    assert "No benchmark shows a loss in every seed; with 100 documents" in verdict([sure, unsure])
 
 
 def test_the_headline_is_two_sentences_at_most() -> None:

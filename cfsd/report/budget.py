@@ -55,21 +55,17 @@ def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str
     floor = weight is not None and weight <= LOWEST * NEAR
     ratio, half_width = _ratio(probe_kl, budget), _half_width(probe_kl)
     met, below = (_at_most(ratio, limit, half_width) for limit in (KEPT_UP_TO, USED_UP_FROM))
-    if met is False or below is True:
-        tight: bool | None = False
-    else:
-        tight = None if met is None or below is None else True
-    if met is False:
-        outcome = "missed"
-    elif floor:
-        outcome = "not binding"
-    elif met is None:
-        outcome = "unknown"
-    else:
-        outcome = "tight" if tight else "met"
+    missed = met is False
+    tight = False if missed or below else None if met is None or below is None else True
+    outcomes = {"missed": missed, "not binding": floor, "unknown": met is None, "tight": tight, "met": True}
     return {
-        "outcome": outcome, "met": met, "tight": tight, "binding": not floor, "ratio": ratio, "half_width": half_width,
-    }  # fmt: skip
+        "outcome": next(outcome for outcome, holds in outcomes.items() if holds),
+        "met": met,
+        "tight": tight,
+        "binding": not floor,
+        "ratio": ratio,
+        "half_width": half_width,
+    }
 
 
 def _ratio(probe_kl: Fig | None, budget: float) -> Fig | None:

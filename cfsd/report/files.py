@@ -22,11 +22,7 @@ from cfsd.store.digests import write_json
 SCHEMA = 1
 RUN_RECORDS = "run_records.json"
 OLD_FILE = "trails.json"
-OLD_NAMES = {
-    "trails": "run_records", "facts": "metadata", "chosen": "selected_target", "kept": "filtered",
-    "selected": "selected_corpus",
-}  # fmt: skip
-UNCHANGED = ("recipe", "facts", "metadata")  # what is inside of these has its own names
+OLD_ROLES = {"chosen": "selected_target", "kept": "filtered", "selected": "selected_corpus"}
 
 
 class Kept(BaseModel):
@@ -57,6 +53,8 @@ def read_kept(folder: Path) -> Kept:
             return Kept(title=folder.name.rpartition("-")[0], run_records=tuple(map(RunRecord.model_validate, content)))
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
+        if "trails" in content:
+            content["run_records"] = content.pop("trails")
         return Kept.model_validate(content)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
         raise BadInput(f"{files[0]} is not what a report of schema {SCHEMA} is made from: {error}") from error
@@ -68,7 +66,12 @@ def with_present_names(content: Any) -> Any:
         return [with_present_names(entry) for entry in content]
     if not isinstance(content, dict):
         return content
-    return {OLD_NAMES.get(n, n): v if n in UNCHANGED else with_present_names(v) for n, v in content.items()}
+    if "facts" in content and "content" in content:  # an artifact
+        return {"metadata" if name == "facts" else name: value for name, value in content.items()}
+    present = {name: value if name == "recipe" else with_present_names(value) for name, value in content.items()}
+    if artifacts := present.get("artifacts"):
+        present["artifacts"] = {OLD_ROLES.get(role, role): artifact for role, artifact in artifacts.items()}
+    return present
 
 
 def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:

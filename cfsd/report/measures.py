@@ -78,7 +78,7 @@ def _accuracy_gain(tables: ScoreTables) -> Figure | None:
     return paired_share_difference(*((t["correct"] == t["count"]).to_numpy() for t in tables.responses))
 
 
-MEASURES: Sequence[Measure] = (
+MEASURES = [
     Measure(
         "target_gain",
         lambda m: None if m.responses is None else target_gain(*m.responses),
@@ -118,4 +118,4 @@ MEASURES: Sequence[Measure] = (
         factor=100,
         detectable=detectable_mean,
     ),
-)
+]

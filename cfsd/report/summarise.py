@@ -1,10 +1,9 @@
 """Summary: what one variant learned and forgot, joined from its artifacts; and the same for MLflow."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cfsd.evaluate.corpus_check import warnings_of
-from cfsd.report.answer_endings import answers_of
 from cfsd.report.budget import budget_of
 from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
@@ -13,7 +12,11 @@ from cfsd.report.scores import table
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.training import stability_gap, training_of
 from cfsd.statistics.texts import text_forgetting
-from cfsd.store.artifact import Store
+from cfsd.store.artifact import Artifact, Store
+
+ENDINGS = ("max_gen_toks", "at_limit", "unfinished", "left_out")  # in the metadata of scores
+WORTH_SAYING = 0.05  # share of answers
+MAX_SAID = 3  # of lm-eval's own warnings
 
 
 def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunRecord] = ()) -> Summary:
@@ -63,6 +66,34 @@ def _seconds(steps: Iterable[Step]) -> dict[str, float]:
         if step.executed:
             seconds[step.stage] = round(seconds.get(step.stage, 0.0) + step.seconds, 3)
     return seconds
+
+
+def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Return how answers ended and what else may make a score other than it looks: two fields of a summary."""
+    answers, said = {}, []
+    for name, base in before.items():
+        scores = {"base": base.metadata, "tuned": after[name].metadata}
+        if endings := {role: ends for role, metadata in scores.items() if (ends := _endings(metadata))}:
+            answers[name] = endings
+        said += [f"{name}: {warning}" for role, metadata in scores.items() for warning in _warnings(role, metadata)]
+    return {"answers": answers, "evaluation_warnings": list(dict.fromkeys(said))}
+
+
+def _endings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metadata[name] for name in ENDINGS if name in metadata}
+
+
+def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
+    if (share := metadata.get("at_limit", 0)) > WORTH_SAYING:
+        yield (
+            f"{share:.0%} of the {role} model's answers were cut off at {metadata['max_gen_toks']} tokens "
+            "(raise the benchmark's max_gen_toks)"
+        )
+    if (share := metadata.get("unfinished", 0)) > WORTH_SAYING:
+        yield f"{share:.0%} of the {role} model's answers never came out of their reasoning and count as empty"
+    if left_out := metadata.get("left_out"):
+        yield f"the metric does not apply to {left_out} documents, which are left out"
+    yield from (f"lm-eval: {said}" for said in list(metadata.get("warnings", ()))[:MAX_SAID])
 
 
 def headline(summary: Summary) -> dict[str, float]:

@@ -121,7 +121,7 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
     "worse" and "better" are said under false-discovery control over the variant's benchmarks.
     """
     results = [s.benchmarks.get(name) for s in summaries]
-    entries = [next((e for e in forgotten_of(s) if e.benchmark == name), None) for s in summaries]
+    entries = [BenchmarkForgetting.model_validate(r | {"benchmark": name}) if r else None for r in results]
     first = next(result for result in results if result)
     unit = unit_of(first)
     pairs = [(r["base"], r["tuned"]) if r else (None, None) for r in results]

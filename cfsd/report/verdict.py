@@ -17,6 +17,7 @@ from cfsd.report.terminal import print_table
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.forgetting import BenchmarkForgetting
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
 ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
@@ -163,13 +164,16 @@ def _distance(one: Fig, other: Fig) -> str:
         return f"moved {number(one['value'])} against {number(other['value'])} nats per token"
     ratio = one["value"] / other["value"]
     part = round(1 / ratio)
-    near = 2 <= part < len(PARTS) + 2 and abs(part * ratio - 1) < 0.1
-    return MOVED[difference(one, other)].format(PARTS[part - 2] if near else f"{number(ratio)} times")
+    words = f"{number(ratio)} times"
+    if part > 1 and abs(part * ratio - 1) < 0.1:
+        words = PARTS[part - 2] if part < len(PARTS) + 2 else f"1/{float(f'{part:.3g}'):g}"
+    return MOVED[difference(one, other)].format(words)
 
 
 def _alike(one: Variant, other: Variant) -> bool:
     pairs = [(one.gain, other.gain), (one.moved, other.moved), (one.lost, other.lost)]
-    return not any(difference(a, b) for a, b in pairs if a and b)
+    signs = [difference(a, b) for a, b in pairs if a and b]
+    return bool(signs) and not any(signs)
 
 
 def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
@@ -178,11 +182,14 @@ def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
     rest = [v for v in variants if v.repeats[0].benchmarks and v.name not in changes]
     said = [f"{subject if len(variants) == 1 else f'“{name}”'} {change}" for name, change in changes.items()]
     said = said if len(said) <= 4 else [*said[:3], f"benchmarks of {len(said) - 3} more changed"]
-    if rest:
-        everyone = {1: "", 2: " for either"}.get(len(variants), " for any variant")
-        who = everyone if len(rest) == len(variants) else f" for {quoted(v.name for v in rest)}"
-        said.append(f"no benchmark shows a loss{who}; {_power(rest)}")
-    text = "; ".join(said)
+    everyone = {1: "", 2: " for either"}.get(len(variants), " for any variant")
+    who = everyone if len(rest) == len(variants) else f" for {quoted(v.name for v in rest)}" if rest else ""
+    entries = [entry for v in variants for s in v.repeats for entry in forgotten_of(s)]
+    unsettled = [entry for entry in entries if change_of(entry) == "unsettled"]
+    if rest or unsettled:
+        seeded = " in every seed" if any(len(v.repeats) > 1 for v in rest or variants) else ""
+        said.append(f"no {'' if rest else 'other '}benchmark shows a loss{seeded}{who}")
+    text = "; ".join([*said, *([_power(unsettled)] if unsettled else [])])
     return [f"{text[:1].upper()}{text[1:]}."] if text else []
 
 
@@ -198,18 +205,18 @@ def _change(variant: Variant) -> str:
 
 def surely_worse(summaries: list[Summary]) -> list[str]:
     """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
-    worse = [{e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries]
-    scores = {name: (unit_of(b), b["base"], b["tuned"]) for name, b in summaries[0].benchmarks.items()}
-    return [
-        f"{name} ({number(base * unit.factor)} → {number(tuned * unit.factor)} {unit.score})"
-        for name, (unit, base, tuned) in scores.items()
-        if all(name in names for names in worse)
-    ]
+    worse = set.intersection(*({e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries))
+    named = []
+    for name, benchmark in summaries[0].benchmarks.items():
+        if name in worse:
+            unit = unit_of(benchmark)
+            scores = " → ".join(number(benchmark[role] * unit.factor) for role in ("base", "tuned"))
+            named.append(f"{name} ({scores} {unit.score})")
+    return named
 
 
-def _power(variants: list[Variant]) -> str:
-    """Return how large a loss of one benchmark may stay invisible: the largest over benchmarks and repeats."""
-    entries = [entry for v in variants for s in v.repeats for entry in forgotten_of(s)]
+def _power(entries: list[BenchmarkForgetting]) -> str:
+    """Return how large a loss may stay invisible: the largest over the benchmarks in which no change was found."""
     counts = [entry.num_documents for entry in entries]
     low, high = min(counts), max(counts)
     largest: dict[str, float] = {}
