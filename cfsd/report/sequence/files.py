@@ -3,17 +3,13 @@
 The page is `sequence.html.j2`: the R matrix, what is read from it, what is left of the first base.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from cfsd.errors import BadInput
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.frontier import embedded, forest_figures
-from cfsd.report.files import Kept, check_artifacts, with_present_names, write_numbers
+from cfsd.report.files import SCHEMA, Kept, check_artifacts, read_part, write_numbers
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
@@ -29,7 +25,6 @@ from cfsd.statistics.continual import OF_TARGETS, described
 from cfsd.store.artifact import Store
 from cfsd.store.digests import write_json
 
-SCHEMA = 1
 SEQUENCE = "sequence.json"
 LOSS = "Held-out loss, nats per token: lower is better."
 EXACT = "Held-out responses answered exactly, %: higher is better."
@@ -40,16 +35,7 @@ def read_measured(folder: Path) -> Measured | None:
 
     Raises BadInput.
     """
-    file = folder / SEQUENCE
-    if not file.is_file():
-        return None
-    try:
-        content = with_present_names(json.loads(file.read_text()))
-        if content.pop("schema") != SCHEMA:
-            raise ValueError("its schema is another one")
-        return Measured.model_validate(content)
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise BadInput(f"{file} is not what the page of a sequence (schema {SCHEMA}) is made from: {error}") from error
+    return read_part(folder / SEQUENCE, Measured) if (folder / SEQUENCE).is_file() else None
 
 
 def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measured) -> tuple[Retention, list[Path]]:
