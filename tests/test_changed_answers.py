@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cfsd.report.changed_answers import MOST, Changed, changed_answers
+from cfsd.report.changed_answers import MAX_ITEMS, Changed, changed_answers
 from cfsd.report.run_record import RunRecord, Scores
 from cfsd.report.summarise import summarise
 from cfsd.report.table import lines_of
@@ -33,8 +33,8 @@ def test_all_are_counted_and_the_first_are_given_with_both_answers(world: World)
     found = changed(world, run_record)
     assert list(found) == list(BENCHMARKS)
     (lost,) = found["cap"].directions
-    assert (lost.name, lost.words, lost.total, len(lost.items)) == ("worse", "right → wrong", 40, MOST)
-    assert [item.doc_id for item in lost.items] == list(range(50, 50 + MOST))
+    assert (lost.name, lost.words, lost.total, len(lost.items)) == ("worse", "right → wrong", 40, MAX_ITEMS)
+    assert [item.doc_id for item in lost.items] == list(range(50, 50 + MAX_ITEMS))
     first = lost.items[0]
     assert first.base == ("base says 1.0 (first)", "right", "better")
     assert first.tuned == ("damaged says 0.0 (first)", "wrong", "worse")
@@ -59,7 +59,7 @@ def test_many_variants_show_fewer_items_each(world: World) -> None:
     many = [run_record.model_copy(update={"name": f"v{i}"}) for i in range(20)]
     found = changed_answers(world.store, many)
     (lost,) = found["v0"][0].directions
-    assert lost.total == 80 and 3 <= len(lost.items) < MOST
+    assert lost.total == 80 and 3 <= len(lost.items) < MAX_ITEMS
 
 
 def test_the_page_counts_them_folds_most_and_puts_the_answers_side_by_side(world: World, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_page_counts_them_folds_most_and_puts_the_answers_side_by_side(world
     html = path.read_text()
     (side,) = [part for part in html.split('<div class="sides">') if "damaged says 0.0 (first)" in part][:1]
     assert side.index("base says 1.0 (first)") < side.index("damaged says 0.0 (first)")
-    assert html.count('<div class="sides">') == 2 * MOST
+    assert html.count('<div class="sides">') == 2 * MAX_ITEMS
 
 
 def test_of_errors_the_lower_is_right(world: World) -> None:

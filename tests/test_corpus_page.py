@@ -26,7 +26,7 @@ Shards = list[list[Row]]
 
 
 def row(row_id: int, sampled: list[int], *, given: tuple[int, ...] = (0,), nats: float = -1.0, **other: Any) -> Row:
-    """Return a row of `given` tokens, then `sampled` ones of equal log-probability."""
+    """Return a row of prompt tokens, `given`, then `sampled` ones of equal log-probability."""
     return {
         "row_id": row_id, "source": "context-free", "token_ids": [*given, *sampled],
         "logprobs": [None] * len(given) + [nats] * len(sampled), "finish_reason": "length", "shard": 0, "seed": 0,
@@ -82,16 +82,17 @@ def test_figures_equal_a_plain_count(store: Store, make: Make) -> None:
     view = describe_corpus(store, make([rows]), None, None)
     texts = [r["token_ids"][1:] for r in rows]
     stage, tokens = view.last, sum(map(len, texts))
-    assert (stage.rows, stage.tokens, stage.given, stage.ngram_tokens) == (120, tokens, 120, tokens)
+    assert (stage.rows, stage.tokens, stage.prompt_tokens, stage.ngram_tokens) == (120, tokens, 120, tokens)
     for n in (1, 2, 3, 4):
         found = [gram for text in texts for gram in grams(text, n)]
         assert stage.distinct[n] == pytest.approx(len(set(found)) / len(found))
     repeated = [1 - len(set(own)) / len(own) for text in texts if (own := grams(text, 4))]
-    assert stage.repetition == pytest.approx(np.mean(repeated))
+    assert stage.repetitions == pytest.approx(repeated)
+    assert stage.figures()["repetition, %"] == pytest.approx(100 * np.mean(repeated))
     assert stage.mean_logprob == pytest.approx(sum(sum(r["logprobs"][1:]) for r in rows) / tokens)
     assert stage.finish_reasons["eos"] == sum(r["finish_reason"] == "eos" for r in rows)
     firsts = [text[0] for text in texts]
-    assert {t.text: t.count for t in view.first_tokens} == {f"token {t}": firsts.count(t) for t in set(firsts)}
+    assert {t.text: t.rows for t in view.first_tokens} == {f"token {t}": firsts.count(t) for t in set(firsts)}
     assert sum(t.share for t in view.first_tokens) == pytest.approx(1)
     assert view.lengths and sum(view.lengths.counts["sampled"]) == 120
 
@@ -111,10 +112,10 @@ def test_nearest_pairs_are_those_of_a_full_comparison(store: Store, make: Make) 
         assert overlaps[pair.one.row_id, pair.other.row_id] == pytest.approx(pair.overlap)
 
 
-def test_a_run_across_given_tokens_or_rows_is_no_ngram(store: Store, make: Make) -> None:
+def test_a_run_across_prompt_tokens_or_rows_is_no_ngram(store: Store, make: Make) -> None:
     parted = row(0, [7, 8]) | {"token_ids": [0, 7, 8, 1, 7, 9], "logprobs": [None, -1.0, -1.0, None, -1.0, -1.0]}
     stage = describe_corpus(store, make([[parted, row(1, [7])]]), None, None).last
-    assert (stage.tokens, stage.given) == (5, 3)
+    assert (stage.tokens, stage.prompt_tokens) == (5, 3)
     assert stage.distinct == {1: 3 / 5, 2: 1.0}  # 7 8 9 of 7 8 7 9 7; (7, 8) and (7, 9)
 
 
@@ -174,7 +175,7 @@ def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifac
         total = {name: sum(counts) for name, counts in histogram.counts.items()}
         assert total == {"selected": sizes[2], "not selected": sizes[1] - sizes[2], "rejected": sizes[0] - sizes[1]}
     assert view.lengths and not any(view.lengths.counts["rejected"][5:])
-    assert [(r.reason, r.count, len(r.examples)) for r in view.rejected["filtered"]] == [
+    assert [(r.reason, r.number, len(r.examples)) for r in view.rejected["filtered"]] == [
         ("too short", sizes[0] - sizes[1], 3)
     ]
     artifacts = dict(zip(("corpus", "filtered", "selected_corpus"), filtered, strict=True))
@@ -198,7 +199,7 @@ def test_samples_are_spread_over_the_mean_log_probability(store: Store, make: Ma
     assert means == pytest.approx([-(195 - 10 * i - 1) / 50 - 0.1 for i in range(20)], abs=0.03)
 
 
-def test_given_text_is_set_apart_and_first_tokens_are_read(
+def test_the_prompt_is_set_apart_and_first_tokens_are_read(
     store: Store, make: Make, base: Artifact, tmp_path: Path
 ) -> None:
     tokenizer: Any = load_tokenizer(store.path(base))
@@ -209,7 +210,7 @@ def test_given_text_is_set_apart_and_first_tokens_are_read(
     ]
     corpus = make([rows])
     view = describe_corpus(store, corpus, None, None, base)
-    shown = [[(piece.text, piece.given) for piece in sample.pieces] for sample in view.samples]
+    shown = [[(piece.text, piece.is_prompt) for piece in sample.pieces] for sample in view.samples]
     assert shown == [[("<bos>", True), ("cba.", False)], [("<bos>abc=", True), ("cba.", False)]]
     assert [t.text for t in view.first_tokens] == ['"c"']
     assert view.first_tokens[0].probability is None  # the rows begin after different prompts
@@ -226,7 +227,7 @@ def test_long_text_loses_its_middle_and_keeps_its_shades(store: Store, make: Mak
     ids = tokenizer.encode(prompt), tokenizer.encode(answer)
     corpus = make([[row(0, ids[1], given=(0, *ids[0]), text=f"<bos>{prompt}{answer}")]])
     pieces = describe_corpus(store, corpus, None, None, base).samples[0].pieces
-    assert [(p.text[-1:], p.given) for p in pieces] == [("a", True), (" ", False), ("b", False)]
+    assert [(p.text[-1:], p.is_prompt) for p in pieces] == [("a", True), (" ", False), ("b", False)]
     assert sum(len(p.text) for p in pieces) < 1500
 
 
@@ -237,7 +238,7 @@ def test_tables_without_a_column_are_shown(store: Store, make: Make, tmp_path: P
     corpus = make([many()], drop=drop)
     page = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus}})
     assert "120 rows" in page.words and "distinct-2" in page.words
-    assert ("mean log-probability" in page.part("given tokens", "distinct-1")) == ("logprobs" not in drop)
+    assert ("mean log-probability" in page.part("prompt tokens", "distinct-1")) == ("logprobs" not in drop)
     assert "nan" not in page.words.lower() and "None" not in page.words
 
 
@@ -259,8 +260,10 @@ def test_stored_top_logprobs_engine_and_halved_shards_are_told(store: Store, mak
     assert (view.top_k, view.engine, view.halved_shards, view.exact) == (8, "torch", 2, True)
     assert view.bytes_per_token.keys() >= {"topk_ids", "token_ids", "logprobs"}
     words = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus}}).words
-    wanted = ["The 8 largest log-probabilities", "from the torch engine", "2 shards were sampled in smaller batches",
-              "the base model's own law exactly", "could not be used: no log-probabilities (3)"]  # fmt: skip
+    wanted = [
+        "The 8 largest log-probabilities", "from the torch engine", "2 shards were sampled in smaller batches",
+        "an exact sample of the base model's distribution", "could not be used: no log-probabilities (3)",
+    ]  # fmt: skip
     assert [text for text in wanted if text not in words] == []
 
 

@@ -60,7 +60,7 @@ def test_it_states_what_was_measured_with_intervals_and_lineage(world: World) ->
     assert summary.target_gain and summary.mean_forgetting and summary.probe_kl
     wanted = [
         shown(summary.target_gain), shown(summary.mean_forgetting, 100), shown(summary.probe_kl),
-        shown(summary.benchmarks["cap"]["forgetting"], 100) + " points: worse", "| lora | 4 |",
+        shown(summary.benchmarks["cap"]["forgetting"], 100) + " points: worse", "| lora | rank 4 |",
         "29 rows of context-free text", "torch 2.9.1", *(a.key for a in run_record.artifacts.values()),
     ]  # fmt: skip
     assert [text for text in wanted if text not in card] == []

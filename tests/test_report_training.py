@@ -276,7 +276,7 @@ def test_the_page_tells_the_training(world: Trained, tmp_path: Path) -> None:
         assert label in page.words
     assert "budget of probe_kl, nats/token 0.100" in page.words
     assert "Warning: the training of “budget” was stopped at step 31" in page.words
-    costs = page.part("Training, model by model", "Peak memory: of the training process")
+    costs = page.part("Training, model by model", "Peak memory is that of the training process")
     for text in ("9,000", "6,000", "1.23 3", "31 of 40"):
         assert text in costs
     assert "nan" not in path.read_text()

@@ -10,10 +10,9 @@ import pytest
 from cfsd.errors import BadInput
 from cfsd.report.files import RUN_RECORDS, Kept, read_kept
 from cfsd.report.run_record import Measured, RunRecord
-from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files
+from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files, write_sequence_page
 from cfsd.report.sequence.gaps import WHOLE, gaps_of
-from cfsd.report.sequence.measured import Remains, remains_of
-from cfsd.report.sequence.page import write_sequence_page
+from cfsd.report.sequence.retention import Retention, retention_of
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summarise import summarise
 from tests.test_report import Page, World, summary
@@ -52,13 +51,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Remains, Path]:
+def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Retention, Path]:
     folder = tmp_path_factory.mktemp("report")
     return write_sequence_files(folder, world.store, *sequence(world))[0], folder
 
 
 @pytest.fixture(scope="module")
-def page(made: tuple[Remains, Path]) -> Page:
+def page(made: tuple[Retention, Path]) -> Page:
     return Page((made[1] / "report.html").read_text())
 
 
@@ -75,11 +74,11 @@ def test_every_cell_of_the_matrix_stands_in_picture_and_table(page: Page) -> Non
     assert len(own) == len(TARGETS)
 
 
-def test_the_two_sentences_say_what_was_learned_and_lost(made: tuple[Remains, Path], page: Page) -> None:
+def test_the_two_sentences_say_what_was_learned_and_lost(made: tuple[Retention, Path], page: Page) -> None:
     learned, lost = learned_and_lost(made[0])
     assert learned == (
-        "Each of the 3 targets was learned at its own stage: the held-out loss of “sums” fell from 2.00 to 0.500, that "
-        "of “maps” from 1.90 to 0.400 and that of “poems” from 2.40 to 0.300 nats per token."
+        "3 of 3 targets were learned, each at its own stage: held-out loss of “sums” 2.00 → 0.500, “maps” 1.90 → 0.400 "
+        "and “poems” 2.40 → 0.300 nats per token."
     )
     assert lost.startswith("The earlier targets became worse: backward transfer -0.600 [")
     assert "(held-out loss of “sums” 0.500 → 1.50 and “maps” 0.400 → 0.600)" in lost
@@ -90,18 +89,18 @@ def test_the_two_sentences_say_what_was_learned_and_lost(made: tuple[Remains, Pa
     assert f"{learned} {lost}" in page.words
 
 
-def test_figures_have_their_definitions_and_signs(made: tuple[Remains, Path], page: Page) -> None:
-    remains, _ = made
-    assert remains.losses.backward_transfer and remains.exact.average_forgetting
-    assert remains.losses.backward_transfer.value == pytest.approx(-(1.0 + 0.2) / 2)
-    assert remains.exact.average_forgetting.value == pytest.approx((15 + 2) / 20 / 2)
-    assert [figure.value for figure in remains.changed] == pytest.approx([-1.0, -0.2])
+def test_figures_have_their_definitions_and_signs(made: tuple[Retention, Path], page: Page) -> None:
+    retention, _ = made
+    assert retention.losses.backward_transfer and retention.exact.average_forgetting
+    assert retention.losses.backward_transfer.value == pytest.approx(-(1.0 + 0.2) / 2)
+    assert retention.exact.average_forgetting.value == pytest.approx((15 + 2) / 20 / 2)
+    assert [figure.value for figure in retention.changed] == pytest.approx([-1.0, -0.2])
     read = page.part("What is read from it", "What is left of the first base, stage by stage")
     for part in ("-0.600 [", "1/(T-1) * sum over j < T of (R[T, j] - R[j, j])", "Chaudhry et al. 2018", "worse"):
         assert part in read
 
 
-def test_every_stage_is_compared_with_the_first_base_and_not_with_the_one_before(made: tuple[Remains, Path]) -> None:
+def test_every_stage_is_compared_with_the_first_base_and_not_with_the_one_before(made: tuple[Retention, Path]) -> None:
     since = made[0].since_base
     assert [s.name for s in since] == ["after sums", "after maps", "after poems"]
     assert [s.benchmarks["cap"]["base"] for s in since] == [0.9] * 3
@@ -116,7 +115,7 @@ def test_the_page_loads_nothing_and_every_reference_leads_to_one_place(page: Pag
     assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe"}
 
 
-def test_made_again_from_what_lies_in_the_folder(made: tuple[Remains, Path], world: World, tmp_path: Path) -> None:
+def test_made_again_from_what_lies_in_the_folder(made: tuple[Retention, Path], world: World, tmp_path: Path) -> None:
     folder = made[1]
     measured = read_measured(folder)
     assert measured
@@ -138,7 +137,7 @@ def test_what_is_gone_or_wrong_is_named(tmp_path: Path) -> None:
         read_measured(tmp_path)
 
 
-def test_the_gap_is_the_worst_moment_of_a_stage_and_of_all(made: tuple[Remains, Path], page: Page) -> None:
+def test_the_gap_is_the_worst_moment_of_a_stage_and_of_all(made: tuple[Retention, Path], page: Page) -> None:
     *stages, whole = made[0].gaps
     assert [gap.gap for gap in stages] == pytest.approx([0.6, 0.2, 0.05])
     assert (whole.stage, whole.start, whole.worst, whole.worst_stage, whole.final) == (WHOLE, 0.9, 0.2, 1, 0.65)
@@ -160,18 +159,19 @@ def test_without_watching_the_page_says_so(world: World, tmp_path: Path) -> None
     kept, measured = sequence(world, watched=False)
     run_records = list(kept.run_records)
     stages = [summarise(world.store, run_record) for run_record in run_records]
-    remains, path = remains_of(world.store, run_records, stages, measured), tmp_path / "report.html"
-    assert remains.gaps == ()
-    write_sequence_page(path, world.store, "In turn", run_records, stages, measured, remains)
+    retention, path = retention_of(world.store, run_records, stages, measured), tmp_path / "report.html"
+    assert retention.gaps == ()
+    write_sequence_page(path, world.store, kept, stages, measured, retention)
     assert "Not measured: nothing was watched while training." in Page(path.read_text()).words
 
 
-def test_nothing_is_claimed_that_was_not_found(made: tuple[Remains, Path], world: World) -> None:
+def test_nothing_is_claimed_that_was_not_found(made: tuple[Retention, Path], world: World) -> None:
     kept, measured = sequence(world, [[2.0] * 3] * 4, watched=False)
-    remains = remains_of(world.store, kept.run_records, [], measured)
-    learned, lost = learned_and_lost(remains)
+    retention = retention_of(world.store, kept.run_records, [], measured)
+    learned, lost = learned_and_lost(retention)
     assert learned == "None of the 3 targets was found to have been learned at its own stage."
     assert lost.startswith("No change of the earlier targets was found on the whole: backward transfer 0 [0, 0]")
-    some = made[0].model_copy(update={"learned": (*made[0].learned[:2], remains.learned[2])})
-    assert "Of 3 targets, “sums” and “maps” were learned, each at its own stage" in learned_and_lost(some)[0]
-    assert "“poems” was not found to be" in learned_and_lost(some)[0]
+    some = made[0].model_copy(update={"learned": (*made[0].learned[:2], retention.learned[2])})
+    learned, _ = learned_and_lost(some)
+    assert learned.startswith("2 of 3 targets were learned, each at its own stage: held-out loss of “sums” 2.00")
+    assert "“poems” was not found to be" in learned

@@ -1,5 +1,6 @@
-"""The documents that base and tuned scored differently, with both answers, for people to read side by side."""
+"""The documents that base and tuned scored differently, with both answers, for people to compare."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
@@ -7,7 +8,7 @@ from cfsd.report.scores import first_scores, table
 from cfsd.report.table import number
 from cfsd.store.artifact import Artifact, Store
 
-MOST = 20  # items per benchmark and direction
+MAX_ITEMS = 20  # per benchmark and direction
 MAX_IN_ALL = 1200  # items on one page; an item takes about 2 KB
 RIGHT = " [right: "  # between a model's answer and the right one, see `cfsd.evaluate.harness.rows`
 
@@ -54,55 +55,48 @@ def changed_answers(store: Store, run_records: list[RunRecord]) -> dict[str, lis
     each are shown; the counts are always of all documents.
     """
     groups = sum(2 * len(run_record.before.benchmarks) for run_record in run_records)
-    most = max(3, min(MOST, MAX_IN_ALL // max(1, groups)))
-    found = {}
-    for run_record in run_records:
-        pairs = [
-            (name, before, run_record.after.benchmarks[name]) for name, before in run_record.before.benchmarks.items()
+    shown = max(3, min(MAX_ITEMS, MAX_IN_ALL // max(1, groups)))
+    return {
+        run_record.name: [
+            changed
+            for name, before in run_record.before.benchmarks.items()
+            if (changed := _changed(store, name, before, run_record.after.benchmarks[name], shown)).directions
         ]
-        changed = [_changed(store, name, before, after, most) for name, before, after in pairs]
-        found[run_record.name] = [one for one in changed if one.directions]
-    return found
+        for run_record in run_records
+    }
 
 
-def _changed(store: Store, name: str, before: Artifact, after: Artifact, most: int) -> Changed:
-    metadata: dict[str, Any] = before.metadata
+def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: int) -> Changed:
+    metadata: Mapping[str, Any] = before.metadata
     base, tuned = first_scores(store, before), table(store, after, "scores")
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
     sign = 1 if metadata["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
-    binary = metadata["kind"] == "binary"
-    right = sign > 0 if binary else None  # the value, as a truth, of a right answer
+    is_binary = metadata["kind"] == "binary"
     directions = []
-    for way, turn in (("worse", 1), ("better", -1)):
+    for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")
         if len(rows):
-            items = [_item(row, right, way) for row in rows.head(most).to_dict("records")]
-            directions.append(Direction(way, _words(way, binary), len(rows), items))
+            items = [_item(row, way, sign > 0 if is_binary else None) for row in rows.head(shown).to_dict("records")]
+            directions.append(Direction(way, words if is_binary else f"scored {way}", len(rows), items))
     return Changed(name, len(joined), directions)
 
 
-def _words(way: str, binary: bool) -> str:
-    if not binary:
-        return f"scored {way}"
-    return {"worse": "right → wrong", "better": "wrong → right"}[way]
+def _item(row: dict[str, Any], way: str, right_value: bool | None) -> Item:
+    """Return a document that changed in one way; `right_value`: the value, as a truth, of a right answer, if any."""
+    base, right = _answer(row, "base", "better" if way == "worse" else "worse", right_value)
+    tuned, _ = _answer(row, "tuned", way, right_value)
+    return Item(int(row["doc_id"]), str(row["prompt_base"]), base, tuned, right)
 
 
-def _item(row: dict[str, Any], right: bool | None, way: str) -> Item:
-    signs = ("better", "worse") if way == "worse" else ("worse", "better")
-    said, rights = zip(*(_split(str(row[f"answer_{role}"])) for role in ("base", "tuned")), strict=True)
-    marks = [_mark(row[f"value_{role}"], row[f"count_{role}"], right) for role in ("base", "tuned")]
-    base, tuned = (Answer(*parts) for parts in zip(said, marks, signs, strict=True))
-    return Item(int(row["doc_id"]), str(row["prompt_base"]), base, tuned, rights[0])
-
-
-def _split(answer: str) -> tuple[str, str]:
-    """Return what the model said and the right answer; empty where the row names none."""
+def _answer(row: dict[str, Any], role: str, sign: str, right_value: bool | None) -> tuple[Answer, str]:
+    """Return what a model said, and the right answer; empty where the row names none."""
+    answer, value, count = str(row[f"answer_{role}"]), row[f"value_{role}"], row[f"count_{role}"]
     said, mark, right = answer.rpartition(RIGHT)
-    return (said, right[:-1]) if mark and right.endswith("]") else (answer, "")
-
-
-def _mark(value: float, count: float, right: bool | None) -> str:
-    if right is not None:
-        return "right" if bool(value) == right else "wrong"
-    return number(value) if count == 1 else f"{number(value / count)} nats per token"
+    if not mark or not right.endswith("]"):
+        said, right = answer, ""
+    if right_value is not None:
+        score = "right" if bool(value) == right_value else "wrong"
+    else:
+        score = number(value) if count == 1 else f"{number(value / count)} nats per token"
+    return Answer(said, score, sign), right.removesuffix("]")

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +22,7 @@ from cfsd.store.digests import write_json
 SCHEMA = 1
 RUN_RECORDS = "run_records.json"
 OLD_FILE = "trails.json"
+Part = TypeVar("Part", bound=BaseModel)
 OLD_ROLES = {"chosen": "selected_target", "kept": "filtered", "selected": "selected_corpus"}
 
 
@@ -47,17 +48,22 @@ def read_kept(folder: Path) -> Kept:
     files = [folder / name for name in (RUN_RECORDS, OLD_FILE) if (folder / name).is_file()]
     if not files:
         raise BadInput(f"{folder} has no {RUN_RECORDS}; give a folder below reports/ of a data folder")
+    return read_part(files[0], Kept)
+
+
+def read_part(file: Path, model: type[Part]) -> Part:
+    """Return what `file` of a report folder holds, written by this version or an older one. Raises BadInput."""
     try:
-        content = with_present_names(json.loads(files[0].read_text()))
+        content = with_present_names(json.loads(file.read_text()))
         if isinstance(content, list):  # the first reports kept no title
-            return Kept(title=folder.name.rpartition("-")[0], run_records=tuple(map(RunRecord.model_validate, content)))
+            content = {"schema": SCHEMA, "title": file.parent.name.rpartition("-")[0], "run_records": content}
         if content.pop("schema") != SCHEMA:
             raise ValueError("its schema is another one")
         if "trails" in content:
             content["run_records"] = content.pop("trails")
-        return Kept.model_validate(content)
+        return model.model_validate(content)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise BadInput(f"{files[0]} is not what a report of schema {SCHEMA} is made from: {error}") from error
+        raise BadInput(f"{file} is not what a report of schema {SCHEMA} is made from: {error}") from error
 
 
 def with_present_names(content: Any) -> Any:

@@ -8,59 +8,43 @@ from cfsd.report.run_record import RunRecord, Scores
 from cfsd.report.table import number
 from cfsd.store.artifact import Artifact
 
-METADATA = 8
-ROLES = (
-    "final",
-    "tuned",
-    "mixture",
-    "selected_target",
-    "target",
-    "selected_corpus",
-    "filtered",
-    "corpus",
-    "probe",
-    "base",
-)
-SELECTED_FROM = {
-    "selected_target": "target",
-    "selected_corpus": "filtered",
-}  # the same artifact where nothing was selected
-MADE_FROM = {  # an artifact whose first source is not there came from outside
+METADATA = 8  # entries shown of an artifact
+MADE_FROM = {  # by role, the last product first; an artifact whose first source is missing came from outside
     "final": ("tuned", "base"),
     "tuned": ("mixture", "base"),
     "mixture": ("selected_target", "selected_corpus"),
     "selected_target": ("target",),
+    "target": ("base",),
     "selected_corpus": ("filtered",),
     "filtered": ("corpus",),
-    "target": ("base",),
     "corpus": ("base",),
     "probe": ("base",),
-    "control": ("base",),
-    "fitted": ("tuned", "control"),
-}  # fmt: skip
+    "base": (),
+}
+OF_MERGING = {"control": ("base",), "fitted": ("tuned", "control")}
+SELECTED = {"selected_target": "target", "selected_corpus": "filtered"}  # the same artifact where nothing was selected
 
 
 def lineage(run_record: RunRecord) -> dict[str, Any]:
     """Return the tree of what the variant's model was made from, and what was measured on base and tuned."""
     placed: set[str] = set()
-    known = {
-        role: run_record.artifacts[whole] for role, whole in SELECTED_FROM.items() if whole in run_record.artifacts
-    }
-    artifacts = known | run_record.artifacts
+    artifacts = dict(run_record.artifacts)
+    for role, whole in SELECTED.items():
+        if whole in artifacts:
+            artifacts.setdefault(role, artifacts[whole])
 
     def node(role: str) -> dict[str, Any]:
-        artifact = artifacts[role]
-        roles = [other for other in ROLES if artifacts.get(other) == artifact] or [role]
-        described = _described(artifact, ", ".join(r for r in roles if SELECTED_FROM.get(r) not in roles))
+        roles = [other for other in MADE_FROM if artifacts.get(other) == artifacts[role]] or [role]
+        described = _described(artifacts[role], ", ".join(r for r in roles if SELECTED.get(r) not in roles))
         if role in placed:
             return described | {"metadata": "as above"}
         placed.update(roles)
-        parents = MADE_FROM.get(roles[-1], ())
-        if not parents or parents[0] not in artifacts:
-            return described
-        return described | {"made_from": [node(parent) for parent in parents if parent in artifacts]}
+        parents = (MADE_FROM | OF_MERGING).get(roles[-1], ())
+        if parents and parents[0] in artifacts:
+            described["made_from"] = [node(parent) for parent in parents if parent in artifacts]
+        return described
 
-    roots = [node(role) for role in (*ROLES, *artifacts) if role in artifacts and role not in placed]
+    roots = [node(role) for role in (*MADE_FROM, *artifacts) if role in artifacts and role not in placed]
     return {"roots": roots, "scores": [*_scores_of(run_record.before, "base"), *_scores_of(run_record.after, "tuned")]}
 
 
@@ -72,31 +56,24 @@ def lines_of_tree(nodes: list[dict[str, Any]], depth: int = 0) -> Iterator[str]:
 
 
 def _scores_of(scores: Scores, role: str) -> Iterator[dict[str, Any]]:
-    for name, artifact in scores.benchmarks.items():
-        yield _described(artifact, f"{role} on {name}")
-    for name, found in (
+    measured = [
+        *scores.benchmarks.items(),
         ("held-out target rows", scores.target),
         ("the probe, against the base", scores.probe),
         ("held-out target rows, against the base", scores.target_divergence),
         *scores.texts.items(),
-    ):
-        if found:
-            yield _described(found, f"{role} on {name}")
+    ]
+    yield from (_described(artifact, f"{role} on {name}") for name, artifact in measured if artifact)
 
 
 def _described(artifact: Artifact, role: str) -> dict[str, Any]:
-    plain = {k: v for k, v in artifact.metadata.items() if isinstance(v, int | float | str) and v != ""}
-    metadata = [f"{k} {_fact(v)}" for k, v in islice(plain.items(), METADATA)]
-    return {
-        "role": role,
-        "kind": artifact.kind,
-        "key": artifact.key,
-        "metadata": ", ".join(metadata),
-        "made_from": [],
-    }
+    plain = {name: value for name, value in artifact.metadata.items() if isinstance(value, int | float | str)}
+    entries = (f"{name} {_shown(value)}" for name, value in plain.items() if value != "")
+    metadata = ", ".join(islice(entries, METADATA))
+    return {"role": role, "kind": artifact.kind, "key": artifact.key, "metadata": metadata, "made_from": []}
 
 
-def _fact(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"{value}"
     return f"{value:,}" if isinstance(value, int) else number(value)

@@ -13,12 +13,11 @@ from cfsd.report.recipe_text import readable_yaml
 from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
-from cfsd.report.table import forgotten_of, number, shown, unit_of
+from cfsd.report.table import forgotten_of, number, unit_of
 from cfsd.report.verdict import verdict, warnings
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
-TEMPLATE = "model_card.md.j2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "word_perplexity": "perplexity"}  # the hub's names
 SETTINGS = ("learning_rate", "epochs", "schedule", "warmup_fraction", "weight_decay", "precision", "seed")
@@ -33,18 +32,19 @@ def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
     """Return the card of the variant's final model, from its artifacts alone; no path of this machine is in it."""
     recipe = _without_paths(run_record.recipe.model_dump(mode="json")) if run_record.recipe else {}
     return rendered(
-        TEMPLATE,
-        metadata=yaml.safe_dump(_metadata(recipe, summary), sort_keys=False, allow_unicode=True),
-        name=_line(summary.name),
-        base=_base(recipe) or "A language model",
+        "model_card.md.j2",
+        front_matter=yaml.safe_dump(_front_matter(recipe, summary), sort_keys=False, allow_unicode=True),
+        summary=summary,
+        base=_base(recipe),
         target=_target(recipe),
         rehearsed=_rehearsed(run_record),
-        said=_line(verdict([summary])),
+        verdict=verdict([summary]),
         warnings=warnings([summary]),
-        rows=_rows(summary),
-        tested=any(benchmark["p_value"] is not None for benchmark in summary.benchmarks.values()),
+        measures=[(m, figure) for m in MEASURES if m.label and (figure := figure_of(summary, m.name))],
+        benchmarks=[(entry, summary.benchmarks[entry.benchmark], finding(entry)) for entry in forgotten_of(summary)],
+        unit_of=unit_of,
         control=DEFINITION,
-        training=_training(recipe, run_record, summary),
+        training=_training(run_record, summary),
         lineage="\n".join(lines_of_tree(lineage(run_record)["roots"])),
         versions=versions_of(store, [run_record]),
         digest=run_record.digest,
@@ -52,11 +52,11 @@ def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
     )
 
 
-def _metadata(recipe: dict[str, Any], summary: Summary) -> dict[str, Any]:
+def _front_matter(recipe: dict[str, Any], summary: Summary) -> dict[str, Any]:
     """Return the fields that the hub reads. `base_model` only where the base has a name there."""
     base = recipe.get("base", {})
-    on_hub = {"hub": base.get("name"), "smollm2": SMOLLM2}.get(str(base.get("kind")))
-    results = [_result(name, found) for name, found in summary.benchmarks.items()]
+    on_hub = {"hub": base.get("name"), "smollm2": SMOLLM2}.get(base.get("kind"))
+    results = [_result(name, scores) for name, scores in summary.benchmarks.items()]
     return {
         **({"base_model": on_hub, "base_model_relation": "finetune"} if on_hub else {}),
         "library_name": "transformers",
@@ -66,26 +66,25 @@ def _metadata(recipe: dict[str, Any], summary: Summary) -> dict[str, Any]:
     }
 
 
-def _result(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _result(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """Return one benchmark for `model-index`; perplexities are given as what was measured, nats per token."""
-    loss = unit_of(found).score == "nats/token"
-    kind = "nats_per_token" if loss else METRIC_TYPES.get(found["metric"], found["metric"])
-    label = "nats per token" if loss else found["metric"]
-    metric = {"type": kind, "value": round(found["tuned"], 6), "name": f"{label} (base: {found['base']:.4g})"}
-    return {
-        "task": {"type": "text-generation"},
-        "dataset": {"type": re.sub(r"[^\w./-]+", "-", name), "name": name},
-        "metrics": [metric],
-    }
+    kind, label = METRIC_TYPES.get(scores["metric"], scores["metric"]), scores["metric"]
+    if unit_of(scores).score == "nats/token":
+        kind, label = "nats_per_token", "nats per token"
+    metric = {"type": kind, "value": round(scores["tuned"], 6), "name": f"{label} (base: {scores['base']:.4g})"}
+    dataset = {"type": re.sub(r"[^\w./-]+", "-", name), "name": name}
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": [metric]}
 
 
 def _base(recipe: dict[str, Any]) -> str:
     base = recipe.get("base", {})
-    if base.get("kind") == "smollm2":
-        return f"{SMOLLM2} (from its Q4_1 weights)"
-    if base.get("kind") == "hub":
-        return f"{base.get('name')} at commit {base.get('revision')}"
-    return {"tiny": "The tiny model of cfsd", "folder": f"The model {base.get('path')}"}.get(str(base.get("kind")), "")
+    names = {
+        "smollm2": f"{SMOLLM2} (from its Q4_1 weights)",
+        "hub": f"{base.get('name')} at commit {base.get('revision')}",
+        "tiny": "The tiny model of cfsd",
+        "folder": f"The model {base.get('path')}",
+    }
+    return names.get(base.get("kind"), "A language model")
 
 
 def _target(recipe: dict[str, Any]) -> str:
@@ -94,63 +93,36 @@ def _target(recipe: dict[str, Any]) -> str:
 
 
 def _rehearsed(run_record: RunRecord) -> str:
-    """Return what was rehearsed, in words; empty for plain fine-tuning."""
+    """Return what was rehearsed, in words; empty for plain fine-tuning and for a rehearsal of weight 0."""
     corpus = run_record.artifacts.get("selected_corpus") or run_record.artifacts.get("filtered")
-    if corpus is None or not corpus.metadata.get("rows") or _weightless(run_record):
+    is_weightless = run_record.recipe is not None and run_record.recipe.train.rehearsal.weight == 0
+    if corpus is None or not corpus.metadata.get("rows") or is_weightless:
         return ""
-    made = run_record.artifacts.get("corpus", corpus).metadata
-    biased = f", not an exact sample of it: {made['biased']}" if made.get("biased") else ""
-    kind = str(made.get("source") or "context-free")
-    text = {"replay": "documents given (replay)", "mixed": "text, partly sampled from the base model, partly given"}
-    return f"{corpus.metadata['rows']:,} rows of {text.get(kind, f'{kind} text sampled from the base model')}{biased}"
+    sampled = run_record.artifacts.get("corpus", corpus).metadata
+    biased = f", not an exact sample of it: {sampled['biased']}" if sampled.get("biased") else ""
+    source = str(sampled.get("source") or "context-free")
+    texts = {"replay": "documents given (replay)", "mixed": "text, partly sampled from the base model, partly given"}
+    return (
+        f"{corpus.metadata['rows']:,} rows of {texts.get(source, f'{source} text sampled from the base model')}{biased}"
+    )
 
 
-def _weightless(run_record: RunRecord) -> bool:
-    """Say whether rehearsal rows were read with a weight of 0 throughout."""
-    return run_record.recipe is not None and run_record.recipe.train.rehearsal.weight == 0
-
-
-def _rows(summary: Summary) -> list[list[str]]:
-    rows = []
-    for measure in MEASURES:
-        if measure.label and (figure := figure_of(summary, measure.name)):
-            label, _, in_unit = measure.label.partition(", ")
-            heading, name = measure.scores or (label, "")
-            means = [summary.target.get(f"{role}_{name}") for role in ("base", "tuned")]
-            scores = ["" if mean is None else number(measure.factor * mean) for mean in means]
-            change = f"{shown(figure, measure.factor)} {in_unit}"
-            rows.append([heading, *scores, f"{label} {change}" if measure.scores else change])
-    for entry in forgotten_of(summary):
-        found = summary.benchmarks[entry.benchmark]
-        unit = unit_of(found)
-        scores = [number(found[role] * unit.factor) for role in ("base", "tuned")]
-        change = f"lost {shown(found['forgetting'], unit.factor)} {unit.lost}: {finding(entry)}"
-        label = f"{entry.benchmark}: {entry.metric}, {unit.score}, {entry.num_documents} documents"
-        rows.append([label, *scores, change])
-    for name, text in summary.texts.items():
-        found = text["per_token"]
-        losses = [number(found[role]) for role in ("base", "tuned")]
-        rows.append([f"{name}: loss, nats/token", *losses, f"lost {shown(found['forgetting'])}"])
-    return rows
-
-
-def _training(recipe: dict[str, Any], run_record: RunRecord, summary: Summary) -> list[tuple[str, str]]:
-    """Return the settings and costs that people ask for first; the recipe holds all of them."""
-    train, costs = recipe.get("train", {}), summary.training or {}
-    found = [(name.replace("_", " "), train.get(name)) for name in SETTINGS]
-    if train and _rehearsed(run_record):
-        found += [(f"rehearsal {name}", train["rehearsal"][name]) for name in ("loss", "weight", "budget")]
-    for method, settings in train.get("methods", {}).items():
-        strength = settings.get("rank") or settings.get("weight") if isinstance(settings, dict) else None
-        found.append((method, strength or None))
-    fitted = (summary.budget or {}).get("alpha")
-    alpha = recipe.get("merge", {}).get("alpha", 1) if fitted is None else fitted
-    found.append(("merged with the base, weight of the tuned", None if alpha == 1 else f"{alpha:.3g}"))
-    found += [(name.replace("_", " "), costs.get(name)) for name in ("steps", "target_tokens", "rehearsal_tokens")]
-    found.append(("training, seconds", number(costs["seconds"]) if "seconds" in costs else None))
-    return [
-        (label, f"{value:,}" if isinstance(value, int) else str(value)) for label, value in found if value is not None
-    ]
+def _training(run_record: RunRecord, summary: Summary) -> dict[str, Any]:
+    """Return the settings and costs that people ask for first, None where unknown; the recipe holds all of them."""
+    recipe, costs = run_record.recipe, summary.training or {}
+    shown: dict[str, Any] = {}
+    alpha = (summary.budget or {}).get("alpha")
+    if recipe is not None:
+        settings = recipe.train.model_dump(mode="json")
+        shown |= {name.replace("_", " "): settings[name] for name in SETTINGS}
+        if _rehearsed(run_record):
+            shown |= {f"rehearsal {name}": settings["rehearsal"][name] for name in ("loss", "weight", "budget")}
+        for name, method in recipe.train.methods.by_name().items():
+            shown[name] = ", ".join(f"{k} {v}" for k, v in method.model_dump(exclude_defaults=True).items())
+        alpha = recipe.merge.alpha if alpha is None else alpha
+    shown["merged with the base, weight of the tuned"] = None if alpha in (1, None) else f"{alpha:.3g}"
+    shown |= {name.replace("_", " "): costs.get(name) for name in ("steps", "target_tokens", "rehearsal_tokens")}
+    return shown | {"training, seconds": number(costs["seconds"]) if "seconds" in costs else None}
 
 
 def _without_paths(content: Any) -> Any:
@@ -162,7 +134,3 @@ def _without_paths(content: Any) -> Any:
     if isinstance(content, str) and re.match(r"(/|~|[A-Za-z]:\\)\S", content) and not re.search(r"[\n{]", content):
         return PurePath(content.replace("\\", "/")).name
     return content
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

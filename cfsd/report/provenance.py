@@ -1,13 +1,9 @@
-"""What every report says last: corpora, what was left out, lineage, recipes, cost and versions; and how it draws."""
+"""What every report says last: corpora, what was left out, lineage, recipes, cost and versions."""
 
-from collections.abc import Mapping
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from cfsd.report.corpus.page import corpora_of
 from cfsd.report.costs import costs_of, trainings_of, versions_of
-from cfsd.report.figures.frontier import svg_of
 from cfsd.report.lineage import lineage
 from cfsd.report.recipe_text import recipes_of
 from cfsd.report.run_record import RunRecord
@@ -32,19 +28,9 @@ def provenance_of(store: Store, run_records: list[RunRecord], summaries: list[Su
 
 def _dropped(run_records: list[RunRecord]) -> list[dict[str, Any]]:
     """Return per target how many of its rows were not used, and why, with the variants it is of."""
-    found: dict[str, dict[str, Any]] = {}
+    targets: dict[str, dict[str, Any]] = {}
     for run_record in run_records:
         if artifact := run_record.artifacts.get("selected_target") or run_record.artifacts.get("target"):
             fresh = {"metadata": artifact.metadata, "reasons": artifact.metadata.get("dropped") or {}, "variants": []}
-            found.setdefault(artifact.key, fresh)["variants"].append(run_record.name)
-    return list(found.values())
-
-
-def embedded(sections: "Mapping[str, Mapping[str, Figure]]") -> dict[str, dict[str, Any]]:
-    """Return the figures of each section as SVG, which a template may trust."""
-    from markupsafe import Markup
-
-    return {
-        section: {name: Markup(svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in found.items()}
-        for section, found in sections.items()
-    }
+            targets.setdefault(artifact.key, fresh)["variants"].append(run_record.name)
+    return list(targets.values())

@@ -10,7 +10,7 @@ from typing import Any
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
-from cfsd.report.provenance import embedded, provenance_of
+from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
@@ -62,7 +62,7 @@ def _drawn(store: Store, run_records: list[RunRecord], summaries: list[Summary])
     benchmarks = {panel.name for panel in panels if panel.is_benchmark}
     drawn = curves.curve_figures(panels, names, models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
-    return embedded({
+    return figures.embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
         "curves": {name: figure for name, figure in drawn.items() if name not in benchmarks},

@@ -1,11 +1,12 @@
-"""One pass over a corpus table, a record batch at a time: what is counted of every row, and of rows evenly spread.
+"""One pass over a corpus table, a record batch at a time: figures of all rows, and of rows spread evenly over it.
 
 What grows with the table is 8 bytes per row. T tokens, R rows of a batch.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,18 +15,20 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cfsd.data.ngrams import PAIR_ORDER, Hashes, Ints, Rows, ngrams, repetition, spread
+from cfsd.report.table import POINTS
 from cfsd.store.tables import batches, shards
 
 ORDERS = (1, 2, 3, 4)
 COLUMNS = ["source", "token_ids", "logprobs", "finish_reason"]
-Floats = NDArray[np.float32]
+FINISHED = {"eos": "ended by the model", "length": "cut off"}
+Floats = NDArray[np.floating[Any]]
 
 
 class Inventory(NamedTuple):
     """What the footers of a table's shards say, without reading a row."""
 
     rows: int
-    tokens: int  # given ones included
+    tokens: int  # prompt tokens included
     top_k: int  # log-probabilities stored per token; 0: none. The most of any shard, as sources may differ
     bytes_of: dict[str, int]  # per column, as compressed on the disk
 
@@ -54,79 +57,28 @@ class Fractions(NamedTuple):
     pairs: float
 
 
-class Measured:
-    """What was counted; `add` takes one more batch."""
+@dataclass
+class Stage:
+    """A corpus at one point: as sampled, after the filter, or after selection; `add` counts one more batch of rows."""
 
-    def __init__(self, fractions: Fractions) -> None:
-        """Start with nothing counted."""
-        self.fractions = fractions
-        self.rows = self.tokens = self.given = self.ngram_tokens = 0
-        self.nats = 0.0
-        self.has_logprobs = False
-        self.sources: Counter[str] = Counter()  # sampled tokens
-        self.finish_reasons: Counter[str] = Counter()
-        self.first_tokens: dict[int, list[float]] = {}  # token -> rows that begin with it, their summed probability
-        self.repetition: list[float] = []  # per row that was looked at
-        self.places: list[int] = []  # of the rows whose n-grams are in `sets`
-        self.sets: list[Hashes] = []
-        self._lengths: list[Ints] = []
-        self._means: list[Floats] = []
-        self._hashes: dict[int, list[Hashes]] = defaultdict(list)
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Count one more batch of rows."""
-        rows, logprobs_T = _rows_of(batch)
-        count = batch.num_rows
-        length_R = np.bincount(rows.row_T[rows.sampled_T], minlength=count)
-        self._add_logprobs(rows, logprobs_T, length_R)
-        self._add_first_tokens(rows, logprobs_T)
-        if "source" in batch.schema.names:
-            for source, length in zip(batch.column("source").to_pylist(), length_R.tolist(), strict=True):
-                self.sources[source or "unknown"] += length
-        if "finish_reason" in batch.schema.names:
-            self.finish_reasons.update(reason or "unknown" for reason in batch.column("finish_reason").to_pylist())
-        self._add_distinct(rows.of(spread(self.rows, count, self.fractions.distinct)))
-        self.repetition += repetition(ngrams(rows.of(spread(self.rows, count, self.fractions.repetition)), PAIR_ORDER))
-        self._add_pairs(rows, spread(self.rows, count, self.fractions.pairs))
-        self.rows += count
-        self.tokens += int(length_R.sum())
-        self.given += len(rows.ids_T) - int(length_R.sum())
-        self._lengths.append(length_R.astype(np.int32))
-
-    def _add_logprobs(self, rows: Rows, logprobs_T: Floats | None, length_R: Ints) -> None:
-        if logprobs_T is None:
-            self._means.append(np.full(len(length_R), np.nan, np.float32))
-            return
-        self.has_logprobs = True
-        there = rows.sampled_T
-        nats_R = np.bincount(rows.row_T[there], logprobs_T[there].astype(np.float64), minlength=len(length_R))
-        self.nats += float(nats_R.sum())
-        mean_R = np.where(length_R > 0, nats_R / np.maximum(length_R, 1), np.nan)
-        self._means.append(mean_R.astype(np.float32))
-
-    def _add_first_tokens(self, rows: Rows, logprobs_T: Floats | None) -> None:
-        place_T = np.flatnonzero(rows.sampled_T)
-        _, first = np.unique(rows.row_T[place_T], return_index=True)
-        place_R = place_T[first]
-        token_F, inverse, count_F = np.unique(rows.ids_T[place_R], return_inverse=True, return_counts=True)
-        probability = np.zeros(len(place_R)) if logprobs_T is None else np.exp(logprobs_T[place_R].astype(np.float64))
-        summed_F = np.bincount(inverse, probability, minlength=len(token_F))
-        for token, count, summed in zip(token_F.tolist(), count_F.tolist(), summed_F.tolist(), strict=True):
-            entry = self.first_tokens.setdefault(token, [0, 0.0])
-            entry[0] += count
-            entry[1] += summed
-
-    def _add_distinct(self, rows: Rows) -> None:
-        self.ngram_tokens += int(rows.sampled_T.sum())
-        for order in ORDERS:
-            self._hashes[order].append(ngrams(rows, order).hash_G)
-
-    def _add_pairs(self, rows: Rows, chosen_R: NDArray[np.bool_]) -> None:
-        grams = ngrams(rows.of(chosen_R), PAIR_ORDER)
-        edges = np.searchsorted(grams.row_G, np.arange(len(chosen_R) + 1))
-        for row in np.flatnonzero(chosen_R).tolist():
-            self.places.append(self.rows + row)
-            self.sets.append(np.unique(grams.hash_G[edges[row] : edges[row + 1]]))
+    name: str
+    key: str
+    fractions: Fractions = field(repr=False)
+    rows: int = 0
+    tokens: int = 0  # sampled
+    prompt_tokens: int = 0  # start token, prompts, separators: the model did not sample them
+    ngram_tokens: int = 0  # on which distinct-n was measured
+    nats: float = 0.0  # log-probabilities under the base, summed over the sampled tokens
+    distinct: dict[int, float] = field(default_factory=dict)  # distinct-n by n; 1: no n-gram occurs twice
+    sources: Counter[str] = field(default_factory=Counter)  # sampled tokens
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    first_tokens: Counter[int] = field(default_factory=Counter, repr=False)  # rows whose sampled text begins so
+    first_probabilities: Counter[int] = field(default_factory=Counter, repr=False)  # summed over these rows
+    repetitions: list[float] = field(default_factory=list, repr=False)  # share of 4-grams seen earlier in the row
+    pair_sets: dict[int, Hashes] = field(default_factory=dict, repr=False)  # the n-grams of rows, by their place
+    _lengths: list[Ints] = field(default_factory=list, repr=False)
+    _means: list[Floats] = field(default_factory=list, repr=False)
+    _hashes: dict[int, list[Hashes]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
     def lengths(self) -> Ints:
         """Return the number of sampled tokens of every row."""
@@ -136,31 +88,99 @@ class Measured:
         """Return the mean log-probability of every row's sampled tokens, nats; nan where there is none."""
         return np.concatenate([np.zeros(0, np.float32), *self._means])
 
-    def distinct(self) -> dict[int, float]:
-        """Return distinct-n: different n-grams / n-grams, of `ngram_tokens` sampled tokens.
+    @property
+    def mean_logprob(self) -> float | None:
+        """Nats per sampled token, under the base; None where no log-probabilities are known."""
+        return self.nats / self.tokens if np.isfinite(self.means()).any() else None
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the figures by their labels on the page; shares in percent, log-probabilities in nats per token.
+
+        Repetition: the mean over rows of the share of 4-grams that occur earlier in the row, and what one row in
+        twenty exceeds.
+        """
+        shares, ends = POINTS * np.array(self.repetitions), sum(self.finish_reasons.values())
+        return {
+            "rows": self.rows,
+            "sampled tokens": self.tokens,
+            "prompt tokens": self.prompt_tokens,
+            "mean log-probability": self.mean_logprob,
+            **{f"{FINISHED.get(r, r)}, % of rows": POINTS * n / ends for r, n in self.finish_reasons.most_common()},
+            **{f"distinct-{n}": self.distinct.get(n) for n in ORDERS},
+            "repetition, %": float(shares.mean()) if len(shares) else None,
+            "repetition, above in 1 row of 20, %": float(np.quantile(shares, 0.95)) if len(shares) else None,
+        }
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Count one more batch of rows."""
+        rows, logprobs_T = _rows_of(batch)
+        count, place_T = batch.num_rows, np.flatnonzero(rows.sampled_T)
+        length_R = np.bincount(rows.row_T[place_T], minlength=count)
+        nats_R = np.bincount(rows.row_T[place_T], logprobs_T[place_T], minlength=count)
+        mean_R = np.divide(nats_R, length_R, out=np.full(count, np.nan), where=length_R > 0)
+        self._lengths.append(length_R.astype(np.int32))
+        self._means.append(mean_R.astype(np.float32))
+        self.nats += float(np.nansum(nats_R))
+        self.tokens += len(place_T)
+        self.prompt_tokens += len(rows.ids_T) - len(place_T)
+        for source, length in zip(_strings(batch, "source"), length_R.tolist(), strict=False):
+            self.sources[source] += length
+        self.finish_reasons.update(_strings(batch, "finish_reason"))
+        _, first = np.unique(rows.row_T[place_T], return_index=True)
+        self._add_first_tokens(rows.ids_T[place_T[first]], logprobs_T[place_T[first]])
+        self._add_ngrams(rows, count)
+        self.rows += count
+
+    def _add_first_tokens(self, ids_R: Ints, logprobs_R: Floats) -> None:
+        token_F, inverse, count_F = np.unique(ids_R, return_inverse=True, return_counts=True)
+        summed_F = np.bincount(inverse, np.nan_to_num(np.exp(logprobs_R)), minlength=len(token_F))
+        self.first_tokens.update(dict(zip(token_F.tolist(), count_F.tolist(), strict=True)))
+        self.first_probabilities.update(dict(zip(token_F.tolist(), summed_F.tolist(), strict=True)))
+
+    def _add_ngrams(self, rows: Rows, count: int) -> None:
+        some, repeated, paired = (rows.of(spread(self.rows, count, fraction)) for fraction in self.fractions)
+        self.ngram_tokens += int(some.sampled_T.sum())
+        for order in ORDERS:
+            self._hashes[order].append(ngrams(some, order).hash_G)
+        self.repetitions += repetition(ngrams(repeated, PAIR_ORDER))
+        grams = ngrams(paired, PAIR_ORDER)
+        edges = np.searchsorted(grams.row_G, np.arange(count + 1))
+        for row in np.flatnonzero(spread(self.rows, count, self.fractions.pairs)).tolist():
+            self.pair_sets[self.rows + row] = np.unique(grams.hash_G[edges[row] : edges[row + 1]])
+
+    def finish(self) -> None:
+        """Measure distinct-n: different n-grams / n-grams, of `ngram_tokens` sampled tokens.
 
         Source: Li et al. 2016, arXiv:1510.03055, where the metric is introduced. Differs: n-grams of the model's
         tokens, not of words; divided by the n-grams of that order, not by all tokens, so that 1 is the most.
         """
-        shares = {}
         for order, parts in self._hashes.items():
             hashes = np.concatenate(parts)
             hashes.sort()  # np.unique of numpy 2.4 builds a hash table: 0.4 s in place of 0.05 for a million
             if len(hashes):
-                shares[order] = (1 + int((hashes[1:] != hashes[:-1]).sum())) / len(hashes)
-        return shares
+                self.distinct[order] = (1 + int((hashes[1:] != hashes[:-1]).sum())) / len(hashes)
+        self._hashes.clear()
 
 
-def measure(folder: Path, fractions: Fractions) -> Measured:
-    """Return what is counted of the corpus table in `folder`."""
-    measured = Measured(fractions)
+def measure_stage(name: str, key: str, folder: Path, fractions: Fractions) -> Stage:
+    """Return the figures of the corpus table in `folder`, which is the artifact called `key`."""
+    stage = Stage(name, key, fractions)
     for batch in batches(folder, "corpus", COLUMNS):
-        measured.add(batch)
-    return measured
+        stage.add(batch)
+    stage.finish()
+    return stage
 
 
-def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats | None]:
-    """Return the tokens of a batch and their log-probabilities; without these, all but the start token is sampled."""
+def _strings(batch: pa.RecordBatch, column: str) -> list[str]:
+    values = batch.column(column).to_pylist() if column in batch.schema.names else []
+    return [value or "unknown" for value in values]
+
+
+def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats]:
+    """Return the tokens of a batch and their log-probabilities, nan where there is none.
+
+    Without a column of log-probabilities, every token but the row's first counts as sampled.
+    """
     token_ids = batch.column("token_ids")
     length_R = pc.list_value_length(token_ids).fill_null(0).to_numpy()
     ids_T = token_ids.flatten().to_numpy()
@@ -169,6 +189,6 @@ def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats | None]:
     if logprobs is None or len(logprobs) != len(ids_T):
         sampled_T = np.ones(len(ids_T), bool)
         sampled_T[(np.cumsum(length_R) - length_R)[length_R > 0]] = False
-        return Rows(ids_T, row_T, sampled_T), None
+        return Rows(ids_T, row_T, sampled_T), np.full(len(ids_T), np.nan)
     sampled_T = logprobs.is_valid().to_numpy(zero_copy_only=False)
-    return Rows(ids_T, row_T, sampled_T), logprobs.to_numpy(zero_copy_only=False)
+    return Rows(ids_T, row_T, sampled_T), logprobs.to_numpy(zero_copy_only=False).astype(np.float64)

@@ -7,63 +7,41 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cfsd.data.ngrams import nearest_pairs
-from cfsd.report.corpus.measure import Fractions, Inventory, Measured, inventory, measure
-from cfsd.report.corpus.text import Decode, Rejected, TextRow, decoder, rejected_by, rows_at, text_row
+from cfsd.report.corpus.measure import Fractions, Stage, inventory, measure_stage
+from cfsd.report.corpus.text import Decode, Rejected, TextRow, decoder, rejected_by, rows_at
 from cfsd.store.artifact import Artifact, Store
 
-NGRAM_TOKENS = 1_000_000  # distinct-n and repetition look at no more; each takes 8 bytes per order
+NGRAM_TOKENS = 1_000_000  # at most for distinct-n and repetition; each takes 8 bytes per order
 PAIR_ROWS = 2000  # compared each with each: two million pairs, a few seconds
 PAIRS = 5
 SAMPLES = 20
 FIRST_TOKENS = 12
 BINS = 40  # at most
-STAGES = ("sampled", "filtered", "selected")
 LEFT_OUT = {"filtered": "rejected", "selected": "not selected"}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The rows at one point: as sampled, kept by the filter, selected."""
-
-    name: str
-    key: str
-    rows: int
-    tokens: int  # sampled
-    given: int  # tokens that were given to the model: start token, prompts, separators
-    mean_logprob: float | None  # nats per sampled token, under the base
-    finish_reasons: dict[str, int]
-    distinct: dict[int, float]  # distinct-n by n; 1: no n-gram comes twice
-    repetition: float | None  # mean over rows of the share of 4-grams that stood earlier in the row
-    most_repetitive: float | None  # the same share, exceeded by one row in twenty
-    repetition_rows: int  # that were looked at
-    ngram_tokens: int  # that distinct-n was counted on
-
-
-@dataclass(frozen=True)
-class Histogram:
+class Histogram(NamedTuple):
     """Rows per bin, of each group of rows; one edge more than bins."""
 
     edges: tuple[float, ...]
     counts: dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class FirstToken:
+class FirstToken(NamedTuple):
     """A token with which sampled text begins."""
 
     text: str
-    count: int
+    rows: int
     share: float  # of all rows
-    probability: float | None  # that the base gives it; None where the rows do not all begin alike
+    probability: float | None  # under the base; None where the rows do not all begin alike
 
 
-@dataclass(frozen=True)
-class NearRows:
+class NearRows(NamedTuple):
     """Two rows that share much: the Jaccard index of their 4-grams, and both."""
 
     overlap: float
@@ -77,7 +55,7 @@ class CorpusView:
 
     key: str
     warnings: tuple[str, ...]
-    exact: bool  # known to be a sample of the base model's own law
+    exact: bool  # known to be a sample of the base model's own distribution
     halved_shards: int
     dropped_rows: dict[str, int]  # by reason, that the engine could not give as the table wants them
     engine: str
@@ -101,6 +79,13 @@ class CorpusView:
         return self.stages[-1]
 
     @property
+    def lines(self) -> dict[str, list[float | None]]:
+        """The figures that some stage has, by label, one per stage."""
+        columns = [stage.figures() for stage in self.stages]
+        lines = {label: [column.get(label, 0.0) for column in columns] for label in columns[0]}
+        return {label: values for label, values in lines.items() if any(value is not None for value in values)}
+
+    @property
     def accepted_fraction(self) -> float | None:
         """The share of the sampled rows that is left at the end."""
         return self.last.rows / self.stages[0].rows if self.stages[0].rows else None
@@ -113,157 +98,129 @@ class CorpusView:
 
 
 def corpus_warnings(metadata: Mapping[str, Any]) -> list[str]:
-    """Return in what a corpus is not an exact sample of the base model's law; empty for an exact or empty one."""
-    found = []
-    if metadata.get("rows") != 0:
-        if biased := metadata.get("biased"):
-            found.append(f"biased: {'sampled from another distribution' if biased is True else biased}")
-        if approximate := metadata.get("approximate"):
-            what = "token ids not exact" if approximate is True else str(approximate)
-            found.append(f"approximate: {what.removeprefix('approximate: ')}")
-    return found
+    """Return why a corpus is not an exact sample of the base model's distribution; empty for an exact or empty one."""
+    if metadata.get("rows") == 0:
+        return []
+    warnings = []
+    if biased := metadata.get("biased"):
+        warnings.append(f"biased: {'sampled from another distribution' if biased is True else biased}")
+    if approximate := metadata.get("approximate"):
+        what = "token ids not exact" if approximate is True else str(approximate)
+        warnings.append(f"approximate: {what.removeprefix('approximate: ')}")
+    return warnings
 
 
 def describe_corpus(
-    store: Store, corpus: Artifact, kept: Artifact | None, selected: Artifact | None, base: Artifact | None = None
+    store: Store, corpus: Artifact, filtered: Artifact | None, selected: Artifact | None, base: Artifact | None = None
 ) -> CorpusView:
-    """Return what is in `corpus` and what became of it; `base` gives the tokenizer that tells tokens apart."""
-    places = _places(corpus, kept, selected)
-    sizes = {name: inventory(store.path(artifact)) for name, artifact in places.items()}
-    measured = _measured(store, places, sizes)
-    name, artifact = list(places.items())[-1]
-    last, folder, decode = measured[name], store.path(artifact), decoder(store, base)
-    pairs = nearest_pairs(last.sets, PAIRS)
-    pair_places = [(last.places[pair.one], last.places[pair.other]) for pair in pairs]
-    sample_places = _evenly_by_mean(last)
-    rows = rows_at(folder, {*sample_places, *(place for two in pair_places for place in two)})
-    texts = {place: text_row(row, decode) for place, row in rows.items()}
+    """Return what is in `corpus` and what became of it; `base` gives the tokenizer, by which tokens become text."""
+    artifacts = _stages_that_changed(corpus, filtered, selected)
+    size = inventory(store.path(corpus))
+    stages = _measured(store, artifacts)
+    sampled, last, decode = stages[0], stages[-1], decoder(store, base)
+    folder, pair_places = store.path(artifacts[last.name]), list(last.pair_sets)
+    pairs = [(p.overlap, pair_places[p.one], pair_places[p.other])
+             for p in nearest_pairs(list(last.pair_sets.values()), PAIRS)]  # fmt: skip
+    places = _evenly_by_mean(last)
+    rows = rows_at(folder, [*places, *(place for pair in pairs for place in pair[1:])], decode)
+    warnings, engine = corpus_warnings(corpus.metadata), store.manifest(corpus).get("environment", {}).get("engine")
     return CorpusView(
         key=corpus.key,
-        warnings=tuple(warnings := corpus_warnings(corpus.metadata)),
-        exact=not warnings and "biased" in corpus.metadata and set(measured["sampled"].sources) == {"context-free"},
-        halved_shards=_count(corpus.metadata.get("halved_shards")),
-        dropped_rows=_fact(corpus, "dropped_rows", {}),
-        engine=str(_fact(corpus, "engine", "") or store.manifest(corpus).get("environment", {}).get("engine") or ""),
-        top_k=sizes["sampled"].top_k,
-        bytes_per_token=_bytes_per_token(sizes["sampled"], measured["sampled"].tokens),
-        stages=tuple(_stage(name, places[name].key, found) for name, found in measured.items()),
+        warnings=tuple(warnings),
+        exact=not warnings and "biased" in corpus.metadata and set(sampled.sources) == {"context-free"},
+        halved_shards=_number_of(corpus.metadata.get("halved_shards")),
+        dropped_rows=_metadata(corpus, "dropped_rows", {}),
+        engine=str(_metadata(corpus, "engine", "") or engine or ""),
+        top_k=size.top_k,
+        bytes_per_token={c: n / sampled.tokens for c, n in Counter(size.bytes_of).most_common() if sampled.tokens},
+        stages=stages,
         sources={source: tokens / max(1, last.tokens) for source, tokens in last.sources.most_common()},
-        lengths=_histogram({name: found.lengths() for name, found in measured.items()}, whole=True),
-        mean_logprobs=_histogram({name: found.means() for name, found in measured.items()}, whole=False),
-        first_tokens=tuple(_first_tokens(measured["sampled"], decode)),
-        samples=tuple(texts[place] for place in sample_places),
-        pairs=tuple(
-            NearRows(pair.overlap, texts[one], texts[other])
-            for pair, (one, other) in zip(pairs, pair_places, strict=True)
-        ),
-        pair_rows=len(last.sets),
-        rejected={n: tuple(found) for n, a in places.items() if n in LEFT_OUT and (found := rejected_by(store, a))},
-        accepted_by_rule=_fact(kept, "accepted_by_rule", {}),
-        selected_by=_fact(selected, "method", ""),
+        lengths=_histogram({stage.name: stage.lengths() for stage in stages}, whole=True),
+        mean_logprobs=_histogram({stage.name: stage.means() for stage in stages}, whole=False),
+        first_tokens=_first_tokens(sampled, decode),
+        samples=tuple(rows[place] for place in places),
+        pairs=tuple(NearRows(overlap, rows[one], rows[other]) for overlap, one, other in pairs),
+        pair_rows=len(last.pair_sets),
+        rejected={n: left_out for n in LEFT_OUT if n in artifacts and (left_out := rejected_by(store, artifacts[n]))},
+        accepted_by_rule=_metadata(filtered, "accepted_by_rule", {}),
+        selected_by=_metadata(selected, "method", ""),
     )
 
 
-def _fact(artifact: Artifact | None, name: str, otherwise: Any) -> Any:
+def _metadata(artifact: Artifact | None, name: str, otherwise: Any) -> Any:
     return (artifact.metadata.get(name) if artifact else None) or otherwise
 
 
-def _places(corpus: Artifact, kept: Artifact | None, selected: Artifact | None) -> dict[str, Artifact]:
-    """Return the artifact of each stage that changed what it was given."""
-    places = {STAGES[0]: corpus}
-    for name, artifact in (("filtered", kept), ("selected", selected)):
-        if artifact is not None and artifact.content != [*places.values()][-1].content:
-            places[name] = artifact
-    return places
+def _stages_that_changed(corpus: Artifact, filtered: Artifact | None, selected: Artifact | None) -> dict[str, Artifact]:
+    """Return the artifact of each stage that changed its input."""
+    artifacts = {"sampled": corpus}
+    for name, artifact in (("filtered", filtered), ("selected", selected)):
+        if artifact is not None and artifact.content != [*artifacts.values()][-1].content:
+            artifacts[name] = artifact
+    return artifacts
 
 
-def _measured(store: Store, places: dict[str, Artifact], sizes: dict[str, Inventory]) -> dict[str, Measured]:
-    """Measure every stage on as many n-grams as the smallest has: distinct-n falls as the text grows."""
+def _measured(store: Store, artifacts: dict[str, Artifact]) -> tuple[Stage, ...]:
+    """Return every stage, measured on as many n-grams as the smallest has: distinct-n falls as the text grows."""
+    sizes = {name: inventory(store.path(artifact)) for name, artifact in artifacts.items()}
     tokens = min(NGRAM_TOKENS, *(size.tokens for size in sizes.values()))
-    found: dict[str, Measured] = {}
-    for name, artifact in places.items():
-        size = sizes[name]
-        most = NGRAM_TOKENS / max(1, size.tokens)
-        fractions = Fractions(
-            distinct=tokens / max(1, size.tokens),
-            repetition=most,
-            pairs=min(most, PAIR_ROWS / max(1, size.rows)) if name == [*places][-1] else 0,
-        )
-        found[name] = measure(store.path(artifact), fractions)
-    return found
-
-
-def _stage(name: str, key: str, found: Measured) -> Stage:
-    repeated = found.repetition
-    return Stage(
-        name=name,
-        key=key,
-        rows=found.rows,
-        tokens=found.tokens,
-        given=found.given,
-        mean_logprob=found.nats / found.tokens if found.has_logprobs and found.tokens else None,
-        finish_reasons=dict(found.finish_reasons.most_common()),
-        distinct=found.distinct(),
-        repetition=float(np.mean(repeated)) if repeated else None,
-        most_repetitive=float(np.quantile(repeated, 0.95)) if repeated else None,
-        repetition_rows=len(repeated),
-        ngram_tokens=found.ngram_tokens,
-    )
+    stages = []
+    for name, artifact in artifacts.items():
+        bounded = NGRAM_TOKENS / max(1, sizes[name].tokens)
+        pairs = min(bounded, PAIR_ROWS / max(1, sizes[name].rows)) if name == [*artifacts][-1] else 0
+        fractions = Fractions(tokens / max(1, sizes[name].tokens), bounded, pairs)
+        stages.append(measure_stage(name, artifact.key, store.path(artifact), fractions))
+    return tuple(stages)
 
 
 def _histogram(values: dict[str, Any], *, whole: bool) -> Histogram | None:
     """Return the rows per bin of each group: those of the last stage, and those that each stage left out."""
-    finite = {name: found[np.isfinite(found)].astype(np.float64) for name, found in values.items()}
+    finite = {name: numbers[np.isfinite(numbers)].astype(np.float64) for name, numbers in values.items()}
     everything = finite["sampled"]
     if not len(everything):
         return None
-    bins = BINS if whole else min(BINS, int(2 * len(everything) ** (1 / 3)) + 1)  # Rice's rule
-    edges = _edges(float(everything.min()), float(everything.max()), bins, whole=whole)
-    counts = {name: np.histogram(found, edges)[0] for name, found in finite.items()}
+    edges = _edges(float(everything.min()), float(everything.max()), len(everything), whole=whole)
+    counts = {name: np.histogram(numbers, edges)[0] for name, numbers in finite.items()}
     *earlier, last = counts
     groups = {last: counts[last]}
     for before, after in zip(earlier, [*counts][1:], strict=True):
         groups[LEFT_OUT[after]] = np.maximum(counts[before] - counts[after], 0)
-    shown = {name: tuple(found.tolist()) for name, found in groups.items() if found.any()}
-    return Histogram(tuple(edges.tolist()), shown)
+    return Histogram(tuple(edges.tolist()), {name: tuple(rows.tolist()) for name, rows in groups.items() if rows.any()})
 
 
-def _edges(low: float, high: float, bins: int, *, whole: bool) -> Any:
+def _edges(low: float, high: float, rows: int, *, whole: bool) -> Any:
+    """Return the edges of at most BINS bins; those of whole numbers lie between the numbers."""
     if whole:
-        step = -int(-(high - low + 1) // bins)
+        step = -int(-(high - low + 1) // BINS)
         return np.arange(low - 0.5, high + step, step)
+    bins = min(BINS, int(2 * rows ** (1 / 3)) + 1)  # Rice's rule
     return np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
 
-def _first_tokens(found: Measured, decode: Decode | None) -> list[FirstToken]:
+def _first_tokens(stage: Stage, decode: Decode | None) -> tuple[FirstToken, ...]:
     """Return the most frequent first tokens; all context-free rows begin with the same probabilities."""
-    alike = set(found.sources) == {"context-free"} and found.has_logprobs
-    ranked = sorted(found.first_tokens.items(), key=lambda entry: (-entry[1][0], entry[0]))[:FIRST_TOKENS]
-    rows = sum(int(count) for count, _ in found.first_tokens.values())
-    return [
+    is_alike = set(stage.sources) == {"context-free"} and stage.mean_logprob is not None
+    ranked = sorted(stage.first_tokens.items(), key=lambda entry: (-entry[1], entry[0]))[:FIRST_TOKENS]
+    return tuple(
         FirstToken(
             text=json.dumps(decode([token]), ensure_ascii=False) if decode else f"token {token}",
-            count=int(count),
-            share=count / rows,
-            probability=summed / count if alike else None,
+            rows=rows,
+            share=rows / stage.first_tokens.total(),
+            probability=stage.first_probabilities[token] / rows if is_alike else None,
         )
-        for token, (count, summed) in ranked
-    ]
+        for token, rows in ranked
+    )
 
 
-def _evenly_by_mean(found: Measured) -> list[int]:
+def _evenly_by_mean(stage: Stage) -> list[int]:
     """Return the places of rows to read, one from each twentieth of the rows in order of mean log-probability."""
-    order = np.argsort(found.means(), kind="stable")
-    chosen = (np.arange(min(SAMPLES, len(order))) + 0.5) * len(order) / min(SAMPLES, max(1, len(order)))
-    return [int(order[int(rank)]) for rank in chosen]
+    order = np.argsort(stage.means(), kind="stable")
+    number = min(SAMPLES, len(order))
+    ranks = (np.arange(number) + 0.5) * len(order) / max(1, number)
+    return [int(order[int(rank)]) for rank in ranks]
 
 
-def _count(value: Any) -> int:
-    """Return how many things a fact names: a number of them, a list, or their names with commas between."""
+def _number_of(value: Any) -> int:
+    """Return how many things a field of metadata names: a number of them, a list, or names with commas between."""
     value = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     return len(value) if isinstance(value, list | dict) else int(value or 0)
-
-
-def _bytes_per_token(size: Inventory, tokens: int) -> dict[str, float]:
-    ranked = Counter(size.bytes_of).most_common()
-    return {name: count / tokens for name, count in ranked} if tokens else {}

@@ -30,13 +30,13 @@ def curve_figures(panels: Sequence[Panel], names: Sequence[str], models: Mapping
 def opacities(names: Sequence[str]) -> dict[str, float]:
     """Return how opaque each line is: the models of a sweep have one colour, which deepens along it."""
     sweeps = {name: sweep for name in names if (sweep := sweep_of(name))}
-    found = dict.fromkeys(names, 1.0)
+    opacity = dict.fromkeys(names, 1.0)
     for family in {sweep.family for sweep in sweeps.values()}:
         values = sorted({s.value for s in sweeps.values() if s.family == family})
         for name, sweep in sweeps.items():
             if sweep.family == family and len(values) > 1:
-                found[name] = PALEST + (1 - PALEST) * values.index(sweep.value) / (len(values) - 1)
-    return found
+                opacity[name] = PALEST + (1 - PALEST) * values.index(sweep.value) / (len(values) - 1)
+    return opacity
 
 
 def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float], models: Mapping[str, str]) -> Figure:

@@ -1,22 +1,23 @@
 """The figures of the report, by matplotlib without pyplot, and how they become SVG inside a page.
 
 Colours are those of Okabe and Ito that show on white and on black; a variant also has a marker of its own.
-Only imported when a figure is drawn.
 """
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from cfsd.report.figures.labels import Label, write_labels
-from cfsd.report.summary import Summary
+from cfsd.report.figures.labels import Point, interval, write_names
+from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, number, sweep_of, unit_of, variant_of
 
 INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they follow light and dark
@@ -28,8 +29,6 @@ LONGEST_NAME = 30
 MAX_NAMED = 6  # points of a sweep that are named; of more, about so many, evenly
 QUANTITIES = {"mean_forgetting": "mean forgetting, points", "probe_kl": "probe_kl, nats per token"}
 
-Fig = dict[str, Any]
-
 
 class Style(NamedTuple):
     """How one variant looks in every figure; its repeats look alike, and so do the points of a sweep."""
@@ -38,21 +37,11 @@ class Style(NamedTuple):
     marker: str
 
 
-class Point(NamedTuple):
-    """One variant's two figures, in the units of the axes."""
-
-    name: str
-    x: Fig
-    y: Fig
-
-
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Return the look of each name."""
-    names = list(names)
-    alike = {name: sweep.family if (sweep := sweep_of(name)) else variant_of(name) for name in names}
-    groups = list(dict.fromkeys(alike.values()))
-    looks = [Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(groups))]
-    return {name: looks[groups.index(alike[name])] for name in names}
+    groups = {name: sweep.family if (sweep := sweep_of(name)) else variant_of(name) for name in names}
+    order = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
+    return {n: Style(COLOURS[order[g] % len(COLOURS)], MARKERS[order[g] % len(MARKERS)]) for n, g in groups.items()}
 
 
 def frontier_figure(
@@ -76,78 +65,69 @@ def frontier_figure(
 
 def frontier_points(summaries: list[Summary], quantity: str) -> list[Point]:
     """Return the variants that have both a target gain and `quantity`."""
-    scale = POINTS if quantity == "mean_forgetting" else 1
+    factor = POINTS if quantity == "mean_forgetting" else 1
     pairs = [(s.name, s.target_gain, getattr(s, quantity)) for s in summaries]
-    return [Point(name, x, _scaled(y, scale)) for name, x, y in pairs if x is not None and y is not None]
+    return [Point(name, x, scaled(y, factor)) for name, x, y in pairs if x is not None and y is not None]
 
 
-def _scaled(figure: Fig, factor: float) -> Fig:
+def scaled(figure: Fig, factor: float) -> Fig:
+    """Return the value and interval of `figure` in another unit."""
     return {k: None if figure[k] is None else figure[k] * factor for k in ("value", "low", "high")}
+
+
+def certain(value: float) -> Fig:
+    """Return `value` as a figure without an interval."""
+    return {"value": value, "low": None, "high": None}
 
 
 def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], label: str, *, base: bool) -> None:
     plain_axes(axes, "target gain, nats per token (right: learned more)", f"{label} (up: worse)")
-    nothing = {"value": 0.0, "low": None, "high": None}
     axes.axhline(0, color=LINE, lw=1, zorder=0)
     if base:
         axes.axvline(0, color=LINE, lw=1, zorder=0)
         axes.plot(0, 0, marker="o", ms=7, mfc="none", mec=INK, ls="none")
-    sweeps = _sweeps(points)
-    for sweep in sweeps:
+    texts, small = {point.name: short(point.name) for point in points}, set()
+    for sweep in _sweeps(points):
         xs, ys = ([getattr(point, axis)["value"] for point in sweep] for axis in "xy")
         axes.plot(xs, ys, color=look[sweep[0].name].color, lw=0.8, zorder=1)
-    small = {point.name for sweep in sweeps if len(sweep) > MAX_NAMED for point in sweep}
-    for point in points:
-        _errorbar(axes, point.x, point.y, look[point.name], small=point.name in small)
-    axes.margins(0.16)
-    texts = {point.name: short(point.name) for point in points}
-    for sweep in sweeps:
         texts |= _sweep_texts(sweep)
-    labels = [_label("base", Point("base", nothing, nothing))] if base else []
-    labels += [_label(texts[p.name], p) for p in points]
-    write_labels(axes, labels, size=SIZE, color=INK)
+        small |= {point.name for point in sweep if len(sweep) > MAX_NAMED}
+    for point in points:
+        errorbar(axes, point.x, point.y, look[point.name], small=point.name in small)
+    axes.margins(0.16)
+    origin = [Point("base", certain(0.0), certain(0.0))] if base else []
+    write_names(axes, [*origin, *(p._replace(name=texts[p.name]) for p in points)], size=SIZE, color=INK)
 
 
 def _sweeps(points: list[Point]) -> list[list[Point]]:
     """Return the points of each sweep in its order, apart for each seed; at least two."""
-    found: dict[tuple[str, str], list[tuple[float, Point]]] = {}
-    for point in points:
-        if sweep := sweep_of(point.name):
-            repeat = point.name[len(variant_of(point.name)) :]
-            found.setdefault((sweep.family, repeat), []).append((sweep.value, point))
-    groups = (sorted(group, key=lambda pair: pair[0]) for group in found.values() if len(group) > 1)
-    return [[point for _, point in group] for group in groups]
+    keys = {p.name: (sweep.family, p.name[len(variant_of(p.name)) :]) for p in points if (sweep := sweep_of(p.name))}
+    values = {name: sweep.value for name in keys if (sweep := sweep_of(name))}
+    swept = sorted((p for p in points if p.name in keys), key=lambda p: (keys[p.name], values[p.name]))
+    groups = [list(group) for _, group in groupby(swept, key=lambda p: keys[p.name])]
+    return [group for group in groups if len(group) > 1]
 
 
 def _sweep_texts(sweep: list[Point]) -> dict[str, str]:
     """Return what is written at each point: the name in full at the first, then values, not at every one of many."""
-    step = -(-(len(sweep) - 1) // (MAX_NAMED - 1))
     last = len(sweep) - 1
-    named = {last, *(i for i in range(0, last, step) if i == 0 or last - i >= step)}
-    values = {p.name: found.text if (found := sweep_of(p.name)) else "" for p in sweep}
-    texts = {point.name: values[point.name] if i in named else "" for i, point in enumerate(sweep)}
+    step = -(-last // (MAX_NAMED - 1))
+    named = {last, *(i for i in range(0, last, step) if last - i >= step)}
+    values = [point.text if (point := sweep_of(p.name)) else "" for p in sweep]
+    texts = {p.name: values[i] if i in named else "" for i, p in enumerate(sweep)}
     return texts | {sweep[0].name: short(sweep[0].name)}
 
 
-def _label(text: str, point: Point) -> Label:
-    ends = [(f["value"] if f["low"] is None else f["low"], f["value"] if f["high"] is None else f["high"])
-            for f in (point.x, point.y)]  # fmt: skip
-    return Label(text, point.x["value"], point.y["value"], *ends)
-
-
-def _errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False) -> None:
-    size: Any = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
-    axes.errorbar(
-        x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), fmt=style.marker, color=style.color, **size,
-    )  # fmt: skip
+def errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False) -> None:
+    """Draw one figure against another, with the intervals that they have."""
+    size = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
+    look: Any = {"fmt": style.marker, "color": style.color} | size
+    axes.errorbar(x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), **look)
 
 
 def _reach(figure: Fig) -> list[list[float]]:
-    value, low, high = (figure[k] for k in ("value", "low", "high"))
-    return [
-        [0.0 if low is None else max(0.0, value - low)],
-        [0.0 if high is None else max(0.0, high - value)],
-    ]
+    low, high = interval(figure)
+    return [[max(0.0, figure["value"] - low)], [max(0.0, high - figure["value"])]]
 
 
 def plain_axes(axes: Axes, x: str, y: str) -> None:
@@ -162,6 +142,14 @@ def plain_axes(axes: Axes, x: str, y: str) -> None:
         spine.set_visible(name in ("left", "bottom"))
 
 
+def set_names(axis: Any, names: Iterable[str], *, slanted: str = "") -> None:
+    """Name the ticks of `axis` 0, 1, …, each name as it is written; `slanted`: at which end it touches its tick."""
+    texts = [short(name) for name in names]
+    axis.set_ticks(range(len(texts)), texts, **({"rotation": 30, "ha": slanted} if slanted else {}))
+    for text in axis.get_ticklabels():
+        text.set_parse_math(False)
+
+
 def short(name: str) -> str:
     """Return a name that fits beside a point or into a legend."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
@@ -171,51 +159,52 @@ def forest_figures(summaries: list[Summary]) -> dict[str, Figure]:
     """Return per unit ("points", "nats/token", …) what each variant lost on each benchmark."""
     units: dict[str, dict[str, list[tuple[str, dict[str, Any]]]]] = {}
     for summary in summaries:
-        for benchmark, found in summary.benchmarks.items():
-            rows = units.setdefault(unit_of(found).lost, {}).setdefault(benchmark, [])
-            rows.append((summary.name, found))
+        for benchmark, result in summary.benchmarks.items():
+            rows = units.setdefault(unit_of(result).lost, {}).setdefault(benchmark, [])
+            rows.append((summary.name, result))
     look = styles(s.name for s in summaries)
     return {unit: _forest(benchmarks, unit, look) for unit, benchmarks in units.items()}
 
 
 def _forest(benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, look: dict[str, Style]) -> Figure:
     grouped = len(look) > 1
-    rows = sum(len(found) + grouped for found in benchmarks.values())
-    figure = Figure((WIDTH, 1.0 + 0.22 * rows), layout="constrained")
+    lines = sum(len(rows) + grouped for rows in benchmarks.values())
+    figure = Figure((WIDTH, 1.0 + 0.22 * lines), layout="constrained")
     axes = figure.subplots()
     plain_axes(axes, f"{unit} lost, with 95 % interval (right of 0: worse)", "")
     axes.axvline(0, color=INK, lw=1)
     axes.grid(axis="y", visible=False)
     labels: list[str] = []
-    headings = set()
-    for benchmark, found in benchmarks.items():
+    headings = []
+    for benchmark, rows in benchmarks.items():
         if grouped:
-            headings.add(len(labels))
-            labels.append(short(benchmark))
-        for name, result in found:
-            _forest_row(axes, len(labels), result, look[name])
-            labels.append(short(name) if grouped else short(benchmark))
-    axes.set_yticks(range(len(labels)), labels)
-    for row, text in enumerate(axes.get_yticklabels()):
-        text.set_parse_math(False)
-        text.set_fontweight("bold" if row in headings else "normal")
+            headings.append(len(labels))
+            labels.append(benchmark)
+        for name, result in rows:
+            scale = unit_of(result)
+            errorbar(axes, scaled(result["forgetting"], scale.factor), certain(len(labels)), look[name])
+            _write_beside(axes, len(labels), " → ".join(number(result[r] * scale.factor) for r in ("base", "tuned")))
+            labels.append(name if grouped else benchmark)
+    set_names(axes.yaxis, labels)
+    for row in headings:
+        axes.get_yticklabels()[row].set_fontweight("bold")
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(labels) - 0.4, -1.3)
-    _beside(axes, -0.8, f"base → tuned, {unit_of(result).score}")
+    _write_beside(axes, -0.8, f"base → tuned, {scale.score}")
     return figure
 
 
-def _forest_row(axes: Axes, y: int, result: dict[str, Any], style: Style) -> None:
-    unit = unit_of(result)
-    here = {"value": y, "low": None, "high": None}
-    _errorbar(axes, _scaled(result["forgetting"], unit.factor), here, style)
-    scores = " → ".join(number(result[role] * unit.factor) for role in ("base", "tuned"))
-    _beside(axes, y, scores)
-
-
-def _beside(axes: Axes, y: float, text: str) -> None:
+def _write_beside(axes: Axes, y: float, text: str) -> None:
     place: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
     axes.text(1.03, y, text, size=SIZE - 1, color=INK, **place)
+
+
+def embedded(sections: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, Markup]]:
+    """Return the figures of each section of a page as SVG, which a template may trust."""
+    return {
+        section: {name: Markup(svg_of(f, f"{section} {name}", f"{section}: {name}")) for name, f in figures.items()}
+        for section, figures in sections.items()
+    }
 
 
 def svg_of(figure: Figure, name: str, description: str) -> str:

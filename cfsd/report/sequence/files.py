@@ -1,33 +1,33 @@
-"""The files of a sequence's report folder, and how to make them again from what lies among them."""
+"""The report folder of several targets in turn: page, pictures and figures, from the artifacts of a store alone.
 
-import json
+The page is `sequence.html.j2`: the R matrix, what is read from it, what is left of the first base.
+"""
+
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
-
-from cfsd.errors import BadInput
-from cfsd.report.files import Kept, check_artifacts, with_present_names, write_numbers
+from cfsd.report.changed_answers import changed_answers
+from cfsd.report.figures.curves import curve_figures
+from cfsd.report.figures.frontier import embedded, forest_figures
+from cfsd.report.files import SCHEMA, Kept, check_artifacts, read_part, write_numbers
+from cfsd.report.provenance import provenance_of
+from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
-from cfsd.report.sequence.drawing import matrix_figure
-from cfsd.report.sequence.gaps import DEFINITION, described_gaps
-from cfsd.report.sequence.measured import CHANGED, LEARNED, OF_BASE, Remains, remains_of
-from cfsd.report.sequence.page import write_sequence_page
+from cfsd.report.sequence.drawing import matrix_figure, since_base_figures, stages_of
+from cfsd.report.sequence.gaps import DEFINITION, WHOLE
+from cfsd.report.sequence.retention import CHANGED, LEARNED, OF_BASE, Retention, retention_of, since_the_base
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, shown
-from cfsd.statistics.continual import Continual, Stability, described
+from cfsd.report.table import lines_of, unit_of
+from cfsd.report.training import names_of_models, panels_of
+from cfsd.report.verdict import budget_lines, warnings
+from cfsd.statistics.continual import OF_TARGETS, described
 from cfsd.store.artifact import Store
 from cfsd.store.digests import write_json
 
-SCHEMA = 1
 SEQUENCE = "sequence.json"
-
-
-def keep_measured(folder: Path, measured: Measured) -> Path:
-    """Write beside the run records what else the page of a sequence is made from, and return the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SEQUENCE, {"schema": SCHEMA, **measured.model_dump(mode="json")})
-    return folder / SEQUENCE
+LOSS = "Held-out loss, nats per token: lower is better."
+EXACT = "Held-out responses answered exactly, %: higher is better."
 
 
 def read_measured(folder: Path) -> Measured | None:
@@ -35,75 +35,93 @@ def read_measured(folder: Path) -> Measured | None:
 
     Raises BadInput.
     """
-    file = folder / SEQUENCE
-    if not file.is_file():
-        return None
-    try:
-        content = with_present_names(json.loads(file.read_text()))
-        if content.pop("schema") != SCHEMA:
-            raise ValueError("its schema is another one")
-        return Measured.model_validate(content)
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise BadInput(f"{file} is not what the page of a sequence (schema {SCHEMA}) is made from: {error}") from error
+    return read_part(folder / SEQUENCE, Measured) if (folder / SEQUENCE).is_file() else None
 
 
-def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measured) -> tuple[Remains, list[Path]]:
+def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measured) -> tuple[Retention, list[Path]]:
     """Write everything that people open, from artifacts alone; return the figures and the files, the page first.
 
     Raises BadInput where the store lacks an artifact.
     """
     check_artifacts(store, [*measured.probes, *(scores for row in measured.scored for scores in row)])
     stages, numbers = write_numbers(folder, store, kept)
-    run_records = list(kept.run_records)
-    remains = remains_of(store, run_records, stages, measured)
-    keep_measured(folder, measured)
-    page, picture = folder / "report.html", folder / "matrix.png"
-    write_sequence_page(page, store, kept.title, run_records, stages, measured, remains, kept.notes)
-    matrix_figure(remains.losses, losses=True).savefig(picture, dpi=150)
-    return remains, [page, *numbers, picture, *_write_figures(folder, kept.title, remains)]
+    retention = retention_of(store, kept.run_records, stages, measured)
+    write_json(folder / SEQUENCE, {"schema": SCHEMA, **measured.model_dump(mode="json")})
+    page, picture, text, figures = (folder / n for n in ("report.html", "matrix.png", "continual.md", "continual.json"))
+    write_sequence_page(page, store, kept, stages, measured, retention)
+    matrix_figure(retention.losses, losses=True).savefig(picture, dpi=150)
+    text.write_text(described_sequence(kept.title, retention))
+    _write_figures(figures, retention)
+    return retention, [page, *numbers, picture, text, figures]
 
 
-def _write_figures(folder: Path, title: str, remains: Remains) -> list[Path]:
-    """Write continual.md, for the terminal, and continual.json."""
-    page, numbers = folder / "continual.md", folder / "continual.json"
-    page.write_text(described_sequence(title, remains))
-    content = remains.model_dump(mode="json", exclude={"losses", "since_base", "gaps"})
-    since = {s.name: _left(s) for s in remains.since_base}
-    gaps = {"definition": DEFINITION, "found": [gap.model_dump(mode="json") for gap in remains.gaps]}
-    definitions = {"learned": LEARNED, "changed": CHANGED, "since_base": OF_BASE}
+def write_sequence_page(
+    path: Path, store: Store, kept: Kept, stages: list[Summary], measured: Measured, retention: Retention
+) -> None:
+    """Write the page of a sequence to `path`; `stages` are the summaries of the stages, each against its own base."""
+    run_records, since = list(kept.run_records), list(retention.since_base)
+    names, last = [stage.name for stage in run_records], since_the_base(run_records, measured)[-1]
+    matrices = {
+        LOSS: matrix_figure(retention.losses, losses=True),
+        EXACT: matrix_figure(retention.exact, losses=False),
+    }
+    figures = {
+        "matrix": matrices,
+        "since the first base": since_base_figures(since),
+        "forest": forest_figures(since),
+        "curves": curve_figures(panels_of(store, run_records), names, names_of_models(run_records)),
+    }
+    write_page(
+        path,
+        "sequence.html.j2",
+        **_contents(kept.title, retention),
+        notes=[*budget_lines(stages), *kept.notes],
+        warnings=warnings(stages),
+        stages=stages_of(retention.losses.targets),
+        whole_sequence=WHOLE,
+        summaries=since,
+        lines=lines_of(since),
+        unit_of=unit_of,
+        drawn=embedded(figures),
+        changed=changed_answers(store, [last.model_copy(update={"name": f"first base against the model {last.name}"})]),
+        **provenance_of(store, run_records, stages),
+    )
+
+
+def _contents(title: str, retention: Retention) -> dict[str, Any]:
+    """Return the figures and their definitions as `sequence.html.j2` and `continual.md.j2` read them."""
+    content = retention.model_dump()
+    return {
+        "title": title,
+        "verdict": " ".join(learned_and_lost(retention)),
+        "targets": retention.losses.targets,
+        **{name: content[name] for name in ("losses", "exact", "learned", "benchmarks", "gaps")},
+        "changed_targets": content["changed"],
+        "definitions": {"learned": LEARNED, "change": CHANGED}
+        | {name.replace("_", " "): text for name, text in OF_TARGETS.items()},
+        "gap_definition": DEFINITION,
+        "of_base": OF_BASE,
+    }
+
+
+def _write_figures(path: Path, retention: Retention) -> None:
+    content = retention.model_dump(mode="json")
+    targets, summaries, gaps = (content.pop(name) for name in ("losses", "since_base", "gaps"))
+    shared = ("probe_kl", "mean_forgetting", "benchmarks", "texts")
     write_json(
-        numbers,
-        {"targets": remains.losses.model_dump(mode="json"), **content, "since_base": since, "stability_gap": gaps,
-         "definitions": definitions},
-    )  # fmt: skip
-    return [page, numbers]
+        path,
+        {
+            "targets": targets,
+            **content,
+            "since_base": {summary["name"]: {name: summary[name] for name in shared} for summary in summaries},
+            "stability_gap": {"definition": DEFINITION, "found": gaps},
+            "definitions": {"learned": LEARNED, "changed": CHANGED, "since_base": OF_BASE},
+        },
+    )
 
 
-def _left(summary: Summary) -> dict[str, object]:
-    content = summary.model_dump(mode="json")
-    return {name: content[name] for name in ("probe_kl", "mean_forgetting", "benchmarks", "texts")}
-
-
-def described_sequence(title: str, remains: Remains) -> str:
+def described_sequence(title: str, retention: Retention) -> str:
     """Return the figures as Markdown, each with its definition, after the two sentences."""
-    figures: list[Continual | Stability] = [remains.losses, remains.exact, *remains.benchmarks]
-    blocks = [_of_targets(remains), *map(described, figures[:2]), _of_base(remains), *map(described, figures[2:])]
-    text = "\n\n".join(f"```\n{block}\n```" for block in (*blocks, described_gaps(remains.gaps)) if block)
-    return f"# {title}: targets in turn\n\n{' '.join(learned_and_lost(remains))}\n\n{text}\n"
-
-
-def _of_targets(remains: Remains) -> str:
-    names = remains.losses.targets
-    learned = [f"{n}: {shown(f.model_dump())} {f.unit}" for n, f in zip(names, remains.learned, strict=True)]
-    changed = [f"{n}: {shown(f.model_dump())} {f.unit}" for n, f in zip(names, remains.changed, strict=False)]
-    return "\n".join(["learned", *learned, f"  {LEARNED}", "change", *changed, f"  {CHANGED}"])
-
-
-def _of_base(remains: Remains) -> str:
-    lines = []
-    for summary in remains.since_base:
-        parts = [f"probe_kl {shown(summary.probe_kl)} nats/token"] if summary.probe_kl else []
-        if summary.mean_forgetting:
-            parts.append(f"mean forgetting {shown(summary.mean_forgetting, POINTS)} points")
-        lines.append(f"{summary.name}: {', '.join(parts) or 'nothing measured'}")
-    return "\n".join(["left of the first base", *lines, f"  {OF_BASE}"])
+    texts = [described(retention.losses), described(retention.exact), *map(described, retention.benchmarks)]
+    since = [summary.model_dump() for summary in retention.since_base]
+    return rendered("continual.md.j2", **_contents(title, retention), described=texts, since_base=since)

@@ -36,30 +36,21 @@ class Gap(BaseModel):
 
 def gaps_of(stages: Sequence[Summary]) -> list[Gap]:
     """Return the gaps of every stage that was watched, then those of benchmarks watched in all of them."""
-    found = [
+    gaps = [
         Gap(stage=summary.name, measure=measure, worst_stage=number, **watched)
         for number, summary in enumerate(stages, 1)
         for measure, watched in (summary.stability_gap or {}).items()
     ]
-    measures = dict.fromkeys(gap.measure for gap in found if "/" in gap.measure)  # <benchmark>/<metric>
-    alike = {name: [gap for gap in found if gap.measure == name] for name in measures}
-    return [*found, *(_joined(gaps) for gaps in alike.values() if len(gaps) == len(stages) > 1)]
+    measures = dict.fromkeys(gap.measure for gap in gaps if "/" in gap.measure)  # <benchmark>/<metric>
+    alike = {name: [gap for gap in gaps if gap.measure == name] for name in measures}
+    return [*gaps, *(_joined(group) for group in alike.values() if len(group) == len(stages) > 1)]
 
 
 def _joined(gaps: list[Gap]) -> Gap:
+    """Return the gap of one measure over all stages."""
     first, last = gaps[0], gaps[-1]
     sign = -1 if first.higher_is_better else 1
     worst = max(gaps, key=lambda gap: sign * gap.worst)
     ends: dict[str, Any] = {"stage": WHOLE, "start": first.start, "final": last.final}
     gap = min(sign * (worst.worst - end) for end in (first.start, last.final))
     return worst.model_copy(update={**ends, "gap": gap})
-
-
-def described_gaps(gaps: Sequence[Gap]) -> str:
-    """Return a line per gap and the definition; empty where nothing was watched."""
-    lines = [
-        f"{gap.stage}: {gap.measure} {gap.start:.4g} at the start, {gap.worst:.4g} at its worst (stage "
-        f"{gap.worst_stage}, step {gap.worst_step}), {gap.final:.4g} at the end; gap {gap.gap:.4g} {gap.unit}"
-        for gap in gaps
-    ]
-    return "\n".join(["stability gap", *lines, f"  {DEFINITION}"]) if lines else ""
