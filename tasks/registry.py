@@ -59,7 +59,7 @@ def _promote(client: Any, name: str, model: Artifact, figures: Baseline, run_id:
         client.create_registered_model(name, description="Fine-tuned by cfsd; the gate moves the alias champion")
     mark = {
         "cfsd.model": model.key,
-        "cfsd.report.figures.frontier": digest_of(figures.model_dump(mode="json")["figures"])[:16],
+        "cfsd.figures": digest_of(figures.model_dump(mode="json")["figures"])[:16],
     }
     known = [v for v in client.search_model_versions(f"name = '{name}'") if mark.items() <= v.tags.items()]
     version = int(known[0].version) if known else _register(client, name, model, figures, run_id, mark)
