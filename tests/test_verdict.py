@@ -38,7 +38,7 @@ def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
 
 def test_one_variant_is_spoken_of_with_its_figures() -> None:
     assert two_sentences([summary("a", 0.01)]) == [
-        "“a” learned the target: its held-out loss fell by 1.00 [0.900, 1.10] nats per token and moved 0.100 [0.0900, "
+        "“a” learned the target (its held-out loss fell by 1.00 [0.900, 1.10] nats per token) and moved 0.100 [0.0900, "
         "0.110] nats per token from the base.",
         f"No benchmark shows a loss; {UNSEEN}.",
     ]

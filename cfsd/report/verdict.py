@@ -29,7 +29,7 @@ MANY_SEEDS = f"Brackets in the verdict are over seeds. {seeds.DEFINITION}"
 
 # What is said by the sign of a figure, or of a difference; None: no interval is known.
 LEARNED = {
-    1: "learned the target: its held-out loss fell by {} nats per token",
+    1: "learned the target (its held-out loss fell by {} nats per token)",
     0: "is not shown to have learned the target (gain {} nats per token)",
     -1: "became worse at the target (gain {} nats per token)",
     None: "has too few held-out rows to say whether it learned the target (gain {} nats per token)",
