@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfsd import stages
 from cfsd.machine import Machine, home
 from cfsd.model.checkpoint import count_parameters
 from cfsd.recipe import Recipe
@@ -25,8 +26,9 @@ KNOWN_SHAPES = {
     "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=100),
 }
 COMPUTING = {  # stages that hold the model, and how many times its weights' memory: gradients and moments count too
-    "probe": 1, "generate": 1, "embed": 1, "weigh": 1, "evaluate": 1, "evaluate-target": 1, "evaluate-probe": 2,
-    "budget": 4, "evaluate-text": 1, "evaluate-target-divergence": 2, "check": 1, "fisher": 3, "train": 4,
+    stages.PROBE: 1, stages.GENERATE: 1, stages.EMBED: 1, stages.WEIGH: 1, stages.CHECK: 1, stages.FISHER: 3,
+    stages.TRAIN: 4, stages.BUDGET: 4, stages.EVALUATE: 1, stages.EVALUATE_TEXT: 1, stages.EVALUATE_TARGET: 1,
+    stages.EVALUATE_PROBE: 2, stages.EVALUATE_TARGET_DIVERGENCE: 2,
 }  # fmt: skip
 TRIES = 3  # of alpha, until the budget is kept: docs/decisions/0015
 BENCHMARK_TOKENS = 5000  # per benchmark, where no limit tells
@@ -65,28 +67,28 @@ def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machi
     if weights is None or tokens is None:
         return Estimate(tokens, memory, None)
     rate = FLOPS_PER_SECOND[machine.resolved_device()]
-    if stage == "train" and machine.resolved_device() == "cuda":
+    if stage == stages.TRAIN and machine.resolved_device() == "cuda":
         rate *= machine.resolved_training_processes()
-    if stage in ("probe", "generate"):
+    if stage in stages.SAMPLING:
         rate *= DECODING_SHARE
     return Estimate(tokens, memory, _passes(stage, recipe, machine) * 2 * weights * tokens / rate)
 
 
 def _passes(stage: str, recipe: Recipe, machine: Machine) -> float:
     """Return how many forward passes a token costs; the way back is two."""
-    if stage in ("evaluate-probe", "evaluate-target-divergence"):
+    if stage in (stages.EVALUATE_PROBE, stages.EVALUATE_TARGET_DIVERGENCE):
         return 2
-    if stage == "budget":
+    if stage == stages.BUDGET:
         return 2 * TRIES
-    if stage == "fisher":
+    if stage == stages.FISHER:
         return 3
-    return 3 + machine.gradient_checkpointing if stage == "train" else 1
+    return 3 + machine.gradient_checkpointing if stage == stages.TRAIN else 1
 
 
 def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> float | None:
     """Return bytes per process."""
     shapes = shapes_of(recipe, base)
-    if stage == "train" and shapes:
+    if stage == stages.TRAIN and shapes:
         return training_memory(shapes, load_of(recipe.train, machine)).total()
     weights = parameters_of(recipe, base)
     vocabulary: float = shapes.vocabulary if shapes else float(str(base.metadata.get("vocabulary", 50_000)))
@@ -97,20 +99,20 @@ def _memory(stage: str, recipe: Recipe, base: Artifact, machine: Machine) -> flo
 
 
 def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
-    if stage in ("probe", "evaluate-probe", "budget"):
+    if stage in (stages.PROBE, stages.EVALUATE_PROBE, stages.BUDGET):
         return recipe.probe.rows * recipe.probe.length
-    if stage == "generate":
+    if stage == stages.GENERATE:
         return recipe.generate.rows * recipe.generate.length
-    if stage == "evaluate":
+    if stage == stages.EVALUATE:
         return BENCHMARK_TOKENS
     metadata: Any = target.metadata
-    if stage in ("evaluate-target", "evaluate-target-divergence"):
+    if stage in (stages.EVALUATE_TARGET, stages.EVALUATE_TARGET_DIVERGENCE):
         return float(metadata["held_out_tokens"]) if "held_out_tokens" in metadata else None
-    if stage == "fisher":
+    if stage == stages.FISHER:
         return recipe.train.methods.ewc.rows * recipe.generate.length
-    if stage == "weigh":
+    if stage == stages.WEIGH:
         return float(metadata["train_tokens"]) if "train_tokens" in metadata else None
-    if stage == "train" and "train_rows" in metadata:
+    if stage == stages.TRAIN and "train_rows" in metadata:
         steps = recipe.train.epochs * -(-metadata["train_rows"] // recipe.mix.target_rows)
         rehearsed = recipe.mix.rehearsal_tokens if recipe.generate.rows and recipe.train.rehearsal.weight else 0
         return float(recipe.train.epochs * metadata["train_tokens"] + steps * rehearsed)

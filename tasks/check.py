@@ -2,6 +2,7 @@
 
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
+from cfsd.stages import CHECK
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
 from tasks._stage import stage
@@ -20,7 +21,7 @@ def check_corpus(
     return checked
 
 
-@stage("check", "check", gpu=True)
+@stage(CHECK, "check", gpu=True)
 def _check(
     draft: Draft, base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, machine: Machine
 ) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
+from cfsd.stages import BUDGET, MERGE
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
@@ -15,7 +16,7 @@ def fit_alpha(
     return _fit_alpha(base, tuned, control, spec, machine) if control else None
 
 
-@stage("budget", "scores", gpu=True)
+@stage(BUDGET, "scores", gpu=True)
 def _fit_alpha(
     draft: Draft, base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, machine: Machine
 ) -> None:
@@ -30,7 +31,7 @@ def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, 
     return tuned if _alpha(decided) == 1 else _merge(base, tuned, decided, machine)
 
 
-@stage("merge", "model")
+@stage(MERGE, "model")
 def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> None:
     """Make (1 - alpha) x base + alpha x tuned."""
     from cfsd.merge.stage import merge
