@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from prefect import Task, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
@@ -127,12 +129,8 @@ def gpu_slot(machine: Machine, *, needed: bool) -> AbstractContextManager[None]:
     """Hold one of the server's `gpu` slots while a stage computes on CUDA; the limit is made if it is missing."""
     if not needed or machine.resolved_device() != "cuda":
         return nullcontext()
-    from prefect.client.orchestration import get_client
-
     with get_client(sync_client=True) as client:
         known = {limit.name for limit in client.read_global_concurrency_limits(limit=200, offset=0)}
         if GPU_SLOT not in known:
-            from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=1))
     return concurrency(GPU_SLOT, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
