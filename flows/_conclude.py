@@ -34,17 +34,12 @@ def conclude(
 ) -> Result:
     """Write the report, summary.json and the model cards of `run_records`, and show them where people look."""
     folder = report_folder(home(), title, run_records)
-    summaries, files, table, text = write_report(folder, title, run_records, notes)
+    report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, summaries[0] if len(summaries) == 1 else None, files)
-    create_table_artifact(table=table, key=f"{slug(title)}-table")
-    create_markdown_artifact("\n".join([text, *map(_listed, summaries)]), key=f"{slug(title)}-result")
-    return Result(run_records, summaries, folder)
-
-
-def _listed(summary: Summary) -> str:
-    figures = (f"* {name}: {value:.4g}" for name, value in record.headline(summary).items())
-    return "\n".join(["", f"## {summary.name}", *figures])
+        record.conclusion(run_id, report.figures[0] if len(run_records) == 1 else {}, report.files)
+    create_table_artifact(table=report.table, key=f"{slug(title)}-table")
+    create_markdown_artifact(report.text, key=f"{slug(title)}-result")
+    return Result(run_records, report.summaries, folder)
 
 
 def show(result: Result) -> None:

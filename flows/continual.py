@@ -38,7 +38,7 @@ def continual(sequence: TargetSequence, machine: Machine = Machine()) -> Result:
         scores = measured(run_records, sequence.recipe, machine)
         folder = report_folder(home(), title, run_records)
         report = write_sequence(folder, title, run_records, scores)
-        record.conclusion(run_id, None, report.files)
+        record.conclusion(run_id, {}, report.files)
         create_markdown_artifact(report.text, key=f"{folder.name}-continual")
         record.say(report.text)
     return Result(run_records, [], folder)

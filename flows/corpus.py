@@ -48,7 +48,7 @@ def corpus(recipe: Recipe, machine: Machine = Machine()) -> Result:  # noqa: B00
     with checked([recipe], machine, corpus_pipeline), record.variant(name, recipe) as variant:
         run_record = corpus_pipeline(recipe, machine).model_copy(update={"name": name, "steps": tuple(variant.steps)})
         folder = report_folder(home(), name, [run_record])
-        record.conclusion(variant.run_id, None, [write_corpus_page(folder, name, [run_record])])
+        record.conclusion(variant.run_id, {}, [write_corpus_page(folder, name, [run_record])])
     return Result([run_record], [], folder)
 
 

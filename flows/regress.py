@@ -167,7 +167,7 @@ def _told(
     files[0].write_text(f"# {title}\n\n{sentence}\n\n{body}\n")
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
-    record.conclusion(run_id, None, files)
+    record.conclusion(run_id, {}, files)
     create_markdown_artifact(files[0].read_text(), key=f"{slug(title)}-verdict", description=sentence)
     record.say(f"{body}\n\n{sentence}")
     record.say(str(files[0]))

@@ -14,9 +14,10 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What a report holds: the figures of each run, the files that people open, the same as a table and Markdown."""
+    """What was written: each run's summary and figures by metric name, the files, the same as table and Markdown."""
 
     summaries: list[Summary]
+    figures: list[dict[str, float]]
     files: list[Path]
     table: list[dict[str, Any]]
     text: str
@@ -27,13 +28,17 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
     from cfsd.report.files import Kept, write_files
     from cfsd.report.table import summary_frame
     from cfsd.report.verdict import remarks, two_sentences, warnings
+    from tasks.record.conclusion import headline
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
     summaries, files = write_files(folder, Store(home()), kept)
     lines = [f"# {title}", "", " ".join(two_sentences(summaries)), ""]
     lines += [f"* {line}" for line in (*remarks(summaries), *warnings(summaries))]
+    figures = [headline(summary) for summary in summaries]
+    for summary, flat in zip(summaries, figures, strict=True):
+        lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
     table = json.loads(summary_frame(summaries).to_json(orient="records"))
-    return Report(summaries, files, table, "\n".join(lines))
+    return Report(summaries, figures, files, table, "\n".join(lines))
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
@@ -50,7 +55,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
     kept = Kept(title=title, run_records=tuple(run_records))
     remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], files, [], described_sequence(title, remains))
+    return Report([], [], files, [], described_sequence(title, remains))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
