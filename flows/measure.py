@@ -80,8 +80,10 @@ def measure_command(
     on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    for part in (*models, evaluate, *([rows] if rows else [])):
-        part.check()
+    given: list[Checkpoint | EvaluateSpec | Target | None] = [*models, evaluate, rows]
+    for part in given:
+        if part:
+            part.check()
     probe = validated(ProbeSpec, parts["probe"], "--set")
     with prefect_server():
         result = measure(models[0], models[1], rows, probe, evaluate, on)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import ray
@@ -30,7 +30,7 @@ from tasks.record import say
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 1.0
 AHEAD = 500  # shards that Ray is told of at a time: its autoscaler sees the need, a million do not fill its memory
-Future = PrefectRayFuture[Any]
+Future: TypeAlias = "PrefectRayFuture[Any]"
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def map_shards(
 
     Raises what the first that failed raised; the others are cancelled.
     """
-    waiting, running, lost = deque(shards), dict[Any, Future](), list[Future]()
+    waiting, running, lost = deque(shards), dict[Any, Any](), list[Any]()
     try:
         # max_retries: whoever asked asks again; max_calls: a worker with a GPU would load the model for every shard
         with remote_options(**needs, max_retries=0, max_calls=0):
