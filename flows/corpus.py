@@ -27,17 +27,17 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
     target = prepare_target(base, recipe.target, machine)
-    chosen = select_target(base, target, recipe.select, machine)
-    recipe.check_target(chosen)
+    selected_target = select_target(base, target, recipe.select, machine)
+    recipe.check_target(selected_target)
     corpus = generate_corpus(base, target, recipe.generate, machine)
-    kept = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
-    selected = select_corpus(base, kept, recipe.select, machine)
+    filtered = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
+    selected_corpus = select_corpus(base, filtered, recipe.select, machine)
     return RunRecord(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         digest=recipe.digest(),
-        artifacts={"base": base, "target": target, "selected_target": chosen, "corpus": corpus, "filtered": kept,
-                   "selected_corpus": selected},
+        artifacts={"base": base, "target": target, "selected_target": selected_target, "corpus": corpus,
+                   "filtered": filtered, "selected_corpus": selected_corpus},
     )  # fmt: skip
 
 

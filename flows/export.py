@@ -1,4 +1,4 @@
-"""A model to publish: its weights, tokenizer and model card in a folder of its own.
+"""Export a model to publish: its weights, tokenizer and model card in a folder of its own.
 
 python -m flows.export data/reports/demo-acfd8792 my-model --variant rehearse
 """

@@ -37,13 +37,13 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     and never samples again.
     """
     run_record = corpus_pipeline(recipe, machine)
-    base, target, chosen, rehearsed = (
+    base, target, selected_target, rehearsed = (
         run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
     )
     probe = sample_probe(base, recipe.probe, machine)
-    losses = weigh_target(base, chosen, recipe.mix, machine)
-    mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)
-    checked = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
+    losses = weigh_target(base, selected_target, recipe.mix, machine)
+    mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
+    corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
     merging = recipe.merging()
@@ -54,7 +54,7 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
-    optional = {"checked": checked, "control": control, "fitted": fitted}
+    optional = {"checked": corpus_check, "control": control, "fitted": fitted}
     made |= {role: artifact for role, artifact in optional.items() if artifact}
     return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})
 

@@ -1,4 +1,4 @@
-"""A report made again, from the artifacts of the data folder alone: nothing is computed on a model.
+"""Make a report again from the artifacts of the data folder alone; nothing is computed on a model.
 
 python -m flows.report data/reports/demo-acfd8792 --to again
 """

@@ -59,10 +59,10 @@ def down() -> list[str]:
 def recorded() -> dict[str, dict[str, Any]]:
     """Return the servers that this home recorded, alive or not."""
     try:
-        found: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
+        servers: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
     except FileNotFoundError:
         return {}
-    return found
+    return servers
 
 
 def _keep(running: dict[str, dict[str, Any]]) -> None:

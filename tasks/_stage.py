@@ -109,9 +109,9 @@ def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[An
 def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
     known = all(value.content != UNKNOWN for value in inputs if isinstance(value, Artifact))
     key = key_of(name, *inputs) if known else None
-    found = Store(home()).find(kind, key) if key else None
-    plan.append(Planned(name, key, found is not None, inputs))
-    return found or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
+    cached = Store(home()).find(kind, key) if key else None
+    plan.append(Planned(name, key, cached is not None, inputs))
+    return cached or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:

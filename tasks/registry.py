@@ -30,13 +30,13 @@ def guarded_figures(run_record: RunRecord) -> dict[str, Measured]:
 def champion(recipe_name: str) -> Baseline | None:
     """Return the figures of the champion, None if there is none. Raises CfsdError where MLflow cannot be reached."""
     name = model_name(recipe_name)
-    found = tracked(lambda client: _read(client, name))
-    if found is None:
+    text = tracked(lambda client: _read(client, name))
+    if text is None:
         raise CfsdError(
             "the champion's figures are in MLflow, which cannot be reached; nothing was run. Start it (make up), or "
             "compare with a file: --baseline deployments/baselines/NAME.json"
         )
-    return parsed(found, f"champion of {name}") if found else None
+    return parsed(text, f"champion of {name}") if text else None
 
 
 def promote(recipe_name: str, model: Artifact, figures: Baseline, run_id: str | None) -> int | None:

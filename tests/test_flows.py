@@ -110,3 +110,19 @@ def test_plan_tells_what_runs_without_running(recipe: Recipe, home: Path) -> Non
     assert steps[0].stage == "fetch" and steps[0].key and not steps[0].cached
     assert steps[1].key is None  # depends on fetch
     assert not (home / "store").exists()
+
+
+def test_what_a_command_checked_its_flows_do_not_check_again(recipe: Recipe, home: Path) -> None:
+    from flows._plan import checked
+    from flows.mitigate import pipeline
+
+    walked: list[str] = []
+
+    def counting(recipe: Recipe, machine: Machine) -> RunRecord:
+        walked.append(recipe.name)
+        return pipeline(recipe, machine)
+
+    with checked([recipe], CPU, counting) as plans, checked([recipe], CPU, counting) as again:
+        assert [plan.recipe for plan in plans] == [recipe] and again == []
+    with checked([recipe], CPU, counting):
+        assert walked == ["mine", "mine"]

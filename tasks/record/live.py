@@ -104,10 +104,10 @@ class Follower:
 
     def _progress(self) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text())
+            progress: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text())
         except FileNotFoundError:
             return None
-        return found
+        return progress
 
     def _say(self, progress: dict[str, Any]) -> None:
         if self.console.is_terminal or time.monotonic() - self.said < SAY_SECONDS:

@@ -77,7 +77,7 @@ def open_run(server: "Server", name: str, parent: str | None, tags: dict[str, st
 
 
 def step_tags(stage: str, key: str, attempt: str) -> dict[str, str]:
-    """Return what the run of a step is found by; `attempt` is first, resumed or replayed."""
+    """Return the tags that identify the run of a step; `attempt` is first, resumed or replayed."""
     return {"cfsd.kind": "step", "cfsd.stage": stage, "cfsd.key": key, "attempt": attempt}
 
 

@@ -33,8 +33,8 @@ class Server(MlflowClient):
     @cached_property
     def experiment(self) -> str:
         """Return the id of our experiment, which is made if it is missing."""
-        if found := self.get_experiment_by_name(EXPERIMENT):
-            return str(found.experiment_id)
+        if known := self.get_experiment_by_name(EXPERIMENT):
+            return str(known.experiment_id)
         return str(self.create_experiment(EXPERIMENT, artifact_location=(home() / "mlartifacts").as_uri()))
 
     def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
