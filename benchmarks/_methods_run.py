@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 
 
 class Runner:
-    """Takes the stories of `total` recipes and says after each how long the rest may take."""
+    """Takes the pipelines of `total` recipes and says after each how long the rest may take."""
 
     def __init__(self, total: int, machine: Machine) -> None:
         """Begin to count."""
@@ -32,7 +32,7 @@ class Runner:
         self.store = Store(home())
 
     def run(self, recipe: Recipe) -> RunRecord | None:
-        """Take the whole story of `recipe`; None where its training met numbers that are not finite."""
+        """Take the whole pipeline of `recipe`; None where its training met numbers that are not finite."""
         started = time.time()
         try:
             run_record: RunRecord | None = pipeline(recipe, self.machine)
@@ -65,7 +65,7 @@ class Runner:
 
 
 def in_one_flow(name: str, work: Callable[[], None]) -> None:
-    """Do `work`, which takes stories, as a single flow run; the stages' own lines are left out."""
+    """Do `work`, which takes pipelines, as a single flow run; the stages' own lines are left out."""
     from prefect import flow  # not above: it reads its settings when imported, and `flows` makes them
 
     record.console.quiet = True

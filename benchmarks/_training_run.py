@@ -15,13 +15,15 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
+from benchmarks import _training_tail
 from benchmarks._bound import limit, skeleton, training_flops
+from benchmarks._training_bench import LEARNING_RATE, NEVER, Answer, Bench, request_of
 from cfsd.comparison import Comparison
 from cfsd.data.stage import prepare
 from cfsd.generate.spec import GenerateSpec
@@ -34,14 +36,11 @@ from cfsd.model.fetching import fetch
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.train.batches.loading import batches_of
-from cfsd.train.spec import TrainRequest, TrainSpec
+from cfsd.train.spec import TrainSpec
 from cfsd.train.trainer import fit
 
 DEMO = Path(__file__).parents[1] / "deployments" / "recipes" / "demo.yaml"
 TOP, MAX_TOP = 64, 256
-NEVER = 1_000_000
-LEARNING_RATE = 3e-4
-Answer = dict[str, Any]
 
 
 def main() -> None:
@@ -55,8 +54,6 @@ def main() -> None:
         for line in sys.stdin:
             say(_bound(data, **json.loads(line)))
     elif role in ("tuned", "tail"):
-        from benchmarks import _training_tail
-
         say(getattr(_training_tail, role)(data))
     else:
         _contend(role, data, json.loads(rest[0]), say)
@@ -127,23 +124,6 @@ class Gate(TrainerCallback):
             self.seconds, self.losses = [], []
 
 
-class Bench(NamedTuple):
-    """What `prepare` made, in one store."""
-
-    store: Store
-    base: Artifact
-    corpus: Artifact
-    probe: Artifact  # with MOST_TOP log-probabilities a token
-    mixture: Artifact
-    single: Artifact  # one target row and one rehearsal row to a batch
-
-    @classmethod
-    def at(cls, data: Path) -> "Bench":
-        """Read what lies in `data`."""
-        found = json.loads((data / "bench.json").read_text())
-        return cls(Store(data), *(Artifact.model_validate(found[name]) for name in cls._fields[1:]))
-
-
 def _prepare(data: Path, plan: Answer) -> Answer:
     """Make everything by the stages of the project, as the demo's recipe says."""
     store, recipe = Store(data), Comparison.load(DEMO).recipe
@@ -188,18 +168,6 @@ def _rows_by_batch(bench: Bench, mixture: str) -> list[list[Any]]:
 def _spec(settings: Answer) -> TrainSpec:
     given = {"learning_rate": LEARNING_RATE, "precision": "float32", "seed": 0, **settings}
     return TrainSpec.model_validate(given)
-
-
-def request_of(bench: Bench, spec: TrainSpec, mixture: str = "mixture", **machine: Any) -> TrainRequest:
-    """Return what the process that trains would be told; `machine` are settings other than the default ones."""
-    return TrainRequest(
-        home=bench.store.home,
-        base=bench.base,
-        mixture=getattr(bench, mixture),
-        corpus=bench.corpus if spec.rehearsal.reads_corpus() else None,
-        spec=spec,
-        machine=Machine(device="cpu", checkpoint_steps=NEVER, **machine),
-    )
 
 
 def _ours(data: Path, settings: Answer) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from benchmarks._training_run import LEARNING_RATE, Answer, Bench, request_of
+from benchmarks._training_bench import LEARNING_RATE, Answer, Bench, request_of
 from cfsd.model.loading import load_model
 from cfsd.store.tables import corpus_schema, read_rows, shard_path, shards, write_shard
 from cfsd.train.loss.token_loss import Head, Reference, Stored, token_losses

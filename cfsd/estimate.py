@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfsd import stages
 from cfsd.machine import Machine, home
 from cfsd.model.checkpoint import count_parameters
 from cfsd.recipe import Recipe
@@ -57,6 +58,11 @@ def _held_out(recipe: Recipe, target: Metadata) -> float | None:
     return target.get("held_out_tokens")
 
 
+def _curvature(recipe: Recipe, target: Metadata) -> float | None:
+    needed = recipe.train.methods.estimate()
+    return needed.rows * recipe.generate.length if needed else None
+
+
 def _training(recipe: Recipe, target: Metadata) -> float | None:
     if "train_rows" not in target:
         return None
@@ -66,19 +72,19 @@ def _training(recipe: Recipe, target: Metadata) -> float | None:
 
 
 STAGES = {
-    "probe": Stage(_probe),
-    "generate": Stage(lambda recipe, target: recipe.generate.rows * recipe.generate.length),
-    "embed": Stage(),
-    "weigh": Stage(lambda recipe, target: target.get("train_tokens")),
-    "check": Stage(),
-    "fisher": Stage(lambda recipe, target: recipe.train.methods.ewc.rows * recipe.generate.length, copies=3, passes=3),
-    "train": Stage(_training, copies=4, passes=3),
-    "budget": Stage(_probe, copies=4, passes=2 * TRIES),
-    "evaluate": Stage(lambda recipe, target: BENCHMARK_TOKENS),
-    "evaluate-text": Stage(),
-    "evaluate-target": Stage(_held_out),
-    "evaluate-target-divergence": Stage(_held_out, copies=2, passes=2),
-    "evaluate-probe": Stage(_probe, copies=2, passes=2),
+    stages.PROBE: Stage(_probe),
+    stages.GENERATE: Stage(lambda recipe, target: recipe.generate.rows * recipe.generate.length),
+    stages.EMBED: Stage(),
+    stages.WEIGH: Stage(lambda recipe, target: target.get("train_tokens")),
+    stages.CHECK: Stage(),
+    stages.FISHER: Stage(_curvature, copies=3, passes=3),
+    stages.TRAIN: Stage(_training, copies=4, passes=3),
+    stages.BUDGET: Stage(_probe, copies=4, passes=2 * TRIES),
+    stages.EVALUATE: Stage(lambda recipe, target: BENCHMARK_TOKENS),
+    stages.EVALUATE_TEXT: Stage(),
+    stages.EVALUATE_TARGET: Stage(_held_out),
+    stages.EVALUATE_TARGET_DIVERGENCE: Stage(_held_out, copies=2, passes=2),
+    stages.EVALUATE_PROBE: Stage(_probe, copies=2, passes=2),
 }
 
 
@@ -108,10 +114,10 @@ def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machi
     if weights is None or tokens is None:
         return Estimate(tokens, memory, None)
     rate, passes = FLOPS_PER_SECOND[machine.resolved_device()], work.passes
-    if stage == "train":
+    if stage == stages.TRAIN:
         passes += machine.gradient_checkpointing
         rate *= machine.resolved_training_processes() if machine.resolved_device() == "cuda" else 1
-    if stage in ("probe", "generate"):
+    if stage in stages.SAMPLING:
         rate *= DECODING_SHARE
     return Estimate(tokens, memory, passes * 2 * weights * tokens / rate)
 
@@ -119,7 +125,7 @@ def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machi
 def _memory(stage: str, copies: int, recipe: Recipe, base: Artifact, machine: Machine) -> float | None:
     """Return bytes per process."""
     shapes = shapes_of(recipe, base)
-    if stage == "train" and shapes:
+    if stage == stages.TRAIN and shapes:
         return training_memory(shapes, load_of(recipe.train, machine)).total()
     weights = parameters_of(recipe, base)
     if weights is None or not copies:

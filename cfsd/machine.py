@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 from cfsd.errors import BadInput
+from cfsd.stages import SAMPLING, TRAIN
 
 HOME_VARIABLE = "CFSD_HOME"
 KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
-SAMPLING = ("probe", "generate")  # the stages whose work is divided into shards
-TRAINING = "train"  # the stage whose work is done by several processes at once
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
@@ -119,7 +118,7 @@ class Machine(BaseModel):
         processes = 1
         if stage in SAMPLING:
             shape, processes = {"sampling_rows": self.sampling_rows, "engine": self.engine}, self.resolved_processes()
-        elif stage == TRAINING:  # both decide in which order gradients are summed
+        elif stage == TRAIN:  # both decide in which order gradients are summed
             processes = self.resolved_training_processes()
             shape |= {"training_processes": processes, "sharding": self.resolved_sharding()}
         return shape | {

@@ -1,4 +1,4 @@
-"""The stories: what the stages are put together for. Importing this settles where Prefect and MLflow keep things."""
+"""The flows, which put the stages together. Importing this package settles where Prefect and MLflow keep things."""
 
 from flows._environment import settle_environment
 

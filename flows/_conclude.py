@@ -1,62 +1,56 @@
-"""The end of every story: figures, report, summary.json, and the same in MLflow and Prefect."""
+"""The end of every pipeline: figures, report, summary.json, and the same in MLflow and Prefect."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cfsd.machine import home
+from cfsd.report.place import report_folder, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
-from cfsd.spec import digest_of
 from cfsd.store.artifact import Store
+from flows._cli import console
 from tasks import record
+from tasks.report import print_figures, write_report
+
+
+class Result(NamedTuple):
+    """What a flow gives: what was run, the figures of each run, and the folder of the report."""
+
+    run_records: list[RunRecord]
+    summaries: list[Summary]
+    folder: Path
+
+    def only(self) -> RunRecord:
+        """Return the run record of a flow that runs one recipe."""
+        (run_record,) = self.run_records
+        return run_record
 
 
 def conclude(
     title: str, run_records: list[RunRecord], run_ids: Sequence[str | None], notes: Sequence[str] = ()
-) -> list[Summary]:
+) -> Result:
     """Write the report, summary.json and the model cards of `run_records`, and show them where people look."""
-    from cfsd.report.files import Kept, slug, write_files
-    from cfsd.report.table import summary_frame
-
-    kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
-    summaries, files = write_files(report_folder(title, run_records), Store(home()), kept)
+    folder = report_folder(home(), title, run_records)
+    report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, summaries[0] if len(summaries) == 1 else None, files)
-    frame = summary_frame(summaries)
-    key = slug(title)
-    create_table_artifact(table=json.loads(frame.to_json(orient="records")), key=f"{key}-table")
-    create_markdown_artifact(_markdown(title, summaries), key=f"{key}-result")
-    return summaries
+        record.conclusion(run_id, report.figures[0] if len(run_records) == 1 else {}, report.files)
+    create_table_artifact(table=report.table, key=f"{slug(title)}-table")
+    create_markdown_artifact(report.text, key=f"{slug(title)}-result")
+    return Result(run_records, report.summaries, folder)
 
 
-def conclude_corpus(title: str, run_records: list[RunRecord], run_id: str | None) -> Path:
-    """Write the page that shows the corpora of `run_records`, and the records, which lead to every row."""
-    from cfsd.report.files import Kept, write_corpus_files
-
-    kept = Kept(title=title, run_records=tuple(run_records))
-    page = write_corpus_files(report_folder(title, run_records), Store(home()), kept)
-    record.conclusion(run_id, None, [page])
-    return page
+def show(result: Result) -> None:
+    """Print the table of figures and where the files are."""
+    print_figures(result.summaries, console)
+    show_files(result)
 
 
-def report_folder(title: str, run_records: Sequence[RunRecord]) -> Path:
-    """Return where the report lies: by name and by what was run, so that no run takes another one's place."""
-    from cfsd.report.files import slug
-
-    run = digest_of([run_record.model_dump(mode="json", exclude={"steps"}) for run_record in run_records])
-    return home() / "reports" / f"{slug(title)}-{run[:8]}"
-
-
-def _markdown(title: str, summaries: list[Summary]) -> str:
-    from cfsd.report.summarise import headline
-    from cfsd.report.verdict import remarks, two_sentences, warnings
-
-    lines = [f"# {title}", "", " ".join(two_sentences(summaries)), ""]
-    lines += [f"* {line}" for line in (*remarks(summaries), *warnings(summaries))]
-    for summary in summaries:
-        lines += ["", f"## {summary.name}"]
-        lines += [f"* {name}: {value:.4g}" for name, value in headline(summary).items()]
-    return "\n".join(lines)
+def show_files(result: Result) -> None:
+    """Print the last model's and the report's path, how to open the pages and, last, the path of summary.json."""
+    console.print(f"model    {Store(home()).path(result.run_records[-1].artifacts['final'])}")
+    console.print(f"report   {result.folder / 'report.html'}")
+    console.print("compare runs in the browser (Prefect and MLflow): make up")
+    print(result.folder / "summary.json", flush=True)

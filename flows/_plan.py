@@ -1,7 +1,10 @@
-"""`--plan`: the flow walked without Prefect and without doing anything; what would run, and what it costs."""
+"""What a flow would do: its pipeline walked without executing a stage, checked, and shown by `--plan`."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -16,22 +19,78 @@ from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
 from tasks._stage import Planned, planning
 
-Story = Callable[[Recipe, Machine], RunRecord]
+Pipeline = Callable[[Recipe, Machine], RunRecord]
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
-def print_plan(recipes: dict[str, Recipe], machine: Machine, pipeline: Story, console: Console) -> None:
+class Plan(NamedTuple):
+    """The steps that a recipe takes, in order, and its base and target as far as they are known."""
+
+    recipe: Recipe
+    steps: list[Planned]
+    base: Artifact
+    target: Artifact
+
+
+@contextmanager
+def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> Iterator[list[Plan]]:
+    """Check recipes before anything runs and give their plans; within the block nothing is checked again.
+
+    So a command checks before it starts a server, and a flow checks when no command did.
+
+    Raises:
+        BadInput: An error that is detectable before running, a disk that is too small included.
+    """
+    if _checked.get():
+        yield []
+        return
+    plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+    token = _checked.set(True)
+    try:
+        yield plans
+    finally:
+        _checked.reset(token)
+
+
+def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
+    """Return what `pipeline` would do."""
+    steps: list[Planned] = []
+    token = planning.set(steps)
+    try:
+        run_record = pipeline(recipe, machine)
+    finally:
+        planning.reset(token)
+    return Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"])
+
+
+def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
+    recipe.check()
+    check_cluster(machine)
+    check_sharding(recipe.train, machine)
+    plan = walk(recipe, machine, pipeline)
+    if all(step.cached for step in plan.steps):
+        return plan
+    needed, free = disk_bytes(recipe, parameters_of(recipe, plan.base)), shutil.disk_usage(home()).free
+    if needed > free:
+        raise BadInput(
+            f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
+            "free some, choose another data folder with --home, or lower generate.rows"
+        )
+    return plan
+
+
+def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
     table = Table("stage", "key", "state", "tokens", "memory", "time", title="plan")
     seen: set[object] = set()
     total = 0.0
-    for recipe in recipes.values():
-        steps, artifacts = walk(recipe, machine, pipeline)
-        for step in steps:
+    for plan in plans:
+        for step in plan.steps:
             mark = step.key or (step.stage, *map(repr, step.inputs))
             if mark in seen:
                 continue
             seen.add(mark)
-            cost = estimate(step.stage, recipe, *artifacts, machine)
+            cost = estimate(step.stage, plan.recipe, plan.base, plan.target, machine)
             total += 0 if step.cached else cost.seconds or 0
             table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)
@@ -42,33 +101,6 @@ def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:
     tokens = f"{cost.tokens:,.0f}" if cost.tokens else ""
     memory = f"{cost.memory / GIB:.1f} GiB" if cost.memory else ""
     return tokens, memory, f"{cost.seconds:.0f} s" if cost.seconds and not cached else ""
-
-
-def walk(recipe: Recipe, machine: Machine, pipeline: Story) -> tuple[list[Planned], tuple[Artifact, Artifact]]:
-    """Return the steps of `recipe` in order, and its base and target as far as they are known."""
-    steps: list[Planned] = []
-    token = planning.set(steps)
-    try:
-        run_record = pipeline(recipe, machine)
-    finally:
-        planning.reset(token)
-    return steps, (run_record.artifacts["base"], run_record.artifacts["target"])
-
-
-def check(recipe: Recipe, machine: Machine, pipeline: Story) -> None:
-    """Raise BadInput for whatever can be told to be wrong before anything runs, a disk too small included."""
-    recipe.check()
-    check_cluster(machine)
-    check_sharding(recipe.train, machine)
-    steps, (base, _) = walk(recipe, machine, pipeline)
-    if all(step.cached for step in steps):
-        return
-    needed, free = disk_bytes(recipe, parameters_of(recipe, base)), shutil.disk_usage(home()).free
-    if needed > free:
-        raise BadInput(
-            f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
-            "free some, choose another data folder with --home, or lower generate.rows"
-        )
 
 
 def _state(step: Planned) -> str:

@@ -12,17 +12,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.serve import HOST, answers, wait_until
+import uvicorn
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from cfsd.machine import home
+from cfsd.process.child import end_with_parent
+from flows._servers import HOST, answers, wait_until
 
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
     """Give the flows of this block a server: the one that the settings name, else a temporary one."""
-    from prefect.logging.handlers import APILogHandler
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from cfsd.machine import home
-
     if PREFECT_API_URL.value():
         yield
         return
@@ -48,10 +49,6 @@ def prefect_server() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    import uvicorn
-
-    from cfsd.process.child import end_with_parent
-
     end_with_parent()
     settings = uvicorn.Config("prefect.server.api.server:create_app", factory=True)
     uvicorn.Server(settings).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])

@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from cfsd.baseline.file import Baseline, Measured, other_documents, provenance
 from cfsd.recipe import Recipe
+from cfsd.stages import GENERATE, MIX, SELECT, TRAIN
 from cfsd.statistics.gate import Finding, Judgement
 from tasks import record
 
-RESEEDED = ("generate", "select", "mix", "train")  # all that is random after the documents are chosen
+RESEEDED = (GENERATE, SELECT, MIX, TRAIN)  # all that is random after the documents are chosen
 SLOWER = 1.5  # times the baseline's slowest training, from where on it is said
 SHOWN, CONTEXT = 60, 20  # characters of a changed field; of them, before the change
 WORDS = {"fail": "FAIL", "pass": "PASS", "cannot tell": "CANNOT TELL"}

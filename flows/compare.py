@@ -3,27 +3,51 @@
 python -m flows.compare deployments/recipes/demo.yaml --seeds 3
 """
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from prefect import flow
 
 from cfsd.comparison import Comparison
 from cfsd.machine import Machine
-from cfsd.report.run_record import RunRecord
-from flows._conclude import conclude
-from flows.mitigate import mitigate
+from flows._cli import Home, On, Plan, Set, console, machine_of, start
+from flows._conclude import Result, conclude, show
+from flows._plan import checked, print_plans
+from flows._temporary_server import prefect_server
+from flows.mitigate import mitigate, pipeline
 from tasks import record
 
 
 @flow(name="compare", flow_run_name="{comparison.recipe.name}")
-def compare(comparison: Comparison, machine: Machine = Machine()) -> list[RunRecord]:  # noqa: B008
+def compare(comparison: Comparison, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Run every variant of the recipe; what they share (base, probe, corpus, base scores) is made once."""
-    recipes = comparison.recipes()
-    with record.comparison(comparison.recipe.name) as run_id:
-        run_records = [mitigate(recipe, machine).model_copy(update={"name": name}) for name, recipe in recipes.items()]
-        conclude(comparison.recipe.name, run_records, [run_id], notes=comparison.notes())
-    return run_records
+    title, recipes = comparison.recipe.name, comparison.recipes()
+    with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
+        run_records = [
+            mitigate(recipe, machine).only().model_copy(update={"name": name}) for name, recipe in recipes.items()
+        ]
+        return conclude(title, run_records, [run_id], notes=comparison.notes())
+
+
+def compare_command(
+    comparison: Annotated[Path, typer.Argument(help="A recipe and its variants in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats per variant; mix and train vary")] = None,
+    home: Home = None,
+    plan: Plan = False,
+) -> None:
+    """Run every variant of a recipe and put them into one table, one figure and one report."""
+    loaded, on = Comparison.load(comparison, set_, seeds), machine_of(machine)
+    with checked(loaded.recipes().values(), on, pipeline) as plans:
+        if plan:
+            print_plans(plans, on, console)
+            return
+        with prefect_server():
+            result = compare(loaded, on)
+    show(result)
 
 
 if __name__ == "__main__":
-    from flows._cli import compare_command, start
-
     start(compare_command)

@@ -5,31 +5,43 @@ python -m flows.continual deployments/recipes/tiny-sequence.yaml
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
+from cfsd.report.place import report_folder
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.store.artifact import Artifact, Store
 from cfsd.target_sequence import TargetSequence, trained_on
-from flows._conclude import report_folder
-from flows.mitigate import mitigate
+from flows._cli import Home, On, Set, machine_of, start
+from flows._conclude import Result, show_files
+from flows._plan import checked
+from flows._temporary_server import prefect_server
+from flows.mitigate import mitigate, pipeline
 from tasks import record
 from tasks.evaluate import Role, evaluate_probe, evaluate_target
+from tasks.report import write_sequence
 
 ROLES: tuple[Role, Role] = ("base", "tuned")
 
 
 @flow(name="continual", flow_run_name="{sequence.recipe.name}")
-def continual(sequence: TargetSequence, machine: Machine = Machine()) -> list[RunRecord]:  # noqa: B008
+def continual(sequence: TargetSequence, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Train on one target after another; every stage is a `mitigate` run, and every model is scored on every target."""
     title = sequence.recipe.name
-    with record.comparison(title) as run_id:
+    with checked(sequence.recipes().values(), machine, pipeline), record.comparison(title) as run_id:
         run_records = stages(sequence, machine)
-        conclude_sequence(title, run_records, measured(run_records, sequence.recipe, machine), run_id)
-    return run_records
+        scores = measured(run_records, sequence.recipe, machine)
+        folder = report_folder(home(), title, run_records)
+        report = write_sequence(folder, title, run_records, scores)
+        record.conclusion(run_id, {}, report.files)
+        create_markdown_artifact(report.text, key=f"{folder.name}-continual")
+        record.say(report.text)
+    return Result(run_records, [], folder)
 
 
 def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
@@ -37,7 +49,7 @@ def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
     run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
         on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe
-        run_records.append(mitigate(on, machine).model_copy(update={"name": name}))
+        run_records.append(mitigate(on, machine).only().model_copy(update={"name": name}))
     return run_records
 
 
@@ -63,23 +75,18 @@ def scored(
     )
 
 
-def conclude_sequence(title: str, run_records: list[RunRecord], found: Measured, run_id: str | None) -> Path:
-    """Write the page of the sequence and its figures, and show them where people look; return the page."""
-    from cfsd.report.files import Kept
-    from cfsd.report.sequence.files import described_sequence, write_sequence_files
-
-    folder = report_folder(title, run_records)
-    remains, files = write_sequence_files(
-        folder, Store(home()), Kept(title=title, run_records=tuple(run_records)), found
-    )
-    record.conclusion(run_id, None, files)
-    text = described_sequence(title, remains)
-    create_markdown_artifact(text, key=f"{folder.name}-continual")
-    record.say(text)
-    return files[0]
+def continual_command(
+    sequence: Annotated[Path, typer.Argument(help="A recipe and its targets in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:
+    """Train on several targets in turn and say what is left of the earlier ones and of the base."""
+    loaded, on = TargetSequence.load(sequence, set_), machine_of(machine)
+    with checked(loaded.recipes().values(), on, pipeline), prefect_server():
+        result = continual(loaded, on)
+    show_files(result)
 
 
 if __name__ == "__main__":
-    from flows._cli import continual_command, start
-
     start(continual_command)

@@ -5,15 +5,19 @@ python -m flows.mitigate recipe.yaml --until filter
 
 from prefect import flow
 
-from cfsd.machine import Machine
+from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
+from cfsd.report.place import report_folder
 from cfsd.report.run_record import RunRecord
-from flows._conclude import conclude_corpus
-from flows._plan import check
+from cfsd.store.artifact import Store
+from flows._cli import console
+from flows._conclude import Result
+from flows._plan import checked
 from tasks import record
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
 from tasks.generate import generate_corpus
+from tasks.report import write_corpus_page
 from tasks.select import select_corpus, select_target
 from tasks.target import prepare_target
 
@@ -23,26 +27,38 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
     target = prepare_target(base, recipe.target, machine)
-    chosen = select_target(base, target, recipe.select, machine)
-    recipe.check_target(chosen)
+    selected_target = select_target(base, target, recipe.select, machine)
+    recipe.check_target(selected_target)
     corpus = generate_corpus(base, target, recipe.generate, machine)
-    kept = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
-    selected = select_corpus(base, kept, recipe.select, machine)
+    filtered = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
+    selected_corpus = select_corpus(base, filtered, recipe.select, machine)
     return RunRecord(
         name=recipe.name,
         recipe=recipe,
         digest=recipe.digest(),
-        artifacts={"base": base, "target": target, "selected_target": chosen, "corpus": corpus, "filtered": kept,
-                   "selected_corpus": selected},
+        artifacts={"base": base, "target": target, "selected_target": selected_target, "corpus": corpus,
+                   "filtered": filtered, "selected_corpus": selected_corpus},
     )  # fmt: skip
 
 
 @flow(name="corpus", flow_run_name="{recipe.name}", validate_parameters=True)
-def corpus(recipe: Recipe, machine: Machine = Machine()) -> RunRecord:  # noqa: B008
+def corpus(recipe: Recipe, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Make the rehearsal corpus of a recipe and a page that shows it; train nothing."""
-    check(recipe, machine, corpus_pipeline)
     name = f"{recipe.name}: corpus"
-    with record.variant(name, recipe) as variant:
+    with checked([recipe], machine, corpus_pipeline), record.variant(name, recipe) as variant:
         run_record = corpus_pipeline(recipe, machine).model_copy(update={"name": name, "steps": tuple(variant.steps)})
-        conclude_corpus(name, [run_record], variant.run_id)
-    return run_record
+        folder = report_folder(home(), name, [run_record])
+        record.conclusion(variant.run_id, {}, [write_corpus_page(folder, name, [run_record])])
+    return Result([run_record], [], folder)
+
+
+def show_corpus(result: Result) -> None:
+    """Print what the corpus is and, last, the path of the page that shows it."""
+    for role in ("corpus", "filtered", "selected_corpus"):
+        artifact = result.only().artifacts[role]
+        metadata = {
+            k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.metadata.items() if v not in ("", {})
+        }
+        console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in metadata.items())}")
+        console.print(f"         {Store(home()).path(artifact)}")
+    print(result.folder / "corpus.html", flush=True)

@@ -1,4 +1,4 @@
-"""A model to publish: its weights, tokenizer and model card in a folder of its own.
+"""Export a model to publish: its weights, tokenizer and model card in a folder of its own.
 
 python -m flows.export data/reports/demo-acfd8792 my-model --variant rehearse
 """
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cfsd.machine import home as data_folder
-from cfsd.store.artifact import Store
 from flows._cli import Home, start
+from tasks.report import export_model
 
 
 def export_command(
@@ -22,11 +21,7 @@ def export_command(
     home: Home = None,
 ) -> None:
     """Copy a trained model out of the store, with a README.md that says what it learned and forgot."""
-    from cfsd.report.export import chosen, export
-    from cfsd.report.files import read_kept
-
-    kept = read_kept(folder)
-    export(Store(data_folder()), kept, chosen(kept, variant), to)
+    export_model(folder, to, variant)
     print(to)
 
 

@@ -3,15 +3,24 @@
 python -m flows.measure BASE TUNED --benchmarks facts --target rows.jsonl
 """
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from prefect import flow
 
 from cfsd.data.target import Target
+from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
 from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
+from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord
-from flows._conclude import conclude
+from flows._cli import Home, On, machine_of, start
+from flows._conclude import Result, conclude, show
+from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fetch import fetch_model
@@ -27,7 +36,7 @@ def measure(
     probe: ProbeSpec = ProbeSpec(seed=0),  # noqa: B008
     evaluate: EvaluateSpec = EvaluateSpec(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
-) -> RunRecord:
+) -> Result:
     """Sample a probe from the base, score both models, and report what the second one lost."""
     name = f"measure {tuned.label()} against {base.label()}"
     with record.variant(name) as variant:
@@ -42,11 +51,54 @@ def measure(
         run_record = RunRecord(
             name=tuned.label(), artifacts=roles, before=before, after=after, steps=tuple(variant.steps)
         )
-        conclude(name, [run_record], [variant.run_id])
-    return run_record
+        return conclude(name, [run_record], [variant.run_id])
+
+
+def measure_command(
+    base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
+    tuned: Annotated[str, typer.Argument(help="Model after")],
+    benchmark: Annotated[
+        list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")
+    ] = [],  # noqa: B006
+    benchmarks: Annotated[Path | None, typer.Option(help="A folder of lm-eval YAML files: all of them")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Rows of the target that TUNED was not trained on; columns prompt and response")
+    ] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
+    ] = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:  # fmt: skip
+    """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
+    own = {"target": {"path": str(target), "seed": 0, "measure_only": True}} if target else {}
+    settings = {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}} | own
+    parts = override(settings, parse_overrides(set_))
+    if unknown := set(parts) - {"probe", "evaluate", "target"}:
+        raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
+    on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark")
+    models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
+    rows = validated(Target, parts["target"], "--target") if "target" in parts else None
+    given: list[Checkpoint | EvaluateSpec | Target | None] = [*models, evaluate, rows]
+    for part in given:
+        if part:
+            part.check()
+    probe = validated(ProbeSpec, parts["probe"], "--set")
+    with prefect_server():
+        result = measure(models[0], models[1], rows, probe, evaluate, on)
+    show(result)
+
+
+def _benchmarks_in(folder: Path) -> list[dict[str, str]]:
+    if not folder.is_dir():
+        raise BadInput(f"--benchmarks {folder} is not a folder; give one that holds lm-eval YAML files")
+    for path in files_in(folder):
+        read(path)  # a file with a mistake is named, not left out
+    if not (names := names_in(folder)):
+        raise BadInput(f"--benchmarks {folder} holds no benchmark; give a folder of lm-eval YAML files with `task:`")
+    return [{"name": name, "folder": str(folder)} for name in names]
 
 
 if __name__ == "__main__":
-    from flows._cli import measure_command, start
-
     start(measure_command)

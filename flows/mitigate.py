@@ -3,14 +3,22 @@
 python -m flows.mitigate deployments/recipes/tiny.yaml --set train.learning_rate=1e-4
 """
 
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from prefect import flow
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
-from flows._conclude import conclude
-from flows._plan import check
-from flows.corpus import corpus_pipeline
+from cfsd.stages import FILTER
+from flows._cli import Home, On, Plan, Set, console, machine_of, start
+from flows._conclude import Result, conclude, show
+from flows._plan import checked, print_plans
+from flows._temporary_server import prefect_server
+from flows.corpus import corpus, corpus_pipeline, show_corpus
 from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
@@ -23,17 +31,19 @@ from tasks.weigh import weigh_target
 
 
 def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
-    """Take every step of the recipe. Each is cached on its own settings and the content of its inputs:
-    a new learning rate trains and evaluates again, and never samples again.
-    """  # noqa: D205
+    """Take every step of the recipe.
+
+    Each is cached on its own settings and the content of its inputs: a new learning rate trains and evaluates again,
+    and never samples again.
+    """
     run_record = corpus_pipeline(recipe, machine)
-    base, target, chosen, rehearsed = (
+    base, target, selected_target, rehearsed = (
         run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
     )
     probe = sample_probe(base, recipe.probe, machine)
-    losses = weigh_target(base, chosen, recipe.mix, machine)
-    mixture = mix_rows(chosen, rehearsed, losses, recipe.mix, machine)
-    checked = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
+    losses = weigh_target(base, selected_target, recipe.mix, machine)
+    mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
+    corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
     merging = recipe.merging()
@@ -44,22 +54,45 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
     made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
-    optional = {"checked": checked, "control": control, "fitted": fitted}
+    optional = {"checked": corpus_check, "control": control, "fitted": fitted}
     made |= {role: artifact for role, artifact in optional.items() if artifact}
     return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})
 
 
 @flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)
-def mitigate(recipe: Recipe, machine: Machine = Machine()) -> RunRecord:  # noqa: B008
+def mitigate(recipe: Recipe, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Fine-tune on the target, rehearsing the base model's own text, and measure what was learned and forgotten."""
-    check(recipe, machine, pipeline)
-    with record.variant(recipe.name, recipe) as variant:
+    with checked([recipe], machine, pipeline), record.variant(recipe.name, recipe) as variant:
         run_record = pipeline(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
-        conclude(recipe.name, [run_record], [variant.run_id])
-    return run_record
+        return conclude(recipe.name, [run_record], [variant.run_id])
+
+
+class Until(StrEnum):
+    """Where to stop."""
+
+    filter = FILTER
+
+
+def mitigate_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+    plan: Plan = False,
+    until: Annotated[
+        Until | None, typer.Option(help="filter: make the corpus, write a page that shows it, and stop")
+    ] = None,
+) -> None:
+    """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
+    loaded, on = Recipe.load(recipe, set_), machine_of(machine)
+    with checked([loaded], on, corpus_pipeline if until else pipeline) as plans:
+        if plan:
+            print_plans(plans, on, console)
+            return
+        with prefect_server():
+            result = corpus(loaded, on) if until else mitigate(loaded, on)
+    show_corpus(result) if until else show(result)
 
 
 if __name__ == "__main__":
-    from flows._cli import mitigate_command, start
-
     start(mitigate_command)

@@ -5,10 +5,12 @@ python -m flows.regress deployments/recipes/tiny.yaml --update-baseline
 python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
@@ -20,12 +22,16 @@ from cfsd.errors import BadInput, CfsdError
 from cfsd.machine import Machine, home
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
+from cfsd.report.place import report_folder, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.store.artifact import Store
-from flows._conclude import conclude, report_folder
+from flows._cli import Home, On, Set, machine_of, start
+from flows._conclude import conclude
+from flows._plan import checked
+from flows._temporary_server import prefect_server
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
-from flows.mitigate import mitigate
+from flows.mitigate import mitigate, pipeline
 from tasks import record, registry
 
 BASELINES = Path("deployments") / "baselines"
@@ -52,18 +58,14 @@ def regress(
     with the name `Cannot tell`. With `update_baseline` the recipe's own figures become the baseline. `baseline` is
     a file or `champion`; the champion is followed by what passed.
     """
-    from cfsd.baseline.measured import measured
-
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
-    with record.comparison(title) as run_id:
-        run_records = [
-            mitigate(reseeded(recipe, number), machine).model_copy(update={"name": f"{recipe.name} seed={number}"})
-            for number in numbers
-        ]
+    with checked([recipe], machine, pipeline), record.comparison(title) as run_id:
+        runs_of = {f"{recipe.name} seed={number}": mitigate(reseeded(recipe, number), machine) for number in numbers}
+        run_records = [run.only().model_copy(update={"name": name}) for name, run in runs_of.items()]
         conclude(title, run_records, [run_id])
-        runs = [measured(Store(home()), run_record) for run_record in run_records]
+        runs = [registry.guarded_figures(run_record) for run_record in run_records]
         seconds = [trained_seconds(run_record) for run_record in run_records]
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
@@ -104,8 +106,6 @@ def check_measured(known: Baseline, recipe: Recipe) -> None:
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
     """Return where the baseline of `recipe` is: as given, else by the recipe's name."""
-    from cfsd.report.files import slug
-
     return Path(given) if given else BASELINES / f"{slug(recipe.name, 'recipe')}.json"
 
 
@@ -162,14 +162,12 @@ def _told(
     judgement: Judgement | None = None,
 ) -> State[Any]:
     """Show the verdict on the terminal, in Prefect and in MLflow, and return the flow's state."""
-    from cfsd.report.files import slug
-
-    folder = report_folder(title, run_records)
+    folder = report_folder(home(), title, run_records)
     files = [folder / "verdict.md", *([folder / "verdict.json"] if judgement else [])]
     files[0].write_text(f"# {title}\n\n{sentence}\n\n{body}\n")
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
-    record.conclusion(run_id, None, files)
+    record.conclusion(run_id, {}, files)
     create_markdown_artifact(files[0].read_text(), key=f"{slug(title)}-verdict", description=sentence)
     record.say(f"{body}\n\n{sentence}")
     record.say(str(files[0]))
@@ -178,7 +176,39 @@ def _told(
     return Completed(message=sentence, name=CANNOT_TELL if judgement and judgement.outcome != "pass" else None)
 
 
-if __name__ == "__main__":
-    from flows._cli import regress_command, start
+def regress_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")] = Path("deployments/recipes/tiny.yaml"),
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="A baseline's JSON, or champion: MLflow's model version with that alias, which what passes "
+            "follows; default: deployments/baselines/<recipe's name>.json"
+        ),
+    ] = None,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="Write what the recipe comes to now as the new baseline")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline or a champion 5")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+) -> None:
+    """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
+    loaded, on = Recipe.load(recipe, set_), machine_of(machine)
+    known_baseline(loaded, baseline, needed=not update_baseline)
+    if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
+        raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
+    with checked([loaded], on, pipeline), prefect_server():
+        state = regress(loaded, baseline, seeds, update_baseline, on, return_state=True)
+        try:
+            state.result()
+        except GotWorse:
+            sys.exit(1)
+    if state.name == CANNOT_TELL:
+        sys.exit(3)
 
+
+if __name__ == "__main__":
     start(regress_command)

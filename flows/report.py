@@ -1,4 +1,4 @@
-"""A report made again, from the artifacts of the data folder alone: nothing is computed on a model.
+"""Make a report again from the artifacts of the data folder alone; nothing is computed on a model.
 
 python -m flows.report data/reports/demo-acfd8792 --to again
 """
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cfsd.machine import home as data_folder
-from cfsd.store.artifact import Store
 from flows._cli import Home, start
+from tasks.report import rewrite
 
 
 def report_command(
@@ -19,17 +18,7 @@ def report_command(
     home: Home = None,
 ) -> None:
     """Make the pages of a run again: report, summary.json, figure and model cards."""
-    from cfsd.report.files import only_corpora, read_kept, write_corpus_files, write_files
-    from cfsd.report.sequence.files import read_measured, write_sequence_files
-
-    kept, store, measured = read_kept(folder), Store(data_folder()), read_measured(folder)
-    if measured:
-        files = write_sequence_files(to or folder, store, kept, measured)[1]
-    elif only_corpora(kept):
-        files = [write_corpus_files(to or folder, store, kept)]
-    else:
-        files = write_files(to or folder, store, kept)[1]
-    for file in files:
+    for file in rewrite(folder, to or folder):
         print(file)
 
 

@@ -13,11 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import psutil
 import typer
@@ -25,11 +22,11 @@ import typer
 from cfsd.errors import CfsdError
 from cfsd.machine import HOME_VARIABLE, home
 from cfsd.store.digests import write_json
+from flows._cli import Home, start
 from flows._environment import SERVERS, is_alive
+from flows._servers import HOST, answers, wait_until
 
 ROOT = Path(__file__).parent.parent
-HOST = "127.0.0.1"
-START_SECONDS = 180
 POOL = "gpu"
 
 
@@ -62,10 +59,10 @@ def down() -> list[str]:
 def recorded() -> dict[str, dict[str, Any]]:
     """Return the servers that this home recorded, alive or not."""
     try:
-        found: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
+        servers: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
     except FileNotFoundError:
         return {}
-    return found
+    return servers
 
 
 def _keep(running: dict[str, dict[str, Any]]) -> None:
@@ -123,25 +120,6 @@ def _started(name: str, command: list[str], url: str, health: str, environment: 
     return {"url": url, "pid": process.pid, "started": started, "log": str(log)}
 
 
-def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Return when `ready`. Raises CfsdError with the end of `log` if the process ends or takes too long."""
-    end = time.monotonic() + START_SECONDS
-    while not ready():
-        if process.poll() is not None or time.monotonic() > end:
-            tail = "\n".join(log.read_text().splitlines()[-10:])
-            raise CfsdError(f"a server did not start; the end of {log}:\n{tail}")
-        time.sleep(0.5)
-
-
-def answers(url: str) -> bool:
-    """Say whether `url` answers with 200."""
-    try:
-        with urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (URLError, OSError):
-        return False
-
-
 def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -175,7 +153,7 @@ def command(
     action: Annotated[str, typer.Argument(help="up, down or status")],
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
-    home: Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")] = None,
+    home: Home = None,
 ) -> None:
     """Start or end the Prefect server, its worker and MLflow for a data folder."""
     if action == "up":
@@ -196,6 +174,4 @@ def command(
 
 
 if __name__ == "__main__":
-    from flows._cli import start
-
     start(command)

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from prefect import Task, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
@@ -38,7 +40,9 @@ def stage(
 ) -> Callable[[Callable[Concatenate[Draft, P], None]], Callable[P, Artifact]]:
     """Turn `work(draft, *inputs, machine)` into a call that returns the artifact, executed only if it is absent.
 
-    Inputs that are artifacts count by content, specs by digest, a Machine not at all.
+    Inputs that are artifacts count by content, specs by digest, a Machine not at all. An optional input, one that
+    `work` declares with the default None, is in no key while it is None: a stage that learns to take one more input
+    keeps its artifacts. Without that default a None is part of the key.
     """
 
     def decorate(work: Callable[Concatenate[Draft, P], None]) -> Callable[P, Artifact]:
@@ -46,7 +50,7 @@ def stage(
         open_signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
         def inputs_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-            return counted(open_signature.bind(*args, **kwargs).arguments)
+            return counted(open_signature, open_signature.bind(*args, **kwargs).arguments)
 
         def execute(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
             values = (*args, *kwargs.values())
@@ -61,7 +65,7 @@ def stage(
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
         def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:
-            return key_of(name, *counted(bound))
+            return key_of(name, *counted(open_signature, bound))
 
         execute.__name__, execute.__doc__ = work.__name__, work.__doc__
         execute.__signature__ = open_signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
@@ -96,17 +100,18 @@ def stage(
     return decorate
 
 
-def counted(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the inputs that belong to a key: all but the machine."""
-    return tuple(value for value in inputs.values() if not isinstance(value, Machine))
+def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the inputs that belong to a key: all but the machine and the optional ones that are None."""
+    absent = {name for name, p in signature.parameters.items() if p.default is None and inputs.get(name) is None}
+    return tuple(v for name, v in inputs.items() if name not in absent and not isinstance(v, Machine))
 
 
 def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
     known = all(value.content != UNKNOWN for value in inputs if isinstance(value, Artifact))
     key = key_of(name, *inputs) if known else None
-    found = Store(home()).find(kind, key) if key else None
-    plan.append(Planned(name, key, found is not None, inputs))
-    return found or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
+    cached = Store(home()).find(kind, key) if key else None
+    plan.append(Planned(name, key, cached is not None, inputs))
+    return cached or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
@@ -124,12 +129,8 @@ def gpu_slot(machine: Machine, *, needed: bool) -> AbstractContextManager[None]:
     """Hold one of the server's `gpu` slots while a stage computes on CUDA; the limit is made if it is missing."""
     if not needed or machine.resolved_device() != "cuda":
         return nullcontext()
-    from prefect.client.orchestration import get_client
-
     with get_client(sync_client=True) as client:
         known = {limit.name for limit in client.read_global_concurrency_limits(limit=200, offset=0)}
         if GPU_SLOT not in known:
-            from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=1))
     return concurrency(GPU_SLOT, occupy=1, strict=True, raise_on_lease_renewal_failure=False)

@@ -2,6 +2,7 @@
 
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
+from cfsd.stages import CHECK
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
 from tasks._stage import stage
@@ -10,7 +11,7 @@ from tasks._stage import stage
 def check_corpus(
     base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, spec: GenerateSpec, machine: Machine
 ) -> Artifact | None:
-    """Return what the checks found; None where no row of the corpus claims to be the base's own unprompted text."""
+    """Return the artifact of the checks; None where the corpus has no context-free rows."""
     if not spec.rows or "context-free" not in spec.sources():
         return None
     checked = _check(base, probe, corpus, mixture, machine)
@@ -20,7 +21,7 @@ def check_corpus(
     return checked
 
 
-@stage("check", "check", gpu=True)
+@stage(CHECK, "check", gpu=True)
 def _check(
     draft: Draft, base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, machine: Machine
 ) -> None:

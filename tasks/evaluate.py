@@ -7,6 +7,7 @@ from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
 from cfsd.report.run_record import Scores
+from cfsd.stages import EVALUATE, EVALUATE_PROBE, EVALUATE_TARGET, EVALUATE_TARGET_DIVERGENCE, EVALUATE_TEXT
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
@@ -39,7 +40,7 @@ def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: 
     )
 
 
-@stage("evaluate", "scores", gpu=True)
+@stage(EVALUATE, "scores", gpu=True)
 def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role: Role, machine: Machine) -> None:
     """Score one benchmark; see `cfsd.evaluate.harness.score`."""
     from cfsd.evaluate.harness.score import score_benchmark
@@ -47,7 +48,7 @@ def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role
     score_benchmark(model, benchmark, draft, machine)
 
 
-@stage("evaluate-text", "scores", gpu=True)
+@stage(EVALUATE_TEXT, "scores", gpu=True)
 def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine: Machine) -> None:
     """Measure how well the user's own text is predicted; see `cfsd.evaluate.perplexity`."""
     from cfsd.evaluate.perplexity import score_text
@@ -55,7 +56,7 @@ def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine
     score_text(model, text, draft, machine)
 
 
-@stage("evaluate-target", "scores", gpu=True)
+@stage(EVALUATE_TARGET, "scores", gpu=True)
 def evaluate_target(
     draft: Draft, model: Artifact, target: Artifact, max_rows: int | None, role: Role, machine: Machine
 ) -> None:
@@ -65,7 +66,7 @@ def evaluate_target(
     score_target(model, target, max_rows, draft, machine)
 
 
-@stage("evaluate-probe", "scores", gpu=True)
+@stage(EVALUATE_PROBE, "scores", gpu=True)
 def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
     """Measure the divergence from the base on the probe; see `cfsd.evaluate.divergence`."""
     from cfsd.evaluate.divergence import score_probe
@@ -73,7 +74,7 @@ def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifac
     score_probe(base, tuned, probe, draft, machine)
 
 
-@stage("evaluate-target-divergence", "scores", gpu=True)
+@stage(EVALUATE_TARGET_DIVERGENCE, "scores", gpu=True)
 def evaluate_target_divergence(
     draft: Draft, base: Artifact, tuned: Artifact, target: Artifact, max_rows: int | None, machine: Machine
 ) -> None:

@@ -2,11 +2,12 @@
 
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
+from cfsd.stages import FETCH
 from cfsd.store.artifact import Draft
 from tasks._stage import stage
 
 
-@stage("fetch", "model")
+@stage(FETCH, "model")
 def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
     """Make a transformers folder of the checkpoint; see `cfsd.model.fetching`."""
     from cfsd.model.fetching import fetch

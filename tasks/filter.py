@@ -4,6 +4,7 @@ from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
 from cfsd.machine import Machine
+from cfsd.stages import FILTER
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
@@ -22,7 +23,7 @@ def filter_corpus(
     return _filter(corpus, target, EvaluateSpec(benchmarks=documents), spec, machine)
 
 
-@stage("filter", "corpus")
+@stage(FILTER, "corpus")
 def _filter(
     draft: Draft,
     corpus: Artifact,

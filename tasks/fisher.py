@@ -1,6 +1,7 @@
 """Measure how much the base's own text depends on each of its weights."""
 
 from cfsd.machine import Machine
+from cfsd.stages import FISHER
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.methods import Methods
 from cfsd.train.spec import FisherSpec
@@ -12,7 +13,7 @@ def estimate_fisher(base: Artifact, corpus: Artifact, methods: Methods, machine:
     return _fisher(base, corpus, FisherSpec(rows=methods.ewc.rows), machine) if methods.ewc.is_on() else None
 
 
-@stage("fisher", "fisher", gpu=True)
+@stage(FISHER, "fisher", gpu=True)
 def _fisher(draft: Draft, base: Artifact, corpus: Artifact, spec: FisherSpec, machine: Machine) -> None:
     """Square the gradients of the first context-free rows, row by row."""
     from cfsd.train.fisher import fisher

@@ -2,6 +2,7 @@
 
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine
+from cfsd.stages import GENERATE, PROBE
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.spec import WatchSpec
 from tasks._cluster import sampler_of
@@ -10,7 +11,7 @@ from tasks._stage import stage
 WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003  # added to the probe's seed: samples of which none is another's
 
 
-@stage("probe", "corpus", gpu=True)
+@stage(PROBE, "corpus", gpu=True)
 def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine) -> None:
     """Sample the held-out probe, which all variants on this base share; see `cfsd.generate.stage`."""
     from cfsd.generate.stage import probe
@@ -45,7 +46,7 @@ def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machin
     return _generate(base, target if "contextual" in spec.sources() else None, spec, machine)
 
 
-@stage("generate", "corpus", gpu=True)
+@stage(GENERATE, "corpus", gpu=True)
 def _generate(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> None:
     """Sample or read the rows of every source; see `cfsd.generate.stage`."""
     from cfsd.generate.stage import generate

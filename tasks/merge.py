@@ -1,9 +1,10 @@
-"""Interpolate between base and tuned, as far as asked for, or as far as a budget of divergence demands."""
+"""Interpolate between base and tuned, with a given weight or the largest that keeps a budget of divergence."""
 
 from typing import Any
 
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
+from cfsd.stages import BUDGET, MERGE
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
@@ -11,11 +12,11 @@ from tasks._stage import stage
 def fit_alpha(
     base: Artifact, tuned: Artifact, control: Artifact | None, spec: MergeSpec, machine: Machine
 ) -> Artifact | None:
-    """Return the largest alpha that keeps the budget, in the facts of its artifact; None without a budget."""
+    """Return the largest alpha that keeps the budget, in the metadata of its artifact; None without a budget."""
     return _fit_alpha(base, tuned, control, spec, machine) if control else None
 
 
-@stage("budget", "scores", gpu=True)
+@stage(BUDGET, "scores", gpu=True)
 def _fit_alpha(
     draft: Draft, base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, machine: Machine
 ) -> None:
@@ -26,11 +27,11 @@ def _fit_alpha(
 
 
 def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> Artifact:
-    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha, asked for or found."""
+    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha, given or fitted."""
     return tuned if _alpha(decided) == 1 else _merge(base, tuned, decided, machine)
 
 
-@stage("merge", "model")
+@stage(MERGE, "model")
 def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> None:
     """Make (1 - alpha) x base + alpha x tuned."""
     from cfsd.merge.stage import merge
@@ -43,6 +44,6 @@ def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | Me
 
 
 def _alpha(decided: Artifact | MergeSpec) -> float | None:
-    """Return the tuned model's weight; None in a plan, where it was not found yet."""
+    """Return the tuned model's weight; None in a plan, where it is not fitted yet."""
     known: Any = decided.alpha if isinstance(decided, MergeSpec) else decided.metadata.get("alpha")
     return None if known is None else float(known)

@@ -1,4 +1,4 @@
-"""The champion: the model version that passed the gate last, with what its seeds came to. Only the gate moves it.
+"""What the gate compares: a run's figures, and the champion, the model version that passed last. Only it moves that.
 
 Weights are not copied: a version names the artifact in the store. Its figures are `baseline.json` in the gate's run.
 """
@@ -8,26 +8,35 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cfsd.baseline.file import Baseline, as_text, parsed
+from cfsd.baseline.file import Baseline, Measured, as_text, parsed
 from cfsd.errors import CfsdError
+from cfsd.machine import home
+from cfsd.report.run_record import RunRecord
 from cfsd.spec import digest_of
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
 from tasks.record import tracked
 
 ALIAS = "champion"
 FILE = "champion/baseline.json"
 
 
+def guarded_figures(run_record: RunRecord) -> dict[str, Measured]:
+    """Return the figures of a run that the gate guards, by name; see `cfsd.baseline.measured`."""
+    from cfsd.baseline.measured import measured
+
+    return measured(Store(home()), run_record)
+
+
 def champion(recipe_name: str) -> Baseline | None:
     """Return the figures of the champion, None if there is none. Raises CfsdError where MLflow cannot be reached."""
     name = model_name(recipe_name)
-    found = tracked(lambda client: _read(client, name))
-    if found is None:
+    text = tracked(lambda client: _read(client, name))
+    if text is None:
         raise CfsdError(
             "the champion's figures are in MLflow, which cannot be reached; nothing was run. Start it (make up), or "
             "compare with a file: --baseline deployments/baselines/NAME.json"
         )
-    return parsed(found, f"champion of {name}") if found else None
+    return parsed(text, f"champion of {name}") if text else None
 
 
 def promote(recipe_name: str, model: Artifact, figures: Baseline, run_id: str | None) -> int | None:

@@ -1,32 +1,30 @@
 """Keep the rows of a target or a corpus that stand for its bulk; by default all of them."""
 
+from typing import Any
+
 from cfsd.machine import Machine
 from cfsd.select.spec import TABLES, SelectSpec, selects
+from cfsd.stages import EMBED, SELECT
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
 def select_target(base: Artifact, target: Artifact, spec: SelectSpec, machine: Machine) -> Artifact:
     """Return the target itself if nothing is left out, else one with the selected training rows."""
-    if not selects(spec, target):
-        return target
-    used = spec.used_on("target")
-    if spec.method == "random":
-        return _draw_target(target, used, machine)
-    return _match_target(target, embed_rows(base, target, machine), used, machine)
+    return _select_target(**_inputs(base, target, spec, machine)) if selects(spec, target) else target
 
 
 def select_corpus(base: Artifact, corpus: Artifact, spec: SelectSpec, machine: Machine) -> Artifact:
-    """Return the corpus itself if nothing is left out, else one with the chosen rows; see `cfsd.select.stage`."""
-    if not selects(spec, corpus):
-        return corpus
-    used = spec.used_on("corpus")
-    if spec.method == "random":
-        return _draw_corpus(corpus, used, machine)
-    return _match_corpus(corpus, embed_rows(base, corpus, machine), used, machine)
+    """Return the corpus itself if nothing is left out, else one with the selected rows; see `cfsd.select.stage`."""
+    return _select_corpus(**_inputs(base, corpus, spec, machine)) if selects(spec, corpus) else corpus
 
 
-@stage("embed", "embedding", gpu=True)
+def _inputs(base: Artifact, rows: Artifact, spec: SelectSpec, machine: Machine) -> dict[str, Any]:
+    vectors = None if spec.method == "random" else embed_rows(base, rows, machine)
+    return {"rows": rows, "vectors": vectors, "spec": spec.used_on(rows.kind), "machine": machine}
+
+
+@stage(EMBED, "embedding", gpu=True)
 def embed_rows(draft: Draft, base: Artifact, rows: Artifact, machine: Machine) -> None:
     """Make one vector of each row; see `cfsd.select.embed`."""
     from cfsd.select.embed import embed
@@ -34,20 +32,14 @@ def embed_rows(draft: Draft, base: Artifact, rows: Artifact, machine: Machine) -
     embed(base, rows, TABLES[rows.kind], draft, machine)
 
 
-def _match(draft: Draft, rows: Artifact, vectors: Artifact, spec: SelectSpec, machine: Machine) -> None:
-    """Choose by geometric-median matching."""
+def _select(
+    draft: Draft, *, rows: Artifact, vectors: Artifact | None = None, spec: SelectSpec, machine: Machine
+) -> None:
+    """Select by geometric-median matching of the vectors, or at random without them."""
     from cfsd.select.embed import open_embedding
     from cfsd.select.stage import select
 
-    select(rows, spec, draft, open_embedding(draft.store.path(vectors)))
+    select(rows, spec, draft, open_embedding(draft.store.path(vectors)) if vectors else None)
 
 
-def _draw(draft: Draft, rows: Artifact, spec: SelectSpec, machine: Machine) -> None:
-    """Choose at random."""
-    from cfsd.select.stage import select
-
-    select(rows, spec, draft)
-
-
-_match_target, _match_corpus = stage("select", "target")(_match), stage("select", "corpus")(_match)
-_draw_target, _draw_corpus = stage("select", "target")(_draw), stage("select", "corpus")(_draw)
+_select_target, _select_corpus = stage(SELECT, "target")(_select), stage(SELECT, "corpus")(_select)

@@ -1,50 +1,39 @@
 """Fine-tune the base model on the mixture."""
 
+from typing import Any
+
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.machine import Machine
+from cfsd.stages import TRAIN
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from tasks._stage import stage
 
 
 def train_model(
-    base: Artifact, mixture: Artifact, corpus: Artifact, fisher: Artifact | None, watched: Artifact | None,
+    base: Artifact, mixture: Artifact, corpus: Artifact, fisher: Artifact | None, sample: Artifact | None,
     target: Artifact, evaluate: EvaluateSpec, spec: TrainSpec, machine: Machine,
 ) -> Artifact:  # fmt: skip
-    """Return the tuned model. What its settings make no use of is in no key."""
+    """Return the tuned model; `sample` is what the training is watched on. What the spec does not use is in no key."""
     read = corpus if spec.rehearsal.reads_corpus() else None
-    benchmarks = tuple(b for b in evaluate.benchmarks if b.name in spec.watch.benchmarks)
-    if watched is None:
-        return _train(base, mixture, read, fisher, spec, machine)
-    return _train_watched(base, mixture, read, fisher, watched, target, benchmarks, spec, machine)
+    watched: dict[str, Any] = {}
+    if sample:
+        benchmarks = tuple(b for b in evaluate.benchmarks if b.name in spec.watch.benchmarks)
+        watched = {"sample": sample, "target": target, "benchmarks": benchmarks}
+    return _train(base=base, mixture=mixture, corpus=read, fisher=fisher, **watched, spec=spec, machine=machine)
 
 
-@stage("train", "model", gpu=True)
+@stage(TRAIN, "model", gpu=True)
 def _train(
-    draft: Draft, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
+    draft: Draft, *, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
+    sample: Artifact | None = None, target: Artifact | None = None, benchmarks: tuple[Benchmark, ...] | None = None,
     spec: TrainSpec, machine: Machine,
 ) -> None:  # fmt: skip
     """Train in a fresh process, from the draft's last whole checkpoint; see `cfsd.train.stage`."""
-    _fit(draft, base, mixture, corpus, fisher, None, spec, machine)
-
-
-@stage("train", "model", gpu=True)
-def _train_watched(
-    draft: Draft, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
-    sample: Artifact, target: Artifact, benchmarks: tuple[Benchmark, ...], spec: TrainSpec, machine: Machine,
-) -> None:  # fmt: skip
-    """Train likewise, and measure on the way."""
-    watched = Watched(sample=sample, target=target, benchmarks=benchmarks)
-    _fit(draft, base, mixture, corpus, fisher, watched, spec, machine)
-
-
-def _fit(
-    draft: Draft, base: Artifact, mixture: Artifact, corpus: Artifact | None, fisher: Artifact | None,
-    watched: Watched | None, spec: TrainSpec, machine: Machine,
-) -> None:  # fmt: skip
     from cfsd.train.stage import train
 
+    watched = Watched(sample=sample, target=target, benchmarks=benchmarks or ()) if sample and target else None
     request = TrainRequest(
         home=draft.store.home, base=base, mixture=mixture, corpus=corpus, fisher=fisher, watched=watched, spec=spec,
         machine=machine,

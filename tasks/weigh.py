@@ -2,6 +2,7 @@
 
 from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
+from cfsd.stages import WEIGH
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
@@ -11,7 +12,7 @@ def weigh_target(base: Artifact, target: Artifact, spec: MixSpec, machine: Machi
     return None if spec.flow == "off" else _weigh(base, target, machine)
 
 
-@stage("weigh", "losses", gpu=True)
+@stage(WEIGH, "losses", gpu=True)
 def _weigh(draft: Draft, base: Artifact, target: Artifact, machine: Machine) -> None:
     """Score the rows; see `cfsd.mix.weigh`."""
     from cfsd.mix.weigh import weigh

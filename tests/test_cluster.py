@@ -31,8 +31,8 @@ LAW = {"rows": SHARDS * TWO_WORKERS["sampling_rows"], "length": 100, "seed": 7}
 FLOW = """
 import json, sys
 from prefect import flow
-from cfsd.artifact import Artifact
-from cfsd.generate import GenerateSpec
+from cfsd.store.artifact import Artifact
+from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
 from tasks.generate import generate_corpus
 

@@ -36,7 +36,7 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
 
 def keys(recipe: Recipe) -> dict[str, str]:
     """Return the keys, of stages that measure, that are known before anything has run: the base's."""
-    steps, _ = walk(recipe, CPU, pipeline)
+    steps = walk(recipe, CPU, pipeline).steps
     return {step.stage: step.key for step in steps if step.stage in BASE_ONLY and step.key}
 
 
@@ -52,7 +52,7 @@ def test_the_base_is_measured_once_whatever_the_recipe(recipe: Recipe, tmp_path:
 
 
 def test_the_tuned_model_is_compared_on_target_and_probe(recipe: Recipe) -> None:
-    steps = [step.stage for step in walk(recipe, CPU, pipeline)[0]]
+    steps = [step.stage for step in walk(recipe, CPU, pipeline).steps]
     assert steps[-5:] == [
         "evaluate",
         "evaluate-text",

@@ -39,7 +39,7 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flow(recipe: Recipe, machine: Machine = CPU) -> RunRecord:
     from flows.mitigate import mitigate
 
-    return mitigate(recipe, machine)
+    return mitigate(recipe, machine).only()
 
 
 def executed(run_record: RunRecord) -> list[str]:
@@ -106,7 +106,23 @@ def test_plan_tells_what_runs_without_running(recipe: Recipe, home: Path) -> Non
     from flows._plan import walk
     from flows.mitigate import pipeline
 
-    steps, _ = walk(recipe, CPU, pipeline)
+    steps = walk(recipe, CPU, pipeline).steps
     assert steps[0].stage == "fetch" and steps[0].key and not steps[0].cached
     assert steps[1].key is None  # depends on fetch
     assert not (home / "store").exists()
+
+
+def test_what_a_command_checked_its_flows_do_not_check_again(recipe: Recipe, home: Path) -> None:
+    from flows._plan import checked
+    from flows.mitigate import pipeline
+
+    walked: list[str] = []
+
+    def counting(recipe: Recipe, machine: Machine) -> RunRecord:
+        walked.append(recipe.name)
+        return pipeline(recipe, machine)
+
+    with checked([recipe], CPU, counting) as plans, checked([recipe], CPU, counting) as again:
+        assert [plan.recipe for plan in plans] == [recipe] and again == []
+    with checked([recipe], CPU, counting):
+        assert walked == ["mine", "mine"]

@@ -66,7 +66,7 @@ def final_content(recipe: Path, home: Path) -> str:
 
     os.environ["CFSD_HOME"], before = str(home), os.environ["CFSD_HOME"]
     try:
-        steps, _ = walk(Recipe.load(recipe, SLOW_ENOUGH), Machine(device="cpu", threads=1), pipeline)
+        steps = walk(Recipe.load(recipe, SLOW_ENOUGH), Machine(device="cpu", threads=1), pipeline).steps
         key = next(step.key for step in steps if step.stage == "train")
     finally:
         os.environ["CFSD_HOME"] = before

@@ -75,7 +75,7 @@ def taken(content: dict[str, Any], **changes: Any) -> RunRecord:
     from flows.mitigate import mitigate
 
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return mitigate(validated(Recipe, override(content, dotted), "test"), CPU)
+    return mitigate(validated(Recipe, override(content, dotted), "test"), CPU).only()
 
 
 def kl_of(run_record: RunRecord) -> float:
@@ -122,7 +122,7 @@ def test_the_plan_knows_that_alpha_is_found_after_training(content: dict[str, An
     from flows._plan import walk
     from flows.mitigate import pipeline
 
-    steps, _ = walk(validated(Recipe, override(content, {"merge.budget": 0.01}), "test"), CPU, pipeline)
+    steps = walk(validated(Recipe, override(content, {"merge.budget": 0.01}), "test"), CPU, pipeline).steps
     stages = [step.stage for step in steps]
     assert stages.count("probe") == 2
     assert stages.index("train") < stages.index("budget") < stages.index("merge")

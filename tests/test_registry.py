@@ -12,6 +12,8 @@ from cfsd.errors import CfsdError
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
 from tasks import record, registry
+from tasks.record import client
+from tasks.record.server import server
 from tests.conftest import ROOT
 from tests.test_baseline import runs
 
@@ -30,7 +32,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An MLflow server that does not answer."""
     there = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(record, "_away", [])
+    monkeypatch.setattr(client, "_away", [])
     _ask("http://127.0.0.1:9")
     yield
     _ask(there)
@@ -38,8 +40,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _ask(uri: str) -> None:
     mlflow.set_tracking_uri(uri)
-    record._client.cache_clear()
-    record._experiment.cache_clear()
+    server.cache_clear()
 
 
 def made(recipe: Recipe, seed: int = 0) -> Baseline:

@@ -28,7 +28,7 @@ def baseline_like(recipe: Recipe, home: Path, scale: dict[str, float]) -> Baseli
     from flows.mitigate import mitigate
     from flows.regress import reseeded
 
-    run = measured(Store(home), mitigate(reseeded(recipe, FRESH), CPU))
+    run = measured(Store(home), mitigate(reseeded(recipe, FRESH), CPU).only())
     seeds = [
         {name: f._replace(sums=f.sums * scale.get(name, 1.0) * (1 + 0.01 * k)) for name, f in run.items()}
         for k in range(-2, 3)
@@ -48,7 +48,7 @@ def test_the_three_verdicts(recipe_file: Path, home: Path, server: str, run: Run
         return regress(recipe, str(file), 1, False, CPU, return_state=True)
 
     known = baseline_like(recipe, home, {})
-    summary = summarise(Store(home), mitigate(reseeded(recipe, FRESH), CPU))
+    summary = summarise(Store(home), mitigate(reseeded(recipe, FRESH), CPU).only())
     for name, figure in known.figures.items():
         assert figure.values[2] == pytest.approx(getattr(summary, name)["value"], rel=1e-4)
     write_baseline(file, known)
@@ -194,7 +194,7 @@ def test_the_champion_moves_on_pass_alone_shown_with_a_learning_rate_of_zero(
     assert version == 1 and known and known.seeds == (0, 1, 2, 3, 4)
     assert known.figures["target_gain"].values == (0.0,) * 5
     assert max(known.figures["probe_kl"].values) <= 1e-7
-    run_record = mitigate(reseeded(still, 0), CPU)
+    run_record = mitigate(reseeded(still, 0), CPU).only()
     base, final = (
         load_file(Store(home).path(run_record.artifacts[role]) / "model.safetensors") for role in ("base", "final")
     )

@@ -1,7 +1,6 @@
 """The files of a report folder, and how to make them again from the run records that lie among them."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from cfsd.errors import BadInput
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.model_card import has_card, model_card
+from cfsd.report.place import slug
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
@@ -121,11 +121,6 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     keep(folder, kept)
     write_corpus_page(folder / "corpus.html", store, kept.title, {r.name: r.artifacts for r in kept.run_records})
     return folder / "corpus.html"
-
-
-def slug(title: str, empty: str = "run") -> str:
-    """Return `title` as it may stand in the name of a file, a folder or a Prefect artifact; `empty` if nothing may."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or empty
 
 
 def _card_names(run_records: list[RunRecord]) -> list[str]:

@@ -1,27 +1,59 @@
-"""Follow a draft's journal while a stage works: progress on the terminal, metrics to whoever wants them."""
+"""A stage that executes, followed live: progress on the terminal and, for GPU stages, an MLflow run of its own."""
 
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cfsd.store.artifact import Draft
 from cfsd.store.journal import METRICS, PROGRESS
+from tasks.record.client import console, say, tracked
+from tasks.record.runs import RECORDED, current_variant, ended, open_run, step_tags
 
 POLL_SECONDS = 1.0
 SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn
+
+
+@contextmanager
+def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
+    """Follow a stage that really executes: progress for people and, for GPU steps, a live child run."""
+    variant, run_id = current_variant.get(), None
+    if gpu and variant and variant.run_id:
+        tags = step_tags(stage, key, "resumed" if draft.continued else "first")
+        run_id = tracked(lambda server: open_run(server, f"{stage} {key}", variant.run_id, tags))
+    say(f"{stage} {key}" + (" continues" if draft.continued else ""))
+    with ended(run_id), _system_metrics(run_id), Follower(draft.folder, stage, console, _sender(run_id)):
+        yield
+    if run_id:
+        tracked(lambda server: server.set_tag(run_id, RECORDED, "all"))
+
+
+@contextmanager
+def _system_metrics(run_id: str | None) -> Iterator[None]:
+    monitor = tracked(lambda server: server.monitor(run_id)) if run_id else None
+    if monitor is None:
+        yield
+        return
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _sender(run_id: str | None) -> Callable[[list[dict[str, Any]]], None]:
+    def send(records: list[dict[str, Any]]) -> None:
+        if run_id:
+            tracked(lambda server: server.log_metrics(run_id, records))
+
+    return send
 
 
 class Follower:
@@ -65,10 +97,10 @@ class Follower:
 
     def _progress(self) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text())
+            progress: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text())
         except FileNotFoundError:
             return None
-        return found
+        return progress
 
     def _say(self, progress: dict[str, Any]) -> None:
         if self.console.is_terminal or time.monotonic() - self.said < SAY_SECONDS:

@@ -1,0 +1,23 @@
+"""The names of the stages, as they stand in keys, in Prefect and in MLflow."""
+
+FETCH = "fetch"
+TARGET = "target"
+PROBE = "probe"
+GENERATE = "generate"
+FILTER = "filter"
+EMBED = "embed"
+SELECT = "select"
+WEIGH = "weigh"
+MIX = "mix"
+CHECK = "check"
+FISHER = "fisher"
+TRAIN = "train"
+BUDGET = "budget"
+MERGE = "merge"
+EVALUATE = "evaluate"
+EVALUATE_TEXT = "evaluate-text"
+EVALUATE_TARGET = "evaluate-target"
+EVALUATE_PROBE = "evaluate-probe"
+EVALUATE_TARGET_DIVERGENCE = "evaluate-target-divergence"
+
+SAMPLING = (PROBE, GENERATE)  # their work is divided into shards

@@ -1,0 +1,13 @@
+"""What happened, for people to look at: MLflow runs, the Prefect log, the terminal. The only importer of mlflow.
+
+Nothing here can lose work: artifacts hold their own metrics, from which a server that was away is filled later.
+"""
+
+from tasks.record.client import console, say, tracked
+from tasks.record.conclusion import conclusion
+from tasks.record.live import step
+from tasks.record.replay import keep_step
+from tasks.record.runs import Variant, comparison, flattened, variant
+
+__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "say", "step",
+           "tracked", "variant"]  # fmt: skip

@@ -1,0 +1,57 @@
+"""MLflow's client with what is ours: one experiment, metrics in batches."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from functools import cache, cached_property
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from cfsd.machine import home
+
+EXPERIMENT = "cfsd"
+BATCH = 1000  # metrics in one request
+PARAMETER_LENGTH = 6000  # MLflow refuses longer values
+FAILURES = (MlflowException, OSError)
+
+
+@cache
+def server() -> "Server":
+    """Return the client of this process."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Server()
+
+
+class Server(MlflowClient):
+    """A client of the tracking server that the environment names."""
+
+    @cached_property
+    def experiment(self) -> str:
+        """Return the id of our experiment, which is made if it is missing."""
+        if known := self.get_experiment_by_name(EXPERIMENT):
+            return str(known.experiment_id)
+        return str(self.create_experiment(EXPERIMENT, artifact_location=(home() / "mlartifacts").as_uri()))
+
+    def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
+        """Send records of a journal: `name`, `value`, `time` in seconds, `step`."""
+        metrics = [Metric(r["name"], r["value"], int(r["time"] * 1000), r["step"]) for r in records]
+        for first in range(0, len(metrics), BATCH):
+            self.log_batch(run_id, metrics=metrics[first : first + BATCH])
+
+    def log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
+        """Send figures without a history."""
+        now = time.time()
+        self.log_metrics(run_id, ({"name": k, "value": v, "time": now, "step": 0} for k, v in figures.items()))
+
+    def log_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
+        """Send parameters, cut to what MLflow takes."""
+        self.log_batch(run_id, params=[Param(name, text[:PARAMETER_LENGTH]) for name, text in parameters.items()])
+
+    def monitor(self, run_id: str) -> SystemMetricsMonitor:
+        """Return what sends the machine's load to a run between its `start` and `finish`."""
+        return SystemMetricsMonitor(run_id)

@@ -1,0 +1,142 @@
+"""Every stage's key, as the code before the packages computed it: a data folder made then is cached now."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsd.data.target import Target
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.filter.spec import FilterSpec
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.machine import Machine
+from cfsd.merge.spec import MergeSpec
+from cfsd.mix.spec import MixSpec
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.select.spec import SelectSpec
+from cfsd.store.artifact import Artifact
+from cfsd.train.methods import Methods
+from cfsd.train.spec import TrainSpec
+from tasks._stage import Planned, counted, planning
+from tasks.check import check_corpus
+from tasks.evaluate import evaluate_benchmark, evaluate_probe, evaluate_target, evaluate_target_divergence
+from tasks.fetch import fetch_model
+from tasks.filter import filter_corpus
+from tasks.fisher import estimate_fisher
+from tasks.generate import generate_corpus, sample_probe
+from tasks.merge import fit_alpha, merge_model
+from tasks.mix import mix_rows
+from tasks.select import embed_rows, select_corpus, select_target
+from tasks.target import prepare_target
+from tasks.train import train_model
+from tasks.weigh import weigh_target
+from tests.conftest import ROOT
+
+
+def artifact(name: str, kind: str = "corpus") -> Artifact:
+    return Artifact(kind=kind, key=name, content=name, metadata={"rows": 9, "train_rows": 9})
+
+
+BASE, TUNED, MIXTURE = (artifact(name, "model") for name in ("base", "tuned", "mixture"))
+TARGET, CORPUS, FISHER, LOSSES = (
+    artifact("target", "target"),
+    artifact("corpus"),
+    artifact("fisher"),
+    artifact("losses"),
+)
+PROBE = artifact("probe")
+ROWS = ROOT / "deployments" / "recipes" / "tiny_target.jsonl"
+ON = Machine(device="cpu", threads=1)
+TRAIN = TrainSpec(seed=0)
+READING = TrainSpec.model_validate({"seed": 0, "rehearsal": {"loss": "kl"}})
+EWC = Methods.model_validate({"ewc": {"weight": 1.0, "rows": 4}})
+MEASURED = EvaluateSpec(benchmarks=(Benchmark(name="facts"),), held_out_rows=5)
+WATCHING = TrainSpec.model_validate({"seed": 0, "watch": {"every": 5, "benchmarks": ["facts"]}})
+FLOW = MixSpec(seed=0, flow="sample")
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "fetch": lambda: fetch_model(Checkpoint(kind="tiny"), ON),
+    "target": lambda: prepare_target(BASE, Target(path=str(ROWS), seed=0), ON),
+    "probe": lambda: sample_probe(BASE, ProbeSpec(seed=0), ON),
+    "generate": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0), ON),
+    "generate contextual": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0, source="contextual"), ON),
+    "filter": lambda: filter_corpus(CORPUS, TARGET, MEASURED, FilterSpec(), ON),
+    "filter overlap": lambda: filter_corpus(CORPUS, TARGET, MEASURED, FilterSpec(overlap_words=8), ON),
+    "embed": lambda: embed_rows(BASE, TARGET, ON),
+    "select random target": lambda: select_target(BASE, TARGET, SelectSpec(target_rows=4, method="random", seed=0), ON),
+    "select random corpus": lambda: select_corpus(BASE, CORPUS, SelectSpec(corpus_rows=4, method="random", seed=0), ON),
+    "weigh": lambda: weigh_target(BASE, TARGET, FLOW, ON),
+    "mix": lambda: mix_rows(TARGET, CORPUS, None, MixSpec(seed=0), ON),
+    "mix with losses": lambda: mix_rows(TARGET, CORPUS, LOSSES, FLOW, ON),
+    "check": lambda: check_corpus(BASE, PROBE, CORPUS, MIXTURE, GenerateSpec(seed=0), ON),
+    "fisher": lambda: estimate_fisher(BASE, CORPUS, EWC, ON),
+    "train": lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, TRAIN, ON),
+    "train on the corpus": lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, READING, ON),
+    "train with a Fisher matrix": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, None, TARGET, MEASURED, TRAIN, ON),
+    "train watched": lambda: train_model(BASE, MIXTURE, CORPUS, None, PROBE, TARGET, MEASURED, WATCHING, ON),
+    "train watched, Fisher": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, PROBE, TARGET, MEASURED, TRAIN, ON),
+    "budget": lambda: fit_alpha(BASE, TUNED, PROBE, MergeSpec(budget=0.1), ON),
+    "merge": lambda: merge_model(BASE, TUNED, MergeSpec(alpha=0.5), ON),
+    "evaluate": lambda: evaluate_benchmark(BASE, Benchmark(name="facts"), "base", ON),
+    "evaluate-target": lambda: evaluate_target(BASE, TARGET, 5, "tuned", ON),
+    "evaluate-target of all rows": lambda: evaluate_target(BASE, TARGET, None, "base", ON),
+    "evaluate-probe": lambda: evaluate_probe(BASE, TUNED, PROBE, ON),
+    "evaluate-target-divergence": lambda: evaluate_target_divergence(BASE, TUNED, TARGET, None, ON),
+}  # fmt: skip
+
+KEYS = {  # computed by commit c7c18a9
+    "fetch": ["fetch 41fbbaf4c528f2e6"],
+    "target": ["target 4fec147a66c8aabd"],
+    "probe": ["probe 50996de128da15ef"],
+    "generate": ["generate 8e96ca5510a52fa8"],
+    "generate contextual": ["generate 3bb6d55d1bcf1c0c"],
+    "filter": ["filter 651f77b8c7961602"],
+    "filter overlap": ["filter f012551b6b86f83c"],
+    "embed": ["embed a7acd6ee85e32510"],
+    "select random target": ["select a6dab0ea6c1ad78f"],
+    "select random corpus": ["select fc4b61277e01d4e5"],
+    "weigh": ["weigh eee4b60306b061c6"],
+    "mix": ["mix b15ab4d84b0e50f8"],
+    "mix with losses": ["mix 74ff54f5b5388e44"],
+    "check": ["check 6567315b1b644deb"],
+    "fisher": ["fisher aeac4180025cc97f"],
+    "train": ["train 4cd29d214c268896"],
+    "train on the corpus": ["train 041c3e30c19a93df"],
+    "train with a Fisher matrix": ["train 19fb755e4e657bf6"],
+    "train watched": ["train d7bdecae11cc2556"],
+    "train watched, Fisher": ["train f19665c52051376c"],
+    "budget": ["budget 49d78d67dca08dda"],
+    "merge": ["merge b64d77836f32cdd5"],
+    "evaluate": ["evaluate 427910de53ad6fc3"],
+    "evaluate-target": ["evaluate-target c45a93ed2c27b7e3"],
+    "evaluate-target of all rows": ["evaluate-target 3cb428d26440aa31"],
+    "evaluate-probe": ["evaluate-probe 86aec062e83fbd98"],
+    "evaluate-target-divergence": ["evaluate-target-divergence 4e38dbd243509bfa"],
+}
+
+
+def planned(call: Any) -> list[str]:
+    """Return the stages that a call would take, each with its key."""
+    steps: list[Planned] = []
+    token = planning.set(steps)
+    try:
+        call()
+    finally:
+        planning.reset(token)
+    return [f"{step.stage} {step.key}" for step in steps]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_key_is_what_it_was(name: str, home: Path) -> None:
+    assert planned(CALLS[name]) == KEYS[name]
+
+
+def test_an_optional_input_is_in_the_key_unless_it_is_none() -> None:
+    def work(draft: Any, *, needed: Any, optional: Any = None, machine: Any) -> None: ...
+
+    signature = inspect.signature(work)
+    assert counted(signature, {"needed": None, "optional": None, "machine": ON}) == (None,)
+    assert counted(signature, {"needed": None, "optional": 0, "machine": ON}) == (None, 0)
