@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 from cfsd.overrides import overridden, override, read_yaml, validated
 from cfsd.recipe import Recipe
+from cfsd.spec import seed_of
 
 
 class Comparison(BaseModel):
@@ -87,8 +88,8 @@ class Comparison(BaseModel):
         found = {}
         for name, changes in self.expanded_variants().items():
             for repeat in range(self.seeds):
-                parts = (self.recipe.mix.seed, self.recipe.train.seed)
-                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
+                parts = {"mix": self.recipe.mix, "train": self.recipe.train}
+                seeds = {f"{part}.seed": seed_of(spec, repeat) for part, spec in parts.items()}
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 found[label] = validated(Recipe, changed, f"variant {name!r}")

@@ -20,6 +20,7 @@ from cfsd.generate.output_layer import packed_head
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
 from cfsd.model.sample import Sample
+from cfsd.spec import seed_of
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def sample(
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    drawn = np.stack([uniforms(spec.seed or 0, stream, row, spec.length) for row in rows])
+    drawn = np.stack([uniforms(seed_of(spec), stream, row, spec.length) for row in rows])
     batch = Batch(prompts, torch.from_numpy(drawn), eos_ids, spec, turns, where, model.device)
     cache = preallocated(model, batch.capacity)
     with packed_head(model, len(rows)):

@@ -27,6 +27,7 @@ from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.model.sample import Sample
 from cfsd.process.child import is_out_of_memory
+from cfsd.spec import seed_of
 from cfsd.store.artifact import Store
 from cfsd.store.tables import write_shard
 
@@ -96,13 +97,13 @@ def _starts(job: ShardJob, source: str, rows: int, dropped: Counter[str]) -> Ite
     if source == "replay":
         assert spec.replay
         return replay_rows(
-            spec.replay, base.tokenizer, base.start, base.eos_ids, rows=rows, length=spec.length, seed=spec.seed or 0
+            spec.replay, base.tokenizer, base.start, base.eos_ids, rows=rows, length=spec.length, seed=seed_of(spec)
         )
 
     if job.target is None:
         raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
     target = Store(job.home).path(job.target)
-    return iter(contextual_starts(target, rows, spec.seed or 0, _room(job), dropped))
+    return iter(contextual_starts(target, rows, seed_of(spec), _room(job), dropped))
 
 
 def _room(job: ShardJob) -> int:
@@ -127,7 +128,7 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
         notes[DROPPED] = json.dumps(dropped).encode()
     vocabulary: Any = job.base.metadata.get("vocabulary", 1 << 31)
     table = corpus_table(
-        [s for _, s in kept], [row for row, _ in kept], source=shard.source, shard=shard.index, seed=job.spec.seed or 0,
+        [s for _, s in kept], [row for row, _ in kept], source=shard.source, shard=shard.index, seed=seed_of(job.spec),
         tokenizer=base.tokenizer, top_logprobs=job.spec.top_logprobs, vocabulary=vocabulary,
     )  # fmt: skip
     write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))

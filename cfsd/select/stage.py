@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from cfsd.data.corpus_table import corpus_metadata
 from cfsd.select.geometric_median import geometric_median, match
 from cfsd.select.spec import COUNTS, TABLES, SelectSpec, selects
+from cfsd.spec import seed_of
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import batches, shards, write_shard
 
@@ -53,7 +54,7 @@ def _matched(embedding: Array | None, k: int, draft: Draft) -> list[int]:
 
 def _drawn(kind: str, have: int, k: int, spec: SelectSpec) -> list[int]:
     """Return the first k of a permutation: a smaller k keeps a part of what a larger one keeps."""
-    return random.Random(f"select {kind} {spec.seed or 0}").sample(range(have), have)[:k]
+    return random.Random(f"select {kind} {seed_of(spec)}").sample(range(have), have)[:k]
 
 
 def _kept(folder: Path, table: str, keep: Array) -> Iterator["pa.RecordBatch"]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from cfsd.errors import NotFinite, Stopped
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model, save_model
+from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
 from cfsd.train.arguments import training_arguments
@@ -201,7 +202,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     """
     machine, spec, store = request.machine, request.spec, Store(request.home)
     machine.settle(machine.resolved_training_processes())
-    torch.manual_seed(spec.seed or 0)
+    torch.manual_seed(seed_of(spec))
     args = training_arguments(spec, folder / CHECKPOINTS, machine)
     data = _data(store, request, folder / CHECKPOINTS / DISTRIBUTIONS, args)
     base_folder = store.path(request.base)

@@ -28,6 +28,7 @@ from cfsd.generate.server.protocol import (
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Connection
 from cfsd.model.sample import Sample
+from cfsd.spec import seed_of
 
 __all__ = ["Connection", "Refused", "Served", "ServerGone", "sample_from_server", "served_by"]
 
@@ -143,7 +144,7 @@ class _Sampler:
         """Return row `number`, or why it must go."""
         row, part = _Row(prompt), 0
         while room := self.spec.length - (len(row.ids) - row.given):
-            seed = _number(31, self.stream, self.spec.seed or 0, number, part)
+            seed = _number(31, self.stream, seed_of(self.spec), number, part)
             lacking = max(0, self.spec.min_length - (len(row.ids) - row.given))
             body = request(self.served, self.spec, self.eos_ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body | {"prompt": prompt_of(self.served, row.ids, self.tokenizer)})
@@ -184,7 +185,7 @@ class _Sampler:
             if isinstance(logprob, str):
                 return logprob
             logprobs[stop] = logprob
-        stop = _drawn(logprobs, self.spec.temperature, _number(53, self.stream, self.spec.seed or 0, number, "end"))
+        stop = _drawn(logprobs, self.spec.temperature, _number(53, self.stream, seed_of(self.spec), number, "end"))
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
         row.ids.append(stop)
