@@ -107,7 +107,8 @@ def _tokens(stage: str, recipe: Recipe, target: Artifact) -> float | None:
     if stage in ("evaluate-target", "evaluate-target-divergence"):
         return float(metadata["held_out_tokens"]) if "held_out_tokens" in metadata else None
     if stage == "fisher":
-        return recipe.train.methods.ewc.rows * recipe.generate.length
+        needed = recipe.train.methods.estimate()
+        return needed.rows * recipe.generate.length if needed else None
     if stage == "weigh":
         return float(metadata["train_tokens"]) if "train_tokens" in metadata else None
     if stage == "train" and "train_rows" in metadata:

@@ -3,18 +3,20 @@
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.methods import Methods
-from cfsd.train.spec import FisherSpec
+from cfsd.train.methods.method import Estimate
 from tasks._stage import stage
 
 
 def estimate_fisher(base: Artifact, corpus: Artifact, methods: Methods, machine: Machine) -> Artifact | None:
-    """Return the diagonal of the base's Fisher matrix where EWC wants it, else None; see `cfsd.train.fisher`."""
-    return _fisher(base, corpus, FisherSpec(rows=methods.ewc.rows), machine) if methods.ewc.is_on() else None
+    """Return what the methods need measured on the base's own text, or None where they need nothing."""
+    needed = methods.estimate()
+    return _fisher(base, corpus, needed, machine) if needed else None
 
 
 @stage("fisher", "fisher", gpu=True)
-def _fisher(draft: Draft, base: Artifact, corpus: Artifact, spec: FisherSpec, machine: Machine) -> None:
-    """Square the gradients of the first context-free rows, row by row."""
-    from cfsd.train.fisher import fisher
+def _fisher(draft: Draft, base: Artifact, corpus: Artifact, spec: Estimate, machine: Machine) -> None:
+    """Measure it with the function that belongs to its settings."""
+    from cfsd.train.methods.fisher import FisherSpec, fisher
 
-    fisher(base, corpus, spec, draft, machine)
+    measure = {FisherSpec: fisher}[type(spec)]
+    measure(base, corpus, spec, draft, machine)

@@ -20,8 +20,8 @@ from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft, Store
 from cfsd.store.tables import CORPUS, table_of, write_shard
-from cfsd.train.fisher import FILE, Sums, Text, fisher, fisher_of
-from cfsd.train.spec import FisherSpec
+from cfsd.train.methods.ewc import FisherSpec
+from cfsd.train.methods.fisher import FILE, Sums, Text, fisher, fisher_of
 from tests.conftest import fetched
 
 MACHINE = Machine(device="cpu", threads=1)
@@ -209,7 +209,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(
         seen.append(len(text.token_ids))
         real(sums, text, weight)
 
-    monkeypatch.setattr("cfsd.train.fisher.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cfsd.train.methods.fisher.SAVE_SECONDS", -1.0)
     with monkeypatch.context() as broken:
         broken.setattr(Sums, "add", dies_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):

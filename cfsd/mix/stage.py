@@ -12,16 +12,17 @@ from pydantic import JsonValue
 from cfsd.mix.flow_weights import Weights, flow_weights
 from cfsd.mix.spec import MixSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import SEQUENCE, batches, mixture_schema, shards, write_shard
+from cfsd.store.tables import SEQUENCE, batches, count_true, mixture_schema, shards, write_shard
 
+Columns = list[pa.Array]
 SHARD_TOKENS = 1 << 22  # a shard ends with the batch that reaches it: 17 MB, or the longest 4,096 rows
 
 
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
     """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
 
-    Of a corpus row the tokens that have a log-probability count: sampled ones, not given ones. Log-probabilities
-    themselves stay in the corpus, where `source` and `row_id` find them. With FLOW, target rows (or their tokens) get
+    Of a corpus row the tokens that have a log-probability count: sampled ones, not prompt tokens. Log-probabilities
+    themselves stay in the corpus, where `corpus_row` finds them. With FLOW, target rows (or their tokens) get
     the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
     """
     paths = [*shards(target, "train"), *shards(corpus, "corpus")]
@@ -35,41 +36,45 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
     draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
 
 
-def _weights(spec: MixSpec, losses: Path | None) -> "Weights | None":
-
+def _weights(spec: MixSpec, losses: Path | None) -> Weights | None:
     if spec.flow == "off":
         return None
     assert losses, "FLOW weighs rows by the base's losses"
     return flow_weights(losses, spec.flow, spec.flow_average)
 
 
-def _mixed(target: Path, corpus: Path, weights: "Weights | None") -> "Iterator[pa.RecordBatch]":
+def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.RecordBatch]:
     """Yield the rows of both in the form of the mixture."""
     names = [name for name, _ in SEQUENCE]
     schema = mixture_schema(token_weights=weights is not None and weights.token_N is not None)
 
-    def with_loss(batch: pa.RecordBatch, supervised: pa.ListArray, weighed: list[pa.Array]) -> pa.RecordBatch:
-        columns = [*(batch[name] for name in names), supervised, *weighed]
+    def mixed(batch: pa.RecordBatch, *added: pa.Array) -> pa.RecordBatch:
+        columns = [*(batch[name] for name in names), *added]
         return pa.record_batch(columns[: len(schema)], schema=schema)
 
     row = 0
     for batch in batches(target, "train", [*names, "supervised"]):
         weighed = _weighed(batch, weights, row) if weights else _all_one(batch.num_rows)
-        yield with_loss(batch, batch["supervised"], weighed)
+        yield mixed(batch, pa.nulls(batch.num_rows, pa.int64()), batch["supervised"], *weighed)
         row += batch.num_rows
+    row = 0
     for batch in batches(corpus, "corpus", [*names, "logprobs"]):
-        ends = pc.list_value_length(batch["logprobs"]).to_numpy().cumsum(dtype=np.int32)
-        offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-        sampled = pa.ListArray.from_arrays(offsets, batch["logprobs"].flatten().is_valid())
-        yield with_loss(batch, sampled, _all_one(batch.num_rows))
+        sampled = _lists_like(batch["logprobs"], batch["logprobs"].flatten().is_valid())
+        yield mixed(batch, pa.array(range(row, row + batch.num_rows)), sampled, *_all_one(batch.num_rows))
+        row += batch.num_rows
 
 
-def _all_one(rows: int) -> "list[pa.Array]":
+def _lists_like(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
+    """Return `values` cut into lists of the same lengths."""
+    ends = pc.list_value_length(lists).to_numpy().cumsum(dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([np.zeros(1, np.int32), ends])), values)
 
+
+def _all_one(rows: int) -> Columns:
     return [pa.array(np.ones(rows, np.float32)), pa.nulls(rows, pa.list_(pa.float32()))]
 
 
-def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.Array]":
+def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     """Return the weights of the target's rows from `row` on, and of their tokens (0 where no loss lies)."""
     rows = slice(row, row + batch.num_rows)
     assert np.array_equal(weights.ids_R[rows], batch["row_id"].to_numpy()), "losses of another target"
@@ -78,19 +83,15 @@ def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.
     counted_T = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
     weight_T = np.zeros(len(counted_T), np.float32)
     weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
-    ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
-    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-    return [pa.array(weights.row_R[rows]), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
+    return [pa.array(weights.row_R[rows]), _lists_like(batch["supervised"], pa.array(weight_T))]
 
 
-def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]) -> "Iterator[pa.Table]":
+def _tables(parts: Iterable[pa.RecordBatch], sizes: dict[str, tuple[int, int]]) -> Iterator[pa.Table]:
     """Join `parts` to tables of some SHARD_TOKENS tokens, and count each source's rows and supervised tokens."""
     waiting: list[pa.RecordBatch] = []
     tokens = 0
     for part in parts:
-        for source, rows, supervised in _counted(part):
-            before = sizes.get(source, (0, 0))
-            sizes[source] = before[0] + rows, before[1] + supervised
+        _count(part, sizes)
         waiting.append(part)
         tokens += len(part["token_ids"].flatten())
         if tokens >= SHARD_TOKENS:
@@ -100,13 +101,11 @@ def _tables(parts: "Iterable[pa.RecordBatch]", sizes: dict[str, tuple[int, int]]
         yield pa.Table.from_batches(waiting)
 
 
-def _counted(part: "pa.RecordBatch") -> list[tuple[str, int, int]]:
-    """Return source, rows and supervised tokens."""
-    row_T = pc.list_parent_indices(part["supervised"]).to_numpy()
-    counts = np.bincount(row_T[part["supervised"].flatten().to_numpy(zero_copy_only=False)], minlength=part.num_rows)
-    table = pa.table({"source": part["source"], "tokens": counts})
-    grouped = table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")])
-    return [(row["source"], row["tokens_count"], row["tokens_sum"]) for row in grouped.to_pylist()]
+def _count(part: pa.RecordBatch, sizes: dict[str, tuple[int, int]]) -> None:
+    table = pa.table({"source": part["source"], "tokens": count_true(part["supervised"])})
+    for row in table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():
+        rows, tokens = sizes.get(row["source"], (0, 0))
+        sizes[row["source"]] = rows + row["tokens_count"], tokens + row["tokens_sum"]
 
 
 def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, JsonValue]:
@@ -125,8 +124,7 @@ def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, Jso
     }
 
 
-def _weight_metadata(spec: MixSpec, weights: "Weights | None") -> dict[str, JsonValue]:
-
+def _weight_metadata(spec: MixSpec, weights: Weights | None) -> dict[str, JsonValue]:
     if weights is None:
         return {}
     weight = weights.row_R if weights.token_N is None else weights.token_N

@@ -16,6 +16,7 @@ from cfsd.report.training import budget_setting, metrics_of, nested, rehearsal_o
 from cfsd.statistics.figures import difference_per_token
 from cfsd.store.artifact import Store
 from cfsd.train.controller import HIGHEST, LOWEST
+from cfsd.train.methods import Methods
 
 WIDEST = 0.1  # half-width of the probe's interval, as a share of the value, up to which the value alone may judge
 NEAR = 1.001  # the controller works in logarithms
@@ -129,8 +130,7 @@ def is_plain(run_record: RunRecord) -> bool:
     rehearsed = tuned.metadata.get("rehearsal_tokens", corpus.metadata.get("rows") if corpus else 0)
     if rehearsed and rehearsal_of(run_record).get("weight", 1.0) != 0:
         return False
-    methods = nested(recipe, "train", "methods").values()
-    if any(method.get("weight") or method.get("rank") for method in methods if isinstance(method, dict)):
+    if Methods.model_validate(nested(recipe, "train", "methods")).by_name():
         return False
     merging = nested(recipe, "merge")
     merged = merging.get("alpha", 1) not in (1, None) or merging.get("budget")

@@ -17,6 +17,7 @@ from cfsd.report.training import nested, rehearsal_of
 from cfsd.report.verdict import verdict, warnings
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
+from cfsd.train.methods import Methods
 
 TEMPLATE = "model_card.md.j2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -145,9 +146,8 @@ def _training(recipe: dict[str, Any], run_record: RunRecord, summary: Summary) -
     found = [(name.replace("_", " "), train.get(name)) for name in SETTINGS]
     if _rehearsed(run_record):
         found += [(f"rehearsal {name}", rehearsal.get(name)) for name in ("loss", "weight", "budget")]
-    for method, settings in nested(train, "methods").items():
-        strength = settings.get("rank") or settings.get("weight") if isinstance(settings, dict) else None
-        found.append((method, strength or None))
+    for name, method in Methods.model_validate(nested(train, "methods")).by_name().items():
+        found.append((name, getattr(method, method.strength)))
     fitted = (summary.budget or {}).get("alpha")
     alpha = nested(recipe, "merge").get("alpha", 1) if fitted is None else fitted
     found.append(("merged with the base, weight of the tuned", None if alpha == 1 else f"{alpha:.3g}"))

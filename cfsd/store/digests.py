@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 READ_BYTES = 1 << 22
+DERIVED = b"derived"  # in the metadata of a column that follows from the others and is not in the digest
 
 
 def sha256_of_file(path: Path) -> str:
@@ -83,15 +84,16 @@ def digest_of_rows(files: Iterable[Path]) -> str:
     """Return the sha256 of the row values of Parquet `files` in the given order.
 
     How rows are divided into files, row groups and pages does not count: each column feeds
-    its lengths, its nulls and its values to hashes of their own.
+    its lengths, its nulls and its values to hashes of their own. Columns marked DERIVED do not count.
     """
     import pyarrow.parquet as pq
 
     parts: dict[str, Any] = defaultdict(hashlib.sha256)
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                _feed(parts, name, column)
+            for field, column in zip(batch.schema, batch.columns, strict=True):
+                if DERIVED not in (field.metadata or {}):
+                    _feed(parts, field.name, column)
     return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
 
 

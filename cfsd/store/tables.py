@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cfsd.store.digests import DERIVED
 
 # logprobs[t] = log p*(token t | tokens < t) in nats; null where the token was given, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
@@ -28,7 +33,15 @@ NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
-MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
+MIXTURE = pa.schema(
+    [
+        *SEQUENCE,
+        # the row's number in the corpus, null for the target: follows from source and row_id
+        pa.field("corpus_row", pa.int64(), metadata={DERIVED: b"yes"}),
+        ("supervised", pa.list_(pa.bool_())),
+        ("weight", pa.float32()),
+    ]
+)
 LOSSES = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -113,6 +126,12 @@ def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterat
     """Yield the rows of a table in order, a few thousand at a time."""
     for path in shards(folder, name):
         yield from pq.ParquetFile(path).iter_batches(batch_size=4096, columns=columns)
+
+
+def count_true(lists: pa.ListArray) -> NDArray[np.int64]:
+    """Return how many entries of each list of booleans are true."""
+    row_T = pc.list_parent_indices(lists).to_numpy()
+    return np.bincount(row_T[lists.flatten().to_numpy(zero_copy_only=False)], minlength=len(lists))
 
 
 def read_rows(folder: Path, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:

@@ -103,15 +103,15 @@ def load_of(spec: "TrainSpec", machine: "Machine") -> Load:
     """Return what a training of `spec` on `machine` asks for."""
     from cfsd.train.memory import CHUNK, CUDA_CHUNK
 
-    methods, cuda = spec.methods, machine.resolved_device() == "cuda"
+    adapter, cuda = spec.methods.adapter(), machine.resolved_device() == "cuda"
     return Load(
         machine.micro_batch_tokens,
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
         bfloat16=spec.precision == "bfloat16" or (spec.precision == "auto" and cuda),
-        lora_rank=methods.lora.rank,
-        anchor_copies=methods.l2.is_on() + 2 * methods.ewc.is_on(),
+        lora_rank=adapter.rank if adapter else 0,
+        anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
         live_base=bool(spec.rehearsal.weight) and (spec.rehearsal.loss, spec.rehearsal.reference) == ("kl", "base"),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )

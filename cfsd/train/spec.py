@@ -14,12 +14,6 @@ from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
 
 
-class FisherSpec(Spec):
-    """How well the Fisher matrix is estimated."""
-
-    rows: PositiveInt = Field(256, description="Context-free rows of the corpus")
-
-
 class WatchSpec(Spec):
     """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""
 
@@ -156,5 +150,6 @@ class TrainRequest(BaseModel):
 
 def check_sharding(spec: TrainSpec, machine: Machine) -> None:
     """Raise BadInput where `machine` would shard what cannot be sharded."""
-    if machine.resolved_sharding() == "shard" and spec.methods.lora.is_on():
-        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")
+    reasons = [method.unsharded for method in spec.methods.by_name().values() if method.unsharded]
+    if machine.resolved_sharding() == "shard" and reasons:
+        raise BadInput(f"machine.sharding is shard, but {reasons[0]}: set it to replicate")

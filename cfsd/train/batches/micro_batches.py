@@ -22,6 +22,7 @@ class Row(NamedTuple):
     supervised: list[bool]
     weight: float
     weights: Sequence[float] | None = None  # of each token, on top of the row's; None: all 1
+    corpus_row: int | None = None  # the row's number in the corpus; None: of the target, or not known
 
 
 class MicroBatch(NamedTuple):
@@ -70,13 +71,12 @@ def micro_batches_of(
     max_tokens: int,
     *,
     fresh: Sequence[bool] | None = None,
-    places: Sequence[int] | None = None,
     distributions: StoredDistributions | None = None,
 ) -> list[MicroBatch]:
     """Return the packs of one global batch. Their losses add up to the batch's loss, however they are cut.
 
     Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
-    time; `distributions` holds the base's law at each rehearsal row, whose number there is in `places`.
+    time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`.
     """
     first = list(fresh) if fresh is not None else [False] * len(rows)
     counts = counts_of(rows, first)
@@ -88,9 +88,9 @@ def micro_batches_of(
         marks = [[row.source == "target" and counted for counted in row.supervised] for row in members]
         seen = [[first[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
         stored = None
-        if distributions is not None and places is not None:
-            rehearsed = [i for i in group if rows[i].source != "target"]
-            stored = distributions.at([(places[i], rows[i].token_ids, rows[i].supervised) for i in rehearsed])
+        if distributions is not None:
+            rehearsed = [row for row in members if row.source != "target"]
+            stored = distributions.at([(row.corpus_row, row.token_ids, row.supervised) for row in rehearsed])
         token_ids = pad([row.token_ids for row in members])
         real = [[True] * len(row.token_ids) for row in members]
         target, new, not_padding = (pad(of_rows, torch.bool) for of_rows in (marks, seen, real))

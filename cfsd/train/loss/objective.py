@@ -111,9 +111,8 @@ class Objective:
         """Return the divergence per rehearsal token: dense, or from the drawn token where that is all there is."""
         if spec.loss == "kl":
             return loss_M
-        return (
-            nll_M + micro_batch.stored.drawn_M.to(nll_M) if micro_batch.stored is not None else torch.zeros_like(nll_M)
-        )
+        stored = micro_batch.stored
+        return torch.zeros_like(nll_M) if stored is None else nll_M + stored.sampled_M.to(nll_M)
 
 
 def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

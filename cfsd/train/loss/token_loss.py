@@ -27,7 +27,7 @@ class Stored(NamedTuple):
     ids_MK: Tensor
     logprobs_MK: Tensor
     rest_M: Tensor  # log of the mass outside the K likeliest
-    drawn_M: Tensor  # log p* of the token that was drawn
+    sampled_M: Tensor  # log p* of the token that was drawn
 
     def part(self, rows: slice) -> "Stored":
         """Return some of the tokens."""
@@ -208,7 +208,7 @@ class _Chunk:
         outside_C = (ids_CK != self.next_C1).all(-1).to(self.law_CV.dtype)
         self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]
         self.given = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
-        return on_top_C + outside_C * (stored.drawn_M.to(self.law_CV.dtype) + self.nll_C)
+        return on_top_C + outside_C * (stored.sampled_M.to(self.law_CV.dtype) + self.nll_C)
 
     def _whole(self, base_CV: Tensor) -> Tensor:
         probs_CV = base_CV.exp()

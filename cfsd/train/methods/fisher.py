@@ -1,5 +1,6 @@
 """Stage fisher: the diagonal of the base's Fisher matrix, from text that the base wrote without a context."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from cfsd.machine import Machine
 from cfsd.model.loading import load_model, release_models
 from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft
 from cfsd.store.tables import batches
-from cfsd.train.spec import FisherSpec
+from cfsd.train.methods.ewc import FisherSpec
 
 FILE = "fisher.safetensors"
 SOURCE = "context-free"
@@ -37,7 +38,7 @@ class Sums:
     A row's gradient is that of log p = sum over its sampled tokens. Nothing is held but the model and these sums.
     """
 
-    def __init__(self, model: "nn.Module") -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Start at zero for every parameter that takes gradients; a tied one is listed once."""
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -58,8 +59,8 @@ class Sums:
     def _squared(self, weight: float) -> Iterator[None]:
         """Let every parameter's gradient go into the sums as soon as it is complete, and be freed."""
 
-        def into(square: "Tensor") -> Callable[["Tensor"], None]:
-            def hook(parameter: "Tensor") -> None:
+        def into(square: Tensor) -> Callable[[Tensor], None]:
+            def hook(parameter: Tensor) -> None:
                 assert parameter.grad is not None
                 square.addcmul_(parameter.grad, parameter.grad, value=weight)
                 parameter.grad = None
@@ -73,7 +74,7 @@ class Sums:
             for hook in hooks:
                 hook.remove()
 
-    def fisher(self) -> "dict[str, Tensor]":
+    def fisher(self) -> dict[str, Tensor]:
         """Return F: the mean over rows, divided by the mean number of sampled tokens per row. Ends the sums.
 
         Then 1/2 sum of F (theta - theta*)^2 approximates KL(base || model) in nats per token, along the diagonal.
@@ -83,7 +84,7 @@ class Sums:
         return self.squares
 
 
-def fisher_of(model: "nn.Module", texts: Sequence[Text], weights: Sequence[float]) -> "dict[str, Tensor]":
+def fisher_of(model: nn.Module, texts: Sequence[Text], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return F by parameter name; row i counts `weights[i]` times, whatever they add up to."""
     sums = Sums(model)
     for text, weight in zip(texts, weights, strict=True):
@@ -121,8 +122,6 @@ def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, mac
 
 def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
     """Return the first `wanted` context-free rows."""
-    from collections import Counter
-
     found: list[Text] = []
     sources: Counter[str] = Counter()
     for batch in batches(folder, "corpus", ["source", "token_ids", "logprobs"]):
@@ -140,7 +139,6 @@ def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
 
 
 def _save(sums: Sums, folder: Path, done: int) -> None:
-
     place = folder / CHECKPOINTS / FILE
     place.parent.mkdir(exist_ok=True)
     partial = place.with_suffix(".partial")
