@@ -115,7 +115,7 @@ def one(world: World) -> dict[str, Found]:
 
 
 def test_the_cuts_are_what_they_are_called(world: World) -> None:
-    """Three micro-batches in two processes: the second is given an empty one, so that both exchange gradients as often."""
+    """Three micro-batches in two processes: the second gets an empty one, so that both exchange gradients as often."""
 
     def micro_batches(max_tokens: int, rank: int, processes: int) -> set[int]:
         shares = batches_of(world.store, world.mixture, spec_of("nll"), max_tokens, None, rank, processes)

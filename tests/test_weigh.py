@@ -174,7 +174,7 @@ def test_off_is_the_mixture_of_before(world: World, tmp_path: Path) -> None:
     plain, other = world.mixed("off"), world.mixed("off", "row")
     assert plain.content == other.content != world.mixed("sample").content
     rows = read_rows(world.store.path(plain), "mixture")
-    assert set(rows[0]) == {"row_id", "source", "token_ids", "supervised", "weight"}
+    assert set(rows[0]) == {"row_id", "source", "token_ids", "corpus_row", "supervised", "weight"}
     assert {row["weight"] for row in rows} == {1.0}
     assert not {"flow", "tau", "median_weight"} & set(plain.metadata)
     assert set(read_rows(world.store.path(world.mixed("sample")), "mixture")[0]) == set(rows[0])

@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, count_parameters, payload_of
+from cfsd.model.tiny import shipped
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.store.digests import write_json
-from cfsd.tiny import shipped
 
 
 def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
