@@ -1,4 +1,4 @@
-"""Recipe: all that decides a result. Loads from YAML."""
+"""Recipe: everything that decides a result, loaded from YAML."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -65,11 +65,11 @@ class Recipe(Spec):
         return {k: v for k, v in super()._identity().items() if k not in left_out}
 
     def merging(self) -> MergeSpec:
-        """Return `merge` with the budget that it keeps: its own, else that of training."""
+        """Return `merge` with its budget: its own, else that of training."""
         return self.merge.model_copy(update={"budget": self.merge.budget or self.train.rehearsal.budget})
 
     def check(self) -> None:
-        """Raise BadInput for errors that can be detected without loading weights."""
+        """Raise BadInput for errors detectable before running, without loading weights."""
         self.base.check()
         self.target.check()
         if self.generate.replay:
@@ -77,13 +77,13 @@ class Recipe(Spec):
         self.evaluate.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput for errors that can be detected once the base is known, before anything is sampled."""
+        """Raise BadInput for errors detectable once the base is known, before anything is sampled."""
         check_context(base, self.probe, "probe")
         check_context(base, self.generate, "generate")
         self.evaluate.check_base(base)
 
     def check_target(self, target: Artifact) -> None:
-        """Raise BadInput for errors that can be detected once the target's rows are known, before sampling."""
+        """Raise BadInput for errors detectable once the target's rows are known, before anything is sampled."""
         if isinstance(rows := target.metadata.get("train_rows"), int):
             check_supply(self.generate, self.mix, self.train, rows)
 
@@ -129,34 +129,34 @@ def _check_exact(generate: GenerateSpec, method: str, needed: Estimate, strength
 def _check_stored(generate: GenerateSpec, tail: str) -> None:
     if not generate.top_logprobs:
         raise ValueError(
-            "train.rehearsal.loss is kl with reference stored, but the corpus keeps no distributions: set "
+            "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
             "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
         )
     if tail == "sampled" and generate.biases():
         raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as the base's own distribution gives "
-            f"them, but generate has {', '.join(generate.biases())}: set tail to bucket, or "
+            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled from the base's own "
+            f"distribution, but generate has {', '.join(generate.biases())}: set tail to bucket, or "
             "train.rehearsal.reference to base"
         )
     if tail == "sampled" and "replay" in generate.sources():
         raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as the base sampled them, but source "
+            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled by the base, but source "
             "replay was written by others: set tail to bucket, or train.rehearsal.reference to base"
         )
 
 
 def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:
-    """Raise BadInput when the corpus cannot last a training that reads its budget off rows never seen before.
+    """Raise BadInput when the corpus has too few rows for a training that measures its budget on unseen rows.
 
-    Checked before sampling, as if no row ended early; the training itself counts the rows that there are.
+    This is checked before sampling, as if no row ended early; the training itself counts the real rows.
     """
     steps = train.epochs * -(-train_rows // mix.target_rows)
-    least = mix.rehearsal_tokens - generate.length  # that a step takes: whole rows while they fit
-    needed, most = (steps - 1) * least, generate.rows * generate.length
-    if train.rehearsal.budget and most < needed:
+    per_step = mix.rehearsal_tokens - generate.length  # at least: a step takes whole rows while they fit
+    needed, available = (steps - 1) * per_step, generate.rows * generate.length
+    if train.rehearsal.budget and available < needed:
         raise BadInput(
             f"train.rehearsal.budget reads the divergence on rows that were not seen before: {steps} steps of "
             f"{mix.rehearsal_tokens} tokens, but generate.rows={generate.rows} of at most {generate.length} tokens "
-            f"hold {most:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
+            f"hold {available:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
             "mix.rehearsal_tokens or train.epochs"
         )

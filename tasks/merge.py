@@ -11,7 +11,7 @@ from tasks._stage import stage
 def fit_alpha(
     base: Artifact, tuned: Artifact, control: Artifact | None, spec: MergeSpec, machine: Machine
 ) -> Artifact | None:
-    """Return the largest alpha that keeps the budget, in the facts of its artifact; None without a budget."""
+    """Return the largest alpha that keeps the budget, in the metadata of its artifact; None without a budget."""
     return _fit_alpha(base, tuned, control, spec, machine) if control else None
 
 
@@ -26,7 +26,7 @@ def _fit_alpha(
 
 
 def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> Artifact:
-    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha, asked for or found."""
+    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha."""
     return tuned if _alpha(decided) == 1 else _merge(base, tuned, decided, machine)
 
 
@@ -43,6 +43,6 @@ def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | Me
 
 
 def _alpha(decided: Artifact | MergeSpec) -> float | None:
-    """Return the tuned model's weight; None in a plan, where it was not found yet."""
+    """Return the tuned model's weight; None in a plan, where it is not known yet."""
     known: Any = decided.alpha if isinstance(decided, MergeSpec) else decided.metadata.get("alpha")
     return None if known is None else float(known)

@@ -17,7 +17,7 @@ def select_target(base: Artifact, target: Artifact, spec: SelectSpec, machine: M
 
 
 def select_corpus(base: Artifact, corpus: Artifact, spec: SelectSpec, machine: Machine) -> Artifact:
-    """Return the corpus itself if nothing is left out, else one with the chosen rows; see `cfsd.select.stage`."""
+    """Return the corpus itself if nothing is left out, else one with the selected rows; see `cfsd.select.stage`."""
     if not selects(spec, corpus):
         return corpus
     used = spec.used_on("corpus")

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sha256_of_file, write_json
+from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file, write_json
+from cfsd.store.tables import digest_of_rows
 
 SCHEMA = pa.schema(
     [

@@ -164,10 +164,11 @@ def test_the_mixture_is_one_table_however_it_is_cut(
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 5)
     whole = mixed(store, tmp_path, MixSpec(seed=0))
-    monkeypatch.setattr("cfsd.mix.stage.SHARD_TOKENS", 12)
+    most, batch = 300, 200
+    monkeypatch.setattr("cfsd.mix.stage.SHARD_BYTES", most)
     cut = mixed(store, tmp_path, MixSpec(seed=1))
-    tokens = [sum(map(len, pq.read_table(p)["token_ids"].to_pylist())) for p in shards(store.path(cut), "mixture")]
-    assert len(tokens) > 5 and all(count < 12 + 13 for count in tokens)
+    sizes = [pq.read_table(path).nbytes for path in shards(store.path(cut), "mixture")]
+    assert len(sizes) > 5 and all(size < most + batch for size in sizes)
     assert cut.content == whole.content
 
 

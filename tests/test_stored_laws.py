@@ -16,8 +16,7 @@ from cfsd.generate.stage import generate
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Store
-from cfsd.store.digests import digest_of_rows
-from cfsd.store.tables import MIXTURE, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.store.tables import MIXTURE, corpus_schema, digest_of_rows, read_rows, shards, table_of, write_shard
 from cfsd.train.batches.global_batches import GlobalBatch
 from cfsd.train.batches.loading import Batches
 from cfsd.train.batches.micro_batches import Row, micro_batches_of

@@ -1,21 +1,21 @@
 """Stage mix: target rows and rehearsal rows as one table, written as they are read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from cfsd.mix.flow_weights import Weights, flow_weights
 from cfsd.mix.spec import MixSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import SEQUENCE, batches, count_true, mixture_schema, shards, write_shard
+from cfsd.store.tables import SEQUENCE, TableWriter, batches, count_true, mixture_schema, num_rows
+
+SHARD_BYTES = 16 << 20  # of one shard, about; no more waits in memory
 
 Columns = list[pa.Array]
-SHARD_TOKENS = 1 << 22  # a shard ends with the batch that reaches it: 17 MB, or the longest 4,096 rows
 
 
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
@@ -25,14 +25,16 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
     themselves stay in the corpus, where `corpus_row` finds them. With FLOW, target rows (or their tokens) get
     the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
     """
-    paths = [*shards(target, "train"), *shards(corpus, "corpus")]
-    done, total = 0, sum(pq.read_metadata(path).num_rows for path in paths)
+    done, total = 0, num_rows(target, "train") + num_rows(corpus, "corpus")
     sizes: dict[str, tuple[int, int]] = {}
     weights = _weights(spec, losses)
-    for index, table in enumerate(_tables(_mixed(target, corpus, weights), sizes)):
-        write_shard(draft.folder, "mixture", index, table)
-        done += table.num_rows
+    writer = TableWriter(draft.folder, "mixture", max_bytes=SHARD_BYTES)
+    for batch in _mixed(target, corpus, weights):
+        _count(batch, sizes)
+        writer.add(batch)
+        done += batch.num_rows
         draft.journal.progress(done, total, "rows")
+    writer.close()
     draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
 
 
@@ -84,21 +86,6 @@ def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     weight_T = np.zeros(len(counted_T), np.float32)
     weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
     return [pa.array(weights.row_R[rows]), _lists_like(batch["supervised"], pa.array(weight_T))]
-
-
-def _tables(parts: Iterable[pa.RecordBatch], sizes: dict[str, tuple[int, int]]) -> Iterator[pa.Table]:
-    """Join `parts` to tables of some SHARD_TOKENS tokens, and count each source's rows and supervised tokens."""
-    waiting: list[pa.RecordBatch] = []
-    tokens = 0
-    for part in parts:
-        _count(part, sizes)
-        waiting.append(part)
-        tokens += len(part["token_ids"].flatten())
-        if tokens >= SHARD_TOKENS:
-            yield pa.Table.from_batches(waiting)
-            waiting, tokens = [], 0
-    if waiting:
-        yield pa.Table.from_batches(waiting)
 
 
 def _count(part: pa.RecordBatch, sizes: dict[str, tuple[int, int]]) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cfsd.errors import StoreError
 from cfsd.spec import Spec, digest_of
-from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sha256_of_file, write_json
+from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file, write_json
 from cfsd.store.journal import METRICS, PROGRESS, Journal
 
 MANIFEST = "manifest.json"
@@ -113,10 +113,10 @@ class Store:
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""
-        found = self.find(artifact.kind, artifact.key)
+        intact = self.find(artifact.kind, artifact.key)
         folder = self.path(artifact)
-        if found is None or (bad := self.damage(folder, self.manifest(artifact), full=True)):
-            names = "its files" if found is None else ", ".join(bad)
+        if intact is None or (bad := self.damage(folder, self.manifest(artifact), full=True)):
+            names = "its files" if intact is None else ", ".join(bad)
             raise StoreError(
                 f"{artifact.kind} {artifact.key} is damaged ({names}); "
                 f"restore it, or delete the folder {folder} and run again"
@@ -137,8 +137,8 @@ class Store:
         next call continues if `environment` (precision, sharding, package versions) is the same.
         """
         with self.lock(kind, key, say):
-            if found := self.find(kind, key):
-                return found, False
+            if artifact := self.find(kind, key):
+                return artifact, False
             waiting = self.root / kind / f"{key}.draft"
             if (done := _manifest(waiting)) and not self.damage(waiting, done):
                 return self._put_in_place(waiting, kind, key), False
@@ -203,9 +203,9 @@ class Store:
             shutil.rmtree(folder)
         draft.rename(folder)
         _sync_folder(folder.parent)
-        found = self.find(kind, key)
-        assert found, "the manifest was just written"
-        return found
+        artifact = self.find(kind, key)
+        assert artifact, "the manifest was just written"
+        return artifact
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -235,6 +235,8 @@ def _synced(path: Path) -> list[Any]:
 
 
 def _content(files: dict[str, Path], digests: dict[str, str]) -> str:
+    from cfsd.store.tables import digest_of_rows  # late: whoever only refers to artifacts needs no pyarrow
+
     payload = {name: path for name, path in files.items() if name not in ASIDE}
     parts = {name: digests[name] for name in payload if not name.endswith(".parquet")}
     tables: dict[str, list[Path]] = {}

@@ -1,18 +1,12 @@
-"""Content digests: sha256 of files, remembered per path, size and mtime, and of row values whatever the layout."""
+"""Content digests of files: sha256, remembered per path, size and mtime."""
 
 import hashlib
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from typing import Any
 
 READ_BYTES = 1 << 22
-DERIVED = b"derived"  # in the metadata of a column that follows from the others and is not in the digest
 
 
 def sha256_of_file(path: Path) -> str:
@@ -78,38 +72,3 @@ def digest_of_files(digests: dict[str, str]) -> str:
     """Return the sha256 over relative names and their sha256, in name order."""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def digest_of_rows(files: Iterable[Path]) -> str:
-    """Return the sha256 of the row values of Parquet `files` in the given order.
-
-    How rows are divided into files, row groups and pages does not count: each column feeds
-    its lengths, its nulls and its values to hashes of their own. Columns marked DERIVED do not count.
-    """
-    import pyarrow.parquet as pq
-
-    parts: dict[str, Any] = defaultdict(hashlib.sha256)
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
-            for field, column in zip(batch.schema, batch.columns, strict=True):
-                if DERIVED not in (field.metadata or {}):
-                    _feed(parts, field.name, column)
-    return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
-
-
-def _feed(parts: dict[str, Any], name: str, column: "pa.Array[Any]") -> None:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        lengths = pc.list_value_length(column).fill_null(-1)
-        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        _feed(parts, f"{name}/item", column.flatten())
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        lengths = pc.binary_length(column).fill_null(-1)
-        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        parts[name].update("".join(text or "" for text in column.to_pylist()).encode())
-    else:
-        parts[f"{name}/null"].update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
-        values = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
-        parts[name].update(values.to_numpy(zero_copy_only=False).tobytes())

@@ -1,11 +1,13 @@
-"""The contract between stages: the columns of each table, and how a table is written and read.
+"""The contract between stages: the columns of each table, and how a table is written, read and digested.
 
 Tables are Parquet shards `<name>-00000.parquet`, so that `datasets.load_dataset("parquet", …)` reads them too.
 A written shard is whole: it appears under its name only when every row is on the disk.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cfsd.store.digests import DERIVED
+from cfsd.store.digests import digest_of_files
 
-# logprobs[t] = log p*(token t | tokens < t) in nats; null where the token was given, as the start token is
+# logprobs[t] = log p*(token t | tokens < t) in nats; null for prompt tokens, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
 CORPUS = pa.schema(
     [
@@ -29,7 +31,9 @@ CORPUS = pa.schema(
         ("text", pa.string()),  # for reading only, never tokenised again
     ]
 )
+DERIVED = b"derived"  # in the metadata of a column that follows from the others: it is no part of the digest
 NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
+SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # a shard ends with the rows that reach either
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
@@ -112,6 +116,42 @@ def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     temporary.replace(shard_path(folder, name, index))
 
 
+class TableWriter:
+    """Writes a table while its rows arrive: each shard has at most `max_rows` rows and about `max_bytes` bytes."""
+
+    def __init__(self, folder: Path, name: str, max_rows: int = SHARD_ROWS, max_bytes: int = SHARD_BYTES) -> None:
+        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self.name, self.max_rows, self.max_bytes = folder, name, max_rows, max_bytes
+        self.shards = 0  # that are written
+        self.waiting: list[pa.RecordBatch] = []
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
+        if self.waiting and self.waiting[0].schema != batch.schema:
+            self.close()
+        self.waiting.append(batch)
+        while self._is_full():
+            self._write()
+
+    def _is_full(self) -> bool:
+        rows, size = sum(part.num_rows for part in self.waiting), sum(part.nbytes for part in self.waiting)
+        return bool(rows >= self.max_rows or size >= self.max_bytes)
+
+    def close(self) -> None:
+        """Write the rows that wait; a table without rows is one empty shard."""
+        if self.waiting:
+            self._write()
+
+    def _write(self) -> None:
+        # notes of the shards that rows come from (a halved batch) would be untrue of this one
+        table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
+        if table.num_rows or not self.shards:
+            write_shard(self.folder, self.name, self.shards, table.slice(0, self.max_rows))
+            self.shards += 1
+        self.waiting = table.slice(self.max_rows).to_batches()
+
+
 def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
     """Return `rows` as a table with exactly the columns of `schema`."""
     return pa.Table.from_pylist(rows, schema=schema)
@@ -134,6 +174,51 @@ def count_true(lists: pa.ListArray) -> NDArray[np.int64]:
     return np.bincount(row_T[lists.flatten().to_numpy(zero_copy_only=False)], minlength=len(lists))
 
 
+def blocks(folder: Path, name: str, columns: list[str], rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (number of its first row, at most `rows` rows) of a table in order."""
+    number = 0
+    for batch in batches(folder, name, columns):
+        for first in range(0, batch.num_rows, rows):
+            block = batch.slice(first, rows)
+            yield number, block
+            number += block.num_rows
+
+
+def num_rows(folder: Path, name: str) -> int:
+    """Return how many rows a table has."""
+    return sum(pq.read_metadata(path).num_rows for path in shards(folder, name))
+
+
 def read_rows(folder: Path, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """Return all rows of a small table."""
     return [row for batch in batches(folder, name, columns) for row in batch.to_pylist()]
+
+
+def digest_of_rows(files: Iterable[Path]) -> str:
+    """Return the sha256 of the row values of Parquet `files` in the given order.
+
+    How rows are divided into files, row groups and pages does not count: each column feeds
+    its lengths, its nulls and its values to hashes of their own. Columns marked DERIVED do not count.
+    """
+    parts: dict[str, Any] = defaultdict(hashlib.sha256)
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
+            for field, column in zip(batch.schema, batch.columns, strict=True):
+                if DERIVED not in (field.metadata or {}):
+                    _feed(parts, field.name, column)
+    return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
+
+
+def _feed(parts: dict[str, Any], name: str, column: pa.Array) -> None:
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = pc.list_value_length(column).fill_null(-1)
+        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        _feed(parts, f"{name}/item", column.flatten())
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        lengths = pc.binary_length(column).fill_null(-1)
+        parts[f"{name}/length"].update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        parts[name].update("".join(text or "" for text in column.to_pylist()).encode())
+    else:
+        parts[f"{name}/null"].update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
+        values = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
+        parts[name].update(values.to_numpy(zero_copy_only=False).tobytes())
