@@ -21,7 +21,7 @@ from cfsd.model.loading import load_model
 from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft, Store
 from cfsd.store.tables import CORPUS, table_of, write_shard
 from cfsd.train.methods.ewc import FisherSpec
-from cfsd.train.methods.fisher import FILE, Sums, Text, fisher, fisher_of
+from cfsd.train.methods.fisher import FILE, Sums, Text, fisher
 from tests.conftest import fetched
 
 MACHINE = Machine(device="cpu", threads=1)
@@ -32,6 +32,14 @@ COORDINATES = [
     ("transformer.wte.weight", 5), ("transformer.wte.weight", 40), ("transformer.h.0.attn.c_attn.weight", 7),
     ("transformer.h.0.mlp.c_proj.weight", 100), ("transformer.ln_f.weight", 2), ("transformer.wpe.weight", 17),
 ]  # fmt: skip
+
+
+def fisher_of(model: torch.nn.Module, texts: list[Text], weights: list[float]) -> dict[str, Tensor]:
+    """Return F by parameter name; row i counts `weights[i]` times, whatever they add up to."""
+    sums = Sums(model)
+    for text, weight in zip(texts, weights, strict=True):
+        sums.add(text, weight)
+    return sums.fisher()
 
 
 def toy() -> GPT2LMHeadModel:

@@ -164,7 +164,7 @@ def test_the_mixture_is_one_table_however_it_is_cut(
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 5)
     whole = mixed(store, tmp_path, MixSpec(seed=0))
-    most, batch = 300, 200
+    most, batch = 100, 220
     monkeypatch.setattr("cfsd.mix.stage.SHARD_BYTES", most)
     cut = mixed(store, tmp_path, MixSpec(seed=1))
     sizes = [pq.read_table(path).nbytes for path in shards(store.path(cut), "mixture")]

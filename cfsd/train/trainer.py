@@ -113,7 +113,7 @@ class RehearsalTrainer(Trainer):
 def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     """Train as `request` says, in `folder`; return the metadata. Raises Stopped when asked to stop early.
 
-    One of several processes when `torch.distributed` is told so by its environment; the first one writes.
+    One of several processes when the environment of `torch.distributed` says so; the first one writes.
     """
     machine, spec, store = request.machine, request.spec, Store(request.home)
     machine.settle(machine.resolved_training_processes())
@@ -153,14 +153,16 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     if args.world_size > 1:
         distributed.barrier()
     distributions = distributions_of(store, request, scratch, write=False)
-    most = request.machine.micro_batch_tokens
-    return batches_of(store, request.mixture, request.spec, most, distributions, args.process_index, args.world_size)
+    return batches_of(
+        store, request.mixture, request.spec, request.machine.micro_batch_tokens, distributions, args.process_index,
+        args.world_size,
+    )  # fmt: skip
 
 
 def _live_base(
     spec: TrainSpec, folder: Path, machine: Machine, args: TrainingArguments
 ) -> PreTrainedModel | None:  # fmt: skip
-    """Return the frozen base where its law is made on the way."""
+    """Return the frozen base where its distributions are computed during the training."""
     if spec.rehearsal.loss != "kl" or spec.rehearsal.reference != "base" or not spec.rehearsal.weight:
         return None
     base = load_model(folder, machine.resolved_device(), "bfloat16" if args.bf16 else "float32")
@@ -197,7 +199,7 @@ def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> 
 
 
 def last_whole_checkpoint(folder: Path, *, delete: bool = True) -> Path | None:
-    """Return the newest checkpoint that was written to its end; unfinished ones are deleted, unless told not to.
+    """Return the newest checkpoint that was written to its end; with `delete`, unfinished ones are deleted.
 
     trainer_state.json is written last: without it, or with half of it, the rest cannot be trusted.
     """

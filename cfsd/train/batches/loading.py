@@ -9,10 +9,19 @@ from torch.utils.data import Dataset
 from cfsd.errors import BadInput
 from cfsd.store.artifact import Artifact, Store
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
-from cfsd.train.batches.micro_batches import Counts, MicroBatch, micro_batches_of
+from cfsd.train.batches.micro_batches import MicroBatch, micro_batches_of
 from cfsd.train.batches.mixture import MixtureRows
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.spec import TrainRequest, TrainSpec
+
+
+class Counts(NamedTuple):
+    """Tokens of one global batch: those in each loss, those of rehearsal rows seen for the first time, and all."""
+
+    target: int
+    rehearsal: int
+    fresh: int
+    tokens: int
 
 
 class Share(NamedTuple):
@@ -27,14 +36,9 @@ class Batches(Dataset[Share]):
     """One item is one rank's share of one global batch."""
 
     def __init__(
-        self,
-        rows: MixtureRows,
-        plan: list[GlobalBatch],
-        max_tokens: int,
-        distributions: StoredDistributions | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+        self, rows: MixtureRows, plan: list[GlobalBatch], max_tokens: int,
+        distributions: StoredDistributions | None = None, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         """Cut every global batch of `plan` into micro-batches of at most `max_tokens`."""
         self.rows, self.plan, self.distributions = rows, plan, distributions
         self.max_tokens, self.rank, self.world = max_tokens, rank, world

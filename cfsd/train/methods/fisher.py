@@ -22,14 +22,14 @@ from cfsd.train.methods.ewc import FisherSpec
 
 FILE = "fisher.safetensors"
 SOURCE = "context-free"
-SAVE_SECONDS = 60.0  # what a kill can cost
+SAVE_SECONDS = 60.0  # work that a kill can lose
 
 
 class Text(NamedTuple):
     """One row that the model itself wrote. Entry t belongs to token t, which token t-1 predicts."""
 
     token_ids: Sequence[int]
-    sampled: Sequence[bool]  # False where the token was given
+    sampled: Sequence[bool]  # False for prompt tokens
 
 
 class Sums:
@@ -84,19 +84,11 @@ class Sums:
         return self.squares
 
 
-def fisher_of(model: nn.Module, texts: Sequence[Text], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return F by parameter name; row i counts `weights[i]` times, whatever they add up to."""
-    sums = Sums(model)
-    for text, weight in zip(texts, weights, strict=True):
-        sums.add(text, weight)
-    return sums.fisher()
-
-
 def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, machine: Machine) -> None:
     """Write F in float32 as safetensors by parameter name, from the corpus' first context-free rows.
 
     Source: Kirkpatrick et al. 2016, arXiv:1612.00796, section 2. Differs: the true Fisher matrix, expected under
-    the model's own law, not under labels of a data set; per token. Continues from the last save, to equal bits.
+    the model's own distribution, not under labels of a data set; per token. Continues from the last save, bit-equal.
 
     Raises BadInput when the corpus has too few such rows, NotFinite when a gradient is not finite.
     """
@@ -111,26 +103,26 @@ def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, mac
         if monotonic() - saved > SAVE_SECONDS:
             _save(sums, draft.folder, row + 1)
             saved = monotonic()
-    found = {name: tensor.cpu() for name, tensor in sums.fisher().items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+    matrix = {name: tensor.cpu() for name, tensor in sums.fisher().items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in matrix.values()):
         raise NotFinite(
             "a gradient of the base on its own text is not finite, so there is no Fisher matrix: turn ewc off"
         )
-    save_file(found, draft.folder / FILE)
+    save_file(matrix, draft.folder / FILE)
     draft.metadata |= {"rows": spec.rows, "tokens": int(sums.tokens)}
 
 
 def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
     """Return the first `wanted` context-free rows."""
-    found: list[Text] = []
+    texts: list[Text] = []
     sources: Counter[str] = Counter()
     for batch in batches(folder, "corpus", ["source", "token_ids", "logprobs"]):
         for row in batch.to_pylist():
             sources[row["source"]] += 1
             if row["source"] == SOURCE:
-                found.append(Text(row["token_ids"], [value is not None for value in row["logprobs"]]))
-            if len(found) == wanted:
-                return found
+                texts.append(Text(row["token_ids"], [value is not None for value in row["logprobs"]]))
+            if len(texts) == wanted:
+                return texts
     held = ", ".join(f"{count} of source {source}" for source, count in sources.items()) or "no rows at all"
     raise BadInput(
         f"EWC wants {wanted} rows that the base wrote without a context (ewc.rows); corpus {corpus.key} has {held}: "
