@@ -88,8 +88,8 @@ class Comparison(BaseModel):
         found = {}
         for name, changes in self.expanded_variants().items():
             for repeat in range(self.seeds):
-                parts = {"mix": self.recipe.mix, "train": self.recipe.train}
-                seeds = {f"{part}.seed": seed_of(spec, repeat) for part, spec in parts.items()}
+                mix, train = (seed_of(part, repeat) for part in (self.recipe.mix, self.recipe.train))
+                seeds = {"mix.seed": mix, "train.seed": train}
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 found[label] = validated(Recipe, changed, f"variant {name!r}")

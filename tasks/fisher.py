@@ -1,5 +1,7 @@
 """Measure how much the base's own text depends on each of its weights."""
 
+from typing import Any
+
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.methods import Methods
@@ -16,7 +18,8 @@ def estimate_fisher(base: Artifact, corpus: Artifact, methods: Methods, machine:
 @stage("fisher", "fisher", gpu=True)
 def _fisher(draft: Draft, base: Artifact, corpus: Artifact, spec: Estimate, machine: Machine) -> None:
     """Measure it with the function that belongs to its settings."""
-    from cfsd.train.methods.fisher import FisherSpec, fisher
+    from cfsd.train.methods.ewc import FisherSpec
+    from cfsd.train.methods.fisher import fisher
 
-    measure = {FisherSpec: fisher}[type(spec)]
-    measure(base, corpus, spec, draft, machine)
+    estimators: dict[type[Estimate], Any] = {FisherSpec: fisher}
+    estimators[type(spec)](base, corpus, spec, draft, machine)

@@ -55,24 +55,22 @@ class StepRecorder(TrainerCallback):
         self.stopped_at: int | None = None
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
     ) -> None:
         """Measure the model before the first step."""
         if state.global_step == 0:
-            self._measure(args, state, control, model)
+            self._measure(args, state, control, named["model"])
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *,
-        logs: dict[str, float], model: nn.Module, **_: Any,
-    ) -> None:  # fmt: skip
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any) -> None:
         """Record a step, before its checkpoint is written: that must hold whether the training ends here."""
+        logs: dict[str, float] = named["logs"]
         if "grad_norm" not in logs:
             return
         norm, step = logs["grad_norm"], state.global_step
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient is not finite at step {step}; lower train.learning_rate")
         self.clipped += norm > args.max_grad_norm
-        self._measure(args, state, control, model)
+        self._measure(args, state, control, named["model"])
         stopped = {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
         kept = {"clipped": self.clipped, **stopped, **self.controller.state()}
         state.log_history[-1] |= {f"{STATE}{name}": value for name, value in kept.items()}

@@ -39,7 +39,8 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`."""
         stored = None if self.stored is None else Stored(*(tensor.to(device) for tensor in self.stored))
-        return MicroBatch(*(tensor.to(device) for tensor in self[:5]), stored)  # type: ignore[arg-type]
+        token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT = (tensor.to(device) for tensor in self[:5])
+        return MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored)
 
     def without_loss(self) -> "MicroBatch":
         """Return the micro-batch with no token that counts."""
@@ -59,6 +60,7 @@ def micro_batches_of(
     Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
     time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`.
     """
+    first = fresh or [False] * len(rows)
     totals: Counter[bool] = Counter()
     for row in rows:
         totals[row.source == "target"] += sum(row.supervised)
@@ -67,19 +69,16 @@ def micro_batches_of(
         members = [rows[i] for i in group]
         coefficients = [_coefficients(row, totals[row.source == "target"]) for row in members]
         target = [[row.source == "target" and counted for counted in row.supervised] for row in members]
-        seen = [[bool(fresh) and fresh[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
+        seen = [[first[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
         real = [[True] * len(row.token_ids) for row in members]
         stored = None
         if distributions is not None:
             rehearsed = [row for row in members if row.source != "target"]
             stored = distributions.at([(row.corpus_row, row.token_ids, row.supervised) for row in rehearsed])
+        token_ids = pad([row.token_ids for row in members])
+        target_BT, seen_BT, real_BT = (pad(marks, torch.bool) for marks in (target, seen, real))
         micro_batches.append(
-            MicroBatch(
-                pad([row.token_ids for row in members]),
-                pad(coefficients, torch.float64),
-                *(pad(marks, torch.bool) for marks in (target, seen, real)),
-                stored=stored,
-            )
+            MicroBatch(token_ids, pad(coefficients, torch.float64), target_BT, seen_BT, real_BT, stored)
         )
     return micro_batches
 

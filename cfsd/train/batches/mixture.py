@@ -29,7 +29,7 @@ class MixtureRows:
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self._table.num_rows
+        return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> Row:
         """Return one row."""
