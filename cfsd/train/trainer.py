@@ -36,7 +36,7 @@ from cfsd.train.penalties import Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
 from cfsd.train.watcher import Watcher
 
-DISTRIBUTIONS = "laws"  # the folder beside the checkpoints, deleted with them
+DISTRIBUTIONS = "distributions"  # the folder beside the checkpoints, deleted with them
 
 
 class RehearsalTrainer(Trainer):

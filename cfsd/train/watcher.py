@@ -66,9 +66,8 @@ def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_token
     for group in arrange([len(row) for row in token_rows], max_tokens):
         members = [token_rows[i] for i in group]
         rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in members]
-        (micro_batch,) = micro_batches_of(
-            rows, len(rows) * len(members[0]), fresh=[True] * len(rows)
-        )  # longest first: one micro-batch
+        tokens = len(rows) * len(members[0])  # longest first: one micro-batch
+        (micro_batch,) = micro_batches_of(rows, tokens, fresh=[True] * len(rows))
         top = min(TOP, base.config.get_text_config().vocab_size)
         samples = token_logprobs(base, members, (), top_logprobs=top, max_tokens=max_tokens)
         real_BT = micro_batch.coefficient_BT != 0

@@ -134,7 +134,6 @@ def head_of(model: PreTrainedModel) -> Any:
 
     It is tried: the logits of a few tokens are compared with those of the form that is known.
     """
-    layer: Any = model.get_output_embeddings()
     config: Any = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
@@ -143,7 +142,7 @@ def head_of(model: PreTrainedModel) -> Any:
         layer: Any = model.get_output_embeddings()
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    if isinstance(layer, nn.Linear) and _gives_the_logits(model, head(model)):
+    if isinstance(model.get_output_embeddings(), nn.Linear) and _gives_the_logits(model, head(model)):
         return head
     log.warning("%s: the output is more than one linear layer; all logits of a batch are held at once", type(model))
     return lambda model: None

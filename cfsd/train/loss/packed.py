@@ -58,8 +58,6 @@ def _rows_of(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
@@ -72,18 +70,15 @@ def prepare_packed(model: PreTrainedModel) -> bool:
     """
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     plain = config._attn_implementation
-    if model.device.type != "cpu" or plain != "sdpa" or kinds != {"full_attention"} or _windowed(config):
+    if model.device.type != "cpu" or plain != "sdpa" or kinds != {"full_attention"} or windowed:
         return False
     model.set_attn_implementation(ATTENTION)
     if _agree(model):
         return True
     model.set_attn_implementation(plain)
     return False
-
-
-def _windowed(config: Any) -> bool:
-    return bool(getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
 
 
 def _agree(model: PreTrainedModel) -> bool:

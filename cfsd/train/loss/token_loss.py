@@ -52,6 +52,24 @@ class Reference(NamedTuple):
     hidden_MD: Tensor | None = None
     head: Head = Head(None)
 
+    def count(self) -> int:
+        """Return M."""
+        known = self.hidden_MD if self.stored is None else self.stored.rest_M
+        assert known is not None, "one of both is there"
+        return len(known)
+
+    def part(self, rows: slice) -> "Reference":
+        """Return some of the tokens."""
+        hidden_MD = None if self.hidden_MD is None else self.hidden_MD[rows]
+        return self._replace(stored=self.stored.part(rows) if self.stored else None, hidden_MD=hidden_MD)
+
+    def log_distribution(self, dtype: torch.dtype) -> Tensor:
+        """Return the base's log-probabilities from its hidden states."""
+        assert self.hidden_MD is not None
+        cast = self.hidden_MD.dtype
+        used = self.head._replace(weight_VD=_as(self.head.weight_VD, cast), bias_V=_as(self.head.bias_V, cast))
+        return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap).log_softmax(-1)
+
 
 class TokenLosses(NamedTuple):
     """Sum of coefficient x loss, to be differentiated; per token, in nats, the loss and plain -log p."""
@@ -145,35 +163,15 @@ def _accumulate(
         bias += slope_CV.sum(0)
 
 
-def _chunks(count: int, reference: Reference | None, size: int) -> "Iterator[tuple[slice, _Part | None]]":
+def _chunks(count: int, reference: Reference | None, size: int) -> Iterator[tuple[slice, Reference | None]]:
     """Yield rows of a chunk, and the part of the reference that belongs to them; none holds rows of both kinds."""
-    plain = count - (0 if reference is None else _length(reference))
+    plain = count - (0 if reference is None else reference.count())
     for first in range(0, plain, size):
         yield slice(first, min(first + size, plain)), None
     for first in range(plain, count, size):
         last = min(first + size, count)
         assert reference is not None
-        yield slice(first, last), _Part(reference, slice(first - plain, last - plain))
-
-
-def _length(reference: Reference) -> int:
-    return len(reference.stored.rest_M if reference.stored else reference.hidden_MD)  # type: ignore[arg-type]
-
-
-class _Part(NamedTuple):
-    reference: Reference
-    rows: slice
-
-    def stored(self) -> Stored | None:
-        return self.reference.stored.part(self.rows) if self.reference.stored else None
-
-    def log_distribution(self, dtype: torch.dtype) -> Tensor:
-        """Return the base's log-probabilities from its hidden states."""
-        assert self.reference.hidden_MD is not None
-        head, hidden_CD = self.reference.head, self.reference.hidden_MD[self.rows]
-        weight = _as(head.weight_VD, hidden_CD.dtype)
-        raw = _logits(hidden_CD, head._replace(weight_VD=weight, bias_V=_as(head.bias_V, hidden_CD.dtype)))
-        return _limited(raw.to(dtype), head.softcap).log_softmax(-1)
+        yield slice(first, last), reference.part(slice(first - plain, last - plain))
 
 
 class _Chunk:
@@ -194,17 +192,17 @@ class _Chunk:
     def logprobs(self, ids: Tensor) -> Tensor:
         return self.logits_CV.gather(1, ids) - self.norm_C1
 
-    def measure(self, part: _Part | None) -> Tensor:
+    def measure(self, part: Reference | None) -> Tensor:
         """Return the loss per token; what the slope needs is kept."""
         if part is None:
             return self.nll_C
-        stored = part.stored()
+        stored = part.stored
         if stored is None:
             return self._whole(part.log_distribution(self.probs_CV.dtype))
         ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(self.probs_CV.dtype)
         probs_CK = logprobs_CK.exp()
         on_top_C = (probs_CK * (logprobs_CK - self.logprobs(ids_CK))).sum(-1)
-        if part.reference.tail == "bucket":
+        if part.tail == "bucket":
             return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(self.probs_CV.dtype))
         outside_C = (ids_CK != self.next_C1).all(-1).to(self.probs_CV.dtype)
         self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]

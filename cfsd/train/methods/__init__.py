@@ -13,4 +13,4 @@ class Methods(MethodSet):
 
     l2: L2 = Field(L2(), description="L2-SP: pull towards the base's weights")
     ewc: Ewc = Field(Ewc(), description="EWC: pull towards them by how much the base's text depends on each")
-    lora: Lora = Field(Lora(), description="LoRA: train small matrices beside the base's, folded in at the end")
+    lora: Lora = Field(Lora(), description="LoRA: train small matrices beside the base's, merged into them at the end")
