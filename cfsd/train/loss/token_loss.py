@@ -52,7 +52,7 @@ class Reference(NamedTuple):
     hidden_MD: Tensor | None = None
     head: Head = Head(None)
 
-    def count(self) -> int:
+    def num_tokens(self) -> int:
         """Return M."""
         known = self.hidden_MD if self.stored is None else self.stored.rest_M
         assert known is not None, "one of both is there"
@@ -165,7 +165,7 @@ def _accumulate(
 
 def _chunks(count: int, reference: Reference | None, size: int) -> Iterator[tuple[slice, Reference | None]]:
     """Yield rows of a chunk, and the part of the reference that belongs to them; none holds rows of both kinds."""
-    plain = count - (0 if reference is None else reference.count())
+    plain = count - (0 if reference is None else reference.num_tokens())
     for first in range(0, plain, size):
         yield slice(first, min(first + size, plain)), None
     for first in range(plain, count, size):
