@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 from cfsd.overrides import override, read_with_recipe, validated
 from cfsd.recipe import Recipe
+from cfsd.spec import seed_of
 
 
 class Comparison(BaseModel):
@@ -85,8 +86,8 @@ class Comparison(BaseModel):
         recipes = {}
         for name, changes in self.expanded_variants().items():
             for repeat in range(self.seeds):
-                parts = (self.recipe.mix.seed, self.recipe.train.seed)
-                seeds = {f"{k}.seed": (v or 0) + repeat for k, v in zip(("mix", "train"), parts, strict=True)}
+                mix, train = (seed_of(part, repeat) for part in (self.recipe.mix, self.recipe.train))
+                seeds = {"mix.seed": mix, "train.seed": train}
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 recipes[label] = validated(Recipe, changed, f"variant {name!r}")

@@ -1,7 +1,7 @@
-"""Recipe: all that decides a result. Comparison: one recipe and its named variants. Both load from YAML."""
+"""Recipe: everything that decides a result, loaded from YAML."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -17,13 +17,12 @@ from cfsd.overrides import overridden, read_yaml, validated
 from cfsd.select.spec import SelectSpec
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
+from cfsd.train.methods.method import Estimate
 from cfsd.train.spec import TrainSpec
 
 
 class Recipe(Spec):
     """Base model, target, and how to get from one to the other without forgetting."""
-
-    seeded: ClassVar[tuple[str, ...]] = ("target", "probe", "generate", "select", "mix", "train")
 
     name: str = Field(description="What you call it in Prefect and MLflow; not part of any key")
     seed: NonNegativeInt = Field(0, description="Fills every seed of the parts that is left empty")
@@ -44,7 +43,8 @@ class Recipe(Spec):
         if not isinstance(value, dict):
             return value
         seed, filled = value.get("seed", 0), dict(value)
-        for name in cls.seeded:
+        parts: dict[str, Any] = {name: field.annotation for name, field in cls.model_fields.items()}
+        for name in (name for name, part in parts.items() if "seed" in getattr(part, "model_fields", {})):
             part = filled.get(name, {})
             if isinstance(part, Spec) and getattr(part, "seed", 0) is None:
                 filled[name] = part.model_copy(update={"seed": seed})
@@ -79,7 +79,7 @@ class Recipe(Spec):
         return not (rehearses or merges or self.train.methods.by_name() or self.mix.flow != "off")
 
     def check(self) -> None:
-        """Raise BadInput for whatever can be told to be wrong without loading weights."""
+        """Raise BadInput for errors detectable before running, without loading weights."""
         self.base.check()
         self.target.check()
         if self.generate.replay:
@@ -87,13 +87,13 @@ class Recipe(Spec):
         self.evaluate.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput for what can be told once the base is known, before anything is sampled."""
+        """Raise BadInput for errors detectable once the base is known, before anything is sampled."""
         check_context(base, self.probe, "probe")
         check_context(base, self.generate, "generate")
         self.evaluate.check_base(base)
 
     def check_target(self, target: Artifact) -> None:
-        """Raise BadInput for what can be told once the target's rows are known, before anything is sampled."""
+        """Raise BadInput for errors detectable once the target's rows are known, before anything is sampled."""
         if isinstance(rows := target.metadata.get("train_rows"), int):
             check_supply(self.generate, self.mix, self.train, rows)
 
@@ -105,7 +105,7 @@ class Recipe(Spec):
 
 def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
     """Raise ValueError when the corpus of `generate` does not hold what `train` reads."""
-    rehearsal, ewc = train.rehearsal, train.methods.ewc
+    rehearsal = train.rehearsal
     if rehearsal.budget and not generate.rows:
         raise ValueError(
             "train.rehearsal.budget is read off rehearsal rows, and generate.rows is 0; set rows, or budget to null"
@@ -117,41 +117,48 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
             "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
             "measures; use another generate.source or set rehearsal.weight"
         )
-    if ewc.is_on() and generate.rows and generate.biases():
+    for name, pull in train.methods.pulls().items():
+        if pull.curvature:
+            _check_exact(generate, name, pull.curvature, f"{name}.{train.methods.by_name()[name].strength}")
+
+
+def _check_exact(generate: GenerateSpec, method: str, needed: Estimate, strength: str) -> None:
+    if generate.rows and generate.biases():
         raise ValueError(
-            f"train.methods.ewc takes its Fisher matrix from text by the base's own law, but generate has "
-            f"{', '.join(generate.biases())}: leave that out, or set ewc.weight to 0"
+            f"train.methods.{method} takes its {needed.noun} from text by the base's own distribution, but generate "
+            f"has {', '.join(generate.biases())}: leave that out, or set {strength} to 0"
         )
-    if ewc.is_on() and (generate.rows < ewc.rows or generate.source != "context-free"):
+    if generate.rows < needed.rows or generate.source != "context-free":
         raise ValueError(
-            f"train.methods.ewc takes its Fisher matrix from ewc.rows={ewc.rows} context-free rows; generate has "
-            f"{generate.rows} of source {generate.source}: raise generate.rows or lower ewc.rows, and set "
-            "generate.source to context-free (train.rehearsal.weight=0 keeps the rows out of the loss)"
+            f"train.methods.{method} takes its {needed.noun} from {method}.rows={needed.rows} context-free rows; "
+            f"generate has {generate.rows} of source {generate.source}: raise generate.rows or lower {method}.rows, "
+            "and set generate.source to context-free (train.rehearsal.weight=0 keeps the rows out of the loss)"
         )
 
 
 def _check_stored(generate: GenerateSpec, tail: str) -> None:
     if not generate.top_logprobs:
         raise ValueError(
-            "train.rehearsal.loss is kl with reference stored, but the corpus keeps no laws: set generate.top_logprobs "
-            "(64 is a good start), or train.rehearsal.reference to base"
+            "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
+            "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
         )
     if tail == "sampled" and generate.biases():
         raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base's own law, but "
-            f"generate has {', '.join(generate.biases())}: set tail to bucket, or train.rehearsal.reference to base"
+            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled from the base's own "
+            f"distribution, but generate has {', '.join(generate.biases())}: set tail to bucket, or "
+            "train.rehearsal.reference to base"
         )
     if tail == "sampled" and "replay" in generate.sources():
         raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as drawn by the base, but source replay "
-            "was written by others: set tail to bucket, or train.rehearsal.reference to base"
+            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled by the base, but source "
+            "replay was written by others: set tail to bucket, or train.rehearsal.reference to base"
         )
 
 
 def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:
-    """Raise BadInput when the corpus cannot last a training that reads its budget off rows never seen before.
+    """Raise BadInput when the corpus has too few rows for a training that measures its budget on unseen rows.
 
-    Told before sampling, as if no row ended early; the training itself counts the rows that there are.
+    This is checked before sampling, as if no row ended early; the training itself counts the real rows.
     """
     steps = train.epochs * -(-train_rows // mix.target_rows)
     per_step = mix.rehearsal_tokens - generate.length  # at least: a step takes whole rows while they fit

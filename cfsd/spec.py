@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+# Added to the probe's seed: these samples share no row with the probe or with each other.
+WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003
 
 
 def digest_of(value: Any) -> str:
@@ -37,6 +40,19 @@ class Spec(BaseModel):
             for name in sorted(type(self).model_fields)
             if name not in self.neutral or getattr(self, name) != self.neutral[name]
         }
+
+
+class Seeded(Protocol):
+    """A spec with a seed of its own, which a recipe fills where it is left empty."""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed; None: not filled by a recipe."""
+
+
+def seed_of(spec: Seeded, offset: int = 0) -> int:
+    """Return the seed of `spec`, 0 where it is empty, plus `offset`."""
+    return (spec.seed or 0) + offset
 
 
 def _identified(value: Any) -> Any:

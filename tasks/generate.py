@@ -2,13 +2,12 @@
 
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine
+from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
 from cfsd.stages import GENERATE, PROBE
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.spec import WatchSpec
 from tasks._cluster import sampler_of
 from tasks._stage import stage
-
-WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003  # added to the probe's seed: samples of which none is another's
 
 
 @stage(PROBE, "corpus", gpu=True)
@@ -27,7 +26,7 @@ def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: M
     """
     if not watch.every:
         return None
-    other = spec.model_copy(update={"rows": watch.rows, "seed": (spec.seed or 0) + WATCHED_SEEDS})
+    other = spec.model_copy(update={"rows": watch.rows, "seed": seed_of(spec, WATCHED_SEEDS)})
     return sample_probe(base, other, machine)
 
 
@@ -38,7 +37,7 @@ def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machin
     """
     if budget is None:
         return None
-    return sample_probe(base, spec.model_copy(update={"seed": (spec.seed or 0) + CONTROL_SEEDS}), machine)
+    return sample_probe(base, spec.model_copy(update={"seed": seed_of(spec, CONTROL_SEEDS)}), machine)
 
 
 def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine) -> Artifact:

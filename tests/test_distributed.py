@@ -26,7 +26,7 @@ from tests.test_train_interrupted import interrupted, saved_step
 
 SPEC = TrainSpec(learning_rate=1e-3, epochs=4, seed=0)
 LONG = SPEC.model_copy(update={"epochs": 16})
-ONE = Machine(device="cpu", threads=1, checkpoint_steps=5, micro_batch_tokens=64)  # several packs per rank
+ONE = Machine(device="cpu", threads=1, checkpoint_steps=5, micro_batch_tokens=64)  # several micro-batches per rank
 TWO = ONE.model_copy(update={"training_processes": 2})
 __all__ = ["signals_given_back"]
 
@@ -34,12 +34,12 @@ SHARDED = """
 import os, torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
-from cfsd.artifact import Store
-from cfsd.checkpoint import load_model
-from cfsd.objective import Objective, losses
-from cfsd.process import serve_request
-from cfsd.train import TrainRequest
-from cfsd.training_batches import batches_of
+from cfsd.store.artifact import Store
+from cfsd.model.loading import load_model
+from cfsd.train.loss.objective import Objective, losses
+from cfsd.process.child import serve_request
+from cfsd.train.spec import TrainRequest
+from cfsd.train.batches.loading import batches_of
 
 def work(folder, text):
     request = TrainRequest.model_validate_json(text)
@@ -55,16 +55,16 @@ def work(folder, text):
     assert 2 * sum(held.values()) == sum(whole.values()), "each rank holds half"
     share = batches_of(store, request.mixture, request.spec, 64, None, rank, world)[0]
     total = torch.zeros((), dtype=torch.float64)
-    for i, pack in enumerate(share.packs):
-        model.set_requires_gradient_sync(i + 1 == len(share.packs))
-        loss = losses(model, pack, 0.7).loss
+    for i, micro_batch in enumerate(share.micro_batches):
+        model.set_requires_gradient_sync(i + 1 == len(share.micro_batches))
+        loss = losses(model, micro_batch, 0.7).loss
         (world * loss).backward()
         total += loss.detach()
     distributed.all_reduce(total)
     grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     if rank == 0:
         torch.save(grads, folder / "grads.pt")
-    return {"loss": float(total), "packs": len(share.packs)}
+    return {"loss": float(total), "micro_batches": len(share.micro_batches)}
 
 serve_request(work)
 """
@@ -119,7 +119,7 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
         loss = losses(model, micro_batch, 0.7).loss
         loss.backward()
         total += float(loss.detach())
-    assert 1 < int(str(metadata["packs"])) < len(share.micro_batches)
+    assert 1 < int(str(metadata["micro_batches"])) < len(share.micro_batches)
     assert metadata["loss"] == pytest.approx(total, rel=1e-12)
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == wanted.keys()

@@ -20,8 +20,8 @@ from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft, Store
 from cfsd.store.tables import CORPUS, table_of, write_shard
-from cfsd.train.fisher import FILE, Sums, Text, fisher, fisher_of
-from cfsd.train.spec import FisherSpec
+from cfsd.train.methods.ewc import FisherSpec
+from cfsd.train.methods.fisher import FILE, Sums, Text, fisher
 from tests.conftest import fetched
 
 MACHINE = Machine(device="cpu", threads=1)
@@ -32,6 +32,14 @@ COORDINATES = [
     ("transformer.wte.weight", 5), ("transformer.wte.weight", 40), ("transformer.h.0.attn.c_attn.weight", 7),
     ("transformer.h.0.mlp.c_proj.weight", 100), ("transformer.ln_f.weight", 2), ("transformer.wpe.weight", 17),
 ]  # fmt: skip
+
+
+def fisher_of(model: torch.nn.Module, texts: list[Text], weights: list[float]) -> dict[str, Tensor]:
+    """Return F by parameter name; row i counts `weights[i]` times, whatever they add up to."""
+    sums = Sums(model)
+    for text, weight in zip(texts, weights, strict=True):
+        sums.add(text, weight)
+    return sums.fisher()
 
 
 def toy() -> GPT2LMHeadModel:
@@ -209,7 +217,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(
         seen.append(len(text.token_ids))
         real(sums, text, weight)
 
-    monkeypatch.setattr("cfsd.train.fisher.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cfsd.train.methods.fisher.SAVE_SECONDS", -1.0)
     with monkeypatch.context() as broken:
         broken.setattr(Sums, "add", dies_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):

@@ -188,4 +188,4 @@ def _processes(words: str, variable: str) -> list[str]:
 
 def _training_processes(home: Path) -> list[str]:
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in found.splitlines() if "cfsd.train.stage" in line and str(home) in line]
+    return [line for line in found.splitlines() if "cfsd.train.trainer" in line and str(home) in line]

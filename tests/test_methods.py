@@ -23,16 +23,19 @@ from cfsd.merge.stage import merge
 from cfsd.model.fetching import write_start_token
 from cfsd.model.loading import load_model
 from cfsd.spec import Spec
-from cfsd.train.fisher import FILE
+from cfsd.train.adapters import adapt, merge_adapter
 from cfsd.train.methods import Methods
-from cfsd.train.methods.anchors import Penalty, plain_name
+from cfsd.train.methods.ewc import FisherSpec
+from cfsd.train.methods.fisher import FILE
 from cfsd.train.methods.l2 import L2
+from cfsd.train.methods.method import Estimate, Method, Pull
+from cfsd.train.penalties import Penalty, penalties_of, plain_name
 from tests.conftest import save_model
 
 # A method that is added to `Methods` is to be added here, with settings that turn it on.
 ON: dict[str, dict[str, Any]] = {"l2": {"weight": 0.3}, "ewc": {"weight": 0.7, "rows": 8}, "lora": {"rank": 3}}
-PULLING = [name for name in ON if getattr(Methods(), name).holds_base_weights]
-ADAPTING = [name for name in ON if getattr(Methods(), name).trains_other_weights]
+PULLING = [name for name in ON if Methods.model_validate({name: ON[name]}).pulls()]
+ADAPTING = [name for name in ON if Methods.model_validate({name: ON[name]}).adapter()]
 FAMILIES = ["llama", "olmo", "gpt2", "qwen2", "gemma2"]
 IDS = torch.tensor([[0, 5, 9, 3, 17, 8, 2, 11, 30, 6]])
 
@@ -72,7 +75,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def one_penalty(name: str, base: Path, fisher: Path | None) -> Penalty:
-    (penalty,) = on(name).penalties(base, fisher)
+    (penalty,) = penalties_of(on(name), base, fisher)
     return penalty
 
 
@@ -83,14 +86,16 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_the_settings_here_turn_every_method_on() -> None:
     assert set(ON) == set(Methods.model_fields)
     assert all(list(on(name).by_name()) == [name] for name in ON)
-    assert Methods().active() == ()
+    for name, method in on("l2", "ewc").by_name().items() | on("lora").by_name().items():
+        assert not Methods.model_validate({name: ON[name] | {method.strength: 0}}).by_name()
+    assert Methods().by_name() == {}
 
 
 def test_without_methods_nothing_happens(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(folders["llama"], "cpu")
-    assert Methods().adapt(model) is model
-    assert Methods().merge_adapter(model, tmp_path) is model and not list(tmp_path.iterdir())
-    assert Methods().penalties(folders["llama"], None) == []
+    assert adapt(Methods(), model) is model
+    assert merge_adapter(Methods(), model, tmp_path) is model and not list(tmp_path.iterdir())
+    assert penalties_of(Methods(), folders["llama"], None) == []
 
 
 # Penalties
@@ -160,7 +165,7 @@ def test_figures_are_the_norm_and_half_the_weighted_sum(folders: dict[str, Path]
 
 def test_two_penalties_add_up_in_any_number_of_calls(folders: dict[str, Path], fisher: Path) -> None:
     both, alone = moved(load_model(folders["llama"], "cpu")), moved(load_model(folders["llama"], "cpu"))
-    penalties = on("l2", "ewc").penalties(folders["llama"], fisher)
+    penalties = penalties_of(on("l2", "ewc"), folders["llama"], fisher)
     assert [penalty.name for penalty in penalties] == ["l2", "ewc"]
     first = [penalty.add(both) for penalty in penalties]
     both.zero_grad()
@@ -231,7 +236,7 @@ def _on_one_of_two(rank: int, place: str, base: Path, fisher: Path) -> None:
     for layer in model.get_submodule("model.layers").children():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for one, two in zip(*(on("l2", "ewc").penalties(base, fisher) for _ in range(2)), strict=True):
+    for one, two in zip(*(penalties_of(on("l2", "ewc"), base, fisher) for _ in range(2)), strict=True):
         assert one.add(whole) == pytest.approx(two.add(model), rel=1e-6)
         assert one.figure == pytest.approx(two.figure, rel=1e-6)
     for name, gradient in gradients(model).items():
@@ -259,7 +264,7 @@ def test_adapting_is_the_identity_and_trains_only_what_it_adds(
     before, own = logits(model), {id(parameter) for parameter in model.parameters()}
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not head]
-    adapted = on(name).adapt(model)
+    adapted = adapt(on(name), model)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert torch.equal(logits(adapted), before)
     assert len(trained) == 2 * len(layers)
@@ -275,9 +280,9 @@ def test_folding_keeps_the_function_and_the_adapter(
     model = load_model(folders[family], "cpu")
     kind, keys = type(model), set(model.state_dict())
     before = logits(model)
-    adapted = moved(on(name).adapt(model))
+    adapted = moved(adapt(on(name), model))
     trained = logits(adapted)
-    plain = on(name).merge_adapter(adapted, tmp_path)
+    plain = merge_adapter(on(name), adapted, tmp_path)
     assert (trained - before).abs().max() > 1e-2
     assert type(plain) is kind and set(plain.state_dict()) == keys
     assert torch.allclose(logits(plain), trained, atol=1e-5)
@@ -294,7 +299,7 @@ def test_an_adapters_files_say_nothing_of_the_machine(folders: dict[str, Path], 
     for folder, place in ((folders["llama"], tmp_path / "one"), (elsewhere, tmp_path / "two")):
         torch.manual_seed(0)
         place.mkdir()
-        on("lora").merge_adapter(on("lora").adapt(load_model(folder, "cpu")), place)
+        merge_adapter(on("lora"), adapt(on("lora"), load_model(folder, "cpu")), place)
         written.append({file.name: file.read_bytes() for file in (place / "adapter").iterdir()})
     assert written[0] == written[1]
     config = json.loads(written[0]["adapter_config.json"])
@@ -304,21 +309,22 @@ def test_an_adapters_files_say_nothing_of_the_machine(folders: dict[str, Path], 
 
 def test_targets_and_alpha_are_taken_and_unknown_targets_refused(folders: dict[str, Path]) -> None:
     lora: dict[str, Any] = {"rank": 2, "alpha": 8, "targets": ["q_proj", "layers.1.mlp.up_proj"]}
-    adapted = Methods.model_validate({"lora": lora}).adapt(load_model(folders["llama"], "cpu"))
+    adapted = adapt(Methods.model_validate({"lora": lora}), load_model(folders["llama"], "cpu"))
     layers = {key.split(".lora_")[0] for key, p in adapted.named_parameters() if p.requires_grad}
     scaled: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     assert len(layers) == 3 and sum("q_proj" in layer for layer in layers) == 2
     assert {module.scaling["default"] for module in scaled[1:]} == {4.0}
     with pytest.raises(BadInput, match=r"lora\.targets c_attn.*q_proj"):
-        Methods.model_validate({"lora": {"rank": 2, "targets": ["q_proj", "c_attn"]}}).adapt(
-            load_model(folders["llama"], "cpu")
+        adapt(
+            Methods.model_validate({"lora": {"rank": 2, "targets": ["q_proj", "c_attn"]}}),
+            load_model(folders["llama"], "cpu"),
         )
 
 
 def test_a_call_reaches_the_inner_models_own_forward_as_it_is(folders: dict[str, Path]) -> None:
     """The trainer puts the objective in the place of the inner model's forward."""
     model: Any = load_model(folders["llama"], "cpu")
-    adapted, seen = on("lora").adapt(model), []
+    adapted, seen = adapt(on("lora"), model), []
     model.forward = lambda **given: seen.append(given)
     adapted(micro_batch="rows")
     assert seen == [{"micro_batch": "rows"}]
@@ -378,6 +384,48 @@ def test_a_training_that_uses_no_method_keeps_the_key_it_had_before_there_were_a
     assert all(New(methods=on(name)).digest() != old for name in ON)
 
 
+class Added(L2):
+    """A method as others would write it: its switch has a name of its own."""
+
+    strength: ClassVar[str] = "force"
+
+    force: float = 0.0
+    needs: Estimate | None = None
+
+    def is_on(self) -> bool:
+        return self.force > 0
+
+    def pull(self) -> Pull:
+        return Pull(self.force, figure=abs, curvature=self.needs)
+
+
+class WithAdded(Methods):
+    added: Added = Added()
+
+
+def test_what_a_method_declares_is_all_that_is_asked_of_it() -> None:
+    methods = WithAdded.model_validate({"added": {"force": 2}, "ewc": ON["ewc"]})
+    assert [pull.copies() for pull in methods.pulls().values()] == [2, 1]
+    assert methods.estimate() == FisherSpec(rows=8) and on("l2").estimate() is None
+    with pytest.raises(ValidationError, match=r"added with lora.*added\.force=0 or lora\.rank=0"):
+        WithAdded.model_validate({"added": {"force": 2}, "lora": ON["lora"]})
+
+
+def test_methods_that_need_different_estimates_are_refused() -> None:
+    other = Added(force=1, needs=FisherSpec(rows=9))
+    with pytest.raises(ValidationError, match=r"ewc and added need different estimates.*ewc\.weight=0"):
+        WithAdded(ewc=on("ewc").ewc, added=other)
+    assert WithAdded(ewc=on("ewc").ewc, added=Added(force=1, needs=FisherSpec(rows=8))).estimate()
+
+
+def test_a_method_that_does_not_say_whether_it_is_on_cannot_be_made() -> None:
+    class Silent(Method):
+        weight: float = 0.0
+
+    with pytest.raises(TypeError, match="is_on"):
+        Silent()  # type: ignore[abstract]
+
+
 def test_a_method_added_later_leaves_the_keys_of_the_others_alone() -> None:
     class More(Methods):
         extra: L2 = L2()
@@ -407,5 +455,5 @@ def test_copies_of_settings_train_alike(folders: dict[str, Path]) -> None:
     states = []
     for methods in (on("lora"), copy.deepcopy(on("lora"))):
         torch.manual_seed(7)
-        states.append(methods.adapt(load_model(folders["llama"], "cpu")).state_dict())
+        states.append(adapt(methods, load_model(folders["llama"], "cpu")).state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

@@ -136,7 +136,10 @@ def test_the_mixture_supervises_responses_and_every_sampled_token(
     assert [row["supervised"] for row in rows[:3]] == [[False, False, True, True]] * 3
     assert [row["token_ids"][0] for row in rows[3:]] == [0, 10, 20, 30]
     assert ["".join(".x"[on] for on in row["supervised"]) for row in rows[3:]] == [tokens for _, tokens in TEXTS]
-    assert {name for row in rows for name in row} == {"row_id", "source", "token_ids", "supervised", "weight"}
+    assert {name for row in rows for name in row} == {
+        "row_id", "source", "token_ids", "corpus_row", "supervised", "weight",
+    }  # fmt: skip
+    assert [row["corpus_row"] for row in rows] == [None] * 3 + [*range(len(TEXTS))]
     metadata: Any = made.metadata
     assert (metadata["target_rows"], metadata["target_tokens"]) == (3, 6)
     assert (metadata["rehearsal_rows"], metadata["rehearsal_tokens"]) == (4, 12)
@@ -161,7 +164,7 @@ def test_the_mixture_is_one_table_however_it_is_cut(
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 5)
     whole = mixed(store, tmp_path, MixSpec(seed=0))
-    most, batch = 100, 200
+    most, batch = 100, 220
     monkeypatch.setattr("cfsd.mix.stage.SHARD_BYTES", most)
     cut = mixed(store, tmp_path, MixSpec(seed=1))
     sizes = [pq.read_table(path).nbytes for path in shards(store.path(cut), "mixture")]
@@ -173,13 +176,13 @@ def test_rows_in_memory_are_those_on_disk(store: Store, tmp_path: Path) -> None:
     write_target(tmp_path, 3)
     write_corpus(tmp_path, TEXTS * 3)
     folder = store.path(mixed(store, tmp_path, MixSpec(seed=0)))
-    stored = [Row(**row) for row in read_rows(folder, "mixture", ["source", "token_ids", "supervised", "weight"])]
+    names = ["source", "token_ids", "supervised", "weight", "corpus_row"]
+    stored = [Row(**row) for row in read_rows(folder, "mixture", names)]
     rows = MixtureRows(folder)
     assert [rows[i] for i in range(len(rows))] == stored
     assert type(rows[0].token_ids[0]) is int and type(rows[0].supervised[0]) is bool and type(rows[0].weight) is float
     assert rows.sources() == [row.source for row in stored]
     assert rows.supervised_tokens() == [sum(row.supervised) for row in stored]
-    assert rows.first_rehearsal_row() == 3
     corpus = read_rows(tmp_path, "corpus")
     assert [rows[3 + i].token_ids for i in range(len(corpus))] == [row["token_ids"] for row in corpus]
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks.tiny_pretraining import pretrain
 from cfsd.baseline.file import guarded, read_baseline
 from cfsd.baseline.measured import measured
 from cfsd.generate.stage import generate
@@ -27,7 +28,7 @@ from cfsd.recipe import Recipe
 from cfsd.statistics.gate import Judgement, judge
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import batches, write_shard
-from cfsd.tiny import TinySpec, pretrain
+from cfsd.tiny import TinySpec
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -139,9 +139,7 @@ def cut(
 ) -> list[MicroBatch]:
     """Return the packs of one global batch, with the base's law at its rehearsal rows if `stored`."""
     distributions: Any = stored_laws(base, stored, kept) if stored else None
-    return micro_batches_of(
-        rows, max_tokens, fresh=[True] * len(rows), places=range(len(rows)), distributions=distributions
-    )
+    return micro_batches_of(rows, max_tokens, fresh=[True] * len(rows), distributions=distributions)
 
 
 def rehearsal(texts: Sequence[list[int]], weights: Sequence[float] | None = None) -> list[Row]:
@@ -438,7 +436,7 @@ def test_the_divergence_is_of_rows_seen_for_the_first_time(base: Any, tuned: Any
     rows = rehearsal(TEXTS[3:9])
     fresh = [True, False, True, True, False, False]
     texts = [row for row, first in zip(rows, fresh, strict=True) if first]
-    (micro_batch,) = micro_batches_of(rows, 400, fresh=fresh, places=range(6), distributions=Laws(base, 2))  # type: ignore[arg-type]
+    (micro_batch,) = micro_batches_of(rows, 400, fresh=fresh, distributions=Laws(base, 2))  # type: ignore[arg-type]
     at = [TEXTS.index(row.token_ids) for row in texts]
     drawn = float((log_distribution(base) - log_distribution(tuned))[at].sum())
     assert float(looked_at(tuned, [micro_batch], NLL, None).divergence) == pytest.approx(drawn, rel=1e-9)

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,8 +16,12 @@ from cfsd.generate.stage import generate
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Store
-from cfsd.store.tables import corpus_schema, read_rows, table_of, write_shard
+from cfsd.store.digests import digest_of_rows
+from cfsd.store.tables import MIXTURE, corpus_schema, read_rows, shards, table_of, write_shard
+from cfsd.train.batches.global_batches import GlobalBatch
+from cfsd.train.batches.loading import Batches
 from cfsd.train.batches.micro_batches import Row, micro_batches_of
+from cfsd.train.batches.mixture import MixtureRows
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.loss.token_loss import Stored
 from tests.conftest import fetched, write_rows
@@ -49,7 +54,10 @@ def corpus(request: pytest.FixtureRequest, store: Store, base: Artifact, tmp_pat
 def mixture_rows(corpus: Path) -> list[Row]:
     """Return the corpus' rows as the mixture has them: sampled tokens count."""
     rows = read_rows(corpus, "corpus", ["source", "token_ids", "logprobs"])
-    return [Row(r["source"], r["token_ids"], [value is not None for value in r["logprobs"]], 1.0) for r in rows]
+    return [
+        Row(r["source"], r["token_ids"], [value is not None for value in r["logprobs"]], 1.0, corpus_row=number)
+        for number, r in enumerate(rows)
+    ]
 
 
 @torch.no_grad()
@@ -79,7 +87,7 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
     found = distributions.at(asked(rows, order))
     wanted = Stored(*(torch.cat(part) for part in zip(*(by_forward_pass(model, rows[i]) for i in order), strict=True)))
     assert found.ids_MK.shape == (sum(sum(row.supervised) for row in rows), K)
-    assert torch.allclose(found.drawn_M, wanted.drawn_M, atol=1e-4)
+    assert torch.allclose(found.sampled_M, wanted.sampled_M, atol=1e-4)
     assert torch.allclose(found.rest_M, wanted.rest_M, atol=1e-4)
     assert torch.allclose(found.logprobs_MK.float(), wanted.logprobs_MK, rtol=1e-3, atol=1e-3)  # kept in float16
     same = (found.ids_MK == wanted.ids_MK).float().mean()
@@ -89,26 +97,79 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
 def test_packs_carry_the_laws_of_their_rehearsal_rows_alone(corpus: Path, tmp_path: Path) -> None:
     rows, distributions = mixture_rows(corpus), laid_out(corpus, tmp_path / "laws")
     target = [Row("target", [0, *range(5, 5 + n)], [False, *[True] * n], 1.0) for n in (3, 14)]
-    places = [-2, -1, *range(8)]
-    micro_batches = micro_batches_of(
-        [*target, *rows[:8]], 40, fresh=[False] * 10, places=places, distributions=distributions
-    )
+    micro_batches = micro_batches_of([*target, *rows[:8]], 40, fresh=[False] * 10, distributions=distributions)
     assert len(micro_batches) > 2
     for micro_batch in micro_batches:
         counted = (micro_batch.coefficient_BT != 0) & ~micro_batch.target_BT
-        assert micro_batch.stored is not None and len(micro_batch.stored.drawn_M) == int(counted.sum())
+        assert micro_batch.stored is not None and len(micro_batch.stored.sampled_M) == int(counted.sum())
     held = sorted(
-        value for micro_batch in micro_batches if micro_batch.stored for value in micro_batch.stored.drawn_M.tolist()
+        value for micro_batch in micro_batches if micro_batch.stored for value in micro_batch.stored.sampled_M.tolist()
     )
-    assert held == sorted(distributions.at(asked(rows, list(range(8)))).drawn_M.tolist())
+    assert held == sorted(distributions.at(asked(rows, list(range(8)))).sampled_M.tolist())
+
+
+def shuffled_mixture(corpus: Path, folder: Path) -> Path:
+    """Write a target row and then the corpus' rows in another order than the corpus has."""
+    rows = read_rows(corpus, "corpus", ["row_id", "source", "token_ids", "logprobs"])
+    records: list[dict[str, Any]] = [{"row_id": 0, "source": "target", "token_ids": [0, 5, 6], "weight": 1.0,
+                                      "supervised": [False, True, True], "corpus_row": None}]  # fmt: skip
+    for number in random.Random(1).sample(range(len(rows)), len(rows)):
+        row = rows[number]
+        supervised = [value is not None for value in row.pop("logprobs")]
+        records.append(row | {"supervised": supervised, "weight": 1.0, "corpus_row": number})
+    folder.mkdir()
+    write_shard(folder, "mixture", 0, table_of(MIXTURE, records))
+    return folder
+
+
+def without_corpus_row(mixture: Path, folder: Path) -> Path:
+    """Write the table as mixtures were written before there was the column."""
+    folder.mkdir()
+    write_shard(folder, "mixture", 0, pq.read_table(shards(mixture, "mixture")[0]).drop_columns(["corpus_row"]))
+    return folder
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_shuffled_mixture_gets_the_distributions_of_its_own_rows(corpus: Path, tmp_path: Path, *, old: bool) -> None:
+    mixture = shuffled_mixture(corpus, tmp_path / "mixture")
+    mixture = without_corpus_row(mixture, tmp_path / "old") if old else mixture
+    distributions = laid_out(corpus, tmp_path / "laws")
+    rows = MixtureRows(mixture, corpus)
+    plan = [GlobalBatch([0], list(range(1, ROWS + 1)), [0] * ROWS)]
+    places = {tuple(row.token_ids): number for number, row in enumerate(mixture_rows(corpus))}
+    seen = []
+    for micro_batch in Batches(rows, plan, 40, distributions)[0].micro_batches:
+        texts = [ids[real].tolist() for ids, real in zip(micro_batch.token_ids_BT, micro_batch.real_BT, strict=True)]
+        numbers = [places[tuple(text)] for text in texts if tuple(text) in places]
+        wanted = distributions.at(asked(mixture_rows(corpus), numbers))
+        assert micro_batch.stored is not None
+        assert all(torch.equal(a, b) for a, b in zip(micro_batch.stored, wanted, strict=True))
+        seen += numbers
+    assert sorted(seen) == list(range(ROWS)) and seen != sorted(seen)
+
+
+def test_the_place_in_the_corpus_is_no_part_of_the_content(corpus: Path, tmp_path: Path) -> None:
+    new = shuffled_mixture(corpus, tmp_path / "mixture")
+    old = without_corpus_row(new, tmp_path / "old")
+    assert "corpus_row" in pq.read_schema(shards(new, "mixture")[0]).names
+    assert digest_of_rows(shards(new, "mixture")) == digest_of_rows(shards(old, "mixture"))
+
+
+def test_rows_of_a_mixture_that_the_corpus_lacks_are_refused(corpus: Path, tmp_path: Path) -> None:
+    old = without_corpus_row(shuffled_mixture(corpus, tmp_path / "mixture"), tmp_path / "old")
+    (tmp_path / "other").mkdir()
+    distributions = laid_out(corpus, tmp_path / "laws")
+    rows = MixtureRows(old, tmp_path / "other")
+    with pytest.raises(StoreError, match="was mixed from another corpus"):
+        Batches(rows, [GlobalBatch([0], [1, 2], [0, 0])], 40, distributions)[0]
 
 
 def test_without_the_top_only_the_drawn_tokens_are_there(corpus: Path, tmp_path: Path) -> None:
     rows = mixture_rows(corpus)
     whole, lean = laid_out(corpus, tmp_path / "whole"), laid_out(corpus, tmp_path / "lean", top=False)
     found = lean.at(asked(rows, [3, 1]))
-    assert torch.equal(found.drawn_M, whole.at(asked(rows, [3, 1])).drawn_M)
-    assert found.ids_MK.shape == (len(found.drawn_M), 0)
+    assert torch.equal(found.sampled_M, whole.at(asked(rows, [3, 1])).sampled_M)
+    assert found.ids_MK.shape == (len(found.sampled_M), 0)
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("whole", "lean")]
     assert sizes[1] < sizes[0] / 3
 
@@ -117,7 +178,7 @@ def test_no_rows_are_no_tokens(corpus: Path, tmp_path: Path) -> None:
     for top, width in ((True, K), (False, 0)):
         empty = laid_out(corpus, tmp_path / str(top), top=top).at([])
         assert empty.ids_MK.shape == empty.logprobs_MK.shape == (0, width)
-        assert empty.rest_M.shape == empty.drawn_M.shape == (0,)
+        assert empty.rest_M.shape == empty.sampled_M.shape == (0,)
 
 
 def test_rows_of_another_corpus_are_refused(corpus: Path, tmp_path: Path) -> None:
@@ -150,4 +211,4 @@ def test_ids_of_large_vocabularies_keep_their_value(tmp_path: Path) -> None:
         found = laid_out(folder, folder / "laws").at([(0, [0, high, 7], [False, True, True])])
         assert found.ids_MK.tolist() == [[high, 1], [7, 2]]
         assert found.logprobs_MK.tolist() == [[-1.5, -2.0], [-0.5, -3.0]]
-        assert found.rest_M.tolist() == [-0.25, -4.0] and found.drawn_M.tolist() == [-1.5, -0.5]
+        assert found.rest_M.tolist() == [-0.25, -4.0] and found.sampled_M.tolist() == [-1.5, -0.5]

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tiny_pretraining import pretrain, write_data
+from cfsd.model.tiny import shipped
 from cfsd.tiny import (
     ANSWERS,
     LETTERS,
@@ -22,9 +24,6 @@ from cfsd.tiny import (
     TinySpec,
     documents,
     is_held_out,
-    pretrain,
-    shipped,
-    write_data,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +38,7 @@ def strings(prompts: Iterable[str]) -> set[str]:
 
 
 def held_out() -> set[str]:
-    files = sorted((ROOT / "cfsd" / "benchmarks").glob("tiny_*.jsonl"))
+    files = sorted((ROOT / "cfsd" / "evaluate" / "benchmarks").glob("tiny_*.jsonl"))
     return strings(row["prompt"] for file in files for row in rows_of(file))
 
 
@@ -137,7 +136,7 @@ def test_the_model_is_exact_and_writes_valid_documents(make: Callable[[Path], No
     make(tmp_path)
     model, tokenizer = load(tmp_path)
     for name in PRETRAINED:
-        rows = rows_of(ROOT / "cfsd" / "benchmarks" / f"tiny_{name}.jsonl")
+        rows = rows_of(ROOT / "cfsd" / "evaluate" / "benchmarks" / f"tiny_{name}.jsonl")
         for start in ("", "<bos>"):
             answers = answers_of(model, tokenizer, [start + row["prompt"] for row in rows])
             right = sum(answers[start + row["prompt"]] == row["answer"] for row in rows)

@@ -81,7 +81,7 @@ def by_definition(c: Case, kind: str, first: int, count: int = K) -> Tensor:
     if kind == "kl":
         loss_N = (base_NV.exp() * (base_NV - law_NV)).sum(-1)
     elif kind == "sampled":
-        loss_N = on_top_N + (stored.ids_MK != drawn_N1).all(-1) * (stored.drawn_M + nll_N)
+        loss_N = on_top_N + (stored.ids_MK != drawn_N1).all(-1) * (stored.sampled_M + nll_N)
     elif kind == "bucket":
         rest_N = (1 - law_NV.gather(1, stored.ids_MK).exp().sum(-1)).log()
         loss_N = on_top_N + stored.rest_M.exp() * (stored.rest_M - rest_N)

@@ -31,8 +31,9 @@ from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.journal import read_metrics
 from cfsd.store.tables import read_rows
 from cfsd.train.batches.loading import batches_of
-from cfsd.train.fisher import fisher
-from cfsd.train.spec import FisherSpec, TrainRequest, TrainSpec, Watched
+from cfsd.train.methods.ewc import FisherSpec
+from cfsd.train.methods.fisher import fisher
+from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from cfsd.train.trainer import fit, last_whole_checkpoint
 from tests.conftest import fetched, save_model, write_rows
 

@@ -85,7 +85,7 @@ def interrupted(
     thread.start()
     wait_for(lambda: wanted(written_step(draft), saved_step(draft)) or not thread.is_alive())
     for child in psutil.Process().children():
-        if {"cfsd.train.stage", "cfsd.process.ranks"} & set(child.cmdline()):
+        if {"cfsd.train.trainer", "cfsd.process.ranks"} & set(child.cmdline()):
             act(child)
     thread.join(120)
     assert raised, "the training ended before it was interrupted"

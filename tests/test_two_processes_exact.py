@@ -38,10 +38,10 @@ __all__ = ["signals_given_back"]
 
 RANKS = """
 import json
-from cfsd import trainer
-from cfsd.checkpoint import load_model
-from cfsd.process import serve_request
-from cfsd.train import TrainRequest
+from cfsd.train import trainer
+from cfsd.model.loading import load_model
+from cfsd.process.child import serve_request
+from cfsd.train.spec import TrainRequest
 
 own = trainer.RehearsalTrainer._backward
 trainer.load_model = lambda folder, device, _: load_model(folder, device, "float64")
@@ -115,7 +115,7 @@ def one(world: World) -> dict[str, Found]:
 
 
 def test_the_cuts_are_what_they_are_called(world: World) -> None:
-    """Three packs in two processes: the second is given an empty one, so that both exchange gradients as often."""
+    """Three micro-batches in two processes: the second gets an empty one, so that both exchange gradients as often."""
 
     def micro_batches(max_tokens: int, rank: int, processes: int) -> set[int]:
         shares = batches_of(world.store, world.mixture, spec_of("nll"), max_tokens, None, rank, processes)

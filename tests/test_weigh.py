@@ -142,7 +142,7 @@ def test_every_response_token_has_the_weight_of_the_formula(
     rows = MixtureRows(world.store.path(made))
     tau, weights = wanted(world.by_hand(), flow, average)
     found = []
-    for row in (rows[i] for i in range(rows.first_rehearsal_row())):
+    for row in (rows[i] for i in range(rows.sources().count("target"))):
         inner = row.weights or [1.0] * len(row.token_ids)
         found.append([row.weight * w for w, on in zip(inner, row.supervised, strict=True) if on])
     for got, want in zip(found, weights, strict=True):
@@ -162,10 +162,10 @@ def test_every_response_token_has_the_weight_of_the_formula(
 @pytest.mark.parametrize("flow", ["sample", "token"])
 def test_rehearsal_rows_of_the_same_mixture_weigh_one(world: World, flow: Flow) -> None:
     rows = MixtureRows(world.store.path(world.mixed(flow)))
-    rehearsal = [rows[i] for i in range(rows.first_rehearsal_row(), len(rows))]
+    rehearsal = [rows[i] for i in range(rows.sources().count("target"), len(rows))]
     assert [row.token_ids for row in rehearsal] == [[0, 5, 6], [0, 5, 7]]
     assert [(row.weight, row.weights) for row in rehearsal] == [(1.0, None)] * 2
-    target = [rows[i] for i in range(rows.first_rehearsal_row())]
+    target = [rows[i] for i in range(rows.sources().count("target"))]
     assert all((row.weights is not None) == (flow == "token") for row in target)
 
 
@@ -174,7 +174,7 @@ def test_off_is_the_mixture_of_before(world: World, tmp_path: Path) -> None:
     plain, other = world.mixed("off"), world.mixed("off", "row")
     assert plain.content == other.content != world.mixed("sample").content
     rows = read_rows(world.store.path(plain), "mixture")
-    assert set(rows[0]) == {"row_id", "source", "token_ids", "supervised", "weight"}
+    assert set(rows[0]) == {"row_id", "source", "token_ids", "corpus_row", "supervised", "weight"}
     assert {row["weight"] for row in rows} == {1.0}
     assert not {"flow", "tau", "median_weight"} & set(plain.metadata)
     assert set(read_rows(world.store.path(world.mixed("sample")), "mixture")[0]) == set(rows[0])

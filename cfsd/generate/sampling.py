@@ -21,6 +21,7 @@ from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sample_token, sampled_probs, uniforms
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
 from cfsd.model.sample import Sample
+from cfsd.spec import seed_of
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def sample(
 
     Raises NotFinite naming `where` when the model gives NaN.
     """
-    numbers = np.stack([uniforms(spec.seed or 0, rows.stream, row, spec.length) for row in rows.ids])
+    numbers = np.stack([uniforms(seed_of(spec), rows.stream, row, spec.length) for row in rows.ids])
     batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec)
     batch.where = where or "the batch"
     cache = preallocated(model, batch.capacity)

@@ -21,6 +21,7 @@ from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring
 from cfsd.model.sample import Sample
 from cfsd.process.child import is_out_of_memory
+from cfsd.spec import seed_of
 from cfsd.store.artifact import Store
 from cfsd.store.tables import corpus_schema, write_shard
 
@@ -63,7 +64,7 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
         notes[DROPPED] = json.dumps(dropped).encode()
     vocabulary: Any = job.base.metadata.get("vocabulary", 1 << 31)
     schema, tokenizer = corpus_schema(job.spec.top_logprobs, vocabulary), tokenization_of(job).tokenizer
-    same = {"shard": shard.index, "seed": job.spec.seed or 0}
+    same = {"shard": shard.index, "seed": seed_of(job.spec)}
     table = corpus_table(usable, tokenizer, schema, source=shard.source, **same)
     write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))
 

@@ -24,6 +24,7 @@ from cfsd.generate.replay_rows import replay_rows
 from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
 from cfsd.model.loading import Tokenization, load_tokenization
+from cfsd.spec import seed_of
 from cfsd.store.artifact import Store
 from cfsd.store.tables import batches
 
@@ -107,12 +108,12 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
 def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:
     if job.target is None:
         raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
-    return iter(contextual_starts(Store(job.home).path(job.target), rows, job.spec.seed or 0, _room(job), dropped))
+    return iter(contextual_starts(Store(job.home).path(job.target), rows, seed_of(job.spec), _room(job), dropped))
 
 
 def _replay(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:
     assert job.spec.replay
-    return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=job.spec.seed or 0)
+    return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=seed_of(job.spec))
 
 
 def _room(job: ShardJob) -> int:

@@ -17,7 +17,7 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
 from cfsd.store.tables import read_rows
 
-CLOSE = 0.03  # of the aim: finer than a control sample can tell
+CLOSE = 0.03  # of the aim: finer than a control sample can distinguish
 MAX_TRIES = 10
 POWER = 1.5  # of alpha in the divergence, to begin with: near the tuned model 1.0 to 1.7 was measured, near the base 2
 
@@ -29,12 +29,12 @@ class Tried(NamedTuple):
     nats: float
 
 
-def largest_alpha(measure: Callable[[float], float], most: float, budget: float) -> list[Tried]:
+def largest_alpha(measure: Callable[[float], float], max_alpha: float, budget: float) -> list[Tried]:
     """Return the weights tried, in order; the last one keeps `budget` as `measure` sees it, and is to be taken.
 
-    `most` is taken if it keeps the budget; else the divergence is brought within CLOSE of MERGED_TO x budget.
+    `max_alpha` is taken if it keeps the budget; else the divergence is brought within CLOSE of MERGED_TO x budget.
     """
-    tried = [Tried(most, measure(most))]
+    tried = [Tried(max_alpha, measure(max_alpha))]
     if tried[0].nats <= budget:
         return tried
     below, above, power, aim = Tried(0.0, 0.0), tried[0], POWER, MERGED_TO * budget
@@ -57,14 +57,14 @@ def _power(one: Tried, other: Tried) -> float:
     """Return by which power of alpha the divergence grows between two weights."""
     if min(one.nats, other.nats) <= 0:  # of a model that rounding made the base again
         return POWER
-    found = math.log(one.nats / other.nats) / math.log(one.alpha / other.alpha)
-    return found if 0.5 < found < 8 else POWER
+    power = math.log(one.nats / other.nats) / math.log(one.alpha / other.alpha)
+    return power if 0.5 < power < 8 else POWER
 
 
 def keep_budget(
     base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, draft: Draft, machine: Machine
 ) -> None:
-    """Write as facts the largest alpha up to the spec's whose divergence along `control` is within its budget.
+    """Write as metadata the largest alpha up to the spec's whose divergence along `control` is within its budget.
 
     `control` was sampled by the base, and is neither trained on nor judged by: the verdict is the probe's.
     """
@@ -73,8 +73,8 @@ def keep_budget(
     draft.journal.cut_back(-1)  # what an attempt tried that was cut short is tried again
     between = Between(base, tuned, rows, draft, machine)
     tried = largest_alpha(between.divergence, spec.alpha, spec.budget)
-    found = tried[-1]
-    metadata = {"alpha": found.alpha, "control_kl": found.nats, "control_kl_at_most": tried[0].nats, "rows": len(rows)}
+    last = tried[-1]
+    metadata = {"alpha": last.alpha, "control_kl": last.nats, "control_kl_at_most": tried[0].nats, "rows": len(rows)}
     write_json(draft.folder / "alpha.json", metadata)
     draft.metadata |= metadata
 
@@ -82,9 +82,7 @@ def keep_budget(
 class Between:
     """A model anywhere between base and tuned, in the numbers in which it would be saved and measured."""
 
-    def __init__(
-        self, base: Artifact, tuned: Artifact, rows: list[list[int]], draft: Draft, machine: Machine
-    ) -> None:  # fmt: skip
+    def __init__(self, base: Artifact, tuned: Artifact, rows: list[list[int]], draft: Draft, machine: Machine) -> None:
         """Load both ends, and the base and one model more on the device."""
         machine.settle()
         release_models()
@@ -106,8 +104,8 @@ class Between:
             for name, parameter in self.merged.named_parameters():
                 start, end = (end[name] for end in self.ends)
                 parameter.copy_(interpolated(start, end, alpha).to(self.saved_as))
-        found = divergences(self.base, self.merged, self.rows, self.max_tokens, progress)
-        nats = sum(part.kl for part in found) / sum(part.num_tokens for part in found)
+        parts = divergences(self.base, self.merged, self.rows, self.max_tokens, progress)
+        nats = sum(part.kl for part in parts) / sum(part.num_tokens for part in parts)
         if not math.isfinite(nats):
             raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
         self.journal.metrics(self.tries, {"budget/alpha": alpha, "budget/control_kl": nats})

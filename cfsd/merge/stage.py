@@ -8,7 +8,7 @@ from torch import Tensor
 from cfsd.model.loading import load_model, save_model
 
 
-def interpolated(base: "Tensor", tuned: "Tensor", alpha: float) -> "Tensor":
+def interpolated(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
     """Return (1 - alpha) x base + alpha x tuned, exactly `tuned` at 1."""
     return tuned.lerp(base, 1 - alpha)
 

@@ -6,33 +6,31 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from cfsd.mix.flow_weights import Weights, flow_weights
 from cfsd.mix.spec import MixSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import SEQUENCE, TableWriter, batches, mixture_schema, shards
+from cfsd.store.tables import SEQUENCE, TableWriter, batches, count_true, mixture_schema, num_rows
 
 SHARD_BYTES = 16 << 20  # of one shard, about; no more waits in memory
+
+Columns = list[pa.Array]
 
 
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
     """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
 
-    Of a corpus row the tokens that have a log-probability count: sampled ones, not given ones. Log-probabilities
-    themselves stay in the corpus, where `source` and `row_id` find them. With FLOW, target rows (or their tokens) get
+    Of a corpus row the tokens that have a log-probability count: sampled ones, not prompt tokens. Log-probabilities
+    themselves stay in the corpus, where `corpus_row` finds them. With FLOW, target rows (or their tokens) get
     the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
     """
-    paths = [*shards(target, "train"), *shards(corpus, "corpus")]
-    done, total = 0, sum(pq.read_metadata(path).num_rows for path in paths)
+    done, total = 0, num_rows(target, "train") + num_rows(corpus, "corpus")
     sizes: dict[str, tuple[int, int]] = {}
     weights = _weights(spec, losses)
     writer = TableWriter(draft.folder, "mixture", max_bytes=SHARD_BYTES)
     for batch in _mixed(target, corpus, weights):
-        for source, rows, supervised in _counted(batch):
-            before = sizes.get(source, (0, 0))
-            sizes[source] = before[0] + rows, before[1] + supervised
+        _count(batch, sizes)
         writer.add(batch)
         done += batch.num_rows
         draft.journal.progress(done, total, "rows")
@@ -40,41 +38,45 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
     draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
 
 
-def _weights(spec: MixSpec, losses: Path | None) -> "Weights | None":
-
+def _weights(spec: MixSpec, losses: Path | None) -> Weights | None:
     if spec.flow == "off":
         return None
     assert losses, "FLOW weighs rows by the base's losses"
     return flow_weights(losses, spec.flow, spec.flow_average)
 
 
-def _mixed(target: Path, corpus: Path, weights: "Weights | None") -> "Iterator[pa.RecordBatch]":
+def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.RecordBatch]:
     """Yield the rows of both in the form of the mixture."""
     names = [name for name, _ in SEQUENCE]
     schema = mixture_schema(token_weights=weights is not None and weights.token_N is not None)
 
-    def with_loss(batch: pa.RecordBatch, supervised: pa.ListArray, weighed: list[pa.Array]) -> pa.RecordBatch:
-        columns = [*(batch[name] for name in names), supervised, *weighed]
+    def mixed(batch: pa.RecordBatch, *added: pa.Array) -> pa.RecordBatch:
+        columns = [*(batch[name] for name in names), *added]
         return pa.record_batch(columns[: len(schema)], schema=schema)
 
     row = 0
     for batch in batches(target, "train", [*names, "supervised"]):
         weighed = _weighed(batch, weights, row) if weights else _all_one(batch.num_rows)
-        yield with_loss(batch, batch["supervised"], weighed)
+        yield mixed(batch, pa.nulls(batch.num_rows, pa.int64()), batch["supervised"], *weighed)
         row += batch.num_rows
+    row = 0
     for batch in batches(corpus, "corpus", [*names, "logprobs"]):
-        ends = pc.list_value_length(batch["logprobs"]).to_numpy().cumsum(dtype=np.int32)
-        offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-        sampled = pa.ListArray.from_arrays(offsets, batch["logprobs"].flatten().is_valid())
-        yield with_loss(batch, sampled, _all_one(batch.num_rows))
+        sampled = _lists_like(batch["logprobs"], batch["logprobs"].flatten().is_valid())
+        yield mixed(batch, pa.array(range(row, row + batch.num_rows)), sampled, *_all_one(batch.num_rows))
+        row += batch.num_rows
 
 
-def _all_one(rows: int) -> "list[pa.Array]":
+def _lists_like(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
+    """Return `values` cut into lists of the same lengths."""
+    ends = pc.list_value_length(lists).to_numpy().cumsum(dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([np.zeros(1, np.int32), ends])), values)
 
+
+def _all_one(rows: int) -> Columns:
     return [pa.array(np.ones(rows, np.float32)), pa.nulls(rows, pa.list_(pa.float32()))]
 
 
-def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.Array]":
+def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     """Return the weights of the target's rows from `row` on, and of their tokens (0 where no loss lies)."""
     rows = slice(row, row + batch.num_rows)
     assert np.array_equal(weights.ids_R[rows], batch["row_id"].to_numpy()), "losses of another target"
@@ -83,18 +85,14 @@ def _weighed(batch: "pa.RecordBatch", weights: "Weights", row: int) -> "list[pa.
     counted_T = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
     weight_T = np.zeros(len(counted_T), np.float32)
     weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
-    ends = pc.list_value_length(batch["supervised"]).to_numpy().cumsum(dtype=np.int32)
-    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-    return [pa.array(weights.row_R[rows]), pa.ListArray.from_arrays(offsets, pa.array(weight_T))]
+    return [pa.array(weights.row_R[rows]), _lists_like(batch["supervised"], pa.array(weight_T))]
 
 
-def _counted(part: "pa.RecordBatch") -> list[tuple[str, int, int]]:
-    """Return source, rows and supervised tokens."""
-    row_T = pc.list_parent_indices(part["supervised"]).to_numpy()
-    counts = np.bincount(row_T[part["supervised"].flatten().to_numpy(zero_copy_only=False)], minlength=part.num_rows)
-    table = pa.table({"source": part["source"], "tokens": counts})
-    grouped = table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")])
-    return [(row["source"], row["tokens_count"], row["tokens_sum"]) for row in grouped.to_pylist()]
+def _count(part: pa.RecordBatch, sizes: dict[str, tuple[int, int]]) -> None:
+    table = pa.table({"source": part["source"], "tokens": count_true(part["supervised"])})
+    for row in table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():
+        rows, tokens = sizes.get(row["source"], (0, 0))
+        sizes[row["source"]] = rows + row["tokens_count"], tokens + row["tokens_sum"]
 
 
 def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, JsonValue]:
@@ -113,8 +111,7 @@ def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, Jso
     }
 
 
-def _weight_metadata(spec: MixSpec, weights: "Weights | None") -> dict[str, JsonValue]:
-
+def _weight_metadata(spec: MixSpec, weights: Weights | None) -> dict[str, JsonValue]:
     if weights is None:
         return {}
     weight = weights.row_R if weights.token_N is None else weights.token_N

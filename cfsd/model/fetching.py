@@ -17,10 +17,10 @@ from transformers import (
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, count_parameters, payload_of
 from cfsd.model.loading import load_tokenizer, quiet, read_eos_ids, read_start_token
+from cfsd.model.tiny import shipped
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Draft
 from cfsd.store.digests import write_json
-from cfsd.tiny import shipped
 
 
 def fetch(checkpoint: Checkpoint, draft: Draft) -> None:

@@ -6,13 +6,11 @@ place in a language model. `embedding.npy`, float32 [rows, width], grows block b
 """
 
 import json
-from collections.abc import Iterator
-from io import BytesIO
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
@@ -22,7 +20,7 @@ from cfsd.model.batching import arrange, pad
 from cfsd.model.loading import load_for_measuring
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
-from cfsd.store.tables import batches, shards
+from cfsd.store.tables import blocks, num_rows
 
 Array = np.ndarray[Any, Any]
 
@@ -37,19 +35,27 @@ def embed(base: Artifact, rows: Artifact, table: str, draft: Draft, machine: Mac
     folder, mark, path = draft.store.path(rows), draft.folder / MARK, draft.folder / EMBEDDING
     model = load_for_measuring(draft.store, base, machine.resolved_device())
     head: Any = model.get_output_embeddings()
-    total, width = _count(folder, table), int(head.weight.shape[1])
-    header = _header(total, width)
+    total, width = num_rows(folder, table), int(head.weight.shape[1])
     done = int(json.loads(mark.read_text())["rows"]) if mark.exists() else 0
-    if not done:
-        path.write_bytes(header)
-    for first, token_ids in _blocks(folder, table, done):
-        vectors = _means(model, token_ids, width, machine.micro_batch_tokens)
-        done = first + len(vectors)
-        if not np.isfinite(vectors).all():
-            raise NotFinite(f"the base gives NaN or infinite hidden states for rows {first} to {done - 1} of {table}")
-        _write(path, len(header) + first * width * 4, vectors)
-        write_json(mark, {"rows": done})
-        draft.journal.progress(done, total, "rows")
+    # Not through a memory map: on a full disk that ends in SIGBUS, this in an error.
+    with path.open("r+b" if done else "wb") as file:
+        header: dict[str, Any] = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek(done * width * 4, os.SEEK_CUR)
+        for first, block in blocks(folder, table, ["token_ids"], BLOCK):
+            if first < done:
+                continue
+            vectors = _means(model, block["token_ids"].to_pylist(), width, machine.micro_batch_tokens)
+            done = first + len(vectors)
+            if not np.isfinite(vectors).all():
+                raise NotFinite(
+                    f"the base gives NaN or infinite hidden states for rows {first} to {done - 1} of {table}"
+                )
+            file.write(vectors.astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(mark, {"rows": done})
+            draft.journal.progress(done, total, "rows")
     draft.metadata |= {"rows": total, "width": width}
 
 
@@ -59,19 +65,8 @@ def open_embedding(folder: Path) -> Array:
     return vectors
 
 
-def _blocks(folder: Path, table: str, done: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yield (position of its first row, token ids) of each block after the first `done` rows."""
-    position = 0
-    for batch in batches(folder, table, ["token_ids"]):
-        for first in range(0, batch.num_rows, BLOCK):
-            block = batch.slice(first, BLOCK)
-            if position >= done:
-                yield position, block["token_ids"].to_pylist()
-            position += block.num_rows
-
-
-def _means(model: "PreTrainedModel", rows: list[list[int]], width: int, max_tokens: int) -> Array:
-    """Return the mean hidden state of each row; padding is told by length. B rows, T tokens, D numbers."""
+def _means(model: PreTrainedModel, rows: list[list[int]], width: int, max_tokens: int) -> Array:
+    """Return the mean hidden state of each row; padding is known by length. B rows, T tokens, D numbers."""
     means = np.empty((len(rows), width), dtype=np.float32)
     backbone: Any = model.base_model
     with torch.inference_mode():
@@ -83,29 +78,3 @@ def _means(model: "PreTrainedModel", rows: list[list[int]], width: int, max_toke
             sums_BD = states_BTD.masked_fill(padding_BT[:, :, None], 0).sum(1)
             means[group] = (sums_BD / length_B1).cpu().numpy()
     return means
-
-
-def _count(folder: Path, table: str) -> int:
-
-    return sum(pq.ParquetFile(path).metadata.num_rows for path in shards(folder, table))
-
-
-def _header(rows: int, width: int) -> bytes:
-    """Return the first bytes of an .npy file of float32 [rows, width]."""
-    file = BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
-    return file.getvalue()
-
-
-def _write(path: Path, offset: int, vectors: Array) -> None:
-    """Write `vectors` at `offset`, on the disk when this returns.
-
-    Not through a memory map: on a full disk that ends in SIGBUS, this in an error that can be told.
-    """
-    import os
-
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(vectors.astype("<f4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())

@@ -20,7 +20,7 @@ SAY_EVERY = 64  # picks
 
 
 class Center(NamedTuple):
-    """The geometric median, in float64, and how many steps it took; MOST_STEPS: it had not settled."""
+    """The geometric median, in float64, and how many steps it took; MAX_STEPS: it had not settled."""
 
     point: Array
     steps: int

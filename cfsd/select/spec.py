@@ -9,7 +9,7 @@ from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 
 TABLES = {"target": "train", "corpus": "corpus"}  # the table that is selected from, by kind of artifact
-COUNTS = {"target": "train_rows", "corpus": "rows"}  # the fact that says how many rows it has
+COUNTS = {"target": "train_rows", "corpus": "rows"}  # the metadata that says how many rows it has
 
 
 class SelectSpec(Spec):

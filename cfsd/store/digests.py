@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+DERIVED = b"derived"  # in the metadata of a column that follows from the others: it is no part of the digest
 READ_BYTES = 1 << 22
 
 
@@ -38,7 +39,7 @@ class DigestMemory:
     """
 
     def __init__(self, home: Path) -> None:
-        """Open the memory in `home`."""
+        """Open the memory kept in `home`."""
         self.home = home
         self.file = home / "digests.json"
 
@@ -77,18 +78,19 @@ def digest_of_files(digests: dict[str, str]) -> str:
 
 
 def digest_of_rows(files: Iterable[Path]) -> str:
-    """Return the sha256 of the row values of Parquet `files` in their order.
+    """Return the sha256 of the row values of Parquet `files` in the given order.
 
     How rows are divided into files, row groups and pages does not count: each column feeds
-    its lengths, its nulls and its values to hashes of their own.
+    its lengths, its nulls and its values to hashes of their own. Columns marked DERIVED do not count.
     """
     import pyarrow.parquet as pq  # late: settings are read without pyarrow
 
     parts: dict[str, Any] = defaultdict(hashlib.sha256)
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                _feed(parts, name, column)
+            for field, column in zip(batch.schema, batch.columns, strict=True):
+                if DERIVED not in (field.metadata or {}):
+                    _feed(parts, field.name, column)
     return digest_of_files({name: part.hexdigest() for name, part in parts.items()})
 
 

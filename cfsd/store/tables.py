@@ -1,4 +1,4 @@
-"""The contract between stages: the columns of each table, and how a table is written and read.
+"""The contract between stages: the columns of each table, and how a table is written, read and digested.
 
 Tables are Parquet shards `<name>-00000.parquet`, so that `datasets.load_dataset("parquet", …)` reads them too.
 A written shard is whole: it appears under its name only when every row is on the disk.
@@ -6,12 +6,16 @@ A written shard is whole: it appears under its name only when every row is on th
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cfsd.store.digests import DERIVED
 
 # logprobs[t] = log p*(token t | tokens < t) in nats; null for prompt tokens, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
@@ -26,11 +30,19 @@ CORPUS = pa.schema(
     ]
 )
 NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
-SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # of one shard, about
+SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # a shard ends with the rows that reach either
 TARGET = pa.schema(
     [*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("prompt", pa.string()), ("response", pa.string())]
 )
-MIXTURE = pa.schema([*SEQUENCE, ("supervised", pa.list_(pa.bool_())), ("weight", pa.float32())])
+MIXTURE = pa.schema(
+    [
+        *SEQUENCE,
+        # the row's number in the corpus, null for the target: follows from source and row_id
+        pa.field("corpus_row", pa.int64(), metadata={DERIVED: b"yes"}),
+        ("supervised", pa.list_(pa.bool_())),
+        ("weight", pa.float32()),
+    ]
+)
 LOSSES = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -101,19 +113,15 @@ def write_shard(folder: Path, name: str, index: int, table: pa.Table) -> None:
     temporary.replace(shard_path(folder, name, index))
 
 
-@dataclass
 class TableWriter:
-    """Writes a table into `folder` while its rows arrive.
+    """Writes a table while its rows arrive: each shard has at most `max_rows` rows and about `max_bytes` bytes."""
 
-    Each shard has at most `max_rows` rows, and ends with the batch by which it has `max_bytes` bytes in memory.
-    """
-
-    folder: Path
-    name: str
-    max_rows: int = SHARD_ROWS
-    max_bytes: int = SHARD_BYTES
-    shards: int = 0  # that are written
-    waiting: list[pa.RecordBatch] = field(default_factory=list)
+    def __init__(self, folder: Path, name: str, max_rows: int = SHARD_ROWS, max_bytes: int = SHARD_BYTES) -> None:
+        """Write `<name>-NNNNN.parquet` into `folder`, which is made if it is missing."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self.name, self.max_rows, self.max_bytes = folder, name, max_rows, max_bytes
+        self.shards = 0  # that are written
+        self.waiting: list[pa.RecordBatch] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take more rows. Their columns may differ from those of the rows before: a shard ends there."""
@@ -136,7 +144,6 @@ class TableWriter:
         # notes of the shards that rows come from (a halved batch) would be untrue of this one
         table = pa.Table.from_batches(self.waiting).replace_schema_metadata(None)
         if table.num_rows or not self.shards:
-            self.folder.mkdir(exist_ok=True)
             write_shard(self.folder, self.name, self.shards, table.slice(0, self.max_rows))
             self.shards += 1
         self.waiting = table.slice(self.max_rows).to_batches()
@@ -156,6 +163,27 @@ def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterat
     """Yield the rows of a table in order, a few thousand at a time."""
     for path in shards(folder, name):
         yield from pq.ParquetFile(path).iter_batches(batch_size=4096, columns=columns)
+
+
+def count_true(lists: pa.ListArray) -> NDArray[np.int64]:
+    """Return how many entries of each list of booleans are true."""
+    row_T = pc.list_parent_indices(lists).to_numpy()
+    return np.bincount(row_T[lists.flatten().to_numpy(zero_copy_only=False)], minlength=len(lists))
+
+
+def blocks(folder: Path, name: str, columns: list[str], rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (number of its first row, at most `rows` rows) of a table in order."""
+    number = 0
+    for batch in batches(folder, name, columns):
+        for first in range(0, batch.num_rows, rows):
+            block = batch.slice(first, rows)
+            yield number, block
+            number += block.num_rows
+
+
+def num_rows(folder: Path, name: str) -> int:
+    """Return how many rows a table has."""
+    return sum(pq.read_metadata(path).num_rows for path in shards(folder, name))
 
 
 def read_rows(folder: Path, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:

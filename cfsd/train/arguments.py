@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from cfsd.machine import Machine
+from cfsd.spec import seed_of
 from cfsd.train.spec import TrainSpec
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -41,7 +42,7 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
         logging_steps=1,
         logging_nan_inf_filter=False,
         gradient_accumulation_steps=1,
-        seed=spec.seed or 0,
+        seed=seed_of(spec),
         report_to=[],
         disable_tqdm=True,
     )

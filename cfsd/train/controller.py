@@ -9,8 +9,8 @@ from cfsd.train.spec import RehearsalSpec
 
 LOWEST, HIGHEST = 1e-5, 1e2
 HORIZON = 0.8  # what the moving mean keeps of itself at each step: it looks back about five steps
-GAIN = 4.0  # how much more the present surprise weighs than what all steps have added up to
-BELOW, ABOVE = -1.0, 0.4  # a surprise counts no further than this: early training overshoots, and that passes
+GAIN = 4.0  # how much more the present log error weighs than what all steps have added up to
+BELOW, ABOVE = -1.0, 0.4  # a log error counts no further than this: early training overshoots, and that passes
 
 STATE = ("log_weight", "log_error", "nats", "tokens")
 

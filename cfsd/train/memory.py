@@ -2,27 +2,25 @@
 
 python -m cfsd.train.memory CONFIG.json --gpus 8 --gigabytes 80        what fits, for a model's config.json
 
-Measured on a CPU (tests/test_training_memory.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
+Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
 alone. P parameters, T trained ones, D hidden width, I intermediate width, V vocabulary.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-if TYPE_CHECKING:
-    from cfsd.machine import Machine
-    from cfsd.train.spec import TrainSpec
+from cfsd.machine import Machine
+from cfsd.train.spec import TrainSpec
 
 CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vocabulary
 CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
 
-
 FLOAT, HALF = 4, 2  # bytes
 USABLE = 0.9  # of a GPU: the rest is the driver's, and pieces too small to be used
-LOGIT_BUFFERS = 4  # logits and law of a chunk, and of the one before, which is freed when the next is there
-BASE_BUFFERS = 2  # the live base's logits and law
+LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
+BASE_BUFFERS = 2  # the live base's logits and distribution
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
 
 
@@ -42,7 +40,8 @@ class Shapes(NamedTuple):
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> Self | None:
         """Return what a config.json of transformers tells; None where it names its sizes in another way."""
-        width, heads = (config.get(a, config.get(b)) for a, b in (("hidden_size", "n_embd"), _HEADS))
+        width = config.get("hidden_size", config.get("n_embd"))
+        heads = config.get("num_attention_heads", config.get("n_head"))
         layers, vocabulary = config.get("num_hidden_layers", config.get("n_layer")), config.get("vocab_size")
         if not (width and heads and layers and vocabulary):
             return None
@@ -82,9 +81,6 @@ class Shapes(NamedTuple):
         return self.layers * self.block_parameters() + self.embedding() * (1 if self.tied else 2) + self.width
 
 
-_HEADS = ("num_attention_heads", "n_head")
-
-
 class Load(NamedTuple):
     """What is asked of the memory."""
 
@@ -99,19 +95,17 @@ class Load(NamedTuple):
     chunk: int = 256  # tokens whose logits exist at once
 
 
-def load_of(spec: "TrainSpec", machine: "Machine") -> Load:
+def load_of(spec: TrainSpec, machine: Machine) -> Load:
     """Return what a training of `spec` on `machine` asks for."""
-    from cfsd.train.memory import CHUNK, CUDA_CHUNK
-
-    methods, cuda = spec.methods, machine.resolved_device() == "cuda"
+    adapter, cuda = spec.methods.adapter(), machine.resolved_device() == "cuda"
     return Load(
         machine.micro_batch_tokens,
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
         bfloat16=spec.precision == "bfloat16" or (spec.precision == "auto" and cuda),
-        lora_rank=methods.lora.rank,
-        anchor_copies=methods.l2.is_on() + 2 * methods.ewc.is_on(),
+        lora_rank=adapter.rank if adapter else 0,
+        anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
         live_base=bool(spec.rehearsal.weight) and (spec.rehearsal.loss, spec.rehearsal.reference) == ("kl", "base"),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )
@@ -194,37 +188,16 @@ def _logits(shapes: Shapes, load: Load) -> float:
     return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast
 
 
-class Choice(NamedTuple):
-    """One way to train, what it needs, and whether that is there."""
-
-    name: str
-    memory: Memory
-    fits: bool
-
-
-def choices(shapes: Shapes, gpus: int, bytes_each: float, load: Load | None = None) -> list[Choice]:
-    """Return every way to train a model of `shapes` on GPUs in bfloat16, whether it fits or not."""
-    asked = (load or Load(chunk=cuda_chunk()))._replace(processes=gpus, bfloat16=True)
-    ways = [
-        (name, asked._replace(lora_rank=rank, sharded=sharded, checkpointing=checkpointing))
-        for name, rank in (("all weights", 0), ("LoRA 16", 16))
-        for sharded in ((False, True) if gpus > 1 and not rank else (False,))  # cfsd.train.stage refuses LoRA in shards
-        for checkpointing in (False, True)
-    ]
-    found = []
-    for name, way in ways:
-        words = [name, "shard" if way.sharded else "replicate" if gpus > 1 else "one GPU"]
-        memory = training_memory(shapes, way)
-        label = ", ".join(words + (["checkpointing"] if way.checkpointing else []))
-        found.append(Choice(label, memory, memory.total() <= USABLE * bytes_each))
-    return found
-
-
-def cuda_chunk() -> int:
-    """Return how many tokens' logits exist at once on a GPU."""
-    from cfsd.train.memory import CUDA_CHUNK
-
-    return CUDA_CHUNK
+def ways_to_train(shapes: Shapes, gpus: int) -> dict[str, Memory]:
+    """Return what every way to train a model of `shapes` on `gpus` GPUs in bfloat16 needs, by name."""
+    spread = "one GPU" if gpus == 1 else "replicate"
+    load = Load(processes=gpus, bfloat16=True, chunk=CUDA_CHUNK)
+    ways = {f"all weights, {spread}": load}
+    if gpus > 1:
+        ways["all weights, shard"] = load._replace(sharded=True)
+    ways[f"LoRA 16, {spread}"] = load._replace(lora_rank=16)  # LoRA's weights are not sharded
+    ways |= {f"{name}, checkpointing": way._replace(checkpointing=True) for name, way in ways.items()}
+    return {name: training_memory(shapes, way) for name, way in ways.items()}
 
 
 def main() -> None:
@@ -233,17 +206,14 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a model's config.json")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gigabytes", type=float, default=80, help="memory of each")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
-    told = parser.parse_args()
-    shapes = Shapes.of_config(json.loads(told.config.read_text()))
+    asked = parser.parse_args()
+    shapes = Shapes.of_config(json.loads(asked.config.read_text()))
     if shapes is None:
-        parser.error(f"{told.config} does not name a decoder's sizes: hidden_size, num_hidden_layers, vocab_size, …")
-    load = Load(told.micro_batch_tokens, chunk=cuda_chunk())
-    print(f"{shapes.parameters() / 1e9:.2f} billion weights, {told.gpus} x {told.gigabytes:.0f} GB")
-    for choice in choices(shapes, told.gpus, told.gigabytes * 1e9, load):
-        parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in choice.memory._asdict().items() if value)
-        verdict = "fits" if choice.fits else "does not fit"
-        print(f"{choice.name:<40} {choice.memory.total() / 1e9:6.1f} GB  {verdict}  ({parts})")
+        parser.error(f"{asked.config} does not name a decoder's sizes: hidden_size, num_hidden_layers, vocab_size, …")
+    print(f"{shapes.parameters() / 1e9:.2f} billion weights, {asked.gpus} x {asked.gigabytes:.0f} GB")
+    for name, memory in ways_to_train(shapes, asked.gpus).items():
+        verdict = "fits" if memory.total() <= USABLE * asked.gigabytes * 1e9 else "does not fit"
+        print(f"{name:<40} {memory.total() / 1e9:6.1f} GB  {verdict}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,6 @@ from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
 
 
-class FisherSpec(Spec):
-    """How well the Fisher matrix is estimated."""
-
-    rows: PositiveInt = Field(256, description="Context-free rows of the corpus")
-
-
 class WatchSpec(Spec):
     """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""
 
@@ -46,20 +40,22 @@ class RehearsalSpec(Spec):
     )
 
     weight: NonNegativeFloat = Field(
-        1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0 draws no rehearsal row"
+        1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0: no rehearsal row is read"
     )
     final_weight: PositiveFloat | None = Field(
         None, description="Lambda moves evenly in its logarithm from `weight` to here over the training; empty: stays"
     )
     loss: Literal["nll", "kl"] = Field(
-        "nll", description="nll: -log p of the sampled tokens; kl: divergence from the base's law at each token"
+        "nll",
+        description="nll: -log p of the sampled tokens; kl: divergence from the base at each token",
     )
     reference: Literal["stored", "base"] = Field(
         "stored",
-        description="kl only: the base's law as kept with the corpus (generate.top_logprobs), or the base in memory",
+        description="kl only: the base as stored with the corpus (generate.top_logprobs), or the base in memory",
     )
     tail: Literal["sampled", "bucket"] = Field(
-        "sampled", description="kl, stored: tokens outside the top as drawn (unbiased), or as one event (a lower bound)"
+        "sampled",
+        description="kl, stored: tokens outside the top as sampled (unbiased) or as one event (a lower bound)",
     )
     budget: PositiveFloat | None = Field(
         None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"
@@ -92,7 +88,7 @@ class RehearsalSpec(Spec):
         return super()._identity() | ({"steering": self.steering} if self.budget else {})
 
     def reads_corpus(self) -> bool:
-        """Say whether the training needs what the sampler stored with the corpus: laws or log-probabilities."""
+        """Say whether the training reads what is stored with the corpus: distributions or log-probabilities."""
         return bool(self.weight) and ((self.loss == "kl" and self.reference == "stored") or self.budget is not None)
 
     def needs_top(self) -> bool:
@@ -142,7 +138,7 @@ class Watched(BaseModel):
 
 
 class TrainRequest(BaseModel):
-    """What the process that trains is told. What the spec makes no use of is None."""
+    """What the training process receives. What the spec makes no use of is None."""
 
     home: Path
     base: Artifact
@@ -156,5 +152,6 @@ class TrainRequest(BaseModel):
 
 def check_sharding(spec: TrainSpec, machine: Machine) -> None:
     """Raise BadInput where `machine` would shard what cannot be sharded."""
-    if machine.resolved_sharding() == "shard" and spec.methods.lora.is_on():
-        raise BadInput("machine.sharding is shard, but LoRA's frozen weights are not sharded here: set it to replicate")
+    reasons = [method.unsharded for method in spec.methods.by_name().values() if method.unsharded]
+    if machine.resolved_sharding() == "shard" and reasons:
+        raise BadInput(f"machine.sharding is shard, but {reasons[0]}: set it to replicate")

@@ -1,7 +1,4 @@
-"""Stage train: fine-tune the base model on a mixture, in a process of its own.
-
-python -m cfsd.train.stage DRAFT        what the stage starts; DRAFT holds request.json
-"""
+"""Stage train: fine-tune the base model on a mixture, in a process of its own."""
 
 from cfsd.model.loading import release_models
 from cfsd.process.child import run_in_process
@@ -17,11 +14,4 @@ def train(request: TrainRequest, draft: Draft) -> None:
     check_sharding(request.spec, request.machine)
     release_models()
     processes = request.machine.resolved_training_processes()
-    draft.metadata |= run_in_process("cfsd.train.stage", draft.folder, request.model_dump_json(), processes)
-
-
-if __name__ == "__main__":
-    from cfsd.process.child import serve_request
-    from cfsd.train.trainer import fit
-
-    serve_request(lambda folder, text: fit(folder, TrainRequest.model_validate_json(text)))
+    draft.metadata |= run_in_process("cfsd.train.trainer", draft.folder, request.model_dump_json(), processes)

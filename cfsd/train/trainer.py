@@ -1,11 +1,14 @@
-"""The training loop: transformers.Trainer, with our global batches, objective and journal."""
+"""The training loop: transformers.Trainer, with our global batches and objective.
+
+python -m cfsd.train.trainer DRAFT        what the stage starts; DRAFT holds request.json
+"""
 
 import json
 import math
 import resource
 import shutil
-import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +16,40 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import NotFinite, Stopped
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model, save_model
+from cfsd.process.child import serve_request
+from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
+from cfsd.train.adapters import adapt, merge_adapter
 from cfsd.train.arguments import training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of, distributions_of
 from cfsd.train.batches.micro_batches import MicroBatch
+from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
 from cfsd.train.loss.objective import Losses, Objective, losses
-from cfsd.train.methods.anchors import Penalty
+from cfsd.train.penalties import Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
 from cfsd.train.watcher import Watcher
 
-DISTRIBUTIONS = "laws"  # beside the checkpoints: gone with them
-STATE = "train/state/"  # figures that a checkpoint must hold, in the last entry of its log
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT, to any process, end the training after the step at hand, with a checkpoint."""
-
-    def __init__(self) -> None:
-        """Take over both signals."""
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Save and stop if some process was asked to: all of them must save the same step."""
-        if args.world_size > 1:
-            asked = torch.tensor(float(self.asked), device=args.device)
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-        return control
+DISTRIBUTIONS = "distributions"  # the folder beside the checkpoints, deleted with them
 
 
 class RehearsalTrainer(Trainer):
-    """Trainer whose step is a global batch of packs; the loss is already scaled over the whole batch."""
+    """Trainer whose step is a global batch of micro-batches; the loss is already scaled over the whole batch."""
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, data: Batches, journal: Journal, controller: Controller,
-        penalties: list[Penalty], watcher: Watcher | None, spec: TrainSpec,
+        self, model: nn.Module, args: TrainingArguments, data: Batches, recorder: StepRecorder,
+        penalties: list[Penalty], spec: TrainSpec,
     ) -> None:  # fmt: skip
-        """Train `model`, which an Objective has taken over, on `data` and write metrics to `journal`."""
-        self.stop = StopOnSignal()
-        super().__init__(model=model, args=args, train_dataset=data, callbacks=[self.stop])
-        self.data, self.journal, self.controller = data, journal, controller
-        self.penalties, self.watcher, self.spec = penalties, watcher, spec
-        self.figures: dict[str, float] = {}
-        self.clipped = 0
-        self.stopped_at: int | None = None
+        """Train `model`, which an Objective has taken over, on `data`; `recorder` gets each step's figures."""
+        super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal(), recorder])
+        self.data, self.recorder, self.penalties, self.spec = data, recorder, penalties, spec
+        self.controller = recorder.controller
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the shares as they are: accelerate neither shards nor dispatches them."""
@@ -83,27 +60,22 @@ class RehearsalTrainer(Trainer):
         return 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Differentiate every pack; gradients are exchanged with the last one, then come the penalties."""
-        if self.state.global_step == 0:
-            self._watch(0)
+        """Differentiate every micro-batch; gradients are exchanged with the last one, then come the penalties."""
         model.train()
         share: Share = inputs["share"]
         started = time.time()
         weight = self.controller.weight(self.state.global_step)
         sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
-        for i, micro_batch in enumerate(share.micro_batches):
-            if i + 1 < len(share.micro_batches):
-                with self.accelerator.no_sync(model):
-                    sums += self._backward(model, micro_batch, weight)
-            else:
+        for left, micro_batch in zip(reversed(range(len(share.micro_batches))), share.micro_batches, strict=True):
+            with self.accelerator.no_sync(model) if left else nullcontext():
                 sums += self._backward(model, micro_batch, weight)
-        sums = self._over_processes(sums)
+        if self.data.world > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         plain = self.accelerator.unwrap_model(model)
         added = {f"train/penalty/{p.name}": (p.add(plain), p.figure) for p in self.penalties}
         sums[0] += sum(value for value, _ in added.values())
-        figures = self._describe(Losses(*sums), share, weight)
-        self.figures = figures | {name: figure for name, (_, figure) in added.items()}
-        self.figures["train/tokens_per_second"] = share.counts.tokens / (time.time() - started)
+        figures = self._describe(Losses(*sums), share, weight) | {name: figure for name, (_, figure) in added.items()}
+        self.recorder.figures = figures | {"train/tokens_per_second": share.counts.tokens / (time.time() - started)}
         return sums[0].to(self.args.device, torch.float32)
 
     def _backward(self, model: nn.Module, micro_batch: MicroBatch, weight: float) -> Tensor:
@@ -111,12 +83,6 @@ class RehearsalTrainer(Trainer):
             parts = losses(model, micro_batch.to(self.args.device), weight)
         self.accelerator.backward(self.data.world * parts.loss)
         return torch.stack([part.detach().double() for part in parts]).cpu()
-
-    def _over_processes(self, sums: Tensor) -> Tensor:
-        if self.data.world == 1:
-            return sums
-        total: Tensor = self.accelerator.reduce(sums.to(self.args.device), "sum")
-        return total.cpu()
 
     def _describe(self, sums: Losses, share: Share, weight: float) -> dict[str, float]:
         """Return the step's figures, and let the controller learn from them."""
@@ -138,56 +104,6 @@ class RehearsalTrainer(Trainer):
             figures["train/divergence_estimate"] = self.controller.estimate or 0.0
         return figures | {"train/rehearsal_weight": weight}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write one step's figures to the journal; what a resumed training needs goes into the checkpoint's log."""
-        if "grad_norm" not in logs:
-            return super().log(logs, start_time)
-        norm, step = logs["grad_norm"], self.state.global_step
-        if not math.isfinite(norm):
-            raise NotFinite(f"the gradient is not finite at step {step}; lower train.learning_rate")
-        self.clipped += norm > self.args.max_grad_norm
-        self._watch(step)  # before a checkpoint of this step is written: it must hold that the training ends here
-        kept = {f"{STATE}{name}": value for name, value in self._kept().items()}
-        super().log(logs | kept, start_time)
-        shared = {"train/gradient_norm": norm, "train/learning_rate": logs["learning_rate"]}
-        if self.args.should_save:
-            self.journal.metrics(step, self.figures | shared | {"train/clipped_steps": self.clipped})
-            self.journal.progress(step, self.state.max_steps, "steps")
-
-    def _kept(self) -> dict[str, float]:
-        stopped = {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
-        return {"clipped": self.clipped, **stopped, **self.controller.state()}
-
-    def continue_from(self, checkpoint: Path) -> None:
-        """Take over what `log` kept in the last entry of the checkpoint's log."""
-        entry = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][-1]
-        kept = {name.removeprefix(STATE): value for name, value in entry.items() if name.startswith(STATE)}
-        self.clipped = int(kept.pop("clipped"))
-        if "stopped_at" in kept:  # without more batches, as transformers takes a step before it looks at max_steps
-            self.stopped_at = self.args.max_steps = int(kept.pop("stopped_at"))
-            del self.data.plan[self.stopped_at :]
-        self.controller.restore(kept)
-
-    def _watch(self, step: int) -> None:
-        """Measure the model if it is time to; end the training where it moved too far."""
-        every = self.spec.watch.every
-        if self.watcher is None or (step % every and step < self.state.max_steps):
-            return
-        figures = self.watcher.measure(self.accelerator.unwrap_model(self.model))
-        if self.args.should_save:
-            self.journal.metrics(step, figures)
-        if self.spec.watch.stop_above and self._first_says(figures["watch/probe_kl"]) > self.spec.watch.stop_above:
-            self.stopped_at = step
-            self.control.should_training_stop = True
-
-    def _first_says(self, value: float) -> float:
-        """Return the first process' value: those of others may differ in the last bit, and all must decide alike."""
-        if self.data.world == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.args.device)
-        distributed.broadcast(shared, 0)
-        return float(shared)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Save each process' state before the file that says that the checkpoint is whole."""
         super()._save_rng_state(output_dir)
@@ -195,33 +111,36 @@ class RehearsalTrainer(Trainer):
 
 
 def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
-    """Train as `request` says, in `folder`; return the facts. Raises Stopped when asked to stop early.
+    """Train as `request` says, in `folder`; return the metadata. Raises Stopped when asked to stop early.
 
-    One of several processes when `torch.distributed` is told so by its environment; the first one writes.
+    One of several processes when the environment of `torch.distributed` says so; the first one writes.
     """
     machine, spec, store = request.machine, request.spec, Store(request.home)
     machine.settle(machine.resolved_training_processes())
-    torch.manual_seed(spec.seed or 0)
+    torch.manual_seed(seed_of(spec))
     args = training_arguments(spec, folder / CHECKPOINTS, machine)
     data = _data(store, request, folder / CHECKPOINTS / DISTRIBUTIONS, args)
+    args.warmup_steps, controller = round(spec.warmup_fraction * len(data)), Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
-    trained = spec.methods.adapt(model)
+    trained = adapt(spec.methods, model)
     objective = Objective(model, spec.rehearsal, _live_base(spec, base_folder, machine, args))
-    watcher = Watcher(model, store, request) if request.watched else None
-    last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     journal = Journal(folder)
+    recorder = StepRecorder(
+        journal, controller, spec.watch, Watcher(model, store, request) if request.watched else None
+    )
+    last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
         journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
-    penalties = spec.methods.penalties(base_folder, store.path(request.fisher) if request.fisher else None)
-    args.max_steps = len(data)
-    args.warmup_steps = round(spec.warmup_fraction * len(data))
-    controller = Controller(spec.rehearsal, len(data))
-    trainer = RehearsalTrainer(trained, args, data, journal, controller, penalties, watcher, spec)
     if last:
-        trainer.continue_from(last)
+        recorder.restore(last)
+    if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
+        del data.plan[recorder.stopped_at :]
+    args.max_steps = len(data)
+    penalties = penalties_of(spec.methods, base_folder, store.path(request.fisher) if request.fisher else None)
+    trainer = RehearsalTrainer(trained, args, data, recorder, penalties, spec)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.state.global_step < len(data) and trainer.stopped_at is None:
+    if trainer.state.global_step < len(data) and recorder.stopped_at is None:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
     objective.remove()
     _save(trainer, spec, base_folder, folder)
@@ -234,14 +153,16 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     if args.world_size > 1:
         distributed.barrier()
     distributions = distributions_of(store, request, scratch, write=False)
-    most = request.machine.micro_batch_tokens
-    return batches_of(store, request.mixture, request.spec, most, distributions, args.process_index, args.world_size)
+    return batches_of(
+        store, request.mixture, request.spec, request.machine.micro_batch_tokens, distributions, args.process_index,
+        args.world_size,
+    )  # fmt: skip
 
 
 def _live_base(
     spec: TrainSpec, folder: Path, machine: Machine, args: TrainingArguments
 ) -> PreTrainedModel | None:  # fmt: skip
-    """Return the frozen base where its law is made on the way."""
+    """Return the frozen base where its distributions are computed during the training."""
     if spec.rehearsal.loss != "kl" or spec.rehearsal.reference != "base" or not spec.rehearsal.weight:
         return None
     base = load_model(folder, machine.resolved_device(), "bfloat16" if args.bf16 else "float32")
@@ -255,7 +176,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return
-    model = spec.methods.merge_adapter(trainer.accelerator.unwrap_model(wrapped), folder)
+    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)
@@ -272,13 +193,13 @@ def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> 
     if budget:
         metadata |= {"budget": budget, "final_weight": controller.weight(len(data)),
                   "divergence_estimate": controller.estimate}  # fmt: skip
-    if trainer.stopped_at is not None:
-        metadata |= {"stopped_at_step": trainer.stopped_at}
+    if trainer.recorder.stopped_at is not None:
+        metadata |= {"stopped_at_step": trainer.recorder.stopped_at}
     return metadata
 
 
 def last_whole_checkpoint(folder: Path, *, delete: bool = True) -> Path | None:
-    """Return the newest checkpoint that was written to its end; unfinished ones are deleted, unless told not to.
+    """Return the newest checkpoint that was written to its end; with `delete`, unfinished ones are deleted.
 
     trainer_state.json is written last: without it, or with half of it, the rest cannot be trusted.
     """
@@ -295,3 +216,7 @@ def last_whole_checkpoint(folder: Path, *, delete: bool = True) -> Path | None:
 
 def _step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+if __name__ == "__main__":
+    serve_request(lambda folder, text: fit(folder, TrainRequest.model_validate_json(text)))

@@ -20,12 +20,12 @@ from cfsd.train.loss.objective import losses
 from cfsd.train.loss.token_loss import Stored
 from cfsd.train.spec import RehearsalSpec, TrainRequest
 
-TOP = 256  # of the base's law at each watched token; the rest as drawn: unbiased, and nearly the whole sum
+TOP = 256  # likeliest tokens of the base at each watched token; the rest as sampled: unbiased, and nearly the whole sum
 MEASURED = RehearsalSpec(loss="kl")
 
 
 class Watcher:
-    """Takes the base's law from the model before its first step, so that no second model is held."""
+    """Takes the base's distributions from the model before its first step, so that no second model is held."""
 
     def __init__(self, base: PreTrainedModel, store: Store, request: TrainRequest) -> None:
         """Read what is watched; `base` has the base's weights, and is going to be trained."""
@@ -53,24 +53,23 @@ class Watcher:
         return figures
 
     def _divergence(self, model: nn.Module) -> float:
-        found = [
+        parts = [
             losses(model, micro_batch.to(self.device), spec=MEASURED).divergence.double()
             for micro_batch in self.micro_batches
         ]
-        return float(sum(found)) / sum(int(micro_batch.fresh_BT[:, 1:].sum()) for micro_batch in self.micro_batches)
+        return float(sum(parts)) / sum(int(micro_batch.fresh_BT[:, 1:].sum()) for micro_batch in self.micro_batches)
 
 
 def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int) -> list[MicroBatch]:
-    """Return `token_rows` with the base's law at each token after the first."""
+    """Return `token_rows` with the base's distribution at each token after the first."""
     micro_batches = []
     for group in arrange([len(row) for row in token_rows], max_tokens):
         members = [token_rows[i] for i in group]
         rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in members]
-        (micro_batch,) = micro_batches_of(
-            rows, len(rows) * len(members[0]), fresh=[True] * len(rows)
-        )  # longest first: one pack
-        most = min(TOP, base.config.get_text_config().vocab_size)
-        samples = token_logprobs(base, members, (), top_logprobs=most, max_tokens=max_tokens)
+        tokens = len(rows) * len(members[0])  # longest first: one micro-batch
+        (micro_batch,) = micro_batches_of(rows, tokens, fresh=[True] * len(rows))
+        top = min(TOP, base.config.get_text_config().vocab_size)
+        samples = token_logprobs(base, members, (), top_logprobs=top, max_tokens=max_tokens)
         real_BT = micro_batch.coefficient_BT != 0
         micro_batches.append(micro_batch._replace(fresh_BT=micro_batch.fresh_BT & real_BT, stored=_stored(samples)))
     return micro_batches
@@ -79,5 +78,5 @@ def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_token
 def _stored(samples: list[Sample]) -> Stored:
     tops = [sample.top for sample in samples if sample.top is not None]
     joined = [np.concatenate([getattr(top, name)[1:] for top in tops]) for name in ("ids", "logprobs", "rest")]
-    drawn = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
-    return Stored(*(torch.from_numpy(part) for part in (*joined, drawn)))
+    sampled = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
+    return Stored(*(torch.from_numpy(part) for part in (*joined, sampled)))

@@ -24,6 +24,7 @@ from cfsd.generate.server.protocol import (
     top_of,
 )
 from cfsd.model.sample import Sample
+from cfsd.spec import seed_of
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class _Sampler:
         """Return row `number`, or why it must go."""
         row, part = _Row(prompt), 0
         while room := self.spec.length - (len(row.ids) - row.prompt_length):
-            seed = _number(31, self.wanted.stream, self.spec.seed or 0, number, part)
+            seed = _number(31, self.wanted.stream, seed_of(self.spec), number, part)
             lacking = max(0, self.spec.min_length - (len(row.ids) - row.prompt_length))
             body = request(self.served, self.wanted, row.ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body)
@@ -158,7 +159,7 @@ class _Sampler:
             if isinstance(logprob, str):
                 return logprob
             logprobs[stop] = logprob
-        point = _number(53, self.wanted.stream, self.spec.seed or 0, number, "end")
+        point = _number(53, self.wanted.stream, seed_of(self.spec), number, "end")
         stop = _sampled_key(logprobs, self.spec.temperature, point)
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"

@@ -32,14 +32,14 @@ def plan_batches(
     target = [i for i, source in enumerate(sources) if source == "target"]
     rehearsal = [i for i, source in enumerate(sources) if source != "target"]
     steps_per_epoch = -(-len(target) // target_rows)
-    draws = _rehearsal_of(rehearsal, lengths, rehearsal_tokens, seed)
-    drawn = [next(draws) for _ in range(steps_per_epoch * (1 if refresh == "once" else epochs))]
+    steps = _rehearsal_of(rehearsal, lengths, rehearsal_tokens, seed)
+    rehearsed = [next(steps) for _ in range(steps_per_epoch * (1 if refresh == "once" else epochs))]
     views: Counter[int] = Counter()
     plan: list[GlobalBatch] = []
     for epoch in range(epochs):
         order = _shuffled(target, f"target {seed} {epoch}")
         for first in range(0, len(order), target_rows):
-            rows = drawn[len(plan) % len(drawn)]
+            rows = rehearsed[len(plan) % len(rehearsed)]
             seen = [views[i] for i in rows]
             views.update(rows)
             plan.append(GlobalBatch(order[first : first + target_rows], rows, seen))
@@ -56,13 +56,13 @@ def _rehearsal_of(rows: list[int], lengths: list[int], max_tokens: int, seed: in
     stream = _cycle(rows, f"rehearsal {seed}") if rows and max_tokens else iter(())
     pending = next(stream, None)
     while True:
-        drawn: list[int] = []
+        taken: list[int] = []
         used = 0
-        while pending is not None and (not drawn or used + lengths[pending] <= max_tokens):
-            drawn.append(pending)
+        while pending is not None and (not taken or used + lengths[pending] <= max_tokens):
+            taken.append(pending)
             used += lengths[pending]
             pending = next(stream)
-        yield drawn
+        yield taken
 
 
 def _shuffled(rows: list[int], seed: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a training reads: global batches as packs, one rank's share at a time."""
+"""What a training reads: global batches as micro-batches, one rank's share at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +9,19 @@ from torch.utils.data import Dataset
 from cfsd.errors import BadInput
 from cfsd.store.artifact import Artifact, Store
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
-from cfsd.train.batches.micro_batches import Counts, MicroBatch, micro_batches_of
+from cfsd.train.batches.micro_batches import MicroBatch, micro_batches_of
 from cfsd.train.batches.mixture import MixtureRows
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.spec import TrainRequest, TrainSpec
+
+
+class Counts(NamedTuple):
+    """Tokens of one global batch: those in each loss, those of rehearsal rows seen for the first time, and all."""
+
+    target: int
+    rehearsal: int
+    fresh: int
+    tokens: int
 
 
 class Share(NamedTuple):
@@ -27,18 +36,12 @@ class Batches(Dataset[Share]):
     """One item is one rank's share of one global batch."""
 
     def __init__(
-        self,
-        rows: MixtureRows,
-        plan: list[GlobalBatch],
-        max_tokens: int,
-        distributions: StoredDistributions | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        """Cut every global batch of `plan` into packs of at most `max_tokens`."""
+        self, rows: MixtureRows, plan: list[GlobalBatch], max_tokens: int,
+        distributions: StoredDistributions | None = None, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        """Cut every global batch of `plan` into micro-batches of at most `max_tokens`."""
         self.rows, self.plan, self.distributions = rows, plan, distributions
         self.max_tokens, self.rank, self.world = max_tokens, rank, world
-        self.first_rehearsal_row = rows.first_rehearsal_row()
         self.counts = _counts(rows, plan)
 
     def __len__(self) -> int:
@@ -46,17 +49,14 @@ class Batches(Dataset[Share]):
         return len(self.plan)
 
     def __getitem__(self, step: int) -> Share:
-        """Return this rank's packs of step `step`, as many as every other rank has."""
+        """Return this rank's micro-batches of step `step`, as many as every other rank has."""
         batch = self.plan[step]
         members = [*batch.target, *batch.rehearsal]
         rows = [self.rows[i] for i in members]
         fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
-        places = [i - self.first_rehearsal_row for i in members]
-        micro_batches = micro_batches_of(
-            rows, self.max_tokens, fresh=fresh, places=places, distributions=self.distributions
-        )
+        micro_batches = micro_batches_of(rows, self.max_tokens, fresh=fresh, distributions=self.distributions)
         share = micro_batches[self.rank :: self.world]
-        if len(share) < -(-len(micro_batches) // self.world):  # a rank without a pack would leave the others waiting
+        if len(share) < -(-len(micro_batches) // self.world):  # without one, a rank would leave the others waiting
             share.append(micro_batches[0].without_loss())
         return Share(share, self.counts[step], batch.views)
 
@@ -89,7 +89,7 @@ def batches_of(
 ) -> Batches:  # fmt: skip
     """Return the global batches of the whole training. Raises BadInput where rows that must be fresh run out."""
     metadata: dict[str, Any] = mixture.metadata
-    rows = MixtureRows(store.path(mixture))
+    rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None)
     plan = plan_batches(
         rows.sources(),
         rows.supervised_tokens(),
@@ -121,4 +121,4 @@ def distributions_of(store: Store, request: TrainRequest, scratch: Path, *, writ
         return None
     if write:
         lay_out(store.path(request.corpus), scratch, top=request.spec.rehearsal.needs_top())
-    return StoredDistributions(scratch)
+    return StoredDistributions(scratch, store.path(request.corpus))

@@ -1,8 +1,9 @@
-"""Packs: the rows of one global batch as padded tensors that one forward pass holds each.
+"""Micro-batches: the rows of one global batch as padded tensors that one forward pass holds each.
 
 B rows, T tokens, M rehearsal tokens that count, K stored likeliest tokens.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ class Row(NamedTuple):
     supervised: list[bool]
     weight: float
     weights: Sequence[float] | None = None  # of each token, on top of the row's; None: all 1
+    corpus_row: int | None = None  # the row's number in the corpus; None: of the target, or not known
 
 
 class MicroBatch(NamedTuple):
@@ -32,37 +34,18 @@ class MicroBatch(NamedTuple):
     target_BT: Tensor  # bool: the token belongs to the target's loss
     fresh_BT: Tensor  # bool: of a rehearsal row that is seen for the first time
     real_BT: Tensor  # bool: not padding
-    stored: Stored | None = None  # the base's law at the rehearsal tokens that count, row by row
+    stored: Stored | None = None  # the base's distribution at the rehearsal tokens that count, row by row
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """Return the pack with its tensors on `device`."""
+        """Return the micro-batch with its tensors on `device`."""
         stored = None if self.stored is None else Stored(*(tensor.to(device) for tensor in self.stored))
         token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT = (tensor.to(device) for tensor in self[:5])
         return MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored)
 
     def without_loss(self) -> "MicroBatch":
-        """Return the pack with nothing in it that counts."""
+        """Return the micro-batch with no token that counts."""
         empty = None if self.stored is None else self.stored.part(slice(0, 0))
         return self._replace(coefficient_BT=torch.zeros_like(self.coefficient_BT), stored=empty)
-
-
-class Counts(NamedTuple):
-    """Tokens of one global batch: those in each loss, those of rehearsal rows seen for the first time, and all."""
-
-    target: int
-    rehearsal: int
-    fresh: int
-    tokens: int
-
-
-def counts_of(rows: Sequence[Row], fresh: Sequence[bool]) -> Counts:
-    """Count the tokens of one global batch; `fresh` is per row."""
-    sizes = {True: 0, False: 0}
-    first_seen = 0
-    for row, first in zip(rows, fresh, strict=True):
-        sizes[row.source == "target"] += sum(row.supervised)
-        first_seen += sum(row.supervised) if first and row.source != "target" else 0
-    return Counts(sizes[True], sizes[False], first_seen, sum(len(row.token_ids) for row in rows))
 
 
 def micro_batches_of(
@@ -70,31 +53,33 @@ def micro_batches_of(
     max_tokens: int,
     *,
     fresh: Sequence[bool] | None = None,
-    places: Sequence[int] | None = None,
     distributions: StoredDistributions | None = None,
 ) -> list[MicroBatch]:
-    """Return the packs of one global batch. Their losses add up to the batch's loss, however they are cut.
+    """Return the micro-batches of one global batch. Their losses add up to the batch's loss, however they are cut.
 
     Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
-    time; `distributions` holds the base's law at each rehearsal row, whose number there is in `places`.
+    time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`.
     """
-    first = list(fresh) if fresh is not None else [False] * len(rows)
-    counts = counts_of(rows, first)
-    totals = {True: counts.target, False: counts.rehearsal}
+    first = fresh or [False] * len(rows)
+    totals: Counter[bool] = Counter()
+    for row in rows:
+        totals[row.source == "target"] += sum(row.supervised)
     micro_batches = []
     for group in arrange([len(row.token_ids) for row in rows], max_tokens):
         members = [rows[i] for i in group]
         coefficients = [_coefficients(row, totals[row.source == "target"]) for row in members]
-        marks = [[row.source == "target" and counted for counted in row.supervised] for row in members]
+        target = [[row.source == "target" and counted for counted in row.supervised] for row in members]
         seen = [[first[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
-        stored = None
-        if distributions is not None and places is not None:
-            rehearsed = [i for i in group if rows[i].source != "target"]
-            stored = distributions.at([(places[i], rows[i].token_ids, rows[i].supervised) for i in rehearsed])
-        token_ids = pad([row.token_ids for row in members])
         real = [[True] * len(row.token_ids) for row in members]
-        target, new, not_padding = (pad(of_rows, torch.bool) for of_rows in (marks, seen, real))
-        micro_batches.append(MicroBatch(token_ids, pad(coefficients, torch.float64), target, new, not_padding, stored))
+        stored = None
+        if distributions is not None:
+            rehearsed = [row for row in members if row.source != "target"]
+            stored = distributions.at([(row.corpus_row, row.token_ids, row.supervised) for row in rehearsed])
+        token_ids = pad([row.token_ids for row in members])
+        target_BT, seen_BT, real_BT = (pad(marks, torch.bool) for marks in (target, seen, real))
+        micro_batches.append(
+            MicroBatch(token_ids, pad(coefficients, torch.float64), target_BT, seen_BT, real_BT, stored)
+        )
     return micro_batches
 
 

@@ -1,4 +1,4 @@
-"""What the sampler kept of the base's law with each corpus row, on the disk and read a few rows at a time.
+"""The base's distributions as stored with each corpus row, on the disk and read a few rows at a time.
 
 R rows, T tokens of the corpus, K stored likeliest tokens, M tokens that count.
 """
@@ -24,7 +24,7 @@ SHAPE = "shape.json"
 
 
 def lay_out(corpus: Path, scratch: Path, *, top: bool) -> None:
-    """Write the columns of a corpus as flat files into `scratch`; without `top` only the drawn tokens' part.
+    """Write the columns of a corpus as flat files into `scratch`; without `top` only the sampled tokens' part.
 
     Parquet cannot give row 7 of a million without its neighbours, and a training takes rows in a shuffled order.
     """
@@ -47,8 +47,9 @@ def lay_out(corpus: Path, scratch: Path, *, top: bool) -> None:
 class StoredDistributions:
     """The flat files of `lay_out`, mapped into memory: only the pages that are read are loaded."""
 
-    def __init__(self, scratch: Path) -> None:
-        """Open what lies in `scratch`."""
+    def __init__(self, scratch: Path, corpus: Path | None = None) -> None:
+        """Open what was laid out in `scratch` from `corpus`."""
+        self.corpus = corpus
         kinds: dict[str, str] = json.loads((scratch / SHAPE).read_text())
         self.ends_R = np.load(scratch / "ends.npy")
         self.flat: dict[str, NDArray[Any]] = {}
@@ -56,26 +57,26 @@ class StoredDistributions:
             column = np.memmap(scratch / name, kind, mode="r")
             self.flat[name] = column.reshape(self.ends_R[-1], -1) if name.startswith("topk") else column
 
-    def at(self, rows: Sequence[tuple[int, list[int], list[bool]]]) -> Stored:
-        """Return what is stored at the tokens that count: number in the corpus, tokens and what counts of each row.
+    def at(self, rows: Sequence[tuple[int | None, list[int], list[bool]]]) -> Stored:
+        """Return what is stored at the tokens that count, for rows given as (corpus_row, token_ids, supervised).
 
         Raises StoreError when the tokens are others than the corpus has there.
         """
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self.flat if name != "token_ids"}
         for place, token_ids, supervised in rows:
-            tokens = slice(self.ends_R[place], self.ends_R[place + 1])
+            tokens = slice(0, 0) if place is None else slice(self.ends_R[place], self.ends_R[place + 1])
             if self.flat["token_ids"][tokens].tolist() != token_ids:
                 raise StoreError(f"row {place} of the corpus is not the mixture's: it was mixed from another corpus")
             counted = np.asarray(supervised, bool)
-            for name, found in parts.items():
-                found.append(np.asarray(self.flat[name][tokens])[counted])
-        drawn_M = _tensor(parts["logprobs"], 0)
+            for name, part in parts.items():
+                part.append(np.asarray(self.flat[name][tokens])[counted])
+        sampled_M = _tensor(parts["logprobs"], 0)
         if "topk_ids" not in parts:
-            none_MK = torch.zeros(len(drawn_M), 0)
-            return Stored(none_MK.int(), none_MK, torch.zeros(len(drawn_M)), drawn_M)
+            none_MK = torch.zeros(len(sampled_M), 0)
+            return Stored(none_MK.int(), none_MK, torch.zeros(len(sampled_M)), sampled_M)
         width = self.flat["topk_ids"].shape[1]
         top = [_tensor(parts[name], width if name.startswith("topk") else 0) for name in TOP]
-        return Stored(top[0], top[1], top[2], drawn_M)
+        return Stored(top[0], top[1], top[2], sampled_M)
 
 
 def _tensor(parts: list[NDArray[Any]], width: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Losses(NamedTuple):
-    """The loss of a pack, to be differentiated, and plain sums over its tokens in nats, to be looked at."""
+    """The loss of a micro-batch, to be differentiated, and plain sums over its tokens in nats, to be reported."""
 
     loss: Tensor
     target_nll: Tensor
@@ -36,14 +36,14 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """Turns a model's forward pass into that of a pack, so that the whole loss lies within one call of the model.
+    """Turns a model's forward pass into that of a micro-batch: the whole loss lies within one call of the model.
 
     DDP and FSDP gather weights and exchange gradients around that call; an output layer that is used outside of it
     would have no weights there.
     """
 
     def __init__(self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None) -> None:
-        """Take over the forward pass of `model`; `base` is needed where its law is the live reference."""
+        """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference."""
         self.model, self.spec, self.base = model, spec, base
         self.head_of = head_of(model)
         self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
@@ -67,18 +67,18 @@ class Objective:
         """Return the losses of `micro_batch`, its rehearsal's in the form of `spec`."""
         counted_BT, target_BT = micro_batch.coefficient_BT[:, 1:] != 0, micro_batch.target_BT[:, 1:]
         masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
-        given_ND, head = self._given(self.model, micro_batch.token_ids_BT, micro_batch.real_BT, masks)
+        states_ND, head = self._states(self.model, micro_batch.token_ids_BT, micro_batch.real_BT, masks)
         next_N = _picked(micro_batch.token_ids_BT[:, 1:], masks)
         num_target = int(masks[0].sum())
         coefficient_N = _picked(micro_batch.coefficient_BT[:, 1:], masks)
         coefficient_N[num_target:] *= rehearsal_weight
-        found = token_losses(given_ND, head, next_N, coefficient_N, self._reference(micro_batch, masks[1], spec))
+        of_tokens = token_losses(states_ND, head, next_N, coefficient_N, self._reference(micro_batch, masks[1], spec))
         fresh_M = micro_batch.fresh_BT[:, 1:][masks[1]]
-        divergence_M = self._divergence(micro_batch, found.loss_N[num_target:], found.nll_N[num_target:], spec)
-        sums = found.nll_N[:num_target].sum(), found.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
-        return Losses(found.total, *sums)
+        divergence_M = self._divergence(micro_batch, of_tokens.loss_N[num_target:], of_tokens.nll_N[num_target:], spec)
+        sums = of_tokens.nll_N[:num_target].sum(), of_tokens.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
+        return Losses(of_tokens.total, *sums)
 
-    def _given(
+    def _states(
         self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
     ) -> tuple[Tensor, Head]:
         """Return the hidden states of the tokens that count and the head, or their logits and no head."""
@@ -102,18 +102,17 @@ class Objective:
             return Reference(micro_batch.stored, spec.tail)
         assert self.base is not None
         with torch.no_grad():
-            hidden_MD, head = self._given(
+            hidden_MD, head = self._states(
                 self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (rehearsal_BT[rows_B],)
             )
         return Reference(hidden_MD=hidden_MD, head=head)
 
     def _divergence(self, micro_batch: MicroBatch, loss_M: Tensor, nll_M: Tensor, spec: RehearsalSpec) -> Tensor:
-        """Return the divergence per rehearsal token: dense, or from the drawn token where that is all there is."""
+        """Return the divergence per rehearsal token: dense, or from the sampled token where that is all there is."""
         if spec.loss == "kl":
             return loss_M
-        return (
-            nll_M + micro_batch.stored.drawn_M.to(nll_M) if micro_batch.stored is not None else torch.zeros_like(nll_M)
-        )
+        stored = micro_batch.stored
+        return torch.zeros_like(nll_M) if stored is None else nll_M + stored.sampled_M.to(nll_M)
 
 
 def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -125,17 +124,16 @@ def losses(
 ) -> Losses:  # fmt: skip
     """Return the losses of `micro_batch` by a model that an Objective has taken over, however it is wrapped."""
     # wrapped: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
-    found: Losses = model(micro_batch=lambda: micro_batch, rehearsal_weight=rehearsal_weight, spec=spec)
-    return found
+    parts: Losses = model(micro_batch=lambda: micro_batch, rehearsal_weight=rehearsal_weight, spec=spec)
+    return parts
 
 
 @torch.no_grad()
 def head_of(model: PreTrainedModel) -> Any:
     """Return a function that gives the output layer of a model like `model`, or None where it is more than one.
 
-    Found by trying: the logits of a few tokens against those of each form that is known.
+    It is tried: the logits of a few tokens are compared with those of the form that is known.
     """
-    layer: Any = model.get_output_embeddings()
     config: Any = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
@@ -144,9 +142,9 @@ def head_of(model: PreTrainedModel) -> Any:
         layer: Any = model.get_output_embeddings()
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    if isinstance(layer, nn.Linear) and _gives_the_logits(model, head(model)):
+    if isinstance(model.get_output_embeddings(), nn.Linear) and _gives_the_logits(model, head(model)):
         return head
-    log.warning("%s: the output is more than one linear layer; all logits of a pack are held at once", type(model))
+    log.warning("%s: the output is more than one linear layer; all logits of a batch are held at once", type(model))
     return lambda model: None
 
 
@@ -157,7 +155,7 @@ def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
         wanted: Any = model(input_ids=token_ids, use_cache=False).logits
         hidden: Any = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
     assert head.weight_VD is not None
-    found = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
+    logits = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
     if head.softcap is not None:
-        found = (found / head.softcap).tanh() * head.softcap
-    return bool(torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3))
+        logits = (logits / head.softcap).tanh() * head.softcap
+    return bool(torch.allclose(logits.float(), wanted.float(), rtol=1e-3, atol=1e-3))

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one forward pass without padding: side by side, each attending to itself alone.
+"""Rows of different lengths in one forward pass without padding: packed, each attending to itself alone.
 
 B rows, T tokens of the longest, N real tokens of all rows, D hidden width.
 """
@@ -14,12 +14,12 @@ from transformers.masking_utils import sdpa_mask
 
 from cfsd.model.undisturbed import mode_kept
 
-ATTENTION = "cfsd_side_by_side"
+ATTENTION = "cfsd_packed"
 TRIAL = (5, 5, 2, 1)  # lengths: equal ones are computed at once
 
 
 def packed_forward(model: nn.Module, token_ids_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """Return the hidden states (N, D) of the real tokens, row by row; `prepare_packed` must have said yes."""
+    """Return the hidden states (N, D) of the real tokens, row by row; `prepare_packed` must have returned True."""
     lengths_B = real_BT.sum(1)
     ends = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
     positions_BT = torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT)
@@ -35,20 +35,20 @@ def packed_forward(model: nn.Module, token_ids_BT: Tensor, real_BT: Tensor) -> T
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, None]:
-    """Attend as `sdpa` does, or, where the ends of rows are given, within each row: tensors are (1, heads, N, D)."""
+    """Attend as `sdpa` does, or, where the ends of rows are passed, within each row: tensors are (1, heads, N, D)."""
     sdpa: Any = sdpa_attention_forward
     ends = named.pop("cu_seq_lens_q", None)
     if ends is None:
         whole: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **named)
         return whole
-    found, start = [], 0
+    attended_rows, start = [], 0
     for length, same in groupby(end - begin for begin, end in pairwise(ends.tolist())):
         rows = len(list(same))
         parts = (_rows_of(tensor, start, rows, length) for tensor in (query, key, value))
         attended, _ = sdpa(module, *parts, None, **named)  # (rows, length, heads, D)
-        found.append(attended.flatten(0, 1))
+        attended_rows.append(attended.flatten(0, 1))
         start += rows * length
-    return torch.cat(found)[None], None
+    return torch.cat(attended_rows)[None], None
 
 
 def _rows_of(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
@@ -58,8 +58,6 @@ def _rows_of(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
@@ -67,23 +65,20 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def prepare_packed(model: PreTrainedModel) -> bool:
     """Make `model` ready for `packed_forward`, and say whether it is; where it is not, it stays as it was.
 
-    Found by trying: the hidden states of rows side by side against those of padded rows. Only on CPUs: on CUDA a
+    It is tried: the hidden states of packed rows are compared with those of padded rows. Only on CPUs: on CUDA a
     product per row would wait for its launch, and padded rows are faster.
     """
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     plain = config._attn_implementation
-    if model.device.type != "cpu" or plain != "sdpa" or kinds != {"full_attention"} or _windowed(config):
+    if model.device.type != "cpu" or plain != "sdpa" or kinds != {"full_attention"} or windowed:
         return False
     model.set_attn_implementation(ATTENTION)
     if _agree(model):
         return True
     model.set_attn_implementation(plain)
     return False
-
-
-def _windowed(config: Any) -> bool:
-    return bool(getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
 
 
 def _agree(model: PreTrainedModel) -> bool:
@@ -96,7 +91,7 @@ def _agree(model: PreTrainedModel) -> bool:
         model.eval()
         wanted: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state[real_BT]
         try:
-            found = packed_forward(model.base_model, token_ids_BT, real_BT)
+            packed: Tensor = packed_forward(model.base_model, token_ids_BT, real_BT)
         except (TypeError, ValueError, RuntimeError):  # a model that takes no such arguments
             return False
-    return bool(torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3))
+    return bool(torch.allclose(packed.float(), wanted.float(), rtol=1e-3, atol=1e-3))

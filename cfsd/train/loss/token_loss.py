@@ -1,14 +1,15 @@
 """Losses per token from the last hidden states, with their gradients, over a few tokens' logits at a time.
 
-N tokens, M of them against the base's law, C of a chunk, D hidden width, V vocabulary, K stored likeliest tokens.
+N tokens, M of them compared with the base, C of a chunk, D hidden width, V vocabulary, K stored likeliest tokens.
 
 Logits of a whole batch never exist: each chunk makes its logits, losses and gradients, and is forgotten. Peak memory
 grows with C x V and one gradient of the output layer. torch's own linear_cross_entropy does the same for -log p; it
 knows neither the divergence nor a coefficient per token.
 
 Every loss here is const - sum_v a_v log p(v) for some a >= 0, whose gradient by the logits is (sum a) p - a:
-a is the drawn token for -log p, the base's law for the whole divergence, and its top plus the drawn token, if that is
-not in the top, for the sampled tail. The bucket's rest is one event, with a = p* on the top and r*/r x p on the rest.
+a is the sampled token for -log p, the base's distribution for the whole divergence, and its top plus the sampled
+token, if that is not in the top, for the sampled tail. The bucket's rest is one event, with a = p* on the top and
+r*/r x p on the rest.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ from cfsd.train.memory import CHUNK, CUDA_CHUNK
 
 
 class Stored(NamedTuple):
-    """What the sampler kept of the base's law at M tokens, in nats."""
+    """What is stored of the base's distribution at M tokens, in nats."""
 
     ids_MK: Tensor
     logprobs_MK: Tensor
     rest_M: Tensor  # log of the mass outside the K likeliest
-    drawn_M: Tensor  # log p* of the token that was drawn
+    sampled_M: Tensor  # log p* of the sampled token
 
     def part(self, rows: slice) -> "Stored":
         """Return some of the tokens."""
@@ -37,19 +38,37 @@ class Stored(NamedTuple):
 class Head(NamedTuple):
     """The output layer as the model uses it: logits = limit(scale x weight hidden + bias)."""
 
-    weight_VD: Tensor | None  # None: what is given in place of hidden states are the logits themselves
+    weight_VD: Tensor | None  # None: the hidden states are the logits themselves
     bias_V: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
 
 
 class Reference(NamedTuple):
-    """The base's law at M tokens: as stored, or to be made from its own hidden states."""
+    """The base's distribution at M tokens: as stored, or to be computed from its own hidden states."""
 
     stored: Stored | None = None
     tail: str = "sampled"
     hidden_MD: Tensor | None = None
     head: Head = Head(None)
+
+    def num_tokens(self) -> int:
+        """Return M."""
+        known = self.hidden_MD if self.stored is None else self.stored.rest_M
+        assert known is not None, "one of both is there"
+        return len(known)
+
+    def part(self, rows: slice) -> "Reference":
+        """Return some of the tokens."""
+        hidden_MD = None if self.hidden_MD is None else self.hidden_MD[rows]
+        return self._replace(stored=self.stored.part(rows) if self.stored else None, hidden_MD=hidden_MD)
+
+    def log_distribution(self, dtype: torch.dtype) -> Tensor:
+        """Return the base's log-probabilities from its hidden states."""
+        assert self.hidden_MD is not None
+        cast = self.hidden_MD.dtype
+        used = self.head._replace(weight_VD=_as(self.head.weight_VD, cast), bias_V=_as(self.head.bias_V, cast))
+        return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap).log_softmax(-1)
 
 
 class TokenLosses(NamedTuple):
@@ -144,76 +163,56 @@ def _accumulate(
         bias += slope_CV.sum(0)
 
 
-def _chunks(count: int, reference: Reference | None, size: int) -> "Iterator[tuple[slice, _Part | None]]":
+def _chunks(count: int, reference: Reference | None, size: int) -> Iterator[tuple[slice, Reference | None]]:
     """Yield rows of a chunk, and the part of the reference that belongs to them; none holds rows of both kinds."""
-    plain = count - (0 if reference is None else _length(reference))
+    plain = count - (0 if reference is None else reference.num_tokens())
     for first in range(0, plain, size):
         yield slice(first, min(first + size, plain)), None
     for first in range(plain, count, size):
         last = min(first + size, count)
         assert reference is not None
-        yield slice(first, last), _Part(reference, slice(first - plain, last - plain))
-
-
-def _length(reference: Reference) -> int:
-    return len(reference.stored.rest_M if reference.stored else reference.hidden_MD)  # type: ignore[arg-type]
-
-
-class _Part(NamedTuple):
-    reference: Reference
-    rows: slice
-
-    def stored(self) -> Stored | None:
-        return self.reference.stored.part(self.rows) if self.reference.stored else None
-
-    def log_distribution(self, dtype: torch.dtype) -> Tensor:
-        """Return the base's log-probabilities from its hidden states."""
-        assert self.reference.hidden_MD is not None
-        head, hidden_CD = self.reference.head, self.reference.hidden_MD[self.rows]
-        weight = _as(head.weight_VD, hidden_CD.dtype)
-        raw = _logits(hidden_CD, head._replace(weight_VD=weight, bias_V=_as(head.bias_V, hidden_CD.dtype)))
-        return _limited(raw.to(dtype), head.softcap).log_softmax(-1)
+        yield slice(first, last), reference.part(slice(first - plain, last - plain))
 
 
 class _Chunk:
-    """One chunk's law p, its losses, and then, in place of the law, the slope of the loss by the logits."""
+    """One chunk's distribution p, its losses, and then, in place of p, the slope of the loss by the logits."""
 
     def __init__(self, logits_CV: Tensor, softcap: float | None, next_C: Tensor) -> None:
         self.softcap, self.next_C1 = softcap, next_C[:, None]
         self.logits_CV = _limited(logits_CV, softcap)
         max_C1, at_C1 = self.logits_CV.max(-1, keepdim=True)
-        self.law_CV = self.logits_CV.softmax(-1)
-        self.norm_C1 = max_C1 - self.law_CV.gather(1, at_C1).log()  # log-sum-exp: the likeliest never underflows
+        self.probs_CV = self.logits_CV.softmax(-1)
+        self.norm_C1 = max_C1 - self.probs_CV.gather(1, at_C1).log()  # log-sum-exp: the likeliest never underflows
         self.nll_C = (self.norm_C1 - self.logits_CV.gather(1, self.next_C1))[:, 0]
-        # the slope is mass x p - given, given being `amount` at `ids`, or the whole law
+        # the slope is mass x p - a, a being amounts at ids, or a whole distribution
         self.mass_C1: Tensor | float = 1.0
-        self.given: tuple[Tensor, Tensor] | Tensor = (self.next_C1, torch.ones_like(self.norm_C1))
+        self.pulled: tuple[Tensor, Tensor] | Tensor = (self.next_C1, torch.ones_like(self.norm_C1))
         self.tail_share_C1: Tensor | None = None  # bucket: r*/r
 
     def logprobs(self, ids: Tensor) -> Tensor:
         return self.logits_CV.gather(1, ids) - self.norm_C1
 
-    def measure(self, part: _Part | None) -> Tensor:
+    def measure(self, part: Reference | None) -> Tensor:
         """Return the loss per token; what the slope needs is kept."""
         if part is None:
             return self.nll_C
-        stored = part.stored()
+        stored = part.stored
         if stored is None:
-            return self._whole(part.log_distribution(self.law_CV.dtype))
-        ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(self.law_CV.dtype)
+            return self._whole(part.log_distribution(self.probs_CV.dtype))
+        ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(self.probs_CV.dtype)
         probs_CK = logprobs_CK.exp()
         on_top_C = (probs_CK * (logprobs_CK - self.logprobs(ids_CK))).sum(-1)
-        if part.reference.tail == "bucket":
-            return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(self.law_CV.dtype))
-        outside_C = (ids_CK != self.next_C1).all(-1).to(self.law_CV.dtype)
+        if part.tail == "bucket":
+            return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(self.probs_CV.dtype))
+        outside_C = (ids_CK != self.next_C1).all(-1).to(self.probs_CV.dtype)
         self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]
-        self.given = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
-        return on_top_C + outside_C * (stored.drawn_M.to(self.law_CV.dtype) + self.nll_C)
+        self.pulled = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
+        return on_top_C + outside_C * (stored.sampled_M.to(self.probs_CV.dtype) + self.nll_C)
 
     def _whole(self, base_CV: Tensor) -> Tensor:
         probs_CV = base_CV.exp()
         loss_C = (probs_CV * base_CV.sub_(self.logits_CV).add_(self.norm_C1)).sum(-1)
-        self.given = probs_CV
+        self.pulled = probs_CV
         return loss_C
 
     def _bucket(self, ids_CK: Tensor, probs_CK: Tensor, rest_C: Tensor) -> Tensor:
@@ -222,19 +221,19 @@ class _Chunk:
         mass_C1 = rest_C.exp()[:, None]
         self.mass_C1 = probs_CK.sum(-1, keepdim=True) + mass_C1
         share_C1 = (rest_C[:, None] - tail_C1).clamp(max=80).exp()  # r may underflow: 0 x infinity in the slope
-        self.given, self.tail_share_C1 = (ids_CK, probs_CK), share_C1
+        self.pulled, self.tail_share_C1 = (ids_CK, probs_CK), share_C1
         return (mass_C1 * (rest_C[:, None] - tail_C1))[:, 0].nan_to_num(0.0)  # no rest at all: 0 x infinity
 
     def slope(self, coefficient_C: Tensor) -> Tensor:
-        """Return the gradient of coefficient x loss by the logits before the soft limit; the law is used up."""
-        scale_C1, slope_CV = coefficient_C[:, None], self.law_CV
-        if isinstance(self.given, Tensor):
-            slope_CV.sub_(self.given).mul_(scale_C1)
+        """Return the gradient of coefficient x loss by the logits before the soft limit; p is used up."""
+        scale_C1, slope_CV = coefficient_C[:, None], self.probs_CV
+        if isinstance(self.pulled, Tensor):
+            slope_CV.sub_(self.pulled).mul_(scale_C1)
         elif self.tail_share_C1 is None:
             slope_CV.mul_(scale_C1 * self.mass_C1)
-            slope_CV.scatter_add_(1, self.given[0], -scale_C1 * self.given[1])
+            slope_CV.scatter_add_(1, self.pulled[0], -scale_C1 * self.pulled[1])
         else:
-            ids_CK, probs_CK = self.given
+            ids_CK, probs_CK = self.pulled
             top_CK = scale_C1 * (self.mass_C1 * slope_CV.gather(1, ids_CK) - probs_CK)
             slope_CV.mul_(scale_C1 * (self.mass_C1 - self.tail_share_C1.nan_to_num(0.0)))
             slope_CV.scatter_(1, ids_CK, top_CK)

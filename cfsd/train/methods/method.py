@@ -1,37 +1,106 @@
-"""Method: settings of one way to hold a model near its base, with up to three hooks into the training."""
+"""Method: settings of one way to hold a model near its base, and what it declares to those who train with it."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cfsd.spec import Spec
 
-if TYPE_CHECKING:
-    from torch import nn
 
-    from cfsd.train.methods.anchors import Anchors, Penalty
+class Estimate(Spec):
+    """Settings of what is measured before the training: a number for each weight of the base, from its own text."""
+
+    noun: ClassVar[str]  # what is measured, for messages
+
+    rows: PositiveInt = Field(256, description="Context-free rows of the corpus")
 
 
-class Method(Spec):
-    """Every hook does nothing unless a method overrides it; state lives in what a hook returns."""
+class Pull(NamedTuple):
+    """A quadratic penalty: scale x sum of c (theta - theta*)^2 over the trained parameters, theta* the base's."""
 
-    holds_base_weights: ClassVar[bool] = False  # its penalty pulls the base's own parameters back
-    trains_other_weights: ClassVar[bool] = False  # it freezes the base's parameters and trains ones it adds
+    scale: float
+    figure: Callable[[float], float]  # what people look at, as a function of the sum without the scale
+    curvature: Estimate | None = None  # what gives each weight's c; None: c is 1
 
+    def copies(self) -> int:
+        """Return how many tensors of the size of all trained weights it holds in memory."""
+        return 1 if self.curvature is None else 2
+
+
+class Adapter(NamedTuple):
+    """Matrices of `rank` beside the base's, trained in place of them: W = W* + (alpha / rank) B A."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]  # names of layers; empty: all linear ones but the head
+
+
+class Method(Spec, ABC):
+    """A method says whether it is on, and declares a pull, an adapter or both; the training asks for nothing else."""
+
+    strength: ClassVar[str]  # the setting that people look at; at 0 the method is off
+    unsharded: ClassVar[str | None] = None  # why its weights cannot be sharded; None: they can
+
+    @abstractmethod
     def is_on(self) -> bool:
         """Say whether the settings ask for anything."""
-        raise NotImplementedError
 
-    def adapt(self, model: "nn.Module") -> "nn.Module":
-        """Return what is trained in place of `model`; the same function at the start."""
-        return model
-
-    def merge_adapter(self, model: "nn.Module", folder: Path) -> "nn.Module":
-        """Return the plain transformers model that computes what `model` does; keep what else is worth it in `folder`.
-
-        The counterpart of `adapt`, after training.
-        """
-        return model
-
-    def penalty(self, anchors: "Anchors", fisher: "Anchors | None") -> "Penalty | None":
+    def pull(self) -> Pull | None:
         """Return what is added to the gradient of every global batch."""
         return None
+
+    def adapter(self) -> Adapter | None:
+        """Return what is trained in place of the base's weights."""
+        return None
+
+
+class MethodSet(Spec):
+    """Methods by field. Penalties add up; a method that is off is in no key."""
+
+    @field_validator("*")
+    @classmethod
+    def _off_is_neutral(cls, method: Method) -> Method:
+        return method if method.is_on() else type(method)()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        on = self.by_name()
+        held, added = list(self.pulls()), [name for name, method in on.items() if method.adapter()]
+        if held and added:
+            raise ValueError(
+                f"methods {' and '.join(held)} with {' and '.join(added)}: {held[0]} holds the base's weights, which "
+                f"{added[0]} does not train; {self._advice(held[0], added[0])}"
+            )
+        if len(added) > 1:
+            raise ValueError(f"methods {' and '.join(added)} both train other weights; {self._advice(*added)}")
+        measured = {name: pull.curvature for name, pull in self.pulls().items() if pull.curvature}
+        if len(set(measured.values())) > 1:
+            raise ValueError(f"methods {' and '.join(measured)} need different estimates; {self._advice(*measured)}")
+        return self
+
+    def _advice(self, *names: str) -> str:
+        settings = (f"{name}.{getattr(self, name).strength}=0" for name in names)
+        return f"turn one of them off, such as {' or '.join(settings)}"
+
+    def by_name(self) -> dict[str, Method]:
+        """Return the methods that are on, in the order of the fields."""
+        methods = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: method for name, method in methods.items() if method.is_on()}
+
+    def pulls(self) -> dict[str, Pull]:
+        """Return the penalties of the methods that are on."""
+        return {name: pull for name, method in self.by_name().items() if (pull := method.pull())}
+
+    def adapter(self) -> Adapter | None:
+        """Return what is trained in place of the base's weights; None: they are trained themselves."""
+        return next((adapter for method in self.by_name().values() if (adapter := method.adapter())), None)
+
+    def estimate(self) -> Estimate | None:
+        """Return what the methods need measured on the base before the training."""
+        return next((pull.curvature for pull in self.pulls().values() if pull.curvature), None)
+
+    def _identity(self) -> dict[str, Any]:
+        return {name: method.digest() for name, method in self.by_name().items()}

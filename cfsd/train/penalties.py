@@ -1,7 +1,6 @@
-"""Anchors: the base's weights theta* by name, as the folder has them. Penalty: what pulls the trained ones back."""
+"""Quadratic penalties: what the methods' pulls add to the gradient, towards the base's weights theta*."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cfsd.model.loading import load_model
+from cfsd.train.methods import Methods
+from cfsd.train.methods.method import Pull
 
 WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -37,21 +38,21 @@ class Anchors:
 
     def like(self, name: str, parameter: Tensor) -> Tensor:
         """Return the tensor for `parameter`: this process' own shard, on its device, float32 at least."""
-        found = self._read(name, parameter.shape)
+        whole = self._read(name, parameter.shape)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if isinstance(parameter, DTensor):  # every rank reads the file: nothing is sent
-            found = found.to(parameter.device)
-            mine = distribute_tensor(found, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            whole = whole.to(parameter.device)
+            mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             return mine.to_local().to(dtype).clone()
-        return found.to(parameter.device, dtype)
+        return whole.to(parameter.device, dtype)
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         """Return the whole tensor; on CPU float32 ones are views of the file, not copies."""
         if name in self._files and not self._whole:
             with safe_open(self._files[name], framework="pt") as tensors:
-                found: Tensor = tensors.get_tensor(name)
-            if found.shape == shape:
-                return found
+                stored: Tensor = tensors.get_tensor(name)
+            if stored.shape == shape:
+                return stored
         return self._converted()[name]
 
     def _converted(self) -> dict[str, Tensor]:
@@ -74,19 +75,10 @@ class Penalty:
     over processes; each process then adds the same, or its shards' part, and nothing is multiplied by their number.
     """
 
-    def __init__(
-        self,
-        name: str,
-        scale: float,
-        anchors: Anchors,
-        curvature: Anchors | None = None,
-        *,
-        figure: Callable[[float], float],
-    ) -> None:
-        """Hold `figure`, what people look at, as a function of the sum without the scale."""
-        self.name, self.scale, self.anchors, self.curvature = name, scale, anchors, curvature
+    def __init__(self, name: str, pull: Pull, anchors: Anchors, curvature: Anchors | None = None) -> None:
+        """Take theta* from `anchors` and c from `curvature`."""
+        self.name, self.pull, self.anchors, self.curvature = name, pull, anchors, curvature
         self.figure = 0.0  # as of the last `add`
-        self._figure = figure
         self._held: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
@@ -94,8 +86,8 @@ class Penalty:
         """Add the gradient to each trainable parameter's `.grad` in place; return the penalty's value."""
         sums = [(p, self._pull(plain_name(n), p)) for n, p in model.named_parameters() if p.requires_grad]
         total = _total(sums)
-        self.figure = self._figure(total)
-        return self.scale * total
+        self.figure = self.pull.figure(total)
+        return self.pull.scale * total
 
     def _pull(self, name: str, parameter: nn.Parameter) -> Tensor:
         anchor, curvature = self._held_for(name, parameter)
@@ -103,7 +95,7 @@ class Penalty:
         slope = away if curvature is None else away * curvature
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        _local(parameter.grad).add_(slope, alpha=2 * self.scale)
+        _local(parameter.grad).add_(slope, alpha=2 * self.pull.scale)
         return away.mul_(slope).sum()
 
     def _held_for(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -132,3 +124,11 @@ def _total(sums: list[tuple[nn.Parameter, Tensor]]) -> float:
         for dimension in range(mesh.ndim):
             dist.all_reduce(part, group=mesh.get_group(dimension))
     return float(plain) + sum(float(part) for part in sharded.values())
+
+
+def penalties_of(methods: Methods, base: Path, estimate: Path | None) -> list[Penalty]:
+    """Return the penalties of `methods`; `base` and `estimate` are the folders of theta* and of c."""
+    anchors, curvature = Anchors(base), Anchors(estimate) if estimate else None
+    pulls = methods.pulls()
+    assert curvature or not methods.estimate(), "a method that needs an estimate is given it"
+    return [Penalty(name, pull, anchors, curvature if pull.curvature else None) for name, pull in pulls.items()]

@@ -1,5 +1,6 @@
 """Stage fisher: the diagonal of the base's Fisher matrix, from text that the base wrote without a context."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +18,18 @@ from cfsd.machine import Machine
 from cfsd.model.loading import load_model, release_models
 from cfsd.store.artifact import CHECKPOINTS, Artifact, Draft
 from cfsd.store.tables import batches
-from cfsd.train.spec import FisherSpec
+from cfsd.train.methods.ewc import FisherSpec
 
 FILE = "fisher.safetensors"
 SOURCE = "context-free"
-SAVE_SECONDS = 60.0  # what a kill can cost
+SAVE_SECONDS = 60.0  # work that a kill can lose
 
 
 class Text(NamedTuple):
     """One row that the model itself wrote. Entry t belongs to token t, which token t-1 predicts."""
 
     token_ids: Sequence[int]
-    sampled: Sequence[bool]  # False where the token was given
+    sampled: Sequence[bool]  # False for prompt tokens
 
 
 class Sums:
@@ -37,7 +38,7 @@ class Sums:
     A row's gradient is that of log p = sum over its sampled tokens. Nothing is held but the model and these sums.
     """
 
-    def __init__(self, model: "nn.Module") -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Start at zero for every parameter that takes gradients; a tied one is listed once."""
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -58,8 +59,8 @@ class Sums:
     def _squared(self, weight: float) -> Iterator[None]:
         """Let every parameter's gradient go into the sums as soon as it is complete, and be freed."""
 
-        def into(square: "Tensor") -> Callable[["Tensor"], None]:
-            def hook(parameter: "Tensor") -> None:
+        def into(square: Tensor) -> Callable[[Tensor], None]:
+            def hook(parameter: Tensor) -> None:
                 assert parameter.grad is not None
                 square.addcmul_(parameter.grad, parameter.grad, value=weight)
                 parameter.grad = None
@@ -73,7 +74,7 @@ class Sums:
             for hook in hooks:
                 hook.remove()
 
-    def fisher(self) -> "dict[str, Tensor]":
+    def fisher(self) -> dict[str, Tensor]:
         """Return F: the mean over rows, divided by the mean number of sampled tokens per row. Ends the sums.
 
         Then 1/2 sum of F (theta - theta*)^2 approximates KL(base || model) in nats per token, along the diagonal.
@@ -83,19 +84,11 @@ class Sums:
         return self.squares
 
 
-def fisher_of(model: "nn.Module", texts: Sequence[Text], weights: Sequence[float]) -> "dict[str, Tensor]":
-    """Return F by parameter name; row i counts `weights[i]` times, whatever they add up to."""
-    sums = Sums(model)
-    for text, weight in zip(texts, weights, strict=True):
-        sums.add(text, weight)
-    return sums.fisher()
-
-
 def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, machine: Machine) -> None:
     """Write F in float32 as safetensors by parameter name, from the corpus' first context-free rows.
 
     Source: Kirkpatrick et al. 2016, arXiv:1612.00796, section 2. Differs: the true Fisher matrix, expected under
-    the model's own law, not under labels of a data set; per token. Continues from the last save, to equal bits.
+    the model's own distribution, not under labels of a data set; per token. Continues from the last save, bit-equal.
 
     Raises BadInput when the corpus has too few such rows, NotFinite when a gradient is not finite.
     """
@@ -110,28 +103,26 @@ def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, mac
         if monotonic() - saved > SAVE_SECONDS:
             _save(sums, draft.folder, row + 1)
             saved = monotonic()
-    found = {name: tensor.cpu() for name, tensor in sums.fisher().items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+    matrix = {name: tensor.cpu() for name, tensor in sums.fisher().items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in matrix.values()):
         raise NotFinite(
             "a gradient of the base on its own text is not finite, so there is no Fisher matrix: turn ewc off"
         )
-    save_file(found, draft.folder / FILE)
+    save_file(matrix, draft.folder / FILE)
     draft.metadata |= {"rows": spec.rows, "tokens": int(sums.tokens)}
 
 
 def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
     """Return the first `wanted` context-free rows."""
-    from collections import Counter
-
-    found: list[Text] = []
+    texts: list[Text] = []
     sources: Counter[str] = Counter()
     for batch in batches(folder, "corpus", ["source", "token_ids", "logprobs"]):
         for row in batch.to_pylist():
             sources[row["source"]] += 1
             if row["source"] == SOURCE:
-                found.append(Text(row["token_ids"], [value is not None for value in row["logprobs"]]))
-            if len(found) == wanted:
-                return found
+                texts.append(Text(row["token_ids"], [value is not None for value in row["logprobs"]]))
+            if len(texts) == wanted:
+                return texts
     held = ", ".join(f"{count} of source {source}" for source, count in sources.items()) or "no rows at all"
     raise BadInput(
         f"EWC wants {wanted} rows that the base wrote without a context (ewc.rows); corpus {corpus.key} has {held}: "
@@ -140,7 +131,6 @@ def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
 
 
 def _save(sums: Sums, folder: Path, done: int) -> None:
-
     place = folder / CHECKPOINTS / FILE
     place.parent.mkdir(exist_ok=True)
     partial = place.with_suffix(".partial")
