@@ -6,7 +6,7 @@ DONE = $(VENV)/.installed
 PART ?= overhead
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-tiny test coverage gate slow check docs docs-picture format bench up down clean
+.PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-picture format bench up down clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,8 +26,11 @@ demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehears
 demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
 
-test: $(DONE)  ## All tests but the slow ones
+test: $(DONE)  ## All tests but the slow ones (about 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+fast: $(DONE)  ## Tests that start no server and no further process (under 2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu and not network and not processes'
 
 coverage: $(DONE)  ## The fast tests, and which share of the lines they run
 	PYTEST_ADDOPTS="--cov=cfsd --cov=tasks --cov=flows --cov-report=term:skip-covered" $(MAKE) fast

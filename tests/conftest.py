@@ -97,6 +97,13 @@ def write_rows(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a server or runs a command: `make fast` leaves it out."""
+    for item in items:
+        if {"server", "run"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama-shaped model."""

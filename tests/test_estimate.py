@@ -41,7 +41,7 @@ MORE = [
 
 
 def measured(folder: Path, cases: list[dict[str, Any]]) -> list[int]:
-    command = [sys.executable, "-m", "tests.training_memory", str(folder), json.dumps(cases)]
+    command = [sys.executable, "-m", "tests.train.training_memory", str(folder), json.dumps(cases)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     print(run.stdout[-3000:])

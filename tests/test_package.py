@@ -6,7 +6,11 @@ import sys
 import tomllib
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.processes
 
 PIPELINE = {"fastapi", "mlflow", "prefect", "typer"}
 EVERY_MODULE = f"""

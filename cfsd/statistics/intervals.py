@@ -1,6 +1,6 @@
 """Intervals and tests for paired figures: pure functions of arrays, at 95 % throughout.
 
-`tests/test_simulation.py` measures the coverage of each.
+`tests/statistics/test_simulation.py` measures the coverage of each.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,165 @@
+"""The committed baseline: what it keeps, that it reads back, and what it is compared with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cfsd.baseline.file import (
+    MEAN,
+    Baseline,
+    Measured,
+    as_text,
+    baseline_of,
+    commit_here,
+    guarded,
+    other_documents,
+    parsed,
+    read_baseline,
+    write_baseline,
+)
+from cfsd.baseline.measured import measured
+from cfsd.errors import BadInput
+from cfsd.recipe import Recipe
+from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.statistics.gate import judge
+from cfsd.store.artifact import Artifact
+from cfsd.store.tables import CORPUS, table_of
+from tests.conftest import ROOT
+from tests.report.test_report import World
+
+DOCUMENTS = 60
+Run = dict[str, Measured]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
+
+
+def runs(count: int, seed: int = 0, *, loss: float = 0.0, documents: str = "same") -> list[Run]:
+    """Return what `count` seeds came to; `loss` is the share of documents lost beyond the usual 20 %."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        shares = {name: (rng.uniform(size=DOCUMENTS) < 0.2 + loss).astype(float) for name in ("half", "none")}
+        ones, tokens = np.ones(DOCUMENTS), rng.integers(5, 6, DOCUMENTS).astype(float)
+        benchmarks = {
+            f"forgetting/{name}": Measured(FRACTION, False, True, lost, ones, documents, correction)
+            for (name, lost), correction in zip(shares.items(), (2.0, 1.0), strict=True)
+        }
+        gain = Measured(NATS, True, False, rng.normal(5, 0.5, DOCUMENTS), tokens, documents)
+        found.append({"target_gain": gain, **benchmarks})
+    return found
+
+
+def made(recipe: Recipe, count: int = 5) -> Baseline:
+    return baseline_of(recipe, range(count), runs(count), [10.0] * count, replaces="")
+
+
+def test_it_reads_back_as_written_with_one_line_per_list(recipe: Recipe, tmp_path: Path) -> None:
+    baseline, file = made(recipe), tmp_path / "new" / "tiny.json"
+    write_baseline(file, baseline)
+    assert read_baseline(file) == baseline
+    assert len(file.read_text().splitlines()) < 300 and json.loads(file.read_text())["seeds"] == [0, 1, 2, 3, 4]
+    assert [path.name for path in file.parent.iterdir()] == ["tiny.json"]
+
+
+def test_it_says_where_it_comes_from(recipe: Recipe) -> None:
+    source = made(recipe).provenance
+    assert source.recipe_digest == recipe.digest() and source.commit == commit_here()
+    assert {"python", "torch", "transformers"} <= set(source.versions) and "UTC" in source.date
+    assert Recipe.model_validate(made(recipe).recipe) == recipe
+
+
+def test_the_mean_weighs_benchmarks_by_their_chance(recipe: Recipe) -> None:
+    baseline = made(recipe)
+    own = [np.array(baseline.figures[f"forgetting/{name}"].values) for name in ("half", "none")]
+    assert np.allclose(baseline.figures[MEAN].values, (2 * own[0] + own[1]) / 2, atol=1e-5)
+
+
+def test_fewer_seeds_than_five_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(BadInput, match="5 or more"):
+        made(recipe, 4)
+
+
+def test_the_same_again_passes_and_what_forgets_fails(recipe: Recipe) -> None:
+    baseline = made(recipe, 8)
+    honest, worse = (judge(guarded(baseline, runs(2, seed=9, loss=loss))) for loss in (0.0, 0.7))
+    assert honest.outcome != "fail" and worse.outcome == "fail"
+    failed = {finding.name for finding in worse.findings if finding.outcome == "fail"}
+    assert {"forgetting/half", "forgetting/none", MEAN} >= failed and MEAN in failed
+
+
+def test_other_documents_are_less_sharp_and_named(recipe: Recipe) -> None:
+    baseline = made(recipe)
+    same, others = ({g.name: g for g in guarded(baseline, runs(2, 9, documents=d))} for d in ("same", "others"))
+    assert other_documents(baseline, runs(1, 9)[0]) == []
+    assert "target_gain" in other_documents(baseline, runs(1, 9, documents="others")[0])
+    assert others["forgetting/half"].document_variance > same["forgetting/half"].document_variance
+    assert others["forgetting/half"].document_variance == pytest.approx(0.16 / 60 * 2, rel=0.7)
+
+
+def test_a_figure_that_is_not_measured_any_more_is_named(recipe: Recipe) -> None:
+    run = runs(1)[0]
+    del run["forgetting/half"]
+    with pytest.raises(BadInput, match="forgetting/half"):
+        guarded(made(recipe), [run])
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"name": "x"}'])
+def test_what_is_no_baseline_is_said_with_what_to_do(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadInput, match="--update-baseline"):
+        read_baseline(file)
+
+
+def test_the_committed_ones_are_of_the_recipes_they_name() -> None:
+    for file in (ROOT / "deployments" / "baselines").glob("*.json"):
+        baseline = read_baseline(file)
+        Recipe.model_validate(baseline.recipe)
+        assert file.stem == baseline.name and len(baseline.seeds) >= 5
+
+
+def test_the_last_bits_of_scores_do_not_make_other_documents(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    run_record = world.trained("rehearse", right=80, loss=0.6, kl=0.05)
+    elsewhere = run_record.model_copy(
+        update={"before": run_record.before.model_copy(update={"target": world.responses("base", 2.000001, 1)})}
+    )
+    other = run_record.model_copy(
+        update={"artifacts": run_record.artifacts | {"target": run_record.artifacts["mixture"]}}
+    )
+    here, there, others = (measured(world.store, t)["target_gain"] for t in (run_record, elsewhere, other))
+    assert here.documents == there.documents != others.documents and here.value != there.value
+    probes = [probe_of(world, *given) for given in ((5, -1.0), (5, -1.000001), (6, -1.0))]
+    runs = [run_record.model_copy(update={"artifacts": run_record.artifacts | {"probe": probe}}) for probe in probes]
+    here, there, others = (measured(world.store, t)["probe_kl"] for t in runs)
+    assert here.documents == there.documents != others.documents
+
+
+def probe_of(world: World, token_id: int, logprob: float) -> Artifact:
+    row = {"row_id": 0, "source": "context-free", "token_ids": [0, token_id], "logprobs": [None, logprob],
+           "finish_reason": "length", "shard": 0, "seed": 0, "text": "a"}  # fmt: skip
+    return world.artifact("corpus", f"{token_id} {logprob}", {"rows": 1}, {"corpus": table_of(CORPUS, [row])})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"figures": {}}, "at least 1 item"),
+        ({"version": 2}, "version"),
+        ({"seeds": [0, 1, 2, 3, 4, 5]}, "5 values for 6 seeds"),
+        ({"figures": "without half"}, "made of forgetting/half"),
+    ],
+)
+def test_what_was_edited_to_pieces_is_refused(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
+    content = json.loads(as_text(made(recipe)))
+    if changes.get("figures"):
+        changes = {"figures": {name: f for name, f in content["figures"].items() if name != "forgetting/half"}}
+    with pytest.raises(BadInput, match=f"(?s){message}.*--update-baseline"):
+        parsed(json.dumps(content | changes), "b.json")

@@ -1,0 +1,107 @@
+"""Two estimators of one divergence: both are zero at the base, and agree in expectation on its own samples."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from cfsd.evaluate.divergence import CHUNK, divergence, score_probe
+from cfsd.generate.sampling import Rows, sample
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
+from cfsd.generate.stage import probe
+from cfsd.machine import Machine
+from cfsd.model.loading import load_model
+from cfsd.store.artifact import Store, key_of
+from cfsd.store.tables import read_rows
+from tests.conftest import fetched, save_model
+from tests.train.test_objective import LENGTH, START, TEXTS, entropy_and_kl, log_distribution, toy
+
+ROWS = [[0, *((7 * i + j * j) % 31 for j in range(3 + 6 * i))] for i in range(11)]
+MACHINE = Machine(device="cpu", threads=1, micro_batch_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A base and a model whose weights are a third of the way to another."""
+    folders = [save_model(tmp_path_factory.mktemp("model"), seed=seed, scale=0.2) for seed in (0, 1)]
+    base, tuned = (load_model(folder, "cpu").eval() for folder in folders)
+    with torch.no_grad():
+        for own, far in zip(tuned.parameters(), base.parameters(), strict=True):
+            own.lerp_(far, 0.7)
+    return base, tuned
+
+
+def by_definition(base: PreTrainedModel, tuned: PreTrainedModel, row: list[int]) -> list[float]:
+    """Return the sums of KL, of -log p* and of -log p along `row`: one row at a time, all in float64."""
+    with torch.no_grad():
+        logits = [model(torch.tensor([row])).logits[0, :-1].double() for model in (base, tuned)]
+    sums = [0.0, 0.0, 0.0]
+    for at_base, at_tuned, token in zip(*(part.log_softmax(-1) for part in logits), row[1:], strict=True):
+        kl = (at_base.exp() * (at_base - at_tuned)).sum()
+        for i, value in enumerate((kl, -at_base[token], -at_tuned[token])):
+            sums[i] += float(value)
+    return sums
+
+
+def test_it_is_the_sum_over_the_vocabulary_at_every_position(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    found = divergence(*models, ROWS)
+    assert sum(part.num_tokens for part in found) > CHUNK
+    for part, row in zip(found, ROWS, strict=True):
+        kl, base_nll, tuned_nll = by_definition(*models, row)
+        assert part.num_tokens == len(row) - 1
+        assert (part.kl, part.base_nll, part.tuned_nll) == pytest.approx((kl, base_nll, tuned_nll), rel=1e-5)
+        assert part.sampled == pytest.approx(tuned_nll - base_nll, abs=1e-4)
+        assert part.kl > 0
+
+
+def test_equal_models_do_not_diverge_at_all(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    assert {(part.kl, part.sampled) for part in divergence(models[0], models[0], ROWS)} == {(0.0, 0.0)}
+
+
+def test_it_is_not_symmetric_and_starts_from_the_base(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    base, tuned = models
+    forward, backward = divergence(base, tuned, ROWS), divergence(tuned, base, ROWS)
+    assert sum(p.kl for p in forward) != pytest.approx(sum(p.kl for p in backward), rel=1e-2)
+
+
+def test_its_expectation_is_the_divergence_of_whole_texts() -> None:
+    """Chain rule, enumerated: both forms, weighted by p*(text), are KL(base || tuned)."""
+    base, tuned = toy(0), toy(1)
+    probabilities = log_distribution(base).exp().tolist()
+    found = divergence(base, tuned, TEXTS)
+    _, kl = entropy_and_kl(base, tuned)
+    for name in ("kl", "sampled"):
+        mean = sum(p * getattr(part, name) for p, part in zip(probabilities, found, strict=True))
+        assert mean == pytest.approx(kl, rel=1e-5)
+
+
+def test_both_forms_agree_on_samples_of_the_base_and_the_dense_one_is_steadier() -> None:
+    base, tuned = toy(0), toy(1)
+    law = GenerateSpec(length=LENGTH, seed=0)
+    rows = [s.token_ids for s in sample(base, Rows(range(4000), [[START]] * 4000, (), "probe"), law)]
+    found = divergence(base, tuned, rows)
+    dense, drawn = (torch.tensor([getattr(part, name) for part in found]) for name in ("kl", "sampled"))
+    gap = drawn - dense
+    assert abs(float(gap.mean())) < 4 * float(gap.std()) / 4000**0.5
+    assert dense.std() < drawn.std() / 2
+    elsewhere = divergence(
+        base, tuned, [s.token_ids for s in sample(tuned, Rows(range(4000), [[START]] * 4000, (), "probe"), law)]
+    )
+    gap = torch.tensor([part.sampled - part.kl for part in elsewhere])
+    assert abs(float(gap.mean())) > 8 * float(gap.std()) / 4000**0.5  # on another model's texts they do not
+
+
+def test_the_probe_score_is_the_mean_per_token(store: Store, model_folder: Path, tmp_path: Path) -> None:
+    base, tuned = fetched(store, model_folder), fetched(store, save_model(tmp_path / "tuned", seed=1))
+    look = ProbeSpec(rows=40, length=12, seed=0)
+    held = store.make("corpus", key_of("probe", base, look), lambda draft: probe(base, look, draft, MACHINE))[0]
+    made = store.make("scores", "a" * 16, lambda draft: score_probe(base, tuned, held, draft, MACHINE))[0]
+    records = read_rows(store.path(made), "divergence")
+    rows = {row["row_id"]: row for row in read_rows(store.path(held), "corpus")}
+    assert [record["row_id"] for record in records] == sorted(rows)
+    tokens = sum(record["count"] for record in records)
+    assert made.metadata["tokens"] == tokens == held.metadata["tokens"]
+    assert made.metadata["probe_kl"] == pytest.approx(sum(record["kl"] for record in records) / tokens)
+    for record in records:
+        assert record["base_nll"] == pytest.approx(-sum(rows[record["row_id"]]["logprobs"][1:]), abs=1e-4)

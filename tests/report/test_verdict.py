@@ -1,0 +1,219 @@
+"""The verdict, from figures alone: two sentences that claim no more than the intervals allow."""
+
+import re
+from typing import Any
+
+import pytest
+
+from cfsd.report.summary import Summary
+from cfsd.report.table import forgotten_of, shown
+from cfsd.report.verdict import FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, verdict
+from cfsd.statistics import seeds
+from cfsd.statistics.discoveries import detectable_mean
+from cfsd.statistics.figures import Figure
+from tests.report.test_report import benchmark, figure, summary
+
+BARE = {"value": 0.3, "low": None, "high": None, "unit": "fraction"}
+UNSEEN = "with 100 documents each, losses under 10 points may stay invisible"
+
+
+def with_benchmarks(one: Summary, **benchmarks: Any) -> Summary:
+    return one.model_copy(update={"benchmarks": benchmarks})
+
+
+def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
+    said = two_sentences([summary("finetune", 0.01, kl=0.5), summary("rehearse", 0.01, kl=0.1)])
+    assert said == [
+        "“rehearse” learned as much as “finetune” and moved a fifth as far from the base.",
+        f"No benchmark shows a loss for either; {UNSEEN}.",
+    ]
+    lost = two_sentences([summary("finetune", 0.2, kl=0.5, gain=1.5), summary("rehearse", 0.01, kl=0.1)])
+    assert lost == [
+        "“finetune” learned more than “rehearse” (gain 1.50 against 1.00 nats per token) and moved 5.00 times as far "
+        "from the base.",
+        "“finetune” lost 20.0 [18.0, 22.0] points on average over 1 benchmark and became worse at b (90.0 → 80.0 %); "
+        f"no benchmark shows a loss for “rehearse”; {UNSEEN}.",
+    ]
+
+
+def test_one_variant_is_spoken_of_with_its_figures() -> None:
+    assert two_sentences([summary("a", 0.01)]) == [
+        "“a” learned the target (its held-out loss fell by 1.00 [0.900, 1.10] nats per token) and moved 0.100 [0.0900, "
+        "0.110] nats per token from the base.",
+        f"No benchmark shows a loss; {UNSEEN}.",
+    ]
+    assert two_sentences([summary("a", 0.01, gain=None, kl=None)]) == [f"No benchmark shows a loss; {UNSEEN}."]
+    moved = summary("a", 0.01, gain=None)
+    assert two_sentences([moved])[0] == "“a” moved 0.100 [0.0900, 0.110] nats per token from the base."
+    bare = with_benchmarks(moved).model_copy(update={"mean_forgetting": None, "probe_kl": figure(0.0, 0.0)})
+    assert two_sentences([bare]) == ["“a” did not move from the base."]
+    assert two_sentences([bare.model_copy(update={"probe_kl": None})]) == []
+
+
+@pytest.mark.parametrize(
+    "gain, words",
+    [
+        (figure(-1.0, 0.1), "“a” became worse at the target (gain -1.00 [-1.10, -0.900] nats per token)"),
+        (figure(0.05, 0.1), "“a” is not shown to have learned the target (gain 0.0500 [-0.0500, 0.150] nats"),
+        (BARE, "“a” has too few held-out rows to say whether it learned the target (gain 0.300 nats per token)"),
+    ],
+)
+def test_a_gain_is_claimed_only_where_its_interval_is_above_zero(gain: dict[str, Any], words: str) -> None:
+    assert verdict([summary("a", 0.05).model_copy(update={"target_gain": gain})]).startswith(words)
+
+
+def test_a_loss_is_claimed_only_where_zero_is_outside() -> None:
+    assert "It lost 5.00 [3.00, 7.00] points on average over 1 benchmark and became worse at b" in verdict(
+        [summary("a", 0.05)]
+    )
+    assert verdict([summary("a", 0.05, gain=None, kl=None)]).startswith("“a” lost 5.00 [3.00")
+    unsure = verdict([summary("a", 0.01)])
+    assert " lost " not in unsure and f"No benchmark shows a loss; {UNSEEN}." in unsure
+    assert "It lost -5.00 [-7.00, -3.00] points on average over 1 benchmark, which is a gain." in verdict(
+        [summary("a", -0.05)]
+    )
+    few = summary("a", 0.0).model_copy(update={"mean_forgetting": BARE})
+    assert "It has too few documents to say whether it lost anything (30.0 points on average" in verdict([few])
+    assert "no benchmark" not in verdict([few]).lower()
+
+
+def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
+    mixed = summary("a", 0.01)
+    worse = with_benchmarks(mixed, b=benchmark(0.0, 0.05), c=benchmark(0.2, 0.05))
+    assert verdict([worse]).endswith(
+        f"It became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; {UNSEEN}."
+    )
+    chance = with_benchmarks(mixed, c=benchmark(0.2, 0.05, q_value=0.06))
+    assert "became worse" not in verdict([chance])  # among many, one such is no finding
+    several = verdict([summary("a", 0.5), worse.model_copy(update={"name": "b"})])
+    assert (
+        "“a” lost 50.0 [48.0, 52.0] points on average over 1 benchmark and became worse at b (90.0 → 65.0 %)" in several
+    )
+    assert "; “b” became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; with 100" in several
+    loss = benchmark(0.2, 0.05) | {"chance_corrected": None}
+    lost = with_benchmarks(summary("a", 0.1), b=benchmark(0.0, 0.05), wiki=loss)
+    assert "on average over 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (0.5, "moved a fifth as far"),
+        (0.235, "moved 0.426 times as far"),
+        (0.13, "moved 0.769 times as far"),
+        (0.115, "moved about as far"),
+        (0.1, "moved about as far"),
+        (1.0, "moved a tenth as far"),
+        (2.4, "moved 1/24 as far"),
+    ],
+)
+def test_moving_less_is_said_only_when_intervals_are_apart(other: float, words: str) -> None:
+    said = verdict([summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)])
+    first, second = ("b", "a") if other > 0.1 else ("a", "b")
+    assert said.startswith(f"“{first}” learned as much as “{second}” and {words} from the base.")
+    alone = verdict([summary("a", 0.05, kl=other, gain=None), summary("b", 0.05, kl=0.1, gain=None)])
+    assert alone.startswith(f"“{first}” {words} from the base as “{second}”.")
+
+
+@pytest.mark.parametrize("other, apart", [(1.5, True), (1.15, False)])
+def test_learning_more_is_said_only_when_intervals_are_apart(other: float, apart: bool) -> None:
+    said = verdict([summary("a", 0.05, gain=1.0), summary("b", 0.05, gain=other)])
+    assert ("“b” learned more than “a” (gain 1.50 against 1.00 nats per token)" in said) == apart
+    assert ("“b” learned as much as “a”" in said) != apart
+
+
+def test_variants_that_did_not_learn_are_not_said_to_have_learned_as_much() -> None:
+    said = verdict([summary("a", 0.05, gain=0.0), summary("b", 0.05, gain=0.02, kl=0.05)])
+    assert said.startswith("“b” is not shown to have learned the target (gain 0.0200 nats per token, “a” 0)")
+    few = [s.model_copy(update={"target_gain": BARE, "probe_kl": BARE}) for s in (summary("a", 0.1), summary("b", 0.1))]
+    said = verdict(few)
+    assert said.startswith("“a” has too few held-out rows to say whether it learned as much as “b” and may have moved")
+
+
+def test_a_model_that_did_not_move_is_compared_by_its_figures() -> None:
+    said = verdict([summary("a", 0.05), summary("b", 0.05, kl=0.0)])
+    assert said.startswith("“b” learned as much as “a” and moved 0 against 0.100 nats per token from the base.")
+
+
+def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_compared_with_the_first() -> None:
+    several = [
+        summary("a", 0.5, kl=0.8), summary("b", 0.01, kl=0.2), summary("c", 0.03, kl=0.2), summary("d", 0.3, gain=0.2),
+    ]  # fmt: skip
+    learned, lost = two_sentences(several)
+    assert learned == (
+        "Of 4 variants, “b” learned as much as “a”, moved a quarter as far from the base and is not distinguishable "
+        "from “c”."
+    )  # d moved least, but learned less
+    assert lost.startswith("“a” lost 50.0 [48.0, 52.0] points on average")
+    assert "; “c” lost 3.00 [1.00, 5.00] points" in lost and "; “d” lost 30.0 [28.0, 32.0] points" in lost
+    assert lost.endswith(f"; no benchmark shows a loss for “b”; {UNSEEN}.")
+    unmeasured = [s.model_copy(update={"target_gain": None, "probe_kl": None}) for s in several]
+    assert two_sentences(unmeasured)[0].startswith("“a” lost 50.0")
+    many = two_sentences([summary(f"v{i}", 0.5) for i in range(6)])[1]
+    assert many.count("lost 50.0 [48.0, 52.0]") == 3 and many.endswith("; benchmarks of 3 more changed.")
+    assert two_sentences([summary(f"v{i}", 0.0) for i in range(3)])[1].startswith(
+        "No benchmark shows a loss for any variant; with 100"
+    )
+
+
+def test_repeats_count_as_one_variant() -> None:
+    repeats = [summary("a seed=0", 0.10, kl=0.2), summary("a seed=1", 0.30, kl=0.3),
+               summary("b seed=0", 0.11, kl=0.1), summary("b seed=1", 0.05, kl=0.22)]  # fmt: skip
+    said = verdict(repeats)
+    assert said.startswith("“b” learned as much as “a” and moved about as far")  # a's 0.19 to 0.31 overlaps with b's
+    assert "“a” lost 20.0 [8.00, 32.0] points" in said and "“b” lost 8.00 [3.00, 13.0] points" in said
+    assert "seed=" not in said.replace(FEW_SEEDS, "") and FEW_SEEDS in said
+
+
+def test_from_five_seeds_on_the_interval_is_over_seeds() -> None:
+    values = [0.06, 0.08, 0.1, 0.12, 0.14]
+    said = verdict([summary(f"a seed={i}", value) for i, value in enumerate(values)])
+    joined = seeds.over_seeds([Figure(**figure(value, 0.02)) for value in values]).figure
+    assert f"It lost {shown(joined.model_dump(), 100)} points" in said and MANY_SEEDS in said
+    assert joined.low is not None and joined.high is not None
+    four = verdict([summary(f"a seed={i}", value) for i, value in enumerate(values[:4])])
+    assert "It lost 9.00 [4.00, 14.0] points" in four  # what every one of the four says
+    mixed = [summary("a seed=0", 0.1), summary("a seed=1", 0.01)]
+    assert "It lost" not in verdict(mixed)  # one of the two does not say so
+
+
+def test_a_benchmark_is_worse_only_where_every_seed_says_so() -> None:
+    sure, unsure = (
+        with_benchmarks(summary(f"a seed={i}", 0.01), c=benchmark(lost, 0.05)) for i, lost in enumerate((0.2, 0.01))
+    )
+    assert "It became worse at c (90.0 → 70.0 %)." in verdict([sure, sure.model_copy(update={"name": "a seed=2"})])
+    assert "became worse" not in verdict([sure, unsure])
+    assert "No benchmark shows a loss in every seed; with 100 documents" in verdict([sure, unsure])
+
+
+def test_the_headline_is_two_sentences_at_most() -> None:
+    cases = [[summary("a", lost)] for lost in (0.05, 0.01, -0.05)]
+    for losses in ({"a": 0.5, "b": 0.1, "c": 0.3}, {"a": 0.1, "b": 0.1}):
+        cases.append([summary(name, lost) for name, lost in losses.items()])
+    for case in cases:
+        said = two_sentences(case)
+        assert len(said) == 2 and remarks(case) == []
+        assert [len(re.findall(r"[.!?](?= [A-Z“]|$)", sentence)) for sentence in said] == [1, 1]
+
+
+def test_where_no_loss_shows_the_power_of_every_unit_is_said() -> None:
+    loss = benchmark(0.0, 0.05) | {"forgetting": figure(0.0, 0.05, "nats/token"), "chance_corrected": None}
+    alone = summary("a", 0.0).model_copy(update={"mean_forgetting": None})
+    assert "losses under 0.1 nats/token may stay" in verdict([with_benchmarks(alone, wiki=loss)])
+    shares = {"b": benchmark(0.0, 0.05), "c": benchmark(0.0, 0.05, 0.2)}
+    assert "losses under 20 points may stay" in verdict([with_benchmarks(alone, **shares)])
+    mixed = with_benchmarks(alone, **shares, wiki=loss | {"num_documents": 50})
+    assert "with 50 to 100 documents each, losses under 20 points or under 0.1 nats/token may stay" in verdict([mixed])
+    still = with_benchmarks(alone, **shares, d=benchmark(0.0, 0.0, None), e=benchmark(0.0, 0.0, 3.5))
+    assert "losses under 100 points or of unknown size at d may stay invisible" in verdict([still])
+
+
+def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
+    one = summary("a", 0.0)
+    four = one.model_copy(update={"benchmarks": {str(i): benchmark(0.0, 0.01) for i in range(4)}})
+    assert detectable_mean(forgotten_of(one)) == pytest.approx(0.2)
+    assert detectable_mean(forgotten_of(four)) == pytest.approx(0.1)
+    unknown = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.1, None)}})
+    assert detectable_mean(forgotten_of(unknown)) == pytest.approx(0.2 * 2.8 / 1.96, rel=1e-3)
+    still = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.0, None)}})
+    assert detectable_mean(forgotten_of(still)) is None  # all documents alike say nothing of the scatter
