@@ -31,6 +31,8 @@ from cfsd.store.tables import read_rows, shards
 from tests.conftest import fetched, write_rows
 from tests.loopback_server import Manners, serving
 
+pytestmark = pytest.mark.processes
+
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=32)
 
 

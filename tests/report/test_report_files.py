@@ -16,6 +16,8 @@ from cfsd.store.artifact import Artifact
 from tests.conftest import ROOT, fetched
 from tests.report.test_report import SELECTED, World
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

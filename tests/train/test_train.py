@@ -37,6 +37,8 @@ from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from cfsd.train.trainer import fit, last_whole_checkpoint
 from tests.conftest import fetched, save_model, write_rows
 
+pytestmark = pytest.mark.processes
+
 MACHINE = Machine(device="cpu", threads=1, checkpoint_steps=1000)
 EPOCHS = 2
 SPEC = TrainSpec(learning_rate=1e-3, epochs=EPOCHS, seed=0)
