@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cfsd.machine import Machine
-from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, WRITER_LOCK, end_with_parent, killed, log_end
+from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, STOPPED_EARLY, WRITER_LOCK, end_with_parent, silent_end
 from cfsd.store.artifact import ERROR, METADATA
 from cfsd.store.digests import write_json
 
@@ -57,10 +57,10 @@ def _run(folder: Path, module: str, processes: int) -> dict[str, Any] | None:
     try:
         elastic_launch(config, sys.executable)("-m", module, str(folder))
     except ChildFailedError as failed:
-        return first_failure(folder, failed.failures, processes)
+        return _first_failure(folder, failed.failures, processes)
     except SignalException:
         _wait_for_ranks()
-        return _first_error(folder) or {"kind": "stopped", "message": "stopped before a step was done; run again"}
+        return _first_error(folder) or {"kind": "stopped", "message": STOPPED_EARLY}
     return None
 
 
@@ -71,7 +71,7 @@ def _wait_for_ranks() -> None:
     psutil.wait_procs(psutil.Process().children(), STOP_SECONDS - SECONDS_TO_ANSWER)
 
 
-def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
+def _first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
     """Return the error of the rank that failed first; the others only lost their peer, or were asked to end.
 
     A rank that was killed writes no error, and the errors of its peers come after its death.
@@ -85,12 +85,9 @@ def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processe
     }
     rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
     if end and (error is None or end.timestamp <= error["time"] + SECONDS_TO_NOTICE):
-        message = (
-            f"ended with code {end.exitcode} and no error message{killed(folder, end.exitcode)}; {log_end(folder)}"
-        )
-        return {"kind": "crash", "message": f"rank {rank} of {processes} {message}"}
+        return {"kind": "crash", "message": f"rank {rank} of {processes} {silent_end(folder, end.exitcode)}"}
     if error is None:
-        return {"kind": "stopped", "message": "the ranks were asked to end before a step was done; run again"}
+        return {"kind": "stopped", "message": STOPPED_EARLY}
     where = f"rank {error['rank']} of {processes}: " if error["kind"] in NAMED else ""
     return {"kind": error["kind"], "message": where + error["message"]}
 
