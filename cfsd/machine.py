@@ -112,7 +112,7 @@ class Machine(BaseModel):
         return max(1, cores // processes)
 
     def settle(self, processes: int = 1) -> None:
-        """Make torch use this machine's threads. Called once by whatever is about to compute."""
+        """Make torch use this machine's threads; called once before a computation."""
         _torch().set_num_threads(self.resolved_threads(processes))
 
     def environment(self, stage: str) -> dict[str, JsonValue]:

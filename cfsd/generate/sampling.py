@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
-    """After the end of a text `between` is inserted and the row goes on, at most `more` times."""
+    """After the end of a text `between` is inserted and the row continues, at most `more` times."""
 
     more: int = 0
     between: Sequence[int] = ()
@@ -215,7 +215,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     )  # fmt: skip
     writer: Any = model
     own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
-    writer.generation_config = plain  # whatever `plain` leaves open is filled from here: penalties, truncation
+    writer.generation_config = plain  # generate fills from here what it is not given: penalties, truncation
     try:
         processors = LogitsProcessorList([OneChoice()])
         writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)

@@ -123,10 +123,23 @@ def read_answer(body: Any) -> Answer:
     try:
         choice, usage = body["choices"][0], body.get("usage") or {}
         listed = choice.get("logprobs") or {}
-        content = listed.get("content")
-        tokens = _of_content(content) if content is not None else _of_lists(listed, choice.get("token_ids"))
+        if (content := listed.get("content")) is not None:  # llama.cpp's server: an object for each token
+            ids, pieces, logprobs = ([token[name] for token in content] for name in ("id", "token", "logprob"))
+            tops = [{top["id"]: top["logprob"] for top in token.get("top_logprobs") or []} for token in content]
+        else:
+            ids, pieces = choice.get("token_ids"), listed.get("tokens") or []
+            if ids is None and pieces and all(TOKEN_ID.fullmatch(piece) for piece in pieces):
+                ids = [int(piece.removeprefix("token_id:")) for piece in pieces]
+            logprobs = listed.get("token_logprobs") or []
+            tops = [
+                {int(match[1]): logprob for name, logprob in (top or {}).items() if (match := TOKEN_ID.fullmatch(name))}
+                for top in listed.get("top_logprobs") or []
+            ]
         return Answer(
-            *tokens,
+            ids,
+            pieces,
+            logprobs,
+            tops,
             text=choice["text"],
             stopped=choice.get("finish_reason") == "stop",
             counted=usage.get("completion_tokens"),
@@ -138,28 +151,6 @@ def read_answer(body: Any) -> Answer:
             f"the server's answer is not one of a completions endpoint ({type(error).__name__}: {error}); "
             "give the base URL of an OpenAI-compatible server, such as http://host:8000/v1"
         ) from error
-
-
-_Tokens = tuple[list[int] | None, list[str], list[float | None], list[dict[int, float]]]
-
-
-def _of_content(content: list[dict[str, Any]]) -> _Tokens:
-    """llama.cpp's server: an object for each token."""
-    tops = [{int(top["id"]): float(top["logprob"]) for top in token.get("top_logprobs") or []} for token in content]
-    return [int(t["id"]) for t in content], [t["token"] for t in content], [t["logprob"] for t in content], tops
-
-
-def _of_lists(listed: dict[str, Any], ids: list[int] | None) -> _Tokens:
-    pieces, logprobs = listed.get("tokens") or [], listed.get("token_logprobs") or []
-    if ids is None and pieces and all(TOKEN_ID.fullmatch(piece) for piece in pieces):
-        ids = [int(piece.removeprefix("token_id:")) for piece in pieces]
-    tops = [_by_id(top or {}) for top in listed.get("top_logprobs") or []]
-    return ids, pieces, logprobs, tops
-
-
-def _by_id(top: dict[str, float]) -> dict[int, float]:
-    named = {TOKEN_ID.fullmatch(name): logprob for name, logprob in top.items()}
-    return {int(match[1]): logprob for match, logprob in named.items() if match}
 
 
 class Pieces:

@@ -75,24 +75,6 @@ async def _served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
         return await find_out(client, prompt, wanted)
 
 
-class _Row:
-    """A row that is being written."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.prompt_length = len(prompt)
-        self.ids = list(prompt)
-        self.logprobs: list[float | None] = [None] * self.prompt_length
-        self.tops: list[dict[int, float]] = []
-
-    def add(self, ids: Sequence[int], answer: Answer) -> None:
-        self.ids += ids
-        self.logprobs += answer.logprobs[: len(ids)]
-        self.tops += answer.tops[: len(ids)]
-
-    def sample(self, finish_reason: str, k: int) -> Sample:
-        return Sample(self.ids, self.logprobs, finish_reason, top_of(self.prompt_length, self.tops, k) if k else None)
-
-
 class _Sampler:
     """Writes one row after the other over one connection."""
 
@@ -102,21 +84,26 @@ class _Sampler:
         self.special = special_tokens(self.tokenizer)
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
-        """Return row `number`, or why it must go."""
-        row, part = _Row(prompt), 0
-        while room := self.spec.length - (len(row.ids) - row.prompt_length):
+        """Return row `number`, or why it must be dropped."""
+        row, tops, part = Sample(list(prompt), [None] * len(prompt), "length"), list[dict[int, float]](), 0
+        until = len(prompt) + self.spec.length
+        while room := until - len(row.token_ids):
+            lacking = max(0, self.spec.min_length - self.spec.length + room)
             seed = self._seed(number, part)
-            lacking = max(0, self.spec.min_length - (len(row.ids) - row.prompt_length))
-            body = request(self.served, self.wanted, row.ids, max_tokens=room, seed=seed, min_tokens=lacking)
+            body = request(self.served, self.wanted, row.token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body)
-            check_prompt(answer, row.ids, self.client.base_url)
-            tokens = tokens_of(answer, self.pieces, row.ids, self.eos_ids)
+            check_prompt(answer, row.token_ids, self.client.base_url)
+            tokens = tokens_of(answer, self.pieces, row.token_ids, self.eos_ids)
             if isinstance(tokens, str):
                 return tokens
             end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
-            row.add(tokens[: min(end + 1, room)], answer)
+            count = min(end + 1, room)
+            row.token_ids.extend(tokens[:count])
+            row.logprobs.extend(answer.logprobs[:count])
+            tops += answer.tops[:count]
             if end < min(len(tokens), room):
-                return row.sample("eos", self.spec.top_logprobs)
+                row = row._replace(finish_reason="eos")
+                break
             if len(tokens) < room:
                 if not answer.stopped:
                     raise BadInput(
@@ -125,15 +112,16 @@ class _Sampler:
                         "-c or --n_ctx)"
                     )
                 if not (self.served.prompts == "ids" and tokens and tokens[-1] in self.special):
-                    return await self._with_end(row, answer, number)
+                    return await self._with_end(row, len(prompt), answer, number)
             part += 1  # the server stopped at a token that ends nothing here: go on from it
-        return row.sample("length", self.spec.top_logprobs)
+        k = self.spec.top_logprobs
+        return row._replace(top=top_of(len(prompt), tops, k) if k else None)
 
     def _seed(self, number: int, part: object) -> int:
         words = f"{self.wanted.stream} {seed_of(self.spec)} {number} {part}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
 
-    async def _with_end(self, row: _Row, answer: Answer, number: int) -> Sample | str:
+    async def _with_end(self, row: Sample, prompt_length: int, answer: Answer, number: int) -> Sample | str:
         """Return the row with the end that the server did not list, its log-probability taken from an echo.
 
         Where the server stops at several tokens, one of them is sampled by their probabilities.
@@ -144,7 +132,7 @@ class _Sampler:
             raise BadInput("the server does not list the token that ends a text: set generate.top_logprobs to 0")
         logprobs = {}
         for stop in self.served.stops or self.eos_ids:
-            logprob = await self._end_logprob(row, answer, stop)
+            logprob = await self._end_logprob(row, prompt_length, answer, stop)
             if isinstance(logprob, str):
                 return logprob
             logprobs[stop] = logprob
@@ -153,14 +141,12 @@ class _Sampler:
         stop = random.Random(self._seed(number, "end")).choices(list(logprobs), weights)[0]
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
-        row.ids.append(stop)
-        row.logprobs.append(logprobs[stop])
-        return row.sample("eos", 0)
+        return Sample([*row.token_ids, stop], [*row.logprobs, logprobs[stop]], "eos")
 
-    async def _end_logprob(self, row: _Row, answer: Answer, stop: int) -> float | str:
-        body = request(self.served, self.wanted, [*row.ids, stop], max_tokens=1, seed=0) | {"echo": True}
+    async def _end_logprob(self, row: Sample, prompt_length: int, answer: Answer, stop: int) -> float | str:
+        body = request(self.served, self.wanted, [*row.token_ids, stop], max_tokens=1, seed=0) | {"echo": True}
         if self.served.prompts == "text":  # the text as the server wrote it
-            before, after = (text_of(self.tokenizer, ids) for ids in (row.ids[: row.prompt_length], [stop]))
+            before, after = (text_of(self.tokenizer, ids) for ids in (row.token_ids[:prompt_length], [stop]))
             body["prompt"] = before + answer.text + after
         try:
             echo = await self.client.complete(body)
@@ -169,4 +155,4 @@ class _Sampler:
                 "the server neither lists the token that ends a text nor echoes a prompt with log-probabilities, so "
                 f"the probability of the end is unknown; use vLLM or llama-server ({error})"
             ) from error
-        return end_logprob(echo, answer, row.prompt_length)
+        return end_logprob(echo, answer, prompt_length)
