@@ -7,6 +7,7 @@ writes its error into DRAFT/.ranks; the first of these errors becomes error.json
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -78,14 +79,11 @@ def _first_failure(folder: Path, failures: Mapping[int, ProcessFailure], process
     """
     error = _first_error(folder)
     written = {int(path.stem) for path in (folder / RANKS).glob("*.json")}
-    silent = {
-        rank: failure
-        for rank, failure in failures.items()
-        if rank not in written and failure.exitcode not in (0, -signal.SIGTERM)
-    }
-    rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
-    if end and (error is None or end.timestamp <= error["time"] + SECONDS_TO_NOTICE):
-        return {"kind": "crash", "message": f"rank {rank} of {processes} {silent_end(folder, end.exitcode)}"}
+    silent = {rank: failure for rank, failure in failures.items() if rank not in written}
+    ended = [(f.timestamp, rank, f.exitcode) for rank, f in silent.items() if f.exitcode not in (0, -signal.SIGTERM)]
+    end, rank, code = min(ended, default=(math.inf, 0, 0))
+    if ended and (error is None or end <= error["time"] + SECONDS_TO_NOTICE):
+        return {"kind": "crash", "message": f"rank {rank} of {processes} {silent_end(folder, code)}"}
     if error is None:
         return {"kind": "stopped", "message": STOPPED_EARLY}
     where = f"rank {error['rank']} of {processes}: " if error["kind"] in NAMED else ""

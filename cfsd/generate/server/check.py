@@ -97,11 +97,11 @@ def _differences(model: PreTrainedModel, rows: list[Sample], base_url: str) -> N
     sampled_N1 = torch.tensor([token for row in rows for token in row.token_ids[1:]])[:, None]
     reported = np.array([logprob for row in rows for logprob in row.logprobs[1:]])
 
-    def difference(temperature: float) -> NDArray[Any]:
+    def difference(temperature: float) -> Any:
         own_N1 = (logits_NV / temperature).log_softmax(-1).gather(1, sampled_N1)
         return reported - own_N1[:, 0].double().numpy()
 
-    differences = difference(1.0)
+    differences: NDArray[Any] = difference(1.0)
     if (mean := np.abs(differences).mean()) <= TOLERANCE:
         return differences
     problem = (

@@ -195,7 +195,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def tokens_of(answer: Answer, pieces: Pieces | None, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int] | str:
-    """Return the completion's token ids, or why the row must go. An end that is counted but not listed is no reason."""
+    """Return the token ids of the completion, or why the row must be dropped; its end may be counted but not listed."""
     if any(logprob is None for logprob in answer.logprobs):
         return "a log-probability is missing"
     listed = len(answer.logprobs)
