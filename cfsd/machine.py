@@ -145,8 +145,7 @@ def server_url(value: str) -> str:
             f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
             f"environment variable {KEY_VARIABLE}"
         )
-    plain = value.rstrip("/")
-    return plain if plain.endswith("/v1") else f"{plain}/v1"
+    return value.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 def _torch() -> Any:

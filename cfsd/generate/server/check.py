@@ -26,7 +26,7 @@ SIGNIFICANCE = 1e-4  # seeds are fixed, so a false alarm would come back each ti
 # Mean |difference| of log-probabilities, nats. A float32 server is 1e-5 away; llama.cpp's 4-bit SmolLM2-135M, which
 # rounds activations to 8 bits, 0.07 from the same weights dequantised; other weights or another temperature over 0.3.
 TOLERANCE = 0.15
-TEMPERATURES = np.round(np.arange(0.1, 2.05, 0.05), 2)
+TEMPERATURES = [round(0.05 * step, 2) for step in range(2, 41)]
 
 
 @torch.inference_mode()
@@ -49,10 +49,10 @@ def check_server(wanted: ServerSampling, model: PreTrainedModel, start: int) -> 
     dropped = [row for row in texts if isinstance(row, str)]
     if len(rows) < ROWS // 2:
         raise BadInput(
-            f"of {len(texts)} rows of the server {wanted.base_url} only {len(rows)} could be used (the "
+            f"of {len(texts)} rows of the server {wanted.machine.base_url} only {len(rows)} could be used (the "
             f"first: {dropped[0]}); use a server that gives token ids (vLLM, SGLang, llama-server)"
         )
-    differences = _differences(model, rows, wanted.base_url)
+    differences = _differences(model, rows, wanted)
     first = _FirstTokens(
         model(torch.tensor([[start]], device=model.device)).logits[0, -1].float().cpu(),
         sampled(range(FIRST_TOKENS), 1),
@@ -90,7 +90,7 @@ class _FirstTokens(NamedTuple):
         return np.append(np.delete(counts_V, self.vague), counts_V[self.vague].sum())
 
 
-def _differences(model: PreTrainedModel, rows: list[Sample], base_url: str) -> NDArray[Any]:
+def _differences(model: PreTrainedModel, rows: list[Sample], wanted: ServerSampling) -> NDArray[Any]:
     """Return reported minus own log-probability of each sampled token. Raises BadInput if they are not the model's."""
     batches = [torch.tensor([row.token_ids], device=model.device) for row in rows]
     logits_NV = torch.cat([model(ids_1T, use_cache=False).logits[0, :-1].float().cpu() for ids_1T in batches])
@@ -105,7 +105,7 @@ def _differences(model: PreTrainedModel, rows: list[Sample], base_url: str) -> N
     if (mean := np.abs(differences).mean()) <= TOLERANCE:
         return differences
     problem = (
-        f"the log-probabilities that the server {base_url} reports are not those of the recipe's model: "
+        f"the log-probabilities that the server {wanted.machine.base_url} reports are not those of the recipe's model: "
         f"{mean:.3f} nats apart on average over {len(reported)} tokens, {TOLERANCE} is allowed"
     )
     for temperature in TEMPERATURES:
@@ -121,13 +121,9 @@ def _other_distribution(first: _FirstTokens, wanted: ServerSampling, p: float) -
     """Return the message for first tokens that do not follow the spec, with a guess why if one explains them."""
     logits_V, logprobs_V = first.logits_V, first.logits_V.log_softmax(-1)
     tokens = [row.token_ids[1] for row in first.rows if isinstance(row, Sample)]
-    likelihoods = [(logits_V / t).log_softmax(-1)[tokens].sum().item() for t in TEMPERATURES]
-    temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
     largest_rank = int(logits_V.argsort(descending=True).argsort()[tokens].max()) + 1
-    guesses: dict[str, dict[str, Any]] = {
-        f"temperature={temperature}": {"temperature": temperature},
-        f"top_k={largest_rank} or another cut of the tail": {"top_k": largest_rank},
-    }
+    guesses: dict[str, dict[str, Any]] = {f"temperature={t}": {"temperature": t} for t in TEMPERATURES}
+    guesses[f"top_k={largest_rank} or another cut of the tail"] = {"top_k": largest_rank}
     fits = {
         name: first.p_value(wanted.spec.model_copy(update=change), wanted.eos_ids) for name, change in guesses.items()
     }
@@ -135,7 +131,7 @@ def _other_distribution(first: _FirstTokens, wanted: ServerSampling, p: float) -
     mean, own = logprobs_V[tokens].mean().item(), (logprobs_V.exp() * logprobs_V).sum().item()
     guess = f"They look like {best}. " if fits[best] > SIGNIFICANCE else ""
     return (
-        f"the first tokens of the server {wanted.base_url} do not follow the recipe's distribution "
+        f"the first tokens of the server {wanted.machine.base_url} do not follow the recipe's distribution "
         f"(chi-square over {len(first.rows)}: p = {p:.1e}): their mean log-probability under the recipe's model is "
         f"{mean:.2f} nats, the model's own {own:.2f}. {guess}Serve the recipe's base unchanged, and start the server "
         "without sampling defaults (vLLM: --generation-config vllm), penalties, biases or grammars"

@@ -11,7 +11,7 @@ import httpx
 
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.server.protocol import Answer, read_answer
-from cfsd.machine import KEY_VARIABLE
+from cfsd.machine import KEY_VARIABLE, Machine
 
 TOO_MANY, BROKEN = 429, 500
 ATTEMPTS = 7
@@ -38,15 +38,15 @@ class Client:
     A pool of 16 connections looks at all of them at every request, which doubled the time of short requests.
     """
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, machine: Machine) -> None:
         """Prepare; nothing is sent yet."""
-        self.base_url = base_url
+        self.base_url = machine.base_url or ""
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
         self.http = httpx.AsyncClient(
-            base_url=base_url,
+            base_url=self.base_url,
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             timeout=SECONDS,
-            verify=_certificates() if base_url.startswith("https:") else False,
+            verify=_certificates() if self.base_url.startswith("https:") else False,
             trust_env=False,
         )
 

@@ -57,11 +57,6 @@ class ServerSampling(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stream: str = ""  # rows of the same number in two streams have different seeds
 
-    @property
-    def base_url(self) -> str:
-        """Return where the server is."""
-        return self.machine.base_url or ""
-
 
 class Served(NamedTuple):
     """What is known of a server: its kind, its model, how it takes prompts and names tokens."""

@@ -50,7 +50,7 @@ async def _sample(
     waiting, samples = iter(zip(prompts, rows, strict=True)), dict[int, Sample | str]()
 
     async def work() -> None:
-        async with aclosing(Client(wanted.base_url)) as client:
+        async with aclosing(Client(wanted.machine)) as client:
             sampler = _Sampler(client, served, wanted, pieces)
             for prompt, row in waiting:
                 samples[row] = await sampler.sample(prompt, row)
@@ -71,7 +71,7 @@ def served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
 
 
 async def _served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
-    async with aclosing(Client(wanted.base_url)) as client:
+    async with aclosing(Client(wanted.machine)) as client:
         return await find_out(client, prompt, wanted)
 
 
