@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from cfsd.errors import BadInput
 from cfsd.stages import SAMPLING, TRAIN
@@ -25,7 +25,7 @@ def home() -> Path:
 class Machine(BaseModel):
     """Device, threads and batch shapes. Recorded with every artifact, never part of its key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)  # a URL may hold a password
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where tensors live; auto takes CUDA if there is one"
@@ -59,13 +59,16 @@ class Machine(BaseModel):
     )
     checkpoint_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints: what a kill can cost")
 
+    @field_validator("base_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        return None if value is None else server_url(value)
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if (self.engine == "server") != (self.base_url is not None):
             lacking = "needs base_url" if self.engine == "server" else "takes no base_url; set engine=server"
             raise ValueError(f"engine {self.engine} {lacking}")
-        if self.base_url is not None:
-            server_url(self.base_url)
         return self
 
     def resolved_device(self) -> str:
@@ -109,7 +112,7 @@ class Machine(BaseModel):
         return max(1, cores // processes)
 
     def settle(self, processes: int = 1) -> None:
-        """Make torch use this machine's threads. Called once by whatever is about to compute."""
+        """Make torch use this machine's threads; called once before a computation."""
         _torch().set_num_threads(self.resolved_threads(processes))
 
     def environment(self, stage: str) -> dict[str, JsonValue]:
@@ -142,8 +145,7 @@ def server_url(value: str) -> str:
             f"base_url {where} must be like http://host:8000/v1, without user or query; a key belongs into the "
             f"environment variable {KEY_VARIABLE}"
         )
-    plain = value.rstrip("/")
-    return plain if plain.endswith("/v1") else f"{plain}/v1"
+    return value.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 def _torch() -> Any:

@@ -40,7 +40,7 @@ def check_file(path: Path, what: str, setting: str, needed: str, allowed: Sequen
 def file_records(path: Path, what: str, column: str | None = None) -> Iterator[Record]:
     """Yield the records of a file in order; a `column` that the file has may come without the others.
 
-    A `.json` file that is one list is held whole, anything else is read as it is needed.
+    A `.txt` file is one record, its text in `column`. It is held whole, as is a `.json` file that is one list.
     Raises BadInput naming `what`, the file and the place when it is not what its suffix says.
     """
     try:
@@ -84,7 +84,11 @@ def _parquet(path: Path, column: str | None) -> Iterator[Any]:
         yield from batch.to_pylist()
 
 
-READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+def _text(path: Path, column: str | None) -> Iterator[Any]:
+    yield {column: path.read_text(encoding="utf-8-sig")}
+
+
+READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
 
 
 def hub_records(

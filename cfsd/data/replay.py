@@ -67,37 +67,29 @@ def documents(replay: Replay) -> Iterator[str]:
 
     Raises BadInput naming the file, or the columns where the wanted one is missing.
     """
-    return (text for text in _texts(replay) if text.strip())
+    for place, record in _records(replay):
+        if replay.column not in record:
+            raise BadInput(
+                f"replay {place!r} has no column {replay.column!r}; its columns are {', '.join(map(repr, record))}; "
+                "set generate.replay.column"
+            )
+        text = record[replay.column]
+        if not isinstance(text, str | None):
+            raise BadInput(f"column {replay.column!r} of replay {place!r} holds {text!r:.60}, not a text")
+        if text and text.strip():
+            yield text
 
 
-def _texts(replay: Replay) -> Iterator[str]:
+def _records(replay: Replay) -> Iterator[tuple[str, Record]]:
+    """Yield each record and where it comes from."""
     if replay.kind == "hub":
-        records = hub_records(
-            replay.name or "", replay.revision or "", replay.split, replay.subset, column=replay.column
-        )
-        yield from (_text(record, replay, replay.name or "") for record in records)
+        name, revision = replay.name or "", replay.revision or ""
+        for record in hub_records(name, revision, replay.split, replay.subset, replay.column):
+            yield name, record
         return
     for path in _files(replay).values():
-        if path.suffix == ".txt":
-            try:
-                yield path.read_text(encoding="utf-8-sig")
-            except (OSError, ValueError) as error:
-                raise BadInput(f"replay {str(path)!r} could not be read as text in UTF-8: {error}") from error
-        else:
-            records = file_records(path, "replay", replay.column)
-            yield from (_text(record, replay, str(path)) for record in records)
-
-
-def _text(record: Record, replay: Replay, place: str) -> str:
-    if replay.column not in record:
-        raise BadInput(
-            f"replay {place!r} has no column {replay.column!r}; its columns are {', '.join(map(repr, record))}; "
-            "set generate.replay.column"
-        )
-    text = record[replay.column]
-    if not isinstance(text, str | None):
-        raise BadInput(f"column {replay.column!r} of replay {place!r} holds {text!r:.60}, not a text")
-    return text or ""
+        for record in file_records(path, "replay", replay.column):
+            yield str(path), record
 
 
 def _files(replay: Replay) -> dict[str, Path]:

@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
         target = target.model_copy(update={"max_length": context})
 
     dropped: Counter[str] = Counter()
-    usable = list(_unique(_rows(target, tokens, dropped), dropped))
+    usable = list(_rows(target, tokens, dropped))
     _check_number(target, len(usable), dropped)
     random.Random(f"split {target.seed}").shuffle(usable)
     held_out = len(usable) if target.measure_only else target.held_out
@@ -61,26 +62,18 @@ def _check_number(target: Target, usable: int, dropped: Counter[str]) -> None:
 
 
 def _rows(target: Target, tokens: Tokenization, dropped: Counter[str]) -> Iterator[Row]:
-    for index, record in enumerate(records_of(target)):
-        if target.rows is not None and index >= target.rows:
-            return
+    seen: set[tuple[int, ...]] = set()
+    for record in islice(records_of(target), target.rows):
         row = _chat_row(target, record, tokens.tokenizer) if target.messages else _pair_row(target, record, tokens)
         if not any(row.supervised):
             dropped["with an empty response"] += 1
         elif len(row.token_ids) > target.max_length:
             dropped[f"longer than max_length={target.max_length}"] += 1
-        else:
-            yield row
-
-
-def _unique(rows: Iterable[Row], dropped: Counter[str]) -> Iterator[Row]:
-    seen: set[tuple[int, ...]] = set()
-    for row in rows:
-        if (tokens := tuple(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
+        elif (token_ids := tuple(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
             dropped["seen before"] += 1
-            continue
-        seen.add(tokens)
-        yield row
+        else:
+            seen.add(token_ids)
+            yield row
 
 
 def _pair_row(target: Target, record: Record, tokens: Tokenization) -> Row:

@@ -24,27 +24,23 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity, self.used = capacity, 0
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory; on CPU its pages count only once they are written."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows, heads, _, _ = key_states.shape
-        self.all_keys = key_states.new_empty(rows, heads, self.capacity, key_states.shape[-1])
-        self.all_values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
-        self.is_initialized = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new tokens and return views of all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if not self.is_initialized:  # takes the memory; on CPU its pages count only once they are written
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.all_keys, self.all_values = (
+                states.new_empty(*states.shape[:2], self.capacity, states.shape[-1])
+                for states in (key_states, value_states)
+            )
+            self.is_initialized = True
         before, self.used = self.used, self.used + key_states.shape[-2]
         self.all_keys[:, :, before : self.used] = key_states
         self.all_values[:, :, before : self.used] = value_states
         return self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
-        self.keys, self.values = keys, values
-        return keys, values
+        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
+        return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices`, ascending, moved together within the same memory."""

@@ -17,7 +17,7 @@ BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer, which needs 150 bytes a
 def replay_rows(replay: Replay, base: Tokenization, *, rows: int, length: int, seed: int) -> Iterator[list[int]]:
     """Yield `rows` rows: the base's start token and at most `length` tokens, an eos id where a document ends.
 
-    Documents come in a seeded order, whatever the number of rows: more rows begin with the same ones. A document's
+    Documents come in a seeded order that does not depend on `rows`: more rows begin with the same ones. A document's
     rows follow each other; one longer than PASSAGE_CHARACTERS x `length` takes part as several passages, cut at the
     ends of lines, so that a book is not a corpus of its own. An eos id within the text ends the document there; a
     start token in front of the text is not doubled.

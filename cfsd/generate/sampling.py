@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
-    """After the end of a text `between` is inserted and the row goes on, at most `more` times."""
+    """After the end of a text `between` is inserted and the row continues, at most `more` times."""
 
     more: int = 0
     between: Sequence[int] = ()
@@ -54,7 +54,7 @@ def sample(
     rows: Rows,
     spec: GenerateSpec,
     *,
-    where: str = "",
+    where: str = "the batch",
     on_step: Callable[[int], object] = lambda step: None,
 ) -> list[Sample]:
     """Return the rows: each its prompt, then `spec.length` tokens or up to an end.
@@ -66,8 +66,7 @@ def sample(
     Raises NotFinite naming `where` when the model gives NaN.
     """
     numbers = np.stack([uniforms(seed_of(spec), rows.stream, row, spec.length) for row in rows.ids])
-    batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec)
-    batch.where = where or "the batch"
+    batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec, where)
     cache = preallocated(model, batch.capacity)
     with packed_head(model, len(rows.ids)):
         if cache is None:
@@ -101,11 +100,9 @@ class Batch:
     tokens, logprobs: B x capacity; `at` is the position that is written next, the same in all rows.
     """
 
-    where = "the batch"  # its name in errors
-
-    def __init__(self, rows: Rows, uniform_BT: Tensor, spec: GenerateSpec) -> None:
-        """Lay out the prompts on the device of the random numbers."""
-        self.spec, self.turns, self.eos_ids = spec, rows.turns, list(rows.eos_ids)
+    def __init__(self, rows: Rows, uniform_BT: Tensor, spec: GenerateSpec, where: str) -> None:
+        """Lay out the prompts on the device of the random numbers; errors name `where`."""
+        self.spec, self.where, self.turns, self.eos_ids = spec, where, rows.turns, list(rows.eos_ids)
         self.uniform, device = uniform_BT, uniform_BT.device
         lengths = [len(prompt) for prompt in rows.prompts]
         self.capacity, self.common, self.at = max(lengths) + spec.length, min(lengths), min(lengths)
@@ -115,8 +112,13 @@ class Batch:
             tokens[row, : len(prompt)] = prompt
         self.tokens = torch.from_numpy(tokens).to(device)
         self.prompt_length = torch.tensor(lengths, device=device)
-        self.logprobs = torch.full((count, self.capacity), float("nan"), device=device)
-        self.top = self._room_for_top(count, device)
+        top_shape, nan = (count, self.capacity, spec.top_logprobs), float("nan")
+        self.logprobs = torch.full(top_shape[:2], nan, device=device)
+        self.top = Top(
+            torch.zeros(top_shape, dtype=torch.int32, device=device),
+            torch.full(top_shape, nan, device=device),
+            torch.full(top_shape[:2], nan, device=device),
+        )
         self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         self.by_end = torch.zeros_like(self.ended)  # whether an end token was the reason
         self.length = torch.full((count,), self.capacity, device=device)  # tokens of the row, once it has ended
@@ -125,14 +127,6 @@ class Batch:
         self.inserting = torch.full((count,), -1, device=device)  # place in turns.between; -1: the row is sampled
         self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
-
-    def _room_for_top(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
-        if not (count := self.spec.top_logprobs):
-            return None
-        shape = (rows, self.capacity, count)
-        ids = torch.zeros(shape, dtype=torch.int32, device=device)
-        nan = torch.full(shape, float("nan"), device=device)
-        return ids, nan, torch.full(shape[:2], float("nan"), device=device)
 
     def take(self, distribution: Distribution) -> Tensor:
         """Write and return the next token of every living row: its prompt's while that lasts, else a sampled one.
@@ -157,15 +151,15 @@ class Batch:
     def _write(self, distribution: Distribution, token_B: Tensor, sampled_B: Tensor) -> None:
         alive, at = self.alive, self.at
         self.tokens[alive, at] = token_B
-        chosen_B = distribution.logprobs(token_B[:, None])[:, 0].float()
-        self.logprobs[alive, at] = chosen_B.masked_fill(~sampled_B, float("nan"))
-        if self.top is None:
+        logprob_B = distribution.logprobs(token_B[:, None])[:, 0].float()
+        self.logprobs[alive, at] = logprob_B.masked_fill(~sampled_B, float("nan"))
+        if not self.spec.top_logprobs:
             return
         ids_BK, logprobs_BK, rest_B = likeliest(distribution, self.spec.top_logprobs)
-        ids, logprobs, rest = self.top
-        ids[alive, at, : ids_BK.shape[1]] = ids_BK.int()
-        logprobs[alive, at, : ids_BK.shape[1]] = logprobs_BK.float().masked_fill(~sampled_B[:, None], float("nan"))
-        rest[alive, at] = rest_B.float().masked_fill(~sampled_B, float("nan"))
+        width = ids_BK.shape[1]
+        self.top.ids[alive, at, :width] = ids_BK.int()
+        self.top.logprobs[alive, at, :width] = logprobs_BK.float().masked_fill(~sampled_B[:, None], float("nan"))
+        self.top.rest[alive, at] = rest_B.float().masked_fill(~sampled_B, float("nan"))
 
     def _turn(self, token_B: Tensor, sampled_B: Tensor, after_B: Tensor) -> None:
         """End rows, or begin and continue what is inserted after an end."""
@@ -189,7 +183,7 @@ class Batch:
         """Return the rows as they were written."""
         lengths, by_end = self.length.tolist(), self.by_end.tolist()
         tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
-        top = [part.cpu().numpy() for part in self.top] if self.top else None
+        top = [part.cpu().numpy() for part in self.top] if self.spec.top_logprobs else []
         samples = []
         for row, length in enumerate(lengths):
             known = [None if math.isnan(value) else value for value in logprobs[row, :length].tolist()]
@@ -221,7 +215,7 @@ def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
     )  # fmt: skip
     writer: Any = model
     own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
-    writer.generation_config = plain  # whatever `plain` leaves open is filled from here: penalties, truncation
+    writer.generation_config = plain  # generate fills from here what it is not given: penalties, truncation
     try:
         processors = LogitsProcessorList([OneChoice()])
         writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)

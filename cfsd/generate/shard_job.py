@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
-from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.artifact import Artifact
 from cfsd.store.tables import shard_path
 
 SPAN = b"rows"  # in a shard's Parquet metadata: which rows it was asked for
@@ -44,11 +43,6 @@ class ShardJob(BaseModel):
     target: Artifact | None
     spec: GenerateSpec
     machine: Machine
-
-    @classmethod
-    def of(cls, draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> Self:
-        """Return the job of filling `draft`."""
-        return cls(home=draft.store.home, folder=draft.folder, base=base, target=target, spec=spec, machine=machine)
 
 
 Look = Callable[[float], object]  # called while shards are made, with the number of rows that are under way

@@ -13,7 +13,7 @@ from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
 from cfsd.errors import OutOfMemory
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.check import check_server
-from cfsd.generate.server.protocol import Connection, ServerSampling
+from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
 from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
@@ -38,32 +38,26 @@ def check_engine(job: ShardJob) -> dict[str, JsonValue]:
         return {}
     base = tokenization_of(job)
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
-    metadata = check_server(_server(job, base.eos_ids), model, base.start)
+    metadata = check_server(ServerSampling(job.machine, job.spec, base.eos_ids, base.tokenizer), model, base.start)
     return metadata | ({} if metadata["ids"] == "exact" else {"approximate": "ids reconstructed"})
 
 
-def _server(job: ShardJob, eos_ids: Sequence[int], stream: str = "") -> ServerSampling:
-    machine = job.machine
-    connection = Connection(base_url=machine.base_url or "", model=machine.served_model, in_flight=machine.in_flight)
-    return ServerSampling(connection, job.spec, eos_ids, tokenization_of(job).tokenizer, stream)
-
-
 def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: None) -> None:
-    """Write one shard. Raises NotFinite naming it, OutOfMemory, BadInput, or ConnectionError for a dead server."""
-    rows, notes = rows_of(job, shard), {SPAN: shard.span()}
+    """Write one shard. Raises NotFinite naming it, OutOfMemory, BadInput, or ServerGone."""
+    rows, notes, tokenizer = rows_of(job, shard), {SPAN: shard.span()}, tokenization_of(job).tokenizer
     samples: Sequence[Sample | str]
     if job.machine.engine == "torch" or not SOURCES[shard.source].is_sampled:
         job.machine.settle(job.machine.resolved_processes())
         samples, parts = _within_memory(job, shard, rows, look)
         notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
     else:
-        server = _server(job, rows.eos_ids, rows.stream)
-        samples = sample_from_server(server, rows.prompts, rows.ids, on_done=look)
+        wanted = ServerSampling(job.machine, job.spec, rows.eos_ids, tokenizer, rows.stream)
+        samples = sample_from_server(wanted, rows.prompts, rows.ids, on_done=look)
     usable = {row: s for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
     if dropped := Counter(s for s in samples if isinstance(s, str)):
         notes[DROPPED] = json.dumps(dropped).encode()
     vocabulary: Any = job.base.metadata.get("vocabulary", 1 << 31)
-    schema, tokenizer = corpus_schema(job.spec.top_logprobs, vocabulary), tokenization_of(job).tokenizer
+    schema = corpus_schema(job.spec.top_logprobs, vocabulary)
     same = {"shard": shard.index, "seed": seed_of(job.spec)}
     table = corpus_table(usable, tokenizer, schema, source=shard.source, **same)
     write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))

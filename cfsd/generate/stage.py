@@ -28,7 +28,7 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.journal import Journal
 from cfsd.store.tables import shard_path, write_shard
 
-ATTEMPTS = 3  # waves of lost shards before giving up
+ATTEMPTS = 3  # at lost shards, before giving up
 
 
 def generate(
@@ -39,13 +39,12 @@ def generate(
     machine: Machine,
     sampler: Sampler | None = None,
 ) -> None:
-    """Write the `corpus` table shard by shard; finished shards are kept whatever happens.
+    """Write the `corpus` table shard by shard; finished shards are kept after any error.
 
     `target` is needed by source contextual only. `sampler` works on shards elsewhere than on this machine; those
     that it loses are asked for again.
     """
-    job = ShardJob.of(draft, base, target, spec, machine)
-    draft.metadata |= check_engine(job)
+    job = _job(draft, base, target, spec, machine)
     for position, source in enumerate(spec.sources()):
         tokens = spec.fractions[source] * spec.rows * spec.length if spec.fractions else None
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
@@ -55,10 +54,15 @@ def generate(
 
 def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:
     """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
-    job = ShardJob.of(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
-    draft.metadata |= check_engine(job)
+    job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     sample_source(job, "probe", 0, None, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
+
+
+def _job(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> ShardJob:
+    job = ShardJob(home=draft.store.home, folder=draft.folder, base=base, target=target, spec=spec, machine=machine)
+    draft.metadata |= check_engine(job)
+    return job
 
 
 def shards_of(source: str, first_index: int, rows: int, size: int) -> list[Shard]:

@@ -20,7 +20,7 @@ BLOCK = 256  # tokens per partial sum; two short searches in place of a float64 
 def uniforms(seed: int, stream: str, row: int, length: int) -> np.ndarray[Any, Any]:
     """Return `length` numbers in [0, 1) that depend on nothing but the arguments.
 
-    Number t of row r is the same whatever else is in the batch; `stream` differs between probe and corpus.
+    Number t of row r does not depend on the rest of the batch; `stream` differs between probe and corpus.
     """
     key = np.frombuffer(hashlib.sha256(f"{stream} {seed}".encode()).digest()[:16], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row])).random(length)

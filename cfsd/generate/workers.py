@@ -1,4 +1,4 @@
-"""Several processes of this machine that share the shards of a job, each with its own model.
+"""Several processes of this machine that divide the shards of a job among them, each with its own model.
 
 python -m cfsd.generate.workers FOLDER        one of them; FOLDER holds request.json
 """
@@ -7,7 +7,6 @@ import json
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, JsonValue
 
 from cfsd.errors import Crashed
@@ -22,17 +21,16 @@ FOLDERS = ".workers"
 
 
 class ShardWork(BaseModel):
-    """The request to each of the workers."""
+    """The request to one of the workers."""
 
     job: ShardJob
     shards: list[Shard]
 
 
 def sample_in_workers(job: ShardJob, shards: list[Shard], look: Look) -> None:
-    """Run workers that take turns at the shards; one that dies is replaced."""
-    text = ShardWork(job=job, shards=shards).model_dump_json()
-    workers = {i: _worker(job, i, text) for i in range(min(job.machine.resolved_processes(), len(shards)))}
-    deaths = 0
+    """Divide the shards among workers; one that dies is replaced."""
+    count, deaths = min(job.machine.resolved_processes(), len(shards)), 0
+    workers = {i: _worker(job, i, shards[i::count]) for i in range(count)}
     try:
         while workers:
             time.sleep(POLL_SECONDS)
@@ -44,39 +42,32 @@ def sample_in_workers(job: ShardJob, shards: list[Shard], look: Look) -> None:
                     deaths += 1
                     if deaths > DEATHS:
                         raise
-                    workers[i] = _worker(job, i, text)
+                    workers[i] = _worker(job, i, shards[i::count])
     finally:
         for worker in workers.values():
             worker.stop()
 
 
-def _worker(job: ShardJob, number: int, text: str) -> Child:
+def _worker(job: ShardJob, number: int, shards: list[Shard]) -> Child:
     folder = job.folder / FOLDERS / str(number)
     folder.mkdir(parents=True, exist_ok=True)
     Journal(folder).progress(0, 0, "rows")
     devices = {"CUDA_VISIBLE_DEVICES": str(number)} if job.machine.resolved_device() == "cuda" else {}
-    return Child("cfsd.generate.workers", folder, text, devices)
+    return Child("cfsd.generate.workers", folder, ShardWork(job=job, shards=shards).model_dump_json(), devices)
 
 
 def _under_way(folder: Path) -> float:
     return float(json.loads((folder / PROGRESS).read_text())["done"])
 
 
-def take_shards(folder: Path, text: str) -> dict[str, JsonValue]:
-    """Sample every shard that is not there and that no other worker has taken."""
+def _sample_shards(folder: Path, text: str) -> dict[str, JsonValue]:
     work, journal = ShardWork.model_validate_json(text), Journal(folder)
-    claims = work.job.folder / ".claims"
-    claims.mkdir(exist_ok=True)
     for shard in work.shards:
-        try:  # the kernel frees the claim of a worker that dies
-            with FileLock(claims / f"{shard.index}.lock", timeout=0):
-                if not shard.is_done(work.job.folder):
-                    sample_shard(work.job, shard, lambda under_way: journal.progress(int(under_way), 0, "rows"))
-        except Timeout:
-            continue
-        journal.progress(0, 0, "rows")
+        if not shard.is_done(work.job.folder):  # by the worker that this one replaces
+            sample_shard(work.job, shard, lambda under_way: journal.progress(int(under_way), 0, "rows"))
+            journal.progress(0, 0, "rows")
     return {}
 
 
 if __name__ == "__main__":
-    serve_request(take_shards)
+    serve_request(_sample_shards)

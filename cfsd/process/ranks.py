@@ -7,6 +7,7 @@ writes its error into DRAFT/.ranks; the first of these errors becomes error.json
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cfsd.machine import Machine
-from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, WRITER_LOCK, end_with_parent, killed, log_end
+from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, STOPPED_EARLY, WRITER_LOCK, end_with_parent, silent_end
 from cfsd.store.artifact import ERROR, METADATA
 from cfsd.store.digests import write_json
 
@@ -57,10 +58,10 @@ def _run(folder: Path, module: str, processes: int) -> dict[str, Any] | None:
     try:
         elastic_launch(config, sys.executable)("-m", module, str(folder))
     except ChildFailedError as failed:
-        return first_failure(folder, failed.failures, processes)
+        return _first_failure(folder, failed.failures, processes)
     except SignalException:
         _wait_for_ranks()
-        return _first_error(folder) or {"kind": "stopped", "message": "stopped before a step was done; run again"}
+        return _first_error(folder) or {"kind": "stopped", "message": STOPPED_EARLY}
     return None
 
 
@@ -71,26 +72,20 @@ def _wait_for_ranks() -> None:
     psutil.wait_procs(psutil.Process().children(), STOP_SECONDS - SECONDS_TO_ANSWER)
 
 
-def first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
+def _first_failure(folder: Path, failures: Mapping[int, ProcessFailure], processes: int) -> dict[str, Any]:
     """Return the error of the rank that failed first; the others only lost their peer, or were asked to end.
 
     A rank that was killed writes no error, and the errors of its peers come after its death.
     """
     error = _first_error(folder)
     written = {int(path.stem) for path in (folder / RANKS).glob("*.json")}
-    silent = {
-        rank: failure
-        for rank, failure in failures.items()
-        if rank not in written and failure.exitcode not in (0, -signal.SIGTERM)
-    }
-    rank, end = min(silent.items(), key=lambda pair: (pair[1].timestamp, pair[0]), default=(0, None))
-    if end and (error is None or end.timestamp <= error["time"] + SECONDS_TO_NOTICE):
-        message = (
-            f"ended with code {end.exitcode} and no error message{killed(folder, end.exitcode)}; {log_end(folder)}"
-        )
-        return {"kind": "crash", "message": f"rank {rank} of {processes} {message}"}
+    silent = {rank: failure for rank, failure in failures.items() if rank not in written}
+    ended = [(f.timestamp, rank, f.exitcode) for rank, f in silent.items() if f.exitcode not in (0, -signal.SIGTERM)]
+    end, rank, code = min(ended, default=(math.inf, 0, 0))
+    if ended and (error is None or end <= error["time"] + SECONDS_TO_NOTICE):
+        return {"kind": "crash", "message": f"rank {rank} of {processes} {silent_end(folder, code)}"}
     if error is None:
-        return {"kind": "stopped", "message": "the ranks were asked to end before a step was done; run again"}
+        return {"kind": "stopped", "message": STOPPED_EARLY}
     where = f"rank {error['rank']} of {processes}: " if error["kind"] in NAMED else ""
     return {"kind": error["kind"], "message": where + error["message"]}
 

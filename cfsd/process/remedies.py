@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 
@@ -27,26 +28,16 @@ SAMPLING = (
     Remedy("machine.sampling_rows", "job.machine.sampling_rows", "lower", lambda now: now > 1),
     Remedy("generate.length", "job.spec.length", "lower"),
 )
-ANY = "lower machine.micro_batch_tokens, machine.sampling_rows, target.max_length or generate.length"
 
 
 def memory_remedies(request: str) -> str:
-    """Return which settings need less memory, as a clause for an error message."""
-    try:
-        settings = json.loads(request)
-    except json.JSONDecodeError:
-        return ANY
-    if not isinstance(settings, dict) or not settings.keys() & {"job", "spec"}:
-        return ANY
-    advice = [_advice(remedy, settings) for remedy in (SAMPLING if "job" in settings else TRAINING)]
-    more = [] if "job" in settings else ["target.max_length: lower"]
-    return "what helps: " + "; ".join([*filter(None, advice), *more])
+    """Return which settings need less memory, as a clause for an error message, from the request of a stage."""
+    settings = json.loads(request)
+    samples = "job" in settings
+    advice = [_advice(remedy, settings) for remedy in (SAMPLING if samples else TRAINING)]
+    return "what helps: " + "; ".join([*filter(None, advice), *([] if samples else ["target.max_length: lower"])])
 
 
 def _advice(remedy: Remedy, settings: dict[str, Any]) -> str | None:
-    now: Any = settings
-    for name in remedy.path.split("."):
-        if not isinstance(now, dict) or name not in now:
-            return None
-        now = now[name]
+    now = reduce(lambda part, name: part[name], remedy.path.split("."), settings)
     return f"{remedy.setting} (now {json.dumps(now)}): {remedy.advice}" if remedy.helps(now) else None

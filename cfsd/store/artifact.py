@@ -30,7 +30,7 @@ REQUEST = "request.json"
 METADATA = "facts.json"
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
-SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, PROGRESS}  # goes when the artifact is complete
+SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, PROGRESS}  # removed when the artifact is complete
 ASIDE = {MANIFEST, METRICS, LOG, "README.md"}  # not payload: not in the content digest
 
 
@@ -116,12 +116,11 @@ class Store:
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""
-        intact = self.find(artifact.kind, artifact.key)
         folder = self.path(artifact)
-        if intact is None or (bad := self.damage(folder, self.manifest(artifact), full=True)):
-            names = "its files" if intact is None else ", ".join(bad)
+        manifest = _manifest(folder)
+        if bad := [MANIFEST] if manifest is None else self.damage(folder, manifest, full=True):
             raise StoreError(
-                f"{artifact.kind} {artifact.key} is damaged ({names}); "
+                f"{artifact.kind} {artifact.key} is damaged ({', '.join(bad)}); "
                 f"restore it, or delete the folder {folder} and run again"
             )
 
@@ -152,7 +151,7 @@ class Store:
 
     @contextmanager
     def lock(self, kind: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
-        """Hold the kernel's lock on `key`; it is freed when the process dies, however it dies."""
+        """Hold the kernel's lock on `key`; it is freed when the process dies."""
         path = self.root / ".locks" / f"{kind}-{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)

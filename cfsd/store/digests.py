@@ -1,4 +1,4 @@
-"""Content digests: sha256 of files, remembered per path, size and mtime, and of row values whatever the layout."""
+"""Content digests: sha256 of files, remembered per path, size and mtime, and of row values in any layout."""
 
 import hashlib
 import json

@@ -202,7 +202,7 @@ CASES = {
     "no records": ("a.csv", "text\n", "holds no text"),
     "not a text": ("a.jsonl", '{"text": ["x", "y"]}\n', r"holds \['x', 'y'\], not a text"),
     "not JSON": ("a.jsonl", "hello\n", "could not be read as jsonl: line 1"),
-    "not UTF-8": ("a.txt", "\udcff", "could not be read as text in UTF-8"),
+    "not UTF-8": ("a.txt", "\udcff", "could not be read as txt: 'utf-8' codec"),
     "not a table": ("a.parquet", "hello", "could not be read as parquet"),
 }
 

@@ -15,11 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cfsd.errors import BadInput, Crashed
+from cfsd.generate.server import client
 from cfsd.generate.server.check import check_server
 from cfsd.generate.server.client import ServerGone
-from cfsd.generate.server.protocol import Answer, Connection, Pieces, ServerSampling
+from cfsd.generate.server.protocol import Answer, Pieces, ServerSampling
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import Machine
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.sample import Sample
 from tests.conftest import save_model
@@ -55,25 +57,30 @@ def serve(world: World) -> Iterator[Serve]:
         yield start
 
 
-def to(server: Loopback, **settings: Any) -> Connection:
-    return Connection(base_url=server.url, **{"backoff": 0.01, "retries": 3, **settings})
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
 
 
-def rows(world: World, connection: Connection, count: int, **settings: Any) -> list[Sample | str]:
+def to(server: Loopback, **settings: Any) -> Machine:
+    return Machine(engine="server", base_url=server.url, **settings)
+
+
+def rows(world: World, machine: Machine, count: int, **settings: Any) -> list[Sample | str]:
     spec = GenerateSpec(rows=count, **{"length": LENGTH, "seed": 5, **settings})
-    wanted = ServerSampling(connection, spec, (END,), world.tokenizer, "context-free")
+    wanted = ServerSampling(machine, spec, (END,), world.tokenizer, "context-free")
     return sample_from_server(wanted, [[START]] * count, range(count))
 
 
-def samples(world: World, connection: Connection, count: int, **settings: Any) -> list[Sample]:
-    sampled = [row for row in rows(world, connection, count, **settings) if isinstance(row, Sample)]
+def samples(world: World, machine: Machine, count: int, **settings: Any) -> list[Sample]:
+    sampled = [row for row in rows(world, machine, count, **settings) if isinstance(row, Sample)]
     assert len(sampled) == count
     return sampled
 
 
-def check(world: World, connection: Connection, **settings: Any) -> dict[str, Any]:
+def check(world: World, machine: Machine, **settings: Any) -> dict[str, Any]:
     spec = GenerateSpec(**{"length": LENGTH, "seed": 5, **settings})
-    return check_server(ServerSampling(connection, spec, (END,), world.tokenizer), world.model, START)
+    return check_server(ServerSampling(machine, spec, (END,), world.tokenizer), world.model, START)
 
 
 @torch.inference_mode()
@@ -189,13 +196,13 @@ def test_a_server_that_asks_to_wait_is_given_its_time(world: World, serve: Serve
 def test_a_server_that_died_is_reported_as_worth_a_retry_and_its_successor_goes_on(world: World, serve: Serve) -> None:
     expected = samples(world, to(serve()), 24)
     with serving(world.model, world.tokenizer, Manners(die_after=10)) as dying:
-        connection = to(dying)
+        machine = to(dying)
         with pytest.raises(ServerGone, match=r"finished shards are kept: start the server and run the same command"):
-            rows(world, connection, 24)
-    with pytest.raises(Crashed, match=connection.base_url):  # nobody there at all
-        rows(world, connection, 24)
-    serve(port=int(connection.base_url.rsplit(":", 1)[1].removesuffix("/v1")))
-    assert samples(world, connection, 24) == expected
+            rows(world, machine, 24)
+    with pytest.raises(Crashed, match=str(machine.base_url)):  # nobody there at all
+        rows(world, machine, 24)
+    serve(port=int(str(machine.base_url).rsplit(":", 1)[1].removesuffix("/v1")))
+    assert samples(world, machine, 24) == expected
 
 
 def test_a_refusal_is_final_and_says_what_the_server_said_without_the_key(
@@ -208,7 +215,7 @@ def test_a_refusal_is_final_and_says_what_the_server_said_without_the_key(
     assert "secret" not in str(caught.value)
     assert [headers["Authorization"] for headers in server.headers] == ["Bearer sk-very-secret"]
     with pytest.raises(ValidationError) as refused:
-        Connection(base_url="http://me:sk-very-secret@host/v1")
+        Machine(engine="server", base_url="http://me:sk-very-secret@host/v1")
     assert "secret" not in str(refused.value)
 
 
@@ -217,8 +224,8 @@ def test_one_model_is_served_or_one_is_named(world: World, serve: Serve) -> None
     with pytest.raises(BadInput, match=r"serves 2 models; set machine.served_model to one of: tiny, tiny-lora"):
         rows(world, to(server), 1)
     with pytest.raises(BadInput, match="does not serve 'other'"):
-        rows(world, to(server, model="other"), 1)
-    samples(world, to(server, model="tiny-lora"), 1)
+        rows(world, to(server, served_model="other"), 1)
+    samples(world, to(server, served_model="tiny-lora"), 1)
     assert server.requests[-1]["model"] == "tiny-lora"
 
 
@@ -237,15 +244,15 @@ def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serv
 @pytest.mark.parametrize("manners", [{}, {"list_end": False}, {"list_end": False, "text_prompts": True}])
 def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: Serve, manners: dict[str, Any]) -> None:
     expected = samples(world, to(serve(owned_by="other")), 40)
-    connection = to(serve(owned_by="other", strings=True, **manners))
-    for exact, sampled in zip(expected, rows(world, connection, 40), strict=True):
+    machine = to(serve(owned_by="other", strings=True, **manners))
+    for exact, sampled in zip(expected, rows(world, machine, 40), strict=True):
         if isinstance(sampled, str):
             assert sampled == "the text ends at once, and the server does not list its end"
             assert exact.token_ids == [START, END]
         else:
             assert sampled.token_ids == exact.token_ids
             assert sampled.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
-    served = served_by(ServerSampling(connection, GenerateSpec(), (END,), world.tokenizer), [START])
+    served = served_by(ServerSampling(machine, GenerateSpec(), (END,), world.tokenizer), [START])
     assert served.metadata()["ids"] == "approximate: ids reconstructed"
 
 

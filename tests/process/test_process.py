@@ -34,6 +34,11 @@ def work(folder, request):
 
 serve_request(work)
 """
+MACHINE = {
+    "micro_batch_tokens": 512, "gradient_checkpointing": False, "sharding": "replicate", "training_processes": None,
+}  # fmt: skip
+SPEC = {"methods": {"lora": {"rank": 0}}, "rehearsal": {"reference": "base"}}
+TRAINING = json.dumps({"machine": MACHINE, "spec": SPEC})
 PARENT = """
 import sys
 from pathlib import Path
@@ -85,7 +90,7 @@ def test_errors_arrive_as_what_they_are(
     child: Callable[[str], Path], body: str, cls: type[CfsdError], message: str
 ) -> None:
     with pytest.raises(cls, match=message) as raised:
-        run_in_process("child", child(body), "")
+        run_in_process("child", child(body), TRAINING)
     assert type(raised.value) is cls
 
 
@@ -146,7 +151,7 @@ def together(folder: Path) -> tuple[threading.Thread, list[object]]:
 
     def run() -> None:
         try:
-            ended.append(run_in_process("child", folder, "", processes=2))
+            ended.append(run_in_process("child", folder, TRAINING, processes=2))
         except CfsdError as error:
             ended.append(error)
 
@@ -199,11 +204,10 @@ def test_a_stop_before_the_work_began_is_a_stop(child: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("machine", "spec", "named", "absent"),
     [
-        ({"micro_batch_tokens": 512, "gradient_checkpointing": False, "sharding": "replicate"},
-         {"methods": {"lora": {"rank": 0}}, "rehearsal": {"reference": "base"}},
+        (MACHINE, SPEC,
          ["machine.micro_batch_tokens (now 512): lower", "gradient_checkpointing (now false)", "lora.rank (now 0)",
           'reference (now "base"): set to stored', 'machine.sharding (now "replicate")'], "generate.length"),
-        ({"micro_batch_tokens": 512, "gradient_checkpointing": True, "sharding": "shard"},
+        (MACHINE | {"gradient_checkpointing": True, "sharding": "shard"},
          {"methods": {"lora": {"rank": 8}}, "rehearsal": {"reference": "stored"}},
          ["machine.micro_batch_tokens (now 512): lower"], "gradient_checkpointing"),
     ],

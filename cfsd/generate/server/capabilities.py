@@ -9,7 +9,6 @@ from cfsd.generate.server.protocol import (
     SGLANG,
     VLLM,
     Answer,
-    Connection,
     Served,
     ServerSampling,
     request,
@@ -21,7 +20,7 @@ from cfsd.generate.server.protocol import (
 SURE = 100.0  # logit bias that leaves one token to sample
 MAX_TRIED = 32  # control tokens at which the server may stop
 FIRST_ANSWERS = 8  # a text that ends at once shows no token
-_stops: dict[tuple[Connection, str, tuple[int, ...]], tuple[int, ...]] = {}
+_stops: dict[tuple[str, str, tuple[int, ...]], tuple[int, ...]] = {}  # by base URL, model and eos ids
 
 
 async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling) -> Served:
@@ -29,7 +28,10 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
 
     Raises BadInput when it cannot sample as `wanted`; the message says what could.
     """
-    spec, served = wanted.spec, await _listed(client)
+    spec = wanted.spec
+    if spec.fill:
+        raise BadInput("generate.fill goes on after a text's end, which a server cannot do; use the torch engine")
+    served = await _listed(client, wanted.machine.served_model)
     if spec.min_length and served.kind not in (VLLM, SGLANG):
         raise BadInput(
             f"generate.min_length is {spec.min_length}, but only vLLM and SGLang keep a text from ending early, and "
@@ -38,7 +40,7 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
     served, answer = await _first_answer(client, served, prompt, wanted)
     if not answer.logprobs or answer.logprobs[0] is None:
         raise BadInput(
-            f"the server {client.connection.base_url} gives no log-probabilities, and every row of a corpus has them; "
+            f"the server {client.base_url} gives no log-probabilities, and every row of a corpus has them; "
             "start it so that it does (llama-cpp-python: --logits_all true)"
         )
     if answer.ids is not None:
@@ -52,14 +54,13 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
     return served._replace(ids="reconstructed", stops=await _stops_of(client, served, prompt, wanted))
 
 
-async def _listed(client: Client) -> Served:
+async def _listed(client: Client, wanted: str | None) -> Served:
     models = (await client.ask("GET", "/models")).get("data") or []
-    wanted = client.connection.model
     fitting = [model for model in models if wanted in (None, model.get("id"))]
     if len(fitting) != 1:
         names = ", ".join(str(model.get("id")) for model in models) or "none"
         problem = f"does not serve {wanted!r}" if wanted else f"serves {len(models)} models"
-        raise BadInput(f"{client.connection.base_url} {problem}; set machine.served_model to one of: {names}")
+        raise BadInput(f"{client.base_url} {problem}; set machine.served_model to one of: {names}")
     return Served(kind=str(fitting[0].get("owned_by", "unknown")), model=str(fitting[0]["id"]))
 
 
@@ -81,13 +82,13 @@ async def _first_answer(
                 raise
             served = served._replace(prompts="text")
             continue
-        check_prompt(answer, prompt, client.connection)
+        check_prompt(answer, prompt, client.base_url)
         if answer.logprobs:
             break
     return served, answer
 
 
-def check_prompt(answer: Answer, prompt: Sequence[int], connection: Connection) -> None:
+def check_prompt(answer: Answer, prompt: Sequence[int], base_url: str) -> None:
     """Raise BadInput if the server read another prompt than the one that it was sent."""
     if answer.prompt_ids is not None and answer.prompt_ids != list(prompt):
         read = f"the tokens {answer.prompt_ids[:8]}"
@@ -96,7 +97,7 @@ def check_prompt(answer: Answer, prompt: Sequence[int], connection: Connection) 
     else:
         return
     raise BadInput(
-        f"the server {connection.base_url} read {read} where {list(prompt)[:8]} was sent ({len(prompt)} in all): its "
+        f"the server {base_url} read {read} where {list(prompt)[:8]} was sent ({len(prompt)} in all): its "
         "texts would not begin as the recipe's do; use a server that takes token ids (vLLM, SGLang, llama-server)"
     )
 
@@ -107,7 +108,7 @@ async def _stops_of(client: Client, served: Served, prompt: Sequence[int], wante
     llama.cpp stops at every token whose name it knows as an end, whatever the model's own end is.
     """
     eos_ids, tokenizer = wanted.eos_ids, wanted.tokenizer
-    key = (client.connection, served.model, tuple(eos_ids))
+    key = (client.base_url, served.model, tuple(eos_ids))
     if key not in _stops:
         others = sorted(special_tokens(tokenizer) - set(eos_ids))[:MAX_TRIED]
         body = request(served, wanted, prompt, max_tokens=2, seed=0)
@@ -122,7 +123,7 @@ async def _stops_of(client: Client, served: Served, prompt: Sequence[int], wante
         _stops[key] = tuple(token for token, answer in tried if answer.stopped)
     if deaf := [text_of(tokenizer, [token]) for token in eos_ids if token not in _stops[key]]:
         raise BadInput(
-            f"the server {client.connection.base_url} does not stop at {', '.join(deaf)}, which ends a text of the "
+            f"the server {client.base_url} does not stop at {', '.join(deaf)}, which ends a text of the "
             "recipe's model; serve the recipe's own model with its generation_config"
         )
     return _stops[key]

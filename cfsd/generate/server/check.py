@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
-from cfsd.generate.server.protocol import Connection, Pieces, ServerSampling, special_tokens
+from cfsd.generate.server.protocol import Pieces, ServerSampling, special_tokens
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs
@@ -26,17 +26,15 @@ SIGNIFICANCE = 1e-4  # seeds are fixed, so a false alarm would come back each ti
 # Mean |difference| of log-probabilities, nats. A float32 server is 1e-5 away; llama.cpp's 4-bit SmolLM2-135M, which
 # rounds activations to 8 bits, 0.07 from the same weights dequantised; other weights or another temperature over 0.3.
 TOLERANCE = 0.15
-TEMPERATURES = np.round(np.arange(0.1, 2.05, 0.05), 2)
+TEMPERATURES = [round(0.05 * step, 2) for step in range(2, 41)]
 
 
 @torch.inference_mode()
-def check_server(
-    wanted: ServerSampling, model: PreTrainedModel, start: int, tolerance: float = TOLERANCE
-) -> dict[str, JsonValue]:
+def check_server(wanted: ServerSampling, model: PreTrainedModel, start: int) -> dict[str, JsonValue]:
     """Return the metadata of a check of the server against the recipe's own `model`.
 
     FIRST_TOKENS first tokens against `wanted.spec` by chi-square; the log-probabilities of ROWS rows against a fresh
-    forward pass, their mean absolute difference at most `tolerance` nats. At temperature 1 the signed mean difference
+    forward pass, their mean absolute difference at most TOLERANCE nats. At temperature 1 the signed mean difference
     estimates KL(server || model) per token. Raises BadInput naming what differs and what to do.
     """
     served, spec = served_by(wanted, [start]), wanted.spec
@@ -51,10 +49,10 @@ def check_server(
     dropped = [row for row in texts if isinstance(row, str)]
     if len(rows) < ROWS // 2:
         raise BadInput(
-            f"of {len(texts)} rows of the server {wanted.connection.base_url} only {len(rows)} could be used (the "
+            f"of {len(texts)} rows of the server {wanted.machine.base_url} only {len(rows)} could be used (the "
             f"first: {dropped[0]}); use a server that gives token ids (vLLM, SGLang, llama-server)"
         )
-    apart = _differences(model, rows, wanted.connection, tolerance)
+    differences = _differences(model, rows, wanted)
     first = _FirstTokens(
         model(torch.tensor([[start]], device=model.device)).logits[0, -1].float().cpu(),
         sampled(range(FIRST_TOKENS), 1),
@@ -65,9 +63,9 @@ def check_server(
     return {
         **served.metadata(),
         "first_token_p_value": p,
-        "logprob_difference_mean": float(np.abs(apart).mean()),
-        "logprob_difference_signed": float(apart.mean()),
-        "logprob_difference_max": float(np.abs(apart).max()),
+        "logprob_difference_mean": float(np.abs(differences).mean()),
+        "logprob_difference_signed": float(differences.mean()),
+        "logprob_difference_max": float(np.abs(differences).max()),
         "checked_rows_dropped": len(dropped),
     }
 
@@ -92,21 +90,26 @@ class _FirstTokens(NamedTuple):
         return np.append(np.delete(counts_V, self.vague), counts_V[self.vague].sum())
 
 
-def _differences(model: PreTrainedModel, rows: list[Sample], connection: Connection, tolerance: float) -> NDArray[Any]:
+def _differences(model: PreTrainedModel, rows: list[Sample], wanted: ServerSampling) -> NDArray[Any]:
     """Return reported minus own log-probability of each sampled token. Raises BadInput if they are not the model's."""
-    logits = [_own_logits(model, row) for row in rows]
-    reported = np.array([value for row in rows for value in row.logprobs if value is not None])
-    own = np.concatenate([_own_logprobs(logits_TV, row) for logits_TV, row in zip(logits, rows, strict=True)])
-    apart: NDArray[Any] = reported - own
-    if np.abs(apart).mean() <= tolerance:
-        return apart
+    batches = [torch.tensor([row.token_ids], device=model.device) for row in rows]
+    logits_NV = torch.cat([model(ids_1T, use_cache=False).logits[0, :-1].float().cpu() for ids_1T in batches])
+    sampled_N1 = torch.tensor([token for row in rows for token in row.token_ids[1:]])[:, None]
+    reported = np.array([logprob for row in rows for logprob in row.logprobs[1:]])
+
+    def difference(temperature: float) -> Any:
+        own_N1 = (logits_NV / temperature).log_softmax(-1).gather(1, sampled_N1)
+        return reported - own_N1[:, 0].double().numpy()
+
+    differences: NDArray[Any] = difference(1.0)
+    if (mean := np.abs(differences).mean()) <= TOLERANCE:
+        return differences
     problem = (
-        f"the log-probabilities that the server {connection.base_url} reports are not those of the recipe's model: "
-        f"{np.abs(apart).mean():.3f} nats apart on average over {len(apart)} tokens, {tolerance} is allowed"
+        f"the log-probabilities that the server {wanted.machine.base_url} reports are not those of the recipe's model: "
+        f"{mean:.3f} nats apart on average over {len(reported)} tokens, {TOLERANCE} is allowed"
     )
     for temperature in TEMPERATURES:
-        scaled = [_own_logprobs(logits_TV / temperature, row) for logits_TV, row in zip(logits, rows, strict=True)]
-        if np.abs(reported - np.concatenate(scaled)).mean() <= tolerance:
+        if np.abs(difference(temperature)).mean() <= TOLERANCE:
             raise BadInput(
                 f"{problem}; they are those after a temperature of {temperature}: start it so that it reports the "
                 "model's own (vLLM: --logprobs-mode raw_logprobs, SGLang: SGLANG_RETURN_ORIGINAL_LOGPROB=1)"
@@ -114,30 +117,13 @@ def _differences(model: PreTrainedModel, rows: list[Sample], connection: Connect
     raise BadInput(f"{problem}; serve the model of the recipe's base, without adapters and at least at 4 bits")
 
 
-def _own_logits(model: PreTrainedModel, row: Sample) -> Tensor:
-    ids = torch.tensor([row.token_ids], device=model.device)
-    logits_TV: Tensor = model(ids, use_cache=False).logits[0, :-1].float().cpu()
-    return logits_TV
-
-
-def _own_logprobs(logits_TV: Tensor, row: Sample) -> NDArray[Any]:
-    """Return log p of the sampled tokens."""
-    logprobs_TV = logits_TV.log_softmax(-1)
-    sampled = [t for t, value in enumerate(row.logprobs) if value is not None]
-    return np.array([logprobs_TV[t - 1, row.token_ids[t]].item() for t in sampled])
-
-
 def _other_distribution(first: _FirstTokens, wanted: ServerSampling, p: float) -> str:
     """Return the message for first tokens that do not follow the spec, with a guess why if one explains them."""
     logits_V, logprobs_V = first.logits_V, first.logits_V.log_softmax(-1)
     tokens = [row.token_ids[1] for row in first.rows if isinstance(row, Sample)]
-    likelihoods = [(logits_V / t).log_softmax(-1)[tokens].sum().item() for t in TEMPERATURES]
-    temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
     largest_rank = int(logits_V.argsort(descending=True).argsort()[tokens].max()) + 1
-    guesses: dict[str, dict[str, Any]] = {
-        f"temperature={temperature}": {"temperature": temperature},
-        f"top_k={largest_rank} or another cut of the tail": {"top_k": largest_rank},
-    }
+    guesses: dict[str, dict[str, Any]] = {f"temperature={t}": {"temperature": t} for t in TEMPERATURES}
+    guesses[f"top_k={largest_rank} or another cut of the tail"] = {"top_k": largest_rank}
     fits = {
         name: first.p_value(wanted.spec.model_copy(update=change), wanted.eos_ids) for name, change in guesses.items()
     }
@@ -145,7 +131,7 @@ def _other_distribution(first: _FirstTokens, wanted: ServerSampling, p: float) -
     mean, own = logprobs_V[tokens].mean().item(), (logprobs_V.exp() * logprobs_V).sum().item()
     guess = f"They look like {best}. " if fits[best] > SIGNIFICANCE else ""
     return (
-        f"the first tokens of the server {wanted.connection.base_url} do not follow the recipe's distribution "
+        f"the first tokens of the server {wanted.machine.base_url} do not follow the recipe's distribution "
         f"(chi-square over {len(first.rows)}: p = {p:.1e}): their mean log-probability under the recipe's model is "
         f"{mean:.2f} nats, the model's own {own:.2f}. {guess}Serve the recipe's base unchanged, and start the server "
         "without sampling defaults (vLLM: --generation-config vllm), penalties, biases or grammars"

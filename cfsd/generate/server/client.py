@@ -1,18 +1,22 @@
-"""Requests to a completions server: where it is, how often it is asked again, which errors it may give."""
+"""Requests to a completions server: how often one is made again, and which errors it may end in."""
 
 import asyncio
 import os
 import random
-from typing import Any, Self
+from functools import cache
+from ssl import SSLContext
+from typing import Any
 
 import httpx
 
 from cfsd.errors import BadInput, Crashed
-from cfsd.generate.server.protocol import Answer, Connection, read_answer
-from cfsd.machine import KEY_VARIABLE
+from cfsd.generate.server.protocol import Answer, read_answer
+from cfsd.machine import KEY_VARIABLE, Machine
 
 TOO_MANY, BROKEN = 429, 500
-LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
+ATTEMPTS = 7
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between attempts, doubled each time; the longest binds the server, too
+SECONDS = httpx.Timeout(600.0, connect=10.0)  # for one answer, its time in the server's queue included
 
 
 class ServerGone(Crashed):
@@ -23,50 +27,32 @@ class Refused(BadInput):
     """A server answered that it will not do what it was asked."""
 
 
+@cache
+def _certificates() -> SSLContext:
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class Client:
-    """Asks one server, again where that can help."""
+    """One connection to a server.
 
-    def __init__(self, connection: Connection) -> None:
-        """Prepare for `connection`; nothing is sent yet."""
-        self.connection = connection
+    A pool of 16 connections looks at all of them at every request, which doubled the time of short requests.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """Prepare; nothing is sent yet."""
+        self.base_url = machine.base_url or ""
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
-        secure = connection.base_url.startswith("https:")
-        self.verify = httpx.create_ssl_context(trust_env=connection.trust_env) if secure else False
-        self.all: list[httpx.AsyncClient] = []
-        self.idle: list[httpx.AsyncClient] = []
-
-    async def __aenter__(self) -> Self:
-        """Open it."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close what is open."""
-        for http in self.all:
-            await http.aclose()
-
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """Send it over an idle connection.
-
-        Each connection has a client of its own, because a pool looks at all its connections at every request: 16 of
-        them doubled the time of short requests.
-        """
-        http = self.idle.pop() if self.idle else self._another()
-        try:
-            return await http.request(method, path, json=body)
-        finally:
-            self.idle.append(http)
-
-    def _another(self) -> httpx.AsyncClient:
-        timeout = httpx.Timeout(self.connection.timeout, connect=min(10.0, self.connection.timeout))
-        http = httpx.AsyncClient(
-            base_url=self.connection.base_url,
+        self.http = httpx.AsyncClient(
+            base_url=self.base_url,
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            timeout=timeout,
-            verify=self.verify,
-            trust_env=self.connection.trust_env,
+            timeout=SECONDS,
+            verify=_certificates() if self.base_url.startswith("https:") else False,
+            trust_env=False,
         )
-        self.all.append(http)
-        return http
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self.http.aclose()
 
     async def complete(self, body: dict[str, Any]) -> Answer:
         """Return the completion of one prompt."""
@@ -74,11 +60,10 @@ class Client:
 
     async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON of an answer. Raises Refused (what it will not do) or ServerGone (no answer)."""
-        attempts = self.connection.retries + 1
-        for attempt in range(attempts):
+        for attempt in range(ATTEMPTS):
             wanted = None
             try:
-                response = await self._request(method, path, body)
+                response = await self.http.request(method, path, json=body)
             except httpx.RequestError as error:
                 problem = self._redacted(f"{type(error).__name__}: {error}")
             else:
@@ -86,20 +71,14 @@ class Client:
                     return self._json(response)
                 problem = f"{response.status_code}: {self._message(response)}"
                 if response.status_code < BROKEN and response.status_code != TOO_MANY:
-                    raise Refused(f"the server {self.connection.base_url} refused {method} {path}, {problem}")
+                    raise Refused(f"the server {self.base_url} refused {method} {path}, {problem}")
                 wanted = response.headers.get("Retry-After")
-            if attempt + 1 < attempts:
-                await asyncio.sleep(self._seconds(attempt, wanted))
+            if attempt + 1 < ATTEMPTS:
+                await asyncio.sleep(_seconds(attempt, wanted))
         raise ServerGone(
-            f"the server {self.connection.base_url} gave no answer to {method} {path} in {attempts} attempts (the "
+            f"the server {self.base_url} gave no answer to {method} {path} in {ATTEMPTS} attempts (the "
             f"last: {problem}); finished shards are kept: start the server and run the same command again"
         )
-
-    def _seconds(self, attempt: int, wanted: str | None) -> float:
-        """Return how long to wait: what the server asks for, else twice the last time, with jitter."""
-        if wanted is not None and wanted.strip().isdigit():
-            return min(float(wanted), LONGEST_WAIT)
-        return min(self.connection.backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
 
     def _message(self, response: httpx.Response) -> str:
         try:
@@ -118,5 +97,12 @@ class Client:
             return response.json()
         except ValueError as error:
             raise Refused(
-                f"{self.connection.base_url} does not answer in JSON; give the base URL of a completions server"
+                f"{self.base_url} does not answer in JSON; give the base URL of a completions server"
             ) from error
+
+
+def _seconds(attempt: int, wanted: str | None) -> float:
+    """Return how long to wait: what the server asks for, else twice the last time, with jitter."""
+    if wanted is not None and wanted.strip().isdigit():
+        return min(float(wanted), LONGEST_WAIT)
+    return min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)

@@ -5,32 +5,36 @@ give tokens: as ids, as "token_id:17", as objects with an id, or as strings only
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
 from cfsd.generate.spec import GenerateSpec
-from cfsd.machine import server_url
+from cfsd.machine import Machine
 from cfsd.model.distribution import Top
 
 VLLM, SGLANG, LLAMA_CPP, LLAMA_CPP_PYTHON = "vllm", "sglang", "llamacpp", "me"  # `owned_by` in the list of models
 
-# Whatever is not sent, a server fills from its command line or the checkpoint's generation_config.
+# A server fills what is not sent from its command line or the checkpoint's generation_config.
 FOR_ALL: dict[str, Any] = {
     "n": 1, "echo": False, "stream": False, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip
-FOR_SGLANG: dict[str, Any] = {"repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True}
+FOR_SGLANG: dict[str, Any] = {
+    "top_k": -1, "repetition_penalty": 1.0, "skip_special_tokens": False, "return_token_ids": True,
+}  # fmt: skip
+# With ignore_eos vLLM stops at stop_token_ids alone and lists the one that was sampled; llama.cpp never samples an end.
 FOR_VLLM: dict[str, Any] = FOR_SGLANG | {
     "spaces_between_special_tokens": False, "add_special_tokens": False, "return_tokens_as_token_ids": True,
+    "ignore_eos": True,
 }  # fmt: skip
-# ignore_eos means another thing here: the eos ids are never sampled.
 FOR_LLAMA_CPP: dict[str, Any] = {
-    "repeat_penalty": 1.0, "typical_p": 1.0, "top_n_sigma": -1.0, "xtc_probability": 0.0, "dry_multiplier": 0.0,
-    "dynatemp_range": 0.0, "mirostat": 0, "mirostat_mode": 0, "ignore_eos": False, "post_sampling_probs": False,
+    "top_k": 0, "repeat_penalty": 1.0, "typical_p": 1.0, "top_n_sigma": -1.0, "xtc_probability": 0.0,
+    "dry_multiplier": 0.0, "dynatemp_range": 0.0, "mirostat": 0, "mirostat_mode": 0, "ignore_eos": False,
+    "post_sampling_probs": False,
 }  # fmt: skip
 EXTRAS: dict[str, dict[str, Any]] = {
     VLLM: FOR_VLLM,
@@ -44,26 +48,10 @@ ECHO_DIFFERENCE = 0.5  # nats on average; a pass over the row differs from token
 TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
-class Connection(BaseModel):
-    """Where the server is and how patiently it is asked. Its key is in the environment variable OPENAI_API_KEY."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    base_url: str
-    model: str | None = Field(None, description="The model's name there; empty: its only one")
-    in_flight: PositiveInt = Field(16, description="Rows that are asked for at the same time")
-    timeout: PositiveFloat = Field(600.0, description="Seconds for one answer, its time in the server's queue included")
-    retries: NonNegativeInt = Field(6, description="Further attempts at a request before giving up")
-    backoff: PositiveFloat = Field(0.5, description="Seconds before the second attempt; doubles from there")
-    trust_env: bool = Field(False, description="Go through the proxies that the environment names")
-
-    _url = field_validator("base_url")(server_url)
-
-
 class ServerSampling(NamedTuple):
     """Which server samples, by which settings, and the tokens of the model that it should serve."""
 
-    connection: Connection
+    machine: Machine  # of engine server
     spec: GenerateSpec
     eos_ids: Sequence[int]
     tokenizer: PreTrainedTokenizerBase
@@ -107,7 +95,6 @@ def request(
 ) -> dict[str, Any]:
     """Return the body of a request. Every setting is named, so that no default of the server counts."""
     spec = wanted.spec
-    off = -1 if served.kind in (VLLM, SGLANG) else 0  # SGLang refuses 0, llama-cpp-python -1
     body = {
         **FOR_ALL,
         **EXTRAS.get(served.kind, {**FOR_VLLM, **FOR_LLAMA_CPP}),
@@ -116,15 +103,13 @@ def request(
         "max_tokens": max_tokens,
         "temperature": spec.temperature,
         "top_p": spec.top_p,
-        "top_k": spec.top_k or off,
         "seed": seed,
         "logprobs": max(spec.top_logprobs, 1),  # llama.cpp takes 0 for none
     }
+    if spec.top_k:
+        body["top_k"] = spec.top_k
     if served.kind != LLAMA_CPP_PYTHON:
-        body["stop_token_ids"] = list(wanted.eos_ids)
-        body["min_tokens"] = min_tokens
-    if served.kind == VLLM:  # it then stops at stop_token_ids alone, and lists the one that was sampled
-        body["ignore_eos"] = True
+        body |= {"stop_token_ids": list(wanted.eos_ids), "min_tokens": min_tokens}
     return body
 
 
@@ -133,10 +118,23 @@ def read_answer(body: Any) -> Answer:
     try:
         choice, usage = body["choices"][0], body.get("usage") or {}
         listed = choice.get("logprobs") or {}
-        content = listed.get("content")
-        tokens = _of_content(content) if content is not None else _of_lists(listed, choice.get("token_ids"))
+        if (content := listed.get("content")) is not None:  # llama.cpp's server: an object for each token
+            ids, pieces, logprobs = ([token[name] for token in content] for name in ("id", "token", "logprob"))
+            tops = [{top["id"]: top["logprob"] for top in token.get("top_logprobs") or []} for token in content]
+        else:
+            ids, pieces = choice.get("token_ids"), listed.get("tokens") or []
+            if ids is None and pieces and all(TOKEN_ID.fullmatch(piece) for piece in pieces):
+                ids = [int(piece.removeprefix("token_id:")) for piece in pieces]
+            logprobs = listed.get("token_logprobs") or []
+            tops = [
+                {int(match[1]): logprob for name, logprob in (top or {}).items() if (match := TOKEN_ID.fullmatch(name))}
+                for top in listed.get("top_logprobs") or []
+            ]
         return Answer(
-            *tokens,
+            ids,
+            pieces,
+            logprobs,
+            tops,
             text=choice["text"],
             stopped=choice.get("finish_reason") == "stop",
             counted=usage.get("completion_tokens"),
@@ -150,28 +148,6 @@ def read_answer(body: Any) -> Answer:
         ) from error
 
 
-_Tokens = tuple[list[int] | None, list[str], list[float | None], list[dict[int, float]]]
-
-
-def _of_content(content: list[dict[str, Any]]) -> _Tokens:
-    """llama.cpp's server: an object for each token."""
-    tops = [{int(top["id"]): float(top["logprob"]) for top in token.get("top_logprobs") or []} for token in content]
-    return [int(t["id"]) for t in content], [t["token"] for t in content], [t["logprob"] for t in content], tops
-
-
-def _of_lists(listed: dict[str, Any], ids: list[int] | None) -> _Tokens:
-    pieces, logprobs = listed.get("tokens") or [], listed.get("token_logprobs") or []
-    if ids is None and pieces and all(TOKEN_ID.fullmatch(piece) for piece in pieces):
-        ids = [int(piece.removeprefix("token_id:")) for piece in pieces]
-    tops = [_by_id(top or {}) for top in listed.get("top_logprobs") or []]
-    return ids, pieces, logprobs, tops
-
-
-def _by_id(top: dict[str, float]) -> dict[int, float]:
-    named = {TOKEN_ID.fullmatch(name): logprob for name, logprob in top.items()}
-    return {int(match[1]): logprob for match, logprob in named.items() if match}
-
-
 class Pieces:
     """Which strings are one token of a tokenizer and no other."""
 
@@ -181,12 +157,13 @@ class Pieces:
         anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
         head = text_of(tokenizer, [anchor])
         decoded = [text_of(tokenizer, [anchor, token]).removeprefix(head) for token in range(len(tokenizer))]
-        self.known: dict[str, int] = {}
-        self.vague = {token for token, piece in enumerate(decoded) if not piece or "\N{REPLACEMENT CHARACTER}" in piece}
-        for token, piece in enumerate(decoded):
-            if token not in self.vague and self.known.setdefault(piece, token) != token:
-                self.vague |= {token, self.known[piece]}
-        self.known = {piece: token for piece, token in self.known.items() if token not in self.vague}
+        counts = Counter(decoded)
+        self.known = {
+            piece: token
+            for token, piece in enumerate(decoded)
+            if piece and counts[piece] == 1 and "\N{REPLACEMENT CHARACTER}" not in piece
+        }
+        self.vague = set(range(len(decoded))) - set(self.known.values())
 
     def ids(self, answer: Answer, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int] | str:
         """Return the ids behind the strings of `answer`, or why they are not certain."""
@@ -213,7 +190,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def tokens_of(answer: Answer, pieces: Pieces | None, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int] | str:
-    """Return the completion's token ids, or why the row must go. An end that is counted but not listed is no reason."""
+    """Return the token ids of the completion, or why the row must be dropped; its end may be counted but not listed."""
     if any(logprob is None for logprob in answer.logprobs):
         return "a log-probability is missing"
     listed = len(answer.logprobs)

@@ -3,10 +3,9 @@
 import asyncio
 import hashlib
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Coroutine, Sequence
-from itertools import accumulate
-from typing import Any, TypeVar
+import random
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.capabilities import check_prompt, find_out
@@ -26,8 +25,6 @@ from cfsd.generate.server.protocol import (
 from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
 
-T = TypeVar("T")
-
 
 def sample_from_server(
     wanted: ServerSampling,
@@ -42,109 +39,89 @@ def sample_from_server(
 
     Raises BadInput when the server cannot sample as `wanted`, ServerGone (worth a retry) when it does not answer.
     """
+    return asyncio.run(_sample(wanted, prompts, rows, on_done)) if rows else []
 
-    async def work(client: Client) -> list[Sample | str]:
-        sampler = _Sampler(client, await find_out(client, prompts[0], wanted), wanted)
-        places, done = asyncio.Semaphore(wanted.connection.in_flight), 0
 
-        async def one(prompt: Sequence[int], row: int) -> Sample | str:
-            nonlocal done
-            async with places:
-                sampled = await sampler.sample(prompt, row)
-            done += 1
-            on_done(done)
-            return sampled
+async def _sample(
+    wanted: ServerSampling, prompts: Sequence[Sequence[int]], rows: Sequence[int], on_done: Callable[[int], object]
+) -> list[Sample | str]:
+    served = await _served_by(wanted, prompts[0])
+    pieces = Pieces(wanted.tokenizer) if served.ids == "reconstructed" else None
+    waiting, samples = iter(zip(prompts, rows, strict=True)), dict[int, Sample | str]()
 
-        return await _all([one(prompt, row) for prompt, row in zip(prompts, rows, strict=True)])
+    async def work() -> None:
+        async with aclosing(Client(wanted.machine)) as client:
+            sampler = _Sampler(client, served, wanted, pieces)
+            for prompt, row in waiting:
+                samples[row] = await sampler.sample(prompt, row)
+                on_done(len(samples))
 
-    return _connected(wanted, work) if rows else []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(wanted.machine.in_flight, len(rows))):
+                group.create_task(work())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # the first one ended the others
+    return [samples[row] for row in rows]
 
 
 def served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
     """Return which server answers and how it works. Raises as `sample_from_server` does."""
-    return _connected(wanted, lambda client: find_out(client, prompt, wanted))
+    return asyncio.run(_served_by(wanted, prompt))
 
 
-def _connected(wanted: ServerSampling, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    if wanted.spec.fill:
-        raise BadInput("generate.fill goes on after a text's end, which a server cannot do; use the torch engine")
-
-    async def connected() -> T:
-        async with Client(wanted.connection) as client:
-            return await work(client)
-
-    return asyncio.run(connected())
-
-
-async def _all(jobs: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Return all results; the first failure ends the others."""
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Row:
-    """A row that is being written."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.prompt_length = len(prompt)
-        self.ids = list(prompt)
-        self.logprobs: list[float | None] = [None] * self.prompt_length
-        self.tops: list[dict[int, float]] = []
-
-    def add(self, ids: Sequence[int], answer: Answer) -> None:
-        self.ids += ids
-        self.logprobs += answer.logprobs[: len(ids)]
-        self.tops += answer.tops[: len(ids)]
-
-    def sample(self, finish_reason: str, k: int) -> Sample:
-        return Sample(self.ids, self.logprobs, finish_reason, top_of(self.prompt_length, self.tops, k) if k else None)
+async def _served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
+    async with aclosing(Client(wanted.machine)) as client:
+        return await find_out(client, prompt, wanted)
 
 
 class _Sampler:
-    """Writes rows with one server."""
+    """Writes one row after the other over one connection."""
 
-    def __init__(self, client: Client, served: Served, wanted: ServerSampling) -> None:
-        self.client, self.served, self.wanted, self.spec = client, served, wanted, wanted.spec
-        self.eos_ids, self.tokenizer = list(wanted.eos_ids), wanted.tokenizer
+    def __init__(self, client: Client, served: Served, wanted: ServerSampling, pieces: Pieces | None) -> None:
+        self.client, self.served, self.wanted, self.pieces = client, served, wanted, pieces
+        self.spec, self.eos_ids, self.tokenizer = wanted.spec, list(wanted.eos_ids), wanted.tokenizer
         self.special = special_tokens(self.tokenizer)
-        self.pieces = Pieces(self.tokenizer) if served.ids == "reconstructed" else None
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
-        """Return row `number`, or why it must go."""
-        row, part = _Row(prompt), 0
-        while room := self.spec.length - (len(row.ids) - row.prompt_length):
-            seed = _number(31, self.wanted.stream, seed_of(self.spec), number, part)
-            lacking = max(0, self.spec.min_length - (len(row.ids) - row.prompt_length))
-            body = request(self.served, self.wanted, row.ids, max_tokens=room, seed=seed, min_tokens=lacking)
+        """Return row `number`, or why it must be dropped."""
+        row, tops, part = Sample(list(prompt), [None] * len(prompt), "length"), list[dict[int, float]](), 0
+        until = len(prompt) + self.spec.length
+        while room := until - len(row.token_ids):
+            lacking = max(0, self.spec.min_length - self.spec.length + room)
+            seed = self._seed(number, part)
+            body = request(self.served, self.wanted, row.token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body)
-            check_prompt(answer, row.ids, self.client.connection)
-            tokens = tokens_of(answer, self.pieces, row.ids, self.eos_ids)
+            check_prompt(answer, row.token_ids, self.client.base_url)
+            tokens = tokens_of(answer, self.pieces, row.token_ids, self.eos_ids)
             if isinstance(tokens, str):
                 return tokens
             end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
-            row.add(tokens[: min(end + 1, room)], answer)
+            count = min(end + 1, room)
+            row.token_ids.extend(tokens[:count])
+            row.logprobs.extend(answer.logprobs[:count])
+            tops += answer.tops[:count]
             if end < min(len(tokens), room):
-                return row.sample("eos", self.spec.top_logprobs)
+                row = row._replace(finish_reason="eos")
+                break
             if len(tokens) < room:
                 if not answer.stopped:
-                    raise BadInput(self._too_short(len(tokens), room))
+                    raise BadInput(
+                        f"the server {self.client.base_url} cut a row after {len(tokens)} of {room} tokens; start it "
+                        "with a context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: "
+                        "-c or --n_ctx)"
+                    )
                 if not (self.served.prompts == "ids" and tokens and tokens[-1] in self.special):
-                    return await self._with_end(row, answer, number)
+                    return await self._with_end(row, len(prompt), answer, number)
             part += 1  # the server stopped at a token that ends nothing here: go on from it
-        return row.sample("length", self.spec.top_logprobs)
+        k = self.spec.top_logprobs
+        return row._replace(top=top_of(len(prompt), tops, k) if k else None)
 
-    def _too_short(self, got: int, room: int) -> str:
-        return (
-            f"the server {self.client.connection.base_url} cut a row after {got} of {room} tokens; start it with a "
-            f"context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: -c or --n_ctx)"
-        )
+    def _seed(self, number: int, part: object) -> int:
+        words = f"{self.wanted.stream} {seed_of(self.spec)} {number} {part}"
+        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
 
-    async def _with_end(self, row: _Row, answer: Answer, number: int) -> Sample | str:
+    async def _with_end(self, row: Sample, prompt_length: int, answer: Answer, number: int) -> Sample | str:
         """Return the row with the end that the server did not list, its log-probability taken from an echo.
 
         Where the server stops at several tokens, one of them is sampled by their probabilities.
@@ -155,22 +132,21 @@ class _Sampler:
             raise BadInput("the server does not list the token that ends a text: set generate.top_logprobs to 0")
         logprobs = {}
         for stop in self.served.stops or self.eos_ids:
-            logprob = await self._end_logprob(row, answer, stop)
+            logprob = await self._end_logprob(row, prompt_length, answer, stop)
             if isinstance(logprob, str):
                 return logprob
             logprobs[stop] = logprob
-        point = _number(53, self.wanted.stream, seed_of(self.spec), number, "end")
-        stop = _sampled_key(logprobs, self.spec.temperature, point)
+        best = max(logprobs.values())
+        weights = [math.exp((logprob - best) / self.spec.temperature) for logprob in logprobs.values()]
+        stop = random.Random(self._seed(number, "end")).choices(list(logprobs), weights)[0]
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
-        row.ids.append(stop)
-        row.logprobs.append(logprobs[stop])
-        return row.sample("eos", 0)
+        return Sample([*row.token_ids, stop], [*row.logprobs, logprobs[stop]], "eos")
 
-    async def _end_logprob(self, row: _Row, answer: Answer, stop: int) -> float | str:
-        body = request(self.served, self.wanted, [*row.ids, stop], max_tokens=1, seed=0) | {"echo": True}
+    async def _end_logprob(self, row: Sample, prompt_length: int, answer: Answer, stop: int) -> float | str:
+        body = request(self.served, self.wanted, [*row.token_ids, stop], max_tokens=1, seed=0) | {"echo": True}
         if self.served.prompts == "text":  # the text as the server wrote it
-            before, after = (text_of(self.tokenizer, ids) for ids in (row.ids[: row.prompt_length], [stop]))
+            before, after = (text_of(self.tokenizer, ids) for ids in (row.token_ids[:prompt_length], [stop]))
             body["prompt"] = before + answer.text + after
         try:
             echo = await self.client.complete(body)
@@ -179,17 +155,4 @@ class _Sampler:
                 "the server neither lists the token that ends a text nor echoes a prompt with log-probabilities, so "
                 f"the probability of the end is unknown; use vLLM or llama-server ({error})"
             ) from error
-        return end_logprob(echo, answer, row.prompt_length)
-
-
-def _number(bits: int, *words: object) -> int:
-    """Return a number of `bits` bits that depends on nothing but `words`."""
-    digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> (64 - bits)
-
-
-def _sampled_key(logprobs: dict[int, float], temperature: float, number: int) -> int:
-    """Return a key, sampled with a random number of 53 bits after scaling by `temperature`."""
-    best = max(logprobs.values())
-    sums = list(accumulate(math.exp((logprob - best) / temperature) for logprob in logprobs.values()))
-    return list(logprobs)[bisect_right(sums, number / 2**53 * sums[-1], hi=len(sums) - 1)]
+        return end_logprob(echo, answer, prompt_length)
