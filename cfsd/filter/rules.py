@@ -24,10 +24,6 @@ class Rows(NamedTuple):
     counts: NDArray[np.int64]  # sampled tokens
     nats: NDArray[np.float64]  # their summed log-probability
 
-    def sampled_tokens(self) -> NDArray[np.int64]:
-        """Return how many tokens of each row were sampled."""
-        return self.counts
-
     def means(self) -> NDArray[np.float64]:
         """Return the mean log-probability per sampled token; NaN for a row without, which no bound rejects."""
         means: NDArray[np.float64] = np.full(len(self.nats), np.nan)
@@ -125,15 +121,16 @@ def _overlap(spec: FilterSpec, reference: Reference | None) -> Rule:
 
     def reject(text: str) -> tuple[str, str] | None:
         overlap = grams.overlap(text)
-        return overlap and (f"overlaps {overlap.name}", overlap.gram)
+        return overlap and (f"overlaps {overlap[0]}", overlap[1])
 
     return _by_text(reject)
 
 
+COUNTS = operator.attrgetter("counts")
 # A rule is one function here and one field of the spec, off by default. Cheap rules come first.
 RULES: dict[str, Maker] = {
-    "min_tokens": _bound("min_tokens", Rows.sampled_tokens, "fewer than {} tokens"),
-    "max_tokens": _bound("max_tokens", Rows.sampled_tokens, "more than {} tokens"),
+    "min_tokens": _bound("min_tokens", COUNTS, "fewer than {} tokens"),
+    "max_tokens": _bound("max_tokens", COUNTS, "more than {} tokens"),
     "min_mean_logprob": _bound("min_mean_logprob", Rows.means, "mean log-probability below {} nats"),
     "max_mean_logprob": _bound("max_mean_logprob", Rows.means, "mean log-probability above {} nats"),
     "duplicates": _duplicates,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.figures import Figure, figure_of, interval_of_means
+from cfsd.statistics.figures import Figure, figure_of, mean_of
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.intervals import Floats
 
@@ -121,8 +121,8 @@ def _backward_transfer(transfer: Floats, changes: Sequence[Figure], unit: str) -
     values = np.array([change.value for change in changes])
     if values.shape != transfer.shape or not np.allclose(values, transfer, rtol=1e-4, atol=1e-6):
         raise ValueError(f"changes {values} are not R[T, j] - R[j, j] of the scores, {transfer} (positive = better)")
-    interval = interval_of_means(values, changes)
-    return figure_of(values.mean() if interval else transfer.mean(), interval, unit)
+    mean = mean_of(changes, unit)
+    return figure_of(transfer.mean(), None, unit) if mean.low is None else mean
 
 
 def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:

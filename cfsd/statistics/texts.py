@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from cfsd.statistics.figures import NATS, difference_per_token
+from cfsd.statistics.figures import NATS, mean_per_token
 
 NATS_PER_BYTE = "nats/byte"
 UNITS = {"per_token": ("tokens", NATS), "per_byte": ("bytes", NATS_PER_BYTE)}
@@ -28,7 +28,7 @@ def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dic
     }
     for unit, (column, label) in UNITS.items():
         counts = before[column].to_numpy(float)
-        rise = difference_per_token(after["nll"].to_numpy(), before["nll"].to_numpy(), counts, seed=0)
+        rise = mean_per_token(after["nll"].to_numpy() - before["nll"].to_numpy(), counts, seed=0)
         figures[unit] = {
             "base": float(before["nll"].sum() / counts.sum()),
             "tuned": float(after["nll"].sum() / counts.sum()),
