@@ -105,7 +105,8 @@ def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | 
 
 def mcnemar_p(up: int, down: int) -> float:
     """Return the two-sided p of the exact McNemar test; 1 where nothing changed."""
-    return min(1.0, 2 * float(special.bdtr(min(up, down), up + down, 0.5)))
+    fewer, more = sorted((up, down))
+    return 2 * float(special.betainc(more, fewer + 1, 0.5)) if fewer < more else 1.0
 
 
 def sign_flip_p(changes: Floats, *, seed: int) -> float:

@@ -113,7 +113,7 @@ def test_the_reference_is_the_held_out_rows_and_the_benchmarks(tmp_path: Path, t
         row = {"row_id": 0, "source": "target", "token_ids": [0], "supervised": [True], "prompt": prompt}
         write_shard(tmp_path, table, 0, table_of(TARGET, [row | {"response": response}]))
     found = Grams(held_back_texts(tmp_path, [Benchmark(name="facts")]), 13).overlap(text)
-    assert (found.name if found else None) == name
+    assert (found[0] if found else None) == name
 
 
 def test_words_of_other_scripts_lose_their_punctuation_too() -> None:
