@@ -80,8 +80,7 @@ def continual(
     arXiv:1801.10112 section 3 (forgetting).
     Differs: a stage 0 row is in the matrix and never counts; stages before the target's own count where measured.
 
-    Raises:
-        ValueError: a shape other than (T+1, T), a score missing that is needed, changes that are not those of `scores`.
+    Raises: ValueError for a shape other than (T+1, T), a missing score, or changes that are not those of `scores`.
     """
     R = _checked(targets, scores) * (1.0 if higher_is_better else -1.0)
     last = len(targets)
@@ -128,8 +127,7 @@ def _backward_transfer(transfer: Floats, changes: Sequence[Figure], unit: str) -
 def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:
     """Return how one general benchmark held, from its comparison with the base at each of the stages 1 to T.
 
-    Raises:
-        ValueError: no stages, or not the same benchmark, metric and base throughout.
+    Raises: ValueError without stages, or for several benchmarks, metrics or bases.
     """
     kinds = {(stage.benchmark, stage.metric, stage.base, stage.num_documents) for stage in stages}
     if len(kinds) != 1:

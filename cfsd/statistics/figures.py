@@ -35,8 +35,7 @@ def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
 
     For `probe_kl` and losses. Rows without tokens add nothing. No interval below 5 rows.
 
-    Raises:
-        ValueError: shapes differ, no tokens at all, a number that is not finite, a sum without tokens.
+    Raises: ValueError for different shapes, no tokens at all, a number that is not finite, or a sum without tokens.
     """
     sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if sums.shape != counts.shape or sums.ndim != 1:
@@ -56,8 +55,7 @@ def paired_share_difference(base: ArrayLike, tuned: ArrayLike) -> Figure:
 
     It is `target_accuracy_gain`. Interval: `cfsd.statistics.intervals.paired_share_bounds`.
 
-    Raises:
-        ValueError: shapes differ, no documents, values other than 0 and 1.
+    Raises: ValueError for different shapes, no documents, or values other than 0 and 1.
     """
     before, after = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     if before.shape != after.shape or before.ndim != 1 or not len(before):

@@ -94,9 +94,8 @@ def benchmark_forgetting(
     One row per document: `doc_id`, `filter`, `doc_hash`, `value`, `count` (tokens for a perplexity, else 1).
     The result does not depend on the order of the rows, and is fixed by `seed`.
 
-    Raises:
-        ValueError: documents unpaired, repeated or different, values not finite or not of the measure's
-            kind, several filters at once; the message names the benchmark and the documents.
+    Raises: ValueError naming benchmark and documents: unpaired, repeated or different ones, values not finite or not of
+        the measure's kind, several filters at once.
     """
     try:
         pairs = paired_by_document(before, after)
@@ -183,7 +182,7 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
 
 
 def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:
-    return measure.kind != "perplexity" and measure.higher_is_better and _are_scores(base, tuned)
+    return measure.higher_is_better and _are_scores(base, tuned)  # a perplexity is better when lower
 
 
 def _are_scores(*values: Floats) -> bool:
@@ -197,8 +196,7 @@ def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     benchmarks as independent samples of documents, and holds for these benchmarks only. No interval where one of
     them has none.
 
-    Raises:
-        ValueError: a benchmark comes twice, whose figures would share their documents.
+    Raises: ValueError for a benchmark that comes twice, since its figures would share their documents.
     """
     corrected = [(entry.benchmark, entry.chance_corrected) for entry in forgotten if entry.chance_corrected]
     names = [name for name, _ in corrected]

@@ -45,8 +45,7 @@ def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> OverS
     Differs: the part of a document's change that is due to the seed alone counts twice, so that the interval is
     rather too wide: it covers 0.95-0.97 where every seed loses the same documents, 0.99-1.00 where each its own.
 
-    Raises:
-        ValueError: no seeds, or figures in several units.
+    Raises: ValueError without seeds, or for figures in several units.
     """
     units = {figure.unit for figure in (*seeds, *([averaged] if averaged else []))}
     if not seeds or len(units) != 1:

@@ -15,8 +15,7 @@ def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dic
 
     One row per document: `row_id`, `nll` (a sum in nats), `tokens`, `bytes`. Positive forgetting is worse.
 
-    Raises:
-        ValueError: the two are not of the same documents, tokens and bytes; a number is not finite.
+    Raises: ValueError for other documents, tokens or bytes after than before, or a number that is not finite.
     """
     same = ["row_id", "tokens", "bytes"]
     if not before[same].equals(after[same]):
