@@ -57,8 +57,8 @@ class Recipe(Spec):
     def _training_has_what_it_reads(self) -> Self:
         check_rehearsal(self.generate, self.train)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
-        if strange := sorted(set(self.train.watch.benchmarks) - known):
-            raise ValueError(f"train.watch.benchmarks {strange} are not in evaluate.benchmarks {sorted(known)}")
+        if unknown := sorted(set(self.train.watch.benchmarks) - known):
+            raise ValueError(f"train.watch.benchmarks {unknown} are not in evaluate.benchmarks {sorted(known)}")
         return self
 
     def _identity(self) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def judge(guarded: Sequence[Guarded]) -> Judgement:
     p_values = [_of_seeds(figure, len(figure.fresh), len(figure.baseline)).p(_worsening(figure)) for figure in guarded]
     parts = zip(guarded, p_values, holm(p_values), strict=True)
     order: list[Outcome] = ["fail", "cannot tell", "pass"]
-    findings = sorted((_finding(*part, len(guarded)) for part in parts), key=lambda found: order.index(found.outcome))
+    findings = sorted(
+        (_finding(*part, len(guarded)) for part in parts), key=lambda finding: order.index(finding.outcome)
+    )
     return Judgement(outcome=findings[0].outcome if findings else "pass", findings=tuple(findings))
 
 

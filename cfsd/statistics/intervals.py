@@ -72,14 +72,14 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
 
 
 def _resampled_sums(columns: Floats, seed: int) -> Floats:
-    """Return the column sums of RESAMPLES draws of rows with replacement."""
+    """Return the column sums of RESAMPLES samples of rows with replacement."""
     rng, rows = np.random.default_rng(seed), len(columns)
     block = max(1, CELLS // rows)
     parts = []
     for start in range(0, RESAMPLES, block):
         size = min(block, RESAMPLES - start)
-        drawn = rng.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
+        sampled = rng.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
+        times = np.bincount(sampled.ravel(), minlength=size * rows).reshape(size, rows)
         parts.append(times @ columns)
     return np.concatenate(parts)
 

@@ -68,7 +68,7 @@ def score(
 
     A batch holds `max_tokens`, padding included, at least one row; after an out-of-memory half as many.
     `on_progress(done, total)` counts requests (one per choice) and is called a hundred times at most. The model's mode
-    and all random states are the same afterwards, because training may go on.
+    and all random states are the same afterwards, because a training may be under way.
     Differs: `num_fewshot` also applies where the YAML says 0; chat templates write a fixed date; `thinking_end`
     as in `cfsd.evaluate.harness.written_answers.Answers`.
 
