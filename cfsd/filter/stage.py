@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,7 @@ def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: D
         yield _part(_read(corpus, draft), rules, TableWriter(passed, "corpus"), rejects)
         corpus = passed
     if near is not None:
-
-        def progress(done: int, total: int) -> None:
-            draft.journal.progress(done, total, "rows searched for near duplicates")
-
+        progress = partial(draft.journal.progress, unit="rows searched for near duplicates")
         places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
         near_rule = {"near_duplicates": listed(places, "near duplicate")}
         accepted = TableWriter(draft.folder, "corpus")

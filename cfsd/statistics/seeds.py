@@ -7,7 +7,6 @@ different seeds differ significantly on the same documents.
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy import special
 
 from cfsd.statistics.figures import Figure, figure_of
@@ -21,21 +20,10 @@ DEFINITION = (
 )
 
 
-class OverSeeds(BaseModel):
-    """A figure over seeds; `figure` has no interval below FEWEST seeds, `deviation` is None for a single one.
-
-    `deviation`: standard deviation between the seeds' values. It includes some of the documents' scatter.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    figure: Figure
-    seeds: tuple[Figure, ...]
-    deviation: float | None
-
-
-def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> OverSeeds:
+def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> Figure:
     """Return the mean over `seeds`, each a figure on the same documents with its interval over them.
+
+    It has no interval below FEWEST seeds.
 
     `averaged` is the figure of the documents averaged over the seeds, where it is known: its interval is the
     narrower one over documents. Without it the seeds' own distances are averaged, which is right when every seed
@@ -51,9 +39,8 @@ def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> OverS
     if not seeds or len(units) != 1:
         raise ValueError(f"{len(seeds)} seeds in {sorted(units)}; give one or more figures in the same unit")
     values = np.array([figure.value for figure in seeds])
-    deviation = float(values.std(ddof=1)) if len(seeds) > 1 else None
     interval = None if len(seeds) < FEWEST else _joined(values, [averaged] if averaged else seeds)
-    return OverSeeds(figure=figure_of(values.mean(), interval, units.pop()), seeds=tuple(seeds), deviation=deviation)
+    return figure_of(values.mean(), interval, units.pop())
 
 
 def _joined(values: Floats, documents: Sequence[Figure]) -> Interval | None:
