@@ -1,6 +1,7 @@
 """Perplexity: how well a model predicts the user's own texts, each token once, in nats per token and per byte."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -44,22 +45,17 @@ def text_likelihoods(
     """
     config: Any = model.config.get_text_config()
     longest = min(text.window, getattr(config, "max_position_embeddings", None) or text.window)
-    texts = list(text.documents())
-    owners: list[int] = []
-    rows: list[dict[str, Any]] = []
-    for i, document in enumerate(texts):
-        token_ids = tokenizer.encode(document, add_special_tokens=False)
-        for window in windows([start, *token_ids], longest):
-            owners.append(i)
-            rows.append({"token_ids": window, "supervised": [False] + [True] * (len(window) - 1)})
-    scores = score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows)))
-    records: list[dict[str, Any]] = [
-        {"row_id": i, "nll": 0.0, "tokens": 0, "bytes": len(document.encode()), "text": document[:BEGINNING]}
-        for i, document in enumerate(texts)
-    ]
-    for owner, score in zip(owners, scores, strict=True):
-        records[owner]["nll"] += score["nll"]
-        records[owner]["tokens"] += score["count"]
+    documents = list(text.documents())
+    encoded = [[start, *tokenizer.encode(document, add_special_tokens=False)] for document in documents]
+    parts = [list(windows(token_ids, longest)) for token_ids in encoded]
+    rows = [{"token_ids": part, "supervised": [False] + [True] * (len(part) - 1)} for part in chain(*parts)]
+    scores = iter(score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows))))
+    records = []
+    for i, (document, of_document) in enumerate(zip(documents, parts, strict=True)):
+        scored = list(islice(scores, len(of_document)))
+        nll, tokens = sum((score["nll"] for score in scored), 0.0), sum(score["count"] for score in scored)
+        size, beginning = len(document.encode()), document[:BEGINNING]
+        records.append({"row_id": i, "nll": nll, "tokens": tokens, "bytes": size, "text": beginning})
     return records
 
 

@@ -1,6 +1,7 @@
 """Text: texts of the user's own whose likelihood is measured."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,9 @@ class Text(Spec):
         return files
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in order, except empty ones. Raises BadInput naming file and place."""
-        number = 0
-        for path in self.files():
-            for text in self._texts(path):
-                if self.limit is not None and number >= self.limit:
-                    return
-                if text.strip():
-                    number += 1
-                    yield text
+        """Return the documents in order, except empty ones. Raises BadInput naming file and place."""
+        texts = (text for path in self.files() for text in self._texts(path) if text.strip())
+        return islice(texts, self.limit)
 
     def check(self) -> None:
         """Raise BadInput if there is no document."""

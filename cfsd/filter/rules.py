@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cfsd.filter.overlap import Grams, Reference
@@ -50,15 +51,11 @@ Maker = Callable[[FilterSpec, Reference | None], Rule]
 
 def measured(batch: pa.RecordBatch, first: int) -> Rows:
     """Return `batch`, before which there were `first` rows, with the sums over each row's log-probabilities."""
-    logprobs = batch["logprobs"]
-    starts = logprobs.offsets.to_numpy().astype(np.int64)
-    is_sampled = logprobs.values.is_valid().to_numpy(zero_copy_only=False)
-    sampled_before = np.append(0, np.cumsum(is_sampled))
-    # one more value, so that the start of an empty last row is inside
-    values = np.append(logprobs.values.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64), 0)
-    # each row is summed by itself: a difference of running sums would depend on the rows before it
-    nats = np.where(np.diff(starts) > 0, np.add.reduceat(values, starts[:-1]), 0)
-    return Rows(batch, first, np.diff(sampled_before[starts]), nats)
+    row_T, flat = pc.list_parent_indices(batch["logprobs"]).to_numpy(), batch["logprobs"].flatten()
+    is_sampled_T = flat.is_valid().to_numpy(zero_copy_only=False)
+    counts = np.bincount(row_T[is_sampled_T], minlength=batch.num_rows)
+    nats = np.bincount(row_T, flat.fill_null(0).to_numpy(zero_copy_only=False), batch.num_rows)
+    return Rows(batch, first, counts, nats)
 
 
 def _bound(name: str, values: Callable[[Rows], NDArray[Any]], reason: str) -> Maker:

@@ -87,9 +87,7 @@ def _clear_scratch(folder: Path) -> None:
 def _copy(corpus: Path, draft: Draft) -> Outcome:
     """Copy the shards as they are; only log-probabilities are read, for the metadata."""
     for path in shards(corpus, "corpus"):
-        partial = draft.folder / f".{path.name}.partial"
-        shutil.copyfile(path, partial)
-        partial.replace(draft.folder / path.name)
+        shutil.copyfile(path, draft.folder / path.name)
     sums = Sums()
     for rows in _read(corpus, draft, ["logprobs"]):
         sums.add(rows.counts, rows.nats)
