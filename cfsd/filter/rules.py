@@ -54,7 +54,8 @@ def measured(batch: pa.RecordBatch, first: int) -> Rows:
     row_T, flat = pc.list_parent_indices(batch["logprobs"]).to_numpy(), batch["logprobs"].flatten()
     is_sampled_T = flat.is_valid().to_numpy(zero_copy_only=False)
     counts = np.bincount(row_T[is_sampled_T], minlength=batch.num_rows)
-    nats = np.bincount(row_T, flat.fill_null(0).to_numpy(zero_copy_only=False), batch.num_rows)
+    values_T = flat.fill_null(0).to_numpy(zero_copy_only=False)
+    nats = np.bincount(row_T, values_T, batch.num_rows).astype(np.float64)
     return Rows(batch, first, counts, nats)
 
 
