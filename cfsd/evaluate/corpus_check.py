@@ -200,11 +200,11 @@ def _examined(folder: Path, name: str, source: str = SOURCE) -> Examined:
     mask = "logprobs" if name == "corpus" else "supervised"
     parts = [Examined(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))]
     for batch in _rows_of(source, folder, name, ["token_ids", mask]):
-        flat, length_R = batch[mask].flatten(), pc.list_value_length(batch["token_ids"])
-        marks_T = flat.is_valid() if name == "corpus" else flat
+        flat, tokens = batch[mask].flatten(), batch["token_ids"]
+        length_R, token_T = pc.list_value_length(tokens).to_numpy(zero_copy_only=False), tokens.flatten().to_numpy()
+        sampled_T = (flat.is_valid() if name == "corpus" else flat).to_numpy(zero_copy_only=False)
         nats_T = flat.to_numpy(zero_copy_only=False) if name == "corpus" else np.zeros(0, np.float32)
-        arrays = (length_R, batch["token_ids"].flatten(), marks_T)
-        parts.append(Examined(*(array.to_numpy(zero_copy_only=False) for array in arrays), nats_T))
+        parts.append(Examined(length_R, token_T, sampled_T, nats_T))
     return Examined(*map(np.concatenate, zip(*parts, strict=True)))
 
 
