@@ -114,7 +114,7 @@ def over_seeds(repeats: Sequence[Tables]) -> dict[str, Figure]:
     figures, each = figures_of(averaged(repeats)), [figures_of(repeat) for repeat in repeats]
     if len(repeats) < seeds.FEWEST:
         return figures
-    return {name: seeds.over_seeds([found[name] for found in each], figure).figure for name, figure in figures.items()}
+    return {name: seeds.over_seeds([found[name] for found in each], figure) for name, figure in figures.items()}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Comparison: one recipe and its named variants."""
 
 import json
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Self
 
@@ -58,8 +58,7 @@ class Comparison(BaseModel):
 
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
-        swept = [label for name, changes in self.sweeps.items() for label in _swept(name, changes)]
-        names = [*self.variants, *swept]
+        names = [name for name, _ in self.expanded_variants()]
         if not names:
             raise ValueError("nothing to compare: give `variants` or `sweeps`, such as `variants: {rehearse: {}}`")
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -75,16 +74,16 @@ class Comparison(BaseModel):
             "corpus, probe and benchmark items are the same in all of them."
         ]
 
-    def expanded_variants(self) -> dict[str, dict[str, JsonValue]]:
-        """Return the overrides of every variant, those of sweeps last."""
-        swept = [_swept(name, changes) for name, changes in self.sweeps.items()]
-        return {label: changes for variants in (self.variants, *swept) for label, changes in variants.items()}
+    def expanded_variants(self) -> list[tuple[str, dict[str, JsonValue]]]:
+        """Return name and overrides of every variant, those of sweeps last."""
+        swept = (_swept(name, changes).items() for name, changes in self.sweeps.items())
+        return [*self.variants.items(), *chain.from_iterable(swept)]
 
     def recipes(self) -> dict[str, Recipe]:
         """Return the variants in full, by name; repeats are named `variant seed=1`. Raises BadInput."""
         plain = self.recipe.model_dump(mode="json")
         recipes = {}
-        for name, changes in self.expanded_variants().items():
+        for name, changes in self.expanded_variants():
             for repeat in range(self.seeds):
                 mix, train = (seed_of(part, repeat) for part in (self.recipe.mix, self.recipe.train))
                 seeds = {"mix.seed": mix, "train.seed": train}

@@ -16,15 +16,11 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.train.memory import Shapes, load_of, training_memory
 
 GIB = 2**30
-FLOPS_PER_SECOND = {
-    "cpu": 60e9,
-    "cuda": 1e14,
-}  # reached in practice: two CPU cores; one large GPU in bfloat16
+FLOPS_PER_SECOND = {"cpu": 60e9, "cuda": 1e14}  # reached in practice: two CPU cores; one large GPU in bfloat16
 DECODING_SHARE = 0.5  # of that rate, when each token waits for the one before
-KNOWN_PARAMETERS = {"smollm2": 134_515_008, "tiny": 177_088}
 KNOWN_SHAPES = {
     "smollm2": Shapes(576, 30, 1536, heads=9, kv_heads=3, vocabulary=49_152, tied=True),
-    "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=100),
+    "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=99),
 }
 TRIES = 3  # of alpha, until the budget is met: docs/decisions/0015
 BENCHMARK_TOKENS = 5000  # of a benchmark, a guess
@@ -92,8 +88,9 @@ def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
     """Return the number of weights, None if it is unknown until the model is fetched."""
     if recipe.base.kind == "folder" and recipe.base.path:
         return float(count_parameters(Path(recipe.base.path)))
-    known: Any = base.metadata.get("parameters") or KNOWN_PARAMETERS.get(recipe.base.kind)
-    return float(known) if known else None
+    shapes = KNOWN_SHAPES.get(recipe.base.kind)
+    parameters: Any = base.metadata.get("parameters") or (shapes and shapes.parameters())
+    return float(parameters) if parameters else None
 
 
 def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:

@@ -43,8 +43,9 @@ class Recipe(Spec):
         if not isinstance(value, dict):
             return value
         seed, filled = value.get("seed", 0), dict(value)
-        parts: dict[str, Any] = {name: field.annotation for name, field in cls.model_fields.items()}
-        for name in (name for name, part in parts.items() if "seed" in getattr(part, "model_fields", {})):
+        for name, field in cls.model_fields.items():
+            if "seed" not in getattr(field.annotation, "model_fields", {}):
+                continue
             part = filled.get(name, {})
             if isinstance(part, Spec) and getattr(part, "seed", 0) is None:
                 filled[name] = part.model_copy(update={"seed": seed})
@@ -56,8 +57,8 @@ class Recipe(Spec):
     def _training_has_what_it_reads(self) -> Self:
         check_rehearsal(self.generate, self.train)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
-        if strange := sorted(set(self.train.watch.benchmarks) - known):
-            raise ValueError(f"train.watch.benchmarks {strange} are not in evaluate.benchmarks {sorted(known)}")
+        if unknown := sorted(set(self.train.watch.benchmarks) - known):
+            raise ValueError(f"train.watch.benchmarks {unknown} are not in evaluate.benchmarks {sorted(known)}")
         return self
 
     def _identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The names of the stages, as they stand in keys, in Prefect and in MLflow."""
+"""The names of the stages, as keys, Prefect and MLflow have them."""
 
 FETCH = "fetch"
 TARGET = "target"

@@ -66,8 +66,8 @@ class Benchmark(Spec):
 
         Raises: BadInput as `check` does.
         """
-        left_out = {name for name, value in self.neutral.items() if getattr(self, name) == value}
-        settings = self.model_dump(exclude={"folder", "task", *left_out})
+        settings = self._identity()
+        settings.pop("folder")
         definition = self.find()
         if is_hub(definition):
             content: Any = version("lm_eval")
@@ -105,6 +105,13 @@ class Benchmark(Spec):
                     f"benchmark {self.name}: {name} is for answers that the model writes ({WRITTEN}); "
                     f"this one is a {kind}: leave it out"
                 )
+
+    def lacks_template(self) -> BadInput:
+        """Return the error of a model without a chat template where `chat_template` is on."""
+        return BadInput(
+            f"benchmark {self.name}: chat_template is on, but the model's tokenizer has no chat template; turn it "
+            "off, or measure a model that has one"
+        )
 
     def find(self) -> Definition:
         """Return the definition of this benchmark.

@@ -31,7 +31,7 @@ class Definition(NamedTuple):
     data: list[Path]  # local data files, whether they exist or not
 
     def is_inline(self) -> bool:
-        """Return whether it stands in the recipe itself."""
+        """Return whether it is in the recipe itself."""
         return self.path == INLINE
 
     def place(self, *, full: bool = False) -> str:
@@ -50,24 +50,22 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 _Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
 
 
-def hub_folder() -> Path | None:
-    """Return the folder of lm-eval's own YAML files, if it is installed."""
+def hub_folder() -> Path:
+    """Return the folder of lm-eval's own YAML files."""
     package = find_spec("lm_eval")
-    places = package.submodule_search_locations if package else None
-    return Path(places[0]) / "tasks" if places else None
+    assert package and package.origin, "cfsd is installed with lm-eval"
+    return Path(package.origin).with_name("tasks")
 
 
 @cache
 def find_hub(name: str) -> Definition | None:
     """Return lm-eval's own definition of `name`; about a second the first time."""
-    folder = hub_folder()
-    return find(name, folder) if folder else None
+    return find(name, hub_folder())
 
 
 def is_hub(definition: Definition) -> bool:
     """Return whether the benchmark comes with lm-eval, so that its data is on the hub."""
-    hub = hub_folder()
-    return hub is not None and definition.path.is_relative_to(hub)
+    return definition.path.is_relative_to(hub_folder())
 
 
 def inline(settings: dict[str, Any]) -> Definition:
@@ -179,7 +177,7 @@ def _modules(value: Any, folder: Path) -> Iterator[Path]:
 
 
 def _localise(config: dict[str, Any], folder: Path) -> list[Path]:
-    """Make the data paths in `config` absolute, in place, and return the files they stand for."""
+    """Make the data paths in `config` absolute, in place, and return the files they name."""
     files: list[Path] = []
 
     def absolute(name: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -26,7 +25,7 @@ from cfsd.model.loading import load_for_measuring, read_start_token
 from cfsd.statistics.sample_tests import difference_z, first_token_p, per_row
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
-from cfsd.store.tables import batches, shards
+from cfsd.store.tables import batches, num_rows
 
 SIGMAS = 4.0
 LEVEL = float(2 * stats.norm.sf(SIGMAS))  # of every check: one false alarm in 16,000
@@ -51,12 +50,26 @@ class Checked(NamedTuple):
     failed: dict[str, str]
 
 
-class Beginnings(NamedTuple):
-    """How rows begin: the token after the first of each, and how many begin wrongly, by what is wrong."""
+class Examined(NamedTuple):
+    """Rows laid end to end: the length of each, and of each token its id and whether the base sampled it.
 
-    rows: int
-    first_R: Array
-    wrong: dict[str, int]
+    `nats_T`: the log-probability of each token; empty for a mixture.
+    """
+
+    length_R: Array
+    token_T: Array
+    sampled_T: Array
+    nats_T: Array
+
+    def begin_R(self) -> Array:
+        """Return the place of each row's first token."""
+        begin_R: Array = np.cumsum(self.length_R) - self.length_R
+        return begin_R
+
+    def second_R(self) -> Array:
+        """Return the token after the first of each row that has one."""
+        second_R: Array = self.token_T[self.begin_R()[self.length_R > 1] + 1]
+        return second_R
 
 
 def check(base: Artifact, probe: Artifact, corpus: Artifact, mixture: Artifact, draft: Draft, machine: Machine) -> None:
@@ -108,116 +121,100 @@ def check_corpus(
 
     `probs_V`: the base's distribution after the start token. `filled`: generate.fill put separators into the rows.
     """
-    sampled = beginnings(corpus, "corpus", start, filled=filled)
-    if not sampled.rows:
+    sampled = _examined(corpus, "corpus")
+    rows = len(sampled.length_R)
+    if not rows:
         return Checked(0, None, None, None, {})
-    p, z, rare_z = first_token_p(sampled.first_R, probs_V), *likelihood_z(corpus, probe)
+    p = first_token_p(sampled.second_R(), probs_V)
+    z, rare_z = likelihood_z(sampled, _examined(probe, "corpus", "probe"))
     failed = {}
     if p < LEVEL:
-        failed[FIRST] = f"not by the base's distribution (chi-square over {sampled.rows:,} rows: p = {p:.1e})"
+        failed[FIRST] = f"not by the base's distribution (chi-square over {rows:,} rows: p = {p:.1e})"
     if z is not None and abs(z) >= SIGMAS:
         failed[LIKELIHOOD] = f"{abs(z):.1f} standard errors {'above' if z > 0 else 'below'} the probe's"
     if rare_z is not None and abs(rare_z) >= SIGMAS:
         failed[TAIL] = f"{abs(rare_z):.1f} standard errors {'more' if rare_z > 0 else 'fewer'} than in the probe"
-    mixed = beginnings(mixture, "mixture", start, filled=filled)
-    faults = _start_faults(sampled, probs_V, start)
-    faults += [f"{fault} in the mixture" for fault in _start_faults(mixed, probs_V, start)]
+    faults = _start_faults(sampled, probs_V, start, filled=filled)
+    mixed = _start_faults(_examined(mixture, "mixture"), probs_V, start, filled=filled)
+    faults += [f"{fault} in the mixture" for fault in mixed]
     if changed := changed_rows(mixture, corpus):
         faults.append(f"{changed:,} rows of the mixture are not as they were sampled")
     if faults:
         failed[START] = "; ".join(faults)
-    return Checked(sampled.rows, p, z, rare_z, failed)
+    return Checked(rows, p, z, rare_z, failed)
 
 
-def beginnings(folder: Path, name: str, start: int, *, filled: bool) -> Beginnings:
-    """Return how the context-free rows of a corpus or mixture table begin."""
-    mask = "logprobs" if name == "corpus" else "supervised"
-    firsts: list[Array] = [np.zeros(0, np.int64)]
-    lacking = prompted = rows = 0
-    for batch in _context_free(folder, name, ["token_ids", mask]):
-        token_T, length_R = batch["token_ids"].flatten().to_numpy(), _lengths(batch["token_ids"])
-        begin_R = np.cumsum(length_R) - length_R
-        flat = batch[mask].flatten()
-        own_T = flat.is_valid() if name == "corpus" else flat
-        prompt_R = length_R - per_row(own_T.to_numpy(zero_copy_only=False).astype(np.int64), length_R)
-        lacking += int((token_T[begin_R] != start).sum())
-        prompted += 0 if filled else int((prompt_R != 1).sum())
-        firsts.append(token_T[begin_R[length_R > 1] + 1])
-        rows += batch.num_rows
-    wrong = {"do not begin with it": lacking, "have other prompt tokens than it": prompted}
-    return Beginnings(rows, np.concatenate(firsts), {fault: count for fault, count in wrong.items() if count})
-
-
-def _start_faults(begun: Beginnings, probs_V: Array, start: int) -> list[str]:
-    faults = [f"{count:,} of {begun.rows:,} rows {fault}" for fault, count in begun.wrong.items()]
-    twice = int((begun.first_R == start).sum())
-    if twice and stats.binom.sf(twice - 1, len(begun.first_R), probs_V[start] / probs_V.sum()) < LEVEL:
-        faults.append(f"{twice:,} of {begun.rows:,} rows have it twice")
-    return faults
+def _start_faults(rows: Examined, probs_V: Array, start: int, *, filled: bool) -> list[str]:
+    lacking = rows.token_T[rows.begin_R()] != start
+    prompted = rows.length_R - per_row(rows.sampled_T.astype(np.int64), rows.length_R) != 1
+    second_R = rows.second_R()
+    twice = int((second_R == start).sum())
+    by_chance = stats.binom.sf(twice - 1, len(second_R), probs_V[start] / probs_V.sum()) if twice else 1.0
+    counts = {
+        "do not begin with it": int(lacking.sum()),
+        "have other prompt tokens than it": 0 if filled else int(prompted.sum()),
+        "have it twice": twice if by_chance < LEVEL else 0,
+    }
+    return [f"{count:,} of {len(rows.length_R):,} rows {fault}" for fault, count in counts.items() if count]
 
 
 def changed_rows(mixture: Path, corpus: Path) -> int:
     """Return how many context-free rows of the mixture are not rows of the corpus, token for token."""
     mixed: dict[int, list[int]] = {}
-    for batch in _context_free(mixture, "mixture", ["row_id", "token_ids"]):
+    for batch in _rows_of(SOURCE, mixture, "mixture", ["row_id", "token_ids"]):
         mixed |= dict(zip(batch["row_id"].to_pylist(), batch["token_ids"].to_pylist(), strict=True))
     row_ids = pa.array(list(mixed), pa.int64())
     same = 0
-    for batch in _context_free(corpus, "corpus", ["row_id", "token_ids"], max_rows=None):
+    for batch in _rows_of(SOURCE, corpus, "corpus", ["row_id", "token_ids"], max_rows=None):
         rows = batch.filter(pc.is_in(batch["row_id"], row_ids))
         pairs = zip(rows["row_id"].to_pylist(), rows["token_ids"].to_pylist(), strict=True)
         same += sum(mixed[row_id] == token_ids for row_id, token_ids in pairs)
     return len(mixed) - same
 
 
-def likelihood_z(corpus: Path, probe: Path) -> tuple[float | None, float | None]:
+def likelihood_z(sampled: Examined, probed: Examined) -> tuple[float | None, float | None]:
     """Return how many standard errors the corpus is above the probe: mean log-probability, share of rare tokens.
 
     Both over the positions that both tables have, since the mean changes along a row. Rare are the tokens as unlikely
     as the least likely RARE of the probe's. A cut tail hardly changes the mean, but this share.
     """
-    tables = [(corpus, SOURCE), (probe, "probe")]
-    length = min(_longest(folder, source) for folder, source in tables)
-    sampled, probed = (_tokens(folder, source, length) for folder, source in tables)
-    if not len(sampled[0]) or not len(probed[0]):
+    length = min(int(rows.length_R.max(initial=0)) for rows in (sampled, probed))
+    samples = [_sampled(rows, length) for rows in (sampled, probed)]
+    if not all(len(nats_T) for nats_T, _ in samples):
         return None, None
-    edge = np.quantile(probed[0], RARE)
-    means, shares = (
-        difference_z(*((per_row(value(nats_T), count_R), count_R) for nats_T, count_R in (sampled, probed)))
-        for value in (np.asarray, lambda nats_T: (nats_T <= edge).astype(np.int64))
-    )
+    edge = np.quantile(samples[1][0], RARE)
+    means = difference_z(*((per_row(nats_T, count_R), count_R) for nats_T, count_R in samples))
+    shares = difference_z(*((per_row((nats_T <= edge).astype(np.int64), n_R), n_R) for nats_T, n_R in samples))
     return means, shares
 
 
-def _longest(folder: Path, source: str) -> int:
-    parts = _context_free(folder, "corpus", ["logprobs"], source)
-    return max((int(_lengths(batch["logprobs"]).max(initial=0)) for batch in parts), default=0)
-
-
-def _tokens(folder: Path, source: str, length: int) -> tuple[Array, Array]:
+def _sampled(rows: Examined, length: int) -> tuple[Array, Array]:
     """Return the log-probabilities of the sampled tokens among each row's first `length`, and how many a row has."""
-    nats, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
-    for batch in _context_free(folder, "corpus", ["logprobs"], source):
-        flat, length_R = batch["logprobs"].flatten(), _lengths(batch["logprobs"])
-        place_T = np.arange(len(flat)) - np.repeat(np.cumsum(length_R) - length_R, length_R)
-        own_T = flat.is_valid().to_numpy(zero_copy_only=False) & (place_T < length)
-        nats.append(flat.to_numpy(zero_copy_only=False)[own_T].astype(np.float64))
-        counts.append(per_row(own_T.astype(np.int64), length_R))
-    return np.concatenate(nats), np.concatenate(counts)
+    place_T = np.arange(len(rows.token_T)) - np.repeat(rows.begin_R(), rows.length_R)
+    own_T = rows.sampled_T & (place_T < length)
+    return rows.nats_T[own_T].astype(np.float64), per_row(own_T.astype(np.int64), rows.length_R)
 
 
-def _lengths(lists: pa.ListArray) -> Array:
-    lengths: Array = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
-    return lengths
+def _examined(folder: Path, name: str, source: str = SOURCE) -> Examined:
+    """Return the rows of `source` that are examined, of a corpus or mixture table."""
+    mask = "logprobs" if name == "corpus" else "supervised"
+    parts = [Examined(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))]
+    for batch in _rows_of(source, folder, name, ["token_ids", mask]):
+        flat, tokens = batch[mask].flatten(), batch["token_ids"]
+        length_R, token_T = pc.list_value_length(tokens).to_numpy(zero_copy_only=False), tokens.flatten().to_numpy()
+        sampled_T = (flat.is_valid() if name == "corpus" else flat).to_numpy(zero_copy_only=False)
+        nats_T = flat.to_numpy(zero_copy_only=False) if name == "corpus" else np.zeros(0, np.float32)
+        parts.append(Examined(length_R, token_T, sampled_T, nats_T))
+    return Examined(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _context_free(
-    folder: Path, name: str, columns: list[str], source: str = SOURCE, max_rows: int | None = MAX_ROWS
+def _rows_of(
+    source: str, folder: Path, name: str, columns: list[str], max_rows: int | None = MAX_ROWS
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of `source`; of a large table rows spread evenly over it."""
-    total = sum(pq.read_metadata(path).num_rows for path in shards(folder, name))
+    fraction = 1.0 if max_rows is None else max_rows / max(1, num_rows(folder, name))
     first = 0
     for batch in batches(folder, name, ["source", *columns]):
-        is_examined = spread(first, batch.num_rows, 1.0 if max_rows is None else max_rows / max(1, total))
+        is_examined = spread(first, batch.num_rows, fraction)
         first += batch.num_rows
         yield batch.filter(pc.and_(pc.equal(batch["source"], source), pa.array(is_examined)))

@@ -1,14 +1,14 @@
 """Perplexity: how well a model predicts the user's own texts, each token once, in nats per token and per byte."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsd.errors import BadInput
-from cfsd.evaluate.stage import Result, measure
-from cfsd.evaluate.text import SETTING, Text
+from cfsd.evaluate.stage import load_models, write_result
+from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
 from cfsd.model.likelihood import score_responses
 from cfsd.model.loading import load_tokenizer, read_start_token
@@ -20,19 +20,16 @@ BEGINNING = 200  # characters of a document that its record holds
 def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> None:
     """Write each document's negative log-likelihood as the `texts` table."""
     folder = draft.store.path(model)
-
-    def likelihoods(loaded: PreTrainedModel) -> Result:
-        records = text_likelihoods(
-            loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens,
-            lambda done, total: draft.journal.progress(done, total, "windows"),
-        )  # fmt: skip
-        nll, tokens, size = (sum(record[name] for record in records) for name in ("nll", "tokens", "bytes"))
-        loss = {"nats_per_token": nll / tokens, "nats_per_byte": nll / size}
-        metadata = {"text": text.name, "documents": len(records), "tokens": tokens, "bytes": size} | loss
-        figures = {f"eval/{text.name}/{name}": value for name, value in loss.items()}
-        return Result("texts", pa.Table.from_pylist(records), metadata, figures)
-
-    measure(likelihoods, [model], draft, machine)
+    (loaded,) = load_models([model], draft, machine)
+    records = text_likelihoods(
+        loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens,
+        lambda done, total: draft.journal.progress(done, total, "windows"),
+    )  # fmt: skip
+    nll, tokens, size = (sum(record[name] for record in records) for name in ("nll", "tokens", "bytes"))
+    loss = {"nats_per_token": nll / tokens, "nats_per_byte": nll / size}
+    metadata = {"text": text.name, "documents": len(records), "tokens": tokens, "bytes": size} | loss
+    figures = {f"eval/{text.name}/{name}": value for name, value in loss.items()}
+    write_result(draft, "texts", pa.Table.from_pylist(records), metadata, figures)
 
 
 def text_likelihoods(
@@ -45,29 +42,20 @@ def text_likelihoods(
 
     Windows do not overlap but for one token, as lm-eval's rolling likelihood has them: the first of a window is
     predicted from the last of the one before alone.
-
-    Raises: BadInput if there is no document.
     """
     config: Any = model.config.get_text_config()
     longest = min(text.window, getattr(config, "max_position_embeddings", None) or text.window)
-    texts = list(text.documents())
-    if not texts:
-        raise BadInput(f"text {text.name}: {text.path!r} holds no text; fix {SETTING}")
-    owners: list[int] = []
-    rows: list[dict[str, Any]] = []
-    for i, document in enumerate(texts):
-        token_ids = tokenizer.encode(document, add_special_tokens=False)
-        for window in windows([start, *token_ids], longest):
-            owners.append(i)
-            rows.append({"token_ids": window, "supervised": [False] + [True] * (len(window) - 1)})
-    scores = score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows)))
-    records: list[dict[str, Any]] = [
-        {"row_id": i, "nll": 0.0, "tokens": 0, "bytes": len(document.encode()), "text": document[:BEGINNING]}
-        for i, document in enumerate(texts)
-    ]
-    for owner, score in zip(owners, scores, strict=True):
-        records[owner]["nll"] += score["nll"]
-        records[owner]["tokens"] += score["count"]
+    documents = list(text.documents())
+    encoded = [[start, *tokenizer.encode(document, add_special_tokens=False)] for document in documents]
+    parts = [list(windows(token_ids, longest)) for token_ids in encoded]
+    rows = [{"token_ids": part, "supervised": [False] + [True] * (len(part) - 1)} for part in chain(*parts)]
+    scores = iter(score_responses(model, rows, max_tokens, lambda done: on_progress(done, len(rows))))
+    records = []
+    for i, (document, of_document) in enumerate(zip(documents, parts, strict=True)):
+        scored = list(islice(scores, len(of_document)))
+        nll, tokens = sum((score["nll"] for score in scored), 0.0), sum(score["count"] for score in scored)
+        size, beginning = len(document.encode()), document[:BEGINNING]
+        records.append({"row_id": i, "nll": nll, "tokens": tokens, "bytes": size, "text": beginning})
     return records
 
 

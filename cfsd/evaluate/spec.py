@@ -43,12 +43,9 @@ class EvaluateSpec(Spec):
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template that a benchmark needs."""
-        templated = [benchmark.name for benchmark in self.benchmarks if benchmark.chat_template]
+        templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
         if templated and base.content and not _has_chat_template(Store(home()).path(base)):
-            raise BadInput(
-                f"benchmark {templated[0]}: chat_template is on, but the model's tokenizer has no chat template; turn "
-                "it off, or measure a model that has one"
-            )
+            raise templated[0].lacks_template()
 
 
 def _has_chat_template(model: Path) -> bool:

@@ -1,11 +1,11 @@
 """Stage evaluate: what every measurement of a model shares, and the measurement of held-out responses.
 
-A measurement is a function that takes loaded models and returns a `Result`. It stands beside its mathematics
+A measurement loads its models, makes a table, and writes it with its figures. It is in the module of its mathematics
 (`harness/score.py`, `perplexity.py`, `divergence.py`), and a task of `tasks/evaluate.py` calls it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedModel
@@ -17,24 +17,18 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import RESPONSES, read_rows, table_of, write_shard
 
 
-class Result(NamedTuple):
-    """What a measurement gives: a table with its name, metadata of the artifact, and figures by their metric names."""
-
-    table: str
-    rows: pa.Table
-    metadata: dict[str, Any]
-    figures: dict[str, float]
-
-
-def measure(measurement: Callable[..., Result], models: Sequence[Artifact], draft: Draft, machine: Machine) -> None:
-    """Load `models`, call `measurement` with them in order, and write its result into the draft."""
+def load_models(models: Sequence[Artifact], draft: Draft, machine: Machine) -> list[PreTrainedModel]:
+    """Return `models` ready for measuring on the device of `machine`."""
     machine.settle()
     device = machine.resolved_device()
-    loaded: list[PreTrainedModel] = [load_for_measuring(draft.store, model, device) for model in models]
-    result = measurement(*loaded)
-    write_shard(draft.folder, result.table, 0, result.rows)
-    draft.metadata |= result.metadata
-    draft.journal.metrics(0, result.figures)
+    return [load_for_measuring(draft.store, model, device) for model in models]
+
+
+def write_result(draft: Draft, table: str, rows: pa.Table, metadata: dict[str, Any], figures: dict[str, float]) -> None:
+    """Write what was measured: a table with its name, metadata of the artifact, and figures by their metric names."""
+    write_shard(draft.folder, table, 0, rows)
+    draft.metadata |= metadata
+    draft.journal.metrics(0, figures)
 
 
 def per_token(records: Sequence[dict[str, Any]], *columns: str) -> list[float]:
@@ -51,15 +45,12 @@ def size_of(records: Sequence[dict[str, Any]]) -> dict[str, int]:
 def score_target(model: Artifact, target: Artifact, max_rows: int | None, draft: Draft, machine: Machine) -> None:
     """Write the loss and the greedily correct tokens of each held-out response as the `responses` table."""
     rows = read_rows(draft.store.path(target), "held_out")[:max_rows]
-
-    def responses(loaded: PreTrainedModel) -> Result:
-        records = score_responses(
-            loaded, rows, machine.micro_batch_tokens, lambda done: draft.journal.progress(done, len(rows), "rows")
-        )
-        (loss,) = per_token(records, "nll")
-        accuracy = sum(record["correct"] == record["count"] for record in records) / len(records)
-        metadata = size_of(records) | {"loss": loss, "accuracy": accuracy}
-        figures = {"target/loss": loss, "target/accuracy": accuracy}
-        return Result("responses", table_of(RESPONSES, records), metadata, figures)
-
-    measure(responses, [model], draft, machine)
+    (loaded,) = load_models([model], draft, machine)
+    records = score_responses(
+        loaded, rows, machine.micro_batch_tokens, lambda done: draft.journal.progress(done, len(rows), "rows")
+    )
+    (loss,) = per_token(records, "nll")
+    accuracy = sum(record["correct"] == record["count"] for record in records) / len(records)
+    metadata = size_of(records) | {"loss": loss, "accuracy": accuracy}
+    figures = {"target/loss": loss, "target/accuracy": accuracy}
+    write_result(draft, "responses", table_of(RESPONSES, records), metadata, figures)

@@ -1,8 +1,9 @@
 """Text: texts of the user's own whose likelihood is measured."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field, PositiveInt
 
@@ -19,15 +20,13 @@ SETTING = "evaluate.texts"
 class Text(Spec):
     """Texts of the user's own whose likelihood is measured."""
 
-    unnamed: ClassVar[tuple[str, ...]] = ("name", "path")  # not in the digest, which has the content
-
     name: str = Field(pattern=r"^[\w .:-]+$", description="what it is called in the results")
     path: str = Field(description=".txt or .md, one document; .jsonl with `text`, a document to a line; or a folder")
     limit: PositiveInt | None = Field(None, description="the first N documents only")
     window: PositiveInt = Field(2048, description="most tokens read at once, or the model's context if that is less")
 
     def _identity(self) -> dict[str, Any]:
-        settings = {name: value for name, value in super()._identity().items() if name not in self.unnamed}
+        settings = {k: v for k, v in super()._identity().items() if k not in ("name", "path")}
         digests = {f"{i}{path.suffix}": sha256_of_file(path) for i, path in enumerate(self.files())}
         return settings | {"content": digest_of_files(digests)}
 
@@ -43,15 +42,9 @@ class Text(Spec):
         return files
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in order, except empty ones. Raises BadInput naming file and place."""
-        number = 0
-        for path in self.files():
-            for text in self._texts(path):
-                if self.limit is not None and number >= self.limit:
-                    return
-                if text.strip():
-                    number += 1
-                    yield text
+        """Return the documents in order, except empty ones. Raises BadInput naming file and place."""
+        texts = (text for path in self.files() for text in self._texts(path) if text.strip())
+        return islice(texts, self.limit)
 
     def check(self) -> None:
         """Raise BadInput if there is no document."""

@@ -20,12 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 from cfsd.data.ngrams import Hashes, Ints, Rows, ngrams
-from cfsd.store.tables import batches, shards
+from cfsd.store.tables import blocks, num_rows
 
 ORDER = 5
 PERMUTATIONS = 128
@@ -65,7 +64,7 @@ def duplicates_of(corpus: Path, threshold: float, scratch: Path, on_progress: Ca
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     lsh = MinHashLSH(threshold=min(threshold, MAX_BANDED), num_perm=PERMUTATIONS, weights=WEIGHTS)
-    total = sum(pq.read_metadata(path).num_rows for path in shards(corpus, "corpus"))
+    total = num_rows(corpus, "corpus")
     index = _Index(folder, lsh.b, np.zeros(0, np.int64))
     counts_R = np.fromiter(_write(index, lsh.r, corpus, lambda done: on_progress(done, total)), np.int64)
     rejected = _like_an_earlier_one(index._replace(ends_R=counts_R.cumsum()), threshold)
@@ -75,26 +74,22 @@ def duplicates_of(corpus: Path, threshold: float, scratch: Path, on_progress: Ca
 
 def _write(index: _Index, width: int, corpus: Path, on_progress: Callable[[int], None]) -> Iterator[int]:
     """Write the files of `index`; yield how many different n-grams each row has."""
-    done = 0
     with ExitStack() as stack:
         grams = stack.enter_context(index.grams.open("wb"))
         bands = [stack.enter_context(index.band(number).open("wb")) for number in range(index.bands)]
-        for batch in batches(corpus, "corpus", ["token_ids", "logprobs"]):
-            for first in range(0, batch.num_rows, BLOCK):
-                sets = _gram_sets(batch.slice(first, BLOCK))
-                signatures = _signatures(sets)
-                for number, file in enumerate(bands):
-                    _hashed(signatures[:, number * width : (number + 1) * width]).tofile(file)
-                np.concatenate(sets).tofile(grams)
-                yield from map(len, sets)
-                done += len(sets)
-                on_progress(done)
+        for first, block in blocks(corpus, "corpus", ["token_ids", "logprobs"], BLOCK):
+            sets = _gram_sets(block)
+            signatures = _signatures(sets)
+            for number, file in enumerate(bands):
+                _hashed(signatures[:, number * width : (number + 1) * width]).tofile(file)
+            np.concatenate(sets).tofile(grams)
+            yield from map(len, sets)
+            on_progress(first + len(sets))
 
 
 def _gram_sets(batch: pa.RecordBatch) -> list[NDArray[np.uint32]]:
     """Return the different n-grams of each row as sorted numbers of 32 bits."""
-    lengths = pc.list_value_length(batch["token_ids"]).to_numpy()
-    row_T = np.repeat(np.arange(batch.num_rows), lengths)
+    row_T = pc.list_parent_indices(batch["token_ids"]).to_numpy()
     sampled_T = batch["logprobs"].flatten().is_valid().to_numpy(zero_copy_only=False)
     grams = ngrams(Rows(batch["token_ids"].flatten().to_numpy(), row_T, sampled_T), ORDER)
     keys = _distinct(grams.row_G.astype(np.uint64) << np.uint64(32) | grams.hash_G >> np.uint64(32))

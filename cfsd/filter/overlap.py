@@ -11,7 +11,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +32,6 @@ def words_of(text: str) -> list[str]:
     return text.lower().translate(_punctuation()).split()
 
 
-class Overlap(NamedTuple):
-    """What a text has in common with a reference: the reference's name, and the words."""
-
-    name: str
-    gram: str
-
-
 class Grams:
     """The runs of `size` words of all reference texts, as sorted 64-bit hashes: 16 bytes per run.
 
@@ -58,15 +50,15 @@ class Grams:
                     parts[length].append((owner, _hashes(words, length)))
         self.runs = {length: _sorted(parts[length]) for length in sorted(parts, reverse=True)}
 
-    def overlap(self, text: str) -> Overlap | None:
-        """Return the first of the longest runs of words that `text` shares with a reference text."""
+    def overlap(self, text: str) -> tuple[str, str] | None:
+        """Return the first of the longest runs of words that `text` shares with a reference, after its name."""
         words = words_of(text)
         for length, (known, owners) in self.runs.items():
             own = _hashes(words, length)
             places = np.minimum(np.searchsorted(known, own), len(known) - 1)
             if len(starts := np.flatnonzero(known[places] == own)):
                 start = int(starts[0])
-                return Overlap(self.names[owners[places[start]]], " ".join(words[start : start + length]))
+                return self.names[owners[places[start]]], " ".join(words[start : start + length])
         return None
 
 

@@ -17,15 +17,12 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 # Source: arXiv:2112.11446, table A1. A text is rejected where its share is above.
-DUPLICATE_LINES = 0.30
-DUPLICATE_PARAGRAPHS = 0.30
-DUPLICATE_LINE_CHARACTERS = 0.20
-DUPLICATE_PARAGRAPH_CHARACTERS = 0.20
+PARTS = (  # what is between two parts, and the limits for the share of duplicates and of their characters
+    ("lines", re.compile(r"\n"), 0.30, 0.20),
+    ("paragraphs", re.compile(r"\n\s*\n"), 0.30, 0.20),
+)
 TOP_GRAM_CHARACTERS = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_GRAM_CHARACTERS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-
-LINE = re.compile(r"\n")
-PARAGRAPH = re.compile(r"\n\s*\n")
 
 
 class Measure(NamedTuple):
@@ -47,12 +44,11 @@ def excess(text: str) -> Measure | None:
 def _measures(text: str) -> Iterator[Measure]:
     """Yield the table's measures in order, but for those that cannot exceed their limit."""
     words = text.split()
-    lines = _parts(text, LINE, "lines", DUPLICATE_LINES, DUPLICATE_LINE_CHARACTERS)
-    paragraphs = _parts(text, PARAGRAPH, "paragraphs", DUPLICATE_PARAGRAPHS, DUPLICATE_PARAGRAPH_CHARACTERS)
-    return chain(lines, paragraphs, _grams(words, [0, *accumulate(map(len, words))]))
+    parts = chain.from_iterable(_parts(text, *part) for part in PARTS)
+    return chain(parts, _grams(words, [0, *accumulate(map(len, words))]))
 
 
-def _parts(text: str, separator: re.Pattern[str], name: str, limit: float, characters: float) -> Iterator[Measure]:
+def _parts(text: str, name: str, separator: re.Pattern[str], limit: float, characters: float) -> Iterator[Measure]:
     parts = [part for piece in separator.split(text) if (part := piece.strip())]
     unique = set(parts)
     if len(unique) < len(parts):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cfsd.filter.overlap import Grams, Reference
@@ -23,10 +24,6 @@ class Rows(NamedTuple):
     first: int  # how many rows came before the batch
     counts: NDArray[np.int64]  # sampled tokens
     nats: NDArray[np.float64]  # their summed log-probability
-
-    def sampled_tokens(self) -> NDArray[np.int64]:
-        """Return how many tokens of each row were sampled."""
-        return self.counts
 
     def means(self) -> NDArray[np.float64]:
         """Return the mean log-probability per sampled token; NaN for a row without, which no bound rejects."""
@@ -54,15 +51,12 @@ Maker = Callable[[FilterSpec, Reference | None], Rule]
 
 def measured(batch: pa.RecordBatch, first: int) -> Rows:
     """Return `batch`, before which there were `first` rows, with the sums over each row's log-probabilities."""
-    logprobs = batch["logprobs"]
-    starts = logprobs.offsets.to_numpy().astype(np.int64)
-    is_sampled = logprobs.values.is_valid().to_numpy(zero_copy_only=False)
-    sampled_before = np.append(0, np.cumsum(is_sampled))
-    # one more value, so that the start of an empty last row is inside
-    values = np.append(logprobs.values.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64), 0)
-    # each row is summed by itself: a difference of running sums would depend on the rows before it
-    nats = np.where(np.diff(starts) > 0, np.add.reduceat(values, starts[:-1]), 0)
-    return Rows(batch, first, np.diff(sampled_before[starts]), nats)
+    row_T, flat = pc.list_parent_indices(batch["logprobs"]).to_numpy(), batch["logprobs"].flatten()
+    is_sampled_T = flat.is_valid().to_numpy(zero_copy_only=False)
+    counts = np.bincount(row_T[is_sampled_T], minlength=batch.num_rows)
+    values_T = flat.fill_null(0).to_numpy(zero_copy_only=False)
+    nats = np.bincount(row_T, values_T, batch.num_rows).astype(np.float64)
+    return Rows(batch, first, counts, nats)
 
 
 def _bound(name: str, values: Callable[[Rows], NDArray[Any]], reason: str) -> Maker:
@@ -125,15 +119,16 @@ def _overlap(spec: FilterSpec, reference: Reference | None) -> Rule:
 
     def reject(text: str) -> tuple[str, str] | None:
         overlap = grams.overlap(text)
-        return overlap and (f"overlaps {overlap.name}", overlap.gram)
+        return overlap and (f"overlaps {overlap[0]}", overlap[1])
 
     return _by_text(reject)
 
 
+COUNTS = operator.attrgetter("counts")
 # A rule is one function here and one field of the spec, off by default. Cheap rules come first.
 RULES: dict[str, Maker] = {
-    "min_tokens": _bound("min_tokens", Rows.sampled_tokens, "fewer than {} tokens"),
-    "max_tokens": _bound("max_tokens", Rows.sampled_tokens, "more than {} tokens"),
+    "min_tokens": _bound("min_tokens", COUNTS, "fewer than {} tokens"),
+    "max_tokens": _bound("max_tokens", COUNTS, "more than {} tokens"),
     "min_mean_logprob": _bound("min_mean_logprob", Rows.means, "mean log-probability below {} nats"),
     "max_mean_logprob": _bound("max_mean_logprob", Rows.means, "mean log-probability above {} nats"),
     "duplicates": _duplicates,

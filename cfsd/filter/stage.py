@@ -11,8 +11,9 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,32 +87,26 @@ def _clear_scratch(folder: Path) -> None:
 def _copy(corpus: Path, draft: Draft) -> Outcome:
     """Copy the shards as they are; only log-probabilities are read, for the metadata."""
     for path in shards(corpus, "corpus"):
-        partial = draft.folder / f".{path.name}.partial"
-        shutil.copyfile(path, partial)
-        partial.replace(draft.folder / path.name)
+        shutil.copyfile(path, draft.folder / path.name)
     sums = Sums()
-    for rows in _read(corpus, _size(corpus), draft, ["logprobs"]):
+    for rows in _read(corpus, draft, ["logprobs"]):
         sums.add(rows.counts, rows.nats)
     return Outcome(judged=sums, filtered=sums)
 
 
 def _judge(corpus: Path, rules: Mapping[str, Rule], near: float | None, draft: Draft) -> Iterator[Outcome]:
     """Write the tables; near duplicates are sought among the rows that pass all `rules`."""
-    size = _size(corpus)
     rejects = TableWriter(draft.folder, "rejects")
     if rules:
         passed = draft.folder / PASSED if near is not None else draft.folder
-        yield _part(_read(corpus, size, draft), rules, TableWriter(passed, "corpus"), rejects)
+        yield _part(_read(corpus, draft), rules, TableWriter(passed, "corpus"), rejects)
         corpus = passed
     if near is not None:
-
-        def progress(done: int, total: int) -> None:
-            draft.journal.progress(done, total, "rows searched for near duplicates")
-
+        progress = partial(draft.journal.progress, unit="rows searched for near duplicates")
         places = duplicates_of(corpus, near, draft.folder / SCRATCH, progress)
         near_rule = {"near_duplicates": listed(places, "near duplicate")}
         accepted = TableWriter(draft.folder, "corpus")
-        yield _part(_read(corpus, _size(corpus), draft), near_rule, accepted, rejects)
+        yield _part(_read(corpus, draft), near_rule, accepted, rejects)
     rejects.close()
 
 
@@ -141,10 +136,9 @@ def _part(batches: Iterable[Rows], rules: Mapping[str, Rule], accepted: TableWri
 
 
 def _rejected(batch: pa.RecordBatch, verdicts: list[Verdict]) -> pa.RecordBatch:
-    texts = [{"reason": verdict.reason, "detail": verdict.detail} for verdict in verdicts]
-    reasons = pa.RecordBatch.from_pylist(texts, schema=pa.schema([("reason", pa.string()), ("detail", pa.string())]))
     rows = batch.take(pa.array([verdict.place for verdict in verdicts], pa.int64()))
-    columns = [reasons[name] if name in reasons.schema.names else rows[name] for name in REJECTS.names]
+    reasons = {name: pa.array([getattr(v, name) for v in verdicts], pa.string()) for name in ("reason", "detail")}
+    columns = [reasons[name] if name in reasons else rows[name] for name in REJECTS.names]
     return pa.RecordBatch.from_arrays(columns, schema=REJECTS)
 
 
@@ -162,34 +156,17 @@ def _metadata(outcomes: list[Outcome]) -> dict[str, Any]:
     return metadata
 
 
-class Size(NamedTuple):
-    """How many rows a table has, and how many bytes they take uncompressed."""
-
-    rows: int
-    bytes: int
-
-    def fitting(self, max_bytes: int, max_rows: int) -> int:
-        """Return how many rows of mean size fit."""
-        return max(1, min(max_rows, max_bytes * max(self.rows, 1) // max(self.bytes, 1)))
-
-
-def _size(corpus: Path) -> Size:
-    rows = size = 0
-    for path in shards(corpus, "corpus"):
-        metadata = pq.read_metadata(path)
-        rows += metadata.num_rows
-        size += sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    return Size(rows, size)
-
-
-def _read(corpus: Path, size: Size, draft: Draft, columns: list[str] | None = None) -> Iterator[Rows]:
+def _read(corpus: Path, draft: Draft, columns: list[str] | None = None) -> Iterator[Rows]:
     """Yield the table in batches of bounded size, and report the progress."""
-    max_rows = size.fitting(READ_BYTES, READ_ROWS)
+    footers = [pq.read_metadata(path) for path in shards(corpus, "corpus")]
+    total = sum(footer.num_rows for footer in footers)
+    size = sum(footer.row_group(i).total_byte_size for footer in footers for i in range(footer.num_row_groups))
+    max_rows = max(1, min(READ_ROWS, READ_BYTES * max(total, 1) // max(size, 1)))
     done = reported = 0
     for path in shards(corpus, "corpus"):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=max_rows, columns=columns):
             yield measured(batch, done)
             done += batch.num_rows
-            if done - reported >= max_rows or done == size.rows:  # a file is synced each time
-                draft.journal.progress(done, size.rows, "rows")
+            if done - reported >= max_rows or done == total:  # a file is synced each time
+                draft.journal.progress(done, total, "rows")
                 reported = done

@@ -82,7 +82,7 @@ def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
     figures = [Figure.model_validate(figure) for s in repeats if (figure := figure_of(s, name)) is not None]
     if not figures or len(figures) < len(repeats):
         return None
-    joined = figures[0] if len(figures) == 1 else seeds.over_seeds(figures).figure
+    joined = figures[0] if len(figures) == 1 else seeds.over_seeds(figures)
     ends = [(f.low, f.high) for f in figures if f.low is not None and f.high is not None]
     if 1 < len(figures) < seeds.FEWEST and len(ends) == len(figures):
         joined = joined.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})

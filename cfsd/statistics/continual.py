@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.figures import Figure, figure_of, interval_of_means
+from cfsd.statistics.figures import Figure, figure_of, mean_of
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.intervals import Floats
 
@@ -80,8 +80,7 @@ def continual(
     arXiv:1801.10112 section 3 (forgetting).
     Differs: a stage 0 row is in the matrix and never counts; stages before the target's own count where measured.
 
-    Raises:
-        ValueError: a shape other than (T+1, T), a score missing that is needed, changes that are not those of `scores`.
+    Raises: ValueError for a shape other than (T+1, T), a missing score, or changes that are not those of `scores`.
     """
     R = _checked(targets, scores) * (1.0 if higher_is_better else -1.0)
     last = len(targets)
@@ -121,15 +120,14 @@ def _backward_transfer(transfer: Floats, changes: Sequence[Figure], unit: str) -
     values = np.array([change.value for change in changes])
     if values.shape != transfer.shape or not np.allclose(values, transfer, rtol=1e-4, atol=1e-6):
         raise ValueError(f"changes {values} are not R[T, j] - R[j, j] of the scores, {transfer} (positive = better)")
-    interval = interval_of_means(values, changes)
-    return figure_of(values.mean() if interval else transfer.mean(), interval, unit)
+    mean = mean_of(changes, unit)
+    return figure_of(transfer.mean(), None, unit) if mean.low is None else mean
 
 
 def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:
     """Return how one general benchmark held, from its comparison with the base at each of the stages 1 to T.
 
-    Raises:
-        ValueError: no stages, or not the same benchmark, metric and base throughout.
+    Raises: ValueError without stages, or for several benchmarks, metrics or bases.
     """
     kinds = {(stage.benchmark, stage.metric, stage.base, stage.num_documents) for stage in stages}
     if len(kinds) != 1:

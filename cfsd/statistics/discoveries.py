@@ -1,4 +1,4 @@
-"""Many benchmarks at once: which changes stand when all are looked at, and the power where none does.
+"""Many benchmarks at once: which changes remain when all are looked at, and the power where none does.
 
 Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 """

@@ -16,17 +16,11 @@ from cfsd.statistics.figures import (
     all_zero_or_one,
     exponential,
     figure_of,
-    interval_of_means,
+    mean_of,
     mean_per_token,
     share_difference,
 )
-from cfsd.statistics.intervals import (
-    Floats,
-    bootstrap_change,
-    is_above,
-    mcnemar_p,
-    sign_flip_p,
-)
+from cfsd.statistics.intervals import Floats, bootstrap_change, is_above, mcnemar_p, sign_flip_p
 from cfsd.statistics.pairing import paired_by_document, refuse
 from cfsd.statistics.power import detectable_change, detectable_share
 
@@ -100,9 +94,8 @@ def benchmark_forgetting(
     One row per document: `doc_id`, `filter`, `doc_hash`, `value`, `count` (tokens for a perplexity, else 1).
     The result does not depend on the order of the rows, and is fixed by `seed`.
 
-    Raises:
-        ValueError: documents unpaired, repeated or different, values not finite or not of the measure's
-            kind, several filters at once; the message names the benchmark and the documents.
+    Raises: ValueError naming benchmark and documents: unpaired, repeated or different ones, values not finite or not of
+        the measure's kind, several filters at once.
     """
     try:
         pairs = paired_by_document(before, after)
@@ -111,8 +104,9 @@ def benchmark_forgetting(
         raise ValueError(f"benchmark {name}: {error}") from error
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
     worse = worsening(measure, base, tuned)
-    forgetting, method = _forgetting(measure, base, tuned, worse, counts, seed)
+    forgetting, method = _forgetting(measure, base, tuned, counts, seed)
     retention, note = _retention(measure, base, tuned)
+    correction = chance_correction(measure, base, tuned)
     return BenchmarkForgetting(
         benchmark=name,
         metric=measure.metric,
@@ -121,12 +115,12 @@ def benchmark_forgetting(
         base=base.sum() / counts.sum(),
         tuned=tuned.sum() / counts.sum(),
         forgetting=forgetting,
-        chance_corrected=_chance_corrected(measure, forgetting, base, tuned),
+        chance_corrected=None if correction is None else forgetting.scaled(correction, FRACTION),
         retention=retention,
         retention_note=note,
         perplexity_factor=exponential(forgetting) if measure.kind == "perplexity" else None,
         interval_method=method,
-        **(_of_flips(worse) if measure.kind == "binary" else _of_changes(worse, forgetting, seed)),
+        **_tested(measure, worse, forgetting, seed),
     )
 
 
@@ -145,23 +139,24 @@ def chance_correction(measure: Measure, base: Floats, tuned: Floats) -> float | 
     return 1 / (1 - measure.chance)
 
 
-def _of_flips(worse: Floats) -> dict[str, Any]:
-    up, down, total = int(np.count_nonzero(worse > 0)), int(np.count_nonzero(worse < 0)), len(worse)
-    shares = {"right_to_wrong": up / total, "wrong_to_right": down / total}
-    detectable = detectable_share((up + down) / total, total)
-    return shares | {"p_value": mcnemar_p(up, down), "detectable": detectable, "test": MCNEMAR}
+def _tested(measure: Measure, worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
+    if measure.kind != "binary":
+        p, detectable = sign_flip_p(worse, seed=seed), detectable_change(forgetting)
+        return {"p_value": p, "detectable": detectable, "test": PERMUTATION}
+    lost, gained, total = int((worse > 0).sum()), int((worse < 0).sum()), len(worse)
+    return {
+        "right_to_wrong": lost / total,
+        "wrong_to_right": gained / total,
+        "p_value": mcnemar_p(lost, gained),
+        "detectable": detectable_share((lost + gained) / total, total),
+        "test": MCNEMAR,
+    }
 
 
-def _of_changes(worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
-    detectable = detectable_change(forgetting)
-    return {"p_value": sign_flip_p(worse, seed=seed), "detectable": detectable, "test": PERMUTATION}
-
-
-def _forgetting(
-    measure: Measure, base: Floats, tuned: Floats, worse: Floats, counts: Floats, seed: int
-) -> tuple[Figure, str]:
+def _forgetting(measure: Measure, base: Floats, tuned: Floats, counts: Floats, seed: int) -> tuple[Figure, str]:
     """Return the figure and the method of its interval."""
     unit = FRACTION if measure.kind == "binary" else measure.metric
+    worse = worsening(measure, base, tuned)
     if measure.kind == "perplexity":
         figure = mean_per_token(worse, counts, seed=seed)
     elif all_zero_or_one(base) and all_zero_or_one(tuned):
@@ -171,11 +166,6 @@ def _forgetting(
         interval = bootstrap_change(worse, reach=reach, seed=seed)
         figure = figure_of(worse.sum() / len(worse), interval, unit)
     return figure, TOO_FEW if figure.low is None else BOOTSTRAP
-
-
-def _chance_corrected(measure: Measure, forgetting: Figure, base: Floats, tuned: Floats) -> Figure | None:
-    correction = chance_correction(measure, base, tuned)
-    return None if correction is None else forgetting.scaled(correction, FRACTION)
 
 
 def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:
@@ -192,7 +182,7 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
 
 
 def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:
-    return measure.kind != "perplexity" and measure.higher_is_better and _are_scores(base, tuned)
+    return measure.higher_is_better and _are_scores(base, tuned)  # a perplexity is better when lower
 
 
 def _are_scores(*values: Floats) -> bool:
@@ -203,23 +193,16 @@ def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     """Return the mean of the chance-corrected differences as a fraction: 0.05 is 5 points worse.
 
     Benchmarks without a chance-corrected figure are left out; None if none has one. The interval takes the
-    benchmarks as independent samples of documents, and holds for these benchmarks only:
-    `cfsd.statistics.intervals.interval_of_mean`. No interval where one of them has none.
+    benchmarks as independent samples of documents, and holds for these benchmarks only. No interval where one of
+    them has none.
 
-    Raises:
-        ValueError: a benchmark comes twice, whose figures would share their documents.
+    Raises: ValueError for a benchmark that comes twice, since its figures would share their documents.
     """
-    figures: dict[str, Figure] = {}
-    for entry in forgotten:
-        if entry.chance_corrected is None:
-            continue
-        if entry.benchmark in figures:
-            raise ValueError(f"benchmark {entry.benchmark} comes twice; give one metric and filter of each")
-        figures[entry.benchmark] = entry.chance_corrected
-    if not figures:
-        return None
-    values = np.array([figure.value for figure in figures.values()])
-    return figure_of(values.mean(), interval_of_means(values, list(figures.values())), FRACTION)
+    corrected = [(entry.benchmark, entry.chance_corrected) for entry in forgotten if entry.chance_corrected]
+    names = [name for name, _ in corrected]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"benchmark {twice} comes twice; give one metric and filter of each")
+    return mean_of([figure for _, figure in corrected], FRACTION) if corrected else None
 
 
 def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:

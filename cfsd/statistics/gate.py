@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
-from scipy import stats
+from scipy import special  # scipy.stats takes 0.7 s to import, and commands import this module
 
 Outcome = Literal["fail", "pass", "cannot tell"]
 Floats = NDArray[np.float64]
@@ -81,6 +81,16 @@ class Error(NamedTuple):
     size: float
     freedom: float
 
+    def p(self, worsening: float) -> float:
+        """Return the one-sided p that the error explains a worsening of this size or more."""
+        if self.size == 0:
+            return 0.0 if worsening > ROUNDING else 1.0
+        return float(special.stdtr(self.freedom, -worsening / self.size))
+
+    def half(self) -> float:
+        """Return the distance from the worsening to either of its bounds."""
+        return float(special.stdtrit(self.freedom, CONFIDENCE)) * self.size
+
 
 def judge(guarded: Sequence[Guarded]) -> Judgement:
     """Return FAIL where a worsening is above its margin and significant, PASS where it surely is below it.
@@ -94,12 +104,11 @@ def judge(guarded: Sequence[Guarded]) -> Judgement:
     Source: Hahn 1969, Factors for calculating two-sided prediction intervals, JASA 64 (the mean of k further
     samples); Holm 1979, A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6.
     """
-    tests = [_test(figure) for figure in guarded]
-    significant = holm([p for _, p in tests])
+    p_values = [_of_seeds(figure, len(figure.fresh), len(figure.baseline)).p(_worsening(figure)) for figure in guarded]
+    parts = zip(guarded, p_values, holm(p_values), strict=True)
     order: list[Outcome] = ["fail", "cannot tell", "pass"]
     findings = sorted(
-        (_finding(*parts, len(guarded)) for parts in zip(guarded, tests, significant, strict=True)),
-        key=lambda finding: order.index(finding.outcome),
+        (_finding(*part, len(guarded)) for part in parts), key=lambda finding: order.index(finding.outcome)
     )
     return Judgement(outcome=findings[0].outcome if findings else "pass", findings=tuple(findings))
 
@@ -121,8 +130,9 @@ def margin_of(values: Sequence[float], *, least: float, least_spread: float = 0.
     probability; more seeds of the baseline make it smaller.
     """
     seeds, spread = len(values), max(float(np.std(values, ddof=1)), least_spread)
-    reach = (stats.t.ppf(CONFIDENCE, seeds - 1) + stats.t.ppf(0.99, seeds - 1)) * math.sqrt(1 / USUAL_SEEDS + 1 / seeds)
-    return max(float(reach) * spread, AT_LEAST_SPREADS * spread, least)
+    deviates = special.stdtrit(seeds - 1, CONFIDENCE) + special.stdtrit(seeds - 1, 0.99)
+    reach = float(deviates * math.sqrt(1 / USUAL_SEEDS + 1 / seeds))
+    return max(reach * spread, AT_LEAST_SPREADS * spread, least)
 
 
 def document_noise(sums: ArrayLike, counts: ArrayLike) -> float:
@@ -155,43 +165,31 @@ def _rest(sums: Floats, counts: Floats) -> Floats:
     return rest
 
 
-def _test(figure: Guarded) -> tuple[float, float]:
-    """Return the worsening, positive = worse, and the one-sided p that the seeds' spread explains it."""
+def _worsening(figure: Guarded) -> float:
     change = float(np.mean(figure.fresh) - np.mean(figure.baseline))
-    worsening = (-change if figure.higher_is_better else change) + 0.0
-    error = _error(figure, len(figure.fresh), honest=True)
-    return worsening, _p(worsening, error)
+    return (-change if figure.higher_is_better else change) + 0.0
 
 
-def _p(worsening: float, error: Error) -> float:
-    if error.size == 0:
-        return 0.0 if worsening > ROUNDING else 1.0
-    return float(stats.t.sf(worsening / error.size, error.freedom))
-
-
-def _error(
-    figure: Guarded, fresh: int, *, honest: bool = False, baseline: int | None = None, documents: float = 1.0
-) -> Error:
-    """Return the error with that many seeds, and with `documents` times as many documents as there are.
-
-    `honest`: as if the fresh models were further seeds of the baseline, measured on the same documents.
-    """
+def _of_seeds(figure: Guarded, fresh: int, baseline: int) -> Error:
+    """Return the error as if the fresh models were further seeds of the baseline, measured on the same documents."""
     spread = max(float(np.std(figure.baseline, ddof=1)), figure.least_spread)
-    seeds = baseline or len(figure.baseline)
-    if honest:
-        return Error(spread * math.sqrt(1 / fresh + 1 / seeds), seeds - 1)
-    of_seeds = spread**2 * (1 / fresh + 1 / seeds)
-    of_documents = figure.document_variance / documents
-    if (total := of_seeds + of_documents) == 0:
-        return Error(0.0, seeds - 1)
+    return Error(spread * math.sqrt(1 / fresh + 1 / baseline), baseline - 1)
+
+
+def _error(figure: Guarded, fresh: int, baseline: int, documents: float = 1.0) -> Error:
+    """Return the error with that many seeds, and with `documents` times as many documents as there are."""
+    of_seeds, freedom = _of_seeds(figure, fresh, baseline)
+    seeds_part, documents_part = of_seeds**2, figure.document_variance / documents
+    if (total := seeds_part + documents_part) == 0:
+        return Error(0.0, freedom)
     # Satterthwaite 1946
-    freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_documents**2 / max(1, figure.num_documents - 1))
-    return Error(math.sqrt(total), freedom)
+    joint = total**2 / (seeds_part**2 / freedom + documents_part**2 / max(1, figure.num_documents - 1))
+    return Error(math.sqrt(total), joint)
 
 
-def _finding(figure: Guarded, test: tuple[float, float], significant: bool, family: int) -> Finding:
-    worsening, p = test
-    half = _half(_error(figure, len(figure.fresh)))
+def _finding(figure: Guarded, p: float, significant: bool, family: int) -> Finding:
+    worsening = _worsening(figure)
+    half = _error(figure, len(figure.fresh), len(figure.baseline)).half()
     outcome: Outcome = "cannot tell"
     if worsening > figure.margin and significant:
         outcome = "fail"
@@ -213,25 +211,21 @@ def _finding(figure: Guarded, test: tuple[float, float], significant: bool, fami
     )
 
 
-def _half(error: Error) -> float:
-    return float(stats.t.ppf(CONFIDENCE, error.freedom)) * error.size
-
-
 def _needed(figure: Guarded, worsening: float, family: int) -> str:
     """Return how many seeds or documents would decide, if the worsening stayed as it is."""
-    above = worsening > figure.margin
+    above, seeds = worsening > figure.margin, len(figure.baseline)
 
-    def decides(fresh: int, baseline: int | None, documents: float) -> bool:
+    def decides(fresh: int, baseline: int, documents: float = 1.0) -> bool:
         if above:
-            return _p(worsening, _error(figure, fresh, honest=True, baseline=baseline)) <= FAMILY_WISE / family
-        return worsening + _half(_error(figure, fresh, baseline=baseline, documents=documents)) < figure.margin
+            return _of_seeds(figure, fresh, baseline).p(worsening) <= FAMILY_WISE / family
+        return worsening + _error(figure, fresh, baseline, documents).half() < figure.margin
 
     first = len(figure.fresh) + 1
     for fresh in range(first, MAX_SEEDS + 1):
-        if decides(fresh, None, 1.0):
+        if decides(fresh, seeds):
             return f"{fresh} fresh seeds"
-    for both in range(max(first, len(figure.baseline) + 1), MAX_SEEDS + 1):
-        if decides(both, both, 1.0):
+    for both in range(max(first, seeds + 1), MAX_SEEDS + 1):
+        if decides(both, both):
             return f"{both} seeds, fresh and in the baseline"
     for times in (2, 4, 8, 16, 32, MAX_TIMES):
         if not above and decides(MAX_SEEDS, MAX_SEEDS, times):

@@ -11,9 +11,8 @@ COLUMNS = [*KEY, "doc_hash", "value", "count"]
 def paired_by_document(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Return one row per document, sorted: `filter`, `doc_id`, `doc_hash`, `count`, `base`, `tuned`.
 
-    Raises:
-        ValueError: columns missing, no rows, a document repeated, on one side only, or with another hash or
-            count on either side, a value that is not finite; the message names the documents.
+    Raises: ValueError naming the documents: missing columns, no rows, a document repeated, on one side only, or with
+        another hash or count on the other side, a value that is not finite.
     """
     sides = [_checked(side, frame) for side, frame in (("base", before), ("tuned", after))]
     joined = sides[0].merge(sides[1], on=KEY, how="outer", suffixes=("_base", "_tuned"), indicator=True)

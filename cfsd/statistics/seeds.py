@@ -7,11 +7,10 @@ different seeds differ significantly on the same documents.
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
-from scipy import stats
+from scipy import special
 
 from cfsd.statistics.figures import Figure, figure_of
-from cfsd.statistics.intervals import Interval
+from cfsd.statistics.intervals import Floats, Interval
 
 FEWEST = 5
 DEFINITION = (
@@ -21,47 +20,33 @@ DEFINITION = (
 )
 
 
-class OverSeeds(BaseModel):
-    """A figure over seeds; `figure` has no interval below FEWEST seeds, `deviation` is None for a single one.
-
-    `deviation`: standard deviation between the seeds' values. It includes some of the documents' scatter.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    figure: Figure
-    seeds: tuple[Figure, ...]
-    deviation: float | None
-
-
-def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> OverSeeds:
+def over_seeds(seeds: Sequence[Figure], averaged: Figure | None = None) -> Figure:
     """Return the mean over `seeds`, each a figure on the same documents with its interval over them.
+
+    It has no interval below FEWEST seeds.
 
     `averaged` is the figure of the documents averaged over the seeds, where it is known: its interval is the
     narrower one over documents. Without it the seeds' own distances are averaged, which is right when every seed
     loses the same documents, and too wide otherwise.
 
-    Source: the two parts are joined as in Zou, Huang and Zhang 2009 ("MOVER"), see `intervals.interval_of_mean`.
+    Source: the two parts are joined as in Zou, Huang and Zhang 2009 ("MOVER"), see `figures.mean_of`.
     Differs: the part of a document's change that is due to the seed alone counts twice, so that the interval is
     rather too wide: it covers 0.95-0.97 where every seed loses the same documents, 0.99-1.00 where each its own.
 
-    Raises:
-        ValueError: no seeds, or figures in several units.
+    Raises: ValueError without seeds, or for figures in several units.
     """
     units = {figure.unit for figure in (*seeds, *([averaged] if averaged else []))}
     if not seeds or len(units) != 1:
         raise ValueError(f"{len(seeds)} seeds in {sorted(units)}; give one or more figures in the same unit")
     values = np.array([figure.value for figure in seeds])
-    deviation = float(values.std(ddof=1)) if len(seeds) > 1 else None
-    mean = float(values.mean())
-    interval = None if len(seeds) < FEWEST else _joined(mean, values, [averaged] if averaged else seeds)
-    return OverSeeds(figure=figure_of(mean, interval, units.pop()), seeds=tuple(seeds), deviation=deviation)
+    interval = None if len(seeds) < FEWEST else _joined(values, [averaged] if averaged else seeds)
+    return figure_of(values.mean(), interval, units.pop())
 
 
-def _joined(mean: float, values: np.ndarray, documents: Sequence[Figure]) -> Interval | None:
-    if any(figure.low is None or figure.high is None for figure in documents):
+def _joined(values: Floats, documents: Sequence[Figure]) -> Interval | None:
+    centres, lows, highs = np.array([(part.value, part.low, part.high) for part in documents], dtype=np.float64).T
+    if np.isnan([lows, highs]).any():
         return None
-    below = float(np.mean([figure.value - figure.low for figure in documents if figure.low is not None]))
-    above = float(np.mean([figure.high - figure.value for figure in documents if figure.high is not None]))
-    between = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return Interval(mean - float(np.hypot(below, between)), mean + float(np.hypot(above, between)))
+    between = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
+    below, above = np.hypot((centres - lows).mean(), between), np.hypot((highs - centres).mean(), between)
+    return Interval(float(values.mean() - below), float(values.mean() + above))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from cfsd.statistics.figures import NATS, difference_per_token
+from cfsd.statistics.figures import NATS, mean_per_token
 
 NATS_PER_BYTE = "nats/byte"
 UNITS = {"per_token": ("tokens", NATS), "per_byte": ("bytes", NATS_PER_BYTE)}
@@ -15,8 +15,7 @@ def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dic
 
     One row per document: `row_id`, `nll` (a sum in nats), `tokens`, `bytes`. Positive forgetting is worse.
 
-    Raises:
-        ValueError: the two are not of the same documents, tokens and bytes; a number is not finite.
+    Raises: ValueError for other documents, tokens or bytes after than before, or a number that is not finite.
     """
     same = ["row_id", "tokens", "bytes"]
     if not before[same].equals(after[same]):
@@ -28,7 +27,7 @@ def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dic
     }
     for unit, (column, label) in UNITS.items():
         counts = before[column].to_numpy(float)
-        rise = difference_per_token(after["nll"].to_numpy(), before["nll"].to_numpy(), counts, seed=0)
+        rise = mean_per_token(after["nll"].to_numpy() - before["nll"].to_numpy(), counts, seed=0)
         figures[unit] = {
             "base": float(before["nll"].sum() / counts.sum()),
             "tuned": float(after["nll"].sum() / counts.sum()),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cfsd.errors import BadInput
-from cfsd.evaluate.divergence import score_target_divergence, target_divergence
+from cfsd.evaluate.divergence import divergence, score_target_divergence
 from cfsd.evaluate.perplexity import score_text, text_likelihoods, windows
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.evaluate.text import Text
@@ -162,12 +162,13 @@ def test_target_divergence_sums_the_kl_over_the_response_alone(store: Store, bas
     models = [load_for_measuring(store, model, "cpu") for model in (base, tuned)]
     rows = [{"row_id": 0, "token_ids": [0, 5, 6, 7, 8], "supervised": [False, False, False, True, True]},
             {"row_id": 1, "token_ids": [0, 9, 10], "supervised": [False, False, True]}]  # fmt: skip
-    found = target_divergence(models[0], models[1], rows, 100, lambda done: None)
+    token_rows, masks = ([row[name] for row in rows] for name in ("token_ids", "supervised"))
+    found = divergence(models[0], models[1], token_rows, masks)
     for row, part in zip(rows, found, strict=True):
         with torch.no_grad():
             base_TV, tuned_TV = (m(torch.tensor([row["token_ids"]])).logits[0].double().log_softmax(-1) for m in models)
         kl_T = (base_TV.exp() * (base_TV - tuned_TV)).sum(-1)
         places = [t - 1 for t, wanted in enumerate(row["supervised"]) if wanted]
-        assert part["kl"] == pytest.approx(float(kl_T[places].sum()), rel=1e-4) and part["count"] == len(places)
-    same = target_divergence(models[0], models[0], rows, 100, lambda done: None)
-    assert all(part["kl"] == 0 for part in same) and not math.isclose(found[0]["kl"], 0)
+        assert part.kl == pytest.approx(float(kl_T[places].sum()), rel=1e-4) and part.num_tokens == len(places)
+    same = divergence(models[0], models[0], token_rows, masks)
+    assert all(part.kl == 0 for part in same) and not math.isclose(found[0].kl, 0)

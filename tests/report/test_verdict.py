@@ -168,7 +168,7 @@ def test_repeats_count_as_one_variant() -> None:
 def test_from_five_seeds_on_the_interval_is_over_seeds() -> None:
     values = [0.06, 0.08, 0.1, 0.12, 0.14]
     said = verdict([summary(f"a seed={i}", value) for i, value in enumerate(values)])
-    joined = seeds.over_seeds([Figure(**figure(value, 0.02)) for value in values]).figure
+    joined = seeds.over_seeds([Figure(**figure(value, 0.02)) for value in values])
     assert f"It lost {shown(joined.model_dump(), 100)} points" in said and MANY_SEEDS in said
     assert joined.low is not None and joined.high is not None
     four = verdict([summary(f"a seed={i}", value) for i, value in enumerate(values[:4])])

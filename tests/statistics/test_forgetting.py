@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy import stats
 
-from cfsd.statistics.figures import Figure, difference_per_token, mean_per_token, paired_share_difference
+from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
 from cfsd.statistics.intervals import sign_flip_p
 from cfsd.statistics.pairing import paired_by_document
@@ -222,12 +222,12 @@ def test_target_gain_is_positive_where_the_loss_fell_and_pairing_sharpens_it() -
     counts = rng.integers(5, 60, 80) * 1.0
     base = counts * rng.lognormal(0, 0.5, 80)
     tuned = base - counts * rng.normal(0.1, 0.02, 80)
-    gain = difference_per_token(base, tuned, counts, seed=0)
+    gain = mean_per_token(base - tuned, counts, seed=0)
     low, high = ends(gain)
     assert 0 < low < 0.1 < high
     alone_low, alone_high = ends(mean_per_token(tuned, counts, seed=0))
     assert high - low < 0.2 * (alone_high - alone_low)
-    assert difference_per_token(base, base, counts, seed=0).value == 0.0
+    assert mean_per_token(base - base, counts, seed=0).value == 0.0
 
 
 def test_seed_fixes_the_bootstrap() -> None:

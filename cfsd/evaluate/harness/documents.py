@@ -24,7 +24,7 @@ def _held_out_rows(target: Path) -> Iterator[str]:
 
 
 def documents(benchmark: Benchmark) -> Iterator[str]:
-    """Yield the prompt and the right answer of every document, whatever `limit` says, examples left out.
+    """Yield the prompt and the right answer of every document, also of those beyond `limit`; no examples.
 
     Raises: BadInput if the benchmark cannot be loaded.
     """

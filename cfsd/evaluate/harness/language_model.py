@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
@@ -11,7 +12,6 @@ from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.written_answers import Answers, length_limit
 
 Progress = Callable[[int, int], None]
-Base: Any = object  # a mixin: `cfsd.evaluate.harness.score` puts it before lm-eval's HFLM
 
 
 class _Counter:
@@ -30,7 +30,7 @@ class _Counter:
             self.on_progress(self.done, self.total)
 
 
-class BatchedModel(Base):  # type: ignore[misc]
+class BatchedModel(HFLM):  # type: ignore[misc]
     """Overrides of HFLM: no bars, `on_progress`, sizes of batches and answers of our own."""
 
     def prepare(self, benchmark: Benchmark, task: Any, batches: Batches, on_progress: Progress | None) -> None:

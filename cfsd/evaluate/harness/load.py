@@ -1,4 +1,4 @@
-"""Loading one benchmark as lm-eval's task object, quietly and without disturbing a training that goes on."""
+"""Loading one benchmark as lm-eval's task object, quietly and without disturbing a training under way."""
 
 import copy
 import logging
@@ -52,10 +52,10 @@ def _task(benchmark: Benchmark, cache: str) -> Any:
     folder = None if definition.is_inline() else str(definition.path.parent)
     changed = _changes(benchmark, definition, cache)
     # An inline group is lm-eval's public way to load a YAML file with changed settings.
-    wanted = changed if definition.is_inline() else {"group": "cfsd", "task": [{"task": benchmark.name} | changed]}
+    spec = changed if definition.is_inline() else {"group": "cfsd", "task": [{"task": benchmark.name} | changed]}
     try:
         # Reading one folder takes milliseconds, lm-eval's own 14,000 files 6-23 s.
-        task = TaskManager(include_path=folder, include_defaults=False).load([wanted])["tasks"][benchmark.name]
+        task = TaskManager(include_path=folder, include_defaults=False).load([spec])["tasks"][benchmark.name]
     except MISTAKES as error:
         raise BadInput(
             f"benchmark {benchmark.name}: lm-eval cannot load {definition.place(full=True)} "
@@ -87,19 +87,19 @@ def _changes(benchmark: Benchmark, definition: Definition, cache: str) -> dict[s
 
 
 def _check_fewshot(benchmark: Benchmark, task: Any) -> None:
-    wanted, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
-    if not wanted or sampler is None:
+    examples, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not examples or sampler is None:
         return
-    needed = wanted + int(task.fewshot_cfg.split == task.config.test_split)  # not the document itself
+    needed = examples + int(task.fewshot_cfg.split == task.config.test_split)  # not the document itself
     if len(sampler.fewshot_docs()) < needed:
         raise BadInput(
-            f"benchmark {benchmark.name}: num_fewshot {wanted} needs {needed} documents to choose from, "
+            f"benchmark {benchmark.name}: num_fewshot {examples} needs {needed} documents to choose from, "
             f"and there are {len(sampler.fewshot_docs())}; lower num_fewshot"
         )
 
 
 class _Collector(logging.Handler):
-    """Keeps distinct warnings, except those about a model that is given loaded: lm-eval's HFLM always has some."""
+    """Keeps distinct warnings, except lm-eval's own about every model that was loaded before."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -61,14 +61,10 @@ def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[d
         is left.
     """
     if _aggregation(task, metric) == "nanmean":
-        samples = [sample for sample in samples if not _is_nan(sample.get(metric))]
+        samples = [s for s in samples if not (isinstance(s.get(metric), Real) and math.isnan(s[metric]))]
     if not samples:
         raise BadInput(f"benchmark {benchmark.name}: its {metric} is NaN for every document; choose another metric")
     return pd.DataFrame([_row(benchmark, lm, task, metric, sample) for sample in samples], columns=COLUMNS)
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, Real) and math.isnan(value)
 
 
 def metadata(
@@ -112,7 +108,12 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
     for number in responses:  # accuracy would hide a NaN, whose argmax is the first choice
         if isinstance(number, float) and not math.isfinite(number):
             raise NotFinite(f"{where}: the model's log-likelihood is {number}; look at its weights and its training")
-    value, count, answer = _value(where, metric, sample), 1, ""
+    value, count, answer = sample.get(metric), 1, ""
+    if isinstance(value, tuple):  # rolling: the log-likelihood, and a number of words or bytes
+        value = value[0]
+    value = _number(where, metric, value)
+    if not math.isfinite(value):
+        raise NotFinite(f"{where}: its {metric} is {value}")
     if _aggregation(task, metric) in PERPLEXITIES:
         value, count = -value, sum(_num_tokens(lm, *arguments) for arguments in sample["arguments"])
         answer = f"{value:.2f} nats, {count} tokens"
@@ -127,16 +128,6 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
         "prompt": str(sample["arguments"][0][0]),
         "answer": answer or _answer(task, metric, sample),
     }
-
-
-def _value(where: str, metric: str, sample: dict[str, Any]) -> float:
-    value = sample.get(metric)
-    if isinstance(value, tuple):  # rolling: the log-likelihood, and a number of words or bytes
-        value = value[0]
-    number = _number(where, metric, value)
-    if not math.isfinite(number):
-        raise NotFinite(f"{where}: its {metric} is {number}")
-    return number
 
 
 def _number(where: str, metric: str, value: Any) -> float:

@@ -6,17 +6,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
-from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.language_model import BatchedModel, Progress
 from cfsd.evaluate.harness.load import loaded
 from cfsd.evaluate.harness.rows import metadata, primary_metric, refuse_what_has_no_mean, table
-from cfsd.evaluate.stage import Result, measure
+from cfsd.evaluate.stage import load_models, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import tokens_that_fit
 from cfsd.model.loading import load_tokenizer
@@ -43,26 +41,19 @@ class Scores(NamedTuple):
     metadata: dict[str, Any]
 
 
-class _LM(BatchedModel, HFLM):  # type: ignore[misc]
-    """lm-eval's own model class with our batches, progress and reading of answers."""
-
-
 def score_benchmark(model: Artifact, benchmark: Benchmark, draft: Draft, machine: Machine) -> None:
     """Write one row per document as the `scores` table; the metadata say what the values mean."""
-
-    def scored(loaded_model: PreTrainedModel) -> Result:
-        scores = score(
-            loaded_model,
-            load_tokenizer(draft.store.path(model)),
-            benchmark,
-            max_tokens=tokens_that_fit(loaded_model, machine),
-            on_progress=lambda done, total: draft.journal.progress(done, total, "requests"),
-        )
-        rows = pa.Table.from_pandas(scores.rows, preserve_index=False)
-        figures = {f"eval/{benchmark.name}/{scores.metadata['metric']}": float(scores.metadata["score"])}
-        return Result("scores", rows, {"benchmark": benchmark.name, **scores.metadata}, figures)
-
-    measure(scored, [model], draft, machine)
+    (loaded_model,) = load_models([model], draft, machine)
+    scores = score(
+        loaded_model,
+        load_tokenizer(draft.store.path(model)),
+        benchmark,
+        max_tokens=tokens_that_fit(loaded_model, machine),
+        on_progress=lambda done, total: draft.journal.progress(done, total, "requests"),
+    )
+    rows = pa.Table.from_pandas(scores.rows, preserve_index=False)
+    figures = {f"eval/{benchmark.name}/{scores.metadata['metric']}": float(scores.metadata["score"])}
+    write_result(draft, "scores", rows, {"benchmark": benchmark.name, **scores.metadata}, figures)
 
 
 def score(
@@ -77,7 +68,7 @@ def score(
 
     A batch holds `max_tokens`, padding included, at least one row; after an out-of-memory half as many.
     `on_progress(done, total)` counts requests (one per choice) and is called a hundred times at most. The model's mode
-    and all random states are the same afterwards, because training may go on.
+    and all random states are the same afterwards, because a training may be under way.
     Differs: `num_fewshot` also applies where the YAML says 0; chat templates write a fixed date; `thinking_end`
     as in `cfsd.evaluate.harness.written_answers.Answers`.
 
@@ -85,7 +76,7 @@ def score(
         NotFinite if a log-likelihood or a document's value is NaN or infinite; OutOfMemory.
     """
     with loaded(benchmark, model.device) as (task, warnings), mode_kept(model):
-        lm = _LM(pretrained=model, tokenizer=_own(tokenizer, benchmark), batch_size="auto")
+        lm = BatchedModel(pretrained=model, tokenizer=_own(tokenizer, benchmark), batch_size="auto")
         lm.prepare(benchmark, task, Batches(max_tokens), on_progress)
         refuse_what_has_no_mean(benchmark, task)
         results = evaluate(
@@ -108,8 +99,5 @@ def _own(tokenizer: Any, benchmark: Benchmark) -> Any:
         try:
             own.chat_template = dated_template(tokenizer)
         except ValueError as error:
-            raise BadInput(
-                f"benchmark {benchmark.name}: chat_template is on, but the model's tokenizer has no chat template; "
-                "turn it off, or measure a model that has one"
-            ) from error
+            raise benchmark.lacks_template() from error
     return own
