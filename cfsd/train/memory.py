@@ -1,14 +1,9 @@
 """What training a model of given shapes needs in memory, per process: arithmetic on numbers, checked by measurement.
 
-python -m cfsd.train.memory CONFIG.json --gpus 8 --gigabytes 80        what fits, for a model's config.json
-
 Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
 alone. P parameters, T trained ones, D hidden width, I intermediate width, V vocabulary.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from cfsd.machine import Machine
@@ -18,7 +13,6 @@ CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vo
 CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
 
 FLOAT, HALF = 4, 2  # bytes
-USABLE = 0.9  # of a GPU: the rest is the driver's, and pieces too small to be used
 LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
 BASE_BUFFERS = 2  # the live base's logits and distribution
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
@@ -186,35 +180,3 @@ def _logits(shapes: Shapes, load: Load) -> float:
     head = 0 if load.lora_rank else 2 * FLOAT * shapes.embedding()
     cast = HALF * shapes.embedding() * (1 if load.lora_rank else 2) if load.bfloat16 else 0
     return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast
-
-
-def ways_to_train(shapes: Shapes, gpus: int) -> dict[str, Memory]:
-    """Return what every way to train a model of `shapes` on `gpus` GPUs in bfloat16 needs, by name."""
-    spread = "one GPU" if gpus == 1 else "replicate"
-    load = Load(processes=gpus, bfloat16=True, chunk=CUDA_CHUNK)
-    ways = {f"all weights, {spread}": load}
-    if gpus > 1:
-        ways["all weights, shard"] = load._replace(sharded=True)
-    ways[f"LoRA 16, {spread}"] = load._replace(lora_rank=16)  # LoRA's weights are not sharded
-    ways |= {f"{name}, checkpointing": way._replace(checkpointing=True) for name, way in ways.items()}
-    return {name: training_memory(shapes, way) for name, way in ways.items()}
-
-
-def main() -> None:
-    """Print a line per way to train."""
-    parser = argparse.ArgumentParser(prog="python -m cfsd.train.memory")
-    parser.add_argument("config", type=Path, help="a model's config.json")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gigabytes", type=float, default=80, help="memory of each")
-    asked = parser.parse_args()
-    shapes = Shapes.of_config(json.loads(asked.config.read_text()))
-    if shapes is None:
-        parser.error(f"{asked.config} does not name a decoder's sizes: hidden_size, num_hidden_layers, vocab_size, …")
-    print(f"{shapes.parameters() / 1e9:.2f} billion weights, {asked.gpus} x {asked.gigabytes:.0f} GB")
-    for name, memory in ways_to_train(shapes, asked.gpus).items():
-        verdict = "fits" if memory.total() <= USABLE * asked.gigabytes * 1e9 else "does not fit"
-        print(f"{name:<40} {memory.total() / 1e9:6.1f} GB  {verdict}")
-
-
-if __name__ == "__main__":
-    main()
