@@ -1,7 +1,6 @@
-"""What training a model of given shapes needs in memory, per process: arithmetic on numbers, checked by measurement.
+"""What training a model of given shapes needs in memory, per process.
 
-Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
-alone. P parameters, T trained ones, D hidden width, I intermediate width, V vocabulary.
+Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic alone.
 """
 
 from typing import Any, NamedTuple, Self
@@ -33,7 +32,7 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> Self | None:
-        """Return what a config.json of transformers tells; None where it names its sizes in another way."""
+        """Return the sizes that a config.json of transformers names; None where it names them in another way."""
         width = config.get("hidden_size", config.get("n_embd"))
         heads = config.get("num_attention_heads", config.get("n_head"))
         layers, vocabulary = config.get("num_hidden_layers", config.get("n_layer")), config.get("vocab_size")
@@ -47,19 +46,14 @@ class Shapes(NamedTuple):
             gated=kind != "gpt2", head_size=config.get("head_dim"),
         )  # fmt: skip
 
-    @property
-    def query_width(self) -> int:
-        """Width of all queries of a token together."""
-        return self.heads * (self.head_size or self.width // self.heads)
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all keys of a token together."""
-        return self.kv_heads * (self.head_size or self.width // self.heads)
+    def attention_widths(self) -> tuple[int, int]:
+        """Return the width of a token's queries, and of its keys or values, over all heads."""
+        size = self.head_size or self.width // self.heads
+        return self.heads * size, self.kv_heads * size
 
     def matrices(self) -> list[tuple[int, int]]:
         """Return inputs and outputs of each linear layer of a block."""
-        d, q, kv, i = self.width, self.query_width, self.kv_width, self.intermediate
+        d, (q, kv), i = self.width, self.attention_widths(), self.intermediate
         return [(d, q), (d, kv), (d, kv), (q, d), *[(d, i)] * (2 if self.gated else 1), (i, d)]
 
     def block_parameters(self) -> int:
@@ -76,7 +70,7 @@ class Shapes(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What is asked of the memory."""
+    """What else decides how much memory a training takes."""
 
     micro_batch_tokens: int = 1024
     processes: int = 1
@@ -86,7 +80,7 @@ class Load(NamedTuple):
     lora_rank: int = 0
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False
-    chunk: int = 256  # tokens whose logits exist at once
+    chunk: int = CHUNK  # tokens whose logits exist at once
 
 
 def load_of(spec: TrainSpec, machine: Machine) -> Load:
@@ -97,10 +91,10 @@ def load_of(spec: TrainSpec, machine: Machine) -> Load:
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
-        bfloat16=spec.precision == "bfloat16" or (spec.precision == "auto" and cuda),
+        bfloat16=spec.in_bfloat16(machine),
         lora_rank=adapter.rank if adapter else 0,
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
-        live_base=bool(spec.rehearsal.weight) and (spec.rehearsal.loss, spec.rehearsal.reference) == ("kl", "base"),
+        live_base=spec.rehearsal.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )
 
@@ -117,7 +111,7 @@ class Memory(NamedTuple):
     logits: float
 
     def total(self) -> float:
-        """Return the sum: what is held at the end of the way forward of any micro-batch but the first."""
+        """Return the sum: what is held after the forward pass of any micro-batch but the first."""
         return float(sum(self))
 
 
@@ -140,18 +134,18 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
 
 
 def _activations(shapes: Shapes, load: Load) -> float:
-    """Return what the way back needs of a micro-batch, and what it makes on the way."""
+    """Return what the backward pass needs of a micro-batch, and what it makes."""
     block = _block_bytes(shapes, load) * load.micro_batch_tokens
     stream = FLOAT * shapes.width * load.micro_batch_tokens
-    kept = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
+    saved = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
     linear = HALF if load.bfloat16 else FLOAT
     slopes = linear * load.micro_batch_tokens * (2 * shapes.intermediate + 2 * shapes.width)
     around = 5 * stream  # embedding, last norm, the picked hidden states and their gradients
-    return kept + slopes + around + _casts(shapes, load)
+    return saved + slopes + around + _casts(shapes, load)
 
 
 def _block_bytes(shapes: Shapes, load: Load) -> int:
-    """Return what one block keeps per token: norms and the residual stream in float32, the rest as it is computed.
+    """Return what one block keeps per token: norms in float32, the rest in the precision of the linear layers.
 
     Two norms keep their input, the normalised values and their product with the weight, which is what the linear
     layers keep too unless it is cast for them; attention keeps queries, keys, values and its output; the MLP keeps what
@@ -159,7 +153,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
     """
     linear = HALF if load.bfloat16 else FLOAT
     norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
-    attention = 2 * shapes.query_width + 2 * shapes.kv_width
+    attention = 2 * sum(shapes.attention_widths())
     mlp = (4 if shapes.gated else 3) * shapes.intermediate
     adapters = 7 * load.lora_rank
     return norms + linear * (attention + mlp + adapters)
@@ -168,7 +162,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
 def _casts(shapes: Shapes, load: Load) -> float:
     """Return the weights that exist a second time: cast by autocast, or gathered from their shards block by block."""
     wide = HALF if load.bfloat16 else FLOAT
-    if load.sharded:  # this block and the next one on the way; the embedding and the output layer stay gathered
+    if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
         return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.lora_rank else ends)
     return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
