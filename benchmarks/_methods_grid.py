@@ -173,7 +173,8 @@ def write_documents(documents: Iterator[str], path: Path) -> None:
 
 def tiny_documents() -> Iterator[str]:
     """Yield what `tiny` was pretrained on, the first documents of it."""
-    from cfsd.tiny import TinySpec, documents
+    from benchmarks.tiny_pretraining import documents
+    from cfsd.model.checkpoint import TinySpec
 
     for _, (prompt, answer) in zip(range(TINY_DOCUMENTS), documents(TinySpec().seed), strict=False):
         yield prompt + answer

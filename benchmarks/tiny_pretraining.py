@@ -1,32 +1,88 @@
 """Pretrains the `tiny` base model, and writes the committed files that are made from its skills.
 
+A document is `<bos>rev:fbca=acbf<eos>`. From `<bos>` alone the model writes such documents, all five skills in turn;
+a sixth skill is held back as something new to learn, so that forgetting is sharp.
+
 python -m benchmarks.tiny_pretraining --write-data       # writes the committed benchmarks and target rows anew
 python -m benchmarks.tiny_pretraining --write-weights    # pretrains the committed weights anew, in a minute
 """
 
 import argparse
+import hashlib
 import json
 import math
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cfsd.model.checkpoint import TinySpec
 from cfsd.model.tiny import BOS, EOS, WEIGHTS, new_model, new_tokenizer
-from cfsd.tiny import NEW_SKILL, SKILLS, TinySpec, documents, sample_row
 
 ROWS_PER_STEP = 64
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_FRACTION = 0.05
 HELD_OUT_ITEMS = 100
 TARGET_ROWS = 600
+LETTERS = "abcdefghijkl"
+SHORTEST, LONGEST = 3, 5
 
 Progress = Callable[[int, int, float], None]
+Skill = Callable[[random.Random], tuple[str, str]]
+
+
+def _shift(text: str) -> str:
+    """Return each letter's successor; the last letter is followed by the first."""
+    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in text)
+
+
+ANSWERS: dict[str, Callable[[str], str]] = {
+    "rev": lambda text: text[::-1],
+    "srt": lambda text: "".join(sorted(text)),
+    "dup": lambda text: "".join(letter * 2 for letter in text),
+    "cap": str.upper,
+    "nxt": _shift,
+    "rot": lambda text: text[1:] + text[:1],
+}
+
+
+def _skill(name: str) -> Skill:
+    def sample(rng: random.Random) -> tuple[str, str]:
+        text = "".join(rng.choices(LETTERS, k=rng.randint(SHORTEST, LONGEST)))
+        return f"{name}:{text}=", ANSWERS[name](text)
+
+    return sample
+
+
+SKILLS: Mapping[str, Skill] = {name: _skill(name) for name in ANSWERS}
+NEW_SKILL = "rot"
+PRETRAINED = tuple(name for name in SKILLS if name != NEW_SKILL)
+
+
+def is_held_out(prompt: str) -> bool:
+    """Say whether the prompt's string belongs to the tenth kept for measuring, whatever the skill."""
+    text = prompt.partition(":")[2].rstrip("=")
+    return hashlib.sha256(text.encode()).digest()[0] < 26
+
+
+def documents(seed: int) -> Iterator[tuple[str, str]]:
+    """Yield the endless (prompt, answer) stream of pretraining; no string of it is held out."""
+    rng = random.Random(seed)
+    while True:
+        yield sample_row(rng.choice(PRETRAINED), rng, held_out=False)
+
+
+def sample_row(name: str, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
+    """Return a (prompt, answer) of the skill `name`, for measuring or for training."""
+    while True:
+        prompt, answer = SKILLS[name](rng)
+        if is_held_out(prompt) == held_out:
+            return prompt, answer
 
 
 def pretrain(spec: TinySpec, folder: Path, on_progress: Progress | None = None) -> None:

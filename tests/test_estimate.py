@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_memory import USABLE, ways_to_train
 from cfsd.estimate import estimate
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
-from cfsd.train.memory import USABLE, Load, Memory, Shapes, load_of, training_memory, ways_to_train
+from cfsd.train.memory import Load, Memory, Shapes, load_of, training_memory
 from cfsd.train.spec import TrainSpec
 from tests.conftest import ROOT, write_rows
 
@@ -138,7 +139,7 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
         "num_key_value_heads": 8, "vocab_size": 128256, "model_type": "llama",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = [sys.executable, "-m", "cfsd.train.memory", str(tmp_path / "config.json"), "--gpus", "8"]
+    words = [sys.executable, "-m", "benchmarks.gpu_memory", str(tmp_path / "config.json"), "--gpus", "8"]
     said = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     assert said[0] == "8.03 billion weights, 8 x 80 GB"
     assert any("all weights, shard " in line and line.endswith("  fits") for line in said)

@@ -32,7 +32,6 @@ ORDER = (
     {"machine"},
     {"store"},
     {"process"},
-    {"tiny"},
     {"model"},
     {"data"},
     {"generate", "filter", "select", "mix"},

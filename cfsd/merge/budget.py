@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from cfsd.merge.stage import interpolated
 from cfsd.model.loading import load_model, release_models, stored_precision
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
+from cfsd.store.journal import Journal
 from cfsd.store.tables import read_rows
 
 CLOSE = 0.03  # of the aim: finer than a control sample can distinguish
@@ -67,47 +70,42 @@ def keep_budget(
     """Write as metadata the largest alpha up to the spec's whose divergence along `control` is within its budget.
 
     `control` was sampled by the base, and is neither trained on nor judged by: the verdict is the probe's.
+    Raises NotFinite where the divergence is not finite.
     """
     assert spec.budget
     rows = [row["token_ids"] for row in read_rows(draft.store.path(control), "corpus", ["token_ids"])]
     draft.journal.cut_back(-1)  # what an attempt tried that was cut short is tried again
-    between = Between(base, tuned, rows, draft, machine)
-    tried = largest_alpha(between.divergence, spec.alpha, spec.budget)
+    machine.settle()
+    release_models()
+    measure = _divergence_at(draft.store.path(base), draft.store.path(tuned), rows, draft.journal, machine)
+    tried = largest_alpha(measure, spec.alpha, spec.budget)
     last = tried[-1]
     metadata = {"alpha": last.alpha, "control_kl": last.nats, "control_kl_at_most": tried[0].nats, "rows": len(rows)}
     write_json(draft.folder / "alpha.json", metadata)
     draft.metadata |= metadata
 
 
-class Between:
-    """A model anywhere between base and tuned, in the numbers in which it would be saved and measured."""
+def _divergence_at(
+    base: Path, tuned: Path, rows: list[list[int]], journal: Journal, machine: Machine
+) -> Callable[[float], float]:
+    """Return the divergence from the base as a function of alpha, in the precision of the saved and measured model."""
+    ends = [dict(load_model(folder, "cpu", "float32").named_parameters()) for folder in (base, tuned)]
+    device = machine.resolved_device()
+    base_model, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in (base, tuned))
+    saved_as, tries = getattr(torch, stored_precision(base)), count()
 
-    def __init__(self, base: Artifact, tuned: Artifact, rows: list[list[int]], draft: Draft, machine: Machine) -> None:
-        """Load both ends, and the base and one model more on the device."""
-        machine.settle()
-        release_models()
-        folders = [draft.store.path(model) for model in (base, tuned)]
-        self.ends = [dict(load_model(folder, "cpu", "float32").named_parameters()) for folder in folders]
-        device = machine.resolved_device()
-        self.base, self.merged = (load_model(folder, device).eval().requires_grad_(False) for folder in folders)
-        self.saved_as = getattr(torch, stored_precision(folders[0]))
-        self.rows, self.max_tokens, self.journal = rows, machine.micro_batch_tokens, draft.journal
-        self.tries = 0
-
-    def divergence(self, alpha: float) -> float:
-        """Return the divergence from the base with the tuned model's weight `alpha`, in nats per token."""
-
+    def measure(alpha: float) -> float:
         def progress(done: int) -> None:
-            self.journal.progress(done, len(self.rows), f"rows at alpha {alpha:.2f}")
+            journal.progress(done, len(rows), f"rows at alpha {alpha:.2f}")
 
         with torch.no_grad():
-            for name, parameter in self.merged.named_parameters():
-                start, end = (end[name] for end in self.ends)
-                parameter.copy_(interpolated(start, end, alpha).to(self.saved_as))
-        parts = divergences(self.base, self.merged, self.rows, self.max_tokens, progress)
+            for name, parameter in merged.named_parameters():
+                parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(saved_as))
+        parts = divergences(base_model, merged, rows, machine.micro_batch_tokens, progress)
         nats = sum(part.kl for part in parts) / sum(part.num_tokens for part in parts)
         if not math.isfinite(nats):
             raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
-        self.journal.metrics(self.tries, {"budget/alpha": alpha, "budget/control_kl": nats})
-        self.tries += 1
+        journal.metrics(next(tries), {"budget/alpha": alpha, "budget/control_kl": nats})
         return nats
+
+    return measure

@@ -7,11 +7,14 @@ response token is 1 and a step is as long as without them; and the loss is a mea
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cfsd.errors import BadInput
+from cfsd.mix.spec import MixSpec
 from cfsd.store.tables import batches
 
 Array = np.ndarray[Any, Any]
@@ -27,18 +30,20 @@ class Weights(NamedTuple):
     ends_R: Array  # [R + 1]: tokens ends[i] to ends[i + 1] are row i's
 
 
-def flow_weights(losses: Path, flow: Literal["sample", "token"], average: Literal["token", "row"]) -> Weights:
+def flow_weights(losses: Path, spec: MixSpec) -> Weights:
     """Return the weights that the `losses` table gives: their sum over response tokens is the number of these.
 
-    Raises BadInput when the median loss is 0, which leaves nothing to measure the others by.
+    Raises BadInput when the median loss, by which all are divided, is not above 0.
     """
-    per_token = flow == "token"
-    ids_R, nll_R, count_R, nll_N = _read(losses, per_token)
-    ends_R = np.concatenate([np.zeros(1, np.int64), count_R.cumsum()])
-    loss = nll_N if per_token else nll_R / count_R
-    tau = _checked(float(np.median(loss)), flow)
+    per_token = spec.flow == "token"
+    columns = ["row_id", "nll", "count", *(["token_nll"] if per_token else [])]
+    table = pa.Table.from_batches(batches(losses, "losses", columns))
+    ids_R, nll_R, count_R = (table[name].to_numpy() for name in columns[:3])
+    ends_R = np.r_[0, count_R].cumsum()
+    loss = pc.list_flatten(table["token_nll"]).to_numpy() if per_token else nll_R / count_R
+    tau = _checked(float(np.median(loss)), spec.flow)
     weight = np.exp(loss / -tau)
-    if average == "row":  # every row has the same share, however long it is
+    if spec.flow_average == "row":  # every row has the same share, however long it is
         share_R = (1 / count_R).astype(weight.dtype)
         weight *= np.repeat(share_R, count_R) if per_token else share_R
     total = float(weight.sum(dtype=np.float64) if per_token else (weight * count_R).sum())
@@ -47,18 +52,6 @@ def flow_weights(losses: Path, flow: Literal["sample", "token"], average: Litera
     if per_token:
         return Weights(tau, ids_R, np.ones(len(ids_R), np.float32), scaled, ends_R)
     return Weights(tau, ids_R, scaled, None, ends_R)
-
-
-def _read(losses: Path, per_token: bool) -> tuple[Array, Array, Array, Array]:
-    """Return row ids, losses and counts per row, and losses per token if they are wanted."""
-    names = ["row_id", "nll", "count"]
-    parts = [
-        [batch[name].to_numpy() for name in names]
-        + [batch["token_nll"].flatten().to_numpy() if per_token else np.zeros(0, np.float32)]
-        for batch in batches(losses, "losses", [*names, "token_nll"] if per_token else names)
-    ]
-    ids_R, nll_R, count_R, nll_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return ids_R, nll_R, count_R, nll_N
 
 
 def _checked(tau: float, flow: str) -> float:

@@ -1,5 +1,6 @@
 """Stage mix: target rows and rehearsal rows as one table, written as they are read."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,27 +23,25 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
     """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
 
     Of a corpus row the tokens that have a log-probability count: sampled ones, not prompt tokens. Log-probabilities
-    themselves stay in the corpus, where `corpus_row` finds them. With FLOW, target rows (or their tokens) get
-    the weights that `losses` of the base on them give; rehearsal rows weigh 1. Raises BadInput, see `flow_weights`.
+    themselves stay in the corpus, where `corpus_row` finds them. With FLOW, and only then, there are `losses` of the
+    base on the target rows, from which they (or their tokens) get weights; rehearsal rows weigh 1.
+    Raises BadInput, see `flow_weights`.
     """
     done, total = 0, num_rows(target, "train") + num_rows(corpus, "corpus")
-    sizes: dict[str, tuple[int, int]] = {}
-    weights = _weights(spec, losses)
+    rows, tokens = Counter[str](), Counter[str]()  # by source
+    assert losses or spec.flow == "off", "FLOW weighs rows by the base's losses"
+    weights = flow_weights(losses, spec) if losses else None
     writer = TableWriter(draft.folder, "mixture", max_bytes=SHARD_BYTES)
     for batch in _mixed(target, corpus, weights):
-        _count(batch, sizes)
+        counts = pa.table({"source": batch["source"], "tokens": count_true(batch["supervised"])}).group_by("source")
+        for part in counts.aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():
+            rows[part["source"]] += part["tokens_count"]
+            tokens[part["source"]] += part["tokens_sum"]
         writer.add(batch)
         done += batch.num_rows
         draft.journal.progress(done, total, "rows")
     writer.close()
-    draft.metadata |= _metadata(sizes, spec) | _weight_metadata(spec, weights)
-
-
-def _weights(spec: MixSpec, losses: Path | None) -> Weights | None:
-    if spec.flow == "off":
-        return None
-    assert losses, "FLOW weighs rows by the base's losses"
-    return flow_weights(losses, spec.flow, spec.flow_average)
+    draft.metadata |= _metadata(rows, tokens, spec) | _weight_metadata(spec, weights)
 
 
 def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.RecordBatch]:
@@ -68,8 +67,8 @@ def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.R
 
 def _lists_like(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
     """Return `values` cut into lists of the same lengths."""
-    ends = pc.list_value_length(lists).to_numpy().cumsum(dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(np.concatenate([np.zeros(1, np.int32), ends])), values)
+    lengths = pc.list_value_length(lists).to_numpy()
+    return pa.ListArray.from_arrays(pa.array(np.r_[0, lengths].cumsum(dtype=np.int32)), values)
 
 
 def _all_one(rows: int) -> Columns:
@@ -88,25 +87,17 @@ def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     return [pa.array(weights.row_R[rows]), _lists_like(batch["supervised"], pa.array(weight_T))]
 
 
-def _count(part: pa.RecordBatch, sizes: dict[str, tuple[int, int]]) -> None:
-    table = pa.table({"source": part["source"], "tokens": count_true(part["supervised"])})
-    for row in table.group_by("source").aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():
-        rows, tokens = sizes.get(row["source"], (0, 0))
-        sizes[row["source"]] = rows + row["tokens_count"], tokens + row["tokens_sum"]
-
-
-def _metadata(sizes: dict[str, tuple[int, int]], spec: MixSpec) -> dict[str, JsonValue]:
-    target_rows, target_tokens = sizes.pop("target", (0, 0))
-    rehearsal_rows = sum(rows for rows, _ in sizes.values())
+def _metadata(rows: Counter[str], tokens: Counter[str], spec: MixSpec) -> dict[str, JsonValue]:
+    target_rows, target_tokens = rows.pop("target", 0), tokens.pop("target", 0)
     return {
         "target_rows": target_rows,
         "target_tokens": target_tokens,
-        "rehearsal_rows": rehearsal_rows,
-        "rehearsal_tokens": sum(tokens for _, tokens in sizes.values()),
-        "rehearsal_rows_by_source": {source: rows for source, (rows, _) in sizes.items()},
-        "rehearsal_tokens_by_source": {source: tokens for source, (_, tokens) in sizes.items()},
+        "rehearsal_rows": rows.total(),
+        "rehearsal_tokens": tokens.total(),
+        "rehearsal_rows_by_source": dict(rows),
+        "rehearsal_tokens_by_source": dict(tokens),
         "batch_target_rows": spec.target_rows,
-        "batch_rehearsal_tokens": spec.rehearsal_tokens if rehearsal_rows else 0,
+        "batch_rehearsal_tokens": spec.rehearsal_tokens if rows else 0,
         "seed": spec.seed,
     }
 

@@ -5,22 +5,30 @@ import re
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from safetensors import safe_open
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec
 from cfsd.store.digests import DigestMemory, digest_of_files
-from cfsd.tiny import TinySpec
 
 START = "start_token.json"  # part of the content: another start token gives another distribution
 PAYLOAD = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", START,
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
            "chat_template*", "spiece.model")  # fmt: skip
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class TinySpec(Spec):
+    """How `tiny` was pretrained; its skills, its size and the committed weights belong to `version`."""
+
+    version: ClassVar[int] = 2
+
+    seed: int = 0
+    steps: PositiveInt = 1200
 
 
 class Checkpoint(Spec):

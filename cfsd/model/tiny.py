@@ -1,4 +1,4 @@
-"""The folder of the `tiny` base model, with the committed weights.
+"""The `tiny` base model: five string skills, with the weights that `benchmarks/tiny_pretraining.py` made.
 
 Pretrained elsewhere they would differ in the last bits, after 1,200 steps in the first too, and a baseline made on one
 machine would not be of the base of another.

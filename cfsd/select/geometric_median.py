@@ -31,7 +31,7 @@ def geometric_median(points: Array) -> Center:
 
     Weiszfeld's iteration from the mean: z <- sum(x_i / d_i) / sum(1 / d_i), d_i = max(|z - x_i|, 1e-8).
     """
-    center = _mean(points)
+    center: Array = sum((chunk.sum(0) for chunk in _chunks(points)), np.zeros(points.shape[1])) / len(points)
     for step in range(1, MAX_STEPS + 1):
         moved, distance = _weiszfeld(points, center)
         settled = np.linalg.norm(moved - center) <= TOLERANCE * distance
@@ -57,7 +57,7 @@ def match(points: Array, center: Array, k: int, on_pick: Callable[[int], None] =
     residual = np.zeros_like(center)  # t x center - sum of the picked; an array of its own: `center` must not move
     picked: list[int] = []
     for number in range(1, k + 1):
-        # einsum gives equal rows equal products, wherever they stand and however many threads there are; BLAS does not
+        # einsum gives equal rows equal products, at any position and with any number of threads; BLAS does not
         gain = np.einsum("nd,d->n", points, residual.astype(points.dtype))
         best = int(np.argmax(gain - cost))
         picked.append(best)
@@ -71,11 +71,6 @@ def match(points: Array, center: Array, k: int, on_pick: Callable[[int], None] =
 def _chunks(points: Array) -> Iterator[Array]:
     for first in range(0, len(points), CHUNK):
         yield np.asarray(points[first : first + CHUNK], dtype=np.float64)
-
-
-def _mean(points: Array) -> Array:
-    total: Array = sum((chunk.sum(0) for chunk in _chunks(points)), np.zeros(points.shape[1]))
-    return total / len(points)
 
 
 def _weiszfeld(points: Array, center: Array) -> tuple[Array, float]:

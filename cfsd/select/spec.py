@@ -32,12 +32,8 @@ class SelectSpec(Spec):
 
     def used_on(self, kind: str) -> "SelectSpec":
         """Return the spec without what does not matter for `kind`, so that it is not in the key."""
-        return SelectSpec(
-            target_rows=self.target_rows if kind == "target" else None,
-            corpus_rows=self.corpus_rows if kind == "corpus" else None,
-            method=self.method,
-            seed=self.seed if self.method == "random" else None,
-        )
+        unused = ["corpus_rows" if kind == "target" else "target_rows", *(["seed"] if self.method != "random" else [])]
+        return self.model_copy(update=dict.fromkeys(unused))
 
 
 def selects(spec: SelectSpec, rows: Artifact) -> bool:

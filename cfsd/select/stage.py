@@ -27,34 +27,30 @@ def select(rows: Artifact, spec: SelectSpec, draft: Draft, embedding: Array | No
     `embedding` has one vector per row, in order; random choice needs none. Raises BadInput when k is too large.
     """
     selects(spec, rows)
+    assert (embedding is None) == (spec.method == "random"), "matching, and only that, needs vectors"
     folder, table = draft.store.path(rows), TABLES[rows.kind]
     have: Any = rows.metadata[COUNTS[rows.kind]]
     k = spec.wanted(rows.kind) or have
     draft.metadata |= {"selected": k, "of": have, "method": spec.method}
-    if spec.method == "random":  # the first k of a permutation: a smaller k selects a part of what a larger one does
+    if embedding is None:  # the first k of a permutation: a smaller k selects a part of what a larger one does
         selected = random.Random(f"select {rows.kind} {seed_of(spec)}").sample(range(have), have)[:k]
     else:
-        selected = _matched(embedding, k, draft)
+        center = geometric_median(embedding)
+        draft.metadata |= {"weiszfeld_iterations": center.steps}
+        selected = match(embedding, center.point, k, lambda picked: draft.journal.progress(picked, k, "rows"))
     is_selected = np.zeros(have, dtype=bool)
     is_selected[selected] = True
-    writer = TableWriter(draft.folder, table)
-    row = 0
+    writer, row = TableWriter(draft.folder, table), 0
     for batch in batches(folder, table):
         writer.add(batch.filter(pa.array(is_selected[row : row + batch.num_rows])))
         row += batch.num_rows
     writer.close()
-    assert row == have, "the metadata says how many rows there are"
     if rows.kind == "target":
         for path in shards(folder, "held_out"):
             shutil.copyfile(path, draft.folder / path.name)
-    draft.metadata |= (_target_metadata if rows.kind == "target" else _corpus_metadata)(rows, draft.folder)
-
-
-def _matched(embedding: Array | None, k: int, draft: Draft) -> list[int]:
-    assert embedding is not None, "matching needs vectors"
-    center = geometric_median(embedding)
-    draft.metadata |= {"weiszfeld_iterations": center.steps}
-    return match(embedding, center.point, k, lambda picked: draft.journal.progress(picked, k, "rows"))
+        draft.metadata |= _target_metadata(rows, draft.folder)
+    else:
+        draft.metadata |= _corpus_metadata(rows, draft.folder)
 
 
 def _target_metadata(rows: Artifact, folder: Path) -> dict[str, JsonValue]:

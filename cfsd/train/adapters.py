@@ -1,7 +1,7 @@
-"""Adapters: small matrices that are trained beside the base's, and become part of them at the end; with PEFT."""
+"""Adapters: small matrices that PEFT trains beside the base's, and that are merged into them at the end."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -25,9 +25,8 @@ def adapt(methods: Methods, model: PreTrainedModel) -> nn.Module:
     adapter = methods.adapter()
     if adapter is None:
         return model
-    plain: Any = model
-    head = plain.get_output_embeddings()
-    layers = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -35,7 +34,7 @@ def adapt(methods: Methods, model: PreTrainedModel) -> nn.Module:
         target_modules=_targets(adapter.targets, layers),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
     )  # no task type: PEFT then passes all arguments of a call on as they are
-    adapted: nn.Module = get_peft_model(plain, config)
+    adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
 
@@ -52,15 +51,14 @@ def _targets(targets: tuple[str, ...], layers: dict[str, Any]) -> list[str]:
 
 
 def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTrainedModel:
-    """Return the plain transformers model that computes what `model` does; the adapter goes to `folder`/adapter.
+    """Return the plain transformers model that computes what `model` does; write the adapter to `folder`/adapter.
 
-    The adapter has the same bytes wherever it was trained. PEFT's own save adds the base's path on this machine, its
-    version and a model card, and lists targets in the order of a set.
+    The adapter has the same bytes on every machine. PEFT's own save would add the base's path, its version and a model
+    card, and list targets in the order of a set.
     """
-    adapted: Any = model
     if methods.adapter() is None:
-        plain: PreTrainedModel = adapted
-        return plain
+        return cast(PreTrainedModel, model)
+    adapted: Any = model
     (folder / FOLDER).mkdir(exist_ok=True)
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Our settings in the words of transformers.Trainer."""
+"""The arguments of transformers.Trainer that follow from a spec and a machine."""
 
 from pathlib import Path
 
@@ -13,9 +13,8 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> TrainingArguments:
-    """Return the arguments of one process; how many steps there are is not known yet."""
+    """Return the arguments of one process, but for the number of steps, which is not known yet."""
     device = machine.resolved_device()
-    bfloat16 = spec.precision == "bfloat16" or (spec.precision == "auto" and device == "cuda")
     sharded = machine.resolved_sharding() == "shard"
     kernels = device == "cuda" and is_liger_kernel_available()
     arguments = TrainingArguments(
@@ -24,7 +23,7 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
         lr_scheduler_type=SCHEDULES[spec.schedule],
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.clip_norm,
-        bf16=bfloat16,
+        bf16=spec.in_bfloat16(machine),
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and machine.resolved_training_processes() > 1 else None,
         ddp_find_unused_parameters=False,

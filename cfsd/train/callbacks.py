@@ -1,4 +1,4 @@
-"""What happens around a training's steps: stopping, checking, watching, and writing what people and a resume need."""
+"""What happens around the steps of a training: stopping, checking, watching, recording."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from cfsd.train.controller import Controller
 from cfsd.train.spec import WatchSpec
 from cfsd.train.watcher import Watcher
 
-STATE = "train/state/"  # figures that a checkpoint must hold, in the last entry of its log
+STATE = "train/state/"  # prefix of the figures that a checkpoint must hold, in the last entry of its log
 
 
 class StopOnSignal(TrainerCallback):
@@ -62,7 +62,7 @@ class StepRecorder(TrainerCallback):
             self._measure(args, state, control, named["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any) -> None:
-        """Record a step, before its checkpoint is written: that must hold whether the training ends here."""
+        """Record a step. Its checkpoint is written later, so that it holds whether the training ends here."""
         logs: dict[str, float] = named["logs"]
         if "grad_norm" not in logs:
             return
@@ -72,8 +72,8 @@ class StepRecorder(TrainerCallback):
         self.clipped += norm > args.max_grad_norm
         self._measure(args, state, control, named["model"])
         stopped = {} if self.stopped_at is None else {"stopped_at": self.stopped_at}
-        kept = {"clipped": self.clipped, **stopped, **self.controller.state()}
-        state.log_history[-1] |= {f"{STATE}{name}": value for name, value in kept.items()}
+        saved = {"clipped": self.clipped, **stopped, **self.controller.state()}
+        state.log_history[-1] |= {f"{STATE}{name}": value for name, value in saved.items()}
         if args.should_save:
             shared = {"train/gradient_norm": norm, "train/learning_rate": logs["learning_rate"]}
             self.journal.metrics(step, self.figures | shared | {"train/clipped_steps": self.clipped})
@@ -94,14 +94,13 @@ class StepRecorder(TrainerCallback):
     def restore(self, checkpoint: Path) -> None:
         """Continue from what the last entry of the checkpoint's log holds."""
         entry = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][-1]
-        kept = {name.removeprefix(STATE): value for name, value in entry.items() if name.startswith(STATE)}
-        self.clipped = int(kept["clipped"])
-        self.stopped_at = int(kept["stopped_at"]) if "stopped_at" in kept else None
-        self.controller.restore(kept)
+        saved = {name.removeprefix(STATE): value for name, value in entry.items() if name.startswith(STATE)}
+        self.clipped, self.stopped_at = int(saved["clipped"]), saved.get("stopped_at")
+        self.controller.restore(saved)
 
 
 def _of_first_process(value: float, args: TrainingArguments) -> float:
-    """Return the first process' value: those of others may differ in the last bit, and all must decide alike."""
+    """Return the first process' value. Others may differ in the last bit, and all must decide alike."""
     if args.world_size == 1:
         return value
     shared = torch.tensor(value, dtype=torch.float64, device=args.device)

@@ -49,15 +49,13 @@ class Controller:
 
     def learn(self, nats: float, tokens: int) -> None:
         """Take in a step's divergence, summed over `tokens` of rows seen for the first time."""
-        if tokens:
-            self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
-        if self.spec.budget and tokens:
-            self.log_error = self._log_error(STEERED_TO * self.spec.budget)
+        if not tokens:
+            return
+        self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
+        if self.spec.budget:
+            estimate, aim = self.nats / self.tokens, STEERED_TO * self.spec.budget
+            self.log_error = min(max(math.log(estimate / aim) if estimate > 0 else BELOW, BELOW), ABOVE)
             self.log_weight = _within(self.log_weight + self.spec.budget_rate * self.log_error)
-
-    def _log_error(self, aim: float) -> float:
-        estimate = self.estimate or 0.0
-        return min(max(math.log(estimate / aim) if estimate > 0 else BELOW, BELOW), ABOVE)
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint must hold."""

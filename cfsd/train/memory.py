@@ -1,14 +1,8 @@
-"""What training a model of given shapes needs in memory, per process: arithmetic on numbers, checked by measurement.
+"""What training a model of given shapes needs in memory, per process.
 
-python -m cfsd.train.memory CONFIG.json --gpus 8 --gigabytes 80        what fits, for a model's config.json
-
-Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic
-alone. P parameters, T trained ones, D hidden width, I intermediate width, V vocabulary.
+Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Llamas. On GPUs it is arithmetic alone.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from cfsd.machine import Machine
@@ -18,7 +12,6 @@ CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vo
 CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
 
 FLOAT, HALF = 4, 2  # bytes
-USABLE = 0.9  # of a GPU: the rest is the driver's, and pieces too small to be used
 LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
 BASE_BUFFERS = 2  # the live base's logits and distribution
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
@@ -39,7 +32,7 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> Self | None:
-        """Return what a config.json of transformers tells; None where it names its sizes in another way."""
+        """Return the sizes that a config.json of transformers names; None where it names them in another way."""
         width = config.get("hidden_size", config.get("n_embd"))
         heads = config.get("num_attention_heads", config.get("n_head"))
         layers, vocabulary = config.get("num_hidden_layers", config.get("n_layer")), config.get("vocab_size")
@@ -53,19 +46,14 @@ class Shapes(NamedTuple):
             gated=kind != "gpt2", head_size=config.get("head_dim"),
         )  # fmt: skip
 
-    @property
-    def query_width(self) -> int:
-        """Width of all queries of a token together."""
-        return self.heads * (self.head_size or self.width // self.heads)
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all keys of a token together."""
-        return self.kv_heads * (self.head_size or self.width // self.heads)
+    def attention_widths(self) -> tuple[int, int]:
+        """Return the width of a token's queries, and of its keys or values, over all heads."""
+        size = self.head_size or self.width // self.heads
+        return self.heads * size, self.kv_heads * size
 
     def matrices(self) -> list[tuple[int, int]]:
         """Return inputs and outputs of each linear layer of a block."""
-        d, q, kv, i = self.width, self.query_width, self.kv_width, self.intermediate
+        d, (q, kv), i = self.width, self.attention_widths(), self.intermediate
         return [(d, q), (d, kv), (d, kv), (q, d), *[(d, i)] * (2 if self.gated else 1), (i, d)]
 
     def block_parameters(self) -> int:
@@ -82,7 +70,7 @@ class Shapes(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What is asked of the memory."""
+    """What else decides how much memory a training takes."""
 
     micro_batch_tokens: int = 1024
     processes: int = 1
@@ -92,7 +80,7 @@ class Load(NamedTuple):
     lora_rank: int = 0
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False
-    chunk: int = 256  # tokens whose logits exist at once
+    chunk: int = CHUNK  # tokens whose logits exist at once
 
 
 def load_of(spec: TrainSpec, machine: Machine) -> Load:
@@ -103,10 +91,10 @@ def load_of(spec: TrainSpec, machine: Machine) -> Load:
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
-        bfloat16=spec.precision == "bfloat16" or (spec.precision == "auto" and cuda),
+        bfloat16=spec.in_bfloat16(machine),
         lora_rank=adapter.rank if adapter else 0,
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
-        live_base=bool(spec.rehearsal.weight) and (spec.rehearsal.loss, spec.rehearsal.reference) == ("kl", "base"),
+        live_base=spec.rehearsal.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )
 
@@ -123,7 +111,7 @@ class Memory(NamedTuple):
     logits: float
 
     def total(self) -> float:
-        """Return the sum: what is held at the end of the way forward of any micro-batch but the first."""
+        """Return the sum: what is held after the forward pass of any micro-batch but the first."""
         return float(sum(self))
 
 
@@ -146,18 +134,18 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
 
 
 def _activations(shapes: Shapes, load: Load) -> float:
-    """Return what the way back needs of a micro-batch, and what it makes on the way."""
+    """Return what the backward pass needs of a micro-batch, and what it makes."""
     block = _block_bytes(shapes, load) * load.micro_batch_tokens
     stream = FLOAT * shapes.width * load.micro_batch_tokens
-    kept = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
+    saved = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
     linear = HALF if load.bfloat16 else FLOAT
     slopes = linear * load.micro_batch_tokens * (2 * shapes.intermediate + 2 * shapes.width)
     around = 5 * stream  # embedding, last norm, the picked hidden states and their gradients
-    return kept + slopes + around + _casts(shapes, load)
+    return saved + slopes + around + _casts(shapes, load)
 
 
 def _block_bytes(shapes: Shapes, load: Load) -> int:
-    """Return what one block keeps per token: norms and the residual stream in float32, the rest as it is computed.
+    """Return what one block keeps per token: norms in float32, the rest in the precision of the linear layers.
 
     Two norms keep their input, the normalised values and their product with the weight, which is what the linear
     layers keep too unless it is cast for them; attention keeps queries, keys, values and its output; the MLP keeps what
@@ -165,7 +153,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
     """
     linear = HALF if load.bfloat16 else FLOAT
     norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
-    attention = 2 * shapes.query_width + 2 * shapes.kv_width
+    attention = 2 * sum(shapes.attention_widths())
     mlp = (4 if shapes.gated else 3) * shapes.intermediate
     adapters = 7 * load.lora_rank
     return norms + linear * (attention + mlp + adapters)
@@ -174,7 +162,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
 def _casts(shapes: Shapes, load: Load) -> float:
     """Return the weights that exist a second time: cast by autocast, or gathered from their shards block by block."""
     wide = HALF if load.bfloat16 else FLOAT
-    if load.sharded:  # this block and the next one on the way; the embedding and the output layer stay gathered
+    if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
         return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.lora_rank else ends)
     return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
@@ -186,35 +174,3 @@ def _logits(shapes: Shapes, load: Load) -> float:
     head = 0 if load.lora_rank else 2 * FLOAT * shapes.embedding()
     cast = HALF * shapes.embedding() * (1 if load.lora_rank else 2) if load.bfloat16 else 0
     return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast
-
-
-def ways_to_train(shapes: Shapes, gpus: int) -> dict[str, Memory]:
-    """Return what every way to train a model of `shapes` on `gpus` GPUs in bfloat16 needs, by name."""
-    spread = "one GPU" if gpus == 1 else "replicate"
-    load = Load(processes=gpus, bfloat16=True, chunk=CUDA_CHUNK)
-    ways = {f"all weights, {spread}": load}
-    if gpus > 1:
-        ways["all weights, shard"] = load._replace(sharded=True)
-    ways[f"LoRA 16, {spread}"] = load._replace(lora_rank=16)  # LoRA's weights are not sharded
-    ways |= {f"{name}, checkpointing": way._replace(checkpointing=True) for name, way in ways.items()}
-    return {name: training_memory(shapes, way) for name, way in ways.items()}
-
-
-def main() -> None:
-    """Print a line per way to train."""
-    parser = argparse.ArgumentParser(prog="python -m cfsd.train.memory")
-    parser.add_argument("config", type=Path, help="a model's config.json")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gigabytes", type=float, default=80, help="memory of each")
-    asked = parser.parse_args()
-    shapes = Shapes.of_config(json.loads(asked.config.read_text()))
-    if shapes is None:
-        parser.error(f"{asked.config} does not name a decoder's sizes: hidden_size, num_hidden_layers, vocab_size, …")
-    print(f"{shapes.parameters() / 1e9:.2f} billion weights, {asked.gpus} x {asked.gigabytes:.0f} GB")
-    for name, memory in ways_to_train(shapes, asked.gpus).items():
-        verdict = "fits" if memory.total() <= USABLE * asked.gigabytes * 1e9 else "does not fit"
-        print(f"{name:<40} {memory.total() / 1e9:6.1f} GB  {verdict}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name in the plain model, whatever wraps it for speed or for many devices."""
+    """Return a parameter's name in the plain model, without the prefixes of wrappers."""
     for part in WRAPPED:
         name = name.replace(part, "")
     return name.removeprefix("module.")
@@ -33,7 +33,10 @@ class Anchors:
     def __init__(self, folder: Path) -> None:
         """Look up which file holds which name."""
         self.folder = folder
-        self._files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
         self._whole: dict[str, Tensor] = {}
 
     def like(self, name: str, parameter: Tensor) -> Tensor:
@@ -47,25 +50,18 @@ class Anchors:
         return whole.to(parameter.device, dtype)
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
-        """Return the whole tensor; on CPU float32 ones are views of the file, not copies."""
+        """Return the whole tensor; on CPU float32 ones are views of the file, not copies.
+
+        Some checkpoints have other names or layouts on the disk; then all weights are loaded by transformers.
+        """
         if name in self._files and not self._whole:
             with safe_open(self._files[name], framework="pt") as tensors:
                 stored: Tensor = tensors.get_tensor(name)
             if stored.shape == shape:
                 return stored
-        return self._converted()[name]
-
-    def _converted(self) -> dict[str, Tensor]:
-        """Return all weights as transformers loads them: some checkpoints have other names or layouts on the disk."""
         if not self._whole:
-            model = load_model(self.folder, "cpu", "float32")
-            self._whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        return self._whole
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+            self._whole = dict(load_model(self.folder, "cpu", "float32").requires_grad_(False).named_parameters())
+        return self._whole[name]
 
 
 class Penalty:
@@ -90,19 +86,16 @@ class Penalty:
         return self.pull.scale * total
 
     def _pull(self, name: str, parameter: nn.Parameter) -> Tensor:
-        anchor, curvature = self._held_for(name, parameter)
+        if name not in self._held:
+            curvature = self.curvature.like(name, parameter) if self.curvature else None
+            self._held[name] = self.anchors.like(name, parameter), curvature
+        anchor, curvature = self._held[name]
         away = _local(parameter) - anchor
         slope = away if curvature is None else away * curvature
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         _local(parameter.grad).add_(slope, alpha=2 * self.pull.scale)
         return away.mul_(slope).sum()
-
-    def _held_for(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-        if name not in self._held:
-            curvature = self.curvature.like(name, parameter) if self.curvature else None
-            self._held[name] = self.anchors.like(name, parameter), curvature
-        return self._held[name]
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -130,5 +123,5 @@ def penalties_of(methods: Methods, base: Path, estimate: Path | None) -> list[Pe
     """Return the penalties of `methods`; `base` and `estimate` are the folders of theta* and of c."""
     anchors, curvature = Anchors(base), Anchors(estimate) if estimate else None
     pulls = methods.pulls()
-    assert curvature or not methods.estimate(), "a method that needs an estimate is given it"
+    assert curvature or not methods.estimate(), "a method needs an estimate"
     return [Penalty(name, pull, anchors, curvature if pull.curvature else None) for name, pull in pulls.items()]

@@ -35,9 +35,7 @@ class WatchSpec(Spec):
 class RehearsalSpec(Spec):
     """The rehearsal's share of the loss: `weight` x mean loss per rehearsal token of the global batch."""
 
-    steering: ClassVar[int] = (
-        3  # raised when `cfsd.train.controller` steers otherwise: part of the digest with a budget
-    )
+    steering: ClassVar[int] = 3  # raised when `cfsd.train.controller` steers otherwise; in the digest with a budget
 
     weight: NonNegativeFloat = Field(
         1.0, description="Lambda: multiplies the rehearsal's mean loss per token; 0: no rehearsal row is read"
@@ -89,11 +87,15 @@ class RehearsalSpec(Spec):
 
     def reads_corpus(self) -> bool:
         """Say whether the training reads what is stored with the corpus: distributions or log-probabilities."""
-        return bool(self.weight) and ((self.loss == "kl" and self.reference == "stored") or self.budget is not None)
+        return self.needs_top() or (bool(self.weight) and self.budget is not None)
 
     def needs_top(self) -> bool:
         """Say whether the corpus must hold the likeliest tokens of each position."""
         return bool(self.weight) and self.loss == "kl" and self.reference == "stored"
+
+    def needs_base(self) -> bool:
+        """Say whether the base is in memory during the training, for its distribution."""
+        return bool(self.weight) and self.loss == "kl" and self.reference == "base"
 
 
 class TrainSpec(Spec):
@@ -128,9 +130,13 @@ class TrainSpec(Spec):
             )
         return self
 
+    def in_bfloat16(self, machine: Machine) -> bool:
+        """Say whether the forward and backward passes are computed in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and machine.resolved_device() == "cuda")
+
 
 class Watched(BaseModel):
-    """What is measured on the way."""
+    """What the training is watched on."""
 
     sample: Artifact
     target: Artifact

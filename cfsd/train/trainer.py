@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from pydantic import JsonValue
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from cfsd.errors import NotFinite, Stopped
-from cfsd.machine import Machine
 from cfsd.model.loading import load_model, save_model
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
@@ -27,8 +27,9 @@ from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
 from cfsd.train.adapters import adapt, merge_adapter
 from cfsd.train.arguments import training_arguments
-from cfsd.train.batches.loading import Batches, Share, batches_of, distributions_of
+from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
+from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
 from cfsd.train.loss.objective import Losses, Objective, losses
@@ -56,7 +57,7 @@ class RehearsalTrainer(Trainer):
         return DataLoader(self.data, batch_size=1, shuffle=False, collate_fn=lambda items: {"share": items[0]})
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted."""
+        """Return 0: they are not counted."""
         return 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -80,7 +81,7 @@ class RehearsalTrainer(Trainer):
 
     def _backward(self, model: nn.Module, micro_batch: MicroBatch, weight: float) -> Tensor:
         with self.compute_loss_context_manager():
-            parts = losses(model, micro_batch.to(self.args.device), weight)
+            parts = losses(model, send_to_device(micro_batch, self.args.device), weight)
         self.accelerator.backward(self.data.world * parts.loss)
         return torch.stack([part.detach().double() for part in parts]).cpu()
 
@@ -120,15 +121,18 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     torch.manual_seed(seed_of(spec))
     args = training_arguments(spec, folder / CHECKPOINTS, machine)
     data = _data(store, request, folder / CHECKPOINTS / DISTRIBUTIONS, args)
-    args.warmup_steps, controller = round(spec.warmup_fraction * len(data)), Controller(spec.rehearsal, len(data))
+    args.warmup_steps = round(spec.warmup_fraction * len(data))
+    controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
     trained = adapt(spec.methods, model)
-    objective = Objective(model, spec.rehearsal, _live_base(spec, base_folder, machine, args))
-    journal = Journal(folder)
-    recorder = StepRecorder(
-        journal, controller, spec.watch, Watcher(model, store, request) if request.watched else None
-    )
+    base = None
+    if spec.rehearsal.needs_base():
+        base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
+        base.eval().requires_grad_(False)
+    objective = Objective(model, spec.rehearsal, base)
+    journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
+    recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
         journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
@@ -148,26 +152,15 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
 
 
 def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:
-    if args.should_save:
-        distributions_of(store, request, scratch, write=True)
+    """Return what this process reads. The first one writes the base's stored distributions to `scratch`, if needed."""
+    spec, corpus = request.spec, request.corpus if request.mixture.metadata["rehearsal_rows"] else None
+    if corpus and args.should_save:
+        lay_out(store.path(corpus), scratch, top=spec.rehearsal.needs_top())
     if args.world_size > 1:
         distributed.barrier()
-    distributions = distributions_of(store, request, scratch, write=False)
-    return batches_of(
-        store, request.mixture, request.spec, request.machine.micro_batch_tokens, distributions, args.process_index,
-        args.world_size,
-    )  # fmt: skip
-
-
-def _live_base(
-    spec: TrainSpec, folder: Path, machine: Machine, args: TrainingArguments
-) -> PreTrainedModel | None:  # fmt: skip
-    """Return the frozen base where its distributions are computed during the training."""
-    if spec.rehearsal.loss != "kl" or spec.rehearsal.reference != "base" or not spec.rehearsal.weight:
-        return None
-    base = load_model(folder, machine.resolved_device(), "bfloat16" if args.bf16 else "float32")
-    base.eval().requires_grad_(False)
-    return base
+    distributions = StoredDistributions(scratch, store.path(corpus)) if corpus else None
+    max_tokens, rank, world = request.machine.micro_batch_tokens, args.process_index, args.world_size
+    return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world)
 
 
 def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> None:
@@ -189,10 +182,10 @@ def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> 
     cuda = trainer.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metadata = data.metadata(trainer.state.global_step) | {"continued_from_step": continued_from, "peak_memory": peak}
-    controller, budget = trainer.controller, trainer.spec.rehearsal.budget
-    if budget:
-        metadata |= {"budget": budget, "final_weight": controller.weight(len(data)),
-                  "divergence_estimate": controller.estimate}  # fmt: skip
+    controller = trainer.controller
+    if budget := trainer.spec.rehearsal.budget:
+        metadata |= {"budget": budget, "final_weight": controller.weight(len(data))}
+        metadata |= {"divergence_estimate": controller.estimate}
     if trainer.recorder.stopped_at is not None:
         metadata |= {"stopped_at_step": trainer.recorder.stopped_at}
     return metadata

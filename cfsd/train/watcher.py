@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -53,26 +54,22 @@ class Watcher:
         return figures
 
     def _divergence(self, model: nn.Module) -> float:
-        parts = [
-            losses(model, micro_batch.to(self.device), spec=MEASURED).divergence.double()
-            for micro_batch in self.micro_batches
-        ]
-        return float(sum(parts)) / sum(int(micro_batch.fresh_BT[:, 1:].sum()) for micro_batch in self.micro_batches)
+        on_device = (send_to_device(part, self.device) for part in self.micro_batches)
+        parts = [losses(model, part, spec=MEASURED).divergence.double() for part in on_device]
+        return float(sum(parts)) / sum(int(part.fresh_BT[:, 1:].sum()) for part in self.micro_batches)
 
 
 def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int) -> list[MicroBatch]:
     """Return `token_rows` with the base's distribution at each token after the first."""
-    micro_batches = []
-    for group in arrange([len(row) for row in token_rows], max_tokens):
-        members = [token_rows[i] for i in group]
-        rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in members]
-        tokens = len(rows) * len(members[0])  # longest first: one micro-batch
-        (micro_batch,) = micro_batches_of(rows, tokens, fresh=[True] * len(rows))
-        top = min(TOP, base.config.get_text_config().vocab_size)
-        samples = token_logprobs(base, members, (), top_logprobs=top, max_tokens=max_tokens)
-        real_BT = micro_batch.coefficient_BT != 0
-        micro_batches.append(micro_batch._replace(fresh_BT=micro_batch.fresh_BT & real_BT, stored=_stored(samples)))
-    return micro_batches
+    top = min(TOP, base.config.get_text_config().vocab_size)
+    samples = token_logprobs(base, token_rows, (), top_logprobs=top, max_tokens=max_tokens)
+    rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in token_rows]
+    micro_batches = micro_batches_of(rows, max_tokens, fresh=[True] * len(rows))
+    groups = arrange([len(row) for row in token_rows], max_tokens)
+    return [
+        micro_batch._replace(stored=_stored([samples[i] for i in group]))
+        for micro_batch, group in zip(micro_batches, groups, strict=True)
+    ]
 
 
 def _stored(samples: list[Sample]) -> Stored:

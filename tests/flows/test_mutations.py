@@ -24,11 +24,11 @@ from cfsd.baseline.measured import measured
 from cfsd.generate.stage import generate
 from cfsd.machine import Machine
 from cfsd.mix.stage import mix
+from cfsd.model.checkpoint import TinySpec
 from cfsd.recipe import Recipe
 from cfsd.statistics.gate import Judgement, judge
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import batches, write_shard
-from cfsd.tiny import TinySpec
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -22,7 +22,7 @@ from cfsd.train.batches.global_batches import GlobalBatch
 from cfsd.train.batches.loading import Batches
 from cfsd.train.batches.micro_batches import Row, micro_batches_of
 from cfsd.train.batches.mixture import MixtureRows
-from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
+from cfsd.train.batches.stored_distributions import FILE, StoredDistributions, lay_out
 from cfsd.train.loss.token_loss import Stored
 from tests.conftest import fetched, write_rows
 
@@ -193,8 +193,7 @@ def test_laying_out_again_over_half_a_file_gives_the_whole(corpus: Path, tmp_pat
     """As after a kill: the scratch is written anew."""
     lay_out(corpus, tmp_path / "laws", top=True)
     whole = {file.name: file.read_bytes() for file in (tmp_path / "laws").iterdir()}
-    (tmp_path / "laws" / "logprobs").write_bytes(whole["logprobs"][:7])
-    (tmp_path / "laws" / "shape.json").unlink()
+    (tmp_path / "laws" / FILE).write_bytes(whole[FILE][:7])
     lay_out(corpus, tmp_path / "laws", top=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "laws").iterdir()} == whole
 

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from typing import Literal, NamedTuple
 
 from cfsd.errors import BadInput
@@ -70,7 +71,5 @@ def _shuffled(rows: list[int], seed: str) -> list[int]:
 
 
 def _cycle(rows: list[int], seed: str) -> Iterator[int]:
-    turn = 0
-    while True:
+    for turn in count():
         yield from _shuffled(rows, f"{seed} {turn}")
-        turn += 1

@@ -1,7 +1,6 @@
-"""What a training reads: global batches as micro-batches, one rank's share at a time."""
+"""What a training reads: the micro-batches of each global batch, one rank's share at a time."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
@@ -11,8 +10,8 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
 from cfsd.train.batches.micro_batches import MicroBatch, micro_batches_of
 from cfsd.train.batches.mixture import MixtureRows
-from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
-from cfsd.train.spec import TrainRequest, TrainSpec
+from cfsd.train.batches.stored_distributions import StoredDistributions
+from cfsd.train.spec import TrainSpec
 
 
 class Counts(NamedTuple):
@@ -51,12 +50,11 @@ class Batches(Dataset[Share]):
     def __getitem__(self, step: int) -> Share:
         """Return this rank's micro-batches of step `step`, as many as every other rank has."""
         batch = self.plan[step]
-        members = [*batch.target, *batch.rehearsal]
-        rows = [self.rows[i] for i in members]
+        rows = [self.rows[i] for i in (*batch.target, *batch.rehearsal)]
         fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
         micro_batches = micro_batches_of(rows, self.max_tokens, fresh=fresh, distributions=self.distributions)
         share = micro_batches[self.rank :: self.world]
-        if len(share) < -(-len(micro_batches) // self.world):  # without one, a rank would leave the others waiting
+        if len(share) < -(-len(micro_batches) // self.world):  # ranks wait for each other at every micro-batch
             share.append(micro_batches[0].without_loss())
         return Share(share, self.counts[step], batch.views)
 
@@ -87,7 +85,10 @@ def batches_of(
     store: Store, mixture: Artifact, spec: TrainSpec, max_tokens: int, distributions: StoredDistributions | None = None,
     rank: int = 0, world: int = 1,
 ) -> Batches:  # fmt: skip
-    """Return the global batches of the whole training. Raises BadInput where rows that must be fresh run out."""
+    """Return the global batches of the whole training.
+
+    Raises BadInput where rows that must be fresh run out, or where a step has none to read the divergence from.
+    """
     metadata: dict[str, Any] = mixture.metadata
     rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None)
     plan = plan_batches(
@@ -99,26 +100,11 @@ def batches_of(
         seed=metadata["seed"],
         refresh=spec.rehearsal.refresh,
     )
-    if spec.rehearsal.budget:
-        _check_budget(plan)
-    return Batches(rows, plan, max_tokens, distributions, rank, world)
-
-
-def _check_budget(plan: list[GlobalBatch]) -> None:
-    """Raise BadInput when some step has nothing new from which the divergence could be read."""
     blind = sum(0 not in batch.views for batch in plan)
-    if blind:
+    if spec.rehearsal.budget and blind:
         raise BadInput(
             f"train.rehearsal.budget reads the divergence on rehearsal rows that were not seen before, but {blind} of "
             f"{len(plan)} steps have none; raise generate.rows about {len(plan) / max(1, len(plan) - blind):.1f}-fold, "
             "or lower mix.rehearsal_tokens or train.epochs"
         )
-
-
-def distributions_of(store: Store, request: TrainRequest, scratch: Path, *, write: bool) -> StoredDistributions | None:
-    """Open what was stored with the corpus, if the training reads it; with `write` it is laid out first."""
-    if request.corpus is None or not request.mixture.metadata["rehearsal_rows"]:
-        return None
-    if write:
-        lay_out(store.path(request.corpus), scratch, top=request.spec.rehearsal.needs_top())
-    return StoredDistributions(scratch, store.path(request.corpus))
+    return Batches(rows, plan, max_tokens, distributions, rank, world)

@@ -25,6 +25,10 @@ class Row(NamedTuple):
     weights: Sequence[float] | None = None  # of each token, on top of the row's; None: all 1
     corpus_row: int | None = None  # the row's number in the corpus; None: of the target, or not known
 
+    def is_target(self) -> bool:
+        """Say whether the row belongs to the target's loss."""
+        return self.source == "target"
+
 
 class MicroBatch(NamedTuple):
     """Rows that one forward pass holds. Entry t belongs to token t, which token t-1 predicts."""
@@ -35,12 +39,6 @@ class MicroBatch(NamedTuple):
     fresh_BT: Tensor  # bool: of a rehearsal row that is seen for the first time
     real_BT: Tensor  # bool: not padding
     stored: Stored | None = None  # the base's distribution at the rehearsal tokens that count, row by row
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """Return the micro-batch with its tensors on `device`."""
-        stored = None if self.stored is None else Stored(*(tensor.to(device) for tensor in self.stored))
-        token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT = (tensor.to(device) for tensor in self[:5])
-        return MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored)
 
     def without_loss(self) -> "MicroBatch":
         """Return the micro-batch with no token that counts."""
@@ -60,26 +58,22 @@ def micro_batches_of(
     Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
     time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`.
     """
-    first = fresh or [False] * len(rows)
+    fresh = fresh or [False] * len(rows)
     totals: Counter[bool] = Counter()
     for row in rows:
-        totals[row.source == "target"] += sum(row.supervised)
+        totals[row.is_target()] += sum(row.supervised)
     micro_batches = []
     for group in arrange([len(row.token_ids) for row in rows], max_tokens):
         members = [rows[i] for i in group]
-        coefficients = [_coefficients(row, totals[row.source == "target"]) for row in members]
-        target = [[row.source == "target" and counted for counted in row.supervised] for row in members]
-        seen = [[first[i] and rows[i].source != "target"] * len(rows[i].token_ids) for i in group]
+        coefficients = [_coefficients(row, totals[row.is_target()]) for row in members]
+        target = [[row.is_target() and counted for counted in row.supervised] for row in members]
+        first = [[fresh[i] and not rows[i].is_target()] * len(rows[i].token_ids) for i in group]
         real = [[True] * len(row.token_ids) for row in members]
-        stored = None
-        if distributions is not None:
-            rehearsed = [row for row in members if row.source != "target"]
-            stored = distributions.at([(row.corpus_row, row.token_ids, row.supervised) for row in rehearsed])
-        token_ids = pad([row.token_ids for row in members])
-        target_BT, seen_BT, real_BT = (pad(marks, torch.bool) for marks in (target, seen, real))
-        micro_batches.append(
-            MicroBatch(token_ids, pad(coefficients, torch.float64), target_BT, seen_BT, real_BT, stored)
-        )
+        token_ids_BT, coefficient_BT = pad([row.token_ids for row in members]), pad(coefficients, torch.float64)
+        target_BT, fresh_BT, real_BT = (pad(marks, torch.bool) for marks in (target, first, real))
+        rehearsed = [(row.corpus_row, row.token_ids, row.supervised) for row in members if not row.is_target()]
+        stored = distributions.at(rehearsed) if distributions else None
+        micro_batches.append(MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored))
     return micro_batches
 
 

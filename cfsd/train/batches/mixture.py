@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from cfsd.store.tables import batches, count_true, shards
+from cfsd.store.tables import batches, count_true
 from cfsd.train.batches.micro_batches import Row
 
 
@@ -16,13 +15,9 @@ class MixtureRows:
     """The rows of a mixture, each made when it is asked for."""
 
     def __init__(self, folder: Path, corpus: Path | None = None) -> None:
-        """Read the `mixture` table in `folder`; `corpus` tells the places of rows whose mixture does not.
-
-        Mixtures made before there was a column `corpus_row` get it here, from source and row_id.
-        """
-        names = pq.read_schema(shards(folder, "mixture")[0]).names
+        """Read the `mixture` table in `folder`. One without the column `corpus_row` gets it from `corpus`."""
         table = pa.Table.from_batches(batches(folder, "mixture"))
-        if "corpus_row" not in names:
+        if "corpus_row" not in table.column_names:
             table = table.append_column("corpus_row", pa.array(_places(table, corpus), pa.int64()))
         encoded = pc.dictionary_encode(table["source"])
         self._table = table.drop_columns(["row_id", "source"]).append_column("source", encoded)

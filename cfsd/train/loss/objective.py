@@ -58,7 +58,7 @@ class Objective:
         self, *args: Any, micro_batch: Callable[[], MicroBatch] | None = None, rehearsal_weight: float = 1.0,
         spec: RehearsalSpec | None = None, **named: Any,
     ) -> Any:  # fmt: skip
-        """Return the Losses of what `micro_batch` returns; without one, whatever the model itself returns."""
+        """Return the Losses of what `micro_batch` returns; without one, what the model itself returns."""
         if micro_batch is None:
             return self._plain(*args, **named)
         return self.losses(micro_batch(), rehearsal_weight, spec or self.spec)
@@ -74,9 +74,14 @@ class Objective:
         coefficient_N[num_target:] *= rehearsal_weight
         of_tokens = token_losses(states_ND, head, next_N, coefficient_N, self._reference(micro_batch, masks[1], spec))
         fresh_M = micro_batch.fresh_BT[:, 1:][masks[1]]
-        divergence_M = self._divergence(micro_batch, of_tokens.loss_N[num_target:], of_tokens.nll_N[num_target:], spec)
-        sums = of_tokens.nll_N[:num_target].sum(), of_tokens.loss_N[num_target:].sum(), divergence_M[fresh_M].sum()
-        return Losses(of_tokens.total, *sums)
+        loss_M, nll_M = of_tokens.loss_N[num_target:], of_tokens.nll_N[num_target:]
+        divergence_M = torch.zeros_like(nll_M)
+        if spec.loss == "kl":
+            divergence_M = loss_M
+        elif micro_batch.stored is not None:  # from the sampled tokens alone
+            divergence_M = nll_M + micro_batch.stored.sampled_M.to(nll_M)
+        target_nll = of_tokens.nll_N[:num_target].sum()
+        return Losses(of_tokens.total, target_nll, loss_M.sum(), divergence_M[fresh_M].sum())
 
     def _states(
         self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
@@ -84,9 +89,8 @@ class Objective:
         """Return the hidden states of the tokens that count and the head, or their logits and no head."""
         head = self.head_of(model)
         if head is None:
-            logits: Tensor = (self._plain if model is self.model else model)(
-                input_ids=token_ids_BT, use_cache=False
-            ).logits
+            forward = self._plain if model is self.model else model
+            logits: Tensor = forward(input_ids=token_ids_BT, use_cache=False).logits
             return _picked(logits[:, :-1], masks), Head(None)
         if self.unpadded:
             hidden_ND = packed_forward(model.base_model, token_ids_BT, real_BT)
@@ -107,13 +111,6 @@ class Objective:
             )
         return Reference(hidden_MD=hidden_MD, head=head)
 
-    def _divergence(self, micro_batch: MicroBatch, loss_M: Tensor, nll_M: Tensor, spec: RehearsalSpec) -> Tensor:
-        """Return the divergence per rehearsal token: dense, or from the sampled token where that is all there is."""
-        if spec.loss == "kl":
-            return loss_M
-        stored = micro_batch.stored
-        return torch.zeros_like(nll_M) if stored is None else nll_M + stored.sampled_M.to(nll_M)
-
 
 def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([values[mask] for mask in masks])
@@ -121,18 +118,18 @@ def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 def losses(
     model: nn.Module, micro_batch: MicroBatch, rehearsal_weight: float = 1.0, spec: RehearsalSpec | None = None
-) -> Losses:  # fmt: skip
+) -> Losses:
     """Return the losses of `micro_batch` by a model that an Objective has taken over, however it is wrapped."""
-    # wrapped: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
+    # in a function: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
     parts: Losses = model(micro_batch=lambda: micro_batch, rehearsal_weight=rehearsal_weight, spec=spec)
     return parts
 
 
 @torch.no_grad()
 def head_of(model: PreTrainedModel) -> Any:
-    """Return a function that gives the output layer of a model like `model`, or None where it is more than one.
+    """Return a function that gives the output layer of a model like `model`, or None where that is not one layer.
 
-    It is tried: the logits of a few tokens are compared with those of the form that is known.
+    The logits of a few tokens are compared with those of the layer.
     """
     config: Any = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)

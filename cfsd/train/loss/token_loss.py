@@ -43,6 +43,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     scale: float = 1.0
 
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """Return the layer with its weights in `dtype`."""
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight_VD, self.bias_V))
+        return self._replace(weight_VD=weight, bias_V=bias)
+
 
 class Reference(NamedTuple):
     """The base's distribution at M tokens: as stored, or to be computed from its own hidden states."""
@@ -66,8 +71,7 @@ class Reference(NamedTuple):
     def log_distribution(self, dtype: torch.dtype) -> Tensor:
         """Return the base's log-probabilities from its hidden states."""
         assert self.hidden_MD is not None
-        cast = self.hidden_MD.dtype
-        used = self.head._replace(weight_VD=_as(self.head.weight_VD, cast), bias_V=_as(self.head.bias_V, cast))
+        used = self.head.cast(self.hidden_MD.dtype)
         return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap).log_softmax(-1)
 
 
@@ -88,7 +92,7 @@ def token_losses(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are made on the way forward, while a chunk's logits are there, and only scaled on the way back."""
+    """Gradients are made in the forward pass, while a chunk's logits are there, and only scaled in the backward one."""
 
     @staticmethod
     def forward(
@@ -106,7 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_N, nll_N = (hidden_ND.new_zeros(len(next_N), dtype=exact) for _ in range(2))
         coefficient_N = coefficient_N.to(exact)
         with torch.autocast(device, enabled=False):
-            used = head._replace(weight_VD=_as(weight_VD, cast), bias_V=_as(bias_V, cast))
+            used = head.cast(cast)
             for rows, part in _chunks(len(next_N), reference, CUDA_CHUNK if device == "cuda" else CHUNK):
                 chunk = _Chunk(_logits(hidden_ND[rows].to(cast), used).to(exact), head.softcap, next_N[rows])
                 loss_N[rows], nll_N[rows] = chunk.measure(part), chunk.nll_C
@@ -121,13 +125,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor, *_: Any) -> Any:
-        found = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
-        ctx.grads = [None] * 3
-        return (*found, None, None, None, None)
-
-
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+        grads = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
+        ctx.grads = []
+        return (*grads, None, None, None, None)
 
 
 def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
@@ -141,9 +141,7 @@ def _limited(logits_CV: Tensor, softcap: float | None) -> Tensor:
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
-def _accumulate(
-    grads: list[Tensor | None], rows: slice, slope_CV: Tensor, hidden_CD: Tensor, head: Head
-) -> None:  # fmt: skip
+def _accumulate(grads: list[Tensor | None], rows: slice, slope_CV: Tensor, hidden_CD: Tensor, head: Head) -> None:
     """Add a chunk's share to the gradients of hidden states, weights and bias."""
     hidden, weight, bias = grads
     if head.weight_VD is None:
@@ -154,11 +152,10 @@ def _accumulate(
         hidden_CD = hidden_CD * head.scale
     if hidden is not None:
         hidden[rows] = (slope_CV @ head.weight_VD).mul_(head.scale)
-    if weight is not None:
-        if weight.dtype == slope_CV.dtype:
-            weight.addmm_(slope_CV.t(), hidden_CD)
-        else:
-            weight += slope_CV.t() @ hidden_CD
+    if weight is not None and weight.dtype == slope_CV.dtype:
+        weight.addmm_(slope_CV.t(), hidden_CD)
+    elif weight is not None:
+        weight += slope_CV.t() @ hidden_CD
     if bias is not None:
         bias += slope_CV.sum(0)
 
@@ -189,25 +186,22 @@ class _Chunk:
         self.pulled: tuple[Tensor, Tensor] | Tensor = (self.next_C1, torch.ones_like(self.norm_C1))
         self.tail_share_C1: Tensor | None = None  # bucket: r*/r
 
-    def logprobs(self, ids: Tensor) -> Tensor:
-        return self.logits_CV.gather(1, ids) - self.norm_C1
-
     def measure(self, part: Reference | None) -> Tensor:
-        """Return the loss per token; what the slope needs is kept."""
+        """Return the loss per token, and keep what the slope needs."""
         if part is None:
             return self.nll_C
-        stored = part.stored
+        stored, dtype = part.stored, self.probs_CV.dtype
         if stored is None:
-            return self._whole(part.log_distribution(self.probs_CV.dtype))
-        ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(self.probs_CV.dtype)
+            return self._whole(part.log_distribution(dtype))
+        ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(dtype)
         probs_CK = logprobs_CK.exp()
-        on_top_C = (probs_CK * (logprobs_CK - self.logprobs(ids_CK))).sum(-1)
+        on_top_C = (probs_CK * (logprobs_CK - (self.logits_CV.gather(1, ids_CK) - self.norm_C1))).sum(-1)
         if part.tail == "bucket":
-            return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(self.probs_CV.dtype))
-        outside_C = (ids_CK != self.next_C1).all(-1).to(self.probs_CV.dtype)
+            return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(dtype))
+        outside_C = (ids_CK != self.next_C1).all(-1).to(dtype)
         self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]
         self.pulled = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
-        return on_top_C + outside_C * (stored.sampled_M.to(self.probs_CV.dtype) + self.nll_C)
+        return on_top_C + outside_C * (stored.sampled_M.to(dtype) + self.nll_C)
 
     def _whole(self, base_CV: Tensor) -> Tensor:
         probs_CV = base_CV.exp()

@@ -27,7 +27,7 @@ class Ewc(Method):
     strength: ClassVar[str] = "weight"
 
     weight: NonNegativeFloat = Field(
-        0.0, description="Multiplies the divergence from the base as the Fisher matrix's diagonal tells it; 0: off"
+        0.0, description="Multiplies the divergence from the base as the Fisher matrix's diagonal estimates it; 0: off"
     )
     rows: PositiveInt = Field(256, description="Context-free rows of the corpus that the Fisher matrix is computed on")
 

@@ -1,8 +1,7 @@
 """Stage fisher: the diagonal of the base's Fisher matrix, from text that the base wrote without a context."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -33,15 +32,15 @@ class Text(NamedTuple):
 
 
 class Sums:
-    """Sums over rows of weight x squared gradient, by parameter name; gradients are squared as they arise.
+    """Sums over rows of weight x squared gradient, by parameter name; a tied parameter is listed once.
 
-    A row's gradient is that of log p = sum over its sampled tokens. Nothing is held but the model and these sums.
+    A row's gradient is that of log p = sum over its sampled tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Start at zero for every parameter that takes gradients; a tied one is listed once."""
+        """Start at zero."""
         self.model = model
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = dict(model.named_parameters())
         self.squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.tokens = 0.0
 
@@ -51,28 +50,12 @@ class Sums:
         ids_T = torch.tensor(text.token_ids, device=device)
         counted_T = torch.tensor(text.sampled, dtype=torch.bool, device=device)[1:]
         logits_TV = self.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1][counted_T]
-        with self._squared(weight):
-            cross_entropy(logits_TV, ids_T[1:][counted_T], reduction="sum").backward()
-        self.tokens += weight * int(counted_T.sum())
-
-    @contextmanager
-    def _squared(self, weight: float) -> Iterator[None]:
-        """Let every parameter's gradient go into the sums as soon as it is complete, and be freed."""
-
-        def into(square: Tensor) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                square.addcmul_(parameter.grad, parameter.grad, value=weight)
+        cross_entropy(logits_TV, ids_T[1:][counted_T], reduction="sum").backward()
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self.squares[name].addcmul_(parameter.grad, parameter.grad, value=weight)
                 parameter.grad = None
-
-            return hook
-
-        hooks = [p.register_post_accumulate_grad_hook(into(self.squares[n])) for n, p in self.parameters.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.tokens += weight * int(counted_T.sum())
 
     def fisher(self) -> dict[str, Tensor]:
         """Return F: the mean over rows, divided by the mean number of sampled tokens per row. Ends the sums.
@@ -113,7 +96,6 @@ def fisher(base: Artifact, corpus: Artifact, spec: FisherSpec, draft: Draft, mac
 
 
 def _texts(folder: Path, corpus: Artifact, wanted: int) -> list[Text]:
-    """Return the first `wanted` context-free rows."""
     texts: list[Text] = []
     sources: Counter[str] = Counter()
     for batch in batches(folder, "corpus", ["source", "token_ids", "logprobs"]):
@@ -139,7 +121,7 @@ def _save(sums: Sums, folder: Path, done: int) -> None:
 
 
 def _resume(sums: Sums, folder: Path) -> int:
-    """Return how many rows an earlier attempt has added."""
+    """Go on from what an earlier attempt saved; return how many rows that are."""
     place = folder / CHECKPOINTS / FILE
     if not place.exists():
         return 0

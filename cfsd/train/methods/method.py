@@ -1,4 +1,4 @@
-"""Method: settings of one way to hold a model near its base, and what it declares to those who train with it."""
+"""Method: settings of one way to hold a model near its base, and what it declares to the training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
