@@ -20,7 +20,6 @@ from cfsd.recipe import Recipe
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
 
-SCHEMA: Literal[1] = 1
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
@@ -94,7 +93,7 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = SCHEMA
+    version: Literal[1] = 1
     name: str
     provenance: Provenance
     recipe: dict[str, JsonValue]
@@ -198,7 +197,6 @@ def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]])
 
 
 def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> float:
-    """Return the document variance: of the change where the documents are the same, else of both sides."""
     known, first = baseline.figures[name].documents, runs[0][name]
     if known is None:
         return 0.0
@@ -206,8 +204,8 @@ def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]
     if known.digest == first.documents:
         noise = known.noise * (1 / len(runs) + 1 / len(baseline.seeds))
         return document_variance(known.sums, fresh, first.counts, noise=noise)
-    sides = ((np.array(known.sums), np.array(known.counts)), (fresh, first.counts))
-    return sum(document_variance(np.zeros_like(sums), sums, counts) for sums, counts in sides)
+    sides = ((known.sums, known.counts), (fresh, first.counts))
+    return sum(document_variance(np.zeros(len(sums)), sums, counts) for sums, counts in sides)
 
 
 def other_documents(baseline: Baseline, run: dict[str, Measured]) -> list[str]:
@@ -252,7 +250,7 @@ def parsed(text: bytes | str, where: str) -> Baseline:
         return Baseline.model_validate_json(text)
     except ValidationError as error:
         raise BadInput(
-            f"{where} is not a baseline of schema {SCHEMA}: {error}\nmake it anew: --update-baseline"
+            f"{where} is not a baseline of schema 1: {error}\nmake it anew: --update-baseline"
         ) from error
 
 

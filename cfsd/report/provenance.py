@@ -3,7 +3,6 @@
 from typing import Any
 
 from cfsd.report.corpus.page import corpora_of
-from cfsd.report.costs import costs_of, trainings_of, versions_of
 from cfsd.report.lineage import lineage
 from cfsd.report.recipe_text import recipes_of
 from cfsd.report.run_record import RunRecord
@@ -19,9 +18,9 @@ def provenance_of(store: Store, run_records: list[RunRecord], summaries: list[Su
         "dropped": _dropped(run_records),
         "lineage": {run_record.name: lineage(run_record) for run_record in run_records},
         "recipes": recipes_of(run_records),
-        "costs": costs_of(run_records),
+        "costs": _costs_of(run_records),
         "models": names_of_models(run_records),
-        "trainings": trainings_of(run_records, summaries),
+        "trainings": _trainings_of(run_records, summaries),
         "versions": versions_of(store, run_records),
     }
 
@@ -34,3 +33,37 @@ def _dropped(run_records: list[RunRecord]) -> list[dict[str, Any]]:
             fresh = {"metadata": artifact.metadata, "reasons": artifact.metadata.get("dropped") or {}, "variants": []}
             targets.setdefault(artifact.key, fresh)["variants"].append(run_record.name)
     return list(targets.values())
+
+
+def _costs_of(run_records: list[RunRecord]) -> list[dict[str, Any]]:
+    """Return a row per artifact of the steps: seconds, tokens, for whom it was made and who found it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for run_record in run_records:
+        for step in run_record.steps:
+            key, tokens = step.artifact.key, step.artifact.metadata.get("tokens")
+            fresh = {
+                "stage": step.stage,
+                "key": key,
+                "seconds": step.seconds,
+                "tokens": tokens,
+                "made": [],
+                "found": [],
+            }
+            row = rows.setdefault((step.stage, key), fresh)
+            row["made" if step.executed else "found"].append(run_record.name)
+    return list(rows.values())
+
+
+def _trainings_of(run_records: list[RunRecord], summaries: list[Summary]) -> list[dict[str, Any]]:
+    names = names_of_models(run_records)
+    return [{"name": names[s.name], **s.training} for s in summaries if s.name in names and s.training]
+
+
+def versions_of(store: Store, run_records: list[RunRecord]) -> dict[str, str]:
+    """Return what the artifacts were made with; several values where they differ."""
+    values: dict[str, dict[str, None]] = {}
+    artifacts = {a.key: a for t in run_records for a in (*t.artifacts.values(), *(step.artifact for step in t.steps))}
+    for artifact in artifacts.values():
+        for name, value in store.manifest(artifact).get("environment", {}).items():
+            values.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(texts) for name, texts in values.items()}
