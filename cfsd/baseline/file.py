@@ -43,7 +43,7 @@ class Measured(NamedTuple):
         return float(self.sums.sum() / self.counts.sum())
 
 
-def mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
+def _mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
     """Return the weight of every benchmark in the mean of chance-corrected forgetting."""
     corrections = [{name: m.correction for name, m in run.items() if m.correction is not None} for run in runs]
     known = set.intersection(*map(set, corrections)) if corrections else set()
@@ -126,7 +126,7 @@ def baseline_of(
     if len(runs) < LEAST_SEEDS:
         raise BadInput(f"a baseline of {len(runs)} seeds; {LEAST_SEEDS} or more are needed: set --seeds {LEAST_SEEDS}")
     figures = {name: _figure([run[name] for run in runs]) for name in runs[0]}
-    if parts := mean_parts(runs):
+    if parts := _mean_parts(runs):
         figures[MEAN] = _mean(figures, parts)
     return Baseline(
         name=recipe.name,
@@ -140,8 +140,10 @@ def baseline_of(
 
 def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
     """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
-    margins = {name: known.figures.get(name, figure).margin for name, figure in baseline.figures.items()}
-    figures = {n: figure.model_copy(update={"margin": margins[n]}) for n, figure in baseline.figures.items()}
+    figures = {
+        name: figure.model_copy(update={"margin": known.figures.get(name, figure).margin})
+        for name, figure in baseline.figures.items()
+    }
     return baseline.model_copy(update={"figures": figures})
 
 
@@ -249,9 +251,7 @@ def parsed(text: bytes | str, where: str) -> Baseline:
     try:
         return Baseline.model_validate_json(text)
     except ValidationError as error:
-        raise BadInput(
-            f"{where} is not a baseline of schema 1: {error}\nmake it anew: --update-baseline"
-        ) from error
+        raise BadInput(f"{where} is not a baseline of schema 1: {error}\nmake it anew: --update-baseline") from error
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

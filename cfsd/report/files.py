@@ -127,7 +127,7 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
 
 def _check_store(store: Store, kept: Kept) -> None:
     scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
-    made = [a for r in kept.run_records for a in (*r.artifacts.values(), *(step.artifact for step in r.steps))]
+    made = [artifact for r in kept.run_records for artifact in r.made()]
     check_artifacts(store, [*made, *scores])
 
 

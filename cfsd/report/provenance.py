@@ -30,26 +30,17 @@ def _dropped(run_records: list[RunRecord]) -> list[dict[str, Any]]:
     targets: dict[str, dict[str, Any]] = {}
     for run_record in run_records:
         if artifact := run_record.artifacts.get("selected_target") or run_record.artifacts.get("target"):
-            fresh = {"metadata": artifact.metadata, "reasons": artifact.metadata.get("dropped") or {}, "variants": []}
-            targets.setdefault(artifact.key, fresh)["variants"].append(run_record.name)
+            entry = targets.setdefault(artifact.key, {"metadata": artifact.metadata, "variants": []})
+            entry["variants"].append(run_record.name)
     return list(targets.values())
 
 
 def _costs_of(run_records: list[RunRecord]) -> list[dict[str, Any]]:
-    """Return a row per artifact of the steps: seconds, tokens, for whom it was made and who found it."""
+    """Return a row per different step, with the variants that executed it and those that found its result."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for run_record in run_records:
         for step in run_record.steps:
-            key, tokens = step.artifact.key, step.artifact.metadata.get("tokens")
-            fresh = {
-                "stage": step.stage,
-                "key": key,
-                "seconds": step.seconds,
-                "tokens": tokens,
-                "made": [],
-                "found": [],
-            }
-            row = rows.setdefault((step.stage, key), fresh)
+            row = rows.setdefault((step.stage, step.artifact.key), {"step": step, "made": [], "found": []})
             row["made" if step.executed else "found"].append(run_record.name)
     return list(rows.values())
 
@@ -62,7 +53,7 @@ def _trainings_of(run_records: list[RunRecord], summaries: list[Summary]) -> lis
 def versions_of(store: Store, run_records: list[RunRecord]) -> dict[str, str]:
     """Return what the artifacts were made with; several values where they differ."""
     values: dict[str, dict[str, None]] = {}
-    artifacts = {a.key: a for t in run_records for a in (*t.artifacts.values(), *(step.artifact for step in t.steps))}
+    artifacts = {artifact.key: artifact for r in run_records for artifact in r.made()}
     for artifact in artifacts.values():
         for name, value in store.manifest(artifact).get("environment", {}).items():
             values.setdefault(name, {})[str(value)] = None
