@@ -82,7 +82,7 @@ def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: 
 
 
 def _item(row: dict[str, Any], way: str, right_value: bool | None) -> Item:
-    """Return a changed document; `right_value`: whether 1 is the value of a right answer, None where scores are graded."""
+    """Return a changed document; `right_value`: whether right answers score 1, None for graded ones."""
     base, right = _answer(row, "base", "better" if way == "worse" else "worse", right_value)
     tuned, _ = _answer(row, "tuned", way, right_value)
     return Item(int(row["doc_id"]), str(row["prompt_base"]), base, tuned, right)

@@ -62,7 +62,6 @@ class Stage:
     """A corpus at one point: as sampled, after the filter, or after selection; `add` counts one more batch of rows."""
 
     name: str
-    key: str
     fractions: Fractions = field(repr=False)
     rows: int = 0
     tokens: int = 0  # sampled
@@ -162,9 +161,9 @@ class Stage:
         self._hashes.clear()
 
 
-def measure_stage(name: str, key: str, folder: Path, fractions: Fractions) -> Stage:
-    """Return the figures of the corpus table in `folder`, the artifact `key`."""
-    stage = Stage(name, key, fractions)
+def measure_stage(name: str, folder: Path, fractions: Fractions) -> Stage:
+    """Return the figures of the corpus table in `folder`."""
+    stage = Stage(name, fractions)
     for batch in batches(folder, "corpus", COLUMNS):
         stage.add(batch)
     stage.finish()

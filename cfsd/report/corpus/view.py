@@ -65,7 +65,6 @@ class CorpusView:
     first_tokens: tuple[FirstToken, ...]
     samples: tuple[TextRow, ...]
     pairs: tuple[NearRows, ...]
-    pair_rows: int  # that were compared, each with each
     rejected: tuple[Rejected, ...]
     accepted_by_rule: dict[str, float]  # of the rows that each rule of the filter was asked about
     selected_by: str
@@ -129,7 +128,6 @@ def describe_corpus(
         first_tokens=_first_tokens(sampled, decode),
         samples=tuple(rows[place] for place in places),
         pairs=tuple(NearRows(p.overlap, rows[compared[p.one]], rows[compared[p.other]]) for p in nearest),
-        pair_rows=len(compared),
         rejected=rejected_by(store, artifacts["filtered"]) if "filtered" in artifacts else (),
         accepted_by_rule=_metadata(filtered, "accepted_by_rule", {}),
         selected_by=_metadata(selected, "method", ""),
@@ -155,7 +153,7 @@ def _measured(store: Store, artifacts: dict[str, Artifact], sizes: dict[str, Inv
         rows, tokens = max(1, sizes[name].rows), max(1, sizes[name].tokens)
         bounded = NGRAM_TOKENS / tokens
         pairs = min(bounded, PAIR_ROWS / rows) if name == [*artifacts][-1] else 0
-        yield measure_stage(name, artifact.key, store.path(artifact), Fractions(fewest / tokens, bounded, pairs))
+        yield measure_stage(name, store.path(artifact), Fractions(fewest / tokens, bounded, pairs))
 
 
 def _histogram(values: dict[str, Any], *, whole: bool) -> Histogram | None:
