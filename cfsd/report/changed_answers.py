@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import first_scores, metric_of, table
+from cfsd.report.scores import first_scores, table
 from cfsd.report.table import number
 from cfsd.store.artifact import Artifact, Store
 
@@ -66,18 +66,18 @@ def changed_answers(store: Store, run_records: list[RunRecord]) -> dict[str, lis
 
 
 def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: int) -> Changed:
-    metric = metric_of(before)
+    metadata: Any = before.metadata
     base, tuned = first_scores(store, before), table(store, after, "scores")
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
-    sign = 1 if metric.higher_is_better else -1
+    sign = 1 if metadata["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
-    right_value = metric.higher_is_better if metric.kind == "binary" else None
+    right_value = metadata["higher_is_better"] if metadata["kind"] == "binary" else None
     directions = []
     for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")
         if len(rows):
             items = [_item(row, way, right_value) for row in rows.head(shown).to_dict("records")]
-            directions.append(Direction(way, words if metric.kind == "binary" else f"scored {way}", len(rows), items))
+            directions.append(Direction(way, words if right_value is not None else f"scored {way}", len(rows), items))
     return Changed(name, len(joined), directions)
 
 
