@@ -79,7 +79,7 @@ def export_model(folder: Path, to: Path, variant: str | None) -> None:
 
 
 def print_figures(summaries: list[Summary], console: Console) -> None:
-    """Print the table of figures and the verdict; see `cfsd.report.verdict`."""
-    from cfsd.report.verdict import print_summary
+    """Print the table of figures and the verdict; see `cfsd.report.terminal`."""
+    from cfsd.report.terminal import print_summary
 
     print_summary(summaries, console)

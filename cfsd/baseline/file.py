@@ -20,7 +20,6 @@ from cfsd.recipe import Recipe
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
 
-SCHEMA: Literal[1] = 1
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
@@ -44,7 +43,7 @@ class Measured(NamedTuple):
         return float(self.sums.sum() / self.counts.sum())
 
 
-def mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
+def _mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
     """Return the weight of every benchmark in the mean of chance-corrected forgetting."""
     corrections = [{name: m.correction for name, m in run.items() if m.correction is not None} for run in runs]
     known = set.intersection(*map(set, corrections)) if corrections else set()
@@ -94,7 +93,7 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = SCHEMA
+    version: Literal[1] = 1
     name: str
     provenance: Provenance
     recipe: dict[str, JsonValue]
@@ -127,7 +126,7 @@ def baseline_of(
     if len(runs) < LEAST_SEEDS:
         raise BadInput(f"a baseline of {len(runs)} seeds; {LEAST_SEEDS} or more are needed: set --seeds {LEAST_SEEDS}")
     figures = {name: _figure([run[name] for run in runs]) for name in runs[0]}
-    if parts := mean_parts(runs):
+    if parts := _mean_parts(runs):
         figures[MEAN] = _mean(figures, parts)
     return Baseline(
         name=recipe.name,
@@ -141,8 +140,10 @@ def baseline_of(
 
 def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
     """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
-    margins = {name: known.figures.get(name, figure).margin for name, figure in baseline.figures.items()}
-    figures = {n: figure.model_copy(update={"margin": margins[n]}) for n, figure in baseline.figures.items()}
+    figures = {
+        name: figure.model_copy(update={"margin": known.figures.get(name, figure).margin})
+        for name, figure in baseline.figures.items()
+    }
     return baseline.model_copy(update={"figures": figures})
 
 
@@ -198,7 +199,6 @@ def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]])
 
 
 def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> float:
-    """Return the document variance: of the change where the documents are the same, else of both sides."""
     known, first = baseline.figures[name].documents, runs[0][name]
     if known is None:
         return 0.0
@@ -206,8 +206,8 @@ def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]
     if known.digest == first.documents:
         noise = known.noise * (1 / len(runs) + 1 / len(baseline.seeds))
         return document_variance(known.sums, fresh, first.counts, noise=noise)
-    sides = ((np.array(known.sums), np.array(known.counts)), (fresh, first.counts))
-    return sum(document_variance(np.zeros_like(sums), sums, counts) for sums, counts in sides)
+    sides = ((known.sums, known.counts), (fresh, first.counts))
+    return sum(document_variance(np.zeros(len(sums)), sums, counts) for sums, counts in sides)
 
 
 def other_documents(baseline: Baseline, run: dict[str, Measured]) -> list[str]:
@@ -251,9 +251,7 @@ def parsed(text: bytes | str, where: str) -> Baseline:
     try:
         return Baseline.model_validate_json(text)
     except ValidationError as error:
-        raise BadInput(
-            f"{where} is not a baseline of schema {SCHEMA}: {error}\nmake it anew: --update-baseline"
-        ) from error
+        raise BadInput(f"{where} is not a baseline of schema 1: {error}\nmake it anew: --update-baseline") from error
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cfsd.baseline.file import Measured
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import first_scores, loss_fall, metric_of, table
+from cfsd.report.scores import first_scores, loss_fall, metric_of, response_pair, table
 from cfsd.spec import digest_of
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.forgetting import chance_correction, worsening
@@ -20,7 +20,7 @@ def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
     """Return the guarded figures of one run by name: target_gain, probe_kl, forgetting of every benchmark."""
     before, after, figures = run_record.before, run_record.after, {}
     if before.target and after.target:
-        gains, counts = loss_fall(*(table(store, scores, "responses") for scores in (before.target, after.target)))
+        gains, counts = loss_fall(*response_pair(store, before.target, after.target))
         rows = run_record.artifacts["target"].content  # not of the scores: their last bits are another machine's
         figures["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(rows, counts))
     if after.probe:

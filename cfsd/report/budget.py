@@ -11,9 +11,9 @@ from cfsd.budget import KEPT_UP_TO, USED_UP_FROM
 from cfsd.recipe import Recipe
 from cfsd.report.recipe_text import flattened
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import table, target_gain
+from cfsd.report.scores import response_pair, target_gain
 from cfsd.report.summary import Fig
-from cfsd.report.training import metrics_of
+from cfsd.report.training import last_weight
 from cfsd.store.artifact import Store
 from cfsd.train.controller import LOWEST
 
@@ -31,7 +31,9 @@ def budget_of(
     budget = run_record.budget()
     if budget is None:
         return None
-    weight, plain = _final_weight(store, run_record), plain_variant(run_record, run_records)
+    training: Any = run_record.artifacts["tuned"].metadata
+    weight = training.get("final_weight") or last_weight(store, run_record)
+    plain = plain_variant(run_record, run_records)
     cost = _cost(store, run_record, plain) if plain else None
     merged: Any = run_record.artifacts["fitted"].metadata if "fitted" in run_record.artifacts else {}
     before = merged.get("control_kl_at_most")
@@ -39,7 +41,7 @@ def budget_of(
         "nats": budget,
         **judge(probe_kl, budget, weight),
         "final_weight": weight,
-        "divergence_estimate": run_record.artifacts["tuned"].metadata.get("divergence_estimate"),
+        "divergence_estimate": training.get("divergence_estimate"),
         "alpha": merged.get("alpha"),
         "ratio_before_merging": None if before is None else before / budget,
         "plain": plain.name if plain and cost else None,
@@ -76,7 +78,6 @@ def _ratio(probe_kl: Fig | None, budget: float) -> Fig | None:
 
 
 def _half_width(figure: Fig | None) -> float | None:
-    """Return half of the interval as a share of the value; None where either is not known."""
     if figure is None or figure["low"] is None or figure["value"] <= 0:
         return None
     return float(figure["high"] - figure["low"]) / 2 / float(figure["value"])
@@ -92,14 +93,6 @@ def _at_most(ratio: Fig | None, limit: float, half_width: float | None) -> bool 
     return bool(ratio["high"] <= limit)
 
 
-def _final_weight(store: Store, run_record: RunRecord) -> float | None:
-    tuned = run_record.artifacts["tuned"]
-    if (known := tuned.metadata.get("final_weight")) is not None:
-        return float(known)  # type: ignore[arg-type]
-    weights = metrics_of(store, tuned).get("train/rehearsal_weight")
-    return list(weights.values())[-1] if weights else None
-
-
 def plain_variant(run_record: RunRecord, run_records: Sequence[RunRecord]) -> RunRecord | None:
     """Return the variant that fine-tunes `run_record`'s base on its target with nothing against forgetting.
 
@@ -111,22 +104,21 @@ def plain_variant(run_record: RunRecord, run_records: Sequence[RunRecord]) -> Ru
         others = _settings(other.recipe)
         return sum(settings.get(name) != others.get(name) for name in settings | others)
 
-    alike = [r for r in run_records if r.recipe and r.recipe.is_plain() and _same_question(r, run_record)]
-    return min(alike, key=differences, default=None)
+    def question(one: RunRecord) -> list[Any]:
+        return [one.artifacts.get(role) for role in ("base", "target", "selected_target")]
+
+    plain = [r for r in run_records if r.recipe and r.recipe.is_plain() and question(r) == question(run_record)]
+    return min(plain, key=differences, default=None)
 
 
 def _settings(recipe: Recipe | None) -> dict[str, Any]:
     return dict(flattened(recipe.model_dump())) if recipe else {}
 
 
-def _same_question(one: RunRecord, other: RunRecord) -> bool:
-    """Say whether both were trained from one base on one target, and measured on it."""
-    same = all(one.artifacts.get(r) == other.artifacts.get(r) for r in ("base", "target", "selected_target"))
-    return same and "tuned" in one.artifacts and one.after.target is not None and other.after.target is not None
-
-
 def _cost(store: Store, run_record: RunRecord, plain: RunRecord) -> Fig | None:
     """Return by how much the plain variant's held-out loss is lower, paired by row; positive = gain given up."""
-    own, other = (table(store, r.after.target, "responses") for r in (run_record, plain) if r.after.target)
+    if run_record.after.target is None or plain.after.target is None:
+        return None
+    own, other = response_pair(store, run_record.after.target, plain.after.target)
     same = ["row_id", "count"]
     return target_gain(own, other).model_dump() if own[same].equals(other[same]) else None

@@ -1,6 +1,5 @@
 """The documents that base and tuned scored differently, with both answers, for people to compare."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
@@ -67,23 +66,23 @@ def changed_answers(store: Store, run_records: list[RunRecord]) -> dict[str, lis
 
 
 def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: int) -> Changed:
-    metadata: Mapping[str, Any] = before.metadata
+    metadata: Any = before.metadata
     base, tuned = first_scores(store, before), table(store, after, "scores")
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
     sign = 1 if metadata["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
-    is_binary = metadata["kind"] == "binary"
+    right_value = metadata["higher_is_better"] if metadata["kind"] == "binary" else None
     directions = []
     for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")
         if len(rows):
-            items = [_item(row, way, sign > 0 if is_binary else None) for row in rows.head(shown).to_dict("records")]
-            directions.append(Direction(way, words if is_binary else f"scored {way}", len(rows), items))
+            items = [_item(row, way, right_value) for row in rows.head(shown).to_dict("records")]
+            directions.append(Direction(way, words if right_value is not None else f"scored {way}", len(rows), items))
     return Changed(name, len(joined), directions)
 
 
 def _item(row: dict[str, Any], way: str, right_value: bool | None) -> Item:
-    """Return a document that changed in one way; `right_value`: the value, as a truth, of a right answer, if any."""
+    """Return a changed document; `right_value`: whether right answers score 1, None for graded ones."""
     base, right = _answer(row, "base", "better" if way == "worse" else "worse", right_value)
     tuned, _ = _answer(row, "tuned", way, right_value)
     return Item(int(row["doc_id"]), str(row["prompt_base"]), base, tuned, right)

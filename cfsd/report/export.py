@@ -11,8 +11,6 @@ from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
 from cfsd.store.artifact import Store
 
-README = "README.md"
-
 
 def chosen(kept: Kept, variant: str | None) -> RunRecord:
     """Return the variant called so, or the only one that was trained. Raises BadInput naming those there are."""
@@ -41,14 +39,11 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
     model = run_record.artifacts["final"]
     store.verify(model)
     files = payload_of(store.path(model))
-    run_records = list(kept.run_records)
-    card = model_card(store, run_record, summarise(store, run_record, run_records))
+    card = model_card(store, run_record, summarise(store, run_record, kept.run_records))
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name, file in files.items():
         shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
-    (part / README).write_text(card, encoding="utf-8")
-    if to.exists():
-        to.rmdir()
-    part.rename(to)
+    (part / "README.md").write_text(card, encoding="utf-8")
+    part.rename(to)  # also onto an empty folder

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cfsd.errors import BadInput
 from cfsd.report.corpus.page import write_corpus_page
@@ -62,7 +62,7 @@ def read_part(file: Path, model: type[Part]) -> Part:
         if "trails" in content:
             content["run_records"] = content.pop("trails")
         return model.model_validate(content)
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise BadInput(f"{file} is not what a report of schema {SCHEMA} is made from: {error}") from error
 
 
@@ -104,8 +104,10 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary]
     files = [folder / "summary.json"]
     write_summary(files[0], summaries)
     cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
-    for (run_record, summary), name in zip(cards, _card_names([run_record for run_record, _ in cards]), strict=True):
-        files.append(folder / name)
+    slugs = [slug(run_record.name) for run_record, _ in cards]
+    for i, (run_record, summary) in enumerate(cards):
+        number = f"-{i}" if slugs.count(slugs[i]) > 1 else ""
+        files.append(folder / f"model-card-{slugs[i]}{number}.md")
         files[-1].write_text(model_card(store, run_record, summary), encoding="utf-8")
     return summaries, files
 
@@ -123,15 +125,9 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     return folder / "corpus.html"
 
 
-def _card_names(run_records: list[RunRecord]) -> list[str]:
-    slugs = [slug(run_record.name) for run_record in run_records]
-    numbered = [f"{name}-{i}" if slugs.count(name) > 1 else name for i, name in enumerate(slugs)]
-    return [f"model-card-{name}.md" for name in numbered]
-
-
 def _check_store(store: Store, kept: Kept) -> None:
     scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
-    made = [a for r in kept.run_records for a in (*r.artifacts.values(), *(step.artifact for step in r.steps))]
+    made = [artifact for r in kept.run_records for artifact in r.made()]
     check_artifacts(store, [*made, *scores])
 
 

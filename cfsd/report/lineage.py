@@ -1,7 +1,6 @@
 """Lineage: what a variant's model was made from, as a tree of artifacts, and what was measured on it."""
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from cfsd.report.run_record import RunRecord, Scores
@@ -68,8 +67,7 @@ def _scores_of(scores: Scores, role: str) -> Iterator[dict[str, Any]]:
 
 def _described(artifact: Artifact, role: str) -> dict[str, Any]:
     plain = {name: value for name, value in artifact.metadata.items() if isinstance(value, int | float | str)}
-    entries = (f"{name} {_shown(value)}" for name, value in plain.items() if value != "")
-    metadata = ", ".join(islice(entries, METADATA))
+    metadata = ", ".join([f"{name} {_shown(value)}" for name, value in plain.items() if value != ""][:METADATA])
     return {"role": role, "kind": artifact.kind, "key": artifact.key, "metadata": metadata, "made_from": []}
 
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import first_scores, metric_of, table, target_gain
+from cfsd.report.scores import accuracy_gain, first_scores, metric_of, response_pair, table, target_gain
 from cfsd.report.summary import Summary
 from cfsd.statistics.discoveries import controlled, detectable_mean
-from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
+from cfsd.statistics.figures import Figure, mean_per_token
 from cfsd.statistics.forgetting import BenchmarkForgetting, benchmark_forgetting, mean_forgetting
 from cfsd.store.artifact import Artifact, Store
 
@@ -21,20 +21,23 @@ class ScoreTables:
 
     def __init__(self, store: Store, run_record: RunRecord) -> None:
         """Read nothing yet."""
-        self.store, self.run_record = store, run_record
-        self.before, self.after = run_record.before, run_record.after
+        self.store, self.before, self.after = store, run_record.before, run_record.after
 
     @cached_property
     def benchmarks(self) -> list[BenchmarkForgetting]:
         """What each benchmark lost, under false-discovery control."""
-        return controlled([benchmark_of(self.store, self.run_record, name) for name in self.before.benchmarks])
+        forgotten = []
+        for name, before in self.before.benchmarks.items():
+            scores = (first_scores(self.store, artifact) for artifact in (before, self.after.benchmarks[name]))
+            forgotten.append(benchmark_forgetting(name, metric_of(before), *scores))
+        return controlled(forgotten)
 
     @cached_property
     def responses(self) -> Any:
         """The held-out responses scored by base and tuned: two data frames; None where they were not measured."""
         if self.before.target is None or self.after.target is None:
             return None
-        return tuple(table(self.store, scores, "responses") for scores in (self.before.target, self.after.target))
+        return response_pair(self.store, self.before.target, self.after.target)
 
     def divergence(self, artifact: Artifact | None, column: str) -> Figure | None:
         """Return the mean of a column of a divergence table, in nats per token; None without an artifact."""
@@ -42,12 +45,6 @@ class ScoreTables:
             return None
         rows = table(self.store, artifact, "divergence")
         return mean_per_token(rows[column].to_numpy(), rows["count"].to_numpy(float), seed=0)
-
-
-def benchmark_of(store: Store, run_record: RunRecord, name: str) -> BenchmarkForgetting:
-    """Return what the benchmark lost from before to after, paired by document."""
-    scores = [side.benchmarks[name] for side in (run_record.before, run_record.after)]
-    return benchmark_forgetting(name, metric_of(scores[0]), *(first_scores(store, artifact) for artifact in scores))
 
 
 class Measure(NamedTuple):
@@ -72,12 +69,6 @@ def figure_of(summary: Summary, name: str) -> dict[str, Any] | None:
     return getattr(summary, name, None)
 
 
-def _accuracy_gain(tables: ScoreTables) -> Figure | None:
-    if tables.responses is None:
-        return None
-    return paired_share_difference(*((t["correct"] == t["count"]).to_numpy() for t in tables.responses))
-
-
 MEASURES = [
     Measure(
         "target_gain",
@@ -89,7 +80,7 @@ MEASURES = [
     ),
     Measure(
         "target_accuracy_gain",
-        _accuracy_gain,
+        lambda m: None if m.responses is None else accuracy_gain(*m.responses),
         mlflow="target/accuracy_gain",
         label="gain, points",
         better=1,

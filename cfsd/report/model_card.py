@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from cfsd.report.costs import versions_of
 from cfsd.report.lineage import lineage, lines_of_tree
 from cfsd.report.measures import MEASURES, figure_of
+from cfsd.report.provenance import versions_of
 from cfsd.report.recipe_text import readable_yaml
 from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord

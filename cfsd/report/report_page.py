@@ -1,7 +1,4 @@
-"""The report: what each variant learned and forgot, as one HTML file.
-
-Made from the artifacts of a store alone. The page is `report.html.j2`; it loads nothing from anywhere.
-"""
+"""The report: what each variant learned and forgot, as one HTML file that loads nothing from anywhere."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +11,11 @@ from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
-from cfsd.report.table import forgotten_of, lines_of, unit_of
-from cfsd.report.training import names_of_models, panels_of
+from cfsd.report.table import forgotten_of, lines_of
+from cfsd.report.training import WATCH, names_of_models, panels_of
 from cfsd.report.verdict import remarks, two_sentences, warnings
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
-
-TEMPLATE = "report.html.j2"
 
 
 def write_report(
@@ -34,15 +29,14 @@ def write_report(
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
     write_page(
         path,
-        TEMPLATE,
+        "report.html.j2",
         title=title,
         verdict=" ".join(two_sentences(summaries)),
         notes=[*remarks(summaries), *notes],
         warnings=warnings(summaries),
         summaries=summaries,
         lines=lines_of(summaries),
-        unit_of=unit_of,
-        findings=_findings(summaries),
+        findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,
         drawn=_drawn(store, run_records, summaries),
         changed=changed_answers(store, run_records),
@@ -50,21 +44,13 @@ def write_report(
     )
 
 
-def _findings(summaries: list[Summary]) -> dict[str, dict[str, str]]:
-    """Return per variant and benchmark what may be said of it, with the power where nothing was found."""
-    return {s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries}
-
-
 def _drawn(store: Store, run_records: list[RunRecord], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each section as SVG, which the template may trust."""
     panels, models = panels_of(store, run_records), names_of_models(run_records)
-    names = [summary.name for summary in summaries]
-    benchmarks = {panel.name for panel in panels if panel.is_benchmark}
-    drawn = curves.curve_figures(panels, names, models)
+    drawn = curves.curve_figures(panels, [summary.name for summary in summaries], models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
     return figures.embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
-        "curves": {name: figure for name, figure in drawn.items() if name not in benchmarks},
-        "watched": {name: figure for name, figure in drawn.items() if name in benchmarks},
+        "curves": {name: figure for name, figure in drawn.items() if not name.startswith(WATCH)},
+        "watched": {name: figure for name, figure in drawn.items() if name.startswith(WATCH)},
     })  # fmt: skip

@@ -1,6 +1,5 @@
 """Run record: the recipe of one variant, and the artifacts that it led to."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -58,12 +57,13 @@ class RunRecord(BaseModel):
     def _empty_is_none(cls, value: Any) -> Any:
         return value or None  # older versions wrote {} where there was no recipe
 
+    def made(self) -> list[Artifact]:
+        """Return the artifacts by role and those of the steps; some are in both."""
+        return [*self.artifacts.values(), *(step.artifact for step in self.steps)]
+
     def budget(self) -> float | None:
         """Return the divergence, in nats per token, that the trained model was to keep to; None without a budget."""
         return self.recipe.budget() if self.recipe and "tuned" in self.artifacts else None
-
-
-Scored = Sequence[Sequence[Artifact]]  # held-out responses by stage, 0 being the first base, and target
 
 
 class Measured(BaseModel):

@@ -1,13 +1,12 @@
 """Score tables of artifacts as data frames, and the one way in which each is read."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cfsd.statistics.figures import Figure, mean_per_token
+from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
 from cfsd.statistics.forgetting import Measure
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import shard_path
@@ -20,9 +19,9 @@ def table(store: Store, artifact: Artifact, name: str) -> Any:
 
 def first_scores(store: Store, artifact: Artifact) -> Any:
     """Return a benchmark's scores, with the answers as lm-eval's first filter reads them, as a pandas DataFrame."""
-    metadata: Mapping[str, Any] = artifact.metadata
+    filters: Any = artifact.metadata["filters"]
     rows = table(store, artifact, "scores")
-    return rows[rows["filter"] == metadata["filters"][0]]
+    return rows[rows["filter"] == filters[0]]
 
 
 def metric_of(artifact: Artifact) -> Measure:
@@ -38,3 +37,13 @@ def loss_fall(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[NDArray[np.float
 def target_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
     """Return by how much the loss on held-out responses fell, in nats per token; positive is learned."""
     return mean_per_token(*loss_fall(base, tuned), seed=0)
+
+
+def accuracy_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
+    """Return by how much the share of held-out responses that greedy decoding writes exactly rose, paired by row."""
+    return paired_share_difference(*((rows["correct"] == rows["count"]).to_numpy() for rows in (base, tuned)))
+
+
+def response_pair(store: Store, before: Artifact, after: Artifact) -> Any:
+    """Return the held-out responses as two models score them: two data frames."""
+    return table(store, before, "responses"), table(store, after, "responses")

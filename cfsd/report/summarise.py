@@ -73,14 +73,11 @@ def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) ->
     answers, said = {}, []
     for name, base in before.items():
         scores = {"base": base.metadata, "tuned": after[name].metadata}
-        if endings := {role: ends for role, metadata in scores.items() if (ends := _endings(metadata))}:
-            answers[name] = endings
+        endings = {role: {n: m[n] for n in ENDINGS if n in m} for role, m in scores.items()}
+        if written := {role: ends for role, ends in endings.items() if ends}:
+            answers[name] = written
         said += [f"{name}: {warning}" for role, metadata in scores.items() for warning in _warnings(role, metadata)]
     return {"answers": answers, "evaluation_warnings": list(dict.fromkeys(said))}
-
-
-def _endings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: metadata[name] for name in ENDINGS if name in metadata}
 
 
 def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -110,9 +107,7 @@ def headline(summary: Summary) -> dict[str, float]:
 
 
 def _of_training(summary: Summary) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in (summary.training or {}).items():
-        flat[f"training/{name}"] = float(value)
+    flat = {f"training/{name}": float(value) for name, value in (summary.training or {}).items()}
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
     for name, value in (summary.budget or {}).items():

@@ -44,6 +44,5 @@ class Summary(BaseModel):
 
 def write_summary(path: Path, summaries: list[Summary]) -> None:
     """Write `summary.json`; its schema is in docs/summary.md."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
     write_json(path, {"schema": SCHEMA, "variants": variants})

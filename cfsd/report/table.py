@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -39,22 +39,19 @@ def variant_of(name: str) -> str:
 
 
 class Sweep(NamedTuple):
-    """One point of a sweep: "wise alpha=0.5" is the point 0.5, written "0.5", of the family "wise"."""
+    """One point of a sweep: "wise alpha=0.5 seed=1" is the point 0.5, written "0.5", of the family "wise seed=1"."""
 
-    family: str
+    family: str  # without the seed: "wise"
+    repeat: str  # " seed=1"
     text: str
     value: float
 
 
 def sweep_of(name: str) -> Sweep | None:
     """Return the point of a sweep that the variant called `name`, or its repeat, is; None if it is none."""
-    point = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d[\d.]*(?:e[-+]?\d+)?)", variant_of(name))
-    if point is None:
-        return None
-    try:
-        return Sweep(point[1], point[2], float(point[2]))
-    except ValueError:  # such as a version, 1.2.3
-        return None
+    variant, seed, number_of_seed = name.partition(" seed=")
+    point = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d+\.?\d*(?:e[-+]?\d+)?)", variant)
+    return Sweep(point[1], seed + number_of_seed, point[2], float(point[2])) if point else None
 
 
 class Unit(NamedTuple):
@@ -71,6 +68,12 @@ def unit_of(benchmark: dict[str, Any]) -> Unit:
     return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
 
 
+def change_of_score(benchmark: dict[str, Any]) -> str:
+    """Return the score of a `BenchmarkForgetting` before and after, in the benchmark's unit: `90.0 → 60.0`."""
+    factor = unit_of(benchmark).factor
+    return f"{number(benchmark['base'] * factor)} → {number(benchmark['tuned'] * factor)}"
+
+
 NATS_PER_TOKEN = Unit("nats/token", "nats/token", 1)
 ENDINGS = {"at_limit": "answers at the length limit", "unfinished": "reasoning unfinished"}
 
@@ -81,7 +84,7 @@ class Line(NamedTuple):
     label: str
     base: str
     cells: list[str]
-    marks: list[str]
+    marks: Sequence[str] = ()
     is_part: bool = False  # of the row above it
 
 
@@ -97,7 +100,6 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
 
 
 def _measure(measure: Measure, summaries: list[Summary]) -> Iterator[Line]:
-    """Yield the scores that a measure is the difference of, the measure, and what would have been found of it."""
     if measure.scores:
         heading, name = measure.scores
         pairs = [(s.target.get(f"base_{name}"), s.target.get(f"tuned_{name}")) for s in summaries]
@@ -116,10 +118,7 @@ def forgotten_of(summary: Summary) -> list[BenchmarkForgetting]:
 
 
 def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
-    """Return the scores, what was lost, and what would have been found where no change was.
-
-    "worse" and "better" are said under false-discovery control over the variant's benchmarks.
-    """
+    """Return the scores, what was lost, and what is detectable; marks are under false-discovery control."""
     results = [s.benchmarks.get(name) for s in summaries]
     entries = [BenchmarkForgetting.model_validate(r | {"benchmark": name}) if r else None for r in results]
     first = next(result for result in results if result)
@@ -137,7 +136,6 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
 
 
 def _answers(name: str, summaries: list[Summary]) -> Iterator[Line]:
-    """Yield what share of the written answers reached the length limit, or never left their reasoning, if any."""
     answers = [s.answers.get(name, {}) for s in summaries]
     for ending, label in ENDINGS.items():
         shares = [(a.get("base", {}).get(ending), a.get("tuned", {}).get(ending)) for a in answers]
@@ -146,7 +144,6 @@ def _answers(name: str, summaries: list[Summary]) -> Iterator[Line]:
 
 
 def _text(name: str, summaries: list[Summary]) -> list[Line]:
-    """Return the loss per token on a text of the user's, how much it rose, and what rise would have been found."""
     results = [s.texts[name]["per_token"] if name in s.texts else None for s in summaries]
     rises = [r["forgetting"] if r else None for r in results]
     drops = [detectable_change(Figure.model_validate(rise)) if rise else None for rise in rises]
@@ -158,9 +155,8 @@ def _text(name: str, summaries: list[Summary]) -> list[Line]:
 
 
 def _power(unit: Unit, drops: list[float | None], unsettled: list[bool]) -> Line:
-    """Return from which drop on a change would have been found, where none was."""
     cells = [_detectable(drop, unit) if open_ else "" for drop, open_ in zip(drops, unsettled, strict=True)]
-    return Line(f"detectable, {unit.lost}", "", cells, ["" for _ in cells], is_part=True)
+    return Line(f"detectable, {unit.lost}", "", cells, is_part=True)
 
 
 def _detectable(drop: float | None, unit: Unit) -> str:
@@ -170,17 +166,15 @@ def _detectable(drop: float | None, unit: Unit) -> str:
 
 
 def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
-    """Return what was allowed, how much of it was used, what that means, and what it cost."""
     nats = [number(b["nats"]) if b else "" for b in budgets]
     outcomes = [b.get("outcome", "") for b in budgets]
     marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
     alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
-    blank = ["" for _ in budgets]
     return [
-        Line("budget of probe_kl, nats/token", "", nats, blank),
+        Line("budget of probe_kl, nats/token", "", nats),
         _figures("used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
         Line("outcome", "", outcomes, marks, is_part=True),
-        Line("merged at alpha", "", alphas, blank, is_part=True),
+        Line("merged at alpha", "", alphas, is_part=True),
         _figures("gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
     ]
 
@@ -193,7 +187,7 @@ def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: 
         if base is not None and base != bases[0]:  # not the base model, or the rows, of the first variant
             text = f"{number(base * factor)} → {text}"
         cells.append(text)
-    return Line(label, number(bases[0] * factor) if bases else "", cells, ["" for _ in cells])
+    return Line(label, number(bases[0] * factor) if bases else "", cells)
 
 
 def _figures(
@@ -215,9 +209,7 @@ def summary_frame(summaries: list[Summary]) -> pd.DataFrame:
     """Return the table as text: a row per figure, columns `figure`, `base` and one per variant."""
     rows, main = [], ""
     for line in lines_of(summaries):
-        if line.is_part:
-            rows.append([f"{main}: {line.label}", line.base, *line.cells])
-        else:
-            rows.append([line.label, line.base, *line.cells])
+        if not line.is_part:
             main = re.split("[:,]", line.label)[0]
+        rows.append([f"{main}: {line.label}" if line.is_part else line.label, line.base, *line.cells])
     return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)

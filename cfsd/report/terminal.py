@@ -1,4 +1,4 @@
-"""The table of figures on a terminal, in parts where it is too narrow for all variants."""
+"""The figures and the verdict on a terminal, the table in parts where it is too narrow for all variants."""
 
 from rich import box
 from rich.console import Console
@@ -8,10 +8,17 @@ from rich.text import Text
 
 from cfsd.report.summary import Summary
 from cfsd.report.table import lines_of
+from cfsd.report.verdict import remarks, two_sentences, warnings
 
 
-def print_table(summaries: list[Summary], console: Console) -> None:
-    """Print the table, in parts where the console is too narrow for all variants."""
+def print_summary(summaries: list[Summary], console: Console) -> None:
+    """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own."""
+    _print_table(summaries, console)
+    for said in (" ".join(two_sentences(summaries)), *remarks(summaries), *warnings(summaries)):
+        console.print(Text(said))
+
+
+def _print_table(summaries: list[Summary], console: Console) -> None:
     unlimited = console.options.update(width=100_000)
     for between in (" [", "\n["):
         printed = _rich_table(summaries, between)
@@ -19,8 +26,8 @@ def print_table(summaries: list[Summary], console: Console) -> None:
             console.print(printed)
             return
     middle = len(summaries) // 2
-    print_table(summaries[:middle], console)
-    print_table(summaries[middle:], console)
+    _print_table(summaries[:middle], console)
+    _print_table(summaries[middle:], console)
 
 
 def _rich_table(summaries: list[Summary], between: str) -> Table:
@@ -28,9 +35,6 @@ def _rich_table(summaries: list[Summary], between: str) -> Table:
     for name in ("base", *(s.name for s in summaries)):
         printed.add_column(Text(name), justify="right", overflow="fold")
     for line in lines_of(summaries):
-        printed.add_row(
-            Text("  " * line.is_part + line.label),
-            line.base,
-            *(Text(cell.replace(" [", between)) for cell in line.cells),
-        )
+        cells = (Text(cell.replace(" [", between)) for cell in line.cells)
+        printed.add_row(Text("  " * line.is_part + line.label), line.base, *cells)
     return printed

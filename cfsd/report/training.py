@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
-from cfsd.report.table import POINTS, sweep_of, variant_of
+from cfsd.report.table import POINTS, sweep_of
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
@@ -21,13 +21,6 @@ Series = dict[int, float]  # step -> value
 Line = tuple[list[float], list[float]]  # steps, values
 
 
-class Reading(NamedTuple):
-    """How a measure that was watched in training reads."""
-
-    unit: str
-    higher_is_better: bool
-
-
 class Panel(NamedTuple):
     """One figure of training: a line per trained model, under the name of its first variant.
 
@@ -39,7 +32,6 @@ class Panel(NamedTuple):
     lines: dict[str, Line]
     is_log: bool = False
     levels: dict[str, float] = {}
-    is_benchmark: bool = False
 
 
 def metrics_of(store: Store, artifact: Artifact) -> dict[str, Series]:
@@ -65,18 +57,24 @@ def training_of(store: Store, run_record: RunRecord) -> dict[str, Any] | None:
 
 
 def _weights(store: Store, run_record: RunRecord) -> dict[str, float]:
-    """Return λ as it ended: of token means, as we train, and of whole strings, as in the paper's formula.
+    """Return the final λ of token means, as we train, and of whole strings, as in the paper's formula.
 
     Source: Bansal and Sanghavi 2025, arXiv:2505.13811, whose sum is over strings. `string_weight` = λ x mean
     target tokens of a row / mean rehearsal tokens of a row.
     """
     mixture = run_record.artifacts.get("mixture")
-    last = list(metrics_of(store, run_record.artifacts["tuned"]).get("train/rehearsal_weight", {}).values())[-1:]
-    if not last or mixture is None or not mixture.metadata.get("rehearsal_tokens"):
+    weight = last_weight(store, run_record)
+    if weight is None or mixture is None or not mixture.metadata.get("rehearsal_tokens"):
         return {}
     counts: dict[str, Any] = mixture.metadata
     target, rehearsal = (counts[f"{source}_tokens"] / counts[f"{source}_rows"] for source in ("target", "rehearsal"))
-    return {"rehearsal_weight": last[0], "string_weight": last[0] * target / rehearsal}
+    return {"rehearsal_weight": weight, "string_weight": weight * target / rehearsal}
+
+
+def last_weight(store: Store, run_record: RunRecord) -> float | None:
+    """Return the weight of rehearsal in the last step of training; None where none was recorded."""
+    weights = metrics_of(store, run_record.artifacts["tuned"]).get("train/rehearsal_weight", {})
+    return next(reversed(weights.values()), None)
 
 
 def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, Any]] | None:
@@ -91,30 +89,29 @@ def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, An
     watched = {n: s for n, s in metrics_of(store, run_record.artifacts["tuned"]).items() if n.startswith(WATCH)}
     gaps = {}
     for name, series in watched.items():
-        reading = _reading_of(name, run_record)
-        sign = -1 if reading.higher_is_better else 1
+        unit, higher_is_better = _reading_of(name, run_record)
+        sign = -1 if higher_is_better else 1
         worst_step = max(series, key=lambda step: sign * series[step])
-        start, *_, final = [*series.values(), *series.values()]
+        start, final = next(iter(series.values())), next(reversed(series.values()))
         gap = min(sign * (series[worst_step] - end) for end in (start, final))
         gaps[name.removeprefix(WATCH)] = {
             "start": start, "worst": series[worst_step], "worst_step": worst_step, "final": final, "gap": gap,
-            **reading._asdict(),
+            "unit": unit, "higher_is_better": higher_is_better,
         }  # fmt: skip
     return gaps or None
 
 
-def _reading_of(name: str, run_record: RunRecord) -> Reading:
-    """Return how `watch/probe_kl`, `watch/target_loss` or `watch/<benchmark>/<metric>` reads."""
+def _reading_of(name: str, run_record: RunRecord) -> tuple[str, bool]:
+    """Return the unit of `watch/probe_kl` or `watch/<benchmark>/<metric>`, and whether more is better."""
     benchmark, _, metric = name.removeprefix(WATCH).rpartition("/")
     if not benchmark:
-        return Reading(NATS, False)
+        return NATS, False
     if scored := run_record.before.benchmarks.get(benchmark):
         metadata = scored.metadata
         is_share = metadata["kind"] == "binary" or (metadata["kind"] == "mean" and metadata["chance"] is not None)
-        return Reading(FRACTION if is_share else metric, bool(metadata["higher_is_better"]))
-    if any(word in metric for word in LOSS_WORDS):
-        return Reading(metric, False)
-    return Reading(FRACTION, True)
+        return FRACTION if is_share else metric, bool(metadata["higher_is_better"])
+    is_loss = any(word in metric for word in LOSS_WORDS)
+    return (metric, False) if is_loss else (FRACTION, True)
 
 
 def names_of_models(run_records: Sequence[RunRecord]) -> dict[str, str]:
@@ -126,15 +123,14 @@ def names_of_models(run_records: Sequence[RunRecord]) -> dict[str, str]:
     for run_record in run_records:
         if "tuned" in run_record.artifacts:
             sharing.setdefault(run_record.artifacts["tuned"].key, []).append(run_record.name)
-    return {names[0]: names[0] if len(names) == 1 else ", ".join(_families(names)) for names in sharing.values()}
+    return {
+        names[0]: ", ".join(dict.fromkeys(map(_family, names))) if names[1:] else names[0] for names in sharing.values()
+    }
 
 
-def _families(names: list[str]) -> list[str]:
-    families: dict[str, None] = {}
-    for name in names:
-        sweep, repeat = sweep_of(name), name[len(variant_of(name)) :]
-        families[f"{sweep.family}{repeat}" if sweep else name] = None
-    return list(families)
+def _family(name: str) -> str:
+    sweep = sweep_of(name)
+    return f"{sweep.family}{sweep.repeat}" if sweep else name
 
 
 def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
@@ -162,9 +158,9 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
     ]  # fmt: skip
     for metric in dict.fromkeys(m for own in metrics.values() for m in own if m.startswith(WATCH) and m.count("/") > 1):
         benchmark, _, name = metric.removeprefix(WATCH).rpartition("/")
-        is_share = _reading_of(metric, next(r for n, r in first.items() if metric in metrics[n])).unit == FRACTION
-        label, factor = (f"{benchmark}: {name}, %", POINTS) if is_share else (f"{benchmark}: {name}", 1)
-        panels.append(Panel(metric, label, lines(metric, factor), is_benchmark=True))
+        unit, _ = _reading_of(metric, next(r for n, r in first.items() if metric in metrics[n]))
+        label, factor = (f"{benchmark}: {name}, %", POINTS) if unit == FRACTION else (f"{benchmark}: {name}", 1)
+        panels.append(Panel(metric, label, lines(metric, factor)))
     return [panel for panel in panels if panel.lines]
 
 

@@ -7,13 +7,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.text import Text
-
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, forgotten_of, number, shown, unit_of, variant_of
-from cfsd.report.terminal import print_table
+from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import FRACTION, Figure
@@ -117,7 +113,6 @@ def two_sentences(summaries: list[Summary]) -> list[str]:
 
 
 def _best(variants: list[Variant]) -> Variant:
-    """Return the variant that moved least, or else lost least, of those not known to have learned less than another."""
     gains = [v.gain for v in variants if v.gain]
     most = max(gains, key=lambda gain: float(gain["value"]), default=None)
     learned = [v for v in variants if most is None or (v.gain and difference(v.gain, most) != -1)]
@@ -154,7 +149,6 @@ def _compared(one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
 
 
 def _distance(one: Fig, other: Fig) -> str:
-    """Return the share of the distance of `other` in words: a fifth, or 0.43 times."""
     if min(one["value"], other["value"]) <= UNMOVED:
         return f"moved {number(one['value'])} against {number(other['value'])} nats per token"
     ratio = one["value"] / other["value"]
@@ -179,18 +173,18 @@ def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
     said = said if len(said) <= 4 else [*said[:3], f"benchmarks of {len(said) - 3} more changed"]
     everyone = {1: "", 2: " for either"}.get(len(variants), " for any variant")
     who = everyone if len(rest) == len(variants) else f" for {quoted(v.name for v in rest)}" if rest else ""
-    entries = [entry for v in variants for s in v.repeats for entry in forgotten_of(s)]
-    unsettled = [entry for entry in entries if change_of(entry) == "unsettled"]
+    unsettled = [e for v in variants for s in v.repeats for e in forgotten_of(s) if change_of(e) == "unsettled"]
     if rest or unsettled:
         seeded = " in every seed" if any(len(v.repeats) > 1 for v in rest or variants) else ""
         said.append(f"no {'' if rest else 'other '}benchmark shows a loss{seeded}{who}")
-    text = "; ".join([*said, *([_power(unsettled)] if unsettled else [])])
+    if unsettled:
+        said.append(_power(unsettled))
+    text = "; ".join(said)
     return [f"{text[:1].upper()}{text[1:]}."] if text else []
 
 
 def _change(variant: Variant) -> str:
-    """Return what a variant's benchmarks lost, on average and one by one; empty where nothing is shown."""
-    average, worse = "", surely_worse(variant.repeats)
+    average, worse = "", _surely_worse(variant.repeats)
     if variant.lost:
         count = sum(entry.chance_corrected is not None for entry in forgotten_of(variant.repeats[0]))
         over = f"{count} benchmark{'s' if count > 1 else ''}"
@@ -198,22 +192,17 @@ def _change(variant: Variant) -> str:
     return " and ".join(part for part in (average, f"became worse at {listed(worse)}" if worse else "") if part)
 
 
-def surely_worse(summaries: list[Summary]) -> list[str]:
+def _surely_worse(summaries: list[Summary]) -> list[str]:
     """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
     worse = set.intersection(*({e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries))
-    named = []
-    for name, benchmark in summaries[0].benchmarks.items():
-        if name in worse:
-            unit = unit_of(benchmark)
-            scores = " → ".join(number(benchmark[role] * unit.factor) for role in ("base", "tuned"))
-            named.append(f"{name} ({scores} {unit.score})")
-    return named
+    benchmarks = {name: result for name, result in summaries[0].benchmarks.items() if name in worse}
+    return [f"{name} ({change_of_score(result)} {unit_of(result).score})" for name, result in benchmarks.items()]
 
 
 def _power(entries: list[BenchmarkForgetting]) -> str:
     """Return how large a loss may stay invisible: the largest over the benchmarks in which no change was found."""
     counts = [entry.num_documents for entry in entries]
-    low, high = min(counts), max(counts)
+    documents = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
     largest: dict[str, float] = {}
     for entry in entries:
         unit, scale = ("points", POINTS) if entry.forgetting.unit == FRACTION else (entry.forgetting.unit, 1)
@@ -222,7 +211,6 @@ def _power(entries: list[BenchmarkForgetting]) -> str:
     sizes = [f"under {float(f'{drop:.2g}'):g} {unit}" for unit, drop in largest.items()]
     if unknown := [entry.benchmark for entry in entries if entry.detectable is None]:
         sizes.append(f"of unknown size at {listed(list(dict.fromkeys(unknown)))}")
-    documents = f"{low:,}{f' to {high:,}' if high > low else ''}"
     return f"with {documents} documents each, losses {' or '.join(sizes)} may stay invisible"
 
 
@@ -233,13 +221,10 @@ def remarks(summaries: list[Summary]) -> list[str]:
     return [*budget_lines(summaries), *over]
 
 
-def budget_lines(summaries: Iterable[Summary]) -> list[str]:
+def budget_lines(summaries: list[Summary]) -> list[str]:
     """Return a line per variant that had a budget; the outcomes of its repeats are counted."""
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for summary in summaries:
-        if summary.budget:
-            variants.setdefault(variant_of(summary.name), []).append(summary.budget)
-    return [f"{'; '.join(_budget(name, budgets))}." for name, budgets in variants.items()]
+    budgets = {v.name: [s.budget for s in v.repeats if s.budget] for v in variants_of(summaries)}
+    return [f"{'; '.join(_budget(name, own))}." for name, own in budgets.items() if own]
 
 
 def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
@@ -285,19 +270,12 @@ def warnings(summaries: list[Summary]) -> list[str]:
     return [f"Warning: {line}." for line in lines]
 
 
-def print_summary(summaries: list[Summary], console: Console) -> None:
-    """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own."""
-    print_table(summaries, console)
-    for said in (" ".join(two_sentences(summaries)), *remarks(summaries), *warnings(summaries)):
-        console.print(Text(said))
-
-
 def quoted(names: Iterable[str]) -> str:
     """Return the names in quotes, as a list in a sentence."""
     return listed([f"“{name}”" for name in names])
 
 
-def listed(names: list[str], limit: int = 4) -> str:
-    """Return `names` as a list in a sentence; of many, how many more."""
-    *first, last = names if len(names) <= limit else [*names[: limit - 1], f"{len(names) - limit + 1} more"]
+def listed(names: list[str]) -> str:
+    """Return `names` as a list in a sentence; of more than four, how many more."""
+    *first, last = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
     return f"{', '.join(first)} and {last}" if first else last

@@ -51,19 +51,18 @@ Make = Callable[..., Artifact]
 def make(store: Store) -> Make:
     """Write rows, a shard per list, as a corpus."""
 
-    def call(shards: Shards, *, rejects: list[Row] | None = None, drop: tuple[str, ...] = (), extra: Any = None,
-             **metadata: Any) -> Artifact:  # fmt: skip
+    def call(shards: Shards, *, rejects: list[Row] | None = None, extra: Any = None, **metadata: Any) -> Artifact:
         def work(draft: Draft) -> None:
             draft.metadata |= {"rows": sum(map(len, shards))} | metadata
             for index, rows in enumerate(shards):
-                table = table_of(CORPUS, rows).drop_columns(list(drop))
+                table = table_of(CORPUS, rows)
                 for name, column in (extra or {}).items():
                     table = table.append_column(name, column)
                 write_shard(draft.folder, "corpus", index, table)
             if rejects:
                 write_shard(draft.folder, "rejects", 0, table_of(REJECTS, rejects))
 
-        return store.make("corpus", key_of("made", repr((shards, rejects, drop, metadata))), work)[0]
+        return store.make("corpus", key_of("made", repr((shards, rejects, metadata))), work)[0]
 
     return call
 
@@ -175,9 +174,7 @@ def test_the_price_of_filter_and_selection(store: Store, filtered: tuple[Artifac
         total = {name: sum(counts) for name, counts in histogram.counts.items()}
         assert total == {"selected": sizes[2], "not selected": sizes[1] - sizes[2], "rejected": sizes[0] - sizes[1]}
     assert view.lengths and not any(view.lengths.counts["rejected"][5:])
-    assert [(r.reason, r.number, len(r.examples)) for r in view.rejected["filtered"]] == [
-        ("too short", sizes[0] - sizes[1], 3)
-    ]
+    assert [(r.reason, r.number, len(r.examples)) for r in view.rejected] == [("too short", sizes[0] - sizes[1], 3)]
     artifacts = dict(zip(("corpus", "filtered", "selected_corpus"), filtered, strict=True))
     words = page_of(store, tmp_path / "corpus.html", {"a": artifacts}).words
     wanted = [f"{number(100 * sizes[2] / sizes[0])} % of the rows are left", "Selected by geometric-median",
@@ -231,17 +228,6 @@ def test_long_text_loses_its_middle_and_keeps_its_shades(store: Store, make: Mak
     assert sum(len(p.text) for p in pieces) < 1500
 
 
-@pytest.mark.parametrize(
-    "drop", [("logprobs",), ("source", "finish_reason"), ("text", "row_id"), ("logprobs", "text", "source")]
-)
-def test_tables_without_a_column_are_shown(store: Store, make: Make, tmp_path: Path, drop: tuple[str, ...]) -> None:
-    corpus = make([many()], drop=drop)
-    page = page_of(store, tmp_path / "corpus.html", {"a": {"corpus": corpus}})
-    assert "120 rows" in page.words and "distinct-2" in page.words
-    assert ("mean log-probability" in page.part("prompt tokens", "distinct-1")) == ("logprobs" not in drop)
-    assert "nan" not in page.words.lower() and "None" not in page.words
-
-
 def test_an_empty_table_and_plain_fine_tuning(store: Store, make: Make, tmp_path: Path) -> None:
     rows = many()
     nothing = make([[]], rejected={"too short": 120})
@@ -290,7 +276,9 @@ def test_each_different_corpus_is_shown_once_with_its_warnings(
 def test_the_page_is_text_and_loads_nothing(store: Store, make: Make, tmp_path: Path) -> None:
     rows = [row(i, [3, 4, 5, 6, 7], text=HOSTILE, source=HOSTILE, finish_reason=HOSTILE) for i in range(4)]
     rejects = [{"row_id": 9, "reason": HOSTILE, "text": HOSTILE}]
-    artifacts = {HOSTILE: {"corpus": make([rows]), "filtered": make([rows[:3]], rejects=rejects)}}
+    artifacts = {
+        HOSTILE: {"corpus": make([rows]), "filtered": make([rows[:3]], rejects=rejects, rejected={HOSTILE: 1})}
+    }
     path = tmp_path / "corpus.html"
     page = page_of(store, path, artifacts, title=HOSTILE)
     tags = {tag for tag, _ in page.elements}

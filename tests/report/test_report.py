@@ -26,8 +26,9 @@ from cfsd.report.scores import loss_fall
 from cfsd.report.summarise import headline, summarise
 from cfsd.report.summary import Summary
 from cfsd.report.table import number, shown, summary_frame
+from cfsd.report.terminal import print_summary
 from cfsd.report.training import Panel
-from cfsd.report.verdict import print_summary, two_sentences
+from cfsd.report.verdict import two_sentences
 from cfsd.statistics.figures import Figure as StatFigure
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import CORPUS, DIVERGENCE, REJECTS, RESPONSES, batches, table_of, write_shard

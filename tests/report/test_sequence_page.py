@@ -11,8 +11,7 @@ from cfsd.errors import BadInput
 from cfsd.report.files import RUN_RECORDS, Kept, read_kept
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files, write_sequence_page
-from cfsd.report.sequence.gaps import WHOLE, gaps_of
-from cfsd.report.sequence.retention import Retention, retention_of
+from cfsd.report.sequence.retention import WHOLE, Retention, gaps_of, retention_of
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summarise import summarise
 from tests.report.test_report import Page, World, summary

@@ -40,12 +40,12 @@ def inventory(folder: Path) -> Inventory:
     for path in shards(folder, "corpus"):
         footer = pq.ParquetFile(path).metadata
         rows += footer.num_rows
-        for group in (footer.row_group(index) for index in range(footer.num_row_groups)):
+        for group in map(footer.row_group, range(footer.num_row_groups)):
             columns = {c.path_in_schema.split(".")[0]: c for c in map(group.column, range(group.num_columns))}
             values = {name: column.num_values for name, column in columns.items()}  # a list counts by its items
             bytes_of.update({name: column.total_compressed_size for name, column in columns.items()})
-            tokens += values.get("token_ids", 0)
-            top_k = max(top_k, round(values.get("topk_ids", 0) / max(1, values.get("token_ids", 0))))
+            tokens += values["token_ids"]
+            top_k = max(top_k, round(values.get("topk_ids", 0) / max(1, values["token_ids"])))
     return Inventory(rows, tokens, top_k, dict(bytes_of))
 
 
@@ -62,7 +62,6 @@ class Stage:
     """A corpus at one point: as sampled, after the filter, or after selection; `add` counts one more batch of rows."""
 
     name: str
-    key: str
     fractions: Fractions = field(repr=False)
     rows: int = 0
     tokens: int = 0  # sampled
@@ -90,8 +89,8 @@ class Stage:
 
     @property
     def mean_logprob(self) -> float | None:
-        """Nats per sampled token, under the base; None where no log-probabilities are known."""
-        return self.nats / self.tokens if np.isfinite(self.means()).any() else None
+        """Nats per sampled token, under the base; None without sampled tokens."""
+        return self.nats / self.tokens if self.tokens else None
 
     def figures(self) -> dict[str, float | None]:
         """Return the figures by their labels on the page; shares in percent, log-probabilities in nats per token.
@@ -120,12 +119,12 @@ class Stage:
         mean_R = np.divide(nats_R, length_R, out=np.full(count, np.nan), where=length_R > 0)
         self._lengths.append(length_R.astype(np.int32))
         self._means.append(mean_R.astype(np.float32))
-        self.nats += float(np.nansum(nats_R))
+        self.nats += float(nats_R.sum())
         self.tokens += len(place_T)
         self.prompt_tokens += len(rows.ids_T) - len(place_T)
-        for source, length in zip(_strings(batch, "source"), length_R.tolist(), strict=False):
+        for source, length in zip(batch["source"].to_pylist(), length_R.tolist(), strict=True):
             self.sources[source] += length
-        self.finish_reasons.update(_strings(batch, "finish_reason"))
+        self.finish_reasons.update(batch["finish_reason"].to_pylist())
         _, first = np.unique(rows.row_T[place_T], return_index=True)
         self._add_first_tokens(rows.ids_T[place_T[first]], logprobs_T[place_T[first]])
         self._add_ngrams(rows, count)
@@ -133,7 +132,7 @@ class Stage:
 
     def _add_first_tokens(self, ids_R: Ints, logprobs_R: Floats) -> None:
         token_F, inverse, count_F = np.unique(ids_R, return_inverse=True, return_counts=True)
-        summed_F = np.bincount(inverse, np.nan_to_num(np.exp(logprobs_R)), minlength=len(token_F))
+        summed_F = np.bincount(inverse, np.exp(logprobs_R), minlength=len(token_F))
         self.first_tokens.update(dict(zip(token_F.tolist(), count_F.tolist(), strict=True)))
         self.first_probabilities.update(dict(zip(token_F.tolist(), summed_F.tolist(), strict=True)))
 
@@ -162,33 +161,18 @@ class Stage:
         self._hashes.clear()
 
 
-def measure_stage(name: str, key: str, folder: Path, fractions: Fractions) -> Stage:
-    """Return the figures of the corpus table in `folder`, which is the artifact called `key`."""
-    stage = Stage(name, key, fractions)
+def measure_stage(name: str, folder: Path, fractions: Fractions) -> Stage:
+    """Return the figures of the corpus table in `folder`."""
+    stage = Stage(name, fractions)
     for batch in batches(folder, "corpus", COLUMNS):
         stage.add(batch)
     stage.finish()
     return stage
 
 
-def _strings(batch: pa.RecordBatch, column: str) -> list[str]:
-    values = batch.column(column).to_pylist() if column in batch.schema.names else []
-    return [value or "unknown" for value in values]
-
-
 def _rows_of(batch: pa.RecordBatch) -> tuple[Rows, Floats]:
-    """Return the tokens of a batch and their log-probabilities, nan where there is none.
-
-    Without a column of log-probabilities, every token but the row's first counts as sampled.
-    """
-    token_ids = batch.column("token_ids")
-    length_R = pc.list_value_length(token_ids).fill_null(0).to_numpy()
-    ids_T = token_ids.flatten().to_numpy()
-    row_T = np.repeat(np.arange(len(length_R)), length_R)
-    logprobs = batch.column("logprobs").flatten() if "logprobs" in batch.schema.names else None
-    if logprobs is None or len(logprobs) != len(ids_T):
-        sampled_T = np.ones(len(ids_T), bool)
-        sampled_T[(np.cumsum(length_R) - length_R)[length_R > 0]] = False
-        return Rows(ids_T, row_T, sampled_T), np.full(len(ids_T), np.nan)
-    sampled_T = logprobs.is_valid().to_numpy(zero_copy_only=False)
-    return Rows(ids_T, row_T, sampled_T), logprobs.to_numpy(zero_copy_only=False).astype(np.float64)
+    """Return the tokens of a batch and their log-probabilities, nan for prompt tokens."""
+    token_ids, logprobs = batch["token_ids"], batch["logprobs"].flatten()
+    row_T = np.repeat(np.arange(batch.num_rows), pc.list_value_length(token_ids).to_numpy())
+    rows = Rows(token_ids.flatten().to_numpy(), row_T, logprobs.is_valid().to_numpy(zero_copy_only=False))
+    return rows, logprobs.to_numpy(zero_copy_only=False).astype(np.float64)

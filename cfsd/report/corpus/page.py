@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cfsd.report.corpus.view import CorpusView, Histogram, describe_corpus
-from cfsd.report.figures.frontier import COLOURS, INK, SIZE, WIDTH, embedded, plain_axes
+from cfsd.report.figures.frontier import COLOURS, WIDTH, embedded, plain_axes, write_legend
 from cfsd.report.rendering import write_page
 from cfsd.store.artifact import Artifact, Store
 
@@ -47,10 +47,10 @@ def corpus_figures(view: CorpusView) -> dict[str, Figure]:
         "length": (view.lengths, "sampled tokens in a row"),
         "mean log-probability": (view.mean_logprobs, "mean log-probability of a row, nats per token"),
     }
-    return {name: histogram_figure(h, label) for name, (h, label) in histograms.items() if h and h.counts}
+    return {name: _histogram_figure(h, label) for name, (h, label) in histograms.items() if h and h.counts}
 
 
-def histogram_figure(histogram: Histogram, label: str) -> Figure:
+def _histogram_figure(histogram: Histogram, label: str) -> Figure:
     """Return the share of rows per bin, each group of rows as a share of itself, so that a small one is seen."""
     figure = Figure((WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
@@ -65,5 +65,5 @@ def histogram_figure(histogram: Histogram, label: str) -> Figure:
         axes.stairs(share, edges, color=colour, lw=1.5, ls=line, label=f"{name}, {rows}")
     axes.set_ylim(0, None)
     if len(histogram.counts) > 1:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=SIZE - 1, labelcolor=INK)
+        write_legend(figure, columns=2)
     return figure

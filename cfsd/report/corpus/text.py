@@ -14,7 +14,6 @@ from cfsd.store.tables import batches, shards
 
 FIRST, LAST = 1200, 200  # characters shown of a longer text
 EXAMPLES = 3  # rejected rows shown per reason
-MAX_REASONS = 20  # with examples
 COLUMNS = ["row_id", "source", "token_ids", "logprobs", "finish_reason", "text"]
 Decode = Callable[[list[int]], str]
 
@@ -38,11 +37,11 @@ class TextRow(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """How many rows were left out for one reason, and a few of them: the text, and what the filter says of it."""
+    """How many rows were rejected for one reason, and a few rows of the table of rejects."""
 
     reason: str
     number: int
-    examples: tuple[dict[str, str], ...]
+    examples: list[dict[str, Any]]
 
 
 def decoder(store: Store, base: Artifact | None) -> Decode | None:
@@ -71,16 +70,14 @@ def rows_at(folder: Path, places: Iterable[int], decode: Decode | None) -> dict[
 
 
 def _text_row(row: dict[str, Any], decode: Decode | None) -> TextRow:
-    """Return a row of the corpus table as it is shown; columns may be missing."""
-    token_ids, logprobs = row.get("token_ids") or [], row.get("logprobs") or []
-    sampled = [value for value in logprobs if value is not None]
+    sampled = [value for value in row["logprobs"] if value is not None]
     return TextRow(
-        row_id=row.get("row_id", 0),
-        source=row.get("source") or "",
-        finish_reason=row.get("finish_reason") or "",
-        tokens=len(sampled) if logprobs else max(0, len(token_ids) - 1),
+        row_id=row["row_id"],
+        source=row["source"],
+        finish_reason=row["finish_reason"],
+        tokens=len(sampled),
         mean_logprob=sum(sampled) / len(sampled) if sampled else None,
-        pieces=_pieces(row.get("text") or "", token_ids, [value is None for value in logprobs], decode),
+        pieces=_pieces(row["text"], row["token_ids"], [value is None for value in row["logprobs"]], decode),
     )
 
 
@@ -90,7 +87,7 @@ def _pieces(text: str, token_ids: list[int], is_prompt: list[bool], decode: Deco
     A cut is where the text of the tokens before it ends; a character of several tokens goes to the later ones.
     """
     edges, starts_with_prompt = [0], False
-    if decode is not None and is_prompt and len(is_prompt) == len(token_ids):
+    if decode is not None:
         turns = [i for i in range(1, len(is_prompt)) if is_prompt[i] != is_prompt[i - 1]]
         edges += [_length_in_common(decode(token_ids[:turn]), text) for turn in turns]
         starts_with_prompt = is_prompt[0]
@@ -106,21 +103,17 @@ def _pieces(text: str, token_ids: list[int], is_prompt: list[bool], decode: Deco
 
 
 def _length_in_common(one: str, other: str) -> int:
-    """Return how many first characters are the same."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def rejected_by(store: Store, artifact: Artifact) -> tuple[Rejected, ...]:
-    """Return what a filter or selection left out, the most frequent reason first."""
-    known: Any = artifact.metadata.get("rejected") or {}
-    counts, examples = Counter[str](known), dict[str, list[dict[str, str]]]()
-    for batch in batches(store.path(artifact), "rejects", ["reason", "detail", "text"]):
+def rejected_by(store: Store, filtered: Artifact) -> tuple[Rejected, ...]:
+    """Return what the filter rejected, the most frequent reason first."""
+    known: Any = filtered.metadata["rejected"]
+    rejected = {reason: Rejected(reason, number, []) for reason, number in Counter(known).most_common()}
+    for batch in batches(store.path(filtered), "rejects", ["reason", "detail", "text"]):
         for row in batch.to_pylist():
-            reason = row.get("reason") or "no reason given"
-            if not known:
-                counts[reason] += 1
-            if len(shown := examples.setdefault(reason, [])) < EXAMPLES and len(examples) <= MAX_REASONS:
-                shown.append({"text": row.get("text") or "", "detail": row.get("detail") or ""})
-        if known and all(len(examples.get(reason, [])) >= min(EXAMPLES, counts[reason]) for reason in counts):
+            if len(examples := rejected[row["reason"]].examples) < EXAMPLES:
+                examples.append(row)
+        if all(len(each.examples) >= min(EXAMPLES, each.number) for each in rejected.values()):
             break
-    return tuple(Rejected(reason, n, tuple(examples.get(reason, ()))) for reason, n in counts.most_common())
+    return tuple(rejected.values())

@@ -1,18 +1,15 @@
-"""What is in a corpus: as sampled, after the filter and after selection, at what price, with rows to read.
-
-Plain numbers and texts for the corpus page, from the tables alone, in bounded memory.
-"""
+"""What is in a corpus, as sampled, filtered and selected, from its tables alone and in bounded memory."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cfsd.data.ngrams import nearest_pairs
-from cfsd.report.corpus.measure import Fractions, Stage, inventory, measure_stage
+from cfsd.report.corpus.measure import Fractions, Inventory, Stage, inventory, measure_stage
 from cfsd.report.corpus.text import Decode, Rejected, TextRow, decoder, rejected_by, rows_at
 from cfsd.store.artifact import Artifact, Store
 
@@ -68,8 +65,7 @@ class CorpusView:
     first_tokens: tuple[FirstToken, ...]
     samples: tuple[TextRow, ...]
     pairs: tuple[NearRows, ...]
-    pair_rows: int  # that were compared, each with each
-    rejected: dict[str, tuple[Rejected, ...]]  # by the stage that left them out
+    rejected: tuple[Rejected, ...]
     accepted_by_rule: dict[str, float]  # of the rows that each rule of the filter was asked about
     selected_by: str
 
@@ -99,15 +95,8 @@ class CorpusView:
 
 def corpus_warnings(metadata: Mapping[str, Any]) -> list[str]:
     """Return why a corpus is not an exact sample of the base model's distribution; empty for an exact or empty one."""
-    if metadata.get("rows") == 0:
-        return []
-    warnings = []
-    if biased := metadata.get("biased"):
-        warnings.append(f"biased: {'sampled from another distribution' if biased is True else biased}")
-    if approximate := metadata.get("approximate"):
-        what = "token ids not exact" if approximate is True else str(approximate)
-        warnings.append(f"approximate: {what.removeprefix('approximate: ')}")
-    return warnings
+    words = ("biased", "approximate") if metadata.get("rows") != 0 else ()
+    return [f"{word}: {metadata[word]}" for word in words if metadata.get(word)]
 
 
 def describe_corpus(
@@ -115,20 +104,19 @@ def describe_corpus(
 ) -> CorpusView:
     """Return what is in `corpus` and what became of it; `base` gives the tokenizer, by which tokens become text."""
     artifacts = _stages_that_changed(corpus, filtered, selected)
-    size = inventory(store.path(corpus))
-    stages = _measured(store, artifacts)
-    sampled, last, decode = stages[0], stages[-1], decoder(store, base)
-    folder, pair_places = store.path(artifacts[last.name]), list(last.pair_sets)
-    pairs = [(p.overlap, pair_places[p.one], pair_places[p.other])
-             for p in nearest_pairs(list(last.pair_sets.values()), PAIRS)]  # fmt: skip
-    places = _evenly_by_mean(last)
-    rows = rows_at(folder, [*places, *(place for pair in pairs for place in pair[1:])], decode)
+    sizes = {name: inventory(store.path(artifact)) for name, artifact in artifacts.items()}
+    stages = tuple(_measured(store, artifacts, sizes))
+    size, sampled, last, decode = sizes["sampled"], stages[0], stages[-1], decoder(store, base)
+    compared, places = list(last.pair_sets), _evenly_by_mean(last)
+    nearest = nearest_pairs(list(last.pair_sets.values()), PAIRS)
+    read = {*places, *(compared[i] for pair in nearest for i in (pair.one, pair.other))}
+    rows = rows_at(store.path(artifacts[last.name]), read, decode)
     warnings, engine = corpus_warnings(corpus.metadata), store.manifest(corpus).get("environment", {}).get("engine")
     return CorpusView(
         key=corpus.key,
         warnings=tuple(warnings),
         exact=not warnings and "biased" in corpus.metadata and set(sampled.sources) == {"context-free"},
-        halved_shards=_number_of(corpus.metadata.get("halved_shards")),
+        halved_shards=len(_metadata(corpus, "halved_shards", {})),
         dropped_rows=_metadata(corpus, "dropped_rows", {}),
         engine=str(_metadata(corpus, "engine", "") or engine or ""),
         top_k=size.top_k,
@@ -139,9 +127,8 @@ def describe_corpus(
         mean_logprobs=_histogram({stage.name: stage.means() for stage in stages}, whole=False),
         first_tokens=_first_tokens(sampled, decode),
         samples=tuple(rows[place] for place in places),
-        pairs=tuple(NearRows(overlap, rows[one], rows[other]) for overlap, one, other in pairs),
-        pair_rows=len(last.pair_sets),
-        rejected={n: left_out for n in LEFT_OUT if n in artifacts and (left_out := rejected_by(store, artifacts[n]))},
+        pairs=tuple(NearRows(p.overlap, rows[compared[p.one]], rows[compared[p.other]]) for p in nearest),
+        rejected=rejected_by(store, artifacts["filtered"]) if "filtered" in artifacts else (),
         accepted_by_rule=_metadata(filtered, "accepted_by_rule", {}),
         selected_by=_metadata(selected, "method", ""),
     )
@@ -152,7 +139,6 @@ def _metadata(artifact: Artifact | None, name: str, otherwise: Any) -> Any:
 
 
 def _stages_that_changed(corpus: Artifact, filtered: Artifact | None, selected: Artifact | None) -> dict[str, Artifact]:
-    """Return the artifact of each stage that changed its input."""
     artifacts = {"sampled": corpus}
     for name, artifact in (("filtered", filtered), ("selected", selected)):
         if artifact is not None and artifact.content != [*artifacts.values()][-1].content:
@@ -160,17 +146,14 @@ def _stages_that_changed(corpus: Artifact, filtered: Artifact | None, selected: 
     return artifacts
 
 
-def _measured(store: Store, artifacts: dict[str, Artifact]) -> tuple[Stage, ...]:
-    """Return every stage, measured on as many n-grams as the smallest has: distinct-n falls as the text grows."""
-    sizes = {name: inventory(store.path(artifact)) for name, artifact in artifacts.items()}
-    tokens = min(NGRAM_TOKENS, *(size.tokens for size in sizes.values()))
-    stages = []
+def _measured(store: Store, artifacts: dict[str, Artifact], sizes: dict[str, Inventory]) -> Iterator[Stage]:
+    """Yield every stage, measured on as many n-grams as the smallest has: distinct-n falls as the text grows."""
+    fewest = min(NGRAM_TOKENS, *(size.tokens for size in sizes.values()))
     for name, artifact in artifacts.items():
-        bounded = NGRAM_TOKENS / max(1, sizes[name].tokens)
-        pairs = min(bounded, PAIR_ROWS / max(1, sizes[name].rows)) if name == [*artifacts][-1] else 0
-        fractions = Fractions(tokens / max(1, sizes[name].tokens), bounded, pairs)
-        stages.append(measure_stage(name, artifact.key, store.path(artifact), fractions))
-    return tuple(stages)
+        rows, tokens = max(1, sizes[name].rows), max(1, sizes[name].tokens)
+        bounded = NGRAM_TOKENS / tokens
+        pairs = min(bounded, PAIR_ROWS / rows) if name == [*artifacts][-1] else 0
+        yield measure_stage(name, store.path(artifact), Fractions(fewest / tokens, bounded, pairs))
 
 
 def _histogram(values: dict[str, Any], *, whole: bool) -> Histogram | None:
@@ -189,8 +172,7 @@ def _histogram(values: dict[str, Any], *, whole: bool) -> Histogram | None:
 
 
 def _edges(low: float, high: float, rows: int, *, whole: bool) -> Any:
-    """Return the edges of at most BINS bins; those of whole numbers lie between the numbers."""
-    if whole:
+    if whole:  # edges lie between the numbers
         step = -int(-(high - low + 1) // BINS)
         return np.arange(low - 0.5, high + step, step)
     bins = min(BINS, int(2 * rows ** (1 / 3)) + 1)  # Rice's rule
@@ -198,8 +180,8 @@ def _edges(low: float, high: float, rows: int, *, whole: bool) -> Any:
 
 
 def _first_tokens(stage: Stage, decode: Decode | None) -> tuple[FirstToken, ...]:
-    """Return the most frequent first tokens; all context-free rows begin with the same probabilities."""
-    is_alike = set(stage.sources) == {"context-free"} and stage.mean_logprob is not None
+    """Return the most frequent first tokens; all context-free rows begin with the same distribution."""
+    is_alike = set(stage.sources) == {"context-free"}
     ranked = sorted(stage.first_tokens.items(), key=lambda entry: (-entry[1], entry[0]))[:FIRST_TOKENS]
     return tuple(
         FirstToken(
@@ -217,10 +199,4 @@ def _evenly_by_mean(stage: Stage) -> list[int]:
     order = np.argsort(stage.means(), kind="stable")
     number = min(SAMPLES, len(order))
     ranks = (np.arange(number) + 0.5) * len(order) / max(1, number)
-    return [int(order[int(rank)]) for rank in ranks]
-
-
-def _number_of(value: Any) -> int:
-    """Return how many things a field of metadata names: a number of them, a list, or names with commas between."""
-    value = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-    return len(value) if isinstance(value, list | dict) else int(value or 0)
+    return [int(place) for place in order[ranks.astype(int)]]

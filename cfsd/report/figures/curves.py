@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, plain_axes, short, styles
+from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, plain_axes, short, styles, write_legend
 from cfsd.report.table import sweep_of
 from cfsd.report.training import Panel
 
@@ -23,19 +23,18 @@ def curve_figures(panels: Sequence[Panel], names: Sequence[str], models: Mapping
 
     `models`: what the line of a variant is called.
     """
-    look, opacity = styles(names), opacities(list(models))
+    look, opacity = styles(names), _opacities(list(models))
     return {panel.name: _curve(panel, look, opacity, models) for panel in panels}
 
 
-def opacities(names: Sequence[str]) -> dict[str, float]:
+def _opacities(names: Sequence[str]) -> dict[str, float]:
     """Return how opaque each line is: the models of a sweep have one colour, which deepens along it."""
     sweeps = {name: sweep for name in names if (sweep := sweep_of(name))}
     opacity = dict.fromkeys(names, 1.0)
-    for family in {sweep.family for sweep in sweeps.values()}:
-        values = sorted({s.value for s in sweeps.values() if s.family == family})
-        for name, sweep in sweeps.items():
-            if sweep.family == family and len(values) > 1:
-                opacity[name] = PALEST + (1 - PALEST) * values.index(sweep.value) / (len(values) - 1)
+    for name, sweep in sweeps.items():
+        values = sorted({s.value for s in sweeps.values() if s.family == sweep.family})
+        if len(values) > 1:
+            opacity[name] = PALEST + (1 - PALEST) * values.index(sweep.value) / (len(values) - 1)
     return opacity
 
 
@@ -59,11 +58,7 @@ def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float]
         )  # fmt: skip
     _write_levels(axes, panel, look)
     if rows:
-        legend = figure.legend(
-            loc="outside lower center", ncols=columns, frameon=False, fontsize=SIZE - 1, labelcolor=INK
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        write_legend(figure, columns)
     return figure
 
 

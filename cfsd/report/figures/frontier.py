@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from cfsd.report.figures.labels import Point, interval, write_names
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, number, sweep_of, unit_of, variant_of
+from cfsd.report.table import POINTS, change_of_score, sweep_of, unit_of, variant_of
 
 INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they follow light and dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
@@ -101,11 +100,11 @@ def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], labe
 
 def _sweeps(points: list[Point]) -> list[list[Point]]:
     """Return the points of each sweep in its order, apart for each seed; at least two."""
-    keys = {p.name: (sweep.family, p.name[len(variant_of(p.name)) :]) for p in points if (sweep := sweep_of(p.name))}
-    values = {name: sweep.value for name in keys if (sweep := sweep_of(name))}
-    swept = sorted((p for p in points if p.name in keys), key=lambda p: (keys[p.name], values[p.name]))
-    groups = [list(group) for _, group in groupby(swept, key=lambda p: keys[p.name])]
-    return [group for group in groups if len(group) > 1]
+    swept = [(sweep, point) for point in points if (sweep := sweep_of(point.name))]
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for sweep, point in sorted(swept, key=lambda pair: pair[0].value):
+        groups.setdefault((sweep.family, sweep.repeat), []).append(point)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _sweep_texts(sweep: list[Point]) -> dict[str, str]:
@@ -140,6 +139,14 @@ def plain_axes(axes: Axes, x: str, y: str) -> None:
     for name, spine in axes.spines.items():
         spine.set_color(LINE)
         spine.set_visible(name in ("left", "bottom"))
+
+
+def write_legend(figure: Figure, columns: int) -> None:
+    """Write a legend below the axes, each name as it is written."""
+    place: Any = {"loc": "outside lower center", "ncols": columns}
+    legend = figure.legend(**place, frameon=False, fontsize=SIZE - 1, labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def set_names(axis: Any, names: Iterable[str], *, slanted: str = "") -> None:
@@ -183,7 +190,7 @@ def _forest(benchmarks: dict[str, list[tuple[str, dict[str, Any]]]], unit: str, 
         for name, result in rows:
             scale = unit_of(result)
             errorbar(axes, scaled(result["forgetting"], scale.factor), certain(len(labels)), look[name])
-            _write_beside(axes, len(labels), " → ".join(number(result[r] * scale.factor) for r in ("base", "tuned")))
+            _write_beside(axes, len(labels), change_of_score(result))
             labels.append(name if grouped else benchmark)
     set_names(axes.yaxis, labels)
     for row in headings:

@@ -1,7 +1,4 @@
-"""The report folder of several targets in turn: page, pictures and figures, from the artifacts of a store alone.
-
-The page is `sequence.html.j2`: the R matrix, what is read from it, what is left of the first base.
-"""
+"""The report folder of several targets in turn: page, pictures and figures, from the artifacts of a store alone."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,19 @@ from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
 from cfsd.report.sequence.drawing import matrix_figure, since_base_figures, stages_of
-from cfsd.report.sequence.gaps import DEFINITION, WHOLE
-from cfsd.report.sequence.retention import CHANGED, LEARNED, OF_BASE, Retention, retention_of, since_the_base
+from cfsd.report.sequence.retention import (
+    CHANGED,
+    GAP,
+    LEARNED,
+    OF_BASE,
+    WHOLE,
+    Retention,
+    retention_of,
+    since_the_base,
+)
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summary import Summary
-from cfsd.report.table import lines_of, unit_of
+from cfsd.report.table import lines_of
 from cfsd.report.training import names_of_models, panels_of
 from cfsd.report.verdict import budget_lines, warnings
 from cfsd.statistics.continual import OF_TARGETS, described
@@ -51,7 +56,7 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     write_sequence_page(page, store, kept, stages, measured, retention)
     matrix_figure(retention.losses, losses=True).savefig(picture, dpi=150)
     text.write_text(described_sequence(kept.title, retention))
-    _write_figures(figures, retention)
+    write_json(figures, _figures(retention))
     return retention, [page, *numbers, picture, text, figures]
 
 
@@ -61,12 +66,11 @@ def write_sequence_page(
     """Write the page of a sequence to `path`; `stages` are the summaries of the stages, each against its own base."""
     run_records, since = list(kept.run_records), list(retention.since_base)
     names, last = [stage.name for stage in run_records], since_the_base(run_records, measured)[-1]
-    matrices = {
-        LOSS: matrix_figure(retention.losses, losses=True),
-        EXACT: matrix_figure(retention.exact, losses=False),
-    }
     figures = {
-        "matrix": matrices,
+        "matrix": {
+            LOSS: matrix_figure(retention.losses, losses=True),
+            EXACT: matrix_figure(retention.exact, losses=False),
+        },
         "since the first base": since_base_figures(since),
         "forest": forest_figures(since),
         "curves": curve_figures(panels_of(store, run_records), names, names_of_models(run_records)),
@@ -81,7 +85,6 @@ def write_sequence_page(
         whole_sequence=WHOLE,
         summaries=since,
         lines=lines_of(since),
-        unit_of=unit_of,
         drawn=embedded(figures),
         changed=changed_answers(store, [last.model_copy(update={"name": f"first base against the model {last.name}"})]),
         **provenance_of(store, run_records, stages),
@@ -89,35 +92,31 @@ def write_sequence_page(
 
 
 def _contents(title: str, retention: Retention) -> dict[str, Any]:
-    """Return the figures and their definitions as `sequence.html.j2` and `continual.md.j2` read them."""
     content = retention.model_dump()
+    of_targets = {name.replace("_", " "): text for name, text in OF_TARGETS.items()}
     return {
         "title": title,
         "verdict": " ".join(learned_and_lost(retention)),
         "targets": retention.losses.targets,
         **{name: content[name] for name in ("losses", "exact", "learned", "benchmarks", "gaps")},
         "changed_targets": content["changed"],
-        "definitions": {"learned": LEARNED, "change": CHANGED}
-        | {name.replace("_", " "): text for name, text in OF_TARGETS.items()},
-        "gap_definition": DEFINITION,
+        "definitions": {"learned": LEARNED, "change": CHANGED, **of_targets},
+        "gap_definition": GAP,
         "of_base": OF_BASE,
     }
 
 
-def _write_figures(path: Path, retention: Retention) -> None:
+def _figures(retention: Retention) -> dict[str, Any]:
     content = retention.model_dump(mode="json")
     targets, summaries, gaps = (content.pop(name) for name in ("losses", "since_base", "gaps"))
     shared = ("probe_kl", "mean_forgetting", "benchmarks", "texts")
-    write_json(
-        path,
-        {
-            "targets": targets,
-            **content,
-            "since_base": {summary["name"]: {name: summary[name] for name in shared} for summary in summaries},
-            "stability_gap": {"definition": DEFINITION, "found": gaps},
-            "definitions": {"learned": LEARNED, "changed": CHANGED, "since_base": OF_BASE},
-        },
-    )
+    return {
+        "targets": targets,
+        **content,
+        "since_base": {summary["name"]: {name: summary[name] for name in shared} for summary in summaries},
+        "stability_gap": {"definition": GAP, "found": gaps},
+        "definitions": {"learned": LEARNED, "changed": CHANGED, "since_base": OF_BASE},
+    }
 
 
 def described_sequence(title: str, retention: Retention) -> str:

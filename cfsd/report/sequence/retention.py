@@ -1,20 +1,18 @@
 """What is left of earlier targets and of the first base after several targets, joined from their stages' artifacts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.report.measures import benchmark_of
 from cfsd.report.run_record import Measured, RunRecord, Scores
-from cfsd.report.scores import table, target_gain
-from cfsd.report.sequence.gaps import Gap, gaps_of
+from cfsd.report.scores import accuracy_gain, response_pair, target_gain
 from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary
+from cfsd.report.table import forgotten_of
 from cfsd.statistics.continual import Continual, Stability, continual, stability
-from cfsd.statistics.figures import FRACTION, NATS, Figure, paired_share_difference
-from cfsd.store.artifact import Artifact, Store
+from cfsd.statistics.figures import FRACTION, NATS, Figure
+from cfsd.store.artifact import Store
 
 LEARNED = (
     "held-out loss of target t before its own stage minus after it, R[t, t] - R[t-1, t]: positive = learned, paired "
@@ -25,6 +23,31 @@ OF_BASE = (
     "Every model against the first base; each stage's own report compares it with the model before it. probe_kl here: "
     "the divergence KL(first base || model after stage t) on text that the first base wrote unprompted."
 )
+WHOLE = "all stages"
+GAP = (
+    "stability gap: by how much the worst moment watched while training was worse than both the start and the end, at "
+    "least 0 (De Lange et al. 2022, counted from the worse of the two ends). Over all stages the start is the first "
+    "base and the end the last model; only benchmarks are watched alike in every stage: probe_kl and target_loss "
+    "change their base and their target, and earlier targets are not watched while a later one is trained. The worst "
+    "of many looks is worse by chance too."
+)
+
+
+class Gap(BaseModel):
+    """One watched measure in one stage, or in all (`stage` is WHOLE); `worst_stage` counts from 1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    measure: str
+    unit: str
+    higher_is_better: bool
+    start: FiniteFloat
+    worst: FiniteFloat
+    worst_stage: int
+    worst_step: int
+    final: FiniteFloat
+    gap: FiniteFloat
 
 
 class Retention(BaseModel):
@@ -55,37 +78,20 @@ def retention_of(
         np.array([[float(str(scores.metadata[name])) for scores in row] for row in scored])
         for name in ("loss", "accuracy")
     )
-    later = [(scored[j + 1][j], scored[last][j]) for j in range(last - 1)]  # after the target's own stage, and all
-    changed = tuple(_fall_of_loss(store, *pair) for pair in later)
-    exact = [_rise_of_exact(store, *pair) for pair in later]
+    own = [response_pair(store, scored[t][t], scored[t + 1][t]) for t in range(last)]
+    later = [response_pair(store, scored[t + 1][t], scored[last][t]) for t in range(last - 1)]
+    changed = tuple(target_gain(*pair) for pair in later)
+    exact = [accuracy_gain(*pair) for pair in later]
+    since_base = tuple(summarise(store, run_record) for run_record in since_the_base(run_records, measured))
     return Retention(
         losses=continual(names, loss, higher_is_better=False, unit=NATS, changes=changed),
         exact=continual(names, accuracy, higher_is_better=True, unit=FRACTION, changes=exact),
-        learned=tuple(_fall_of_loss(store, scored[t][t], scored[t + 1][t]) for t in range(last)),
+        learned=tuple(target_gain(*pair) for pair in own),
         changed=changed,
-        benchmarks=tuple(_stability_of_benchmarks(store, run_records)),
-        since_base=tuple(summarise(store, run_record) for run_record in since_the_base(run_records, measured)),
+        benchmarks=tuple(map(stability, zip(*map(forgotten_of, since_base), strict=True))),
+        since_base=since_base,
         gaps=tuple(gaps_of(stages)),
     )
-
-
-def _fall_of_loss(store: Store, before: Artifact, after: Artifact) -> Figure:
-    """Return by how much the loss fell, in nats per token, paired by row."""
-    return target_gain(*(table(store, scores, "responses") for scores in (before, after)))
-
-
-def _rise_of_exact(store: Store, before: Artifact, after: Artifact) -> Figure:
-    """Return by how much the share of responses that the model writes exactly rose, paired by row."""
-    rows = (table(store, scores, "responses") for scores in (before, after))
-    right: Any = [(responses["correct"] == responses["count"]).to_numpy() for responses in rows]
-    return paired_share_difference(*right)
-
-
-def _stability_of_benchmarks(store: Store, run_records: Sequence[RunRecord]) -> list[Stability]:
-    """Return how each benchmark of the first base held through the stages that `run_records` are of."""
-    before = _scores_of_all(run_records)
-    against_base = [run_record.model_copy(update={"before": before}) for run_record in run_records]
-    return [stability([benchmark_of(store, stage, name) for stage in against_base]) for name in before.benchmarks]
 
 
 def since_the_base(run_records: Sequence[RunRecord], measured: Measured) -> list[RunRecord]:
@@ -109,3 +115,22 @@ def _scores_of_all(run_records: Sequence[RunRecord]) -> Scores:
         benchmarks={n: scores for n, scores in first.benchmarks.items() if all(n in s.benchmarks for s in after)},
         texts={n: scores for n, scores in first.texts.items() if all(n in s.texts for s in after)},
     )
+
+
+def gaps_of(stages: Sequence[Summary]) -> list[Gap]:
+    """Return the gaps of every stage that was watched, then those of benchmarks watched in all of them."""
+    gaps = [
+        Gap(stage=summary.name, measure=measure, worst_stage=number, **watched)
+        for number, summary in enumerate(stages, 1)
+        for measure, watched in (summary.stability_gap or {}).items()
+    ]
+    measures = dict.fromkeys(gap.measure for gap in gaps if "/" in gap.measure)  # <benchmark>/<metric>
+    alike = [[gap for gap in gaps if gap.measure == name] for name in measures]
+    return [*gaps, *(_over_all_stages(group) for group in alike if len(group) == len(stages) > 1)]
+
+
+def _over_all_stages(gaps: list[Gap]) -> Gap:
+    start, final, sign = gaps[0].start, gaps[-1].final, -1 if gaps[0].higher_is_better else 1
+    worst = max(gaps, key=lambda gap: sign * gap.worst)
+    gap = min(sign * (worst.worst - end) for end in (start, final))
+    return worst.model_copy(update={"stage": WHOLE, "start": start, "final": final, "gap": gap})
