@@ -29,6 +29,7 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
 
     Raises BadInput for what is not a whole, usable model (`cfsd.model.usable`), and without a start token.
     """
+    quiet()
     if checkpoint.kind == "tiny":
         shipped(draft.folder)
     elif checkpoint.kind == "smollm2":
@@ -40,10 +41,10 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
         check_files(source)
-        check_weights(draft.folder)
+        check_weights(draft.folder, checkpoint.label())
     write_start_token(draft.folder, checkpoint.start_token)
     tokenization = load_tokenization(draft.folder)
-    check_ids(draft.folder, tokenization.tokenizer, tokenization.start, tokenization.eos_ids)
+    check_ids(draft.folder, checkpoint.label(), tokenization.tokenizer, tokenization.start, tokenization.eos_ids)
     draft.metadata |= describe(draft.folder)
 
 

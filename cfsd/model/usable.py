@@ -18,8 +18,8 @@ PROBE_TOKENS = 8
 MAX_CHANGE = 1e-2  # of the logits' deviation: what rounding may change at an earlier position
 
 
-def check_weights(folder: Path) -> None:
-    """Check that the stored tensors are those of the architecture, as transformers maps their names.
+def check_weights(folder: Path, name: str) -> None:
+    """Check that the tensors in `folder` are those of the architecture, as transformers maps their names.
 
     Tied heads, buffers and renamed layers are known by the model class. On the device `meta` no weight is read.
 
@@ -29,7 +29,7 @@ def check_weights(folder: Path) -> None:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadInput(
-            f"model {str(folder)!r} is of type {kind!r}, which is not a causal language model; allowed are decoders "
+            f"model {name!r} is of type {kind!r}, which is not a causal language model; allowed are decoders "
             "that transformers' AutoModelForCausalLM knows, such as Llama, Qwen, Gemma or GPT-2"
         )
     try:
@@ -38,7 +38,7 @@ def check_weights(folder: Path) -> None:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise BadInput(f"the model in {str(folder)!r} cannot be loaded by transformers: {error}") from error
+        raise BadInput(f"the model in {name!r} cannot be loaded by transformers: {error}") from error
     faults = []
     if missing := sorted(loading["missing_keys"]):
         faults.append(f"lacks {_listed(missing)}")
@@ -49,7 +49,7 @@ def check_weights(folder: Path) -> None:
         faults.append(f"holds {_listed(shapes)}")
     if faults:
         raise BadInput(
-            f"model {str(folder)!r} {' and '.join(faults)}: transformers would fill such weights with random "
+            f"model {name!r} {' and '.join(faults)}: transformers would fill such weights with random "
             f"numbers, anew at each load; {_remedy(missing, unexpected)}"
         )
 
@@ -63,7 +63,7 @@ def _remedy(missing: list[str], unexpected: list[str]) -> str:
     return "save the whole model again with save_pretrained"
 
 
-def check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, start: int, eos_ids: Iterable[int]) -> None:
+def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start: int, eos_ids: Iterable[int]) -> None:
     """Check that tokenizer, start token and end tokens fit the model's embedding.
 
     Raises:
@@ -73,7 +73,7 @@ def check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, start: int, eos_
     token, largest = max(_vocabulary(folder, tokenizer).items(), key=lambda entry: entry[1])
     if largest >= rows:
         raise BadInput(
-            f"the tokenizer in {str(folder)!r} has the token {token!r} with id {largest}, but the model's embedding "
+            f"the tokenizer in {name!r} has the token {token!r} with id {largest}, but the model's embedding "
             f"has {rows} rows; call resize_token_embeddings({largest + 1}), train and save, or use the tokenizer "
             "that belongs to the model"
         )
@@ -82,12 +82,12 @@ def check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, start: int, eos_
         for number in ids:
             if not 0 <= number < rows:
                 raise BadInput(
-                    f"{role} {number} of the model in {str(folder)!r} is outside its vocabulary of {rows} tokens; "
+                    f"{role} {number} of the model in {name!r} is outside its vocabulary of {rows} tokens; "
                     f"correct it in generation_config.json and config.json (the tokenizer has {tokenizer.eos_token_id})"
                 )
             if role == "eos_token_id" and number not in special:
                 raise BadInput(
-                    f"eos_token_id {number} of the model in {str(folder)!r} is the ordinary token "
+                    f"eos_token_id {number} of the model in {name!r} is the ordinary token "
                     f"{tokenizer.convert_ids_to_tokens(number)!r}: every text would end there; correct it in "
                     f"generation_config.json and config.json (the tokenizer's is {tokenizer.eos_token_id})"
                 )

@@ -48,8 +48,8 @@ def model(model_folder: Path, tmp_path: Path) -> Path:
 def test_whole_models_of_several_families_pass(family: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / family, family=family)
     check_files(folder)
-    check_weights(folder)
-    check_ids(folder, load_tokenizer(folder), start_token(load_tokenizer(folder)), read_eos_ids(folder))
+    check_weights(folder, "mine")
+    check_ids(folder, "mine", load_tokenizer(folder), start_token(load_tokenizer(folder)), read_eos_ids(folder))
     check_causal(load_model(folder, "cpu"), folder)
 
 
@@ -66,16 +66,16 @@ def test_whole_models_of_several_families_pass(family: str, tmp_path: Path) -> N
 def test_weights_that_are_not_the_architectures_are_named(model: Path, change: Any, words: list[str]) -> None:
     write_weights(model, change)
     with pytest.raises(BadInput) as refused:
-        check_weights(model)
+        check_weights(model, "mine")
     assert [word for word in words if word not in str(refused.value)] == []
 
 
 def test_a_head_of_its_own_that_is_missing_is_named(model: Path) -> None:
     """Tied, the head is the embedding; untied and absent, transformers makes up random numbers."""
-    check_weights(model)
+    check_weights(model, "mine")
     write_config(model, tie_word_embeddings=False)
     with pytest.raises(BadInput, match=r"lacks lm_head\.weight"):
-        check_weights(model)
+        check_weights(model, "mine")
 
 
 def test_a_shard_that_is_absent_and_a_file_that_is_cut_short_are_named(model: Path) -> None:
@@ -99,7 +99,7 @@ def test_adapters_quantised_weights_and_other_kinds_are_refused_with_the_remedy(
         check_files(model)
     T5Config(vocab_size=32, d_model=8).save_pretrained(tmp_path / "t5")
     with pytest.raises(BadInput, match="'t5', which is not a causal language model"):
-        check_weights(tmp_path / "t5")
+        check_weights(tmp_path / "t5", "mine")
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])
@@ -116,15 +116,15 @@ def test_causality_is_proved_not_believed(is_decoder: bool, tmp_path: Path) -> N
 
 def test_ids_beyond_the_embedding_and_ordinary_end_tokens_are_refused(model: Path) -> None:
     tokenizer = load_tokenizer(model)
-    check_ids(model, tokenizer, 0, [1])
+    check_ids(model, "mine", tokenizer, 0, [1])
     for start, eos_ids, words in (
         (99, [1], "bos_token_id 99 .* outside its vocabulary of 32"),
         (0, [50256], "eos_token_id 50256 .* outside"),
         (0, [1, 5], "eos_token_id 5 .* ordinary token 'd'"),
     ):
         with pytest.raises(BadInput, match=words):
-            check_ids(model, tokenizer, start, eos_ids)
+            check_ids(model, "mine", tokenizer, start, eos_ids)
     tokenizer.add_tokens(["<|im_start|>"])
     tokenizer.save_pretrained(model)
     with pytest.raises(BadInput, match=r"'<\|im_start\|>' with id 32, but the model's embedding has 32 rows"):
-        check_ids(model, tokenizer, 0, [1])
+        check_ids(model, "mine", tokenizer, 0, [1])
