@@ -6,6 +6,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,26 +33,37 @@ def check_weights(folder: Path, name: str) -> None:
             f"model {name!r} is of type {kind!r}, which is not a causal language model; allowed are decoders "
             "that transformers' AutoModelForCausalLM knows, such as Llama, Qwen, Gemma or GPT-2"
         )
-    try:
-        _, loading = AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"": "meta"}, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise BadInput(f"the model in {name!r} cannot be loaded by transformers: {error}") from error
-    faults = []
+    loading, faults = _loading_info(folder, name), []
     if missing := sorted(loading["missing_keys"]):
         faults.append(f"lacks {_listed(missing)}")
     if unexpected := sorted(loading["unexpected_keys"]):
         faults.append(f"holds {_listed(unexpected)}, which its architecture does not have")
     if mismatched := sorted(loading["mismatched_keys"]):
-        shapes = [f"{name} {tuple(stored)} where {tuple(wanted)} is needed" for name, stored, wanted in mismatched]
+        shapes = [f"{key} {tuple(stored)} where {tuple(wanted)} is needed" for key, stored, wanted in mismatched]
         faults.append(f"holds {_listed(shapes)}")
     if faults:
         raise BadInput(
             f"model {name!r} {' and '.join(faults)}: transformers would fill such weights with random "
             f"numbers, anew at each load; {_remedy(missing, unexpected)}"
         )
+
+
+def _loading_info(folder: Path, name: str) -> dict[str, Any]:
+    """Return the keys that transformers finds missing, unexpected or of another shape."""
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        _, loading = load(
+            folder,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        raise BadInput(f"the model in {name!r} cannot be loaded by transformers: {error}") from error
+    found: dict[str, Any] = loading
+    return found
 
 
 def _remedy(missing: list[str], unexpected: list[str]) -> str:
