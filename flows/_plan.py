@@ -1,4 +1,4 @@
-"""What a flow would do: its pipeline walked without executing a stage, checked, and shown by `--plan`."""
+"""What a flow would do: its pipeline, walked without executing a stage, checked, and printed by `--plan`."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> Iterator[list[Plan]]:
     """Check recipes before anything runs and give their plans; within the block nothing is checked again.
 
-    So a command checks before it starts a server, and a flow checks when no command did.
+    A command checks before it starts a server; a flow checks where no command did.
 
     Raises:
         BadInput: An error that is detectable before running, a disk that is too small included.
