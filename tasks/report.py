@@ -14,7 +14,7 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What was written: each run's summary, its figures by metric name, the files, and the same as table and Markdown."""
+    """What was written: summaries, figures of each run by metric name, files, and the figures as table and Markdown."""
 
     summaries: list[Summary]
     figures: list[dict[str, float]]
