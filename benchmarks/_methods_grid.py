@@ -189,8 +189,8 @@ def technical_documents() -> Iterator[str]:
     lines = (BUNDLED / "technical_english.jsonl").read_text().splitlines()
     measured = {_plain(json.loads(line)["text"]) for line in lines}
     for _, text in sorted(topics.items()):
-        kept = [part for part in text.split("\n\n") if not any(m in _plain(part) for m in measured)]
-        yield "\n\n".join(kept)
+        unmeasured = [part for part in text.split("\n\n") if not any(m in _plain(part) for m in measured)]
+        yield "\n\n".join(unmeasured)
 
 
 def _plain(text: str) -> str:

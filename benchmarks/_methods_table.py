@@ -154,8 +154,8 @@ def picture(results: Sequence[Result]) -> Any:
     """Return the frontier without the base: a point per method with its interval, and each seed as a small dot."""
     figure = frontier_figure([_summary(result) for result in results], base=False, height=6.5)
     look = styles(result.method for result in results)
-    drawn = [name for name in ("mean_forgetting", "probe_kl") if any(name in r.figures for r in results)]
-    for axes, name in zip(figure.axes, drawn, strict=True):
+    measured = [name for name in ("mean_forgetting", "probe_kl") if any(name in r.figures for r in results)]
+    for axes, name in zip(figure.axes, measured, strict=True):
         factor = POINTS if name == "mean_forgetting" else 1
         for result in results:
             points = [(f["target_gain"].value, f[name].value * factor) for f in result.seeds.values() if name in f]

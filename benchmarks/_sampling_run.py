@@ -147,10 +147,13 @@ class Contender:
             eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
             cache_implementation="static" if self.role == "peer-static" else None,
         )  # fmt: skip
-        self.model.generation_config = distribution  # generate takes from there what `law` leaves open
-        told = StoppingCriteriaList([Told(on_step)] if on_step else [])
+        self.model.generation_config = distribution  # generate takes from there what `distribution` leaves open
+        criteria = StoppingCriteriaList([StepReport(on_step)] if on_step else [])
         out_BT = self.model.generate(
-            given_BP, attention_mask=torch.ones_like(given_BP), generation_config=distribution, stopping_criteria=told
+            given_BP,
+            attention_mask=torch.ones_like(given_BP),
+            generation_config=distribution,
+            stopping_criteria=criteria,
         )
         new_BT = cast(torch.Tensor, out_BT)[:, given_BP.shape[1] :]
         end_BT = torch.isin(new_BT, torch.tensor(list(ends) or [-1]))
@@ -197,11 +200,11 @@ class Clock:
             raise Enough
 
 
-class Told(StoppingCriteria):
-    """Never stops; tells of each step of generate, at the same point as our `on_step`."""
+class StepReport(StoppingCriteria):
+    """Never stops; reports each step of generate, at the same point as our `on_step`."""
 
     def __init__(self, on_step: OnStep) -> None:
-        """Keep whom to tell."""
+        """Keep what is called at each step."""
         self.on_step = on_step
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -260,9 +263,9 @@ class Sections:
         self._time(model, "forward", "layers: norms, rotation and the rest")
         self._time(key_value_cache.PreallocatedLayer, "update", "cache")
         self._time(key_value_cache.PreallocatedLayer, "batch_select_indices", "cache")
-        self._time(sampling, "law_of", "drawing: softmax")
-        self._time(sampling, "sampled_probs", "drawing: the draw")
-        self._time(sampling, "draw", "drawing: the draw")
+        self._time(sampling, "distribution_of", "choosing: softmax")
+        self._time(sampling, "sampled_probs", "choosing: the token")
+        self._time(sampling, "sample_token", "choosing: the token")
         self._time(sampling, "likeliest", "top log-probabilities")
         self._time(sampling.Batch, "take", "bookkeeping")
 

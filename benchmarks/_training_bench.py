@@ -31,7 +31,7 @@ class Bench(NamedTuple):
 
 
 def request_of(bench: Bench, spec: TrainSpec, mixture: str = "mixture", **machine: Any) -> TrainRequest:
-    """Return what the process that trains would be told; `machine` are settings other than the default ones."""
+    """Return the request that the process that trains gets; `machine` are settings other than the default ones."""
     return TrainRequest(
         home=bench.store.home,
         base=bench.base,

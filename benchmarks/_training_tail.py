@@ -79,9 +79,9 @@ def _first(row: dict[str, Any], at: list[int], k: int, vocabulary: int) -> Store
     spans = [slice(t * width, t * width + min(width, vocabulary)) for t in at]  # a small vocabulary does not fill it
     ids_NK, logprobs_NK = (torch.tensor([row[name][span] for span in spans]) for name in ("topk_ids", "topk_logprobs"))
     rest_N = torch.tensor([row["rest_logprob"][t] for t in at])
-    drawn_N = torch.tensor([row["logprobs"][t] for t in at])
+    sampled_N = torch.tensor([row["logprobs"][t] for t in at])
     left_N = torch.cat([logprobs_NK[:, k:], rest_N[:, None]], 1).logsumexp(1)
-    return Stored(ids_NK[:, :k], logprobs_NK[:, :k], left_N, drawn_N)
+    return Stored(ids_NK[:, :k], logprobs_NK[:, :k], left_N, sampled_N)
 
 
 def _ratio(part: Any, whole: Any) -> dict[str, float]:

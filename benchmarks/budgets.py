@@ -3,9 +3,10 @@
 python -m benchmarks.budgets tiny|demo [--seeds N] [--home FOLDER] [--quick]
 make bench PART=budgets
 
-Plain fine-tuning says how far the model moves (probe_kl); then rehearsal by `kl` from stored laws with 1/8, 1/4 and
-1/2 of that as its budget, which merging with the base keeps. On `tiny` the target contradicts a skill of the base, so
-that learning it costs divergence. The probe is enlarged until half of each interval is at most 10 % of the value.
+Plain fine-tuning says how far the model moves (probe_kl); then rehearsal by `kl` from stored distributions with 1/8,
+1/4 and 1/2 of that as its budget, which merging with the base keeps. On `tiny` the target contradicts a skill of the
+base, so that learning it costs divergence. The probe is enlarged until half of each interval is at most 10 % of the
+value.
 """
 
 import json

@@ -32,7 +32,7 @@ FORMS = {"nll": {}, "kl stored": {"loss": "kl"}, "kl base": {"loss": "kl", "refe
 AIMS = {"kl stored": "<= 1.15", "kl base": "<= 1.6"}
 EQUAL = 1e-3  # nats
 OURS = "nll"
-LEAN, LEAN_MACHINE = "nll in packs of 256 tokens", {"micro_batch_tokens": 256}  # less memory, smaller products
+LEAN, LEAN_MACHINE = "nll in micro-batches of 256 tokens", {"micro_batch_tokens": 256}  # less memory, smaller products
 Answer = dict[str, Any]
 
 
@@ -244,9 +244,9 @@ def _against(found: list[Round], best: tuple[str, bool], leanest: float) -> list
     rows.append(row("peak resident MB, A", mine, [max(entry.peak_mb for entry in _of(found, "A"))], "<= 0.5"))
     rows.append(row("peak resident MB, the leanest B", mine, [leanest], "<= 1"))
     theirs = _speeds(_of(found, "B") or _of(found, "A"))
-    rows.append(row("useful tokens/s, ours in packs of 256 tokens, B", _speeds(lean), theirs, ">= 1"))
+    rows.append(row("useful tokens/s, ours in micro-batches of 256 tokens, B", _speeds(lean), theirs, ">= 1"))
     small = [max(entry.peak_mb for entry in lean)]
-    rows.append(row("peak resident MB, ours in packs of 256 tokens, the leanest B", small, [leanest], "<= 1"))
+    rows.append(row("peak resident MB, ours in micro-batches of 256 tokens, the leanest B", small, [leanest], "<= 1"))
     return rows
 
 

@@ -93,7 +93,7 @@ def routed(graph: Graph, row: dict[str, int]) -> tuple[list[list[str]], dict[str
 
 
 def arranged(rows: list[list[str]], arrows: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
-    """Return where each box and way point stands: in its row, near what it is joined to."""
+    """Return the place of each box and way point: in its row, near what it is joined to."""
     joined: dict[str, list[str]] = {}
     for points in arrows.values():
         for upper, lower in pairwise(points):
@@ -112,7 +112,7 @@ def arranged(rows: list[list[str]], arrows: dict[str, list[str]]) -> dict[str, t
 
 
 def _spread(row: list[str]) -> list[float]:
-    """Return places side by side around 0: a box takes 2.0, a way point 0.5."""
+    """Return the places of a row around 0: a box takes 2.0, a way point 0.5."""
     widths = [0.5 if "@" in name else 2.0 for name in row]
     ends = list(accumulate(widths))
     return [end - width / 2 - ends[-1] / 2 for end, width in zip(ends, widths, strict=True)]

@@ -16,7 +16,7 @@ INTRODUCTION = """# Every field
 
 Made from the specs when the site is built; `python -m flows.fields` prints the same in a terminal. A recipe is a YAML
 file; `--set FIELD=VALUE` changes a field of it by its dotted name. Fields of the machine are set by
-`--machine FIELD=VALUE`, change no result and are in no key.
+`--machine FIELD=VALUE`, change nothing that is estimated and are in no key.
 """
 TITLES: dict[type[BaseModel], str] = {
     Recipe: "A recipe",

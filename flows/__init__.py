@@ -1,4 +1,4 @@
-"""The flows, which put the stages together. Importing this package settles where Prefect and MLflow keep things."""
+"""The flows, which put the stages together. Importing this package sets where Prefect and MLflow keep their data."""
 
 from flows._environment import settle_environment
 

@@ -1,4 +1,4 @@
-"""What the command lines share: options, exit codes, and one clear message for what the user can correct."""
+"""What the command lines share: options, exit codes, and one message for errors that the user can correct."""
 
 import atexit
 import functools
@@ -37,7 +37,7 @@ def machine_of(changes: list[str]) -> Machine:
 
 
 def start(command: Callable[..., None]) -> None:
-    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted or told to end."""
+    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ def start(command: Callable[..., None]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, BadInput) else 1)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption acts as Ctrl-C
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)
     app()
@@ -61,7 +61,7 @@ _last_words: list[str] = []
 
 @atexit.register
 def _say_last_words() -> None:
-    """Print after everything that ends at exit; this was registered before any of it, so it comes last."""
+    """Print the last lines. Exit handlers run in reverse order, so this one, registered first, runs last."""
     for line in _last_words:
         print(line, flush=True)
 

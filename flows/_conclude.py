@@ -17,7 +17,7 @@ from tasks.report import print_figures, write_report
 
 
 class Result(NamedTuple):
-    """What a flow gives: what was run, the figures of each run, and the folder of the report."""
+    """What a flow returns: its run records, their figures, and the folder of the report."""
 
     run_records: list[RunRecord]
     summaries: list[Summary]
@@ -49,7 +49,7 @@ def show(result: Result) -> None:
 
 
 def show_files(result: Result) -> None:
-    """Print the last model's and the report's path, how to open the pages and, last, the path of summary.json."""
+    """Print where the last model and the report are, how to open the pages and, last, the path of summary.json."""
     console.print(f"model    {Store(home()).path(result.run_records[-1].artifacts['final'])}")
     console.print(f"report   {result.folder / 'report.html'}")
     console.print("compare runs in the browser (Prefect and MLflow): make up")

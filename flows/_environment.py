@@ -1,4 +1,4 @@
-"""Where Prefect and MLflow keep things: all below the data folder, unless the environment says otherwise.
+"""Where Prefect and MLflow keep their data: below the data folder, unless the environment says otherwise.
 
 Prefect reads its settings when it is imported, so this comes first and `--home` is read from the command line here.
 """
@@ -17,20 +17,20 @@ SERVERS = "servers.json"
 
 
 def settle_environment() -> None:
-    """Set what is not set: the data folder, the two servers that a home recorded and, without them, local ones."""
+    """Set what is not set: the data folder, the two servers that run over it and, without them, local ones."""
     _home_from_command_line()
-    servers = live_servers()
+    servers = {name: entry["url"] for name, entry in recorded_servers().items() if is_alive(entry)}
     defaults = {
         "PREFECT_HOME": str(home() / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the flows speak for themselves
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the flows print what matters
         "DO_NOT_TRACK": "1",
         "MLFLOW_TRACKING_URI": servers.get("mlflow") or f"sqlite:///{home() / 'mlflow.db'}",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "TQDM_DISABLE": "1",  # one bar at a time, and it is ours
+        "TQDM_DISABLE": "1",  # one progress bar at a time, ours
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
@@ -49,13 +49,13 @@ def _home_from_command_line() -> None:
             os.environ[HOME_VARIABLE] = str(Path(word.removeprefix("--home=")).absolute())
 
 
-def live_servers() -> dict[str, str]:
-    """Return the URLs of the servers that this home started and that still run, by name."""
+def recorded_servers() -> dict[str, dict[str, Any]]:
+    """Return the servers that this home started, running or not, by name."""
     try:
-        recorded = json.loads((home() / SERVERS).read_text())
+        servers: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return {name: entry["url"] for name, entry in recorded.items() if entry.get("url") and is_alive(entry)}
+    return servers
 
 
 def is_alive(entry: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a flow would do: its pipeline walked without executing a stage, checked, and shown by `--plan`."""
+"""What a flow would do: its pipeline, walked without executing a stage, checked, and printed by `--plan`."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cfsd.errors import BadInput
 from cfsd.estimate import GIB, Estimate, disk_bytes, estimate, parameters_of
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
 def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> Iterator[list[Plan]]:
     """Check recipes before anything runs and give their plans; within the block nothing is checked again.
 
-    So a command checks before it starts a server, and a flow checks when no command did.
+    A command checks before it starts a server; a flow checks where no command did.
 
     Raises:
         BadInput: An error that is detectable before running, a disk that is too small included.
@@ -81,7 +82,8 @@ def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
 
 def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
-    table = Table("stage", "key", "state", "tokens", "memory", "time", title="plan")
+    first = Column("stage", overflow="fold"), Column("key", no_wrap=True)
+    table = Table(*first, "state", "tokens", "memory", "time", title="plan", box=SIMPLE_HEAD)
     seen: set[object] = set()
     total = 0.0
     for plan in plans:
@@ -94,7 +96,7 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
             total += 0 if step.cached else cost.seconds or 0
             table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)
-    console.print(f"about {total / 60:.0f} minutes of computing that is not cached, within a factor of two")
+    console.print(f"about {total / 60:.0f} minutes, within a factor of two; stages without a time are not counted")
 
 
 def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:
@@ -108,5 +110,5 @@ def _state(step: Planned) -> str:
         waits = sorted(
             {str(i.metadata.get("made_by")) for i in step.inputs if isinstance(i, Artifact) and not i.content}
         )
-        return f"depends on {', '.join(waits)}"
+        return f"after {', '.join(waits)}"
     return "cached" if step.cached else "runs"

@@ -1,4 +1,4 @@
-"""Where servers listen, and waiting until one answers."""
+"""Where our servers listen, and how to wait until one answers."""
 
 import subprocess
 import time

@@ -12,14 +12,13 @@ from cfsd.stages import GENERATE, MIX, SELECT, TRAIN
 from cfsd.statistics.gate import Finding, Judgement
 from tasks import record
 
-RESEEDED = (GENERATE, SELECT, MIX, TRAIN)  # all that is random after the documents are chosen
-SLOWER = 1.5  # times the baseline's slowest training, from where on it is said
-SHOWN, CONTEXT = 60, 20  # characters of a changed field; of them, before the change
-WORDS = {"fail": "FAIL", "pass": "PASS", "cannot tell": "CANNOT TELL"}
+RESEEDED = (GENERATE, SELECT, MIX, TRAIN)  # the parts whose seed is varied
+SLOWER = 1.5  # times the slowest training of the baseline, above which the verdict warns
+SHOWN, CONTEXT = 60, 20  # most characters of a changed field, and how many of them precede the change
 
 
 def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], run: dict[str, Measured]) -> list[str]:
-    """Return what readers of the verdict must know, none of which decides it."""
+    """Return what readers of the verdict must know beside it."""
     notes = [f"changed in the recipe: {change}" for change in changes(known, recipe)]
     now = provenance(recipe).versions
     notes += [
@@ -40,18 +39,18 @@ def changes(known: Baseline, recipe: Recipe) -> list[str]:
     before, after = (record.flattened(content) for content in (_as_now(known.recipe), recipe.model_dump(mode="json")))
     skip = {"name", "seed"} | {f"{part}.seed" for part in RESEEDED}
     names = [name for name in {**before, **after} if name not in skip and before.get(name) != after.get(name)]
-    return [f"{name}: {_apart(before.get(name, 'absent'), after.get(name, 'absent'))}" for name in names]
+    return [f"{name}: {_abridged(before.get(name, 'absent'), after.get(name, 'absent'))}" for name in names]
 
 
-def _apart(before: str, after: str) -> str:
-    """Return both, long ones from a little before where they begin to differ."""
+def _abridged(before: str, after: str) -> str:
+    """Return `before -> after`; of long texts, the part around their first difference."""
     at = next((i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), SHOWN)
     first = max(0, at - CONTEXT) if max(len(before), len(after)) > SHOWN else 0
     return " -> ".join(("…" if first else "") + text[first:][:SHOWN] for text in (before, after))
 
 
 def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return an older recipe with the fields that came since then, at their defaults, if it still is one."""
+    """Return the recipe of a baseline with fields added since then, or as it is where it is no recipe any more."""
     try:
         return Recipe.model_validate(recipe).model_dump(mode="json")
     except ValidationError:
@@ -59,7 +58,7 @@ def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence_of(judgement: Judgement, known: Baseline) -> str:
-    """Return the verdict in a sentence: what got worse, by how much, since when."""
+    """Return the verdict in a sentence."""
     since = f"since the baseline of {origin(known)}"
     named = [finding for finding in judgement.findings if finding.outcome == judgement.outcome]
     if judgement.outcome == "pass":
@@ -88,11 +87,11 @@ def _bounds(finding: Finding) -> str:
 
 
 def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence[str]) -> str:
-    """Return the figures as a Markdown table, and below it what readers of it must know."""
+    """Return the figures as a Markdown table, and below it the notes and how to read it."""
     rows = [
         f"| {f.name} | {_shown(f.before, f)} | {_shown(f.after, f)} | {_shown(f.worsening, f)} | {_bounds(f)} "
         f"| {_shown(f.margin, f)} | {f.p_value:.2g}{' (significant)' if f.significant else ''} "
-        f"| {WORDS[f.outcome]}{f': needs {f.needed}' if f.needed else ''} |"
+        f"| {f.outcome.upper()}{f': needs {f.needed}' if f.needed else ''} |"
         for f in judgement.findings
     ]
     now = provenance(recipe)

@@ -1,4 +1,4 @@
-"""Several targets in turn, each trained on the model before: what is left of the earlier ones, and of the base?
+"""Several targets in turn, each trained on the model before it: what is left of the earlier ones, and of the base?
 
 python -m flows.continual deployments/recipes/tiny-sequence.yaml
 """
@@ -45,7 +45,7 @@ def continual(sequence: TargetSequence, machine: Machine = Machine()) -> Result:
 
 
 def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
-    """Train on each target, on what the one before gave."""
+    """Train on each target, starting from the model of the one before."""
     run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
         on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe

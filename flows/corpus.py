@@ -1,4 +1,4 @@
-"""The corpus alone: sampled, filtered, selected, and a page to look at it before anything is trained.
+"""The corpus alone: sampled, filtered and selected, with a page to look at before anything is trained.
 
 python -m flows.mitigate recipe.yaml --until filter
 """

@@ -1,6 +1,6 @@
 """What was lost between two models that already exist? The same measurement, without training.
 
-python -m flows.measure BASE TUNED --benchmarks facts --target rows.jsonl
+python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Did forgetting get worse? A recipe, trained anew with fresh seeds, against what its baseline came to.
+"""Did forgetting get worse? A recipe, trained anew with fresh seeds, against its baseline.
 
 python -m flows.regress deployments/recipes/tiny.yaml           exit code 0 pass, 1 worse, 3 cannot tell
 python -m flows.regress deployments/recipes/tiny.yaml --update-baseline
@@ -41,7 +41,7 @@ Seeds = Annotated[int, Field(ge=1)]
 
 
 class GotWorse(CfsdError):
-    """The gate's FAIL, for callers of the flow in Python; its text is the verdict."""
+    """The gate's FAIL; its text is the verdict."""
 
 
 @flow(name="regress", flow_run_name="{recipe.name}", validate_parameters=True)
@@ -52,11 +52,11 @@ def regress(
     update_baseline: bool = False,
     machine: Machine = Machine(),  # noqa: B008
 ) -> State[Any]:
-    """Train the recipe with seeds that the baseline has not, and judge every guarded figure.
+    """Train the recipe with seeds that the baseline does not have, and judge every guarded figure.
 
-    The state is Failed where something got worse, with the verdict for its message, Completed, or Completed
-    with the name `Cannot tell`. With `update_baseline` the recipe's own figures become the baseline. `baseline` is
-    a file or `champion`; the champion is followed by what passed.
+    The state has the verdict as its message: Failed where something got worse, else Completed, with the name
+    `Cannot tell` where the verdict is open. `baseline` is a file or `champion`; what passes becomes the champion.
+    With `update_baseline` the recipe's own figures become the baseline, and nothing is judged.
     """
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
@@ -70,19 +70,24 @@ def regress(
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
-            return _told(title, run_records, run_id, _kept(made, baseline, recipe, run_records, run_id), listed(made))
+            sentence = _replace(made, baseline, recipe, run_records, run_id)
+            return _publish(title, run_records, run_id, sentence, listed(made))
         judgement = judge(guarded(known, runs))
         notes = warnings(known, recipe, seconds, runs[0])
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
-            heir = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
-            notes.append(_followed(heir, recipe, run_records, run_id))
-        return _told(title, run_records, run_id, sentence_of(judgement, known),
-                     table(judgement, known, recipe, notes), judgement)  # fmt: skip
+            successor = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
+            notes.append(_promote(successor, recipe, run_records, run_id))
+        body = table(judgement, known, recipe, notes)
+        return _publish(title, run_records, run_id, sentence_of(judgement, known), body, judgement)
 
 
 def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) -> Baseline | None:
-    """Return the baseline to judge by; if it is not `needed`, one to replace, or None. Raises BadInput."""
+    """Return the baseline to judge by or, where it is not `needed`, the one to replace, if there is one.
+
+    Raises:
+        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure.
+    """
     if given == CHAMPION:
         known = registry.champion(recipe.name)
         if known is None and needed:
@@ -94,23 +99,24 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
         file = baseline_file(recipe, given)
         known = read_baseline(file) if needed or file.is_file() else None
     if known and needed:
-        check_measured(known, recipe)
+        benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
+        known.check_measured({"target_gain", "probe_kl"} | benchmarks)
     return known
 
 
-def check_measured(known: Baseline, recipe: Recipe) -> None:
-    """Raise BadInput, before anything runs, if the baseline guards what the recipe does not measure."""
-    benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
-    known.check_measured({"target_gain", "probe_kl"} | benchmarks)
-
-
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
-    """Return where the baseline of `recipe` is: as given, else by the recipe's name."""
+    """Return the file of the recipe's baseline: the given one, else the one with the recipe's name."""
     return Path(given) if given else BASELINES / f"{slug(recipe.name, 'recipe')}.json"
 
 
 def fresh_seeds(known: Baseline | None, given: str | None, seeds: int | None, *, update: bool) -> range:
-    """Return the seeds to train with: a champion's successor must have as many as a baseline needs."""
+    """Return the seeds to train with; a successor of the champion needs as many as a baseline.
+
+    Raises:
+        BadInput: Too few for a new baseline.
+    """
+    if update and seeds is not None and seeds < LEAST_SEEDS:
+        raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
     first = 0 if update or known is None else max(known.seeds) + 1
     usual = LEAST_SEEDS if update or given == CHAMPION else USUAL_SEEDS
     return range(first, first + (seeds or usual))
@@ -119,8 +125,8 @@ def fresh_seeds(known: Baseline | None, given: str | None, seeds: int | None, *,
 def reseeded(recipe: Recipe, number: int) -> Recipe:
     """Return the recipe with the seed `number` for corpus, order and training.
 
-    Target split and probe stay: what is measured on must be the same. A corpus of its own belongs to every
-    seed, because another machine samples another one, too.
+    Target split and probe stay, so that all seeds are measured on the same documents. Every seed has a corpus of
+    its own, because another machine samples another one, too.
     """
     seeds = {f"{part}.seed": number for part in RESEEDED}
     changed = override(recipe.model_dump(mode="json"), {**seeds, "name": f"{recipe.name}: seed={number}"})
@@ -128,32 +134,32 @@ def reseeded(recipe: Recipe, number: int) -> Recipe:
 
 
 def trained_seconds(run_record: RunRecord) -> float:
-    """Return what training took when it ran."""
+    """Return the seconds that training took when it ran."""
     return float(Store(home()).manifest(run_record.artifacts["tuned"])["seconds"])
 
 
-def _kept(
+def _replace(
     made: Baseline, given: str | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None
 ) -> str:
-    """Put a new baseline where it was asked for and say so."""
+    """Put a new baseline into its file, or make its model the champion; return a sentence that says so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
         write_baseline(file := baseline_file(recipe, given), made)
         return f"{seeds} written to {file}"
-    return f"{seeds}: {_followed(made, recipe, run_records, run_id)}"
+    return f"{seeds}: {_promote(made, recipe, run_records, run_id)}"
 
 
-def _followed(made: Baseline | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None) -> str:
-    """Make the first of the fresh models the champion and say so; which one is not chosen by its figures."""
+def _promote(made: Baseline | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None) -> str:
+    """Make the model of the first fresh seed, not the best one, the champion; return a sentence that says so."""
     if made is None:
         return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
     version = registry.promote(recipe.name, run_records[0].artifacts["final"], made, run_id)
     if version is None:
-        return "the champion stays, for MLflow cannot be reached; run the same again: all is cached, and it moves"
+        return "the champion stays, because MLflow cannot be reached; the same command, all cached, moves it later"
     return f"champion of {registry.model_name(recipe.name)!r} is version {version}, {run_records[0].name}"
 
 
-def _told(
+def _publish(
     title: str,
     run_records: list[RunRecord],
     run_id: str | None,
@@ -181,12 +187,12 @@ def regress_command(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="A baseline's JSON, or champion: MLflow's model version with that alias, which what passes "
-            "follows; default: deployments/baselines/<recipe's name>.json"
+            help="A baseline's JSON, or champion: MLflow's model version with that alias, which moves to what "
+            "passes; default: deployments/baselines/<recipe's name>.json"
         ),
     ] = None,
     update_baseline: Annotated[
-        bool, typer.Option("--update-baseline", help="Write what the recipe comes to now as the new baseline")
+        bool, typer.Option("--update-baseline", help="Write the recipe's present figures as the new baseline")
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline or a champion 5")
@@ -197,9 +203,8 @@ def regress_command(
 ) -> None:
     """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
     loaded, on = Recipe.load(recipe, set_), machine_of(machine)
-    known_baseline(loaded, baseline, needed=not update_baseline)
-    if update_baseline and seeds is not None and seeds < LEAST_SEEDS:
-        raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
+    known = known_baseline(loaded, baseline, needed=not update_baseline)
+    fresh_seeds(known, baseline, seeds, update=update_baseline)
     with checked([loaded], on, pipeline), prefect_server():
         state = regress(loaded, baseline, seeds, update_baseline, on, return_state=True)
         try:

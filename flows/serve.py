@@ -1,18 +1,18 @@
-"""The pages for a team: a Prefect server with a worker and the deployments, and MLflow, over this data folder.
+"""The pages for a team: a Prefect server with a worker and the deployments, and MLflow, over one data folder.
 
     python -m flows.serve up | down | status
 
-They listen on 127.0.0.1 only. Their URLs and process numbers are in servers.json of the data folder, by which
-the command lines find them, so that their runs show in the same pages.
+They listen on 127.0.0.1 only. Their URLs and process numbers are in servers.json of the data folder. The command
+lines find them there, so that their runs appear in the same pages.
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +23,16 @@ from cfsd.errors import CfsdError
 from cfsd.machine import HOME_VARIABLE, home
 from cfsd.store.digests import write_json
 from flows._cli import Home, start
-from flows._environment import SERVERS, is_alive
+from flows._environment import SERVERS, is_alive, recorded_servers
 from flows._servers import HOST, answers, wait_until
 
 ROOT = Path(__file__).parent.parent
 POOL = "gpu"
 
 
-def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> dict[str, dict[str, Any]]:
-    """Start what does not run yet and return {name: {url, pid}}. Taken ports are passed over."""
-    running = {name: entry for name, entry in recorded().items() if is_alive(entry)}
+def up(prefect_port: int, mlflow_port: int) -> dict[str, dict[str, Any]]:
+    """Start the servers that do not run yet and return the entries of all; where a port is taken, the next is tried."""
+    running = {name: entry for name, entry in recorded_servers().items() if is_alive(entry)}
     if "prefect" not in running:
         running["prefect"] = _start_prefect(free_port(prefect_port))
         _keep(running)
@@ -46,23 +46,14 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> dict[str, dict[str,
 
 
 def down() -> list[str]:
-    """End what this home started and return the names."""
+    """End the servers that this home started and return their names."""
     ended = []
-    for name, entry in reversed(recorded().items()):
+    for name, entry in reversed(recorded_servers().items()):
         if is_alive(entry):
             _end_group(entry)
             ended.append(name)
     (home() / SERVERS).unlink(missing_ok=True)
     return ended
-
-
-def recorded() -> dict[str, dict[str, Any]]:
-    """Return the servers that this home recorded, alive or not."""
-    try:
-        servers: dict[str, dict[str, Any]] = json.loads((home() / SERVERS).read_text())
-    except FileNotFoundError:
-        return {}
-    return servers
 
 
 def _keep(running: dict[str, dict[str, Any]]) -> None:
@@ -100,7 +91,7 @@ def _start_worker(running: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process' environment without what would point the servers at themselves."""
+    """Return this process' environment without the variables that would point the servers at themselves."""
     own = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"
     return own | {"PATH": path, HOME_VARIABLE: str(home()), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
@@ -149,29 +140,35 @@ def _end_group(entry: dict[str, Any]) -> None:
             return
 
 
-def command(
-    action: Annotated[str, typer.Argument(help="up, down or status")],
+class Action(StrEnum):
+    """What to do with the servers."""
+
+    up = "up"
+    down = "down"
+    status = "status"
+
+
+def serve_command(
+    action: Annotated[Action, typer.Argument(help="Start them, end them, or say which of them run")],
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
     home: Home = None,
 ) -> None:
     """Start or end the Prefect server, its worker and MLflow for a data folder."""
-    if action == "up":
+    if action is Action.up:
         running = up(prefect_port, mlflow_port)
         print(
             f"Prefect  {running['prefect']['url']}  deployments mitigate, corpus, compare; form under Run > Custom run"
         )
-        print("         regress runs every night at 03:17 UTC; its verdict is the run's message")
+        print("         regress runs every night at 03:17 UTC; its verdict is the flow run's message")
         print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
         print("end them with: make down")
-    elif action == "down":
+    elif action is Action.down:
         print(f"ended: {', '.join(down()) or 'nothing ran'}")
-    elif action == "status":
-        for name, entry in recorded().items():
-            print(f"{name:8} {'runs' if is_alive(entry) else 'dead'} {entry['url']}")
     else:
-        raise CfsdError(f"action {action!r} is unknown; allowed: up, down, status")
+        for name, entry in recorded_servers().items():
+            print(f"{name:8} {'runs' if is_alive(entry) else 'dead'} {entry['url']}")
 
 
 if __name__ == "__main__":
-    start(command)
+    start(serve_command)

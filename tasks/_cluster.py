@@ -23,7 +23,7 @@ LOCAL, AUTO, CLIENT = "local", "auto", re.compile(r"ray://.+:\d+")
 
 
 def check_cluster(machine: Machine) -> None:
-    """Raise BadInput when `machine.cluster` cannot be meant or Ray is not installed; nothing is started."""
+    """Raise BadInput when `machine.cluster` names no cluster or Ray is not installed; nothing is started."""
     named = machine.cluster
     if named is None:
         return
@@ -68,12 +68,12 @@ def sample_one(job: ShardJob, shard: Shard) -> None:
             f"node {platform.node()} has no {job.folder}; "
             "a cluster needs the data folder on a disk that all its nodes share, at the same path"
         )
-    if not shard.is_done(job.folder):  # a shared disk may show it late to whoever asked
+    if not shard.is_done(job.folder):  # a shared disk may show a finished shard late to the caller
         sample_shard(job, shard)
 
 
 def _terms(named: str, machine: Machine) -> dict[str, Any]:
-    """Return what `ray.init` is told. What workers print goes to Prefect's log of the shard, not to this terminal."""
+    """Return the arguments of `ray.init`. Workers print to Prefect's log of the shard, not to this terminal."""
     quiet: dict[str, Any] = {"log_to_driver": False}
     if named == LOCAL:
         room = {name: each * machine.resolved_processes() for name, each in _needs(machine).items()}

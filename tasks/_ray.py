@@ -1,6 +1,6 @@
 """Shards as Prefect tasks on a Ray cluster. Imported only where a cluster is asked for, since Ray is optional.
 
-A shard whose worker died is lost, no more than that: whoever asked for it finds it missing and asks again.
+A shard whose worker died is lost, and nothing else is: the caller finds it missing and asks for it again.
 """
 
 import time
@@ -29,7 +29,7 @@ from tasks.record import say
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 1.0
-AHEAD = 500  # shards that Ray is told of at a time: its autoscaler sees the need, a million do not fill its memory
+AHEAD = 500  # shards submitted to Ray at a time: enough for its autoscaler, while a million would fill its memory
 Future: TypeAlias = "PrefectRayFuture[Any]"
 
 
@@ -37,7 +37,7 @@ Future: TypeAlias = "PrefectRayFuture[Any]"
 def joined(
     named: str, address: str | None, terms: dict[str, Any], needs: dict[str, int]
 ) -> Iterator["RayTaskRunner[Any]"]:
-    """Give a task runner for the cluster at `address`, with what `ray.init` is told. Raises BadInput."""
+    """Give a task runner for the cluster at `address`, with `terms` for `ray.init`. Raises BadInput."""
     runner: RayTaskRunner[Any] = RayTaskRunner(address, terms)
     with ExitStack() as stack:
         try:
@@ -68,7 +68,7 @@ def map_shards(
     """
     waiting, running, lost = deque(shards), dict[Any, Any](), list[Any]()
     try:
-        # max_retries: whoever asked asks again; max_calls: a worker with a GPU would load the model for every shard
+        # max_retries: the caller asks again; max_calls: a worker with a GPU would load the model for every shard
         with remote_options(**needs, max_retries=0, max_calls=0):
             while waiting or running:
                 until = time.monotonic() + POLL_SECONDS
@@ -113,7 +113,7 @@ def _why_lost(future: Future) -> str:
 
 
 def _close(futures: list[Future]) -> None:
-    """End in Prefect's eyes what no worker is left to end."""
+    """Set the task runs that no worker is left to end to Crashed."""
     if not futures:
         return
     ids = TaskRunFilterId(any_=[future.task_run_id for future in futures])

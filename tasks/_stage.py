@@ -93,7 +93,7 @@ def stage(
             return made
 
         call.__doc__ = work.__doc__
-        # pickled by name, as what stands in its module: flows travel to a cluster's workers
+        # named as in its module, by which pickle finds it: flows are sent to the workers of a cluster
         call.__module__, call.__name__, call.__qualname__ = work.__module__, work.__name__, work.__qualname__
         return call
 
@@ -115,7 +115,7 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
-    """Say whether trying again could help: not after bad input, out of memory, NaN or a stop."""
+    """Say whether a second try could help: not after bad input, out of memory, NaN or a stop."""
     try:
         state.result()
     except (Crashed, ConnectionError):

@@ -1,4 +1,4 @@
-"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, unpacked."""
+"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, made from its committed weights."""
 
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from tasks._stage import stage
 def filter_corpus(
     corpus: Artifact, target: Artifact, evaluate: EvaluateSpec, spec: FilterSpec, machine: Machine
 ) -> Artifact:
-    """Part the corpus into accepted rows and rejects; see `cfsd.filter.stage`.
+    """Divide the corpus into accepted rows and rejects; see `cfsd.filter.stage`.
 
     Target and benchmarks count only if the spec compares with them, and then by their documents, not by how they
     are scored.
@@ -32,7 +32,7 @@ def _filter(
     spec: FilterSpec,
     machine: Machine,
 ) -> None:
-    """Reject the rows that a rule of `spec` is against."""
+    """Reject rows by the rules of `spec`."""
     from cfsd.filter.stage import filter_rows
 
     texts = None

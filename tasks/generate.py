@@ -20,9 +20,9 @@ def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine
 
 
 def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: Machine) -> Artifact | None:
-    """Sample what the training is watched on, where it is watched: like the probe, but other rows.
+    """Sample what the training is watched on, if it is watched: rows like the probe's, but others.
 
-    A training may be stopped by what it shows, so that the probe must not be it.
+    What is watched may stop the training, so it must not be the probe.
     """
     if not watch.every:
         return None
@@ -31,9 +31,9 @@ def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: M
 
 
 def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machine: Machine) -> Artifact | None:
-    """Sample what decides how much of the tuned model keeps the budget: as large as the probe, but other rows.
+    """Sample what decides which alpha keeps the budget: as many rows as the probe has, but others.
 
-    The probe judges whether it was kept, so that the probe must not decide it.
+    The probe judges whether the budget was kept, so it must not decide alpha.
     """
     if budget is None:
         return None
@@ -41,7 +41,7 @@ def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machin
 
 
 def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine) -> Artifact:
-    """Sample the rehearsal corpus; the target counts only where its prompts are gone on from."""
+    """Sample the rehearsal corpus; the target is in its key only where its prompts are continued."""
     return _generate(base, target if "contextual" in spec.sources() else None, spec, machine)
 
 

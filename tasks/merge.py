@@ -27,7 +27,7 @@ def _fit_alpha(
 
 
 def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> Artifact:
-    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds alpha, given or fitted."""
+    """Return the tuned model itself at alpha 1, else the interpolation; `decided` holds the given or fitted alpha."""
     return tuned if _alpha(decided) == 1 else _merge(base, tuned, decided, machine)
 
 

@@ -1,10 +1,12 @@
-"""What the gate compares: a run's figures, and the champion, the model version that passed last. Only it moves that.
+"""What the gate compares: the figures of a run, and the champion, which is the model version that passed last.
 
-Weights are not copied: a version names the artifact in the store. Its figures are `baseline.json` in the gate's run.
+Only the gate moves the champion. Weights are not copied: a version names the artifact in the store, and its figures are
+`champion/baseline.json` in the run of the gate.
 """
 
 import re
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,9 +42,9 @@ def champion(recipe_name: str) -> Baseline | None:
 
 
 def promote(recipe_name: str, model: Artifact, figures: Baseline, run_id: str | None) -> int | None:
-    """Return the version that is the champion now: `model`, registered once however often this is asked.
+    """Make `model` the champion and return its version, registered once for the same model and figures.
 
-    None where MLflow is away; what is not done then is done by the same call later. `run_id` is the gate's run.
+    None where MLflow cannot be reached; the same call does it later. `run_id` is the gate's run.
     """
     if run_id is None:
         return None
@@ -50,7 +52,7 @@ def promote(recipe_name: str, model: Artifact, figures: Baseline, run_id: str | 
 
 
 def model_name(recipe_name: str) -> str:
-    """Return the registered model's name: the recipe's, without what MLflow refuses."""
+    """Return the name of the registered model: the recipe's, without the characters that MLflow refuses."""
     return re.sub(r"[/:']", "-", recipe_name)
 
 
@@ -66,10 +68,7 @@ def _read(client: Any, name: str) -> str:
 def _promote(client: Any, name: str, model: Artifact, figures: Baseline, run_id: str) -> int:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="Fine-tuned by cfsd; the gate moves the alias champion")
-    mark = {
-        "cfsd.model": model.key,
-        "cfsd.figures": digest_of(figures.model_dump(mode="json")["figures"])[:16],
-    }
+    mark = {"cfsd.model": model.key, "cfsd.figures": digest_of(figures.model_dump(mode="json")["figures"])}
     known = [v for v in client.search_model_versions(f"name = '{name}'") if mark.items() <= v.tags.items()]
     version = int(known[0].version) if known else _register(client, name, model, figures, run_id, mark)
     client.set_registered_model_alias(name, ALIAS, str(version))
@@ -78,10 +77,10 @@ def _promote(client: Any, name: str, model: Artifact, figures: Baseline, run_id:
 
 def _register(client: Any, name: str, model: Artifact, figures: Baseline, run_id: str, mark: dict[str, str]) -> int:
     client.log_text(run_id, as_text(figures), FILE)
-    means = {f"cfsd.{n}": f"{sum(f.values) / len(f.values):.6g}" for n, f in figures.figures.items()}
+    means = {f"cfsd.{name}": f"{fmean(f.values):.6g}" for name, f in figures.figures.items()}
     source = figures.provenance
     tags = mark | means | {"cfsd.recipe": source.recipe_digest, "cfsd.commit": source.commit}
-    folder = f"runs:/{run_id}/{Path(FILE).parent}"  # a server takes no path outside of a run's artifacts
+    folder = f"runs:/{run_id}/{Path(FILE).parent}"  # a server refuses paths outside a run's artifacts
     made = client.create_model_version(
         name, folder, run_id=run_id, tags=tags, description=f"{model.kind} {model.key} of the store"
     )

@@ -1,4 +1,4 @@
-"""Reports, made from artifacts alone. What reads tables and draws figures is imported when one is made."""
+"""Reports, made from artifacts alone. The libraries that read tables and draw figures are imported late."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What was written: each run's summary and figures by metric name, the files, the same as table and Markdown."""
+    """What was written: summaries, figures of each run by metric name, files, and the figures as table and Markdown."""
 
     summaries: list[Summary]
     figures: list[dict[str, float]]
@@ -59,7 +59,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
-    """Write the report of `folder` again into `to`, of whatever it is, and return the files. Raises BadInput."""
+    """Write the report in `folder` of any flow again, into `to`, and return the files. Raises BadInput."""
     from cfsd.report.files import only_corpora, read_kept, write_corpus_files, write_files
     from cfsd.report.sequence.files import read_measured, write_sequence_files
 

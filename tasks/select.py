@@ -1,4 +1,4 @@
-"""Keep the rows of a target or a corpus that stand for its bulk; by default all of them."""
+"""Select the rows of a target or a corpus that represent its bulk; by default all of them."""
 
 from typing import Any
 

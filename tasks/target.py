@@ -1,4 +1,4 @@
-"""Tokenise the target and part it into train and held-out rows."""
+"""Tokenise the target and split it into train and held-out rows."""
 
 from cfsd.data.target import Target
 from cfsd.machine import Machine

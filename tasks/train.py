@@ -15,7 +15,7 @@ def train_model(
     base: Artifact, mixture: Artifact, corpus: Artifact, fisher: Artifact | None, sample: Artifact | None,
     target: Artifact, evaluate: EvaluateSpec, spec: TrainSpec, machine: Machine,
 ) -> Artifact:  # fmt: skip
-    """Return the tuned model; `sample` is what the training is watched on. What the spec does not use is in no key."""
+    """Return the tuned model; `sample` is what the training is watched on. Unused inputs are in no key."""
     read = corpus if spec.rehearsal.reads_corpus() else None
     watched: dict[str, Any] = {}
     if sample:

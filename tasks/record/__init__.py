@@ -1,6 +1,6 @@
-"""What happened, for people to look at: MLflow runs, the Prefect log, the terminal. The only importer of mlflow.
+"""The record of what happened, in MLflow, Prefect's log and the terminal. The only importer of mlflow.
 
-Nothing here can lose work: artifacts hold their own metrics, from which a server that was away is filled later.
+Nothing here can lose work: artifacts hold their own metrics, from which an MLflow that was away is filled later.
 """
 
 from tasks.record.client import console, say, tracked

@@ -1,4 +1,4 @@
-"""The way to MLflow's server, which may be away, and to the terminal."""
+"""Access to MLflow's server, which may be away, and to the terminal."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, soft_wrap=True)
 T = TypeVar("T")
-_away: list[str] = []  # why MLflow is not asked any more in this process
+_away: list[str] = []  # why this process does not ask MLflow any more
 
 
 def say(line: str, style: str = "") -> None:
@@ -24,7 +24,7 @@ def say(line: str, style: str = "") -> None:
 
 
 def tracked(action: "Callable[[Server], T]") -> T | None:
-    """Do `action` with the MLflow client; that a server is away is said once, and it is not asked again."""
+    """Return what `action` returns for the MLflow client; None, said once, from the first time that it is away."""
     if _away:
         return None
     from tasks.record.server import FAILURES, server  # MLflow takes seconds to import; `--help` may take two

@@ -1,4 +1,4 @@
-"""What a run came to: the figures that people compare and the files that they open."""
+"""The end of a run: the figures that people compare and the files that they open."""
 
 from collections.abc import Mapping
 from pathlib import Path

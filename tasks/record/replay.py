@@ -1,4 +1,4 @@
-"""Steps of a variant as they end; a GPU step that MLflow never saw is replayed from its artifact."""
+"""Steps of a variant, noted when they end; a GPU step that MLflow never saw is replayed from its artifact."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, g
 
 
 def _in_brief(metadata: Mapping[str, Any]) -> str:
-    words = [f"{metadata['benchmark']}"] if "benchmark" in metadata else []
+    words = [str(metadata["benchmark"])] if "benchmark" in metadata else []
     for name in IN_BRIEF:
         if isinstance(value := metadata.get(name), int | float):
             words.append(f"{value:,.4g} {name.replace('_', ' ')}" if isinstance(value, float) else f"{value:,} {name}")

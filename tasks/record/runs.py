@@ -1,4 +1,4 @@
-"""MLflow's runs: opened, ended as the work within them ends, and ended later if their process was killed."""
+"""MLflow's runs: opened, ended as the work within them ends, or by a later process if theirs was killed."""
 
 import getpass
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +21,7 @@ from tasks.record.client import say, tracked
 if TYPE_CHECKING:
     from tasks.record.server import Server
 
+T = TypeVar("T")
 RECORDED = "cfsd.recorded"  # the tag of a step's run that has all of its metrics
 
 
@@ -42,12 +43,8 @@ _comparison: ContextVar[str | None] = ContextVar("comparison", default=None)
 def comparison(name: str) -> Iterator[str | None]:
     """Open the MLflow run above several variants."""
     run_id = tracked(lambda server: open_run(server, name, None, {"cfsd.kind": "comparison"}))
-    token = _comparison.set(run_id)
-    with ended(run_id):
-        try:
-            yield run_id
-        finally:
-            _comparison.reset(token)
+    with ended(run_id), _as_current(_comparison, run_id):
+        yield run_id
 
 
 @contextmanager
@@ -59,12 +56,17 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
         tracked(lambda server: _log_recipe(server, str(run_id), recipe.model_dump(mode="json")))
     say(name, style="bold")
     opened = Variant(name, run_id)
-    token = current_variant.set(opened)
-    with ended(run_id):
-        try:
-            yield opened
-        finally:
-            current_variant.reset(token)
+    with ended(run_id), _as_current(current_variant, opened):
+        yield opened
+
+
+@contextmanager
+def _as_current(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def open_run(server: "Server", name: str, parent: str | None, tags: dict[str, str]) -> str:

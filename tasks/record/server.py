@@ -1,4 +1,4 @@
-"""MLflow's client with what is ours: one experiment, metrics in batches."""
+"""Our use of MLflow's client: one experiment, metrics in batches."""
 
 import logging
 import time
