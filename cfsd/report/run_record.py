@@ -29,11 +29,13 @@ class Scores(BaseModel):
     probe: Artifact | None = None  # divergence from the base; the tuned model only
     texts: dict[str, Artifact] = {}
     target_divergence: Artifact | None = None  # the tuned model only
+    further: dict[str, Artifact] = {}  # by name: measurements that have no field of their own
 
     def artifacts(self) -> list[Artifact]:
         """Return every table of scores."""
         others = (self.target, self.probe, self.target_divergence)
-        return [*self.benchmarks.values(), *self.texts.values(), *(scores for scores in others if scores)]
+        named = (self.benchmarks, self.texts, self.further)
+        return [*(scores for part in named for scores in part.values()), *(scores for scores in others if scores)]
 
 
 class RunRecord(BaseModel):
