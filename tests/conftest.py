@@ -98,10 +98,14 @@ def write_rows(path: Path, count: int = 40, seed: int = 0) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a server or runs a command: `make fast` leaves it out."""
+    """Mark what starts a server or runs a command: `make fast` leaves it out, and in `make test` it comes first.
+
+    The longest files come first, so that no worker is left alone with one of them at the end.
+    """
     for item in items:
         if {"server", "run"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("processes")
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ def _remedy(missing: list[str], unexpected: list[str]) -> str:
     return "save the whole model again with save_pretrained"
 
 
-def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start: int, eos_ids: Iterable[int]) -> None:
+def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start: int, eos_ids: Sequence[int]) -> None:
     """Check that tokenizer, start token and end tokens fit the model's embedding.
 
     Raises:
-        BadInput: for ids beyond the embedding, and for an end token that is ordinary text.
+        BadInput: for ids beyond the embedding, and where every end token is ordinary text.
     """
     rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
     token, largest = max(_vocabulary(folder, tokenizer).items(), key=lambda entry: entry[1])
@@ -89,7 +89,6 @@ def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start
             f"has {rows} rows; call resize_token_embeddings({largest + 1}), train and save, or use the tokenizer "
             "that belongs to the model"
         )
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for role, ids in (("bos_token_id", [start]), ("eos_token_id", eos_ids)):
         for number in ids:
             if not 0 <= number < rows:
@@ -97,12 +96,13 @@ def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start
                     f"{role} {number} of the model in {name!r} is outside its vocabulary of {rows} tokens; "
                     f"correct it in generation_config.json and config.json (the tokenizer has {tokenizer.eos_token_id})"
                 )
-            if role == "eos_token_id" and number not in special:
-                raise BadInput(
-                    f"eos_token_id {number} of the model in {name!r} is the ordinary token "
-                    f"{tokenizer.convert_ids_to_tokens(number)!r}: every text would end there; correct it in "
-                    f"generation_config.json and config.json (the tokenizer's is {tokenizer.eos_token_id})"
-                )
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    if eos_ids and not special & set(eos_ids):
+        raise BadInput(
+            f"eos_token_id {', '.join(map(str, eos_ids))} of the model in {name!r} is the ordinary token "
+            f"{', '.join(map(repr, tokenizer.convert_ids_to_tokens(list(eos_ids))))}: texts would end in their middle; "
+            f"correct it in generation_config.json and config.json (the tokenizer has {tokenizer.eos_token_id})"
+        )
 
 
 def _vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

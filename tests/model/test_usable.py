@@ -117,10 +117,11 @@ def test_causality_is_proved_not_believed(is_decoder: bool, tmp_path: Path) -> N
 def test_ids_beyond_the_embedding_and_ordinary_end_tokens_are_refused(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     check_ids(model, "mine", tokenizer, 0, [1])
+    check_ids(model, "mine", tokenizer, 0, [1, 5])  # one more than the tokenizer's
     for start, eos_ids, words in (
         (99, [1], "bos_token_id 99 .* outside its vocabulary of 32"),
         (0, [50256], "eos_token_id 50256 .* outside"),
-        (0, [1, 5], "eos_token_id 5 .* ordinary token 'd'"),
+        (0, [5], "eos_token_id 5 .* ordinary token 'd'"),
     ):
         with pytest.raises(BadInput, match=words):
             check_ids(model, "mine", tokenizer, start, eos_ids)
