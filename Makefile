@@ -27,10 +27,10 @@ demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
 
 test: $(DONE)  ## All tests but the slow ones (about 10 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 fast: $(DONE)  ## Tests that start no server and no further process (under 2 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu and not network and not processes'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu and not network and not processes'
 
 coverage: $(DONE)  ## The fast tests, and which share of the lines they run
 	PYTEST_ADDOPTS="--cov=cfsd --cov=tasks --cov=flows --cov-report=term:skip-covered" $(MAKE) fast
