@@ -88,7 +88,9 @@ def mean_of(parts: Sequence[Figure], unit: str) -> Figure:
     Source: Zou, Huang and Zhang 2009, A note on confidence interval estimation for a linear function of
     binomial proportions, Computational Statistics and Data Analysis 53 ("MOVER").
     """
-    values, lows, highs = np.array([(part.value, part.low, part.high) for part in parts], dtype=np.float64).T
+    values, lows, highs = np.array(
+        [(part.value, part.low, part.high) for part in parts], dtype=np.float64
+    ).T.copy()  # rows: sums of strided numbers round otherwise
     mean = values.mean()
     if np.isnan([lows, highs]).any():
         return figure_of(mean, None, unit)
