@@ -16,7 +16,7 @@ from transformers import (
 
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, check_files, count_parameters, payload_of
-from cfsd.model.loading import load_tokenization, load_tokenizer, quiet, read_eos_ids, read_start_token
+from cfsd.model.loading import Tokenization, load_tokenization, load_tokenizer, quiet
 from cfsd.model.tiny import shipped
 from cfsd.model.usable import check_ids, check_weights
 from cfsd.spec import digest_of
@@ -45,7 +45,7 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     write_start_token(draft.folder, checkpoint.start_token)
     tokenization = load_tokenization(draft.folder)
     check_ids(draft.folder, checkpoint.label(), tokenization.tokenizer, tokenization.start, tokenization.eos_ids)
-    draft.metadata |= describe(draft.folder)
+    draft.metadata |= describe(draft.folder, tokenization)
 
 
 def write_start_token(folder: Path, wanted: str | None) -> None:
@@ -78,7 +78,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
     )
 
 
-def describe(folder: Path) -> dict[str, JsonValue]:
+def describe(folder: Path, tokenization: Tokenization) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -93,9 +93,9 @@ def describe(folder: Path) -> dict[str, JsonValue]:
         "architecture": (config.architectures or [type(config).__name__])[0],
         **sizes,
         "context": getattr(config, "max_position_embeddings", None),
-        "start_token": read_start_token(folder),
-        "end_tokens": list(read_eos_ids(folder)),
-        "tokenizer": digest_of(load_tokenizer(folder).get_vocab()),
+        "start_token": tokenization.start,
+        "end_tokens": list(tokenization.eos_ids),
+        "tokenizer": digest_of(tokenization.tokenizer.get_vocab()),
     }
 
 
