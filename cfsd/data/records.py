@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
@@ -17,6 +17,13 @@ FILES = (".jsonl", ".json", ".csv", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
 
 Record = dict[str, Any]
+
+
+class Located(NamedTuple):
+    """A record and where it is, in the words of a message: `'rows.jsonl' line 7`."""
+
+    place: str
+    record: Record
 
 
 def is_pinned(name: str | None, revision: str | None) -> bool:
@@ -37,55 +44,56 @@ def check_file(path: Path, what: str, setting: str, needed: str, allowed: Sequen
         raise BadInput(f"{what} {str(path)!r} is empty; {needed}")
 
 
-def file_records(path: Path, what: str, column: str | None = None) -> Iterator[Record]:
+def file_records(path: Path, what: str, column: str | None = None) -> Iterator[Located]:
     """Yield the records of a file in order; a `column` that the file has may come without the others.
 
     A `.txt` file is one record, its text in `column`. It is held whole, as is a `.json` file that is one list.
     Raises BadInput naming `what`, the file and the place when it is not what its suffix says.
     """
     try:
-        for number, record in enumerate(READERS[path.suffix](path, column), 1):
+        for place, record in READERS[path.suffix](path, column):
             if not isinstance(record, dict):
-                raise ValueError(f"row {number} is not an object with named fields")
-            yield record
+                raise ValueError(f"{place} is not an object with named fields")
+            yield Located(f"{str(path)!r} {place}", record)
     except (ValueError, OSError, csv.Error) as error:  # errors of json, Arrow and text encodings are ValueErrors
         raise BadInput(f"{what} {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
 
 
-def _json(path: Path, _: str | None) -> Iterator[Any]:
+def _json(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
-            yield from json.loads(content)
+            yield from ((f"row {number}", record) for number, record in enumerate(json.loads(content), 1))
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield f"line {number}", json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"line {number}: {error}") from error
 
 
-def _csv(path: Path, _: str | None) -> Iterator[Any]:
+def _csv(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in (reader := csv.DictReader(file)):
             if None in row:
                 raise ValueError(f"line {reader.line_num} has more cells than there are columns")
-            yield row
+            yield f"line {reader.line_num}", row
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[Any]:
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet as pq  # late: a recipe is read without pyarrow
 
     file = pq.ParquetFile(path)
     columns = [column] if column in file.schema_arrow.names else None
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.to_pylist()
+    batches = file.iter_batches(batch_size=1024, columns=columns)
+    records = (record for batch in batches for record in batch.to_pylist())
+    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
 
 
-def _text(path: Path, column: str | None) -> Iterator[Any]:
-    yield {column: path.read_text(encoding="utf-8-sig")}
+def _text(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    yield "", {column: path.read_text(encoding="utf-8-sig")}
 
 
 READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
@@ -93,14 +101,15 @@ READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet, 
 
 def hub_records(
     name: str, revision: str, split: str, subset: str | None = None, column: str | None = None
-) -> Iterator[Record]:
+) -> Iterator[Located]:
     """Yield the records of a pinned data set, memory-mapped from a cache in the data folder; raises BadInput."""
     from datasets import load_dataset  # late: takes seconds, and only a data set of a hub needs it
     from datasets.exceptions import DatasetsError
 
     try:
         loaded = load_dataset(name, subset, revision=revision, split=split, cache_dir=str(home() / "datasets"))
-        yield from loaded.select_columns([column]) if column in loaded.column_names else loaded
+        records = loaded.select_columns([column]) if column in loaded.column_names else loaded
+        yield from (Located(f"{name!r} row {number}", record) for number, record in enumerate(records, 1))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: the data set is a script
         raise BadInput(
             f"data set {name}@{revision} could not be loaded: {error}; check the id, the split "

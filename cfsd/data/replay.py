@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cfsd.data.records import FILES, Record, check_file, file_records, hub_records, is_pinned
+from cfsd.data.records import FILES, Located, check_file, file_records, hub_records, is_pinned
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec
@@ -70,26 +70,23 @@ def documents(replay: Replay) -> Iterator[str]:
     for place, record in _records(replay):
         if replay.column not in record:
             raise BadInput(
-                f"replay {place!r} has no column {replay.column!r}; its columns are {', '.join(map(repr, record))}; "
+                f"replay {place} has no column {replay.column!r}; its columns are {', '.join(map(repr, record))}; "
                 "set generate.replay.column"
             )
         text = record[replay.column]
         if not isinstance(text, str | None):
-            raise BadInput(f"column {replay.column!r} of replay {place!r} holds {text!r:.60}, not a text")
+            raise BadInput(f"column {replay.column!r} of replay {place} holds {text!r:.60}, not a text")
         if text and text.strip():
             yield text
 
 
-def _records(replay: Replay) -> Iterator[tuple[str, Record]]:
-    """Yield each record and where it comes from."""
+def _records(replay: Replay) -> Iterator[Located]:
     if replay.kind == "hub":
         name, revision = replay.name or "", replay.revision or ""
-        for record in hub_records(name, revision, replay.split, replay.subset, replay.column):
-            yield name, record
+        yield from hub_records(name, revision, replay.split, replay.subset, replay.column)
         return
     for path in _files(replay).values():
-        for record in file_records(path, "replay", replay.column):
-            yield str(path), record
+        yield from file_records(path, "replay", replay.column)
 
 
 def _files(replay: Replay) -> dict[str, Path]:

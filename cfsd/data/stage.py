@@ -63,7 +63,7 @@ def _check_number(target: Target, usable: int, dropped: Counter[str]) -> None:
 
 def _rows(target: Target, tokens: Tokenization, dropped: Counter[str]) -> Iterator[Row]:
     seen: set[tuple[int, ...]] = set()
-    for record in islice(records_of(target), target.rows):
+    for _, record in islice(records_of(target), target.rows):
         row = _chat_row(target, record, tokens.tokenizer) if target.messages else _pair_row(target, record, tokens)
         if not any(row.supervised):
             dropped["with an empty response"] += 1

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from cfsd.data.records import Record, check_file, file_records, hub_records, is_pinned
+from cfsd.data.records import Located, Record, check_file, file_records, hub_records, is_pinned
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec, digest_of
@@ -80,8 +80,8 @@ def fill(template: str, record: Record) -> str:
         ) from None
 
 
-def records_of(target: Target) -> Iterator[Record]:
-    """Yield the records of `target` as the user has them. Raises BadInput when they cannot be read."""
+def records_of(target: Target) -> Iterator[Located]:
+    """Yield the records of `target` as the user has them, each with its place; raises BadInput when unreadable."""
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
@@ -89,12 +89,13 @@ def records_of(target: Target) -> Iterator[Record]:
     return file_records(Path(target.path or ""), "target")
 
 
-def _gym(target: Target) -> Iterator[Record]:
+def _gym(target: Target) -> Iterator[Located]:
     import reasoning_gym
 
     # item i is made from seed + i there, so neighbouring seeds would share nearly all items
     seed = int(digest_of(["gym", target.seed]), 16) % 2**31
     try:
-        yield from reasoning_gym.create_dataset(target.name, size=target.rows, seed=seed, **target.config)
+        made = reasoning_gym.create_dataset(target.name, size=target.rows, seed=seed, **target.config)
+        yield from (Located(f"{target.name!r} row {number}", record) for number, record in enumerate(made, 1))
     except (ValueError, TypeError, AssertionError) as error:
         raise BadInput(f"reasoning-gym cannot make {target.name!r} with {target.config}: {error}") from error

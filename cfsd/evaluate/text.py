@@ -53,10 +53,10 @@ class Text(Spec):
 
     def _texts(self, path: Path) -> Iterator[str]:
         if path.suffix not in WHOLE:
-            for number, record in enumerate(file_records(path, f"text {self.name}"), 1):
+            for place, record in file_records(path, f"text {self.name}"):
                 if not isinstance(text := record.get("text"), str):
                     raise BadInput(
-                        f"text {self.name}: document {number} of {str(path)!r} has no `text`; its fields are "
+                        f"text {self.name}: {place} has no `text`; its fields are "
                         f"{', '.join(map(repr, record)) or 'none'}"
                     )
                 yield text
