@@ -5,8 +5,12 @@ Readers that guess types turn the answer 007 into 7, so these do not guess.
 
 import csv
 import json
+import math
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,14 @@ FILES = (".jsonl", ".json", ".csv", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
 
 Record = dict[str, Any]
+HALF = re.compile("[\ud800-\udfff]")  # half of a character that UTF-16 writes as two; no tokenizer reads it
+NO_TEXT = {
+    bool: "write true or false as the text that it stands for",
+    float: "leave the cell empty, or write a number",
+    list: "name a column of texts, or make one text of its parts; a list of chat messages belongs in target.messages",
+    dict: "name a column of texts, or write the part that is meant in a column of its own",
+    bytes: "store the column as text, not as bytes",
+}
 
 
 class Located(NamedTuple):
@@ -24,6 +36,27 @@ class Located(NamedTuple):
 
     place: str
     record: Record
+
+
+def text_of(value: Any, place: str, column: str) -> str:
+    """Return the text of a field: nothing is the empty text, numbers are as written, dates as ISO 8601 has them.
+
+    Half a character becomes U+FFFD. `place` and `column` are for the message. Raises BadInput when it is no text.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value if value.isascii() else HALF.sub("\ufffd", value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    remedy = next((text for kind, text in NO_TEXT.items() if isinstance(value, kind)), "write it as a text")
+    raise BadInput(f"{place}: column {column!r} holds {_article(value)}, {reprlib.repr(value)}, not a text; {remedy}")
+
+
+def _article(value: Any) -> str:
+    return "NaN or infinity" if isinstance(value, float | Decimal) else f"a {type(value).__name__}"
 
 
 def is_pinned(name: str | None, revision: str | None) -> bool:
