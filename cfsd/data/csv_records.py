@@ -22,6 +22,8 @@ def csv_records(contents: Contents) -> Iterator[tuple[str, Any]]:
         line, header = next(rows, (1, []))
         _check_header(header, line, contents.suffix)
         for line, cells in rows:
+            if cells[0].removeprefix("\ufeff") == header[0] != cells[0]:
+                raise ValueError(f"line {line} is a header again: files were put one behind the other; give a folder")
             if len(cells) > len(header):
                 raise ValueError(f"line {line} has {len(cells)} cells, more than the {len(header)} columns")
             filled = [*cells, *[""] * (len(header) - len(cells))]
@@ -38,11 +40,6 @@ def _rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(f"the row that begins in line {line} breaks off or has a stray quote: {error}") from None
         if cells is None:
             return
-        if cells and cells[0].startswith("\ufeff"):
-            raise ValueError(
-                f"line {line} begins with a byte order mark: files were put one behind the other, each with a header; "
-                "give them as a folder"
-            )
         if cells:
             yield line, cells
 

@@ -48,10 +48,10 @@ class Files(NamedTuple):
                     f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
                 )
             found = {name: path for name, path in found.items() if name not in others}
-            for path in found.values():
-                check_file(path)
+            for name, path in found.items():
+                check_file(path, f"holds {name!r}, which ")
         except (ValueError, OSError) as error:
-            reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
+            reason = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else error
             raise BadInput(f"{self.what} {self.path!r} {reason}; fix {self.setting}") from None
         if others and said:
             said.add(f"{others[0]!r} and {len(others) - 1} more files of other kinds are left out", repr(self.path))
@@ -88,7 +88,9 @@ class Files(NamedTuple):
         except UnicodeDecodeError:
             raise self._unreadable(path, contents_of(path).wrong_byte()) from None
         except FAILURES as error:
-            raise self._unreadable(path, str(error) or "it breaks off") from error
+            cut = isinstance(error, EOFError) or "Truncated" in str(error)
+            reason = "it was cut short; copy or download it again" if cut else str(error)
+            raise self._unreadable(path, reason) from error
 
     def _unreadable(self, path: Path, reason: str) -> BadInput:
         return BadInput(f"{self.what} {str(path)!r} could not be read as {named_suffix(path)[1:]}: {reason}")

@@ -8,6 +8,7 @@ from cfsd.data.contents import Contents
 from cfsd.data.records import Number, Said
 
 MARK = "\ufeff"
+MOST_DIGITS = 3000  # Python turns integers of 4,300 digits into text, and no more
 JOINED = "a byte order mark within the file, left out: files were put one behind the other"
 
 
@@ -56,7 +57,7 @@ def _parsed(text: str, line: int) -> Any:
         place = f"line {line + error.lineno - 1} column {error.colno}"
         found = f"at {text[error.pos : error.pos + 20]!r}" if error.pos < len(text) else "at its end"
         raise ValueError(f"{place}: {error.msg} {found}") from None
-    except (ValueError, RecursionError) as error:  # 5,000 digits; a field twice; thousands of brackets
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"line {line}: {reason}") from None
 
@@ -69,7 +70,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Number)
+def _integer(written: str) -> int:
+    if len(written) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(written):,} digits; write it as a text, in quotes")
+    return int(written)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Number, parse_int=_integer)
 
 
 def _unwrapped(whole: Any, split: str, said: Said, path: str) -> Iterator[tuple[str, Any]]:

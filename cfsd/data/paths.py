@@ -36,15 +36,15 @@ def files_of(path: str, suffixes: tuple[str, ...], split: str) -> dict[str, Path
     return {place.name: place}
 
 
-def check_file(path: Path) -> None:
-    """Raise ValueError or OSError when `path` is no file that can be read again and again."""
+def check_file(path: Path, which: str = "") -> None:
+    """Raise ValueError or OSError when `path` is no file that can be read again and again; `which` begins a message."""
     if not os.path.lexists(path):
         hub = "; a data set of a hub is named with `kind: hub`" if HUB_NAME.fullmatch(str(path)) else ""
-        raise ValueError(f"does not exist (working directory {Path.cwd()}){hub}")
+        raise ValueError(f"{which}does not exist (working directory {Path.cwd()}){hub}")
     if not path.exists():
-        raise ValueError(f"is a link to {str(path.readlink())!r}, which does not exist")
+        raise ValueError(f"{which}is a link to {str(path.readlink())!r}, which does not exist")
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("is a pipe or a device, but is read more than once; write it into a file first")
+        raise ValueError(f"{which}is a pipe or a device, but is read more than once; write it into a file first")
     path.open("rb").close()
 
 
@@ -86,7 +86,10 @@ def _matching(pattern: Path) -> dict[str, Path]:
         raise ValueError(f"matches no file (working directory {Path.cwd()})")
     parts = pattern.parts
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    return {name: fixed / name for name in sorted(path.relative_to(fixed).as_posix() for path in files)}
+    places: dict[tuple[Path, str], Path] = {}  # a link that leads back gives each file again and again
+    for path in sorted(files, key=lambda path: (len(path.parts), path)):
+        places.setdefault((path.parent.resolve(), path.name), path)
+    return {name: fixed / name for name in sorted(path.relative_to(fixed).as_posix() for path in places.values())}
 
 
 def _saved(folder: Path, split: str) -> dict[str, Path]:

@@ -70,12 +70,13 @@ def text_of(value: Any, place: str, column: str) -> str:
         (words for of, words in NO_TEXT.items() if isinstance(value, of)),
         (f"a value of type {type(value).__name__}", "write it as a text"),
     )
-    raise BadInput(f"{place}: column {column!r} holds {reprlib.repr(value)}, not a text but {kind}; {remedy}")
+    shown = "one" if isinstance(value, int) and not isinstance(value, bool) else reprlib.repr(value)
+    raise BadInput(f"{place}: column {column!r} holds {shown}, not a text but {kind}; {remedy}")
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() < 10_000  # Python writes 4,300 digits at most
+        return not isinstance(value, bool) and value.bit_length() < 10_000  # of more, Python makes no text
     return value.is_finite() if isinstance(value, Decimal) else isinstance(value, float) and math.isfinite(value)
 
 

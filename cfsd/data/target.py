@@ -99,7 +99,7 @@ def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:
         return _gym(target)
     if target.kind == "hub":
         return hub_records(target.name or "", target.revision or "", target.split)
-    return target.files().records(said or Said())
+    return target.files().records(Said() if said is None else said)
 
 
 def _gym(target: Target) -> Iterator[Located]:

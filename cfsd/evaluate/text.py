@@ -39,7 +39,14 @@ class Text(Spec):
 
     def documents(self, said: Said | None = None) -> Iterator[str]:
         """Return the documents in order, except empty ones. Raises BadInput naming file and place."""
-        return islice(self._texts(said or Said()), self.limit)
+        return islice(self._texts(Said() if said is None else said), self.limit)
+
+    def said(self) -> list[str]:
+        """Return what is read in one of several ways, a sentence for each."""
+        said = Said()
+        for _ in self.documents(said):
+            pass
+        return said.sentences()
 
     def check(self) -> None:
         """Raise BadInput if there is no document; reads all of small files, of others the first document."""
