@@ -72,6 +72,7 @@ def _columns(names: list[str], column: str | None) -> list[str] | None:
 def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
     """Yield the records of `batch`, of which the file has `before` others before it."""
     try:
+        batch.validate(full=True)  # places within a damaged file may lead anywhere in memory
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
@@ -80,8 +81,8 @@ def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
 
 def _record(one: Any, row: int) -> Any:
     try:
+        one.validate(full=True)
         return one.to_pylist()[0]
-    except UnicodeDecodeError:
-        raise ValueError(f"row {row}: a text is not UTF-8; write it again as UTF-8") from None
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"row {row}: {error}") from None
+        remedy = "; write its texts as UTF-8" if "UTF8" in str(error) else ""
+        raise ValueError(f"row {row}: {error}{remedy}") from None

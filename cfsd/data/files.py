@@ -1,5 +1,6 @@
 """Files: what the user names at one place of a recipe, found, checked, identified and read as records."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +10,7 @@ from cfsd.data.contents import FAILURES, PACKED, contents_of, named_suffix
 from cfsd.data.csv_records import csv_records
 from cfsd.data.json_records import json_records
 from cfsd.data.paths import check_file, files_of
-from cfsd.data.records import Located, Said
+from cfsd.data.records import Located, Said, whole_characters
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.store.digests import DigestMemory, sha256_of_file
@@ -59,7 +60,7 @@ class Files(NamedTuple):
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of each file by its name within the folder, in order."""
-        return {name: _sha256(path) for name, path in self.find().items()}
+        return {os.fsencode(name).decode("utf-8", "backslashreplace"): _sha256(p) for name, p in self.find().items()}
 
     def is_one_file(self) -> bool:
         """Return whether one file is named as such."""
@@ -108,8 +109,9 @@ class Files(NamedTuple):
         elif contents.suffix in (".parquet", ".arrow"):
             yield from arrow_records(contents, self.column)
         else:
-            yield from json_records(contents, self.split, said)
+            yield from json_records(contents, self.column, self.split, said)
 
 
 def _sha256(path: Path) -> str:
-    return DigestMemory(home()).sha256(path) if path.stat().st_size >= REMEMBERED_FROM else sha256_of_file(path)
+    remembered = path.stat().st_size >= REMEMBERED_FROM and whole_characters(str(path)) == str(path)
+    return DigestMemory(home()).sha256(path) if remembered else sha256_of_file(path)

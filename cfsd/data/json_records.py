@@ -12,17 +12,19 @@ MOST_DIGITS = 3000  # Python turns integers of 4,300 digits into text, and no mo
 JOINED = "a byte order mark within the file, left out: files were put one behind the other"
 
 
-def json_records(contents: Contents, split: str, said: Said) -> Iterator[tuple[str, Any]]:
+def json_records(contents: Contents, column: str | None, split: str, said: Said) -> Iterator[tuple[str, Any]]:
     """Yield each record with its line, or with its row where it is one of a list.
 
-    `split` is the field that is meant where an object holds several lists of records. Only a file that is one list
-    or one object is held whole. Raises ValueError naming line and column.
+    A file that is one object may hold a list of records; it is itself a record if it has the `column` that is needed,
+    and `split` is the field that is meant where it holds several lists. Only a file that is one list or one object is
+    held whole. Raises ValueError naming line and column.
     """
     first, more = _first_lines(contents)
     if _is_whole(contents, first) or (contents.suffix == ".json" and not more):
         with contents.text() as file:
             whole = _parsed(file.read(), 1)
-        yield from _unwrapped(whole, split, said, str(contents.path))
+        records = _unwrapped(whole, column, split, said, repr(str(contents.path)))
+        yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
         return
     with contents.text() as file:
         for number, line in enumerate(file, 1):
@@ -79,22 +81,22 @@ def _integer(written: str) -> int:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Number, parse_int=_integer)
 
 
-def _unwrapped(whole: Any, split: str, said: Said, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(whole, dict):
-        lists = {name: value for name, value in whole.items() if _is_list_of_records(value)}
-        if not lists:
-            _refuse_columns(whole)
-            yield "line 1", whole
-            return
-        if len(lists) > 1 and split not in lists:
-            raise ValueError(f"it holds several lists of records, {', '.join(map(repr, lists))}: set `split` to one")
-        taken = split if split in lists else next(iter(lists))
-        left = [name for name in whole if name != taken]
-        said.add(f"the records are those of {taken!r}" + (f", not {', '.join(left)}" if left else ""), repr(path))
-        whole = lists[taken]
-    yield from (
-        (f"row {number}", record) for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1)
-    )
+def _unwrapped(whole: Any, column: str | None, split: str, said: Said, place: str) -> list[Any]:
+    """Return the records of a file that is one value: of a list, of a list that an object holds, or that object."""
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict) or column in whole:
+        return [whole]
+    lists = {name: value for name, value in whole.items() if _is_list_of_records(value)}
+    if not lists:
+        _refuse_columns(whole)
+        return [whole]
+    if len(lists) > 1 and split not in lists:
+        raise ValueError(f"it holds several lists of records, {', '.join(map(repr, lists))}: set `split` to one")
+    taken = split if split in lists else next(iter(lists))
+    left = [name for name in whole if name != taken]
+    said.add(f"the records are those of {taken!r}" + (f", not {', '.join(left)}" if left else ""), place)
+    return lists[taken]
 
 
 def _is_list_of_records(value: Any) -> bool:

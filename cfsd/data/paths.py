@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from cfsd.data.contents import FAILURES, contents_of, named_suffix
 
 SPLITS, STATE = "dataset_dict.json", "state.json"  # in the folders that `datasets` saves
+DEFAULT_SPLIT = "train"
 HUB_NAME = re.compile(r"[\w.-]+/[\w-]+")  # `org/name`, without the dot of a file's suffix
 
 
@@ -24,8 +25,12 @@ def files_of(path: str, suffixes: tuple[str, ...], split: str) -> dict[str, Path
     place = Path(path).expanduser()
     if "://" in path:
         raise ValueError("is an address; download the file, or name a data set of a hub with `kind: hub`")
+    if place.is_dir() and any((place / name).is_file() for name in (SPLITS, STATE)):
+        return _saved(place, split)
+    if split not in ("", DEFAULT_SPLIT) and named_suffix(place) != ".json":
+        raise ValueError(f"has no splits, but `split` is {split!r}; name the file that is meant and leave `split` out")
     if place.is_dir():
-        return _saved(place, split) if any((place / name).is_file() for name in (SPLITS, STATE)) else _in_folder(place)
+        return _in_folder(place)
     if not os.path.lexists(place) and glob.has_magic(path):
         return _matching(place)
     check_file(place)

@@ -142,8 +142,10 @@ def hub_records(
         loaded = load_dataset(name, subset, revision=revision, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
         yield from (Located(f"{name!r} row {number}", record) for number, record in enumerate(records, 1))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: the data set is a script
+    # RuntimeError: the data set is a script; the others: files that are not what their names say
+    except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else error
         raise BadInput(
-            f"data set {name}@{revision} could not be loaded: {error}; check the id, the split "
+            f"data set {name}@{revision} could not be loaded: {reason}; check the id, the split "
             f"{split!r} and the network, or give a local file"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that people bring: every shape gives the same records, and what cannot be read is one message with its place."""
+"""Files that people bring: every shape gives the same records; what cannot be read is one message with its place."""
 
 import bz2
 import csv
@@ -110,7 +110,7 @@ SHAPES: dict[str, tuple[str, Write]] = {
     "arrow file": ("a.arrow", lambda r: _arrow(r, pa.ipc.new_file)),
     "packed, and not named so": ("a.jsonl", lambda r: gzip.compress(_lines(r).encode())),
     "named as packed": ("a.jsonl.gz", lambda r: _lines(r).encode()),
-    "packed in two parts": ("a.jsonl.gz", lambda r: gzip.compress(_lines(r[:1]).encode()) + gzip.compress(_lines(r[1:]).encode())),
+    "packed in parts": ("a.jsonl.gz", lambda r: b"".join(gzip.compress(_lines([one]).encode()) for one in r)),
     **{f"jsonl{s}": (f"a.jsonl{s}", lambda r, pack=pack: pack(_lines(r).encode())) for s, pack in PACK.items()},
     **{f"csv{s}": (f"a.csv{s}", lambda r, pack=pack: pack(_csv(r).encode())) for s, pack in PACK.items()},
     **{f"parquet{s}": (f"a.parquet{s}", lambda r, pack=pack: pack(_parquet(r))) for s, pack in PACK.items()},
@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a pickle, named json": ("a.json", b"\x80\x04\x95", r"a pickle, which is never read"),
     "a web page": ("a.jsonl", b"<!DOCTYPE html>\n<html>", r"a web page: download the file itself"),
     "not a table": ("a.parquet", b"hello", r"it is no \.parquet file"),
-    "text that is not UTF-8 in a table": ("a.arrow", _arrow([{"prompt": "zzz", "response": "b"}], pa.ipc.new_stream).replace(b"zzz", b"z\xffz"), r"row 1: a text is not UTF-8"),
+    "text that is not UTF-8 in a table": ("a.arrow", _arrow([{"prompt": "zzz", "response": "b"}], pa.ipc.new_stream).replace(b"zzz", b"z\xffz"), r"row 1: .*write its texts as UTF-8"),
 }  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def test_a_large_file_is_read_while_it_is_open(tmp_path: Path) -> None:
 SUFFIXES = [f"{suffix}{packed}" for suffix in (*ROWS, *WHOLE) for packed in ("", ".gz", ".zst", ".xz", ".bz2")]
 BEGINNINGS = [b"", b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff", b"\x1f\x8b\x08\0", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd",
               b"\xff\xfe", b"\xef\xbb\xbf", b'{"a": ', b"[{", b'a,b\n"']  # fmt: skip
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
