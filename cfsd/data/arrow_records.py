@@ -32,8 +32,7 @@ def _batches(contents: Contents, column: str | None) -> Iterator[Any]:
 
     with _source(contents) as source:
         if contents.suffix == ".parquet":
-            file = pq.ParquetFile(source)
-            yield from file.iter_batches(batch_size=ROWS, columns=_columns(file.schema_arrow.names, column))
+            yield from _parquet_batches(pq.ParquetFile(source), column)
             return
         begin = source.read(6)
         source.seek(0)
@@ -45,6 +44,15 @@ def _batches(contents: Contents, column: str | None) -> Iterator[Any]:
             reader = batches = pa.ipc.open_stream(source)
         columns = _columns(reader.schema.names, column)
         yield from (batch.select(columns) if columns else batch for batch in batches)
+
+
+def _parquet_batches(file: Any, column: str | None) -> Iterator[Any]:
+    rows = 0
+    for batch in file.iter_batches(batch_size=ROWS, columns=_columns(file.schema_arrow.names, column)):
+        yield batch
+        rows += batch.num_rows
+    if rows != file.metadata.num_rows:
+        raise ValueError(f"it has {rows} rows, but {file.metadata.num_rows} by its end; it is damaged")
 
 
 def _source(contents: Contents) -> Any:

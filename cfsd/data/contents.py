@@ -20,16 +20,14 @@ OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer: the data themselves were not fetched; run `git lfs pull`",
     b"PK\x03\x04": "a zip archive, as Excel's .xlsx is: unpack it, or save the sheet as CSV in UTF-8",
     b"\xd0\xcf\x11\xe0": "a file of an old Office program: save it as CSV in UTF-8",
-    b"\x80\x02": "a pickle, which is never read: it could run any program; save the rows as JSONL or Parquet",
-    b"\x80\x03": "a pickle, which is never read: it could run any program; save the rows as JSONL or Parquet",
-    b"\x80\x04": "a pickle, which is never read: it could run any program; save the rows as JSONL or Parquet",
-    b"\x80\x05": "a pickle, which is never read: it could run any program; save the rows as JSONL or Parquet",
     b"\x93NUMPY": "a NumPy array: save the rows as JSONL or Parquet",
     b"SQLite format 3": "a database: export the table as CSV in UTF-8",
     b"%PDF": "a PDF: extract its text",
-    b"<!doctype html": "a web page: download the file itself",
-    b"<html": "a web page: download the file itself",
 }
+PICKLE = "a pickle, which is never read: it could run any program; save the rows as JSONL or Parquet"
+OTHERS |= {bytes([0x80, protocol]): PICKLE for protocol in range(2, 6)}
+PAGES = (b"<!doctype html", b"<html")
+WHOLE = (".txt", ".md")  # one document to a file
 FAILURES = (
     ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, RecursionError, NotImplementedError,
 )  # fmt: skip
@@ -85,9 +83,10 @@ def contents_of(path: Path) -> Contents:
         packed = next((suffix for magic, suffix in PACKED.items() if file.peek(8).startswith(magic)), "")
     with opened(path, packed) as unpacked:
         head = unpacked.read(HEAD)
-    for magic, words in OTHERS.items():
-        if head[: len(magic)].lower() == magic.lower():
-            raise ValueError(f"it is {words}")
+    if words := next((words for magic, words in OTHERS.items() if head.startswith(magic)), None):
+        raise ValueError(f"it is {words}")
+    if head[:20].lower().startswith(PAGES) and named_suffix(path) not in WHOLE:
+        raise ValueError("it is a web page; download the file itself")
     if table := next((suffix for magic, suffix in TABLES.items() if head.startswith(magic)), None):
         return Contents(path, packed, table, "")
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")

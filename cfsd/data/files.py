@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from cfsd.data.arrow_records import arrow_records
-from cfsd.data.contents import FAILURES, PACKED, contents_of, named_suffix
+from cfsd.data.contents import FAILURES, PACKED, WHOLE, contents_of, named_suffix
 from cfsd.data.csv_records import csv_records
 from cfsd.data.json_records import json_records
 from cfsd.data.paths import check_file, files_of
@@ -16,7 +16,6 @@ from cfsd.machine import home
 from cfsd.store.digests import DigestMemory, sha256_of_file
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-WHOLE = (".txt", ".md")  # one document to a file
 READ_BY_CHECKS = 1 << 24  # bytes: files of so much are read whole by a check, of larger ones the first record
 REMEMBERED_FROM = 1 << 20  # bytes; a digest is remembered through a file that a thousand small ones would rewrite
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from cfsd.data.files import ROWS, WHOLE, Files
+from cfsd.data.contents import WHOLE
+from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Said, column_texts
 from cfsd.errors import BadInput
 from cfsd.spec import Spec
@@ -15,6 +16,7 @@ from cfsd.store.digests import digest_of_files
 
 SETTING = "evaluate.texts"
 COLUMN = "text"
+REMEDY = f"give records a field `text`, or name the files that are meant by a pattern in {SETTING}"
 
 
 class Text(Spec):
@@ -56,6 +58,4 @@ class Text(Spec):
     def _texts(self, said: Said) -> Iterator[str]:
         files = self.files()
         for path in files.find(said).values():
-            yield from column_texts(
-                files.records_in(path, said), COLUMN, files.what, f"give records a field `text`, or fix {SETTING}", said
-            )
+            yield from column_texts(files.records_in(path, said), COLUMN, files.what, REMEDY, said)

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cfsd.data.files import ROWS, WHOLE, Files
+from cfsd.data.contents import WHOLE
+from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Number, Said, text_of
 from cfsd.data.replay import Replay, documents
 from cfsd.data.target import Target, records_of
@@ -189,7 +190,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Excel, named csv": ("a.csv", b"PK\x03\x04....", r"save the sheet as CSV"),
     "a pickle": ("a.pkl", b"\x80\x04\x95", r"ends in '\.pkl'.*a pickle, which is never read"),
     "a pickle, named json": ("a.json", b"\x80\x04\x95", r"a pickle, which is never read"),
-    "a web page": ("a.jsonl", b"<!DOCTYPE html>\n<html>", r"a web page: download the file itself"),
+    "a web page": ("a.jsonl", b"<!DOCTYPE html>\n<html>", r"a web page; download the file itself"),
     "not a table": ("a.parquet", b"hello", r"it is no \.parquet file"),
     "text that is not UTF-8 in a table": ("a.arrow", _arrow([{"prompt": "zzz", "response": "b"}], pa.ipc.new_stream).replace(b"zzz", b"z\xffz"), r"row 1: .*write its texts as UTF-8"),
 }  # fmt: skip
