@@ -8,6 +8,7 @@ from cfsd.data.contents import Contents
 from cfsd.data.records import Number, Said
 
 MARK = "\ufeff"
+DEEPEST = 100  # lists and objects within each other
 MOST_DIGITS = 3000  # Python turns integers of 4,300 digits into text, and no more
 JOINED = "a byte order mark within the file, left out: files were put one behind the other"
 
@@ -54,7 +55,10 @@ def _is_whole(contents: Contents, first: str) -> bool:
 def _parsed(text: str, line: int) -> Any:
     """Return the value of `text`, which begins in `line`. Raises ValueError naming line and column."""
     try:
-        return DECODER.decode(text)
+        value = DECODER.decode(text)
+        if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1} column {error.colno}"
         found = f"at {text[error.pos : error.pos + 20]!r}" if error.pos < len(text) else "at its end"
@@ -62,6 +66,14 @@ def _parsed(text: str, line: int) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"line {line}: {reason}") from None
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for part in inner for item in part if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

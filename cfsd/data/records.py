@@ -20,8 +20,8 @@ HALVES = "half of a character (an emoji that was cut), read as U+FFFD"
 NO_TEXT: dict[type, tuple[str, str]] = {
     bool: ("a truth value", "write it as the text that it stands for"),
     int: ("an integer of too many digits", "write it as a text, in quotes"),
-    float: ("NaN or infinity", "leave it empty, or write a number"),
-    Decimal: ("NaN or infinity", "leave it empty, or write a number"),
+    float: ("no finite number", "leave it empty, or write a number"),
+    Decimal: ("no finite number", "leave it empty, or write a number"),
     list: ("a list", "make one text of its parts, or name a column of texts; chat messages belong in target.messages"),
     dict: ("a mapping", "write the part that is meant into a column of its own"),
     bytes: ("bytes", "store the column as text"),
@@ -70,8 +70,8 @@ def text_of(value: Any, place: str, column: str) -> str:
         (words for of, words in NO_TEXT.items() if isinstance(value, of)),
         (f"a value of type {type(value).__name__}", "write it as a text"),
     )
-    shown = "one" if isinstance(value, int) and not isinstance(value, bool) else reprlib.repr(value)
-    raise BadInput(f"{place}: column {column!r} holds {shown}, not a text but {kind}; {remedy}")
+    shown = "" if isinstance(value, int) and not isinstance(value, bool) else f" {reprlib.repr(value)},"
+    raise BadInput(f"column {column!r} of {place} holds {kind},{shown} not a text; {remedy}")
 
 
 def _is_number(value: Any) -> bool:

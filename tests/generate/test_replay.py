@@ -200,7 +200,7 @@ CASES = {
     "no bytes": ("a.txt", "", "is empty; fix generate.replay.path"),
     "no text": ("a.jsonl", '{"text": " "}\n{"text": null}\n', "holds no text"),
     "no records": ("a.csv", "text\n", "holds no text"),
-    "not a text": ("a.jsonl", '{"text": ["x", "y"]}\n', r"holds \['x', 'y'\], not a text"),
+    "not a text": ("a.jsonl", '{"text": ["x", "y"]}\n', r"holds a list, \['x', 'y'\], not a text"),
     "not JSON": ("a.jsonl", "hello\n", "could not be read as jsonl: line 1"),
     "not UTF-8": ("a.txt", "\udcff", "could not be read as txt: line 1 byte 1 is 0xff, which is not UTF-8"),
     "not a table": ("a.parquet", "hello", "could not be read as parquet"),
