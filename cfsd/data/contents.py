@@ -47,7 +47,7 @@ class Contents(NamedTuple):
 
     def text(self, newline: str | None = None) -> io.TextIOWrapper:
         """Return the text; `newline` as in `open`. Reading raises UnicodeDecodeError, see `wrong_byte`."""
-        return io.TextIOWrapper(cast("IO[bytes]", self.open()), encoding=self.encoding, newline=newline)
+        return io.TextIOWrapper(self.open(), encoding=self.encoding, newline=newline)
 
     def wrong_byte(self) -> str:
         """Return where the first byte is that is no part of the text, and what it is."""

@@ -40,22 +40,25 @@ class Files(NamedTuple):
     def find(self, said: Said | None = None) -> dict[str, Path]:
         """Return the files in order by their names within the folder. Raises BadInput saying what is wrong."""
         try:
-            found = files_of(self.path, self.suffixes, self.split)
-            others = [name for name, path in found.items() if named_suffix(path) not in self.suffixes]
-            if others and not self.leaves_others:
-                raise ValueError(
-                    f"holds {others[0]!r} and {len(others) - 1} more files that are not {', '.join(self.suffixes)}; "
-                    f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
-                )
-            found = {name: path for name, path in found.items() if name not in others}
+            found = self._without_others(files_of(self.path, self.suffixes, self.split), said)
             for name, path in found.items():
                 check_file(path, f"holds {name!r}, which ")
         except (ValueError, OSError) as error:
-            reason = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else error
+            reason = f"cannot be read: {error}" if isinstance(error, OSError) else error
             raise BadInput(f"{self.what} {self.path!r} {reason}; fix {self.setting}") from None
-        if others and said:
-            said.add(f"{others[0]!r} and {len(others) - 1} more files of other kinds are left out", repr(self.path))
         return found
+
+    def _without_others(self, found: dict[str, Path], said: Said | None) -> dict[str, Path]:
+        kept = {name: path for name, path in found.items() if named_suffix(path) in self.suffixes}
+        others = [name for name in found if name not in kept]
+        if others and not self.leaves_others:
+            raise ValueError(
+                f"holds {others[0]!r} and {len(others) - 1} more files that are not {', '.join(self.suffixes)}; "
+                f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
+            )
+        if others and said is not None:
+            said.add(f"{others[0]!r} and {len(others) - 1} more files of other kinds are left out", repr(self.path))
+        return kept
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of each file by its name within the folder, in order."""

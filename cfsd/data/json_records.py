@@ -21,6 +21,8 @@ def json_records(contents: Contents, column: str | None, split: str, said: Said)
     held whole. Raises ValueError naming line and column.
     """
     first, more = _first_lines(contents)
+    if not first:
+        return
     if _is_whole(contents, first) or (contents.suffix == ".json" and not more):
         with contents.text() as file:
             whole = _parsed(file.read(), 1)
@@ -108,7 +110,7 @@ def _unwrapped(whole: Any, column: str | None, split: str, said: Said, place: st
     taken = split if split in lists else next(iter(lists))
     left = [name for name in whole if name != taken]
     said.add(f"the records are those of {taken!r}" + (f", not {', '.join(left)}" if left else ""), place)
-    return lists[taken]
+    return list(lists[taken])
 
 
 def _is_list_of_records(value: Any) -> bool:

@@ -17,6 +17,7 @@ from cfsd.machine import home
 
 HALF = re.compile("[\ud800-\udfff]")
 HALVES = "half of a character (an emoji that was cut), read as U+FFFD"
+NUMBERS = "a number or a date where a text is read, written out"
 NO_TEXT: dict[type, tuple[str, str]] = {
     bool: ("a truth value", "write it as the text that it stands for"),
     int: ("an integer of too many digits", "write it as a text, in quotes"),
@@ -120,8 +121,8 @@ def column_texts(records: Iterable[Located], column: str, what: str, setting: st
             said.add(f"no field {column!r}, taken as empty", place)
         seen, value = True, record.get(column)
         text = text_of(value, f"{what} {place}", column)
-        if value != text and isinstance(value, str):
-            said.add(HALVES, place)
+        if value is not None and value != text:
+            said.add(HALVES if isinstance(value, str) else NUMBERS, place)
         if text.strip():
             yield text
 
