@@ -60,6 +60,9 @@ def stage(
             def do(draft: Draft) -> None:
                 with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
+                said = draft.metadata.get("said")
+                for sentence in said if isinstance(said, list) else ():
+                    record.say(f"{name}: {sentence}")
 
             made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}

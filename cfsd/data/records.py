@@ -1,20 +1,32 @@
-"""Records: rows with named fields, read from the user's own files or from a pinned data set of a hub.
+"""Records: rows with named fields, and the texts in them; from files (`cfsd.data.files`) or a pinned data set of a hub.
 
 Readers that guess types turn the answer 007 into 7, so these do not guess.
 """
 
-import csv
-import json
+import math
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
+HALF = re.compile("[\ud800-\udfff]")
+HALVES = "half of a character (an emoji that was cut), read as U+FFFD"
+NUMBERS = "a number or a date where a text is read, written out"
+NO_TEXT: dict[type, tuple[str, str]] = {
+    bool: ("a truth value", "write it as the text that it stands for"),
+    int: ("an integer of too many digits", "write it as a text, in quotes"),
+    float: ("no finite number", "leave it empty, or write a number"),
+    Decimal: ("no finite number", "leave it empty, or write a number"),
+    list: ("a list", "make one text of its parts, or name a column of texts; chat messages belong in target.messages"),
+    dict: ("a mapping", "write the part that is meant into a column of its own"),
+    bytes: ("bytes", "store the column as text"),
+}
 
 Record = dict[str, Any]
 
@@ -26,77 +38,98 @@ class Located(NamedTuple):
     record: Record
 
 
+class Number(float):
+    """A number that is written as the file has it: 1.50 stays 1.50."""
+
+    def __new__(cls, written: str) -> "Number":
+        """Return the number and keep how it was `written`."""
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        """Return it as the file has it."""
+        return self.written
+
+
+def text_of(value: Any, place: str, column: str) -> str:
+    """Return the text of a field: nothing is the empty text, numbers are as written, dates as ISO 8601 has them.
+
+    Half of a character becomes U+FFFD. `place` and `column` are for the message. Raises BadInput when it is no text.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    if _is_number(value):
+        return str(value)
+    kind, remedy = next(
+        (words for of, words in NO_TEXT.items() if isinstance(value, of)),
+        (f"a value of type {type(value).__name__}", "write it as a text"),
+    )
+    shown = "" if isinstance(value, int) and not isinstance(value, bool) else f" {reprlib.repr(value)},"
+    raise BadInput(f"column {column!r} of {place} holds {kind},{shown} not a text; {remedy}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() < 10_000  # of more, Python makes no text
+    return value.is_finite() if isinstance(value, Decimal) else isinstance(value, float) and math.isfinite(value)
+
+
+def whole_characters(text: str) -> str:
+    """Return `text` with two halves of a character put together, and half of one as U+FFFD."""
+    if text.isascii() or not HALF.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class Said:
+    """What was read in one of several ways, or changed: a sentence for each, with how often and where first."""
+
+    def __init__(self) -> None:
+        """Begin with nothing to say."""
+        self.count: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, sentence: str, place: str) -> None:
+        """Note that `sentence` holds at `place`."""
+        self.count[sentence] += 1
+        self.first.setdefault(sentence, place)
+
+    def sentences(self) -> list[str]:
+        """Return the sentences, each with its first place."""
+        more = {sentence: f" and {n - 1:,} more" if n > 1 else "" for sentence, n in self.count.items()}
+        return [f"{self.first[sentence]}{more[sentence]}: {sentence}" for sentence in self.count]
+
+
+def column_texts(records: Iterable[Located], column: str, what: str, setting: str, said: Said) -> Iterator[str]:
+    """Yield the texts in `column`, those without text left out; a field that only some records lack is empty.
+
+    `what` names the records and `setting` where the column is set. Raises BadInput naming the place.
+    """
+    seen = False
+    for place, record in records:
+        if column not in record and not seen:
+            columns = ", ".join(map(repr, record)) or "none"
+            raise BadInput(f"{what} {place} has no column {column!r}; its columns are {columns}; {setting}")
+        if column not in record:
+            said.add(f"no field {column!r}, taken as empty", place)
+        seen, value = True, record.get(column)
+        text = text_of(value, f"{what} {place}", column)
+        if value is not None and value != text:
+            said.add(HALVES if isinstance(value, str) else NUMBERS, place)
+        if text.strip():
+            yield text
+
+
 def is_pinned(name: str | None, revision: str | None) -> bool:
     """Return whether both name one commit of a hub: an id, and 40 hex digits."""
     return bool(name and re.fullmatch(r"[0-9a-f]{40}", revision or ""))
-
-
-def check_file(path: Path, what: str, setting: str, needed: str, allowed: Sequence[str] = FILES) -> None:
-    """Raise BadInput if `path` is no readable kind of file, or empty.
-
-    `what` names it, `setting` is where the user gave it, `needed` says what it should hold.
-    """
-    if not path.is_file():
-        raise BadInput(f"{what} {str(path)!r} does not exist (working directory {Path.cwd()}); fix {setting}")
-    if path.suffix not in allowed:
-        raise BadInput(f"{what} {str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(allowed)}")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{what} {str(path)!r} is empty; {needed}")
-
-
-def file_records(path: Path, what: str, column: str | None = None) -> Iterator[Located]:
-    """Yield the records of a file in order; a `column` that the file has may come without the others.
-
-    A `.txt` file is one record, its text in `column`. It is held whole, as is a `.json` file that is one list.
-    Raises BadInput naming `what`, the file and the place when it is not what its suffix says.
-    """
-    try:
-        for place, record in READERS[path.suffix](path, column):
-            if not isinstance(record, dict):
-                raise ValueError(f"{place} is not an object with named fields")
-            yield Located(f"{str(path)!r} {place}", record)
-    except (ValueError, OSError, csv.Error) as error:  # errors of json, Arrow and text encodings are ValueErrors
-        raise BadInput(f"{what} {str(path)!r} could not be read as {path.suffix[1:]}: {error}") from error
-
-
-def _json(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".json" and (content := file.read()).lstrip().startswith("["):
-            yield from ((f"row {number}", record) for number, record in enumerate(json.loads(content), 1))
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from error
-
-
-def _csv(path: Path, _: str | None) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in (reader := csv.DictReader(file)):
-            if None in row:
-                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
-            yield f"line {reader.line_num}", row
-
-
-def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet as pq  # late: a recipe is read without pyarrow
-
-    file = pq.ParquetFile(path)
-    columns = [column] if column in file.schema_arrow.names else None
-    batches = file.iter_batches(batch_size=1024, columns=columns)
-    records = (record for batch in batches for record in batch.to_pylist())
-    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
-
-
-def _text(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    yield "", {column: path.read_text(encoding="utf-8-sig")}
-
-
-READERS = {".jsonl": _json, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
 
 
 def hub_records(
@@ -110,8 +143,10 @@ def hub_records(
         loaded = load_dataset(name, subset, revision=revision, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
         yield from (Located(f"{name!r} row {number}", record) for number, record in enumerate(records, 1))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: the data set is a script
+    # RuntimeError: the data set is a script; the others: files that are not what their names say
+    except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else error
         raise BadInput(
-            f"data set {name}@{revision} could not be loaded: {error}; check the id, the split "
+            f"data set {name}@{revision} could not be loaded: {reason}; check the id, the split "
             f"{split!r} and the network, or give a local file"
         ) from error

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from cfsd.data.records import Located, Record, check_file, file_records, hub_records, is_pinned
+from cfsd.data.files import Files
+from cfsd.data.records import Located, Record, Said, hub_records, is_pinned
 from cfsd.errors import BadInput
-from cfsd.machine import home
 from cfsd.spec import Spec, digest_of
-from cfsd.store.digests import DigestMemory
+from cfsd.store.digests import digest_of_files
 
 
 class Target(Spec):
@@ -19,12 +18,17 @@ class Target(Spec):
 
     kind: Literal["file", "hub", "gym"] = Field(
         "file",
-        description="file: JSONL, CSV or Parquet; hub: a pinned data set; gym: a reasoning-gym generator",
+        description="file: JSONL, CSV, Parquet and the like; hub: a pinned data set; gym: a reasoning-gym generator",
     )
-    path: str | None = Field(None, description="file only: relative to the working directory")
+    path: str | None = Field(
+        None,
+        description="file only: JSONL, JSON, CSV, TSV, Parquet or Arrow, each of them compressed too (.gz, .zst, .xz, "
+        ".bz2); a folder of these, a pattern as `rows/*.jsonl`, or what `datasets` saved; relative to the working "
+        "directory",
+    )
     name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
     revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
-    split: str = Field("train", description="hub only")
+    split: str = Field("train", description="hub, and files that hold several splits")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
     prompt: str = Field("prompt", description="A column, or a template such as `Question: {question}\\n`")
     response: str = Field("response", description="A column, or a template such as ` {answer}`")
@@ -51,18 +55,24 @@ class Target(Spec):
     def _identity(self) -> dict[str, Any]:
         settings = super()._identity()
         if self.kind == "file":
-            settings["path"] = DigestMemory(home()).sha256(Path(self.path or ""))
+            digests = self.files().digests()
+            [settings["path"]] = digests.values() if self.files().is_one_file() else [digest_of_files(digests)]
         if self.kind == "gym":
             settings["generator"] = version("reasoning-gym")
         return settings
 
+    def files(self) -> Files:
+        """Return the files of kind file."""
+        return Files(self.path or "", "target", "target.path", split=self.split)
+
     def check(self) -> None:
-        """Raise BadInput if the rows cannot be had; reads no more than the first one."""
+        """Raise BadInput if the rows cannot be had; reads all of small files, of others the first row."""
         if self.kind == "gym":
             next(iter(_gym(self)), None)
-        elif self.kind == "file":
-            needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
-            check_file(Path(self.path or ""), "target", "target.path", needed)
+        elif self.kind == "file" and self.files().first_of(records_of(self)) is None:
+            raise BadInput(
+                f"target {self.path!r} holds no rows; rows with {self.prompt!r} and {self.response!r} are needed"
+            )
 
 
 def fill(template: str, record: Record) -> str:
@@ -80,13 +90,16 @@ def fill(template: str, record: Record) -> str:
         ) from None
 
 
-def records_of(target: Target) -> Iterator[Located]:
-    """Yield the records of `target` as the user has them, each with its place; raises BadInput when unreadable."""
+def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:
+    """Yield the records of `target` as the user has them, each with its place; raises BadInput when unreadable.
+
+    What is read in one of several ways is added to `said`.
+    """
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
         return hub_records(target.name or "", target.revision or "", target.split)
-    return file_records(Path(target.path or ""), "target")
+    return target.files().records(Said() if said is None else said)
 
 
 def _gym(target: Target) -> Iterator[Located]:

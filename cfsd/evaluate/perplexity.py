@@ -28,6 +28,8 @@ def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> N
     nll, tokens, size = (sum(record[name] for record in records) for name in ("nll", "tokens", "bytes"))
     loss = {"nats_per_token": nll / tokens, "nats_per_byte": nll / size}
     metadata = {"text": text.name, "documents": len(records), "tokens": tokens, "bytes": size} | loss
+    if said := text.said():
+        metadata |= {"said": said}
     figures = {f"eval/{text.name}/{name}": value for name, value in loss.items()}
     write_result(draft, "texts", pa.Table.from_pylist(records), metadata, figures)
 

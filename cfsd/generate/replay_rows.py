@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
+from cfsd.data.records import Said
 from cfsd.data.replay import Replay, documents
 from cfsd.errors import BadInput
 from cfsd.model.loading import Tokenization
@@ -14,18 +15,21 @@ PASSAGE_CHARACTERS = 64  # per token of a row's length: about 16 rows of English
 BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer, which needs 150 bytes a character while it works
 
 
-def replay_rows(replay: Replay, base: Tokenization, *, rows: int, length: int, seed: int) -> Iterator[list[int]]:
+def replay_rows(
+    replay: Replay, base: Tokenization, *, rows: int, length: int, seed: int, said: Said | None = None
+) -> Iterator[list[int]]:
     """Yield `rows` rows: the base's start token and at most `length` tokens, an eos id where a document ends.
 
     Documents come in a seeded order that does not depend on `rows`: more rows begin with the same ones. A document's
     rows follow each other; one longer than PASSAGE_CHARACTERS x `length` takes part as several passages, cut at the
     ends of lines, so that a book is not a corpus of its own. An eos id within the text ends the document there; a
     start token in front of the text is not doubled.
-    Reads all documents once and holds only the wanted rows. Raises BadInput when the documents do not suffice.
+    Reads all documents once and holds only the wanted rows; what is read in one of several ways is added to `said`.
+    Raises BadInput when the documents do not suffice.
     """
     selected = _FirstPassages(rows)
     tokenizer: Any = base.tokenizer
-    for batch in _batches(_passages(replay, length, seed), selected):
+    for batch in _batches(_passages(documents(replay, said), length, seed), selected):
         texts = [passage.text for passage in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for passage, ids in zip(batch, encoded["input_ids"], strict=True):
@@ -77,10 +81,10 @@ class _FirstPassages:
             left -= min(left, len(pieces))
 
 
-def _passages(replay: Replay, length: int, seed: int) -> Iterator[_Passage]:
+def _passages(texts: Iterator[str], length: int, seed: int) -> Iterator[_Passage]:
     order = random.Random(f"replay {seed}")
     max_characters = PASSAGE_CHARACTERS * length
-    for text in documents(replay):
+    for text in texts:
         begin = 0
         while len(text) - begin > max_characters:
             middle, end = begin + max_characters // 2, begin + max_characters

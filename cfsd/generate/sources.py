@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from cfsd.data.corpus_table import DROPPED
+from cfsd.data.records import Said
 from cfsd.errors import BadInput
 from cfsd.generate.chat_template import template_start
 from cfsd.generate.replay_rows import replay_rows
@@ -28,17 +29,18 @@ from cfsd.spec import seed_of
 from cfsd.store.artifact import Store
 from cfsd.store.tables import batches
 
+SAID = b"said"  # in the Parquet metadata of the starts
 STARTS = pa.schema([("token_ids", pa.list_(pa.int32()))])
 
 
 class SourceRows(NamedTuple):
     """Where the rows of a source come from: one of a function for rows that begin alike and one for a prompt each.
 
-    The latter counts the prompts that it cannot use, by reason.
+    The latter counts the prompts that it cannot use, by reason, and says what it read in one of several ways.
     """
 
     alike: Callable[[ShardJob, Tokenization, list[int]], Rows] | None = None  # gets the ids of the rows
-    each: Callable[[ShardJob, Tokenization, int, Counter[str]], Iterator[list[int]]] | None = None  # gets their number
+    each: Callable[[ShardJob, Tokenization, int, Counter[str], Said], Iterator[list[int]]] | None = None  # and number
     is_sampled: bool = True  # False: `each` gives whole rows, which the base only scores
 
 
@@ -55,21 +57,23 @@ def tokenization_of(job: ShardJob) -> Tokenization:
 def write_starts(job: ShardJob, source: str, rows: int) -> dict[str, JsonValue]:
     """Write the tokens of each row of `source`, one Parquet row group per shard, where rows do not begin alike.
 
-    Returns how many prompts of the target left no room for a text.
+    Returns how many prompts of the target left no room for a text, and what is to be said of documents.
     """
     each, path = SOURCES[source].each, _starts_path(job, source)
     if each is None:
         return {}
     if not path.exists() or pq.read_metadata(path).num_rows < rows:
-        dropped = Counter[str]()
-        starts = each(job, tokenization_of(job), rows, dropped)
+        dropped, said = Counter[str](), Said()
+        starts = each(job, tokenization_of(job), rows, dropped, said)
+        notes = {DROPPED: json.dumps(dropped), SAID: json.dumps(said.sentences())}
         temporary, size = path.with_name(f"{path.name}.partial"), job.machine.sampling_rows
-        with pq.ParquetWriter(temporary, STARTS.with_metadata({DROPPED: json.dumps(dropped)})) as writer:
+        with pq.ParquetWriter(temporary, STARTS.with_metadata(notes)) as writer:
             while group := list(islice(starts, size)):
                 writer.write_table(pa.table([group], schema=STARTS))
         temporary.replace(path)
-    lost = json.loads((pq.read_schema(path).metadata or {}).get(DROPPED, b"{}"))
-    return {"dropped_prompts": lost} if lost else {}
+    known = pq.read_schema(path).metadata or {}
+    found = {"dropped_prompts": json.loads(known.get(DROPPED, b"{}")), "said": json.loads(known.get(SAID, b"[]"))}
+    return {name: value for name, value in found.items() if value}
 
 
 def rows_of(job: ShardJob, shard: Shard) -> Rows:
@@ -105,15 +109,15 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids))
 
 
-def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:
+def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
     if job.target is None:
         raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
     return iter(contextual_starts(Store(job.home).path(job.target), rows, seed_of(job.spec), _room(job), dropped))
 
 
-def _replay(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str]) -> Iterator[list[int]]:
+def _replay(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
     assert job.spec.replay
-    return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=seed_of(job.spec))
+    return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=seed_of(job.spec), said=said)
 
 
 def _room(job: ShardJob) -> int:

@@ -91,10 +91,10 @@ def test_texts_count_by_content_and_settings(tmp_path: Path, texts: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"words": "x"}\n', r"a\.jsonl' line 1 has no `text`; its fields are 'words'"),
+        ("a.jsonl", '{"words": "x"}\n', r"a\.jsonl' line 1 has no column 'text'; its columns are 'words'"),
         ("a.jsonl", "{\n", r"could not be read as jsonl: line 1"),
         ("a.txt", " \n", r"holds no text; fix evaluate\.texts"),
-        ("a.txt", "", r"is empty; a text is needed"),
+        ("a.txt", "", r"is empty; fix evaluate\.texts"),
         ("a.pdf", "x", r"ends in '\.pdf'; allowed: \.txt, \.md, \.jsonl"),
     ],
 )

@@ -204,6 +204,19 @@ def test_replay_rows_are_scored_and_hold_the_same_columns(store: Store, base: Ar
         assert row["topk_logprobs"][:3] == [None] * 3
 
 
+def test_what_was_read_in_one_of_several_ways_is_kept_with_the_corpus(
+    store: Store, base: Artifact, tmp_path: Path
+) -> None:
+    documents = tmp_path / "documents.json"
+    documents.write_text(json.dumps({"data": [{"text": f"abc def {a}\ud83d"} for a in "abcdefgh"]}))
+    spec = GenerateSpec(rows=8, length=8, source="replay", replay=Replay(path=str(documents)), seed=0)
+    said = made(store, base, spec).metadata["said"]
+    assert said == [
+        f"'{documents}': the records are those of 'data'",
+        f"'{documents}' row 1 and 7 more: half of a character (an emoji that was cut), read as U+FFFD",
+    ]
+
+
 def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: Artifact, tmp_path: Path) -> None:
     target, replay = world_of(store, base, tmp_path)
     fractions = {"context-free": 0.5, "contextual": 0.2, "replay": 0.3}

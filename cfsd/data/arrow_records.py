@@ -1,0 +1,96 @@
+"""Records of Parquet and of Arrow, as a file or as a stream (what `datasets` saves)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cfsd.data.contents import Contents
+
+ROWS = 1024  # turned into Python at once
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def arrow_records(contents: Contents, column: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield each record with its row; a `column` that the file has comes without the others.
+
+    Held whole only if the file as such is compressed. Raises ValueError naming the row.
+    """
+    import pyarrow as pa  # late: a recipe is read without pyarrow
+
+    try:
+        before = 0
+        for batch in _batches(contents, column):
+            for first in range(0, batch.num_rows, ROWS):
+                yield from _records(batch.slice(first, ROWS), before + first)
+            before += batch.num_rows
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+def _batches(contents: Contents, column: str | None) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _source(contents) as source:
+        if contents.suffix == ".parquet":
+            yield from _parquet_batches(pq.ParquetFile(source), column)
+            return
+        begin = source.read(6)
+        source.seek(0)
+        if begin == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            _check_end(source)
+            reader = batches = pa.ipc.open_stream(source)
+        columns = _columns(reader.schema.names, column)
+        yield from (batch.select(columns) if columns else batch for batch in batches)
+
+
+def _parquet_batches(file: Any, column: str | None) -> Iterator[Any]:
+    rows = 0
+    for batch in file.iter_batches(batch_size=ROWS, columns=_columns(file.schema_arrow.names, column)):
+        yield batch
+        rows += batch.num_rows
+    if rows != file.metadata.num_rows:
+        raise ValueError(f"it has {rows} rows, but {file.metadata.num_rows} by its end; it is damaged")
+
+
+def _source(contents: Contents) -> Any:
+    import pyarrow as pa
+
+    if not contents.packed:
+        return pa.memory_map(str(contents.path))
+    with contents.open() as file:
+        return pa.BufferReader(file.read())
+
+
+def _check_end(source: Any) -> None:
+    source.seek(max(0, source.size() - len(END_OF_STREAM)))
+    if source.read() != END_OF_STREAM:
+        raise ValueError("it has no end: it was cut short, or is still being written")
+    source.seek(0)
+
+
+def _columns(names: list[str], column: str | None) -> list[str] | None:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two columns are called {min(twice)!r}; rename one")
+    return [column] if column in names else None
+
+
+def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
+    """Yield the records of `batch`, of which the file has `before` others before it."""
+    try:
+        batch.validate(full=True)  # places within a damaged file may lead anywhere in memory
+        records = batch.to_pylist()
+    except (ValueError, OverflowError):
+        records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
+    yield from ((f"row {number}", record) for number, record in enumerate(records, before + 1))
+
+
+def _record(one: Any, row: int) -> Any:
+    try:
+        one.validate(full=True)
+        return one.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        remedy = "; write its texts as UTF-8" if "UTF8" in str(error) else ""
+        raise ValueError(f"row {row}: {error}{remedy}") from None
