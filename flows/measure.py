@@ -22,7 +22,7 @@ from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._temporary_server import prefect_server
 from tasks import record
-from tasks.evaluate import evaluate_base, evaluate_tuned
+from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import fetch_model
 from tasks.generate import sample_probe
 from tasks.target import prepare_target
@@ -43,6 +43,7 @@ def measure(
         models = fetch_model(base, machine), fetch_model(tuned, machine)
         check_comparable(*models)
         evaluate.check_base(models[0])
+        check_benchmarks(models[0], evaluate, machine)
         sampled = sample_probe(models[0], probe, machine)
         rows = prepare_target(models[0], target, machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
