@@ -86,7 +86,7 @@ def _check_target(task: Any, target: Any, choices: list[str] | None, document: A
     if several != isinstance(target, list):
         kinds = ("is a list", "is not") if isinstance(target, list) else ("is no list", "is")
         raise Unusable(f"its doc_to_target {kinds[0]}, and that of document 0 {kinds[1]}; make all of one kind")
-    if choices is not None:
+    if choices is not None and target is not None:
         _check_index("doc_to_target", target, choices, several=several)
     elif target is None or target == [] or (isinstance(target, list) and None in target):
         raise Unusable(f"its doc_to_target is {_shown(target)}, so that it has no right answer; {_remedy(document)}")
