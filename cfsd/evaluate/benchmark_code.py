@@ -5,7 +5,6 @@ is imported from elsewhere, unless it is installed. Installed packages are no pa
 """
 
 import ast
-import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
@@ -122,7 +121,7 @@ def _local_module(top: str, folder: Path) -> Path | None:
     return path.parent if spec.submodule_search_locations else path
 
 
-def python_of(code: Code) -> Iterator[str]:
-    """Yield the real paths below which the benchmark's own modules are."""
-    yield os.path.realpath(code.folder)
-    yield from (os.path.realpath(place) for place in _elsewhere(code))
+def places_of(code: Code) -> set[str]:
+    """Return the paths, links followed and not, below which the benchmark's own modules are."""
+    places = [code.folder, *_elsewhere(code)]
+    return {str(path) for place in places for path in (place.absolute(), place.resolve())}

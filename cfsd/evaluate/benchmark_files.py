@@ -98,8 +98,8 @@ def names_in(folder: Path) -> list[str]:
     names = set()
     for path in files_in(folder):
         with suppress(BadInput):
-            names.add(read(path).config.get("task"))
-    return sorted(name for name in names if isinstance(name, str))
+            names.add(str(name) if isinstance(name := read(path).config.get("task"), str) else "")
+    return sorted(names - {""})
 
 
 def find(name: str, folder: Path) -> Definition | None:

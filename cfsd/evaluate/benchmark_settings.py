@@ -11,6 +11,7 @@ Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
 class _Metric(BaseModel):
@@ -44,6 +45,11 @@ class _Generation(BaseModel):
 
     until: Text | list[Text] | None = None
     do_sample: Flag | None = None
+    top_k: Count | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(strict=True, gt=0)] | None = None
+    num_beams: Positive | None = None
     temperature: Annotated[float, Field(strict=True, ge=0)] | None = None
     max_gen_toks: Positive | None = None
     max_new_tokens: Positive | None = None
@@ -93,13 +99,21 @@ def check_settings(name: str, definition: Definition) -> None:
     try:
         settings = _Settings.model_validate(definition.config)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in str(definition.config))
-        raise BadInput(f"{place}: {field} is {first['input']!r}: {first['msg']}; correct it") from error
+        raise BadInput(f"{place}: {_mistaken(error.errors()[0], definition.config)}; correct it") from error
     if "class" in definition.config:
         return  # a task in Python decides itself what it needs
     if reason := _missing(settings, definition.config) or _absent_split(settings):
         raise BadInput(f"{place}: {reason}")
+
+
+def _mistaken(error: Any, config: dict[str, Any]) -> str:
+    """Return what is wrong with which setting; pydantic puts names of our types into the place too."""
+    *above, last = (
+        str(part) for part in error["loc"] if isinstance(part, int) or part in str(config) or part.islower()
+    )
+    if error["type"] == "missing":
+        return f"{'.'.join(above) or 'it'} has no {last}"
+    return f"{'.'.join([*above, last])} is {error['input']!r}: {error['msg']}"
 
 
 def _missing(settings: _Settings, config: dict[str, Any]) -> str | None:
@@ -111,6 +125,10 @@ def _missing(settings: _Settings, config: dict[str, Any]) -> str | None:
         return "it has no dataset_path; set `dataset_path: json` and `dataset_kwargs: {data_files: {test: FILE}}`"
     if not (settings.test_split or settings.validation_split):
         return "it has neither test_split nor validation_split; name the split that is scored"
+    metadata = config.get("metadata")
+    chance = metadata.get("chance") if isinstance(metadata, dict) else None
+    if chance is not None and not (isinstance(chance, int | float) and 0 <= chance < 1):
+        return f"metadata.chance is {chance!r}; it needs the score of guessing, from 0 to below 1"
     needed = ["doc_to_text", "doc_to_target"]
     needed += ["doc_to_choice"] if config.get("output_type") == "multiple_choice" else []
     absent = [key for key in needed if config.get(key) is None]

@@ -10,7 +10,7 @@ from lm_eval.api.task import ConfigurableTask
 from cfsd.errors import BadInput, CfsdError
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_files import is_hub
-from cfsd.evaluate.harness.document_rules import Unusable, check_document, repeated_choice, unknown_field
+from cfsd.evaluate.harness.document_rules import Absent, Unusable, check_document, repeated_choice, unknown_field
 from cfsd.evaluate.harness.own_code import in_words
 from cfsd.evaluate.harness.rows import check_number, names_of_means
 
@@ -62,7 +62,8 @@ class CheckedTask:
         except (CfsdError, MemoryError):
             raise
         except Unusable as error:
-            said = f"{error}: {in_words(error, self.definition)}" if error.__cause__ else str(error)
+            cause = None if isinstance(error.__cause__, Absent) else error.__cause__
+            said = f"{error}: {in_words(cause, self.definition)}" if cause else str(error)
             raise BadInput(f"benchmark {self.name}, {where}: {said}") from error
         except (Exception, SystemExit) as error:
             raise BadInput(

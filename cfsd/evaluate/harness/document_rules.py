@@ -4,11 +4,37 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
+HINTS = {  # what lm-eval makes of numbers where there are choices
+    "doc_to_target": ' (a number written as text becomes one as "{{field}}")',
+    "doc_to_text": ' (a bare number is taken for that of a choice; a text that is a number needs more: "{{field}} =")',
+}
 SHOWN = 80  # characters of a value in a message
 
 
 class Unusable(ValueError):
     """What is wrong with one document."""
+
+
+class Absent(ValueError):
+    """A template prints a field that the document has not."""
+
+
+def printed(value: Any) -> Any:
+    """Return what a template prints. Raises Absent for None: lm-eval prints the word."""
+    if value is None:
+        raise Absent("null or missing")
+    return value
+
+
+def whole_choices(doc_to_choice: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `doc_to_choice` that raises Unusable for anything but a list of texts."""
+
+    def checked(task: Any, document: Any, setting: Any = None) -> Any:
+        choices = doc_to_choice(task, document, setting)
+        _check_choices(choices)
+        return choices
+
+    return checked
 
 
 def check_document(task: Any, document: Any, *, example: bool = False) -> None:
@@ -20,7 +46,6 @@ def check_document(task: Any, document: Any, *, example: bool = False) -> None:
     choices = None
     if task.config.doc_to_choice is not None:
         choices = _read("doc_to_choice", task.doc_to_choice, document, other.doc_to_choice)
-        _check_choices(choices)
     text = _read("doc_to_text", task.doc_to_text, document, other.doc_to_text)
     target = _read("doc_to_target", task.doc_to_target, document, other.doc_to_target)
     if task.multiple_input:
@@ -66,6 +91,10 @@ def unknown_field(task: Any) -> str | None:
 def _read(name: str, read: Callable[..., Any], document: Any, setting: Any) -> Any:
     try:
         return read(document, setting)
+    except Unusable:
+        raise
+    except Absent as error:
+        raise Unusable(f"its {name} prints a field that it has not; {_remedy(document)}") from error
     except Exception as error:
         raise Unusable(f"its {name} cannot be made") from error
 
@@ -98,12 +127,10 @@ def _check_index(name: str, value: Any, choices: list[str], *, several: bool) ->
         if isinstance(part, str) and part in choices and not several and name == "doc_to_target":
             continue
         if not isinstance(part, int) or not 0 <= part < len(choices):
-            numbers = (
-                ' (a number written as text? then "{{field}}")' if isinstance(part, str) and part.isdigit() else ""
-            )
+            hint = HINTS[name] if str(part).isdigit() else ""
             raise Unusable(
                 f"its {name} is {_shown(value)}, and its choices are {_shown(choices)}: it needs the number of the "
-                f"right one, from 0 to {len(choices) - 1}, or its text{numbers}"
+                f"right one, from 0 to {len(choices) - 1}, or its text{hint}"
             )
 
 
@@ -114,7 +141,7 @@ def _check_text(target: Any, document: Any) -> None:
 
 def _remedy(document: Any) -> str:
     absent = [name for name, value in document.items() if value is None] if isinstance(document, dict) else []
-    return f"null or missing are: {', '.join(absent)}" if absent else 'a number becomes text as "{{field}}"'
+    return f"null or missing are: {', '.join(absent)}" if absent else 'a number becomes text as "{{field}} ="'
 
 
 def _shown(value: Any) -> str:

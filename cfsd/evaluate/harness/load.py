@@ -20,6 +20,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_files import Definition, is_hub
 from cfsd.evaluate.harness.data_mistakes import mistake_in
+from cfsd.evaluate.harness.document_rules import Unusable
 from cfsd.evaluate.harness.own_code import in_words, own_rules
 from cfsd.model.undisturbed import seeded
 
@@ -81,6 +82,8 @@ def _load(benchmark: Benchmark, definition: Definition, cache: str) -> Any:
 
 
 def _not_loaded(benchmark: Benchmark, definition: Definition, error: BaseException) -> str:
+    if isinstance(error, Unusable):  # lm-eval looks at the first document
+        return f"benchmark {benchmark.name}, document 0: {error}"
     said = in_words(error, definition)
     if isinstance(error, DatasetsError):
         said = mistake_in(definition) or said
@@ -135,6 +138,8 @@ def _quiet() -> Iterator[list[str]]:
     """Keep lm-eval and datasets from writing; yield the growing list of lm-eval's distinct warnings."""
     logger, collector = logging.getLogger("lm_eval"), _Collector()
     propagate, bars = logger.propagate, not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of broken data is in its error too
     logger.propagate = False
     logger.addHandler(collector)
     datasets.disable_progress_bars()
@@ -143,6 +148,7 @@ def _quiet() -> Iterator[list[str]]:
         yield collector.messages
     finally:
         lm_eval.api.task.tqdm = tqdm
+        datasets.logging.set_verbosity(verbosity)
         logger.removeHandler(collector)
         logger.propagate = propagate
         if bars:

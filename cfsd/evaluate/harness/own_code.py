@@ -11,17 +11,15 @@ from typing import Any
 import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.utils
+from datasets.exceptions import DatasetsError
 from lm_eval.api.registry import aggregation_registry, metric_registry
 
 from cfsd.errors import BadInput
-from cfsd.evaluate.benchmark_code import python_of
+from cfsd.evaluate.benchmark_code import places_of
 from cfsd.evaluate.benchmark_files import Definition, is_hub
+from cfsd.evaluate.harness.document_rules import printed, whole_choices
 
 MAX_WORDS = 300  # characters of a foreign message
-
-
-class Absent(ValueError):
-    """A template prints a field that the document has not."""
 
 
 @contextmanager
@@ -35,27 +33,33 @@ def own_rules(definition: Definition) -> Iterator[None]:
         return
     task, utils, path = lm_eval.api.task, lm_eval.utils, list(sys.path)
     before = task.get_metric, task.get_aggregation, utils.env
+    places = _places(definition)
+    choices = task.ConfigurableTask.doc_to_choice
     task.get_metric, task.get_aggregation = _metric, _aggregation
-    utils.env = utils.env.overlay(finalize=_printed)
-    _forget(definition)
+    utils.env = utils.env.overlay(finalize=printed)
+    task.ConfigurableTask.doc_to_choice = whole_choices(choices)
+    _forget(places)
     try:
         yield
     finally:
         task.get_metric, task.get_aggregation, utils.env = before
+        task.ConfigurableTask.doc_to_choice = choices
         sys.path[:] = path
-        _forget(definition)
+        _forget(places)
 
 
-def _forget(definition: Definition) -> None:
-    places = tuple(place for code in definition.code for place in python_of(code))
+def _forget(places: set[str]) -> None:
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if places and isinstance(file, str) and any(_is_in(file, place) for place in places):
+        if places and _is_own(getattr(module, "__file__", None), places):
             del sys.modules[name]
 
 
-def _is_in(file: str, place: str) -> bool:
-    return Path(file).resolve().is_relative_to(place)
+def _is_own(file: str | None, places: set[str]) -> bool:
+    return isinstance(file, str) and (file in places or any(file.startswith(f"{place}/") for place in places))
+
+
+def _places(definition: Definition) -> set[str]:
+    return {place for code in definition.code for place in places_of(code)}
 
 
 def _metric(name: str, hf_evaluate_metric: bool = False) -> Callable[..., Any] | None:
@@ -75,19 +79,21 @@ def _aggregation(name: str) -> Callable[..., Any]:
     return found
 
 
-def _printed(value: Any) -> Any:
-    if value is None:
-        raise Absent("the template prints a field that is null or missing")
-    return value
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    if error:
+        yield from _chain(error.__cause__)
+        yield error
 
 
 def in_words(error: BaseException, definition: Definition) -> str:
     """Return what `error` says, in one line, and where in the benchmark's own Python it was raised."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    words = re.sub(r"\s+", " ", str(cause)).strip()[:MAX_WORDS]
-    said = str(cause) if isinstance(cause, Absent) else f"{type(cause).__name__}: {words}" if words else repr(cause)
-    places = [place for code in definition.code for place in python_of(code)]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if any(_is_in(frame.filename, place) for place in places):
+    if isinstance(error, DatasetsError) and error.__cause__:
+        error = error.__cause__  # the outer one says only that something went wrong
+    words = re.sub(r"\s+", " ", str(error)).strip()[:MAX_WORDS]
+    said = f"{type(error).__name__}: {words}" if words else repr(error)
+    places = _places(definition)
+    frames = [frame for part in _chain(error) for frame in traceback.extract_tb(part.__traceback__)]
+    for frame in reversed(frames):
+        if _is_own(frame.filename, places):
             return f"{Path(frame.filename).name}, line {frame.lineno}: {said}"
     return said
