@@ -224,7 +224,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a broken pattern": (
         WRITE,
         {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
-        "filter x: .*unterminated",
+        "document 0 .*filter x: .*unterminated",
     ),
     "an unknown generation setting": (
         WRITE,

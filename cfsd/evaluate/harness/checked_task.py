@@ -1,6 +1,7 @@
 """A task of lm-eval that checks each document before it is asked about, and names the one at which anything fails."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,36 @@ from lm_eval.api.task import ConfigurableTask
 
 from cfsd.errors import BadInput, CfsdError
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.evaluate.benchmark_files import is_hub
 from cfsd.evaluate.harness.document_rules import Absent, Unusable, check_document, repeated_choice, unknown_field
 from cfsd.evaluate.harness.own_code import in_words
 from cfsd.evaluate.harness.rows import check_number, names_of_means
 
 SHOWN = 100  # characters of a document in a message
+
+
+@contextmanager
+def naming(benchmark: Benchmark, where: str) -> Iterator[None]:
+    """Turn whatever is raised inside, by lm-eval or by the benchmark's own Python, into a BadInput that says where."""
+    try:
+        yield
+    except (CfsdError, MemoryError):
+        raise
+    except Unusable as error:
+        cause = None if isinstance(error.__cause__, Absent) else error.__cause__
+        said = f"{error}: {in_words(cause, benchmark.find())}" if cause else str(error)
+        raise BadInput(f"benchmark {benchmark.name}, {where}: {said}") from error
+    except (Exception, SystemExit) as error:
+        definition = benchmark.find()
+        raise BadInput(
+            f"benchmark {benchmark.name}, {where}: {in_words(error, definition)}; correct {definition.place()}, its "
+            "Python or its data"
+        ) from error
+
+
+def named(number: int, document: Any) -> str:
+    """Return how a message names a document, whose numbers start from 0."""
+    text = str(document)
+    return f"document {number} ({text if len(text) <= SHOWN else text[:SHOWN] + '…'})"
 
 
 class CheckedTask:
@@ -26,8 +51,8 @@ class CheckedTask:
 
     def __init__(self, benchmark: Benchmark, task: Any) -> None:
         """Replace the methods of `task`, and check what holds for all its documents, few-shot examples included."""
-        self.name, self.task, self.definition = benchmark.name, task, benchmark.find()
-        self.checks = isinstance(task, ConfigurableTask) and not is_hub(self.definition)
+        self.benchmark, self.task = benchmark, task
+        self.checks = isinstance(task, ConfigurableTask) and not benchmark.is_hub()
         self.asked = self.processed = 0
         self.repeated: list[int] = []  # numbers of documents with two equal choices
         if self.checks:
@@ -54,44 +79,23 @@ class CheckedTask:
             )
         return lines
 
-    @contextmanager
-    def _naming(self, where: str) -> Iterator[None]:
-        """Turn whatever is raised inside into a BadInput that says where."""
-        try:
-            yield
-        except (CfsdError, MemoryError):
-            raise
-        except Unusable as error:
-            cause = None if isinstance(error.__cause__, Absent) else error.__cause__
-            said = f"{error}: {in_words(cause, self.definition)}" if cause else str(error)
-            raise BadInput(f"benchmark {self.name}, {where}: {said}") from error
-        except (Exception, SystemExit) as error:
-            raise BadInput(
-                f"benchmark {self.name}, {where}: {in_words(error, self.definition)}; correct "
-                f"{self.definition.place()}, its Python or its data"
-            ) from error
-
-    def _document(self, number: int, document: Any) -> str:
-        text = str(document)
-        return f"document {number} ({text if len(text) <= SHOWN else text[:SHOWN] + '…'})"
-
     def _check_settings(self) -> None:
         if reason := unknown_field(self.task):
-            raise BadInput(f"benchmark {self.name}, {self.definition.place()}: {reason}")
+            raise BadInput(f"benchmark {self.benchmark.name}, {self.benchmark.find().place()}: {reason}")
 
     def _check_examples(self) -> None:
         if not self.task.get_config("num_fewshot") or not hasattr(self.task, "sampler"):
             return
         for number, document in enumerate(self.task.sampler.fewshot_docs()):
-            with self._naming(f"few-shot example, {self._document(number, document)}"):
+            with naming(self.benchmark, f"few-shot example, {named(number, document)}"):
                 check_document(self.task, document, example=True)
 
     def _doc_to_prefix(self, method: Callable[..., Any], document: Any) -> Any:
-        with self._naming(self._document(self.asked, document)):
+        with naming(self.benchmark, named(self.asked, document)):
             return method(document)
 
     def _fewshot_context(self, method: Callable[..., Any], document: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._naming(self._document(self.asked, document)):
+        with naming(self.benchmark, named(self.asked, document)):
             if self.checks:
                 check_document(self.task, document)
                 if repeated_choice(self.task, document):
@@ -104,34 +108,38 @@ class CheckedTask:
 
     def _construct_requests(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         document = kwargs.get("doc", args[0] if args else None)
-        with self._naming(self._document(self.asked - 1, document)):
+        with naming(self.benchmark, named(self.asked - 1, document)):
             return method(*args, **kwargs)
 
     def _process_results(self, method: Callable[..., Any], document: Any, results: Any) -> Any:
         number = self.processed % max(1, self.asked)  # lm-eval goes through all documents once per filter
         self.processed += 1
-        with self._naming(f"{self._document(number, document)}, its result"):
+        with naming(self.benchmark, f"{named(number, document)}, its result"):
             values = method(document, results)
             if not isinstance(values, dict):
                 raise Unusable(f"process_results gives {values!r}; it must give numbers by the name of a metric")
         for metric in names_of_means(self.task):
             if metric in values:
-                check_number(f"benchmark {self.name}, document {number}", metric, values[metric])
+                check_number(f"benchmark {self.benchmark.name}, document {number}", metric, values[metric])
         return values
 
     def _apply_filters(self, method: Callable[..., Any]) -> Any:
-        for filters in getattr(self.task, "_filters", ()):
-            with self._naming(f"filter {filters.name}"):
-                filters.apply(self.task.instances)
-        return method() if not hasattr(self.task, "_filters") else None
+        try:
+            return method()
+        except Exception:
+            for filters, instance in itertools.product(getattr(self.task, "_filters", ()), self.task.instances):
+                with naming(self.benchmark, f"{named(instance.doc_id, instance.doc)}, filter {filters.name}"):
+                    filters.apply([instance])
+            with naming(self.benchmark, "its filters"):  # none fails on one document alone
+                raise
 
     def _named_aggregation(self, metric: str, aggregate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(aggregate)
-        def named(items: Any) -> Any:
-            with self._naming(f"aggregation of {metric}"):
+        def checked(items: Any) -> Any:
+            with naming(self.benchmark, f"aggregation of {metric}"):
                 return aggregate(items)
 
-        return named
+        return checked
 
 
 def _draws_from_what_is_scored(task: Any) -> bool:

@@ -103,7 +103,10 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         self.answers.begin(max_length - context.shape[1], stop)
         if self.benchmark.thinking_end is not None:  # stop sequences are for what follows the reasoning
             stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
-        generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        try:
+            generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        except (TypeError, ValueError) as error:  # of settings that do not go together, or with this model
+            raise BadInput(f"benchmark {self.benchmark.name}: its generation_kwargs do not work ({error})") from error
         return generated
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
