@@ -20,6 +20,7 @@ from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._plan import planned
 from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
@@ -86,6 +87,8 @@ def measure_command(
         if part:
             part.check()
     probe = validated(ProbeSpec, parts["probe"], "--set")
+    with planned():
+        check_benchmarks(fetch_model(models[0], on), evaluate, on)
     with prefect_server():
         result = measure(models[0], models[1], rows, probe, evaluate, on)
     show(result)

@@ -143,7 +143,9 @@ def read(path: Path, _above: tuple[Path, ...] = ()) -> Definition:
     config = _parse(path)
     functions = list(_functions(config))
     sources = [path, *_modules(functions, path.parent)]
-    code = (Code(path.parent, frozenset(function.module() for function in functions)),) if functions else ()
+    code: tuple[Code, ...] = (
+        (Code(path.parent, frozenset(function.module() for function in functions)),) if functions else ()
+    )
     data = _localise(config, path.parent)
     merged: dict[str, Any] = {}
     above = {part.resolve() for part in (*_above, path)}
