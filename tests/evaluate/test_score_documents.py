@@ -101,3 +101,19 @@ def test_generation_settings_that_do_not_go_together_are_named(model: Any, token
     write(tmp_path, WRITE, generation_kwargs={"max_gen_toks": 4, "num_return_sequences": 3})
     with pytest.raises(BadInput, match=r"benchmark write: its generation_kwargs do not work|generation_kwargs: "):
         scores_of(model, tokenizer, tmp_path, "write")
+
+
+def test_a_file_that_is_read_elsewhere_is_said(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "bench", CHOICE)
+    path.write_text(path.read_text() + "process_docs: !function own.own\n")
+    (tmp_path / "list.json").write_text('["a "]')
+    (path.parent / "beside.json").write_text('["a "]')
+    read = (
+        "import json\nfrom pathlib import Path\nHERE = Path(__file__).parent\nW = json.loads((HERE / %r).read_text())\n"
+    )
+    use = "def own(docs):\n    return docs.map(lambda doc: {'question': W[0] + doc['question']})\n"
+    (path.parent / "own.py").write_text(read % "beside.json" + use)
+    assert "remarks" not in scores_of(model, tokenizer, path.parent, "pick").metadata
+    (path.parent / "own.py").write_text(read % "../list.json" + use)
+    (remark,) = scores_of(model, tokenizer, path.parent, "pick").metadata["remarks"]
+    assert remark.startswith(f"its Python reads {tmp_path / 'list.json'}, outside the folder of its YAML")

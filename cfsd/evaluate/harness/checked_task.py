@@ -12,6 +12,7 @@ from cfsd.errors import BadInput, CfsdError
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.harness.document_rules import Absent, Unusable, check_document, repeated_choice, unknown_field
 from cfsd.evaluate.harness.own_code import in_words
+from cfsd.evaluate.harness.reads import read_elsewhere
 from cfsd.evaluate.harness.rows import check_number, names_of_means
 
 SHOWN = 100  # characters of a document in a message
@@ -76,6 +77,11 @@ class CheckedTask:
             lines.append(
                 "examples are drawn from the documents that are scored, without leaving out the one in question: its "
                 "own answer may be among them; set fewshot_split"
+            )
+        if files := read_elsewhere():
+            lines.append(
+                f"its Python reads {', '.join(files[:3])}, outside the folder of its YAML: a change there is not in "
+                "its key, and does not score it again; put it beside the YAML"
             )
         return lines
 

@@ -22,6 +22,7 @@ from cfsd.evaluate.benchmark_files import Definition, is_hub
 from cfsd.evaluate.harness.data_mistakes import mistake_in
 from cfsd.evaluate.harness.document_rules import Unusable
 from cfsd.evaluate.harness.own_code import in_words, own_rules
+from cfsd.evaluate.harness.reads import CACHE
 from cfsd.model.undisturbed import seeded
 
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
@@ -41,7 +42,7 @@ def loaded(benchmark: Benchmark, device: torch.device) -> Iterator[tuple[Any, li
     """
     benchmark.check()
     # datasets leaves its Arrow files in the user's cache unless another folder is named.
-    cache = TemporaryDirectory(prefix="cfsd-score-")
+    cache = TemporaryDirectory(prefix=CACHE)
     rules = own_rules(benchmark.find())
     with _quiet() as warnings, seeded(device, DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED), cache as folder, rules:
         yield _task(benchmark, folder), warnings

@@ -18,6 +18,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_code import places_of
 from cfsd.evaluate.benchmark_files import Definition, is_hub
 from cfsd.evaluate.harness.document_rules import printed, whole_choices
+from cfsd.evaluate.harness.reads import watched
 
 MAX_WORDS = 300  # characters of a foreign message
 
@@ -40,7 +41,8 @@ def own_rules(definition: Definition) -> Iterator[None]:
     task.ConfigurableTask.doc_to_choice = whole_choices(choices)
     _forget(places)
     try:
-        yield
+        with watched(places, definition.data):
+            yield
     finally:
         task.get_metric, task.get_aggregation, utils.env = before
         task.ConfigurableTask.doc_to_choice = choices
