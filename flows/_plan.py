@@ -53,14 +53,21 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
         _checked.reset(token)
 
 
-def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
-    """Return what `pipeline` would do."""
+@contextmanager
+def planned() -> Iterator[list[Planned]]:
+    """Yield the steps that are taken within the block, none of which is executed."""
     steps: list[Planned] = []
     token = planning.set(steps)
     try:
-        run_record = pipeline(recipe, machine)
+        yield steps
     finally:
         planning.reset(token)
+
+
+def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
+    """Return what `pipeline` would do."""
+    with planned() as steps:
+        run_record = pipeline(recipe, machine)
     return Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"])
 
 

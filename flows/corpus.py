@@ -14,6 +14,7 @@ from flows._cli import console
 from flows._conclude import Result
 from flows._plan import checked
 from tasks import record
+from tasks.evaluate import check_benchmarks
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
 from tasks.generate import generate_corpus
@@ -26,6 +27,7 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     """Take the steps up to the rows that will be rehearsed."""
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
+    check_benchmarks(base, recipe.evaluate, machine)
     target = prepare_target(base, recipe.target, machine)
     selected_target = select_target(base, target, recipe.select, machine)
     recipe.check_target(selected_target)

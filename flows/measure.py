@@ -24,9 +24,10 @@ from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._plan import planned
 from flows._temporary_server import prefect_server
 from tasks import record
-from tasks.evaluate import evaluate_base, evaluate_tuned
+from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import fetch_model, merge_adapter
 from tasks.generate import sample_probe
 from tasks.target import prepare_target
@@ -50,6 +51,7 @@ def measure(
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
         evaluate.check_base(models[0])
+        check_benchmarks(models[0], evaluate, machine)
         sampled = sample_probe(models[0], probe, machine)
         rows = prepare_target(models[0], target, machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
@@ -99,6 +101,8 @@ def measure_command(
         if part:
             part.check()
     probe = validated(ProbeSpec, parts["probe"], "--set")
+    with planned():
+        check_benchmarks(fetch_model(models[0], on), evaluate, on)
     with prefect_server():
         result = measure(models[0], models[1], rows, probe, evaluate, on)
     show(result)

@@ -9,11 +9,33 @@ from cfsd.machine import Machine
 from cfsd.report.run_record import Scores
 from cfsd.stages import EVALUATE, EVALUATE_PROBE, EVALUATE_TARGET, EVALUATE_TARGET_DIVERGENCE, EVALUATE_TEXT
 from cfsd.store.artifact import Artifact, Draft
-from tasks._stage import stage
+from tasks import record
+from tasks._stage import Planned, planning, stage
 
 # The role is in the key: a tuned model whose weights equal the base's is measured anew,
 # or a comparison with learning rate 0 would compare one artifact with itself.
 Role = Literal["base", "tuned"]
+
+
+def check_benchmarks(base: Artifact, spec: EvaluateSpec, machine: Machine) -> None:
+    """Check each benchmark that is going to be scored, documents included, before anything is sampled.
+
+    A plan leaves out lm-eval's own, whose data it would have to download.
+
+    Raises: BadInput; see `cfsd.evaluate.harness.check`.
+    """
+    is_plan, steps = planning.get() is not None, list[Planned]()
+    token = planning.set(steps)
+    try:
+        evaluate_base(base, None, spec.model_copy(update={"texts": ()}), machine)
+    finally:
+        planning.reset(token)
+    due = [b for b, step in zip(spec.benchmarks, steps, strict=True) if not step.cached and b.needs_check()]
+    if due := [benchmark for benchmark in due if not (is_plan and benchmark.is_hub())]:
+        from cfsd.evaluate.harness.check import check_documents  # lm-eval takes seconds to import
+
+        for benchmark in due:
+            check_documents(benchmark)
 
 
 def evaluate_base(base: Artifact, target: Artifact | None, spec: EvaluateSpec, machine: Machine) -> Scores:
@@ -46,6 +68,9 @@ def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role
     from cfsd.evaluate.harness.score import score_benchmark
 
     score_benchmark(model, benchmark, draft, machine)
+    remarks = draft.metadata.get("remarks")
+    for line in remarks if isinstance(remarks, list) and role == "base" else ():
+        record.say(f"benchmark {benchmark.name}: {line}")
 
 
 @stage(EVALUATE_TEXT, "scores", gpu=True)

@@ -8,9 +8,10 @@ from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_valida
 
 from cfsd.errors import BadInput
 from cfsd.evaluate import benchmark_files
+from cfsd.evaluate.benchmark_code import digest_of_code, sha256
 from cfsd.evaluate.benchmark_files import BUNDLED, Definition, is_hub
+from cfsd.evaluate.benchmark_settings import check_settings
 from cfsd.spec import Spec, digest_of
-from cfsd.store.digests import sha256_of_file
 
 WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
 OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", WRITTEN)
@@ -60,8 +61,9 @@ class Benchmark(Spec):
         return self
 
     def digest(self) -> str:
-        """Return 16 hex digits over settings and content (YAML, includes, modules, local data), never paths.
+        """Return 16 hex digits over settings and content (YAML, includes, local data), never paths of data.
 
+        With `!function` in the YAML, every file of its folder counts too, and imported modules that are not installed.
         lm-eval's own benchmarks count by name and installed version; their data is on the hub.
 
         Raises: BadInput as `check` does.
@@ -73,7 +75,8 @@ class Benchmark(Spec):
             content: Any = version("lm_eval")
         else:
             _check_data(self.name, definition)
-            content = [sha256_of_file(path) for path in (*definition.sources, *definition.data)]
+            content = [sha256(path) for path in (*definition.sources, *definition.data)]
+            content += [digest_of_code(code) for code in definition.code]
         if self.task is not None:
             settings["task"] = benchmark_files.placeless(self.task)
         return digest_of([type(self).__name__, self.version, settings, content])
@@ -82,7 +85,8 @@ class Benchmark(Spec):
         """Look for errors that are detectable without importing lm-eval, in a second.
 
         Raises: BadInput for an unknown name, a missing folder, broken YAML, missing or empty data, a group,
-            an output type that lm-eval lacks, or a benchmark that runs code written by the model.
+            settings of a wrong type, splits that the data lack, an output type that lm-eval lacks, or a benchmark
+            that runs code written by the model.
         """
         definition = self.find()
         if definition.config.get("unsafe_code"):
@@ -96,6 +100,17 @@ class Benchmark(Spec):
                 )
             self.check_answers(str(kind))
         _check_data(self.name, definition)
+        if not is_hub(definition):
+            check_settings(self.name, definition)
+
+    def is_hub(self) -> bool:
+        """Return whether it comes with lm-eval, so that its data is on the hub."""
+        return is_hub(self.find())
+
+    def needs_check(self) -> bool:
+        """Return whether its documents can hold a mistake: a bundled one, as it stands, is known to be whole."""
+        as_it_stands = Benchmark(name=self.name, limit=self.limit, chance=self.chance)
+        return self != as_it_stands or not self.find().path.is_relative_to(BUNDLED)
 
     def check_answers(self, kind: str) -> None:
         """Raise BadInput if a setting for written answers is set and the output type `kind` has none."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark_code import Code
 
 BUNDLED = Path(__file__).with_name("benchmarks")
 INLINE = Path("<recipe>")  # in place of a YAML file
@@ -29,6 +30,7 @@ class Definition(NamedTuple):
     config: dict[str, Any]
     sources: list[Path]  # the YAML, what it includes, its `!function` modules
     data: list[Path]  # local data files, whether they exist or not
+    code: tuple[Code, ...] = ()  # where its Python is: no `!function` tag, no Python
 
     def is_inline(self) -> bool:
         """Return whether it is in the recipe itself."""
@@ -39,15 +41,19 @@ class Definition(NamedTuple):
         return "its `task` in the recipe" if self.is_inline() else str(self.path if full else self.path.name)
 
 
-class _Function(str):
+class Function(str):
     """A `!function module.name` tag, left unresolved."""
+
+    def module(self) -> str:
+        """Return the dotted name of the module."""
+        return self.rpartition(".")[0]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # 10 times as fast
     """Plain YAML and the one tag that lm-eval adds."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+_Loader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
 
 
 def hub_folder() -> Path:
@@ -77,7 +83,7 @@ def inline(settings: dict[str, Any]) -> Definition:
 def placeless(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a task dict without the paths of its local data, which count by content."""
     config = copy.deepcopy(settings)
-    _change_paths(config, lambda name: name if "://" in name else "")
+    _change_paths(config, Path.cwd(), lambda name: "")
     return config
 
 
@@ -92,8 +98,8 @@ def names_in(folder: Path) -> list[str]:
     names = set()
     for path in files_in(folder):
         with suppress(BadInput):
-            names.add(read(path).config.get("task"))
-    return sorted(name for name in names if isinstance(name, str))
+            names.add(str(name) if isinstance(name := read(path).config.get("task"), str) else "")
+    return sorted(names - {""})
 
 
 def find(name: str, folder: Path) -> Definition | None:
@@ -135,20 +141,26 @@ def read(path: Path, _above: tuple[Path, ...] = ()) -> Definition:
     Raises: BadInput naming file and line if it is not readable YAML.
     """
     config = _parse(path)
-    sources = [path, *_modules(config, path.parent)]
+    functions = list(_functions(config))
+    sources = [path, *_modules(functions, path.parent)]
+    code: tuple[Code, ...] = (
+        (Code(path.parent, frozenset(function.module() for function in functions)),) if functions else ()
+    )
     data = _localise(config, path.parent)
     merged: dict[str, Any] = {}
+    above = {part.resolve() for part in (*_above, path)}
     for name in _as_list(config.pop("include", None)):
-        included = path.parent / name
-        if not included.is_file() or included in (*_above, path):
-            reason = "includes itself" if included.is_file() else f"includes {name}, which is not beside it"
+        included = path.parent / str(name)
+        if not included.is_file() or included.resolve() in above:
+            reason = "includes itself" if included.is_file() else f"includes {name}, and there is no file {included}"
             raise BadInput(f"{path} {reason}; correct its `include` line")
         part = read(included, (*_above, path))
         merged |= part.config
         sources += part.sources
+        code += part.code
         # An included `dataset_kwargs` is replaced, not extended, by one in the including file.
         data += [] if "dataset_kwargs" in config else part.data
-    return Definition(path, merged | config, sources, data)
+    return Definition(path, merged | config, sources, data, code)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -165,15 +177,18 @@ def _parse(path: Path) -> dict[str, Any]:
     return config
 
 
-def _modules(value: Any, folder: Path) -> Iterator[Path]:
-    """Yield the files beside the YAML that its `!function` tags name; installed modules do not count."""
-    if isinstance(value, _Function):
-        module = folder / (value.rpartition(".")[0].replace(".", "/") + ".py")
-        if module.is_file():
-            yield module
+def _functions(value: Any) -> Iterator[Function]:
+    if isinstance(value, Function):
+        yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _modules(item, folder)
+            yield from _functions(item)
+
+
+def _modules(functions: list[Function], folder: Path) -> list[Path]:
+    """Return the files beside the YAML that its `!function` tags name."""
+    paths = [folder / f"{function.module().replace('.', '/')}.py" for function in functions]
+    return [path for path in paths if path.is_file()]
 
 
 def _localise(config: dict[str, Any], folder: Path) -> list[Path]:
@@ -181,26 +196,33 @@ def _localise(config: dict[str, Any], folder: Path) -> list[Path]:
     files: list[Path] = []
 
     def absolute(name: str) -> str:
-        if "://" in name:
-            return name
-        path = str(folder / name)
+        path = str(folder / _local(name))
         for match in sorted(glob.glob(path, recursive=True)) or [path]:  # noqa: PTH207  Path.glob takes no absolute one
             files.extend(_files_of(Path(match)))
         return path
 
-    _change_paths(config, absolute)
+    _change_paths(config, folder, absolute)
     return files
+
+
+def _local(name: str) -> Path:
+    return Path(name.removeprefix("file://")).expanduser()
+
+
+def _is_remote(name: str) -> bool:
+    return "://" in name.removeprefix("file://")
 
 
 def _files_of(path: Path) -> list[Path]:
     return sorted(below for below in path.rglob("*") if below.is_file()) if path.is_dir() else [path]
 
 
-def _change_paths(config: dict[str, Any], change: Callable[[str], str]) -> None:
-    """Apply `change` to every path of local data in `config`, in place."""
+def _change_paths(config: dict[str, Any], folder: Path, change: Callable[[str], str]) -> None:
+    """Apply `change` to every path of local data in `config`, in place; paths start from `folder`."""
     if isinstance(settings := config.get("dataset_kwargs"), dict):
         settings |= {key: _mapped(settings[key], change) for key in ("data_files", "data_dir") if key in settings}
-    if isinstance(path := config.get("dataset_path"), str) and path.startswith((".", "/")):
+    path = config.get("dataset_path")
+    if isinstance(path, str) and (path.startswith((".", "/", "~", "file://")) or (folder / path).is_dir()):
         config["dataset_path"] = change(path)
 
 
@@ -209,7 +231,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
         return {key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_mapped(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+    return change(value) if isinstance(value, str) and not _is_remote(value) else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.stage import write_result
 from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
-from cfsd.store.artifact import Store
+from cfsd.store.artifact import Store, key_of
 from flows._plan import walk
 from flows.mitigate import pipeline
+from tasks.evaluate import check_benchmarks
 from tests.conftest import fetched
+from tests.evaluate.test_score import CHOICE, write
 
 CPU = Machine(device="cpu", threads=1)
 BASE_ONLY = ("evaluate", "evaluate-text", "evaluate-target")
@@ -68,6 +73,34 @@ def test_a_missing_chat_template_is_told_before_training(recipe: Recipe, store: 
     asking = EvaluateSpec.model_validate({"benchmarks": [{"name": "facts", "chat_template": True}]})
     with pytest.raises(BadInput, match="facts: chat_template is on, but the model's tokenizer has no chat template"):
         asking.check_base(base)
+
+
+def test_documents_are_checked_in_a_plan_unless_they_are_scored_or_on_the_hub(
+    recipe: Recipe, tmp_path: Path, store: Store, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "mine", CHOICE)
+    with (path.parent / "data" / "rows.jsonl").open("a") as file:
+        file.write('{"question": "a cab", "choices": ["a", "bed"]}')
+    mine = {"name": "pick", "folder": str(path.parent)}
+    with pytest.raises(BadInput, match=r"pick, document 8 .*no right answer"):
+        walk(changed(recipe, evaluate__benchmarks=["facts", mine]), CPU, pipeline)
+    with pytest.raises(BadInput, match="facts: num_fewshot 300 needs 300 documents"):
+        walk(changed(recipe, evaluate__benchmarks=[{"name": "facts", "num_fewshot": 300}]), CPU, pipeline)
+    walk(changed(recipe, evaluate__benchmarks=["hellaswag", {**mine, "limit": 8}]), CPU, pipeline)
+    base, own = fetched(store, model_folder), Benchmark.model_validate(mine)
+    key = key_of("evaluate", base, own, "base")
+    made = store.make("scores", key, lambda draft: write_result(draft, "scores", pa.table({"value": [1.0]}), {}, {}))[0]
+    assert made.key == key
+    check_benchmarks(base, EvaluateSpec(benchmarks=(own,)), CPU)  # cached: not looked at again
+
+
+def test_what_is_on_the_hub_is_asked_for_before_anything_is_sampled(
+    store: Store, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("cfsd.evaluate.harness.check.check_documents", lambda benchmark: asked.append(benchmark.name))
+    check_benchmarks(fetched(store, model_folder), EvaluateSpec.model_validate({"benchmarks": ["facts", "piqa"]}), CPU)
+    assert asked == ["piqa"]  # and not the bundled one, which is whole
 
 
 def test_an_empty_probe_is_refused() -> None:

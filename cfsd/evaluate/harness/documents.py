@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.harness.checked_task import named, naming
 from cfsd.evaluate.harness.load import loaded
 from cfsd.store.tables import batches
 
@@ -26,10 +27,13 @@ def _held_out_rows(target: Path) -> Iterator[str]:
 def documents(benchmark: Benchmark) -> Iterator[str]:
     """Yield the prompt and the right answer of every document, also of those beyond `limit`; no examples.
 
-    Raises: BadInput if the benchmark cannot be loaded.
+    Raises: BadInput if the benchmark cannot be loaded, or a document has no text.
     """
     with loaded(benchmark, torch.device("cpu")) as (task, _):
-        texts = [_prompt_and_answer(task, document) for document in task.eval_docs]
+        texts = []
+        for number, document in enumerate(task.eval_docs):
+            with naming(benchmark, f"{named(number, document)}, compared with rehearsal rows"):
+                texts.append(_prompt_and_answer(task, document))
     yield from texts
 
 

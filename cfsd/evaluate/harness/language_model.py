@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.harness.batch_sizes import Batches
+from cfsd.evaluate.harness.window import Window
 from cfsd.evaluate.harness.written_answers import Answers, length_limit
 
 Progress = Callable[[int, int], None]
@@ -43,6 +44,7 @@ class BatchedModel(HFLM):  # type: ignore[misc]
                 f"context of {self.max_length}; set its max_gen_toks lower"
             )
         self.answers = self._no_answers()
+        self.window = Window(benchmark.name, self.max_length)
 
     def _no_answers(self) -> Answers:
         eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
@@ -50,6 +52,8 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         return Answers(self.tokenizer, self.benchmark.thinking_end, [*eos_ids, self.eot_token_id])
 
     def _counted(self, method: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+        self.window.begin([request.doc_id for request in requests])
+
         def ask() -> list[Any]:
             self.cache_hook, self.answers = _Counter(len(requests), self.on_progress), self._no_answers()
             return method(requests, disable_tqdm=True)
@@ -70,8 +74,10 @@ class BatchedModel(HFLM):  # type: ignore[misc]
 
     def _in_equal_batches(self, method: Callable[..., list[Any]], requests: list[Any], written: int = 0) -> list[Any]:
         """Ask in batches of as many rows as fit of the longest: one start token, its text, `written` tokens."""
-        texts = (len(self.tok_encode(request.args[0])) for request in requests)
-        longest = min(1 + max(texts, default=0) + written, self.max_length)
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self.window.begin([request.doc_id for request in requests])
+        self.window.check_texts(lengths, written)
+        longest = min(1 + max(lengths, default=0) + written, self.max_length)
 
         def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
             self.batch_size_per_gpu = self.batches.size(longest, written=bool(written))
@@ -86,6 +92,8 @@ class BatchedModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Any]:
+        if requests and requests[0][0] is not None:
+            self.window.check_pairs([(len(context), len(continuation)) for _, context, continuation in requests])
         answers: list[Any] = super()._loglikelihood_tokens(requests, True, override_bs)
         if requests and requests[0][0] is None:  # the hook does not see the windows of rolling requests
             self.cache_hook.advance(len(requests))
@@ -95,7 +103,10 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         self.answers.begin(max_length - context.shape[1], stop)
         if self.benchmark.thinking_end is not None:  # stop sequences are for what follows the reasoning
             stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
-        generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        try:
+            generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        except (TypeError, ValueError) as error:  # of settings that do not go together, or with this model
+            raise BadInput(f"benchmark {self.benchmark.name}: its generation_kwargs do not work ({error})") from error
         return generated
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
-import jinja2
 import lm_eval.api.task
 import torch
 from datasets.exceptions import DatasetsError
@@ -20,11 +19,13 @@ from tqdm import tqdm
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_files import Definition, is_hub
+from cfsd.evaluate.harness.data_mistakes import mistake_in
+from cfsd.evaluate.harness.document_rules import Unusable
+from cfsd.evaluate.harness.own_code import in_words, own_rules
+from cfsd.evaluate.harness.reads import CACHE
 from cfsd.model.undisturbed import seeded
 
-# Raised while a task with wrong YAML or data is loaded. A failing network is a ConnectionError.
-MISTAKES = (AttributeError, DatasetsError, ImportError, LookupError, SyntaxError, TypeError, ValueError,
-            jinja2.TemplateError)  # fmt: skip
+SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
 class Unreachable(BadInput, ConnectionError):
@@ -41,31 +42,16 @@ def loaded(benchmark: Benchmark, device: torch.device) -> Iterator[tuple[Any, li
     """
     benchmark.check()
     # datasets leaves its Arrow files in the user's cache unless another folder is named.
-    cache = TemporaryDirectory(prefix="cfsd-score-")
-    with _quiet() as warnings, seeded(device, DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED), cache as folder:
+    cache = TemporaryDirectory(prefix=CACHE)
+    rules = own_rules(benchmark.find())
+    with _quiet() as warnings, seeded(device, DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED), cache as folder, rules:
         yield _task(benchmark, folder), warnings
 
 
 def _task(benchmark: Benchmark, cache: str) -> Any:
     """Return the task object; local data is read into `cache` and needs no network."""
     definition = benchmark.find()
-    folder = None if definition.is_inline() else str(definition.path.parent)
-    changed = _changes(benchmark, definition, cache)
-    # An inline group is lm-eval's public way to load a YAML file with changed settings.
-    spec = changed if definition.is_inline() else {"group": "cfsd", "task": [{"task": benchmark.name} | changed]}
-    try:
-        # Reading one folder takes milliseconds, lm-eval's own 14,000 files 6-23 s.
-        task = TaskManager(include_path=folder, include_defaults=False).load([spec])["tasks"][benchmark.name]
-    except MISTAKES as error:
-        raise BadInput(
-            f"benchmark {benchmark.name}: lm-eval cannot load {definition.place(full=True)} "
-            f"({type(error).__name__}: {error.__cause__ or error}); correct that file or its data"
-        ) from error
-    except ConnectionError as error:
-        raise Unreachable(
-            f"benchmark {benchmark.name}: its data is on the hub, which could not be reached ({error}); connect to "
-            "the network, or give a benchmark with local data: `folder` with your YAML, or a bundled one"
-        ) from error
+    task = _load(benchmark, definition, cache)
     task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     benchmark.check_answers(task.OUTPUT_TYPE)
@@ -73,6 +59,42 @@ def _task(benchmark: Benchmark, cache: str) -> Any:
         task.set_config("generation_kwargs", {"max_gen_toks": benchmark.max_gen_toks}, update=True)
     _check_fewshot(benchmark, task)
     return task
+
+
+def _load(benchmark: Benchmark, definition: Definition, cache: str) -> Any:
+    folder = None if definition.is_inline() else str(definition.path.parent)
+    changed = _changes(benchmark, definition, cache)
+    # An inline group is lm-eval's public way to load a YAML file with changed settings.
+    spec = changed if definition.is_inline() else {"group": "cfsd", "task": [{"task": benchmark.name} | changed]}
+    try:
+        # Reading one folder takes milliseconds, lm-eval's own 14,000 files 6-23 s.
+        return TaskManager(include_path=folder, include_defaults=False).load([spec])["tasks"][benchmark.name]
+    except BadInput as error:
+        raise BadInput(f"benchmark {benchmark.name}, {definition.place()}: {error}") from error
+    except ConnectionError as error:
+        raise Unreachable(
+            f"benchmark {benchmark.name}: its data is on the hub, which could not be reached ({error}); connect to "
+            "the network, or give a benchmark with local data: `folder` with your YAML, or a bundled one"
+        ) from error
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's YAML, data and Python: whatever they raise
+        raise BadInput(_not_loaded(benchmark, definition, error)) from error
+
+
+def _not_loaded(benchmark: Benchmark, definition: Definition, error: BaseException) -> str:
+    if isinstance(error, Unusable):  # lm-eval looks at the first document
+        return f"benchmark {benchmark.name}, document 0: {error}"
+    said = in_words(error, definition)
+    if isinstance(error, DatasetsError):
+        said = mistake_in(definition) or said
+    if isinstance(error, KeyError) and error.args[0] in [definition.config.get(key) for key in SPLITS]:
+        named = next(key for key in SPLITS if definition.config.get(key) == error.args[0])
+        said = f"{named} is {error.args[0]!r}, which its data lack"
+    return (
+        f"benchmark {benchmark.name}: lm-eval cannot load {definition.place(full=True)} ({said}); "
+        "correct that file or its data"
+    )
 
 
 def _changes(benchmark: Benchmark, definition: Definition, cache: str) -> dict[str, Any]:
@@ -117,6 +139,8 @@ def _quiet() -> Iterator[list[str]]:
     """Keep lm-eval and datasets from writing; yield the growing list of lm-eval's distinct warnings."""
     logger, collector = logging.getLogger("lm_eval"), _Collector()
     propagate, bars = logger.propagate, not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of broken data is in its error too
     logger.propagate = False
     logger.addHandler(collector)
     datasets.disable_progress_bars()
@@ -125,6 +149,7 @@ def _quiet() -> Iterator[list[str]]:
         yield collector.messages
     finally:
         lm_eval.api.task.tqdm = tqdm
+        datasets.logging.set_verbosity(verbosity)
         logger.removeHandler(collector)
         logger.propagate = propagate
         if bars:

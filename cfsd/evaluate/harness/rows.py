@@ -35,21 +35,17 @@ def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> 
     raise BadInput(f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}")
 
 
-def refuse_what_has_no_mean(benchmark: Benchmark, task: Any) -> None:
-    """Make `task` raise BadInput for a document whose averaged metric is no number; lm-eval's own error names none."""
-    process, documents = task.process_results, 0
-    averaged = [name for name in task.aggregation() if _aggregation(task, name) in MEANS]
+def names_of_means(task: Any) -> list[str]:
+    """Return the metrics whose score is an average over documents."""
+    return [name for name in task.aggregation() if _aggregation(task, name) in MEANS]
 
-    def checked(document: Any, results: Any) -> Any:
-        nonlocal documents
-        values = process(document, results)
-        for metric in averaged:
-            if metric in values:
-                _number(f"benchmark {benchmark.name}, document {documents}", metric, values[metric])
-        documents += 1
-        return values
 
-    task.process_results = checked
+def direction(benchmark: Benchmark, task: Any, metric: str) -> bool:
+    """Return whether more is better. Raises BadInput if the benchmark does not say."""
+    higher_is_better = task.higher_is_better().get(metric)
+    if higher_is_better is None:
+        raise BadInput(f"benchmark {benchmark.name}: its YAML must say higher_is_better for {metric}")
+    return bool(higher_is_better)
 
 
 def table(benchmark: Benchmark, lm: Any, task: Any, metric: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
@@ -71,15 +67,12 @@ def metadata(
     benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the metadata of `cfsd.evaluate.harness.score.Scores` that hold for all documents."""
-    higher_is_better = task.higher_is_better().get(metric)
-    if higher_is_better is None:
-        raise BadInput(f"benchmark {benchmark.name}: its YAML must say higher_is_better for {metric}")
     filters = list(dict.fromkeys(rows["filter"]))
     left_out = len(results["samples"][benchmark.name]) - len(rows)
     scores = {name: float(results["results"][benchmark.name][f"{metric},{name}"]) for name in filters}
     return {
         "metric": metric,
-        "higher_is_better": bool(higher_is_better),
+        "higher_is_better": direction(benchmark, task, metric),
         "chance": _chance(benchmark, task, metric, results["samples"][benchmark.name]),
         "kind": _kind(task, metric, rows),
         "num_documents": int(rows["doc_id"].nunique()),
@@ -111,7 +104,7 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
     value, count, answer = sample.get(metric), 1, ""
     if isinstance(value, tuple):  # rolling: the log-likelihood, and a number of words or bytes
         value = value[0]
-    value = _number(where, metric, value)
+    value = check_number(where, metric, value)
     if not math.isfinite(value):
         raise NotFinite(f"{where}: its {metric} is {value}")
     if _aggregation(task, metric) in PERPLEXITIES:
@@ -130,7 +123,8 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
     }
 
 
-def _number(where: str, metric: str, value: Any) -> float:
+def check_number(where: str, metric: str, value: Any) -> float:
+    """Return `value` as a number. Raises BadInput if it is none."""
     if not isinstance(value, Real | np.bool_):
         raise BadInput(f"{where}: its {metric} is {value!r}, not a number; choose another metric")
     return float(value)

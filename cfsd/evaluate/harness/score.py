@@ -9,11 +9,13 @@ from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
+from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.harness.batch_sizes import Batches
+from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.language_model import BatchedModel, Progress
 from cfsd.evaluate.harness.load import loaded
-from cfsd.evaluate.harness.rows import metadata, primary_metric, refuse_what_has_no_mean, table
+from cfsd.evaluate.harness.rows import metadata, primary_metric, table
 from cfsd.evaluate.stage import load_models, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import tokens_that_fit
@@ -32,9 +34,9 @@ class Scores(NamedTuple):
     Metadata: metric, higher_is_better, chance (None: unknown), kind ("binary": values are 0 or 1; "mean";
     "perplexity"), num_documents, num_fewshot, filters, score (lm-eval's own figure for the first filter),
     scores (per filter), lm_eval (version), warnings (lm-eval's own, such as cut documents). Where they apply:
-    left_out (documents to which a nanmean does not apply), chat_template (true), and of written answers
-    max_gen_toks (their limit, tokens), at_limit (the share that reached it) and, with `thinking_end`,
-    unfinished (the share whose reasoning did not end).
+    remarks (what was cut, or taken one of several ways, a line each), left_out (documents to which a nanmean does not
+    apply), chat_template (true), and of written answers max_gen_toks (their limit, tokens), at_limit (the share that
+    reached it) and, with `thinking_end`, unfinished (the share whose reasoning did not end).
     """
 
     rows: pd.DataFrame
@@ -42,7 +44,11 @@ class Scores(NamedTuple):
 
 
 def score_benchmark(model: Artifact, benchmark: Benchmark, draft: Draft, machine: Machine) -> None:
-    """Write one row per document as the `scores` table; the metadata say what the values mean."""
+    """Write one row per document as the `scores` table; the metadata say what the values mean.
+
+    Raises: BadInput as `score`, and if files of the benchmark changed meanwhile, so that its key is another now.
+    """
+    before = benchmark.digest()
     (loaded_model,) = load_models([model], draft, machine)
     scores = score(
         loaded_model,
@@ -51,6 +57,11 @@ def score_benchmark(model: Artifact, benchmark: Benchmark, draft: Draft, machine
         max_tokens=tokens_that_fit(loaded_model, machine),
         on_progress=lambda done, total: draft.journal.progress(done, total, "requests"),
     )
+    if benchmark.digest() != before:
+        raise BadInput(
+            f"benchmark {benchmark.name}: its files changed while it was scored; run again, and if its own Python "
+            "writes files into the folder of the YAML, let it write elsewhere"
+        )
     rows = pa.Table.from_pandas(scores.rows, preserve_index=False)
     figures = {f"eval/{benchmark.name}/{scores.metadata['metric']}": float(scores.metadata["score"])}
     write_result(draft, "scores", rows, {"benchmark": benchmark.name, **scores.metadata}, figures)
@@ -78,7 +89,7 @@ def score(
     with loaded(benchmark, model.device) as (task, warnings), mode_kept(model):
         lm = BatchedModel(pretrained=model, tokenizer=_own(tokenizer, benchmark), batch_size="auto")
         lm.prepare(benchmark, task, Batches(max_tokens), on_progress)
-        refuse_what_has_no_mean(benchmark, task)
+        checked = CheckedTask(benchmark, task)
         results = evaluate(
             lm, {"tasks": {benchmark.name: task}}, limit=benchmark.limit, bootstrap_iters=0,
             apply_chat_template=benchmark.chat_template, fewshot_as_multiturn=benchmark.chat_template,
@@ -87,6 +98,8 @@ def score(
         rows = table(benchmark, lm, task, metric, results["samples"][benchmark.name])
         known = metadata(benchmark, task, metric, rows, results) | lm.answers.metadata()
         known |= {"chat_template": True} if benchmark.chat_template else {}
+        remarks = [*lm.window.said(), *checked.said()]
+        known |= {"remarks": remarks} if remarks else {}
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
 
 
