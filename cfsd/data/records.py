@@ -5,6 +5,7 @@ Readers that guess types turn the answer 007 into 7, so these do not guess.
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from cfsd.machine import home
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
 
+HALF = re.compile("[\ud800-\udfff]")
+KINDS = {list: "a list", dict: "a mapping", bool: "a truth value", bytes: "bytes", float: "no finite number"}
+
 Record = dict[str, Any]
 
 
@@ -24,6 +28,31 @@ class Located(NamedTuple):
 
     place: str
     record: Record
+
+
+def text_of(value: Any, place: str, column: str) -> str:
+    """Return the text of a cell: null is empty text, half of a surrogate pair becomes U+FFFD, a number is written.
+
+    Raises BadInput naming place and column for what is no text: true or false, NaN, lists, mappings and bytes.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    kind = KINDS.get(type(value), f"a value of type {type(value).__name__}")
+    raise BadInput(
+        f"column {column!r} of {place} holds {kind}, {value!r:.60}, where a text is needed; write it as text in the "
+        "file, or name another column"
+    )
+
+
+def whole_characters(text: str) -> str:
+    """Return `text` with two halves of a surrogate pair put together and half of one as U+FFFD."""
+    if text.isascii() or not HALF.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def is_pinned(name: str | None, revision: str | None) -> bool:

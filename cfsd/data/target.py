@@ -1,13 +1,15 @@
 """Target: what to fine-tune on, and its records as the user has them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from cfsd.data.records import Located, Record, check_file, file_records, hub_records, is_pinned
+from cfsd.data.records import Located, check_file, file_records, hub_records, is_pinned
+from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec, digest_of
@@ -16,6 +18,9 @@ from cfsd.store.digests import DigestMemory
 
 class Target(Spec):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
+
+    version: ClassVar[int] = 2
+    neutral: ClassVar[dict[str, Any]] = {"turns": "all"}
 
     kind: Literal["file", "hub", "gym"] = Field(
         "file",
@@ -26,11 +31,18 @@ class Target(Spec):
     revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
     split: str = Field("train", description="hub only")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
-    prompt: str = Field("prompt", description="A column, or a template such as `Question: {question}\\n`")
+    prompt: str = Field(
+        "prompt",
+        description="A column, or a template such as `Question: {question}\\n`; without the columns prompt and "
+        "response the shapes of other tools are recognised",
+    )
     response: str = Field("response", description="A column, or a template such as ` {answer}`")
     messages: str | None = Field(
         None,
         description="A column of chat messages, in place of prompt and response; loss on assistant turns",
+    )
+    turns: Literal["all", "last"] = Field(
+        "all", description="Chats only: learn every turn of the assistant that is not marked otherwise, or the last"
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
     held_out: PositiveInt = Field(64, description="Rows that are left out of training, to measure what was learned")
@@ -57,27 +69,23 @@ class Target(Spec):
         return settings
 
     def check(self) -> None:
-        """Raise BadInput if the rows cannot be had; reads no more than the first one."""
-        if self.kind == "gym":
-            next(iter(_gym(self)), None)
-        elif self.kind == "file":
+        """Raise BadInput if the rows cannot be had or lack what is asked of them; reads no more than the first ones."""
+        if self.kind == "hub":
+            return
+        if self.kind == "file":
             needed = f"rows with {self.prompt!r} and {self.response!r} are needed"
             check_file(Path(self.path or ""), "target", "target.path", needed)
+        shape_of_rows(self, first_rows(self, records_of(self)))
 
 
-def fill(template: str, record: Record) -> str:
-    """Return a column of `record`, or `template` with columns filled in. Raises BadInput when a column is missing."""
-    if template in record:
-        return "" if record[template] is None else str(record[template])
-    try:
-        if "{" not in template:
-            raise KeyError(template)
-        return template.format(**record)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise BadInput(
-            f"target has no column for {template!r} ({error}); its columns are {', '.join(map(repr, record))}; "
-            "a brace that is meant as one is written twice"
-        ) from None
+def first_rows(target: Target, records: Iterator[Located]) -> list[Located]:
+    """Return the rows whose columns are known before the first one is read."""
+    return list(islice(records, 1 if target.kind == "gym" else min(HEAD, target.rows or HEAD)))
+
+
+def shape_of_rows(target: Target, head: Sequence[Located]) -> Shape:
+    """Return how the rows of `target` are read, by its settings and its first rows; raises BadInput."""
+    return shape_of(target.prompt, target.response, target.messages, head)
 
 
 def records_of(target: Target) -> Iterator[Located]:

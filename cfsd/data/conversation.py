@@ -1,0 +1,171 @@
+"""Conversations: chats as people's files have them, brought to the one form that chat templates take."""
+
+import json
+from collections import Counter
+from typing import Any, NamedTuple, NoReturn
+
+from cfsd.data.records import Located, Record, text_of
+from cfsd.data.shapes import Shape
+from cfsd.errors import BadInput
+
+ROLES = {  # as ShareGPT and others call them
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "ai": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+}  # fmt: skip
+MARKS = ("weight", "train", "training", "train_on_turn")  # whether a turn is learned
+FINER = ("train_detail", "training_detail", "loss", "loss_mask", "mask")  # of less or more than a whole turn
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "function_call")
+BESIDE = ("functions", "images", "videos", "audios", "image", "video", "audio", "history")  # columns
+SYSTEM = ("system", "system_prompt")  # columns
+RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
+NOT_ASSISTANT = "rows mark turns that are not the assistant's to be learned, which no such turn is"
+EMPTY_TURN = "rows have an assistant turn that is empty, which is not learned"
+RENAMED = "rows name roles otherwise ('human', 'gpt' and the like); they are taken as user, assistant, system or tool"
+
+Message = dict[str, Any]
+
+
+class Conversation(NamedTuple):
+    """A chat: messages with `role`, a text as `content` and what else the row gives; which of them are learned.
+
+    `variables` is what else the template gets, such as `tools`.
+    """
+
+    place: str
+    messages: list[Message]
+    learned: list[bool]
+    variables: dict[str, Any]
+
+
+def conversation_of(shape: Shape, row: Located, notes: Counter[str]) -> Conversation:
+    """Return the chat of a row of shape `turns` or `messages`; without messages where the cell is empty.
+
+    Raises BadInput naming the row and what is no message, or what a chat template has no place for.
+    """
+    parts = [_messages(row, column) for column in shape.columns]
+    reader = _Reader(row.place, notes)
+    read = [[reader.message(message) for message in part] for part in parts]
+    messages = [message for part in read for message, _ in part]
+    context = len(read[0]) if shape.kind == "turns" else 0  # the prompt's own turns are no response
+    learned = [wanted and i >= context for i, (_, wanted) in enumerate(turn for part in read for turn in part)]
+    if (system := _system(row, shape.columns)) and messages:
+        if messages[0]["role"] == "system" and messages[0]["content"] != system[1]:
+            raise BadInput(f"{row.place} has a system message and a column {system[0]!r} beside it; keep one of them")
+        if messages[0]["role"] != "system":
+            messages, learned = [{"role": "system", "content": system[1]}, *messages], [False, *learned]
+    return Conversation(row.place, messages, learned, _variables(row, shape.columns))
+
+
+def listed(value: Any, what: str) -> list[Any]:
+    """Return a list that a file holds as such or as JSON text; empty where there is none. Raises BadInput."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadInput(
+                f"{what} is a text that is no JSON ({error}), where a list is needed: {value!r:.60}"
+            ) from None
+    if not value and not isinstance(value, bool | int | float):
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BadInput(f"{what} is not a list of messages or other mappings: {value!r:.60}")
+    return value
+
+
+def _messages(row: Located, column: str) -> list[Any]:
+    value = row.record.get(column)
+    if isinstance(value, str) and value.strip() and not value.lstrip().startswith("["):
+        raise BadInput(f"column {column!r} of {row.place} is not a list of messages: {value!r:.60}")
+    return listed(value, f"column {column!r} of {row.place}")
+
+
+def _system(row: Located, columns: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the column that holds the system message, and its text."""
+    for column in SYSTEM:
+        if column not in columns and (text := text_of(row.record.get(column), row.place, column)):
+            return column, text
+    return None
+
+
+def _variables(row: Located, columns: tuple[str, ...]) -> dict[str, Any]:
+    record: Record = {name: value for name, value in row.record.items() if name not in columns}
+    if beside := [name for name in BESIDE if record.get(name)]:
+        raise BadInput(
+            f"{row.place} has a column {beside[0]!r} beside its messages, which no chat template of a text model "
+            "takes; remove the column (functions are written as `tools`), or give prompt and response"
+        )
+    lists = {name: listed(record.get(name), f"column {name!r} of {row.place}") for name in ("tools", "documents")}
+    settings = record.get("chat_template_kwargs") or {}
+    if not isinstance(settings, dict) or set(settings) & set(RESERVED):
+        raise BadInput(
+            f"column 'chat_template_kwargs' of {row.place} holds {settings!r:.60}; a mapping without "
+            f"{', '.join(RESERVED)} is needed"
+        )
+    return {name: value for name, value in (lists | settings).items() if value not in ([], None)}
+
+
+class _Reader:
+    """Reads messages of one row; `notes` counts what is read in one of several ways."""
+
+    def __init__(self, place: str, notes: Counter[str]) -> None:
+        self.place, self.notes = place, notes
+
+    def message(self, given: Message) -> tuple[Message, bool]:
+        """Return a message as templates take it, and whether it is learned."""
+        fields = {name: value for name, value in given.items() if value is not None}
+        said = "from" if "from" in fields and "role" not in fields else "role"
+        role = self._role(fields.pop(said, None), given)
+        content = fields.pop("value" if said == "from" and "value" in fields else "content", None)
+        if content is None and "content" not in given and "value" not in given and "tool_calls" not in fields:
+            self._refuse(given, "needs `role` and `content` (or `from` and `value`)")
+        wanted = self._marked(fields, role, given)
+        if bad := [name for name in MEDIA if fields.get(name)]:
+            self._refuse(given, f"has the field {bad[0]!r}, which is not text; remove it, or write text or tool_calls")
+        if said == "from" and given["from"] == "function_call":
+            fields, content = fields | {"tool_calls": self._calls(content, given)}, None
+        message = {"role": role, "content": self._content(content, given), **fields}
+        empty = not any(value for name, value in message.items() if name != "role")
+        if role == "assistant" and empty:
+            self.notes[EMPTY_TURN] += 1
+        return message, role == "assistant" and wanted and not empty
+
+    def _role(self, role: Any, given: Message) -> str:
+        if not isinstance(role, str) or not role.strip():
+            self._refuse(given, "needs a `role` (or `from`), a text such as user or assistant")
+        known = ROLES.get(role.strip().lower(), role)
+        if known != role:
+            self.notes[RENAMED] += 1
+        return known
+
+    def _content(self, content: Any, given: Message) -> str:
+        if not isinstance(content, list):
+            return text_of(content, self.place, "content")
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else part
+                self._refuse(given, f"has content that is not text ({kind!r:.30}); keep parts of type text")
+        return "".join(part["text"] for part in content)
+
+    def _calls(self, content: Any, given: Message) -> list[dict[str, Any]]:
+        try:
+            calls = json.loads(content) if isinstance(content, str) else content
+            called = calls if isinstance(calls, list) else [calls]
+            return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in called]
+        except (ValueError, KeyError, TypeError):
+            self._refuse(given, "is a function call that is no JSON with `name` and `arguments`")
+
+    def _marked(self, fields: Message, role: str, given: Message) -> bool:
+        """Take the marks out of `fields` and return whether the message may be learned."""
+        if bad := [name for name in FINER if name in fields]:
+            self._refuse(given, f"has the field {bad[0]!r}; whole turns are learned or not: use `weight`, 0 or 1")
+        marks = {name: fields.pop(name) for name in MARKS if name in fields}
+        for name, value in marks.items():
+            if value not in (0, 1):  # true and false are these
+                self._refuse(given, f"has {name} {value!r}; 0 or false (context only), 1 or true (learned) are allowed")
+            if value and role != "assistant":
+                self.notes[NOT_ASSISTANT] += 1
+        return all(marks.values())
+
+    def _refuse(self, given: Message, why: str) -> NoReturn:
+        raise BadInput(f"a message of {self.place} {why}; it is {given!r:.100}")
