@@ -20,7 +20,7 @@ TODAY = datetime(2024, 7, 26)
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 OTHERWISE = "change the messages of the row, or give prompt and response in place of messages"
-BLOCKS = "rows are learned by the template's own generation blocks, as it rewrites earlier turns"
+BLOCKS = "what is learned is told by the chat template's generation blocks, as it rewrites earlier turns"
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> str:
@@ -91,16 +91,16 @@ class Rendering:
                 continue
             before = self.render(self.messages[:turn], open_turn=True)
             after = self.render(self.messages[: turn + 1])
-            if not after.startswith(before):
-                raise BadInput(
-                    f"{self.chat.place}: this model's chat template opens an assistant's turn with {before[-30:]!r}, "
-                    f"but writes turn {turn + 1} otherwise, so the loss cannot be laid on it; give prompt and response"
-                )
             if not self.text.startswith(after):
                 raise BadInput(
                     f"{self.chat.place}: this model's chat template rewrites earlier turns, so the loss cannot be "
                     f"laid on turn {turn + 1}; set target.turns=last (only a chat's last turn is learned), give "
                     "single-turn rows, or prompt and response"
+                )
+            if not after.startswith(before):
+                raise BadInput(
+                    f"{self.chat.place}: this model's chat template opens an assistant's turn with {before[-30:]!r}, "
+                    f"but writes turn {turn + 1} otherwise, so the loss cannot be laid on it; give prompt and response"
                 )
             yield len(before), len(after)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cfsd.data.records import Located, text_of
 from cfsd.errors import BadInput
 
-WRITTEN_NUMBERS = "rows have a number where a text is read; it is written out"
+WRITTEN_NUMBERS = "numbers in columns of text are written out"
 
 
 class Part(NamedTuple):

@@ -19,9 +19,9 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios", "function_call
 BESIDE = ("functions", "images", "videos", "audios", "image", "video", "audio", "history")  # columns
 SYSTEM = ("system", "system_prompt")  # columns
 RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
-NOT_ASSISTANT = "rows mark turns that are not the assistant's to be learned, which no such turn is"
-EMPTY_TURN = "rows have an assistant turn that is empty, which is not learned"
-RENAMED = "rows name roles otherwise ('human', 'gpt' and the like); they are taken as user, assistant, system or tool"
+NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
+EMPTY_TURN = "an assistant turn without text is not learned"
+RENAMED = "roles such as 'human' and 'gpt' are taken as user, assistant, system or tool"
 
 Message = dict[str, Any]
 

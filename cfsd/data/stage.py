@@ -20,10 +20,10 @@ from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import TARGET, table_of, write_shard
 
-HALVES = "rows hold half of a surrogate pair (an emoji that was cut), which is read as U+FFFD"
-SHARED = "rows have a token across the border of what is learned, which counts if it holds but spaces of the other side"
-SPECIAL = "rows have special tokens of this model written in their text, which are taken as these tokens"
-UNKNOWN = "rows have characters that this tokenizer does not know; they become its unknown token"
+HALVES = "half of a surrogate pair (an emoji that was cut) is read as U+FFFD"
+SHARED = "a token across the border of what is learned counts where it holds only spaces of the other side"
+SPECIAL = "special tokens of this model that are written in the text are taken as these tokens"
+UNKNOWN = "characters that this tokenizer does not know become its unknown token"
 NO_RESPONSE = "with an empty response"
 MERGED = "whose response is within the prompt's last token"
 NO_TURN = "without a turn of the assistant that is learned"
@@ -87,13 +87,14 @@ class _Reading:
         self.notes: Counter[str] = Counter()
         self.written_roles: set[str] = set()
         self.recognised = ""
-        special = sorted((t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self.special = re.compile("|".join(map(re.escape, reversed(special))) or r"(?!)")
+        added = {token: known.content for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
+        self.ends = added.keys() & {*tokens.eos_ids, *tokens.end()}
+        self.special = re.compile("|".join(map(re.escape, sorted(added.values(), key=len, reverse=True))) or "(?!)")
 
     def said(self) -> Iterator[str]:
         if self.recognised:
             yield self.recognised
-        yield from (f"{count} {note}" for note, count in self.notes.items())
+        yield from (f"{note}; rows: {count}" for note, count in self.notes.items())
 
     def rows(self) -> Iterator[Row]:
         records = islice(records_of(self.target), self.target.rows)
@@ -133,7 +134,7 @@ class _Reading:
         if not any(supervised):
             return Row(ids, supervised, prompt, response), MERGED if response else NO_RESPONSE
         front = self.front[:-1] if self.front and ids[0] == self.front[-1] else self.front  # the text has its own
-        end = [] if ids[-1] in self.tokens.eos_ids else self.tokens.end()
+        end = [] if ids[-1] in self.ends else self.tokens.end()
         supervised = [False] * len(front) + supervised + [True] * len(end)
         return Row(front + ids + end, _predicted(supervised), prompt, response), NO_RESPONSE
 

@@ -9,7 +9,7 @@ from cfsd.errors import BadInput
 
 MARKER = "Xqzcontentqzx"  # no template writes or changes it
 MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
-UNWRITTEN = "rows have the field {!r} in a message, which this chat template does not write"
+UNWRITTEN = "the field {!r} of messages is not written by this chat template"
 
 
 def check_written(rendering: Rendering, roles: set[str], notes: Counter[str]) -> None:
