@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cfsd.data.conversation import Conversation, Message
+from cfsd.data.conversation import Conversation, Message, readings
 from cfsd.data.tokenised import Span
 from cfsd.errors import BadInput
 
@@ -38,8 +38,13 @@ class Rendering:
                 f"{chat.place} is a chat, but this model has no chat template; give rows of prompt and response"
             )
         self.tokenizer: Any = tokenizer
-        self.chat, self.messages = chat, chat.messages
+        self.chat = chat
         self.template = dated_template(tokenizer, chat.variables.get("tools"))
+        for messages in readings(chat.messages):
+            if (text := self.attempt(messages)) is not None:
+                self.messages, self.text = messages, text
+                return
+        self.messages = chat.messages
         self.text = self.render(self.messages)
 
     def attempt(self, messages: list[Message], *, open_turn: bool = False, without: str = "") -> str | None:

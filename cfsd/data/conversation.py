@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from cfsd.data.records import Located, Record, text_of
@@ -29,7 +30,7 @@ Message = dict[str, Any]
 class Conversation(NamedTuple):
     """A chat: messages with `role`, a text as `content` and what else the row gives; which of them are learned.
 
-    `variables` is what else the template gets, such as `tools`.
+    Only a message with `tool_calls` may lack `content`. `variables` is what else the template gets, such as `tools`.
     """
 
     place: str
@@ -105,6 +106,35 @@ def _variables(row: Located, columns: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in (lists | settings).items() if value not in ([], None)}
 
 
+def readings(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the messages as templates may take them, the usual way first.
+
+    Arguments of tool calls are mappings, or JSON text; a message of tool calls lacks `content`, or it is empty.
+    """
+    for parsed in (True, False):
+        for filled in (False, True):
+            yield [
+                ({"content": ""} if filled else {}) | (_parsed(message) if parsed else message) for message in messages
+            ]
+
+
+def _parsed(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_called(call) for call in calls]}
+
+
+def _called(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+    except json.JSONDecodeError:
+        return call
+
+
 class _Reader:
     """Reads messages of one row; `notes` counts what is read in one of several ways."""
 
@@ -124,7 +154,9 @@ class _Reader:
             self._refuse(given, f"has the field {bad[0]!r}, which is not text; remove it, or write text or tool_calls")
         if said == "from" and given["from"] == "function_call":
             fields, content = fields | {"tool_calls": self._calls(content, given)}, None
-        message = {"role": role, "content": self._content(content, given), **fields}
+        message = {"role": role, **fields}
+        if content is not None or not fields.get("tool_calls"):
+            message["content"] = self._content(content, given)
         empty = not any(value for name, value in message.items() if name != "role")
         if role == "assistant" and empty:
             self.notes[EMPTY_TURN] += 1

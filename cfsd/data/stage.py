@@ -142,15 +142,16 @@ class _Reading:
         if self.target.turns == "last":
             last = max((i for i, learned in enumerate(chat.learned) if learned), default=None)
             chat = chat._replace(learned=[i == last for i in range(len(chat.learned))])
-        said = "\n".join(m["content"] for m, learned in zip(chat.messages, chat.learned, strict=True) if learned)
-        first = chat.messages[0]["content"] if chat.messages else ""
+        contents = [message.get("content", "") for message in chat.messages]
+        said = "\n".join(content for content, learned in zip(contents, chat.learned, strict=True) if learned)
+        first = contents[0] if contents else ""
         if not any(chat.learned):
             return Row([], [], first, said)
-        if any(self.special.search(message["content"]) for message in chat.messages):
+        if any(map(self.special.search, contents)):
             notes[SPECIAL] += 1
         rendering = Rendering(self.tokenizer, chat)
         spans = rendering.spans(notes)
-        check_written(rendering, self.written_roles, notes)
+        check_written(rendering, spans or (), self.written_roles, notes)
         ids, supervised = rendering.mask() if spans is None else self._tokens(rendering.text, spans, notes)
         return Row(ids, _predicted(supervised), first, said)
 

@@ -2,23 +2,35 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from cfsd.data.chat import Rendering
 from cfsd.data.conversation import Message
+from cfsd.data.tokenised import Span
 from cfsd.errors import BadInput
 
 MARKER = "Xqzcontentqzx"  # no template writes or changes it
 MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
+SHORTENED = "parts of earlier turns are left out or changed by this chat template, as when the model answers"
 UNWRITTEN = "the field {!r} of messages is not written by this chat template"
 
 
-def check_written(rendering: Rendering, roles: set[str], notes: Counter[str]) -> None:
-    """Raise BadInput naming the row and the message, field or variable that the template leaves out of the text.
+def check_written(rendering: Rendering, spans: Sequence[Span], roles: set[str], notes: Counter[str]) -> None:
+    """Raise BadInput naming the row and the turn, message, field or variable that the template leaves out.
 
-    Fields that only describe a message, such as `name` or `id`, are counted in `notes`. `roles` are those known to be
-    written; it grows.
+    `spans` are where the learned turns stand, if that is known. Fields that only describe a message, such as `name` or
+    `id`, and shortened earlier turns are counted in `notes`. `roles` are those known to be written; it grows.
     """
     _check_variables(rendering)
+    learned = (m for m, said in zip(rendering.messages, rendering.chat.learned, strict=True) if said)
+    for message, (begin, end) in zip(learned, spans, strict=False):
+        if not _holds(rendering.text[begin:end], message):
+            raise BadInput(
+                f"{rendering.chat.place}: this model's chat template leaves out a part of the assistant's turn "
+                f"{message['content']!r:.60}; give prompt and response"
+            )
+    if not all(_holds(rendering.text, message) for message in rendering.messages):
+        notes[SHORTENED] += 1
     for message in rendering.messages:
         _check_content(rendering, message, roles)
     for name in sorted({name for message in rendering.messages for name in message} - {"role", "content"}):
@@ -45,7 +57,7 @@ def _check_variables(rendering: Rendering) -> None:
 
 
 def _check_content(rendering: Rendering, message: Message, roles: set[str]) -> None:
-    role, content = message["role"], message["content"].strip()
+    role, content = message["role"], message.get("content", "").strip()
     if not content or (role in roles and content in rendering.text):
         return
     changed = [{**other, "content": MARKER} if other is message else other for other in rendering.messages]
@@ -55,6 +67,11 @@ def _check_content(rendering: Rendering, message: Message, roles: set[str]) -> N
             f"({content!r:.40}); give it another role, such as user or system, or remove it"
         )
     roles.add(role)
+
+
+def _holds(text: str, message: Message) -> bool:
+    """Say whether `text` has the content of a message, but for spaces and line ends."""
+    return "".join(message.get("content", "").split()) in "".join(text.split())
 
 
 def _without(rendering: Rendering, name: str) -> str | None:

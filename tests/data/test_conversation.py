@@ -36,6 +36,12 @@ TEMPLATES = {
     "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}",
     "undefined": "{{ messages[0]['persona']['name'] }}" + CHAT,
+    "strips": CHAT.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"),
+    "arguments as text": CHAT.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}",
+    ),
+    "content of every turn": TOOLS_TOO.replace("{{ m['content'] }}", "{{ m['content'][:9] }}"),
     "concatenates": "{{ messages[0]['content'] + 1 }}" + CHAT,
 }
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
@@ -203,6 +209,27 @@ SAID: dict[str, tuple[Make, str, str]] = {
 }  # fmt: skip
 
 
+WRITTEN = '{"name": "add", "arguments": {"a": 1}}'
+CALL_AS_TEXT = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+
+
+@pytest.mark.parametrize("calls", [CALL, CALL_AS_TEXT])
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [("tools", WRITTEN), ("content of every turn", WRITTEN), ("arguments as text", 'add{"a": 1}')],
+)  # fmt: skip
+def test_calls_are_given_as_the_template_takes_them(
+    world: World, tmp_path: Path, calls: list[Any], template: str, written: str
+) -> None:
+    make = chat({"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "2"}, said("yes"))
+    if template == "arguments as text" and calls is CALL:
+        with pytest.raises(BadInput, match=r"line 1.*TypeError"):
+            world.read(make, tmp_path, template)
+        return
+    texts, _ = world.read(make, tmp_path, template)
+    assert texts == [(ONE + "<|turn|>tool:2<|end|><|turn|>assistant:", written + "<|end|>yes<|end|>")] * 6
+
+
 @pytest.mark.parametrize("name", SAID)
 def test_what_is_read_in_one_of_several_ways_is_said(world: World, tmp_path: Path, name: str) -> None:
     make, template, sentence = SAID[name]
@@ -224,6 +251,9 @@ REFUSED: dict[str, tuple[Make, str, str]] = {
     "an opened turn that is closed otherwise": (chat(said("y")), "thinks", r"line 1.*opens .*\[think\]"),
     "earlier turns that change": (
         chat(said("(a)b"), user("b"), said("c")), "rewrites", "line 1.*rewrites earlier turns.*target.turns=last"
+    ),
+    "thinking that is left out": (
+        chat(said("<think>hm</think>y")), "strips", "line 1.*leaves out a part of the assistant's turn"
     ),
     "tools": (chat(said("y"), tools=TOOLS), "plain", "line 1.*'tools'.*no place"),
     "documents": (chat(said("y"), documents=[{"text": "d"}]), "plain", "line 1.*'documents'.*no place"),
@@ -277,7 +307,8 @@ def test_what_a_chat_template_cannot_write_is_refused_by_name(world: World, tmp_
 
 def test_the_last_turn_of_a_chat_can_be_learned_where_earlier_ones_are_rewritten(world: World, tmp_path: Path) -> None:
     make = chat(said("(a)b"), user("b"), said("(c)d"))
-    texts, _ = world.read(make, tmp_path, "rewrites", turns="last")
+    texts, made = world.read(make, tmp_path, "rewrites", turns="last")
+    assert any("parts of earlier turns" in line for line in list(made.metadata["said"]))
     assert texts == [(ONE + "b<|end|><|turn|>user:b<|end|><|turn|>assistant:", "(c)d<|end|>")] * 6
 
 
