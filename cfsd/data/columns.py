@@ -27,12 +27,15 @@ def parse(template: str, known: Collection[str], place: str, setting: str) -> li
     if template in known:
         return [Part("", (template,))]
     try:
-        parts = [_part(literal, *field, known) for literal, *field in string.Formatter().parse(template)]
+        parts = [
+            _part(literal, field, spec, conversion, known)
+            for literal, field, spec, conversion in string.Formatter().parse(template)
+        ]
         if template and not any(part.path for part in parts):
             raise ValueError(f"no column is called {template!r}")
     except ValueError as error:
         raise BadInput(
-            f"{setting} {template!r} cannot be filled from {place}: {error}; its columns are "
+            f"target has no column for {template!r} ({place}: {error}); its columns are "
             f"{', '.join(map(repr, known)) or 'none'}; fix {setting} (a brace that is meant as one is written twice)"
         ) from None
     return parts

@@ -44,7 +44,7 @@ def conversation_of(shape: Shape, row: Located, notes: Counter[str]) -> Conversa
 
     Raises BadInput naming the row and what is no message, or what a chat template has no place for.
     """
-    parts = [_messages(row, column) for column in shape.columns]
+    parts = [_listed(row, column, "messages") for column in shape.columns]
     reader = _Reader(row.place, notes)
     read = [[reader.message(message) for message in part] for part in parts]
     messages = [message for part in read for message, _ in part]
@@ -58,27 +58,20 @@ def conversation_of(shape: Shape, row: Located, notes: Counter[str]) -> Conversa
     return Conversation(row.place, messages, learned, _variables(row, shape.columns))
 
 
-def listed(value: Any, what: str) -> list[Any]:
-    """Return a list that a file holds as such or as JSON text; empty where there is none. Raises BadInput."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadInput(
-                f"{what} is a text that is no JSON ({error}), where a list is needed: {value!r:.60}"
-            ) from None
-    if not value and not isinstance(value, bool | int | float):
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise BadInput(f"{what} is not a list of messages or other mappings: {value!r:.60}")
-    return value
-
-
-def _messages(row: Located, column: str) -> list[Any]:
+def _listed(row: Located, column: str, what: str) -> list[Any]:
+    """Return a list of mappings that a cell holds as such or as JSON text; empty where there is none."""
     value = row.record.get(column)
-    if isinstance(value, str) and value.strip() and not value.lstrip().startswith("["):
-        raise BadInput(f"column {column!r} of {row.place} is not a list of messages: {value!r:.60}")
-    return listed(value, f"column {column!r} of {row.place}")
+    try:
+        found = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f"target column {column!r} is not a list of {what}, and no JSON ({row.place}): {error}: {value!r:.60}"
+        ) from None
+    if not found and not isinstance(found, bool | int | float):
+        return []
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise BadInput(f"target column {column!r} is not a list of {what} ({row.place}): {value!r:.60}")
+    return found
 
 
 def _system(row: Located, columns: tuple[str, ...]) -> tuple[str, str] | None:
@@ -96,7 +89,7 @@ def _variables(row: Located, columns: tuple[str, ...]) -> dict[str, Any]:
             f"{row.place} has a column {beside[0]!r} beside its messages, which no chat template of a text model "
             "takes; remove the column (functions are written as `tools`), or give prompt and response"
         )
-    lists = {name: listed(record.get(name), f"column {name!r} of {row.place}") for name in ("tools", "documents")}
+    lists = {name: _listed(row, name, name) for name in ("tools", "documents") if name not in columns}
     settings = record.get("chat_template_kwargs") or {}
     if not isinstance(settings, dict) or set(settings) & set(RESERVED):
         raise BadInput(

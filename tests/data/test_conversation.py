@@ -273,9 +273,9 @@ REFUSED: dict[str, tuple[Make, str, str]] = {
     "no role": (chat({"content": "y"}), "plain", "line 1.*`role`"),
     "content that is a mapping": (chat(said({"a": 1})), "plain", "line 1.*a mapping"),
     "content that is true": (chat(said(True)), "plain", "line 1.*a truth value"),
-    "a text in the place of messages": (lambda w: {"messages": w}, "plain", "line 1.*not a list of messages"),
-    "texts in the place of messages": (lambda w: {"messages": [w]}, "plain", "line 1.*not a list of messages"),
-    "half JSON": (lambda w: {"messages": '[{"role": '}, "plain", "line 1.*no JSON"),
+    "a text in the place of messages": (lambda w: {"messages": w}, "plain", "not a list of messages.*line 1"),
+    "texts in the place of messages": (lambda w: {"messages": [w]}, "plain", "not a list of messages.*line 1"),
+    "half JSON": (lambda w: {"messages": '[{"role": '}, "plain", "no JSON.*line 1"),
     "two system messages": (
         lambda w: {"messages": [{"role": "system", "content": "a"}, user(w), said("y")], "system": "b"},
         "plain", "line 1.*'system'",

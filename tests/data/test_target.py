@@ -267,7 +267,7 @@ def test_alpaca_is_written_in_its_layout(store: Store, tmp_path: Path) -> None:
     assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
     assert all("Input" not in prompt and "with an input" not in prompt for prompt in prompts - with_input)
     assert made.metadata["dropped"] == {"seen before": 3}
-    assert any("layout of Alpaca" in line for line in list(made.metadata["said"]))  # type: ignore[arg-type]
+    assert any("layout of Alpaca" in line for line in list(made.metadata["said"]))
 
 
 def test_prompt_and_completion_are_taken_as_the_pair(store: Store, base: Artifact, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_row_has_one_beginning_and_one_end(store: Store, tmp_path: Path, adds:
         assert row["token_ids"].count(1) == int(begins or "<s>" in row["prompt"])
         assert row["token_ids"].count(2) == 1 and row["token_ids"][-1] == 2 and row["supervised"][-1]
         assert not begins or (row["token_ids"][0] == 1 and not row["supervised"][0])
-    assert [line for line in made.metadata["said"] if "special tokens" in line]  # type: ignore[union-attr]
+    assert [line for line in made.metadata["said"] if "special tokens" in line]
 
 
 def test_a_response_without_a_token_of_its_own_is_dropped_and_counted(store: Store, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_response_without_a_token_of_its_own_is_dropped_and_counted(store: Sto
     found, made = rows(store, base, tmp_path / "rows.jsonl", *pairs)
     assert made.metadata["dropped"] == {"whose response is within the prompt's last token": 1}
     assert [row["response"] for row in found] == [" cat", "four"]
-    assert [line.partition(";")[2] for line in made.metadata["said"] if "across the border" in line] == [" rows: 2"]  # type: ignore[union-attr]
+    assert [line.partition(";")[2] for line in made.metadata["said"] if "across the border" in line] == [" rows: 2"]
 
 
 def test_what_a_tokenizer_does_not_know_is_said(store: Store, tmp_path: Path) -> None:
