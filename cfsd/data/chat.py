@@ -39,7 +39,10 @@ class Rendering:
             )
         self.tokenizer: Any = tokenizer
         self.chat = chat
-        self.template = dated_template(tokenizer, chat.variables.get("tools"))
+        try:
+            self.template = dated_template(tokenizer, chat.variables.get("tools"))
+        except ValueError as error:  # several templates, and none of them is the default
+            raise BadInput(f"{chat.place} is a chat, but this model has no template for it: {error}") from error
         for messages in readings(chat.messages):
             if (text := self.attempt(messages)) is not None:
                 self.messages, self.text = messages, text
@@ -118,6 +121,8 @@ class Rendering:
         return str(text)
 
     def _remedy(self, messages: list[Message]) -> str:
+        if not messages:
+            return "the chat begins with the assistant: give it a user's turn before, or mark that turn weight: 0"
         if len(messages) < len(self.messages):
             return f"these are its first {len(messages)} messages, as they stand before or after a turn; {OTHERWISE}"
         others = [message for message in messages if message["role"] != "system"]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from cfsd.data.chat import Rendering
 from cfsd.data.columns import fill
 from cfsd.data.conversation import Conversation, conversation_of
-from cfsd.data.records import Located, whole_characters
+from cfsd.data.records import Located, text_of, whole_characters
 from cfsd.data.shapes import Shape
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
-from cfsd.data.tokenised import Tokens, added_in_front, tokenise
+from cfsd.data.tokenised import Span, added_in_front, tokenise
 from cfsd.data.written import check_written
 from cfsd.errors import BadInput
 from cfsd.model.loading import Tokenization, load_tokenization
@@ -24,6 +24,7 @@ HALVES = "half of a surrogate pair (an emoji that was cut) is read as U+FFFD"
 SHARED = "a token across the border of what is learned counts where it holds only spaces of the other side"
 SPECIAL = "special tokens of this model that are written in the text are taken as these tokens"
 UNKNOWN = "characters that this tokenizer does not know become its unknown token"
+LOST = "characters that this tokenizer has no token for are left out"
 NO_RESPONSE = "with an empty response"
 MERGED = "whose response is within the prompt's last token"
 NO_TURN = "without a turn of the assistant that is learned"
@@ -82,7 +83,7 @@ class _Reading:
 
     def __init__(self, target: Target, tokens: Tokenization) -> None:
         self.target, self.tokens, self.tokenizer = target, tokens, tokens.tokenizer
-        self.front = added_in_front(tokens.tokenizer)
+        self.front: list[int] | None = None  # what the tokenizer puts before every text
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.written_roles: set[str] = set()
@@ -124,16 +125,18 @@ class _Reading:
         return self._chat_row(conversation_of(shape, located, notes), notes), NO_TURN
 
     def _text_row(self, shape: Shape, located: Located, notes: Counter[str]) -> tuple[Row, str]:
-        short = shape.short and not located.record.get("input")
+        short = shape.short and not text_of(located.record.get("input"), located.place, "input").strip()
         prompt = fill(shape.short if short else shape.prompt, located, notes)
         response = fill(shape.response, located, notes)
         if self.special.search(prompt) or self.special.search(response):
             notes[SPECIAL] += 1
         text = prompt + response
-        ids, supervised = self._tokens(text, [(len(prompt), len(text))], notes)
+        ids, supervised = self._tokens(located.place, text, [(len(prompt), len(text))], notes)
         if not any(supervised):
             return Row(ids, supervised, prompt, response), MERGED if response else NO_RESPONSE
-        front = self.front[:-1] if self.front and ids[0] == self.front[-1] else self.front  # the text has its own
+        if self.front is None:
+            self.front = added_in_front(self.tokenizer, text)
+        front = self.front[:-1] if self.front[-1:] == ids[:1] else self.front  # the text may have its own
         end = [] if ids[-1] in self.ends else self.tokens.end()
         supervised = [False] * len(front) + supervised + [True] * len(end)
         return Row(front + ids + end, _predicted(supervised), prompt, response), NO_RESPONSE
@@ -152,13 +155,18 @@ class _Reading:
         rendering = Rendering(self.tokenizer, chat)
         spans = rendering.spans(notes)
         check_written(rendering, spans or (), self.written_roles, notes)
-        ids, supervised = rendering.mask() if spans is None else self._tokens(rendering.text, spans, notes)
+        ids, supervised = rendering.mask() if spans is None else self._tokens(chat.place, rendering.text, spans, notes)
         return Row(ids, _predicted(supervised), first, said)
 
-    def _tokens(self, text: str, spans: list[tuple[int, int]], notes: Counter[str]) -> tuple[list[int], list[bool]]:
-        made: Tokens = tokenise(self.tokenizer, text, spans)
+    def _tokens(self, place: str, text: str, spans: list[Span], notes: Counter[str]) -> tuple[list[int], list[bool]]:
+        try:
+            made = tokenise(self.tokenizer, text, spans)
+        except Exception as error:  # tokenizers raise plain exceptions
+            raise BadInput(f"{place} cannot be turned into tokens: {error}") from error
         if made.shared:
             notes[SHARED] += 1
+        if made.lost:
+            notes[LOST] += 1
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in made.ids and str(self.tokenizer.unk_token) not in text:
             notes[UNKNOWN] += 1

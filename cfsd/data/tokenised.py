@@ -1,6 +1,7 @@
 """Tokens of a whole text, and which of them count in the loss, by where they stand in the text."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +12,12 @@ Span = tuple[int, int]  # first character and the one after the last
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text; `shared` of them hold characters of both sides of a border."""
+    """The tokens of a text; `shared` of them hold characters of both sides of a border; `lost` is without a token."""
 
     ids: list[int]
     supervised: list[bool]
-    shared: int
+    shared: int = 0
+    lost: str = ""
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Tokens:
@@ -29,14 +31,16 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span
     if not tokenizer.is_fast:
         return _by_prefixes(tokenizer, text, spans)
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = [_place(text, begin, end, spans) for begin, end in encoded["offset_mapping"]]
-    return Tokens(list(encoded["input_ids"]), [inside for inside, _ in places], sum(both for _, both in places))
+    offsets = encoded["offset_mapping"]
+    places = [_place(text, begin, end, spans) for begin, end in offsets]
+    ids, shared = list(encoded["input_ids"]), sum(both for _, both in places)
+    return Tokens(ids, [inside for inside, _ in places], shared, "".join(_lost(text, offsets)))
 
 
-def added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer puts before every text by itself, such as a start token."""
+def added_in_front(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens that the tokenizer puts before `text` and every other by itself, such as a start token."""
     call: Any = tokenizer
-    plain, whole = call("a", add_special_tokens=False)["input_ids"], call("a")["input_ids"]
+    plain, whole = (call(text, add_special_tokens=add, verbose=False)["input_ids"] for add in (False, True))
     starts = range(len(whole) - len(plain) + 1)
     return list(whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)])
 
@@ -53,6 +57,15 @@ def _place(text: str, begin: int, end: int, spans: Sequence[Span]) -> tuple[bool
     return False, False
 
 
+def _lost(text: str, offsets: Sequence[Span]) -> Iterator[str]:
+    """Yield the characters without a token, but for spaces and for marks, which become one with their letters."""
+    done = 0
+    for begin, end in [*offsets, (len(text), len(text))]:
+        if begin > done:
+            yield from (c for c in text[done:begin] if not c.isspace() and not unicodedata.combining(c))
+        done = max(done, end)
+
+
 def _by_prefixes(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Tokens:
     call: Any = tokenizer
     ids = list(call(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -60,7 +73,7 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[
     for span in spans:
         first, last = (_count(call, text, border, ids) for border in span)
         supervised[first:last] = [True] * (last - first)
-    return Tokens(ids, supervised, 0)
+    return Tokens(ids, supervised)
 
 
 def _count(call: Any, text: str, border: int, ids: list[int]) -> int:

@@ -24,12 +24,13 @@ def check_written(rendering: Rendering, spans: Sequence[Span], roles: set[str], 
     _check_variables(rendering)
     learned = (m for m, said in zip(rendering.messages, rendering.chat.learned, strict=True) if said)
     for message, (begin, end) in zip(learned, spans, strict=False):
-        if not _holds(rendering.text[begin:end], message):
+        if _squeezed(message.get("content", "")) not in _squeezed(rendering.text[begin:end]):
             raise BadInput(
                 f"{rendering.chat.place}: this model's chat template leaves out a part of the assistant's turn "
                 f"{message['content']!r:.60}; give prompt and response"
             )
-    if not all(_holds(rendering.text, message) for message in rendering.messages):
+    whole = _squeezed(rendering.text)
+    if not all(_squeezed(message.get("content", "")) in whole for message in rendering.messages):
         notes[SHORTENED] += 1
     for message in rendering.messages:
         _check_content(rendering, message, roles)
@@ -69,9 +70,9 @@ def _check_content(rendering: Rendering, message: Message, roles: set[str]) -> N
     roles.add(role)
 
 
-def _holds(text: str, message: Message) -> bool:
-    """Say whether `text` has the content of a message, but for spaces and line ends."""
-    return "".join(message.get("content", "").split()) in "".join(text.split())
+def _squeezed(text: str) -> str:
+    """Return `text` without spaces and line ends, of which templates add and strip some."""
+    return "".join(text.split())
 
 
 def _without(rendering: Rendering, name: str) -> str | None:

@@ -94,7 +94,7 @@ def test_spans_within_a_text_are_cut_at_both_ends() -> None:
 @pytest.mark.parametrize(("adds", "front"), [("$A", []), ("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", [])])
 def test_what_a_tokenizer_puts_in_front_is_told_from_what_it_appends(adds: str, front: list[int]) -> None:
     for kind in ("byte-level", "a space before every text", "unigram, NFKC"):
-        assert added_in_front(tokenizer(kind, adds=adds)) == front
+        assert added_in_front(tokenizer(kind, adds=adds), "a") == front
 
 
 class Pairs(ByT5Tokenizer):
@@ -162,6 +162,18 @@ def test_a_response_without_a_token_of_its_own_is_dropped_and_counted(store: Sto
     assert made.metadata["dropped"] == {"whose response is within the prompt's last token": 1}
     assert [row["response"] for row in found] == [" cat", "four"]
     assert [line.partition(";")[2] for line in made.metadata["said"] if "across the border" in line] == [" rows: 2"]
+
+
+def test_a_character_that_a_tokenizer_leaves_out_is_said(store: Store, tmp_path: Path) -> None:
+    base = model(store, tmp_path / "model", "no unknown token")
+    _, made = rows(store, base, tmp_path / "rows.jsonl", ("the", " cat"), ("the", " ЖЖ mat"), ("the ", "e\u0301"))
+    assert "characters that this tokenizer has no token for are left out; rows: 1" in made.metadata["said"]
+
+
+def test_a_text_that_a_tokenizer_refuses_is_told_with_its_row(store: Store, tmp_path: Path) -> None:
+    base = model(store, tmp_path / "model", "words that must be known")
+    with pytest.raises(BadInput, match=r"line 2 cannot be turned into tokens: .*UNK"):
+        rows(store, base, tmp_path / "rows.jsonl", ("the", " cat"), ("the", " dog"))
 
 
 def test_what_a_tokenizer_does_not_know_is_said(store: Store, tmp_path: Path) -> None:

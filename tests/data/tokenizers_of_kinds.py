@@ -108,9 +108,30 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
+def dropping() -> Tokenizer:
+    made = _trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False),
+        pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace(),
+    )  # fmt: skip
+    return made
+
+
+def refusing() -> Tokenizer:
+    known = {token: i for i, token in enumerate([*SPECIAL, "the", "cat"])}
+    raw = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return raw
+
+
+REFUSING: dict[str, Callable[[], Tokenizer]] = {  # without a token for what they do not know
+    "no unknown token": dropping,
+    "words that must be known": refusing,
+}
+
+
 @cache
 def raw(kind: str) -> str:
-    return str(KINDS[kind]().to_str())
+    return str((KINDS | REFUSING)[kind]().to_str())
 
 
 def tokenizer(kind: str, *, adds: str = "") -> PreTrainedTokenizerFast:
@@ -119,4 +140,5 @@ def tokenizer(kind: str, *, adds: str = "") -> PreTrainedTokenizerFast:
     if adds:
         ids = [(token, made.token_to_id(token)) for token in SPECIAL]
         made.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    unknown = {} if kind in REFUSING else {"unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **unknown)
