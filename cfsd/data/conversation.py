@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from cfsd.data.records import Located, Record, text_of
-from cfsd.data.shapes import Shape
+from cfsd.data.shapes import Shape, listed
 from cfsd.errors import BadInput
 
 ROLES = {  # as ShareGPT and others call them
@@ -21,6 +21,7 @@ BESIDE = ("functions", "images", "videos", "audios", "image", "video", "audio", 
 SYSTEM = ("system", "system_prompt")  # columns
 RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
 NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
+UNREAD = "beside the chats, columns {} are not read"
 EMPTY_TURN = "an assistant turn without text is not learned"
 RENAMED = "roles such as 'human' and 'gpt' are taken as user, assistant, system or tool"
 
@@ -55,22 +56,23 @@ def conversation_of(shape: Shape, row: Located, notes: Counter[str]) -> Conversa
             raise BadInput(f"{row.place} has a system message and a column {system[0]!r} beside it; keep one of them")
         if messages[0]["role"] != "system":
             messages, learned = [{"role": "system", "content": system[1]}, *messages], [False, *learned]
+    known = {*shape.columns, *SYSTEM, *BESIDE, "tools", "documents", "chat_template_kwargs"}
+    if unread := [column for column in row.record if column not in known]:
+        notes[UNREAD.format(", ".join(map(repr, unread)))] += 1
     return Conversation(row.place, messages, learned, _variables(row, shape.columns))
 
 
 def _listed(row: Located, column: str, what: str) -> list[Any]:
-    """Return a list of mappings that a cell holds as such or as JSON text; empty where there is none."""
+    """Return a list of mappings that a cell holds; empty where there is none."""
     value = row.record.get(column)
-    try:
-        found = json.loads(value) if isinstance(value, str) and value.strip() else value
-    except json.JSONDecodeError as error:
-        raise BadInput(
-            f"target column {column!r} is not a list of {what}, and no JSON ({row.place}): {error}: {value!r:.60}"
-        ) from None
-    if not found and not isinstance(found, bool | int | float):
+    if value is None or value == {} or (isinstance(value, str) and not value.strip()):
         return []
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise BadInput(f"target column {column!r} is not a list of {what} ({row.place}): {value!r:.60}")
+    found = listed(value)
+    if found is None:
+        raise BadInput(
+            f"target column {column!r} is not a list of {what} ({row.place}): {value!r:.60}; a list of mappings is "
+            "needed, or the JSON text of one"
+        )
     return found
 
 

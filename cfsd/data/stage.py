@@ -8,10 +8,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from cfsd.data.chat import Rendering
-from cfsd.data.columns import fill
 from cfsd.data.conversation import Conversation, conversation_of
-from cfsd.data.records import Located, text_of, whole_characters
-from cfsd.data.shapes import Shape
+from cfsd.data.records import Located, whole_characters
+from cfsd.data.shapes import Shape, texts_of
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
 from cfsd.data.tokenised import Span, added_in_front, tokenise
 from cfsd.data.written import check_written
@@ -125,9 +124,7 @@ class _Reading:
         return self._chat_row(conversation_of(shape, located, notes), notes), NO_TURN
 
     def _text_row(self, shape: Shape, located: Located, notes: Counter[str]) -> tuple[Row, str]:
-        short = shape.short and not text_of(located.record.get("input"), located.place, "input").strip()
-        prompt = fill(shape.short if short else shape.prompt, located, notes)
-        response = fill(shape.response, located, notes)
+        prompt, response = texts_of(shape, located, notes)
         if self.special.search(prompt) or self.special.search(response):
             notes[SPECIAL] += 1
         text = prompt + response

@@ -100,6 +100,10 @@ ONE = "<|turn|>user:w<|end|><|turn|>assistant:"
 SHAPES: dict[str, tuple[Make, str, str]] = {
     "messages": (chat(said("yes")), ONE, "yes<|end|>"),
     "messages as JSON text": (lambda w: {"messages": json.dumps([user(w), said("yes")])}, ONE, "yes<|end|>"),
+    "messages as Python's text": (lambda w: {"messages": str([user(w), said("yes")])}, ONE, "yes<|end|>"),
+    "prompt and completion as Python's text": (
+        lambda w: {"prompt": str([user(w)]), "completion": str([said("yes")])}, ONE, "yes<|end|>",
+    ),
     "ShareGPT": (
         lambda w: {"conversations": [{"from": "human", "value": w}, {"from": "gpt", "value": "yes"}]},
         ONE, "yes<|end|>",
@@ -203,6 +207,7 @@ SAID: dict[str, tuple[Make, str, str]] = {
         lambda w: {"messages": [{"role": "human", "content": w}, {"role": "gpt", "content": "y"}]}, "plain", "'human'"
     ),
     "chats": (chat(said("yes")), "plain", "column 'messages' is taken as chats"),
+    "other columns": (chat(said("yes"), id=1, source="x"), "plain", "columns 'id', 'source' are not read; rows: 6"),
     "special tokens": (chat(said("a<|end|>b")), "plain", "special tokens.*rows: 6"),
     "half an emoji": (chat(said("cut \ud83d")), "plain", "half of a surrogate pair.*rows: 6"),
     "generation blocks": (chat(said("(a)b"), user("b"), said("c")), "blocks", "generation blocks"),
@@ -275,7 +280,15 @@ REFUSED: dict[str, tuple[Make, str, str]] = {
     "content that is true": (chat(said(True)), "plain", "line 1.*a truth value"),
     "a text in the place of messages": (lambda w: {"messages": w}, "plain", "not a list of messages.*line 1"),
     "texts in the place of messages": (lambda w: {"messages": [w]}, "plain", "not a list of messages.*line 1"),
-    "half JSON": (lambda w: {"messages": '[{"role": '}, "plain", "no JSON.*line 1"),
+    "half JSON": (lambda w: {"messages": '[{"role": '}, "plain", "not a list of messages.*line 1.*JSON text"),
+    "a number in the place of messages": (lambda w: {"messages": 0}, "plain", "not a list of messages.*line 1"),
+    "chats of another name": (lambda w: {"talk": [user(w), said("y")], "id": 1}, "plain", "target.messages=talk"),
+    "labelled completions": (
+        lambda w: {"prompt": w, "completion": "y", "label": w < "03"}, "plain", "keep those of label true"
+    ),
+    "history beside Alpaca's columns": (
+        lambda w: {"instruction": w, "output": "y", "history": [["a", "b"]]}, "plain", "line 1.*'history'"
+    ),
     "two system messages": (
         lambda w: {"messages": [{"role": "system", "content": "a"}, user(w), said("y")], "system": "b"},
         "plain", "line 1.*'system'",
