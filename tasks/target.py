@@ -4,7 +4,6 @@ from cfsd.data.target import Target
 from cfsd.machine import Machine
 from cfsd.stages import TARGET
 from cfsd.store.artifact import Artifact, Draft
-from tasks import record
 from tasks._stage import stage
 
 
@@ -14,6 +13,3 @@ def prepare_target(draft: Draft, base: Artifact, target: Target, machine: Machin
     from cfsd.data.stage import prepare
 
     prepare(base, target, draft)
-    said = draft.metadata["said"]
-    for sentence in said if isinstance(said, list) else ():
-        record.say(f"target: {sentence}")
