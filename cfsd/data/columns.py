@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cfsd.data.records import Located, text_of
 from cfsd.errors import BadInput
 
-WRITTEN_NUMBERS = "numbers in columns of text are written out"
+WRITTEN = "numbers and dates where texts are read are written out"
 
 
 class Part(NamedTuple):
@@ -78,6 +78,6 @@ def _text(path: tuple[str, ...], row: Located, notes: Counter[str]) -> str:
             raise BadInput(
                 f"{row.place} has no entry {key!r} in column {path[0]!r}, which holds {value!r:.60}"
             ) from None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        notes[WRITTEN_NUMBERS] += 1
+    if not isinstance(value, str | None):
+        notes[WRITTEN] += 1
     return text_of(value, row.place, path[0])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from cfsd.data.records import Located, Record, text_of
-from cfsd.data.shapes import Shape, listed
+from cfsd.data.shapes import Shape, listed, texts_of
 from cfsd.errors import BadInput
 
 ROLES = {  # as ShareGPT and others call them
@@ -38,6 +38,18 @@ class Conversation(NamedTuple):
     messages: list[Message]
     learned: list[bool]
     variables: dict[str, Any]
+
+
+def read_row(shape: Shape, located: Located, notes: Counter[str]) -> tuple[str, str] | Conversation:
+    """Return prompt and response of a target's row, or its chat; `notes` counts what is read in one of several ways.
+
+    Raises BadInput naming the row and what cannot be read.
+    """
+    row = Located(f"target {located.place}", located.record)
+    try:
+        return texts_of(shape, row, notes) if shape.kind == "texts" else conversation_of(shape, row, notes)
+    except RecursionError:
+        raise BadInput(f"{row.place} is nested too deeply to be read; give texts, or messages of texts") from None
 
 
 def conversation_of(shape: Shape, row: Located, notes: Counter[str]) -> Conversation:

@@ -8,9 +8,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from cfsd.data.chat import Rendering
-from cfsd.data.conversation import Conversation, conversation_of
+from cfsd.data.conversation import Conversation, read_row
 from cfsd.data.records import Located, whole_characters
-from cfsd.data.shapes import Shape, texts_of
+from cfsd.data.shapes import Shape
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
 from cfsd.data.tokenised import Span, added_in_front, tokenise
 from cfsd.data.written import check_written
@@ -118,17 +118,20 @@ class _Reading:
 
     def _row(self, shape: Shape, located: Located, notes: Counter[str]) -> tuple[Row, str]:
         """Return the row, and why it is dropped if nothing of it is learned."""
-        located = Located(f"target {located.place}", _whole(located.record, notes))
-        if shape.kind == "texts":
-            return self._text_row(shape, located, notes)
-        return self._chat_row(conversation_of(shape, located, notes), notes), NO_TURN
+        try:
+            located = Located(located.place, _whole(located.record, notes))
+        except RecursionError:
+            raise BadInput(f"target {located.place} is nested too deeply to be read") from None
+        read = read_row(shape, located, notes)
+        if isinstance(read, Conversation):
+            return self._chat_row(read, notes), NO_TURN
+        return self._text_row(f"target {located.place}", *read, notes)
 
-    def _text_row(self, shape: Shape, located: Located, notes: Counter[str]) -> tuple[Row, str]:
-        prompt, response = texts_of(shape, located, notes)
+    def _text_row(self, place: str, prompt: str, response: str, notes: Counter[str]) -> tuple[Row, str]:
         if self.special.search(prompt) or self.special.search(response):
             notes[SPECIAL] += 1
         text = prompt + response
-        ids, supervised = self._tokens(located.place, text, [(len(prompt), len(text))], notes)
+        ids, supervised = self._tokens(place, text, [(len(prompt), len(text))], notes)
         if not any(supervised):
             return Row(ids, supervised, prompt, response), MERGED if response else NO_RESPONSE
         if self.front is None:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from cfsd.data.conversation import conversation_of
+from cfsd.data.conversation import read_row
 from cfsd.data.records import Located, check_file, file_records, hub_records, is_pinned
-from cfsd.data.shapes import HEAD, Shape, shape_of, texts_of
+from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.spec import Spec, digest_of
@@ -79,12 +79,8 @@ class Target(Spec):
             check_file(Path(self.path or ""), "target", "target.path", needed)
         head = first_rows(self, records_of(self))
         shape, notes = shape_of_rows(self, head), Counter[str]()
-        for place, record in head:
-            row = Located(f"target {place}", record)
-            if shape.kind == "texts":
-                texts_of(shape, row, notes)
-            else:
-                conversation_of(shape, row, notes)
+        for row in head:
+            read_row(shape, row, notes)
 
 
 def first_rows(target: Target, records: Iterator[Located]) -> list[Located]:

@@ -214,6 +214,15 @@ def test_a_value_that_is_no_text_is_refused_with_its_row(
         prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)), prompt=prompt, response="answer")
 
 
+@pytest.mark.parametrize("column", ["prompt", "other", "messages"])
+def test_what_is_nested_too_deeply_is_refused(store: Store, base: Artifact, tmp_path: Path, column: str) -> None:
+    deep = "[" * 700 + "]" * 700
+    chat = '"prompt": "a", "response": "b", ' if column == "other" else ""
+    (tmp_path / "rows.jsonl").write_text(f'{{{chat}"{column}": {deep}}}\n' * 3)
+    with pytest.raises(BadInput, match=r"rows\.jsonl"):
+        prepared(store, base, path=str(tmp_path / "rows.jsonl"), prompt="prompt", response="response")
+
+
 def test_a_column_that_some_rows_lack_is_empty_there(store: Store, base: Artifact, tmp_path: Path) -> None:
     records = [{"q": f"{a}{b}", "a": a} | ({"more": "m"} if b == "d" else {}) for a in "abc" for b in "def"]
     path = str(write(tmp_path / "rows.jsonl", records))
