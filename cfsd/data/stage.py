@@ -25,7 +25,7 @@ SPECIAL = "special tokens of this model that are written in the text are taken a
 UNKNOWN = "characters that this tokenizer does not know become its unknown token"
 LOST = "characters that this tokenizer has no token for are left out"
 NO_RESPONSE = "with an empty response"
-MERGED = "whose response is within the prompt's last token"
+MERGED = "whose response has no token of its own"
 NO_TURN = "without a turn of the assistant that is learned"
 
 

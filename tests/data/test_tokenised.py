@@ -159,7 +159,7 @@ def test_a_response_without_a_token_of_its_own_is_dropped_and_counted(store: Sto
     base = model(store, tmp_path / "model", "byte-level")
     pairs = ("the", " cat"), ("un", "happy"), ("Answer: ", "four")
     found, made = rows(store, base, tmp_path / "rows.jsonl", *pairs)
-    assert made.metadata["dropped"] == {"whose response is within the prompt's last token": 1}
+    assert made.metadata["dropped"] == {"whose response has no token of its own": 1}
     assert [row["response"] for row in found] == [" cat", "four"]
     assert [line.partition(";")[2] for line in made.metadata["said"] if "across the border" in line] == [" rows: 2"]
 
