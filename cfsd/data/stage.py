@@ -1,20 +1,32 @@
 """Target: what to fine-tune on, as tokenised rows with a train and a held-out part."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
-from cfsd.data.chat import dated_template
-from cfsd.data.records import Record
-from cfsd.data.target import Target, fill, records_of
+from cfsd.data.chat import Rendering
+from cfsd.data.conversation import Conversation, read_row
+from cfsd.data.records import Located, Said, whole_characters
+from cfsd.data.shapes import Shape
+from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
+from cfsd.data.tokenised import Span, added_in_front, tokenise
+from cfsd.data.written import check_written
 from cfsd.errors import BadInput
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import TARGET, table_of, write_shard
+
+HALVES = "half of a surrogate pair (an emoji that was cut) is read as U+FFFD"
+SHARED = "a token across the border of what is learned counts where it holds only spaces of the other side"
+SPECIAL = "special tokens of this model that are written in the text are taken as these tokens"
+UNKNOWN = "characters that this tokenizer does not know become its unknown token"
+LOST = "characters that this tokenizer has no token for are left out"
+NO_RESPONSE = "with an empty response"
+MERGED = "whose response has no token of its own"
+NO_TURN = "without a turn of the assistant that is learned"
 
 
 class Row(NamedTuple):
@@ -27,14 +39,17 @@ class Row(NamedTuple):
 
 
 def prepare(base: Artifact, target: Target, draft: Draft) -> None:
-    """Write `train` and `held_out` tables. Raises BadInput naming why when too few rows are left."""
+    """Write `train` and `held_out` tables. Raises BadInput naming why when too few rows are left.
+
+    `said` of the metadata has a sentence for what was recognised, and one for what is read in one of several ways.
+    """
     tokens, context = load_tokenization(draft.store.path(base)), base.metadata["context"]
     if isinstance(context, int) and context < target.max_length:
         target = target.model_copy(update={"max_length": context})
 
-    dropped: Counter[str] = Counter()
-    usable = list(_rows(target, tokens, dropped))
-    _check_number(target, len(usable), dropped)
+    reading = _Reading(target, tokens)
+    usable = list(reading.rows())
+    _check_number(target, len(usable), reading.dropped)
     random.Random(f"split {target.seed}").shuffle(usable)
     held_out = len(usable) if target.measure_only else target.held_out
     parts = {"held_out": usable[:held_out], "train": usable[held_out:]}
@@ -47,7 +62,8 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
         "train_tokens": sum(len(row.token_ids) for row in parts["train"]),
         "supervised_tokens": sum(sum(row.supervised) for row in parts["train"]),
         "held_out_tokens": sum(len(row.token_ids) for row in parts["held_out"]),
-        "dropped": dict(dropped),
+        "dropped": dict(reading.dropped),
+        "said": list(reading.said()),
     }
 
 
@@ -61,65 +77,117 @@ def _check_number(target: Target, usable: int, dropped: Counter[str]) -> None:
     )
 
 
-def _rows(target: Target, tokens: Tokenization, dropped: Counter[str]) -> Iterator[Row]:
-    seen: set[tuple[int, ...]] = set()
-    for _, record in islice(records_of(target), target.rows):
-        row = _chat_row(target, record, tokens.tokenizer) if target.messages else _pair_row(target, record, tokens)
-        if not any(row.supervised):
-            dropped["with an empty response"] += 1
-        elif len(row.token_ids) > target.max_length:
-            dropped[f"longer than max_length={target.max_length}"] += 1
-        elif (token_ids := tuple(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
-            dropped["seen before"] += 1
-        else:
-            seen.add(token_ids)
-            yield row
+class _Reading:
+    """One reading of a target's rows: how they are read, how many were dropped and why, and what is to be said."""
+
+    def __init__(self, target: Target, tokens: Tokenization) -> None:
+        self.target, self.tokens, self.tokenizer = target, tokens, tokens.tokenizer
+        self.front: list[int] | None = None  # what the tokenizer puts before every text
+        self.dropped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.of_files = Said()
+        self.written_roles: set[str] = set()
+        self.recognised = ""
+        added = {token: known.content for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
+        self.ends = added.keys() & {*tokens.eos_ids, *tokens.end()}
+        self.special = re.compile("|".join(map(re.escape, sorted(added.values(), key=len, reverse=True))) or "(?!)")
+
+    def said(self) -> Iterator[str]:
+        if self.recognised:
+            yield self.recognised
+        yield from self.of_files.sentences()
+        yield from (f"{note}; rows: {count}" for note, count in self.notes.items())
+
+    def rows(self) -> Iterator[Row]:
+        records = islice(records_of(self.target, self.of_files), self.target.rows)
+        head = first_rows(self.target, records)
+        shape = shape_of_rows(self.target, head)
+        self.recognised = shape.recognised
+        seen: set[tuple[int, ...]] = set()
+        for located in chain(head, records):
+            notes: Counter[str] = Counter()
+            row, lacking = self._row(shape, located, notes)
+            self.notes.update(dict.fromkeys(notes, 1))
+            if not any(row.supervised):
+                self.dropped[lacking] += 1
+            elif len(row.token_ids) > self.target.max_length:
+                self.dropped[f"longer than max_length={self.target.max_length}"] += 1
+            elif (token_ids := tuple(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
+                self.dropped["seen before"] += 1
+            else:
+                seen.add(token_ids)
+                yield row
+
+    def _row(self, shape: Shape, located: Located, notes: Counter[str]) -> tuple[Row, str]:
+        """Return the row, and why it is dropped if nothing of it is learned."""
+        try:
+            located = Located(located.place, _whole(located.record, notes))
+        except RecursionError:
+            raise BadInput(f"target {located.place} is nested too deeply to be read") from None
+        read = read_row(shape, located, notes)
+        if isinstance(read, Conversation):
+            return self._chat_row(read, notes), NO_TURN
+        return self._text_row(f"target {located.place}", *read, notes)
+
+    def _text_row(self, place: str, prompt: str, response: str, notes: Counter[str]) -> tuple[Row, str]:
+        if self.special.search(prompt) or self.special.search(response):
+            notes[SPECIAL] += 1
+        text = prompt + response
+        ids, supervised = self._tokens(place, text, [(len(prompt), len(text))], notes)
+        if not any(supervised):
+            return Row(ids, supervised, prompt, response), MERGED if response else NO_RESPONSE
+        if self.front is None:
+            self.front = added_in_front(self.tokenizer, text)
+        front = self.front[:-1] if self.front[-1:] == ids[:1] else self.front  # the text may have its own
+        end = [] if ids[-1] in self.ends else self.tokens.end()
+        supervised = [False] * len(front) + supervised + [True] * len(end)
+        return Row(front + ids + end, _predicted(supervised), prompt, response), NO_RESPONSE
+
+    def _chat_row(self, chat: Conversation, notes: Counter[str]) -> Row:
+        if self.target.turns == "last":
+            last = max((i for i, learned in enumerate(chat.learned) if learned), default=None)
+            chat = chat._replace(learned=[i == last for i in range(len(chat.learned))])
+        contents = [message.get("content", "") for message in chat.messages]
+        said = "\n".join(content for content, learned in zip(contents, chat.learned, strict=True) if learned)
+        first = contents[0] if contents else ""
+        if not any(chat.learned):
+            return Row([], [], first, said)
+        if any(map(self.special.search, contents)):
+            notes[SPECIAL] += 1
+        rendering = Rendering(self.tokenizer, chat)
+        spans = rendering.spans(notes)
+        check_written(rendering, spans or (), self.written_roles, notes)
+        ids, supervised = rendering.mask() if spans is None else self._tokens(chat.place, rendering.text, spans, notes)
+        return Row(ids, _predicted(supervised), first, said)
+
+    def _tokens(self, place: str, text: str, spans: list[Span], notes: Counter[str]) -> tuple[list[int], list[bool]]:
+        try:
+            made = tokenise(self.tokenizer, text, spans)
+        except Exception as error:  # tokenizers raise plain exceptions
+            raise BadInput(f"{place} cannot be turned into tokens: {error}") from error
+        if made.shared:
+            notes[SHARED] += 1
+        if made.lost:
+            notes[LOST] += 1
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in made.ids and str(self.tokenizer.unk_token) not in text:
+            notes[UNKNOWN] += 1
+        return made.ids, made.supervised
 
 
-def _pair_row(target: Target, record: Record, tokens: Tokenization) -> Row:
-    prompt, response = fill(target.prompt, record), fill(target.response, record)
-    tokenizer: Any = tokens.tokenizer
-    before = tokenizer(prompt)["input_ids"]
-    after = tokenizer(response, add_special_tokens=False)["input_ids"]
-    if tokens.eos_ids and tokenizer.eos_token_id in before[-1:]:
-        before = before[:-1]  # some tokenizers end every text by themselves
-    end = tokens.end() if after else []
-    supervised = [False] * len(before) + [True] * len(after + end)
-    if before == [] and supervised:
-        supervised[0] = False  # nothing comes before the first token, so nothing predicts it
-    return Row(before + after + end, supervised, prompt, response)
+def _predicted(supervised: list[bool]) -> list[bool]:
+    """Leave the first token of a row out: nothing comes before it, so nothing predicts it."""
+    return [False, *supervised[1:]] if supervised else []
 
 
-def _chat_row(target: Target, record: Record, tokenizer: PreTrainedTokenizerBase) -> Row:
-    messages = record.get(target.messages or "")
-    if not isinstance(messages, list) or not messages:
-        raise BadInput(f"target column {target.messages!r} is not a list of messages; columns: {', '.join(record)}")
-    if not tokenizer.chat_template:
-        raise BadInput("target.messages is set, but this model has no chat template; use prompt and response")
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise BadInput(f"messages in target column {target.messages!r} need `role` and `content`, both texts")
-    if messages[0]["role"] == "assistant":
-        raise BadInput("a chat in the target begins with the assistant; it must begin with a user or system message")
-    token_ids = _templated(tokenizer, messages)
-    supervised = [False] * len(token_ids)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _templated(tokenizer, messages[:turn], open_turn=True)
-            after = _templated(tokenizer, messages[: turn + 1])
-            if token_ids[: len(after)] != after or after[: len(before)] != before:
-                raise BadInput(
-                    "this model's chat template rewrites earlier turns, so the loss cannot be laid on assistant "
-                    "turns; give single-turn rows, or prompt and response"
-                )
-            supervised[len(before) : len(after)] = [True] * (len(after) - len(before))
-    said = [m["content"] for m in messages if m["role"] == "assistant"]
-    return Row(token_ids, supervised, str(messages[0]["content"]), "\n".join(said))
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, open_turn: bool = False) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, chat_template=dated_template(tokenizer), add_generation_prompt=open_turn, return_dict=True
-    )
-    return list(encoded["input_ids"])
+def _whole(value: Any, notes: Counter[str]) -> Any:
+    """Return `value` with whole characters in all of its texts, however deep."""
+    if isinstance(value, str):
+        if (whole := whole_characters(value)) != value:
+            notes[HALVES] += 1
+        return whole
+    if isinstance(value, list):
+        return [_whole(item, notes) for item in value]
+    if isinstance(value, dict):
+        return {_whole(name, notes): _whole(item, notes) for name, item in value.items()}
+    return value

@@ -1,13 +1,17 @@
 """Target: what to fine-tune on, and its records as the user has them."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, Self
+from itertools import islice
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
+from cfsd.data.conversation import read_row
 from cfsd.data.files import Files
-from cfsd.data.records import Located, Record, Said, hub_records, is_pinned
+from cfsd.data.records import Located, Said, hub_records, is_pinned
+from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
 from cfsd.spec import Spec, digest_of
 from cfsd.store.digests import digest_of_files
@@ -15,6 +19,9 @@ from cfsd.store.digests import digest_of_files
 
 class Target(Spec):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
+
+    version: ClassVar[int] = 2
+    neutral: ClassVar[dict[str, Any]] = {"turns": "all"}
 
     kind: Literal["file", "hub", "gym"] = Field(
         "file",
@@ -30,11 +37,18 @@ class Target(Spec):
     revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
     split: str = Field("train", description="hub, and files that hold several splits")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
-    prompt: str = Field("prompt", description="A column, or a template such as `Question: {question}\\n`")
+    prompt: str = Field(
+        "prompt",
+        description="A column, or a template such as `Question: {question}\\n`; without the columns prompt and "
+        "response the shapes of other tools are recognised",
+    )
     response: str = Field("response", description="A column, or a template such as ` {answer}`")
     messages: str | None = Field(
         None,
         description="A column of chat messages, in place of prompt and response; loss on assistant turns",
+    )
+    turns: Literal["all", "last"] = Field(
+        "all", description="Chats only: learn every turn of the assistant that is not marked otherwise, or the last"
     )
     rows: PositiveInt | None = Field(None, description="Most rows to use, held-out ones included; empty: all")
     held_out: PositiveInt = Field(64, description="Rows that are left out of training, to measure what was learned")
@@ -66,28 +80,33 @@ class Target(Spec):
         return Files(self.path or "", "target", "target.path", split=self.split)
 
     def check(self) -> None:
-        """Raise BadInput if the rows cannot be had; reads all of small files, of others the first row."""
-        if self.kind == "gym":
-            next(iter(_gym(self)), None)
-        elif self.kind == "file" and self.files().first_of(records_of(self)) is None:
+        """Raise BadInput if the rows cannot be had or lack what is asked of them.
+
+        Reads all of small files, of others the first rows.
+        """
+        if self.kind == "hub":
+            return
+        rows = records_of(self)
+        head = first_rows(self, rows)
+        if self.kind == "file" and not head:
             raise BadInput(
                 f"target {self.path!r} holds no rows; rows with {self.prompt!r} and {self.response!r} are needed"
             )
+        shape, notes = shape_of_rows(self, head), Counter[str]()
+        for row in head:
+            read_row(shape, row, notes)
+        if self.kind == "file":
+            self.files().first_of(rows)
 
 
-def fill(template: str, record: Record) -> str:
-    """Return a column of `record`, or `template` with columns filled in. Raises BadInput when a column is missing."""
-    if template in record:
-        return "" if record[template] is None else str(record[template])
-    try:
-        if "{" not in template:
-            raise KeyError(template)
-        return template.format(**record)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise BadInput(
-            f"target has no column for {template!r} ({error}); its columns are {', '.join(map(repr, record))}; "
-            "a brace that is meant as one is written twice"
-        ) from None
+def first_rows(target: Target, records: Iterator[Located]) -> list[Located]:
+    """Return the rows whose columns are known before the first one is read."""
+    return list(islice(records, 1 if target.kind == "gym" else min(HEAD, target.rows or HEAD)))
+
+
+def shape_of_rows(target: Target, head: Sequence[Located]) -> Shape:
+    """Return how the rows of `target` are read, by its settings and its first rows; raises BadInput."""
+    return shape_of(target.prompt, target.response, target.messages, head)
 
 
 def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:

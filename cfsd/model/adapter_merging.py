@@ -41,7 +41,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
     try:
         config = PeftConfig.from_pretrained(adapter.path)
         config.inference_mode = False  # so that the adapter's own tensors are those that require gradients
-        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+        adapted: PeftModel = get_peft_model(model, config)
         own = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
         loaded: Any = set_peft_model_state_dict(adapted, weights)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:

@@ -18,6 +18,7 @@ from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows
 from tests.conftest import fetched, save_model
+from tests.inputs import save
 
 RECORDS: list[dict[str, Any]] = [
     {"question": f"{a}{b}", "answer": f"{b}{a}", "note": "x"} for a in "abcd" for b in "efg"
@@ -181,3 +182,105 @@ def test_a_file_that_is_not_what_it_says_is_refused(store: Store, base: Artifact
 def test_a_target_without_what_its_kind_needs_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="needs"):
         Target(**settings)
+
+
+VALUES: dict[str, tuple[Any, str]] = {
+    "null": (None, ""), "a number": (7, "7"), "a fraction": (1.5, "1.5"), "text": ("a", "a"), "nothing": ("", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ["note", "{note}", "<{note}>"])
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_is_read_alike_alone_and_in_a_template(
+    store: Store, base: Artifact, tmp_path: Path, name: str, prompt: str
+) -> None:
+    value, text = VALUES[name]
+    records = [{"note": value, "answer": f"{a}{b}"} for a in "abc" for b in "def"]
+    made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)), prompt=prompt, response="answer")
+    assert {row["prompt"] for row in rows_of(store, made)} == {f"<{text}>" if "<" in prompt else text}
+    assert bool(made.metadata["said"]) == isinstance(value, int | float)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(True, "a truth value"), (["a"], "a list"), ({"a": 1}, "a mapping"), (float("nan"), "no finite number")],
+)
+@pytest.mark.parametrize("prompt", ["note", "<{note}>"])
+def test_a_value_that_is_no_text_is_refused_with_its_row(
+    store: Store, base: Artifact, tmp_path: Path, value: Any, kind: str, prompt: str
+) -> None:
+    records = [*({"note": "x", "answer": a} for a in "abcdefg"), {"note": value, "answer": "h"}]
+    with pytest.raises(BadInput, match=f"column 'note' of target '.*' line 8 holds {kind}"):
+        prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)), prompt=prompt, response="answer")
+
+
+@pytest.mark.parametrize("column", ["prompt", "other", "messages"])
+def test_what_is_nested_too_deeply_is_refused(store: Store, base: Artifact, tmp_path: Path, column: str) -> None:
+    deep = "[" * 700 + "]" * 700
+    chat = '"prompt": "a", "response": "b", ' if column == "other" else ""
+    (tmp_path / "rows.jsonl").write_text(f'{{{chat}"{column}": {deep}}}\n' * 3)
+    with pytest.raises(BadInput, match=r"rows\.jsonl"):
+        prepared(store, base, path=str(tmp_path / "rows.jsonl"), prompt="prompt", response="response")
+
+
+def test_a_column_that_some_rows_lack_is_empty_there(store: Store, base: Artifact, tmp_path: Path) -> None:
+    records = [{"q": f"{a}{b}", "a": a} | ({"more": "m"} if b == "d" else {}) for a in "abc" for b in "def"]
+    path = str(write(tmp_path / "rows.jsonl", records))
+    made = prepared(store, base, path=path, prompt="{q}{more}=", response="a")
+    assert {row["prompt"] for row in rows_of(store, made)} == {f"{r['q']}{r.get('more', '')}=" for r in records}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "filled"),
+    [
+        ("{in[text]}", "t"),
+        ("{in[list][1]}", "b"),
+        ("{{{q}}}", "{x}"),
+        ("{a.b}", "dotted"),
+        ("{odd:name!r}", "odd"),
+        ("", ""),
+    ],
+)
+def test_a_template_takes_columns_and_their_entries(
+    store: Store, base: Artifact, tmp_path: Path, prompt: str, filled: str
+) -> None:
+    row = {"in": {"text": "t", "list": ["a", "b"]}, "q": "x", "a.b": "dotted", "odd:name!r": "odd"}
+    path = str(write(tmp_path / "rows.jsonl", [row | {"a": a} for a in "abcdefg"]))
+    made = prepared(store, base, path=path, prompt=prompt, response="a")
+    assert {found["prompt"] for found in rows_of(store, made)} == {filled}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{q.__class__}", "{q!r}", "{q:>5}", "{}", "{0}", "q}", "{q", "{q[}", "{q[]}", "{q[0]}", "{in[no]}",
+        "{in[list][9]}",
+    ],
+)  # fmt: skip
+def test_what_a_template_may_not_ask_is_refused(store: Store, base: Artifact, tmp_path: Path, prompt: str) -> None:
+    row = {"in": {"text": "t", "list": ["a", "b"]}, "q": "x"}
+    path = str(write(tmp_path / "rows.jsonl", [row | {"a": a} for a in "abcdefg"]))
+    with pytest.raises(BadInput, match=r"line 1"):
+        prepared(store, base, path=path, prompt=prompt, response="a")
+
+
+def test_alpaca_is_written_in_its_layout(store: Store, tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    base = fetched(store, tmp_path / "model")
+    records = [{"instruction": f"add {a}", "input": i, "output": a} for a in "abc" for i in ("now", "", None)]
+    path = str(write(tmp_path / "rows.jsonl", records))
+    made = prepared(store, base, path=path, max_length=1000)
+    prompts = {row["prompt"] for row in rows_of(store, made)}
+    with_input = {prompt for prompt in prompts if "### Input:\nnow\n\n" in prompt}
+    assert (len(prompts), len(with_input)) == (6, 3)
+    assert all(prompt.endswith("\n\n### Response:\n") for prompt in prompts)
+    assert all("Input" not in prompt and "with an input" not in prompt for prompt in prompts - with_input)
+    assert made.metadata["dropped"] == {"seen before": 3}
+    assert any("layout of Alpaca" in line for line in list(made.metadata["said"]))
+
+
+def test_prompt_and_completion_are_taken_as_the_pair(store: Store, base: Artifact, tmp_path: Path) -> None:
+    records = [{"prompt": f"{a}=", "completion": a} for a in "abcdefg"]
+    made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)))
+    assert {(row["prompt"], row["response"]) for row in rows_of(store, made)} == {(f"{a}=", a) for a in "abcdefg"}
+    assert made.metadata["said"] == ["columns 'prompt' and 'completion' are taken as the pair"]

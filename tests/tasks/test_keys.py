@@ -89,7 +89,7 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 KEYS = {  # computed by commit c7c18a9
     "fetch": ["fetch 41fbbaf4c528f2e6"],
-    "target": ["target 4fec147a66c8aabd"],
+    "target": ["target 1d0672d448d77e1e"],
     "probe": ["probe 50996de128da15ef"],
     "generate": ["generate 8e96ca5510a52fa8"],
     "generate contextual": ["generate 3bb6d55d1bcf1c0c"],
