@@ -16,7 +16,7 @@ LIMITS = {
     errno.ENFILE: "this machine may not open more files: end other programs",
     errno.ENOMEM: "the memory is full: end other programs, or lower machine.threads and machine.processes",
     errno.EAGAIN: "this user may not start more processes: raise the limit, as with ulimit -u 4096",
-    errno.ENAMETOOLONG: "a name is too long for this filesystem: give the recipe, its files or the data folder a shorter one",
+    errno.ENAMETOOLONG: "a name is too long for this filesystem: shorten the name of the recipe or of a folder",
     errno.EIO: "the disk gives an error of its own: look at the system's log",
     errno.ESTALE: "a network disk lost the file: mount it again",
 }  # fmt: skip

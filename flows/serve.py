@@ -140,10 +140,8 @@ def free_port(first: int, option: str = "--prefect-port") -> int:
 def listener(port: int) -> str:
     """Return who listens on a port of this machine, as far as this user may know."""
     try:
-        found = [
-            c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == LISTEN
-        ]
-        number = next((pid for pid in found if pid), None)
+        listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        number = next((c.pid for c in listening if c.laddr.port == port and c.pid), None)
         return f"by process {number}, {psutil.Process(number).name()}" if number else "by another user's process"
     except (psutil.Error, OSError):
         return "by another process"

@@ -10,6 +10,7 @@ from cfsd.errors import BadEnvironment
 FULL = (errno.ENOSPC, errno.EDQUOT)
 WORDS = ("No space left on device", "Disk quota exceeded", "disk is full")  # safetensors, SQLite
 NOTHING_LEFT = 1 << 16  # bytes: torch says only that a write failed
+UNKNOWN = 1 << 62  # is not full
 MIB = 1 << 20
 
 
@@ -52,9 +53,10 @@ def _says_full(error: BaseException) -> bool:
 
 def _free(folder: Path) -> int:
     try:
-        return shutil.disk_usage(_nearest(folder)).free
+        usage = shutil.disk_usage(_nearest(folder))
     except OSError:
-        return NOTHING_LEFT + 1  # unknown is not full
+        return UNKNOWN
+    return usage.free if usage.total else UNKNOWN  # as of /proc, which has no blocks
 
 
 def _nearest(path: Path) -> Path:
