@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from cfsd.errors import BadInput, CfsdError, Stopped
 from cfsd.machine import Machine, home
 from cfsd.overrides import override, parse_overrides, validated
 from flows._environment import check_environment
 from flows._explained import explained
+from tasks.record import console
+
+__all__ = ["Home", "On", "Plan", "Set", "console", "machine_of", "start"]
 
 INTERRUPTED, CLOSED = 130, 141  # as a shell numbers Ctrl-C, and a pipe that nobody reads
-console = Console(highlight=False, soft_wrap=True)
 
 Set = Annotated[
     list[str],

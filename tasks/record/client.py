@@ -1,6 +1,8 @@
 """Access to MLflow's server, which may be away, and to the terminal."""
 
+import errno
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -16,10 +18,20 @@ from tasks.record.reach import unreachable
 if TYPE_CHECKING:
     from tasks.record.server import Server
 
-console = Console(highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """Standard output; where nobody reads it any more, that is an error, and not the silent end that rich makes."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the command line say it."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
+console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
 REASON_LENGTH = 300
+STATEMENT = re.compile(r"\[SQL:.*|\(raised as a result of Query[^)]*\)", re.DOTALL)  # what SQLAlchemy adds to a reason
 _asked: list[str] = []  # the experiment, once MLflow has answered
 _away: list[str] = []  # why this process does not ask MLflow any more
 
@@ -50,7 +62,7 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
                 _asked.append(server().experiment)
         return action(server())
     except FAILURES as error:
-        return _gone(f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_LENGTH]}")
+        return _gone(f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}")
 
 
 def _gone(reason: str) -> None:

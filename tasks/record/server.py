@@ -28,7 +28,7 @@ FAILURES = (MlflowException, SQLAlchemyError, OSError)
 def server() -> "Server":
     """Return the client of this process."""
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is said by tracked
     mlflow.store.db.utils.MAX_RETRY_COUNT = DATABASE_ATTEMPTS
     return Server()
 
