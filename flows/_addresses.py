@@ -79,7 +79,8 @@ def _is_whole(value: str, kind: str) -> bool:
     url = split(value)
     if url is None or "://" not in value:
         return False
-    return value.partition("://")[2].startswith("/") if kind == "sqlite" else bool(url.hostname)
+    rest = value.partition("://")[2]
+    return rest[:1] in ("", "/") if kind == "sqlite" else bool(url.hostname)
 
 
 def _check_database(name: str) -> None:

@@ -1,5 +1,6 @@
 """The folders that a run writes to: the data folder, and what libraries keep in HOME and in the temporary folder."""
 
+import errno
 import os
 import shutil
 import sys
@@ -48,7 +49,7 @@ def check_data_folder() -> None:
     except OSError as error:
         if full := full_disk(error, folder):
             raise full from error
-        what = "is a file" if folder.is_file() else f"cannot be used: {error.strerror or error}"
+        what = "is a file" if error.errno == errno.EEXIST else f"cannot be used: {error.strerror or error}"
         raise BadEnvironment(f"the data folder {folder} {what}; {ELSEWHERE}") from error
 
 

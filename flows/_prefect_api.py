@@ -94,9 +94,7 @@ def _problem(error: BaseException) -> str:
             )
         if code >= httpx.codes.INTERNAL_SERVER_ERROR:
             return f"it answers {code}; look at the server's log, {UNSET}"
-        return (
-            f"what answers there ({code}) is no Prefect server; the address usually ends in /api: correct it, {UNSET}"
-        )
+        return f"{OTHER} (it answers {code}); {ADDRESS}"
     if isinstance(error, httpx.HTTPError | OSError):
         reason = str(error) or type(error).__name__
         secure = " (is it https:// or http://?)" if "SSL" in reason or "disconnected" in reason else ""

@@ -61,4 +61,11 @@ def _free(folder: Path) -> int:
 
 def _nearest(path: Path) -> Path:
     """Return `path`, or the folder above it that is there."""
-    return next((place for place in (path, *path.absolute().parents) if place.is_dir()), Path("/"))
+    return next((place for place in (path, *path.absolute().parents) if _is_folder(place)), Path("/"))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
