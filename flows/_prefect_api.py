@@ -21,6 +21,7 @@ from flows._environment import SERVERS, recorded_servers
 
 ANSWER_SECONDS = 8.0  # in all, for names that do not resolve and hosts that swallow what is sent
 UNSET = "or unset it to run with a server of its own"
+DOWN = "or end it: python -m flows.serve down"  # in place of UNSET for a server that servers.json names
 OTHER = "what answers there is no Prefect server"
 ADDRESS = f"the address usually ends in /api: correct it, {UNSET}"
 
@@ -40,7 +41,10 @@ def check_api() -> None:
     thread.join(ANSWER_SECONDS)
     answer = found[0] if found else TimeoutError(f"no answer within {ANSWER_SECONDS:.0f} s")
     if isinstance(answer, BaseException):
-        raise BadEnvironment(f"{_origin(url)}, but {_problem(answer)}") from None
+        problem = _problem(answer)
+        raise BadEnvironment(
+            f"{_origin(url)}, but {problem.replace(UNSET, DOWN) if _is_recorded(url) else problem}"
+        ) from None
     ours, theirs = __version__.split(".")[:2], answer.split(".")[:2]
     if answer and ours[0] != theirs[0]:
         raise BadEnvironment(
@@ -76,11 +80,15 @@ def _version(client: SyncPrefectClient) -> str:
 
 def _origin(url: str) -> str:
     shown = without_password(url)
+    if _is_recorded(url):
+        return f"the Prefect server of {home() / SERVERS} is {shown}"
     if os.environ.get("PREFECT_API_URL") == url:
-        recorded = recorded_servers().get("prefect", {}).get("url")
-        where = f" ({home() / SERVERS})" if recorded and url == f"{recorded}/api" else ""
-        return f"PREFECT_API_URL is {shown}{where}"
+        return f"PREFECT_API_URL is {shown}"
     return f"the PREFECT_API_URL of Prefect's profile is {shown}"
+
+
+def _is_recorded(url: str) -> bool:
+    return url == f"{recorded_servers().get('prefect', {}).get('url')}/api"
 
 
 def _problem(error: BaseException) -> str:

@@ -53,7 +53,8 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
     if _away:
         return None
     if not _asked and (problem := unreachable(os.environ.get(VARIABLE, ""))):
-        return _gone(problem)
+        _gone(problem)
+        return None
     from tasks.record.server import FAILURES, server  # MLflow takes seconds to import; `--help` may take two
 
     try:
@@ -62,7 +63,8 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
                 _asked.append(server().experiment)
         return action(server())
     except FAILURES as error:
-        return _gone(f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}")
+        _gone(f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}")
+        return None
 
 
 def _gone(reason: str) -> None:

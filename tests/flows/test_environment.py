@@ -254,6 +254,16 @@ def test_a_server_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_a_recorded_server_that_hangs_is_ended_by_its_own_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "http://127.0.0.1:9"
+    (home / "servers.json").write_text(json.dumps({"prefect": {"url": url, "pid": 1, "started": 0.0}}))
+    with (
+        temporary_settings({PREFECT_API_URL: f"{url}/api"}),
+        pytest.raises(BadEnvironment, match=r"servers\.json is http.*Connection refused.*python -m flows\.serve down"),
+    ):
+        _prefect_api.check_api()
+
+
 def test_https_where_http_is_spoken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(200, VERSION) as server:
         refused_with(f"https://127.0.0.1:{server.server_port}/api", "is it https:// or http://?", monkeypatch)
