@@ -143,8 +143,9 @@ def check_prefect_settings() -> None:
         raise BadEnvironment(f"a setting of Prefect is not valid: {found}; correct or unset it") from None
     except (ValueError, OSError) as error:
         raise BadEnvironment(
-            f"the profiles of Prefect (PREFECT_PROFILES_PATH, else profiles.toml in PREFECT_HOME, here "
-            f"{os.environ['PREFECT_HOME']}) cannot be read: {error}; correct or remove the file"
+            f"Prefect cannot read its settings: {error}; they are in profiles.toml of PREFECT_HOME (here "
+            f"{os.environ['PREFECT_HOME']}), and in prefect.toml, pyproject.toml and .env of the working directory: "
+            "correct the file"
         ) from error
     if (wanted := os.environ.get("PREFECT_PROFILE")) and wanted not in names:
         raise BadEnvironment(

@@ -80,10 +80,11 @@ def settle_user_folders() -> None:
     if not user or not Path(user).is_dir():
         os.environ["HOME"] = str(_made(home() / "user"))
     elif not _is_writable(Path(user)):
+        cache, models = home() / "user" / "cache", Path(user) / ".cache" / "huggingface"
+        if models.is_dir() and "XDG_CACHE_HOME" not in os.environ:  # what an administrator put there is read
+            os.environ.setdefault("HF_HOME", str(models))
         for name, place in CACHES.items():
-            os.environ.setdefault(name, str(home() / "user" / "cache" / place))
-        if not (Path(user) / ".cache" / "huggingface").is_dir():  # models that an administrator put there are read
-            os.environ.setdefault("HF_HOME", str(home() / "user" / "cache" / "huggingface"))
+            os.environ.setdefault(name, str(cache / place))
     if not _has_room(_temporary_folder()):
         os.environ["TMPDIR"] = str(_made(home() / "tmp"))
         tempfile.tempdir = None

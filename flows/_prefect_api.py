@@ -84,7 +84,7 @@ def _origin(url: str) -> str:
         return f"the Prefect server of {home() / SERVERS} is {shown}"
     if os.environ.get("PREFECT_API_URL") == url:
         return f"PREFECT_API_URL is {shown}"
-    return f"the PREFECT_API_URL of Prefect's profile is {shown}"
+    return f"the PREFECT_API_URL of Prefect's own settings (profile, prefect.toml or .env) is {shown}"
 
 
 def _is_recorded(url: str) -> bool:

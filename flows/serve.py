@@ -21,7 +21,7 @@ import psutil
 import typer
 
 from cfsd.errors import BadEnvironment
-from cfsd.machine import HOME_VARIABLE, home
+from cfsd.machine import HOME_VARIABLE, home, without_password
 from cfsd.store.digests import write_json
 from cfsd.store.locks import held
 from flows._cli import Home, start
@@ -162,6 +162,14 @@ def _end_group(entry: dict[str, Any]) -> None:
             return
 
 
+def _say_what_goes_elsewhere(running: dict[str, dict[str, Any]]) -> None:
+    """Name the variables by which commands of this shell use other servers than these."""
+    own = {"PREFECT_API_URL": f"{running['prefect']['url']}/api", "MLFLOW_TRACKING_URI": running["mlflow"]["url"]}
+    for name, url in own.items():
+        if (value := os.environ.get(name)) and value not in (url, mlflow_database()):
+            print(f"{name} is {without_password(value)}: commands of this shell use that until it is unset")
+
+
 def _state(entry: dict[str, Any]) -> str:
     if not is_alive(entry):
         return "dead"
@@ -195,6 +203,7 @@ def serve_command(
         print("         regress runs every night at 03:17 UTC; its verdict is the flow run's message")
         print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
         print("end them with: make down")
+        _say_what_goes_elsewhere(running)
     elif action is Action.down:
         print(f"ended: {', '.join(down()) or 'nothing ran'}")
     else:

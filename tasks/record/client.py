@@ -30,7 +30,7 @@ class Terminal(Console):
 console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
-REASON_LENGTH = 300
+REASON_LENGTH = 500
 STATEMENT = re.compile(r"\[SQL:.*|\(raised as a result of Query[^)]*\)", re.DOTALL)  # what SQLAlchemy adds to a reason
 _asked: list[str] = []  # the experiment, once MLflow has answered
 _away: list[str] = []  # why this process does not ask MLflow any more

@@ -32,7 +32,7 @@ from flows._addresses import check_addresses, sqlite_url
 from flows._cli import start
 from flows._environment import check_prefect_settings, mlflow_database, recorded_servers
 from flows._explained import explained
-from flows._folders import check_data_folder, home_from_command_line, settle_user_folders
+from flows._folders import CACHES, check_data_folder, home_from_command_line, settle_user_folders
 from flows._proxies import check_proxies, keep_loopback_from_proxies, leave_out_socks
 from flows._servers import start_server
 from flows.serve import free_port
@@ -44,7 +44,7 @@ PROXIES = [name for lower in ("http_proxy", "https_proxy", "all_proxy", "no_prox
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """Leave only what a test sets; what the code under test sets goes back with the test."""
-    for name in (*PROXIES, "PREFECT_PROFILE", "HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME"):
+    for name in (*PROXIES, *CACHES, "PREFECT_PROFILE", "HOME", "TMPDIR", "HF_HOME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     home.mkdir()
@@ -301,6 +301,15 @@ def test_a_profile_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch)
         check_prefect_settings()
 
 
+@pytest.mark.processes
+def test_settings_of_prefect_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles.toml").write_text("[profiles")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "-m", "flows.report", "x"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: Prefect cannot read its settings"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 # folders
 
 
@@ -376,7 +385,11 @@ def test_caches_of_a_home_that_cannot_be_written_go_below_the_data_folder(
     monkeypatch.setattr("flows._folders._is_writable", lambda folder: folder != tmp_path)
     settle_user_folders()
     assert os.environ["HOME"] == str(tmp_path)
-    assert os.environ["MPLCONFIGDIR"].startswith(str(home)) and os.environ["HF_HOME"].startswith(str(home))
+    assert all(os.environ[name].startswith(str(home)) for name in CACHES) and "HF_HOME" not in os.environ
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    settle_user_folders()
+    assert os.environ["HF_HOME"] == str(tmp_path / ".cache" / "huggingface")
 
 
 def test_a_temporary_folder_without_room_is_replaced(
@@ -408,6 +421,7 @@ STARTS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", STARTS)
 def test_a_server_that_does_not_start_shows_why(
     name: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
@@ -430,6 +444,7 @@ def test_a_port_in_use_is_named_with_who_uses_it(capsys: pytest.CaptureFixture[s
     assert f"port {port} is taken (by process {os.getpid()}" in said and "--mlflow-port" in said
 
 
+@pytest.mark.processes
 def test_a_process_that_dies_frees_its_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom cfsd.store.locks import held\n"
