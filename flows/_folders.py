@@ -49,7 +49,7 @@ def check_data_folder() -> None:
     except OSError as error:
         if full := full_disk(error, folder):
             raise full from error
-        what = "is a file" if error.errno == errno.EEXIST else f"cannot be used: {error.strerror or error}"
+        what = "is not a folder" if error.errno == errno.EEXIST else f"cannot be used: {error.strerror or error}"
         raise BadEnvironment(f"the data folder {folder} {what}; {ELSEWHERE}") from error
 
 

@@ -315,8 +315,10 @@ def test_settings_of_prefect_that_cannot_be_read_are_named(tmp_path: Path, monke
 
 def test_a_data_folder_that_cannot_be_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     cases = {
-        str(tmp_path / "file"): "is a file",
+        str(tmp_path / "file"): "is not a folder",
+        str(tmp_path / "link"): "is not a folder",
         str(tmp_path / "file" / "below"): "cannot be used: Not a directory",
         "/proc/none": "cannot be used",
         str(tmp_path / ("x" * 256)): "cannot be used: File name too long",
