@@ -27,3 +27,7 @@ class Stopped(CfsdError):
 
 class Crashed(CfsdError):
     """A stage's process died without saying why; its log's end is in the message. Retried once."""
+
+
+class BadEnvironment(BadInput):
+    """The machine, or a service that the environment names, does not do what is needed: which, why, what to do."""

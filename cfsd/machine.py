@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +20,19 @@ COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 def home() -> Path:
     """Return the data folder: the environment variable CFSD_HOME, else `data` in the working directory."""
-    return Path(os.environ.get(HOME_VARIABLE) or "data").absolute()
+    return expanded_user(Path(os.environ.get(HOME_VARIABLE) or "data")).absolute()
+
+
+def expanded_user(path: Path) -> Path:
+    """Return `path` with a leading `~` replaced, which no shell does in `--home=~/data`; as it is where there is none.
+
+    Raises:
+        BadInput: The user has no home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"{path} cannot be read: {error}; write out the folder that ~ stands for") from error
 
 
 class Machine(BaseModel):
@@ -146,6 +159,11 @@ def server_url(value: str) -> str:
             f"environment variable {KEY_VARIABLE}"
         )
     return value.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def without_password(url: str) -> str:
+    """Return `url` as it may be printed: what stands between :// and @ is left out, and so is a query."""
+    return re.sub(r"\?.*", "?***", re.sub(r"(://|^)[^/\s]*@", r"\1***@", url))
 
 
 def _torch() -> Any:

@@ -1,5 +1,6 @@
 """Recipes in YAML: reading, overrides of dotted fields, and validation errors that name file and field."""
 
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +13,68 @@ from cfsd.model.checkpoint import expanded
 M = TypeVar("M", bound=BaseModel)
 
 
+# what a YAML reader raises for a month 13, a number of 5000 digits, brackets in brackets without end
+NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
+
+
+class _Shown(reprlib.Repr):
+    """The beginning of a value: it may hold itself, or a billion parts by references."""
+
+    def __init__(self) -> None:
+        """Show about as much as fits on a line."""
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a number; Python refuses to write one of more than 4300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+shown = _Shown().repr
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a field that is there twice, of which YAML takes the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the field {key.value!r} is there twice, in lines {lines[key.value]} and {line}"
+                )
+            lines[key.value] = line
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises BadInput."""
     if not path.is_file():
-        raise BadInput(f"recipe {str(path)!r} does not exist (working directory {Path.cwd()})")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise BadInput(f"recipe {str(path)!r} {what} (working directory {Path.cwd()})")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"recipe {str(path)!r} is not text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise BadInput(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except NO_YAML as error:
+        raise BadInput(f"recipe {str(path)!r} is not valid YAML: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise BadInput(f"recipe {str(path)!r} is not a mapping of fields such as `base: tiny`")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise BadInput(f"recipe {str(path)!r} has a field named {shown(odd[0])}; names of fields are text")
     return content
+
+
+def _reason(error: BaseException) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:
@@ -38,9 +90,9 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set value {text!r} is not valid YAML: {error}") from error
+        value = yaml.load(text, _Loader)
+    except NO_YAML as error:
+        raise BadInput(f"--set value {text[:80]!r} is not valid YAML: {_reason(error)}") from error
     if isinstance(value, dict) and all(inner is None for inner in value.values()):
         return text  # `{answer}` is a template, although YAML reads a mapping
     return value
@@ -85,7 +137,7 @@ def validated(model: type[M], content: Any, where: str) -> M:
         for mistake in error.errors(include_url=False):
             field = ".".join(str(part) for part in mistake["loc"]) or "recipe"
             secret = "base_url" in mistake["loc"] or isinstance(mistake["input"], dict)  # a URL may hold a password
-            given = "" if mistake["type"] == "missing" or secret else f" (given {mistake['input']!r:.80})"
+            given = "" if mistake["type"] == "missing" or secret else f" (given {shown(mistake['input'])})"
             known = _fields_near(model, mistake["loc"]) if mistake["type"] == "extra_forbidden" else ""
             lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}")
         raise BadInput(f"{where} is not valid:\n" + "\n".join(lines)) from None

@@ -24,7 +24,7 @@ class Spec(BaseModel):
     while a field has it, it is left out of the digest, so that older artifacts stay valid.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: ClassVar[int] = 1
     neutral: ClassVar[dict[str, Any]] = {}

@@ -1,5 +1,5 @@
 """The flows, which put the stages together. Importing this package sets where Prefect and MLflow keep their data."""
 
-from flows._environment import settle_environment
+from flows._beginning import begin
 
-settle_environment()
+begin()

@@ -2,22 +2,28 @@
 
 import atexit
 import functools
+import os
+import select
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from cfsd.errors import BadInput, CfsdError, Stopped
-from cfsd.machine import Machine
+from cfsd.machine import Machine, home
 from cfsd.overrides import override, parse_overrides, validated
+from flows._environment import check_environment
+from flows._explained import explained
+from tasks.record import console
 
-INTERRUPTED = 130
-console = Console(highlight=False, soft_wrap=True)
+__all__ = ["Home", "On", "Plan", "Set", "console", "machine_of", "start"]
+
+INTERRUPTED, CLOSED = 130, 141  # as a shell numbers Ctrl-C, and a pipe that nobody reads
 
 Set = Annotated[
     list[str],
@@ -42,18 +48,57 @@ def start(command: Callable[..., None]) -> None:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
+            check_environment()
             command(*args, **kwargs)
         except (KeyboardInterrupt, Stopped):
             _last_words.extend(["stopped; what is finished is kept. To continue:", _same_command()])
             sys.exit(INTERRUPTED)
-        except CfsdError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2 if isinstance(error, BadInput) else 1)
+        except BrokenPipeError as error:
+            if not _output_is_closed():
+                _end_with(explained(error), error)
+            print(f"stopped: nobody reads the output any more. To continue: {_same_command()}", file=sys.stderr)
+            sys.exit(CLOSED)
+        except Exception as error:
+            _end_with(explained(error), error)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption acts as Ctrl-C
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)
     app()
+
+
+def _end_with(known: CfsdError | None, error: Exception) -> NoReturn:
+    """End with one message; what nobody expected ends with its traceback, and where to look and to report it."""
+    if known is None:
+        traceback.print_exception(error)
+        print(
+            f"error: this is a mistake in cfsd, or a case that it does not know: please report it with the lines "
+            f"above. What is finished is kept. The logs are in {home() / 'logs'}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        sys.exit(1)
+    print(f"error: {known}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(known, BadInput) else 1)
+
+
+def _output_is_closed() -> bool:
+    """Say whether standard output is a pipe without a reader; it is /dev/null from then on."""
+    try:
+        sys.stdout.flush()
+        closed = _is_broken(sys.stdout.fileno())
+    except (BrokenPipeError, ValueError):
+        closed = True
+    except OSError:
+        closed = False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
+
+
+def _is_broken(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 _last_words: list[str] = []

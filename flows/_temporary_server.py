@@ -7,7 +7,6 @@ stopped, and it outlives a command that was killed. This one has a session of it
 """
 
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,36 +15,32 @@ import uvicorn
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from cfsd.machine import home
 from cfsd.process.child import end_with_parent
-from flows._servers import HOST, answers, wait_until
+from flows._prefect_api import check_api, database_advice, prefect_lock
+from flows._servers import HOST, end, start_server
 
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Give the flows of this block a server: the one that the settings name, else a temporary one."""
+    """Give the flows of this block a server: the one that the settings name, else a temporary one.
+
+    Raises:
+        BadEnvironment: The named server is none that can be used, or the temporary one does not start.
+    """
     if PREFECT_API_URL.value():
+        check_api()
         yield
         return
-    log = home() / "logs" / "prefect.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out, socket.create_server((HOST, 0)) as place:  # held from here on: no other can take it
+    with prefect_lock(), socket.create_server((HOST, 0)) as place:  # held from here on: no other can take it
         port, number = place.getsockname()[1], place.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(number)],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=(number,),
-        )  # fmt: skip
+        health = f"http://{HOST}:{port}/api/health"
+        process = start_server("prefect", [__name__, str(number)], health, advice=database_advice(), pass_fds=(number,))
     try:
-        wait_until(lambda: answers(f"http://{HOST}:{port}/api/health"), process, log)
         with temporary_settings({PREFECT_API_URL: f"http://{HOST}:{port}/api"}):
             yield
     finally:
         APILogHandler().flush()  # or its thread complains that the server is gone
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end(process)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cfsd.baseline.file import Baseline, Measured, as_text, parsed
-from cfsd.errors import CfsdError
+from cfsd.errors import BadEnvironment
 from cfsd.machine import home
 from cfsd.report.run_record import RunRecord
 from cfsd.spec import digest_of
@@ -30,11 +30,11 @@ def guarded_figures(run_record: RunRecord) -> dict[str, Measured]:
 
 
 def champion(recipe_name: str) -> Baseline | None:
-    """Return the figures of the champion, None if there is none. Raises CfsdError where MLflow cannot be reached."""
+    """Return the figures of the champion, None if there is none. Raises BadEnvironment where MLflow is away."""
     name = model_name(recipe_name)
     text = tracked(lambda client: _read(client, name))
     if text is None:
-        raise CfsdError(
+        raise BadEnvironment(
             "the champion's figures are in MLflow, which cannot be reached; nothing was run. Start it (make up), or "
             "compare with a file: --baseline deployments/baselines/NAME.json"
         )

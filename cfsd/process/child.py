@@ -20,12 +20,14 @@ from typing import Any
 from filelock import FileLock
 from pydantic import JsonValue
 
-from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
+from cfsd.errors import BadEnvironment, BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
 from cfsd.process.remedies import memory_remedies
 from cfsd.store.artifact import ERROR, LOG, METADATA, REQUEST
 from cfsd.store.digests import write_json
+from cfsd.store.disk import disk_is_full, full_disk, is_full
 
 KINDS: dict[str, type[CfsdError]] = {
+    "bad_environment": BadEnvironment,  # a kind of bad input, so it comes first
     "bad_input": BadInput,
     "out_of_memory": OutOfMemory,
     "not_finite": NotFinite,
@@ -98,6 +100,8 @@ def _error_of(folder: Path, code: int) -> CfsdError:
     if (folder / ERROR).exists():
         error = json.loads((folder / ERROR).read_text())
         return KINDS[error["kind"]](error["message"])
+    if is_full(folder):  # not even its error could be written
+        return disk_is_full(folder)
     if code == -signal.SIGTERM:
         return Stopped(STOPPED_EARLY)
     return Crashed(f"the process {silent_end(folder, code)}")
@@ -124,7 +128,7 @@ def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
         except Exception as error:
             now = time.time()
             traceback.print_exc()
-            described = _described(error, request)
+            described = _described(error, request, folder)
             if rank is None:
                 write_json(folder / ERROR, described)
             else:
@@ -136,7 +140,9 @@ def serve_request(work: Callable[[Path, str], dict[str, JsonValue]]) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _described(error: Exception, request: str) -> dict[str, Any]:
+def _described(error: Exception, request: str, folder: Path) -> dict[str, Any]:
+    if not isinstance(error, CfsdError) and (full := full_disk(error, folder)):
+        return {"kind": "bad_environment", "message": str(full)}
     for kind, cls in KINDS.items():
         if isinstance(error, cls):
             return {"kind": kind, "message": str(error)}

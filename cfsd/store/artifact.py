@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from cfsd.errors import StoreError
 from cfsd.spec import Spec, digest_of
 from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sha256_of_file, write_json
 from cfsd.store.journal import METRICS, PROGRESS, Journal
+from cfsd.store.locks import held
 
 MANIFEST = "manifest.json"
 SCHEMA = 2  # of the manifest; 1 called the metadata `facts`
@@ -92,15 +92,15 @@ class Store:
         return self.root / artifact.kind / artifact.key
 
     def manifest(self, artifact: Artifact) -> dict[str, Any]:
-        """Return what was recorded when `artifact` was made."""
-        manifest = _manifest(self.path(artifact))
-        assert manifest is not None, "an artifact has a manifest"
+        """Return what was recorded when `artifact` was made. Raises StoreError where that cannot be read."""
+        if (manifest := _manifest(self.path(artifact))) is None:
+            raise StoreError(self._remedy(artifact, [MANIFEST]))
         return manifest
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """Return the artifact, or None if it is absent or any of its files is missing or changed."""
         folder = self.root / kind / key
-        manifest = _manifest(folder)
+        manifest = _manifest(folder, key)
         if manifest is None or self.damage(folder, manifest):
             return None
         return Artifact(kind=kind, key=key, content=manifest["content"], metadata=manifest["metadata"])
@@ -112,17 +112,20 @@ class Store:
         """
         read = sha256_of_file if full else self.memory.sha256
         files = manifest["files"].items()
-        return [n for n, sha in files if not (folder / n).exists() or read(folder / n) != sha]
+        return [n for n, sha in files if not (folder / n).is_file() or read(folder / n) != sha]
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""
         folder = self.path(artifact)
         manifest = _manifest(folder)
         if bad := [MANIFEST] if manifest is None else self.damage(folder, manifest, full=True):
-            raise StoreError(
-                f"{artifact.kind} {artifact.key} is damaged ({', '.join(bad)}); "
-                f"restore it, or delete the folder {folder} and run again"
-            )
+            raise StoreError(self._remedy(artifact, bad))
+
+    def _remedy(self, artifact: Artifact, bad: list[str]) -> str:
+        return (
+            f"{artifact.kind} {artifact.key} is damaged ({', '.join(bad)}); "
+            f"restore it, or delete the folder {self.path(artifact)} and run again"
+        )
 
     def make(
         self,
@@ -141,39 +144,36 @@ class Store:
         with self.lock(kind, key, say):
             if artifact := self.find(kind, key):
                 return artifact, False
+            if (self.root / kind / key).exists():
+                say(f"{kind} {key} is damaged ({', '.join(self._damaged(kind, key))}): it is made again")
             waiting = self.root / kind / f"{key}.draft"
-            if (done := _manifest(waiting)) and not self.damage(waiting, done):
+            if (done := _manifest(waiting, key)) and not self.damage(waiting, done):
                 return self._put_in_place(waiting, kind, key), False
             draft = self._open_draft(kind, key, environment or {}, say)
             started = time.time()
             work(draft)
             return self._complete(draft, kind, key, environment or {}, time.time() - started), True
 
+    def _damaged(self, kind: str, key: str) -> list[str]:
+        manifest = _manifest(folder := self.root / kind / key, key)
+        return [MANIFEST] if manifest is None else self.damage(folder, manifest)
+
     @contextmanager
     def lock(self, kind: str, key: str, say: Callable[[str], None] = print) -> Iterator[None]:
         """Hold the kernel's lock on `key`; it is freed when the process dies."""
         path = self.root / ".locks" / f"{kind}-{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that makes {kind} {key}")
-            lock.acquire()
-        try:
+        with held(path, f"waiting for another process that makes {kind} {key}", say):
             yield
-        finally:
-            lock.release()
 
     def _open_draft(self, kind: str, key: str, environment: dict[str, JsonValue], say: Callable[[str], None]) -> Draft:
         folder = self.root / kind / f"{key}.draft"
         mark = folder / DRAFT
         continued = mark.exists()
-        if continued and json.loads(mark.read_text()) != environment:
+        if continued and _json(mark) != environment:
             say(f"{kind} {key} was begun with other versions or settings of the machine: it starts anew")
             continued = False
         if not continued:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             folder.mkdir(parents=True)
             write_json(mark, environment)
         return Draft(self, folder, continued=continued)
@@ -201,8 +201,7 @@ class Store:
                 path.unlink()
         shutil.rmtree(draft / CHECKPOINTS, ignore_errors=True)
         folder = draft.with_name(key)
-        if folder.exists():  # damaged: `find` refused it
-            shutil.rmtree(folder)
+        _remove(folder)  # damaged, where there is one: `find` refused it
         draft.rename(folder)
         descriptor = os.open(folder.parent, os.O_RDONLY)
         os.fsync(descriptor)
@@ -212,14 +211,50 @@ class Store:
         return artifact
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+class _Manifest(BaseModel):
+    """What a manifest holds; one that holds anything else is damaged."""
+
+    model_config = ConfigDict(strict=True)
+
+    schema_: Literal[1, 2] = Field(alias="schema")
+    kind: str
+    key: str
+    content: str
+    metadata: dict[str, Any]
+    files: dict[str, str]
+    environment: dict[str, Any]
+    seconds: float
+    created: float
+
+
+def _manifest(folder: Path, key: str = "") -> dict[str, Any] | None:
+    """Return the manifest in `folder`, None where there is none that can be used, or it is not that of `key`."""
+    manifest = _json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
         return None
-    if manifest["schema"] == 1:
-        manifest["metadata"] = manifest.pop("facts")
-    return manifest
+    if manifest.get("schema") == 1:
+        manifest["metadata"] = manifest.pop("facts", None)
+    try:
+        kept = _Manifest.model_validate(manifest)
+    except ValidationError:
+        return None
+    return None if key and (kept.key, kept.kind) != (key, folder.parent.name) else manifest
+
+
+def _json(path: Path) -> Any:
+    """Return the value in a JSON file, None where there is no file, or half of one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or what stands in the place of one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -48,7 +48,7 @@ class DigestMemory:
         status = path.stat()
         name, stamp = self._name(path), [status.st_size, status.st_mtime_ns]
         known = self._load().get(name)
-        if known and known[:2] == stamp:
+        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
             return str(known[2])
         digest = sha256_of_file(path)
         self.remember({name: [*stamp, digest]})
@@ -61,10 +61,10 @@ class DigestMemory:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            loaded: dict[str, list[Any]] = json.loads(self.file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            loaded = json.loads(self.file.read_bytes())
+        except (FileNotFoundError, ValueError):
             return {}
-        return loaded
+        return loaded if isinstance(loaded, dict) else {}
 
     def _name(self, path: Path) -> str:
         absolute = path.absolute()

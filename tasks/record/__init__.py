@@ -3,11 +3,11 @@
 Nothing here can lose work: artifacts hold their own metrics, from which an MLflow that was away is filled later.
 """
 
-from tasks.record.client import console, say, tracked
+from tasks.record.client import console, mlflow_lock, say, tracked
 from tasks.record.conclusion import conclusion
 from tasks.record.live import step
 from tasks.record.replay import keep_step
 from tasks.record.runs import Variant, comparison, flattened, variant
 
-__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "say", "step",
+__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "say", "step",
            "tracked", "variant"]  # fmt: skip

@@ -1,18 +1,38 @@
 """Access to MLflow's server, which may be away, and to the terminal."""
 
+import errno
+import os
+import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from rich.console import Console
 
+from cfsd.machine import home, without_password
+from cfsd.store.locks import held
+from tasks.record.reach import unreachable
+
 if TYPE_CHECKING:
     from tasks.record.server import Server
 
-console = Console(highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """Standard output; where nobody reads it any more, that is an error, and not the silent end that rich makes."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the command line say it."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
+console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
+VARIABLE = "MLFLOW_TRACKING_URI"
+REASON_LENGTH = 500
+STATEMENT = re.compile(r"\[SQL:.*|\(raised as a result of Query[^)]*\)", re.DOTALL)  # what SQLAlchemy adds to a reason
+_asked: list[str] = []  # the experiment, once MLflow has answered
 _away: list[str] = []  # why this process does not ask MLflow any more
 
 
@@ -23,15 +43,31 @@ def say(line: str, style: str = "") -> None:
         get_run_logger().info(line)
 
 
+def mlflow_lock() -> AbstractContextManager[None]:
+    """Hold what only one process may do: make or migrate the tables of the data folder's MLflow database."""
+    return held(home() / ".mlflow.lock", f"waiting for another process that opens MLflow's database of {home()}", say)
+
+
 def tracked(action: "Callable[[Server], T]") -> T | None:
     """Return what `action` returns for the MLflow client; None, said once, from the first time that it is away."""
     if _away:
         return None
+    if not _asked and (problem := unreachable(os.environ.get(VARIABLE, ""))):
+        _gone(problem)
+        return None
     from tasks.record.server import FAILURES, server  # MLflow takes seconds to import; `--help` may take two
 
     try:
+        if not _asked:
+            with mlflow_lock():
+                _asked.append(server().experiment)
         return action(server())
     except FAILURES as error:
-        _away.append(str(error))
-        say(f"MLflow cannot be reached ({type(error).__name__}); the run goes on, and the next one fills it in")
+        _gone(f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}")
         return None
+
+
+def _gone(reason: str) -> None:
+    _away.append(reason)
+    where = f" at {without_password(uri)} ({VARIABLE})" if (uri := os.environ.get(VARIABLE)) else ""
+    say(f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. {reason}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cfsd.errors import BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
+from cfsd.errors import BadEnvironment, BadInput, CfsdError, Crashed, NotFinite, OutOfMemory, Stopped, StoreError
 from cfsd.process.child import run_in_process
 
 pytestmark = pytest.mark.processes
@@ -84,6 +84,9 @@ def test_facts_come_back(child: Callable[[str], Path]) -> None:
         ("raise ValueError('odd')", Crashed, "ValueError: odd"),
         ("print('last words', flush=True); os._exit(3)", Crashed, "(?s)code 3.*last words"),
         ("raise StoreError('damaged')", StoreError, "^damaged$"),
+        ("raise BadEnvironment('no server')", BadEnvironment, "^no server$"),
+        ("raise OSError(28, 'No space left on device', str(folder))", BadEnvironment, "^the disk of .*draft is full"),
+        ("raise RuntimeError('I/O error: No space left on device (os error 28)')", BadEnvironment, "is full .*--home"),
     ],
 )  # fmt: skip
 def test_errors_arrive_as_what_they_are(
@@ -92,6 +95,14 @@ def test_errors_arrive_as_what_they_are(
     with pytest.raises(cls, match=message) as raised:
         run_in_process("child", child(body), TRAINING)
     assert type(raised.value) is cls
+
+
+def test_a_child_that_could_not_write_its_error_met_a_full_disk(
+    child: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfsd.process.child.is_full", lambda folder: True)
+    with pytest.raises(BadEnvironment, match="is full"):
+        run_in_process("child", child("os._exit(1)"), TRAINING)
 
 
 def test_words_of_an_earlier_attempt_do_not_count(child: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.utils.validation import _validate_metric_name
 
 from cfsd.recipe import Recipe
 from tasks.record import flattened
+from tasks.record.reach import unreachable
+from tasks.record.server import accepted
 from tests.conftest import ROOT, Run
 
 ON = ["--machine", "threads=1"]
@@ -67,7 +73,7 @@ def test_a_dead_mlflow_server_costs_nothing(run: Run, recipe_file: Path, tmp_pat
     dead = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     done = run("mitigate", recipe_file, *ON, env=dead)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("MLflow cannot be reached") == 1
+    assert done.stdout.count("MLflow cannot be reached at http://127.0.0.1:9 (MLFLOW_TRACKING_URI); the run goes") == 1
     later = tmp_path / "later.db"
     assert run("mitigate", recipe_file, *ON, env=elsewhere(later)).returncode == 0
     assert kinds(later)["train"].data.metrics["train/target_loss"] > 0
@@ -96,6 +102,38 @@ def test_parameters_are_the_recipe_field_by_field(recipe_file: Path) -> None:
     flat = flattened(Recipe.load(recipe_file).model_dump(mode="json"))
     assert flat["mix.target_rows"] == "8" and flat["train.schedule"] == "cosine"
     assert not any(isinstance(value, dict) for value in flat.values())
+
+
+@given(st.text(max_size=12).map(lambda name: f"forgetting/{name}") | st.text(min_size=1, max_size=12))
+def test_every_name_of_a_benchmark_is_one_that_mlflow_takes(name: str) -> None:
+    _validate_metric_name(accepted(name))
+
+
+@pytest.mark.parametrize("name", ["forgetting/tiny_rev", "train/target_loss", "a b.c-d:e/f", "größe"])
+def test_a_name_that_mlflow_takes_stays(name: str) -> None:
+    assert accepted(name) == name
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("https://me:secret@127.0.0.1:9/mlflow", "Connection refused"),
+        ("postgresql+psycopg2://me:secret@127.0.0.1:9/db", "Connection refused"),
+        ("http://no.such.host.invalid:5000", "Error"),
+        ("sqlite:////tmp/mlflow.db", None),
+        ("databricks", None),
+    ],
+)
+def test_an_mlflow_that_is_away_is_known_at_once(uri: str, reason: str | None) -> None:
+    found = unreachable(uri)
+    assert found is None if reason is None else found and reason in found and "secret" not in found
+
+
+def test_an_mlflow_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.record.reach.LIMIT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}") == "no answer within 0 s"
 
 
 @pytest.mark.parametrize("name", ["forgetting/probe_kl", "target/gain"])

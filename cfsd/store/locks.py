@@ -1,0 +1,46 @@
+"""Locks between processes: the kernel's, on a file, freed when the process that holds one dies."""
+
+import errno
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cfsd.errors import BadEnvironment
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def held(path: Path, waiting: str, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the lock on `path` for the block; `waiting` is said where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_locks(folder: Path) -> None:
+    """Raise BadEnvironment where the filesystem of `folder` has no locks, OSError where nothing can be written."""
+    path = folder / ".locks-work"
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another process tries the same
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise BadEnvironment(
+                f"the filesystem of {folder} has no locks ({error.strerror}), which keep two processes from writing "
+                "the same file; choose a data folder on another disk with --home"
+            ) from error
