@@ -1,6 +1,7 @@
 """The names of the stages, as keys, Prefect and MLflow have them."""
 
 FETCH = "fetch"
+MERGE_ADAPTER = "merge-adapter"
 TARGET = "target"
 PROBE = "probe"
 GENERATE = "generate"

@@ -1,6 +1,8 @@
 """What was lost between two models that already exist? The same measurement, without training.
 
 python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
+
+TUNED may be the folder of an adapter, which is merged into BASE first.
 """
 
 from pathlib import Path
@@ -15,15 +17,17 @@ from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
 from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
+from cfsd.model.adapter import Adapter, is_adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord
+from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.evaluate import evaluate_base, evaluate_tuned
-from tasks.fetch import fetch_model
+from tasks.fetch import fetch_model, merge_adapter
 from tasks.generate import sample_probe
 from tasks.target import prepare_target
 
@@ -38,9 +42,12 @@ def measure(
     machine: Machine = Machine(),  # noqa: B008
 ) -> Result:
     """Sample a probe from the base, score both models, and report what the second one lost."""
+    adapter = Adapter(path=tuned.path or "") if is_adapter(tuned.path) else None
+    label = f"adapter {adapter.label()} merged into {base.label()}" if adapter else tuned.label()
     name = f"measure {tuned.label()} against {base.label()}"
     with record.variant(name) as variant:
-        models = fetch_model(base, machine), fetch_model(tuned, machine)
+        fetched = fetch_model(base, machine)
+        models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
         evaluate.check_base(models[0])
         sampled = sample_probe(models[0], probe, machine)
@@ -48,15 +55,21 @@ def measure(
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
         roles = {"base": models[0], "final": models[1], "probe": sampled} | ({"target": rows} if rows else {})
-        run_record = RunRecord(
-            name=tuned.label(), artifacts=roles, before=before, after=after, steps=tuple(variant.steps)
-        )
+        run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
         return conclude(name, [run_record], [variant.run_id])
+
+
+def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Machine) -> Artifact:
+    """Return the base with the adapter merged into it; say so where the adapter names another base."""
+    named = adapter.config().get("base_model_name_or_path")
+    if named and Path(str(named)).name != base.label():
+        record.say(f"adapter {adapter.label()} was trained on {named}; it is merged into {base.label()}")
+    return merge_adapter(fetched, adapter, machine)
 
 
 def measure_command(
     base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
-    tuned: Annotated[str, typer.Argument(help="Model after")],
+    tuned: Annotated[str, typer.Argument(help="Model after, or the folder of an adapter, which is merged into BASE")],
     benchmark: Annotated[
         list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")
     ] = [],  # noqa: B006
@@ -80,7 +93,8 @@ def measure_command(
     on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    given: list[Checkpoint | EvaluateSpec | Target | None] = [*models, evaluate, rows]
+    after = Adapter(path=models[1].path or "") if is_adapter(models[1].path) else models[1]
+    given: list[Checkpoint | Adapter | EvaluateSpec | Target | None] = [models[0], after, evaluate, rows]
     for part in given:
         if part:
             part.check()

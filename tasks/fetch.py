@@ -1,9 +1,10 @@
-"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, made from its committed weights."""
+"""Bring a model into the store: linked, downloaded, dequantised, made from committed weights, or an adapter merged."""
 
 from cfsd.machine import Machine
+from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.stages import FETCH
-from cfsd.store.artifact import Draft
+from cfsd.stages import FETCH, MERGE_ADAPTER
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
@@ -14,3 +15,12 @@ def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
 
     machine.settle()
     fetch(checkpoint, draft)
+
+
+@stage(MERGE_ADAPTER, "model")
+def merge_adapter(draft: Draft, base: Artifact, adapter: Adapter, machine: Machine) -> None:
+    """Make a whole model of an adapter and its base; see `cfsd.model.adapter_merging`."""
+    from cfsd.model.adapter_merging import merge
+
+    machine.settle()
+    draft.metadata |= base.metadata | merge(draft.store.path(base), adapter, draft.folder, machine.resolved_device())

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, save_model, write_rows
+from tests.model.test_adapter import trained
 
 ON = ["--machine", "threads=1"]
 
@@ -76,6 +77,20 @@ def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> 
     assert found["probe_kl"]["low"] > 0 and found["target_gain"]["unit"] == "nats/token"
     same = summary_of(run("measure", model_folder, model_folder, *words, *ON))["variants"]
     assert next(iter(same.values()))["probe_kl"]["value"] == 0.0
+
+
+def test_an_adapter_is_measured_merged_into_its_base(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    adapter = trained(model_folder, tmp_path / "mine", LoraConfig(r=2, target_modules=["o_proj"]))
+    words = ["--set", "probe.rows=16", "--set", "probe.length=16"]
+    done = run("measure", model_folder, adapter, *words, *ON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = summary_of(done)["variants"][f"adapter mine merged into {model_folder.name}"]
+    assert figures["probe_kl"]["low"] > 0 and "merge-adapter" in figures["seconds"]
+    assert "trained on" not in done.stdout, "the adapter names this base"
+    refused = run("measure", adapter, model_folder, *ON)
+    assert refused.returncode == 2 and "merge it into its base first" in refused.stderr
 
 
 def test_every_shipped_recipe_loads_and_has_what_it_names() -> None:
