@@ -4,6 +4,7 @@ from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.stages import FETCH
 from cfsd.store.artifact import Draft
+from tasks import record
 from tasks._stage import stage
 
 
@@ -14,3 +15,13 @@ def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
 
     machine.settle()
     fetch(checkpoint, draft)
+    for note in draft.metadata.get("notes", ()):  # type: ignore[union-attr]
+        record.say(f"{checkpoint.label()}: {note}")
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Raise BadInput for a model that `fetch_model` would refuse; what the store holds was found usable before."""
+    if checkpoint.kind in ("folder", "hub") and not checkpoint.is_fetched():
+        from cfsd.model.fetching import examine
+
+        examine(checkpoint)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, T5Config
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import check_files
-from cfsd.model.fetching import start_token
+from cfsd.model.folder import check_files
 from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids
-from cfsd.model.usable import check_causal, check_ids, check_weights
+from cfsd.model.special_tokens import check_ids
+from cfsd.model.usable import check_weights
 from tests.conftest import save_model
 
 Tensors = dict[str, torch.Tensor]
