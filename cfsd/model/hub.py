@@ -33,26 +33,32 @@ def commit_of(name: str, revision: str) -> str:
     return known
 
 
-def check_available(name: str, commit: str) -> None:
+def check_available(name: str, revision: str) -> None:
     """Raise BadInput if the model can neither be downloaded nor is in the hub's cache on this machine."""
+    commit = commit_of(name, revision)
     if _cached(name, commit) is None:
         _asked(name, commit)
 
 
-def cached_folder(name: str, commit: str) -> Path | None:
+def cached_folder(name: str, revision: str) -> Path | None:
     """Return where the hub's cache on this machine holds the model, None if it does not hold the whole of it."""
-    folder = _cached(name, commit)
+    folder = _cached(name, commit_of(name, revision))
     return folder if folder and (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
 
 
-def download(name: str, commit: str) -> Path:
+def download(name: str, revision: str) -> Path:
     """Return the folder of a model after a download of what is lacking. Raises BadInput."""
     from huggingface_hub import snapshot_download
 
+    commit = commit_of(name, revision)
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PAYLOAD), etag_timeout=SECONDS))
+        for wanted in (revision, commit):  # by the branch, so that the cache knows what it was; it may have moved since
+            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=list(PAYLOAD), etag_timeout=SECONDS))
+            if folder.name == commit:
+                break
     except Exception as error:  # of the network, of HTTP, of the disk: all end in one message
-        raise _explained(error, name, commit) from error
+        raise _explained(error, name, revision) from error
+    return folder
 
 
 def _asked(name: str, revision: str) -> str:
