@@ -19,9 +19,9 @@ from cfsd.errors import BadInput
 from cfsd.model import hub
 from cfsd.model.causal import check_architecture
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
-from cfsd.model.folder import START, check_files, count_parameters, payload_of
+from cfsd.model.folder import GENERATION, START, check_files, count_parameters, payload_of
 from cfsd.model.loading import Tokenization, load_tokenizer, quiet, read_eos_ids, read_start_token
-from cfsd.model.special_tokens import GENERATION, check_ids, check_start, settle_end_tokens, settle_start_token
+from cfsd.model.special_tokens import check_ids, check_start, settle_end_tokens, settle_start_token
 from cfsd.model.tiny import shipped
 from cfsd.model.usable import check_numbers, check_weights, load_config
 from cfsd.spec import digest_of

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from cfsd.errors import BadInput
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 START = "start_token.json"  # part of the content: another start token gives another distribution
 PAYLOAD = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", START,
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -73,6 +74,9 @@ def check_files(folder: Path) -> None:
     for name in payload_of(folder):
         if name.endswith(".json"):
             read_object(folder / name)
+    for name in (CONFIG, GENERATION):
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids_in(folder / name, role)
     _check_weight_files(folder)
 
 
@@ -94,6 +98,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 _POINTER_SAID = "a Git LFS pointer, not the file itself: run `git lfs pull` in the model's repository"
+
+
+def ids_in(file: Path, name: str) -> tuple[int, ...]:
+    """Return the ids that a config names in a field such as `eos_token_id`; none without the file. Raises BadInput."""
+    value = read_object(file).get(name) if file.exists() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for number in ids:
+        if type(number) is not int:
+            raise BadInput(f"{name} {value!r} in {file} is not a token's id; allowed: whole numbers from 0; correct it")
+    return tuple(ids)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -201,6 +215,6 @@ def listed(names: list[str]) -> str:
 
 
 def brief(error: Exception) -> str:
-    """Return the first line of what another library says of its failure."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
+    """Return the beginning of what another library says of its failure, on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said:.300}" if said else type(error).__name__

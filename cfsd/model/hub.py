@@ -116,7 +116,7 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         said = "has no config.json, so it is not a transformers model; take the model it was converted from"
     elif isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
-        said = f"does not exist, or is private and the hub refused the access ({token}); check the id"
+        said = f"does not exist, or is private and the hub refused the access ({token}); check the id; a folder {name!r} is not here either"
     elif isinstance(error, errors.HFValidationError):
         said = f"is no name of a hub model ({error}); allowed: `org/name@revision`, or a folder that exists"
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):

@@ -5,15 +5,13 @@ The files of a model and its tokenizer often disagree; which of them is taken is
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
-from cfsd.model.folder import START, read_object
+from cfsd.model.folder import CONFIG, GENERATION, START, ids_in, read_object
 from cfsd.store.digests import write_json
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
 SEPARATORS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -29,24 +27,9 @@ def end_tokens_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the end tokens by the file that names them; the first of them counts. Raises BadInput."""
     found = {}
     for name in (GENERATION, CONFIG):
-        if (folder / name).exists() and (ids := _whole(_field(folder / name, "eos_token_id"), folder / name)):
+        if (folder / name).exists() and (ids := ids_in(folder / name, "eos_token_id")):
             found[name] = ids
     return found
-
-
-def _field(file: Path, name: str) -> Any:
-    """Return a field of a config, or of the config of its text model."""
-    content = read_object(file)
-    inner = content.get("text_config")
-    return content.get(name, inner.get(name) if isinstance(inner, dict) else None)
-
-
-def _whole(value: Any, file: Path, name: str = "eos_token_id") -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for number in ids:
-        if type(number) is not int:
-            raise BadInput(f"{name} {value!r} in {file} is not a token's id; allowed: whole numbers from 0; correct it")
-    return tuple(ids)
 
 
 def settle_end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -118,7 +101,7 @@ def _wanted(tokenizer: PreTrainedTokenizerBase, wanted: str) -> int:
 def _bos_of_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
     """Return the config's BOS if a text can begin with it, else None and why not."""
     file = folder / CONFIG
-    token = next(iter(_whole(_field(file, "bos_token_id"), file, "bos_token_id")), None)
+    token = next(iter(ids_in(file, "bos_token_id")), None)
     if token is None:
         return None, ""
     rows = vocabulary_rows(folder)

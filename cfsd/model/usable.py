@@ -59,7 +59,7 @@ def _check_text(config: PretrainedConfig, folder: Path, name: str) -> None:
     if text is config:
         return
     remedy = "take a model of its family that reads text only"
-    if text is not None and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if isinstance(text, PretrainedConfig) and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         remedy = f'save its text model, and take the folder TEXT: python -c "{TEXT_MODEL.format(folder=folder)}"'
     raise BadInput(f"model {name!r} is of type {config.model_type!r}, which reads more than text; {remedy}")
 
