@@ -104,8 +104,8 @@ def _small(config: PretrainedConfig, divided: bool) -> PreTrainedModel:
         _leave_out_heads(small)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-    return model.eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    return model
 
 
 def _layers_of_every_kind(config: Any, layers: int) -> int:

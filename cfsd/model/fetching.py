@@ -102,9 +102,10 @@ def describe(
     folder: Path, config: PretrainedConfig, tokenization: Tokenization, notes: Sequence[str] = ()
 ) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
+    named = config.architectures
     return {
         "parameters": count_parameters(folder),
-        "architecture": (config.architectures or [type(config).__name__])[0],
+        "architecture": str(named[0]) if isinstance(named, list) and named else type(config).__name__,
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
         "context": getattr(config, "max_position_embeddings", None),

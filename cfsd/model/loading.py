@@ -51,6 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.decode(tokenizer.encode("a b"))  # some mistakes show in use
     except Exception as error:  # whatever a broken file makes of another library
         raise BadInput(
             f"the tokenizer in {folder} cannot be loaded ({brief(error)}); copy the tokenizer files again"

@@ -168,6 +168,7 @@ def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, eos_i
     rows, vocabulary = vocabulary_rows(folder), _vocabulary(folder, tokenizer)
     if not vocabulary:
         raise BadInput(f"the tokenizer in {name!r} has no tokens; copy the files of the model's own tokenizer")
+    vocabulary |= {f"added to every text: {number}": number for number in tokenizer.encode("")}
     token, largest = max(vocabulary.items(), key=lambda entry: entry[1])
     if largest >= rows:
         raise BadInput(

@@ -53,12 +53,14 @@ STARTS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "EOS alone": (no_bos, EOS, "1 ('<eos>'), EOS; the tokenizer has no BOS"),
     "EOS ends turns": (chat_without_separator, EOS, "the chat template ends turns with it, so set base.start_token"),
     "config has another": (
-        lambda f: change_json(f / "config.json", bos_token_id=EOS, pad_token_id=None) or give_special_tokens(f, pad_token="."),
+        lambda f: change_json(f / "config.json", bos_token_id=EOS, pad_token_id=None)
+        or give_special_tokens(f, pad_token="."),
         EOS, "config.json's bos_token_id; the tokenizer has 0 ('<bos>')"),
     "config has padding": (
         lambda f: change_json(f / "config.json", bos_token_id=EOS), BOS, "1 ('<eos>'), which pads or replaces"),
     "config has a letter": (
-        lambda f: change_json(f / "config.json", bos_token_id=D), BOS, "config.json has 5 ('d'), which is ordinary text"),
+        lambda f: change_json(f / "config.json", bos_token_id=D), BOS,
+        "config.json has 5 ('d'), which is ordinary text"),
     "config has a letter, no BOS": (lambda f: no_bos(f, bos_token_id=D), EOS, "EOS; config.json has 5 ('d')"),
 }  # fmt: skip
 
@@ -98,7 +100,8 @@ ENDS: dict[str, tuple[Callable[[Path], None], tuple[int, ...], str]] = {
         "1 ('<eos>'), from generation_config.json; config.json has 0 ('<bos>')"),
     "the tokenizer has another": (
         lambda f: write_config(f, eos_token_id=BOS), (BOS,), "the tokenizer has 1 ('<eos>')"),
-    "the tokenizer alone has one": (lambda f: write_config(f, eos_token_id=None), (EOS,), "the model's files name none"),
+    "the tokenizer alone has one": (
+        lambda f: write_config(f, eos_token_id=None), (EOS,), "the model's files name none"),
     "an empty list": (lambda f: write_config(f, eos_token_id=[]), (EOS,), "the model's files name none"),
     "none": (
         lambda f: write_config(f, eos_token_id=None) or give_special_tokens(f, eos_token=None), (),
@@ -137,7 +140,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     },
     **{
         f"start_token.json {text}": (lambda f, text=text: (f / "start_token.json").write_text(text), words)  # type: ignore[misc]
-        for text, words in [('{"start_token": 32}', "start token 32 .*outside"), ('{"start_token": "a"}', "'a', which is"),
+        for text, words in [('{"start_token": 32}', "start token 32 .*outside"),
+                            ('{"start_token": "a"}', "'a', which is"),
                             ("{}", "start_token None"), ("[", "not valid JSON")]
     },
     "a tokenizer that is larger": (

@@ -14,12 +14,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config
 
 from cfsd.errors import BadInput
+from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import examine
 from cfsd.model.folder import count_parameters
-from tests.conftest import save_model
+from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
+from flows._plan import checked
+from flows.mitigate import pipeline
+from tests.conftest import fetched, save_model
 from tests.model.folders import change_json, in_shards, without, write_config, write_weights
 
+MACHINE = Machine(device="cpu", threads=1)
 NORM = "model.norm.weight"
 Change = Callable[[Path], Any]
 
@@ -87,10 +93,10 @@ TENSORS: dict[str, tuple[Change, str]] = {
 def test_weights_that_are_not_the_architectures_are_named(kind: str, model: Path) -> None:
     change, words = TENSORS[kind]
     change(model)
-    checked(words, refusal(model))
+    with_words(words, refusal(model))
 
 
-def checked(words: str, text: str) -> str:
+def with_words(words: str, text: str) -> str:
     """Return the text, which has the words."""
     assert re.search(words, text, re.DOTALL), text
     return text
@@ -158,8 +164,8 @@ FILES: dict[str, tuple[Change, str]] = {
     "an index of nothing": (
         lambda f: (in_shards(f), written("model.safetensors.index.json", "{}")(f)), "no `weight_map`"),
     "an index that leads out": (
-        lambda f: (in_shards(f), change_json(f / "model.safetensors.index.json", weight_map={NORM: "../x.safetensors"})),
-        "names ../x.safetensors"),
+        lambda f: (in_shards(f), change_json(f / "model.safetensors.index.json", weight_map={NORM: "../x.bin"})),
+        "names ../x.bin"),
     "config cut": (cut("config.json"), r"config\.json is not valid JSON"),
     "config a list": (written("config.json", "[1]"), r"config\.json holds \[1\] where a JSON object"),
     "config empty": (written("config.json", ""), r"config\.json is empty"),
@@ -177,7 +183,8 @@ FILES: dict[str, tuple[Change, str]] = {
     "tokenizer a pointer": (pointer("tokenizer.json"), r"tokenizer\.json is a Git LFS pointer"),
     "tokenizer config cut": (cut("tokenizer_config.json", 9), r"tokenizer_config\.json is not valid JSON"),
     "quantised": (
-        lambda f: write_config(f, quantization_config={"quant_method": "gptq"}), r"quantised weights \(gptq\).*unquantised"),
+        lambda f: write_config(f, quantization_config={"quant_method": "gptq"}),
+        r"quantised weights \(gptq\).*unquantised"),
     "an adapter": (written("adapter_config.json", "{}"), "an adapter.*merge_and_unload"),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
     "in a subfolder": (into_subfolder, "there is a model in .*checkpoint-50: give that folder"),
@@ -188,7 +195,7 @@ FILES: dict[str, tuple[Change, str]] = {
 def test_a_folder_with_broken_files_is_refused_by_name(kind: str, model: Path) -> None:
     change, words = FILES[kind]
     change(model)
-    said = checked(words, refusal(model))
+    said = with_words(words, refusal(model))
     assert "/tmp/tmp" not in said
     assert "\n" not in said
 
@@ -202,7 +209,7 @@ def test_a_folder_with_broken_files_is_refused_by_name(kind: str, model: Path) -
 )
 def test_a_file_in_place_of_a_folder_is_told_apart(file: str, words: str, model: Path) -> None:
     (model / "q4.gguf").touch()
-    checked(words, refusal(model / file))
+    with_words(words, refusal(model / file))
 
 
 TEXT = {
@@ -236,7 +243,9 @@ def test_a_multimodal_model_is_refused_with_a_command_that_saves_its_text_model(
     whole.save_pretrained(tmp_path / "whole")
     for path in model_folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "whole")
-    said = checked(f"is of type '{kind}', which reads more than text; save its text model", refusal(tmp_path / "whole"))
+    said = with_words(
+        f"is of type '{kind}', which reads more than text; save its text model", refusal(tmp_path / "whole")
+    )
     command = shlex.split(said[said.index("python -c") :])
     exec(command[2], {})
     change_json(tmp_path / "TEXT" / "generation_config.json", eos_token_id=1)  # of the borrowed tokenizer
@@ -250,6 +259,23 @@ def test_a_multimodal_model_is_refused_with_a_command_that_saves_its_text_model(
 def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused(model: Path) -> None:
     kept = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "text_config": {"vocab_size": 32}}))
-    checked("'qwen2_5_vl', which reads more than text; take a model of its family", refusal(model))
+    with_words("'qwen2_5_vl', which reads more than text; take a model of its family", refusal(model))
     (model / "config.json").write_text(json.dumps(kept | {"text_config": {"vocab_size": 32}}))
-    checked("'llama', which reads more than text", refusal(model))
+    with_words("'llama', which reads more than text", refusal(model))
+
+
+def test_a_plan_examines_the_base_until_it_is_in_the_store(
+    store: Store, model: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(recipe_file, [f"base.path={model}"])
+    weights = (model / "model.safetensors").read_bytes()
+    write_weights(model, lambda tensors: without(tensors, NORM))
+    with pytest.raises(BadInput, match=f"lacks {NORM}"), checked([recipe], MACHINE, pipeline):
+        pass
+    (model / "model.safetensors").write_bytes(weights)
+    with checked([recipe], MACHINE, pipeline) as plans:
+        assert not plans[0].steps[0].cached
+    fetched(store, model)
+    monkeypatch.setattr("cfsd.model.fetching.examine", lambda checkpoint: pytest.fail("examined again"))
+    with checked([recipe], MACHINE, pipeline) as plans:
+        assert plans[0].steps[0].cached
