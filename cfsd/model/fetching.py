@@ -49,42 +49,45 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
 
 
 def examine(checkpoint: Checkpoint) -> None:
-    """Raise BadInput where `fetch` would, as far as that is known without a download; leaves nothing behind."""
+    """Raise BadInput where `fetch` would, leaving nothing behind; of a hub, small files alone are downloaded for it."""
     quiet()
-    source = Path(checkpoint.path) if checkpoint.path else None
-    if checkpoint.kind == "hub":
-        source = hub.cached_folder(*checkpoint.place())
-    if source:
-        with TemporaryDirectory() as place:
-            take(source, Path(place), checkpoint)
+    source = Path(checkpoint.path) if checkpoint.path else hub.cached_folder(*checkpoint.place())
+    if source is None:
+        hub.check_weights_listed(*checkpoint.place())
+    known = source or hub.download(*checkpoint.place(), weights=False)
+    with TemporaryDirectory() as place:
+        take(known, Path(place), checkpoint, weights=source is not None)
 
 
-def take(source: Path, folder: Path, checkpoint: Checkpoint) -> dict[str, JsonValue]:
+def take(source: Path, folder: Path, checkpoint: Checkpoint, *, weights: bool = True) -> dict[str, JsonValue]:
     """Link the model in `source` into `folder`, with its start token, and return its metadata.
 
-    This is where it is decided whether a folder is a whole, usable causal language model. Raises BadInput.
+    This is where it is decided whether a folder is a whole, usable causal language model; `weights` false: as far as
+    that shows without them. Raises BadInput.
     """
-    check_files(source)
+    check_files(source, weights=weights)
     for name in (START, GENERATION):  # of an attempt that failed
         (folder / name).unlink(missing_ok=True)
-    for file, path in payload_of(source).items():
+    for file, path in payload_of(source, weights=weights).items():
         link = folder / file
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
     try:
-        return _examined(folder, checkpoint)
+        return _examined(folder, checkpoint, weights)
     except BadInput as error:  # what another library says names the folder that it read
         raise BadInput(str(error).replace(str(folder), str(source))) from error
 
 
-def _examined(folder: Path, checkpoint: Checkpoint) -> dict[str, JsonValue]:
+def _examined(folder: Path, checkpoint: Checkpoint, weights: bool) -> dict[str, JsonValue]:
     name = str(checkpoint.path or checkpoint.label())
     config = load_config(folder, name)
-    check_weights(folder, name)
+    if weights:
+        check_weights(folder, name)
     unproved = check_architecture(config, name)
-    check_numbers(folder, name)
+    if weights:
+        check_numbers(folder, name)
     tokenization, notes = _settled(folder, checkpoint)
-    return describe(folder, config, tokenization, [*unproved, *notes])
+    return describe(folder, config, tokenization, [*unproved, *notes]) if weights else {}
 
 
 def _settled(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenization, list[str]]:

@@ -12,7 +12,8 @@ from cfsd.errors import BadInput
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 START = "start_token.json"  # part of the content: another start token gives another distribution
-PAYLOAD = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", START,
+TENSORS = "*.safetensors"
+PAYLOAD = (TENSORS, "*.safetensors.index.json", "config.json", "generation_config.json", START,
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
            "chat_template*", "spiece.model")  # fmt: skip
 WEIGHTS = "model.safetensors"
@@ -21,8 +22,11 @@ POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its c
 MAX_NAMED = 4  # files or tensors in one message
 
 
-def payload_of(folder: Path) -> dict[str, Path]:
-    """Return the files that make the model in `folder`, by name. Raises BadInput if it is not a model."""
+def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
+    """Return the files that make the model in `folder`, by name; `weights` false: they are not there yet.
+
+    Raises BadInput if it is not a model.
+    """
     if not folder.is_dir():
         raise BadInput(
             f"model {str(folder)!r} is not a folder{_what_it_is(folder)} (working directory {Path.cwd()}); allowed: "
@@ -34,7 +38,7 @@ def payload_of(folder: Path) -> dict[str, Path]:
             f"{dangling[0]} is a link to {dangling[0].readlink()}, which does not exist; copy the whole model"
         )
     files = {path.name: path for path in found if path.is_file()}
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+    if "config.json" not in files or (weights and not any(name.endswith(".safetensors") for name in files)):
         raise BadInput(
             f"{str(folder)!r} is not a model: config.json and *.safetensors are needed "
             f"(weights in pickle files are never read; save them with save_pretrained){_models_below(folder)}"
@@ -57,8 +61,8 @@ def _models_below(folder: Path) -> str:
     return f"; there is a model in {listed(below)}: give that folder" if below else ""
 
 
-def check_files(folder: Path) -> None:
-    """Check what the files of a model show without loading it.
+def check_files(folder: Path, *, weights: bool = True) -> None:
+    """Check what the files of a model show without loading it; `weights` false: they are not there yet.
 
     Raises:
         BadInput: for an adapter, quantised weights, an encoder with decoder, and files that are absent, cut short
@@ -71,13 +75,14 @@ def check_files(folder: Path) -> None:
             ".save_pretrained('MERGED')\", and copy the base's tokenizer files into MERGED"
         )
     _check_config(folder, read_object(folder / "config.json"))
-    for name in payload_of(folder):
+    for name in payload_of(folder, weights=weights):
         if name.endswith(".json"):
             read_object(folder / name)
     for name in (CONFIG, GENERATION):
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids_in(folder / name, role)
-    _check_weight_files(folder)
+    if weights:
+        _check_weight_files(folder)
 
 
 def read_object(path: Path) -> dict[str, Any]:

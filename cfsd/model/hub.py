@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsd.errors import BadInput
-from cfsd.model.folder import PAYLOAD
+from cfsd.model.folder import PAYLOAD, TENSORS
 
 SECONDS = 5.0  # that a hub has to answer
 _commits: dict[tuple[str, str], str] = {}  # of this process: what a branch was is not asked twice
@@ -40,20 +40,39 @@ def check_available(name: str, revision: str) -> None:
         _asked(name, commit)
 
 
+def check_weights_listed(name: str, revision: str) -> None:
+    """Raise BadInput if the hub's list of the model's files has no safetensors."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(name, revision=commit_of(name, revision), timeout=SECONDS)
+    except Exception as error:
+        raise _explained(error, name, revision) from error
+    files = [file.rfilename for file in found.siblings or []]
+    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        raise BadInput(
+            f"hub model {name}@{revision} has no weights in *.safetensors (pickle files are never read): take a "
+            "revision or a copy that has them, or convert it with save_pretrained and give the folder"
+        )
+
+
 def cached_folder(name: str, revision: str) -> Path | None:
     """Return where the hub's cache on this machine holds the model, None if it does not hold the whole of it."""
     folder = _cached(name, commit_of(name, revision))
     return folder if folder and (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
 
 
-def download(name: str, revision: str) -> Path:
-    """Return the folder of a model after a download of what is lacking. Raises BadInput."""
+def download(name: str, revision: str, *, weights: bool = True) -> Path:
+    """Return the folder of a model after a download of what is lacking, `weights` false: of the small files.
+
+    Raises BadInput.
+    """
     from huggingface_hub import snapshot_download
 
-    commit = commit_of(name, revision)
+    commit, files = commit_of(name, revision), [file for file in PAYLOAD if weights or file != TENSORS]
     try:
         for wanted in (revision, commit):  # by the branch, so that the cache knows what it was; it may have moved since
-            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=list(PAYLOAD), etag_timeout=SECONDS))
+            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=files, etag_timeout=SECONDS))
             if folder.name == commit:
                 break
     except Exception as error:  # of the network, of HTTP, of the disk: all end in one message
@@ -116,7 +135,8 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         said = "has no config.json, so it is not a transformers model; take the model it was converted from"
     elif isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
-        said = f"does not exist, or is private and the hub refused the access ({token}); check the id; a folder {name!r} is not here either"
+        said = f"does not exist, or is private and the hub refused the access ({token}); check the id"
+        said += f"; a folder {name!r} is not here either"
     elif isinstance(error, errors.HFValidationError):
         said = f"is no name of a hub model ({error}); allowed: `org/name@revision`, or a folder that exists"
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):

@@ -1,6 +1,7 @@
 """Hub models against a server of our own: a branch becomes a commit, and every failure one message in time."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import examine, fetch
 from cfsd.store.artifact import Store, key_of
 from tasks.fetch import check_model
+from tests.model.folders import change_json
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 HINDRANCES = {  # the name of a repository -> status and code of what the hub answers
@@ -61,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self._send(b"", 404, "RevisionNotFound")
         if what == "revision":
-            return self._send(json.dumps({"id": name, "sha": commit}).encode())
+            listed = [{"rfilename": path.name} for path in self.server.folder.iterdir()]
+            return self._send(json.dumps({"id": name, "sha": commit, "siblings": listed}).encode())
         if what == "tree":
             return self._send(json.dumps([self._entry(path) for path in self.server.folder.iterdir()]).encode())
         file = self.server.folder / rest
@@ -212,3 +215,22 @@ def test_a_broken_download_is_found_in_the_plan_of_what_is_cached(served: Hub, t
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(BadInput, match=r"model\.safetensors is damaged"):
         examine(Checkpoint.model_validate(f"org/good@{COMMIT}"))
+
+
+def test_a_plan_downloads_small_files_alone_and_refuses_by_them(
+    served: Hub, model_folder: Path, tmp_path: Path
+) -> None:
+    served.folder = Path(shutil.copytree(model_folder, tmp_path / "served"))
+    checkpoint = Checkpoint.model_validate("org/good")
+    examine(checkpoint)
+    examine(checkpoint)  # what is cached is not the whole model
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    shutil.rmtree(tmp_path / "cache")
+    change_json(served.folder / "config.json", quantization_config={"quant_method": "awq"})
+    with pytest.raises(BadInput, match=r"quantised weights \(awq\)"):
+        examine(checkpoint)
+    (served.folder / "model.safetensors").rename(served.folder / "pytorch_model.bin")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(BadInput, match=r"has no weights in .*pickle"):
+        examine(checkpoint)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
