@@ -16,6 +16,7 @@ from cfsd.store.digests import DigestMemory, digest_of_files
 LANGUAGE = ("CAUSAL_LM", None)  # the tasks whose adapters change a language model and nothing else
 UNMERGEABLE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
                "CARTRIDGE", "XLORA", "POLY")  # fmt: skip
+LOST = ("loftq", "pissa_niter", "corda")  # initial values: quantised, random, or from data; the base is less these
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
              "spiece.model")  # fmt: skip
 
@@ -81,10 +82,11 @@ class Adapter(Spec):
             )
         if task not in LANGUAGE:
             raise BadInput(f"adapter {self.path!r} was trained for the task {task}; allowed is CAUSAL_LM")
-        if config.get("init_lora_weights") == "loftq":
+        if str(init := config.get("init_lora_weights")).startswith(LOST):
             raise BadInput(
-                f"adapter {self.path!r} was made with LoftQ, which changed the base's weights too: give as TUNED the "
-                "whole model, merged where it was trained"
+                f"adapter {self.path!r} began with {init}, which changed the base's weights in a way that is not kept "
+                "beside it; give as TUNED the whole model, merged where it was trained, or save the adapter with "
+                "path_initial_model_for_weight_conversion"
             )
 
     def _check_weights(self, file: Path) -> None:

@@ -65,15 +65,25 @@ def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
     _loosen_ties(model, config, weights)
     try:
         adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
-        own = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        own = _own_names(adapted)
         loaded: Any = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # whatever a tensor that does not fit makes of another library
         raise BadInput(f"adapter {adapter.path!r} does not fit the base: {_said(error)}; {_remedy(adapter)}") from error
     if unexpected := sorted(loaded.unexpected_keys):
         raise BadInput(f"adapter {adapter.path!r} holds {listed(unexpected)}, which the base lacks; {_remedy(adapter)}")
-    if missing := sorted(own & set(loaded.missing_keys)):
+    absent = set(loaded.missing_keys)
+    if missing := sorted(names[0] for names in own if absent.issuperset(names)):
         raise BadInput(f"adapter {adapter.path!r} lacks {listed(missing)}; save it again, or copy the whole folder")
     return adapted.eval()
+
+
+def _own_names(adapted: PeftModel) -> list[list[str]]:
+    """Return the names of each tensor of the adapter; one that layers share has several, and is stored under one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in adapted.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return [*names.values()]
 
 
 def _config(adapter: Adapter) -> PeftConfig:

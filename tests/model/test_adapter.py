@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +49,10 @@ KINDS: dict[str, tuple[str, Any]] = {
     "of a tied head": ("llama", lora(target_modules=["q_proj", "lm_head"])),
     "of some tokens": ("llama", lora(trainable_token_indices=[3, 4])),
     "loha": ("llama", LoHaConfig(r=4, target_modules=LLAMA, task_type="CAUSAL_LM")),
+    "vectors of one bank": (
+        "llama",
+        VBLoRAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", vector_length=8, num_vectors=4, topk=2),
+    ),
     "ia3": ("llama", IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
 }
 
@@ -129,7 +133,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a newer setting": (_json(use_novel=True), r"does not know \(use_novel\)"),
     "no kind": (_json(peft_type=None), "peft_type None"),
     "a wrong value": (_json(r=-1), "does not fit the base"),
-    "LoftQ": (_json(init_lora_weights="loftq"), "made with LoftQ"),
+    "LoftQ": (_json(init_lora_weights="loftq"), "began with loftq"),
+    "a random beginning": (_json(init_lora_weights="pissa_niter_4"), "began with pissa_niter_4"),
+    "of a compiled model": (
+        _tensors(lambda t: {k.replace("model.model.", "model._orig_mod.model."): v for k, v in t.items()}),
+        "_orig_mod.* which the base lacks",
+    ),
+    "saved in parts": (_tensors(lambda t: {k: v.new_zeros(0) for k, v in t.items()}), "has the shape \\(0\\) where"),
     "a whole model too": (_whole, "a whole model and an adapter"),
     "not a number": (_tensors(lambda t: {k: v * float("nan") for k, v in t.items()}), "holds NaN or infinity"),
     "another rank": (_json(r=8), r"fit the base: base_model.* has the shape \(4, 32\) where \(8, 32\) is needed"),
