@@ -24,9 +24,9 @@ def merge_command(folder: Path) -> str:
         named = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         named = None
-    base, merged = str(named or "BASE"), "MERGED"
+    base, adapter = json.dumps(str(named or "BASE")), json.dumps(str(folder))
     return "python -c " + shlex.quote(
         "from peft import PeftModel as P; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        f"P.from_pretrained(M.from_pretrained({base!r}, dtype='float32'), {str(folder)!r}).merge_and_unload()"
-        f".save_pretrained({merged!r}); T.from_pretrained({base!r}).save_pretrained({merged!r})"
+        f'P.from_pretrained(M.from_pretrained({base}, dtype="float32"), {adapter}).merge_and_unload()'
+        f'.save_pretrained("MERGED"); T.from_pretrained({base}).save_pretrained("MERGED")'
     )
