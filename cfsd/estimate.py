@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cfsd import stages
 from cfsd.machine import Machine, home
-from cfsd.model.checkpoint import count_parameters
+from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
 from cfsd.train.memory import Shapes, load_of, training_memory

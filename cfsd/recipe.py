@@ -26,7 +26,7 @@ class Recipe(Spec):
 
     name: str = Field(description="What you call it in Prefect and MLflow; not part of any key")
     seed: NonNegativeInt = Field(0, description="Fills every seed of the parts that is left empty")
-    base: Checkpoint = Field(description="The model to fine-tune: `tiny`, `smollm2`, `./folder`, `org/name@commit`")
+    base: Checkpoint = Field(description="The model to fine-tune: `tiny`, `smollm2`, `./folder`, `org/name@revision`")
     target: Target = Field(description="What to fine-tune on")
     probe: ProbeSpec = Field(ProbeSpec(), description="Held-out sample of the base, for measuring only")
     generate: GenerateSpec = Field(GenerateSpec(), description="The rehearsal corpus")

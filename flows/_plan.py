@@ -19,6 +19,7 @@ from cfsd.store.artifact import Artifact
 from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
 from tasks._stage import Planned, planning
+from tasks.fetch import check_model
 
 Pipeline = Callable[[Recipe, Machine], RunRecord]
 _checked: ContextVar[bool] = ContextVar("checked", default=False)
@@ -73,6 +74,7 @@ def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
 
 def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
     recipe.check()
+    check_model(recipe.base)
     check_cluster(machine)
     check_sharding(recipe.train, machine)
     plan = walk(recipe, machine, pipeline)

@@ -17,7 +17,7 @@ from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
 from cfsd.generate.spec import ProbeSpec
 from cfsd.machine import Machine
-from cfsd.model.adapter import Adapter, is_adapter
+from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord
@@ -27,8 +27,9 @@ from flows._conclude import Result, conclude, show
 from flows._plan import planned
 from flows._temporary_server import prefect_server
 from tasks import record
+from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
-from tasks.fetch import fetch_model, merge_adapter
+from tasks.fetch import check_model, fetch_model
 from tasks.generate import sample_probe
 from tasks.target import prepare_target
 
@@ -43,9 +44,9 @@ def measure(
     machine: Machine = Machine(),  # noqa: B008
 ) -> Result:
     """Sample a probe from the base, score both models, and report what the second one lost."""
-    adapter = Adapter(path=tuned.path or "") if is_adapter(tuned.path) else None
+    adapter = Adapter.at(tuned.path)
     label = f"adapter {adapter.label()} merged into {base.label()}" if adapter else tuned.label()
-    name = f"measure {tuned.label()} against {base.label()}"
+    name = f"measure {adapter.label() if adapter else tuned.label()} against {base.label()}"
     with record.variant(name) as variant:
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
@@ -63,8 +64,8 @@ def measure(
 
 def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Machine) -> Artifact:
     """Return the base with the adapter merged into it; say so where the adapter names another base."""
-    named = adapter.config().get("base_model_name_or_path")
-    if named and Path(str(named)).name != base.label():
+    named = adapter.named_base()
+    if named and Path(named).name != Path(base.label()).name:
         record.say(f"adapter {adapter.label()} was trained on {named}; it is merged into {base.label()}")
     return merge_adapter(fetched, adapter, machine)
 
@@ -95,11 +96,13 @@ def measure_command(
     on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    after = Adapter(path=models[1].path or "") if is_adapter(models[1].path) else models[1]
+    after = Adapter.at(models[1].path) or models[1]
     given: list[Checkpoint | Adapter | EvaluateSpec | Target | None] = [models[0], after, evaluate, rows]
     for part in given:
         if part:
             part.check()
+        if isinstance(part, Checkpoint):
+            check_model(part)
     probe = validated(ProbeSpec, parts["probe"], "--set")
     with planned():
         check_benchmarks(fetch_model(models[0], on), evaluate, on)

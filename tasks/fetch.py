@@ -1,10 +1,9 @@
-"""Bring a model into the store: linked, downloaded, dequantised, made from committed weights, or an adapter merged."""
+"""Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, made from its committed weights."""
 
 from cfsd.machine import Machine
-from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.stages import FETCH, MERGE_ADAPTER
-from cfsd.store.artifact import Artifact, Draft
+from cfsd.stages import FETCH
+from cfsd.store.artifact import Draft
 from tasks._stage import stage
 
 
@@ -17,10 +16,9 @@ def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
     fetch(checkpoint, draft)
 
 
-@stage(MERGE_ADAPTER, "model")
-def merge_adapter(draft: Draft, base: Artifact, adapter: Adapter, machine: Machine) -> None:
-    """Make a whole model of an adapter and its base; see `cfsd.model.adapter_merging`."""
-    from cfsd.model.adapter_merging import merge
+def check_model(checkpoint: Checkpoint) -> None:
+    """Raise BadInput for a model that `fetch_model` would refuse; what the store holds was found usable before."""
+    if checkpoint.kind in ("folder", "hub") and not checkpoint.is_fetched():
+        from cfsd.model.fetching import examine
 
-    machine.settle()
-    draft.metadata |= base.metadata | merge(draft.store.path(base), adapter, draft.folder, machine.resolved_device())
+        examine(checkpoint)

@@ -100,7 +100,7 @@ def test_a_seed_that_fills_is_the_same_as_seeds_that_are_written(content: dict[s
         ({"trian": {}}, ["trian", "allowed: name, seed, base"]),
         ({"train": {"learnig_rate": 1}}, [r"train\.learnig_rate", "given 1", "allowed: learning_rate, epochs"]),
         ({"train": {"learning_rate": -1}}, [r"train\.learning_rate", "given -1"]),
-        ({"base": "org/name@main"}, ["base", "40 hex digits"]),
+        ({"base": "org/name@"}, ["base", "empty revision"]),
         ({"target": {}}, ["target", "needs `path`"]),
         ({"train": {"epochs": 0, "clip_norm": 0}}, [r"train\.epochs", r"train\.clip_norm"]),
     ],

@@ -1,58 +1,154 @@
 """An adapter merged into its base: a whole model that computes what the two compute together."""
 
+import inspect
+import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import JsonValue
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
-from cfsd.model.adapter import WEIGHTS, Adapter
+from cfsd.model.adapter import Adapter
+from cfsd.model.adapter_folder import ADAPTER_WEIGHTS
+from cfsd.model.folder import brief, listed
 from cfsd.model.loading import load_model, load_tokenizer, save_model
 
-NAMED = 3  # tensors named in one message
+PROBE_TOKENS = 16
+MAX_CHANGE = 1e-3  # of the logits' deviation: what float32 may change when two products become one
+SIZES = re.compile(r"size mismatch for (\S+):.*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", re.S)
 
 
-def merge(base: Path, adapter: Adapter, folder: Path, device: str) -> dict[str, JsonValue]:
-    """Write the merged model, computed in float32 and stored in the number format of the base; return its metadata.
+def merge(base: Path, adapter: Adapter, folder: Path) -> dict[str, JsonValue]:
+    """Write the merged model, computed in float32 on the CPU and stored in the base's number format; return metadata.
 
-    All files but the weights are the base's. Raises BadInput when the adapter does not fit the base in every tensor.
+    All files but the weights are the base's, the tokenizer too. That merging changes nothing that is computed is
+    proved by a forward pass before and after it. Raises BadInput when the adapter does not fit the base in every
+    tensor, or cannot be merged exactly.
     """
     adapter.check()
-    _check_tokenizer(base, adapter)
-    model = load_model(base, device, "float32")
+    said = _check_tokenizer(base, adapter)
+    model = load_model(base, "cpu", "float32")
     with warnings.catch_warnings(action="ignore"):  # of PEFT, on names that it renames and ties that it loosens
-        adapted = _adapted(model, adapter)
-        if not hasattr(adapted, "merge_and_unload"):
-            kind = adapter.config().get("peft_type")
-            raise BadInput(f"adapter {adapter.path!r} of type {kind} cannot be merged; allowed: LoRA and its kin")
-        save_model(adapted.merge_and_unload(), base, folder)
+        merged = _merged(_adapted(model, adapter), adapter)
+        save_model(merged, base, folder)
     config = adapter.config()
-    return {"adapter": adapter.label(), "adapter_type": config.get("peft_type"), "rank": config.get("r")}
+    facts: dict[str, JsonValue] = {
+        "adapter": adapter.label(),
+        "adapter_type": config["peft_type"],
+        "adapter_rank": config.get("r"),
+        "adapter_base": adapter.named_base(),
+        "parameters": sum(parameter.numel() for parameter in merged.parameters()),
+    }
+    return facts | {"said": [*said]}
 
 
 def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
-    weights = load_file(Path(adapter.path) / WEIGHTS)
+    weights = load_file(Path(adapter.path) / ADAPTER_WEIGHTS)
+    config = _config(adapter)
+    _check_numbers(weights, adapter)
     _check_vocabulary(model, weights, adapter)
+    _loosen_ties(model, config, weights)
+    try:
+        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+        own = _own_names(adapted)
+        loaded: Any = set_peft_model_state_dict(adapted, weights)
+    except Exception as error:  # whatever a tensor that does not fit makes of another library
+        raise BadInput(f"adapter {adapter.path!r} does not fit the base: {_said(error)}; {_remedy(adapter)}") from error
+    if unexpected := sorted(loaded.unexpected_keys):
+        raise BadInput(f"adapter {adapter.path!r} holds {listed(unexpected)}, which the base lacks; {_remedy(adapter)}")
+    absent = set(loaded.missing_keys)
+    if missing := sorted(names[0] for names in own if absent.issuperset(names)):
+        raise BadInput(f"adapter {adapter.path!r} lacks {listed(missing)}; save it again, or copy the whole folder")
+    return adapted.eval()
+
+
+def _own_names(adapted: PeftModel) -> list[list[str]]:
+    """Return the names of each tensor of the adapter; one that layers share has several, and is stored under one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in adapted.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return [*names.values()]
+
+
+def _config(adapter: Adapter) -> PeftConfig:
+    """Return PEFT's config. PEFT leaves out settings that it does not know with a mere warning; we do not."""
+    settings = adapter.config()
+    kind, here = settings["peft_type"], f"PEFT {version('peft')}"
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise BadInput(f"adapter {adapter.path!r} is of type {kind}, which {here} does not know; allowed are LoRA "
+                       "and its kin")  # fmt: skip
+    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__init__).parameters
+    if strange := sorted(name for name, value in settings.items() if value and name not in known):
+        raise BadInput(
+            f"adapter {adapter.path!r} has settings that {here} does not know ({listed(strange)}), so it would compute "
+            f"something else; it was written by PEFT {settings.get('peft_version') or 'of another version'}: merge it "
+            "there, and give the whole model"
+        )
     try:
         config = PeftConfig.from_pretrained(adapter.path)
-        config.inference_mode = False  # so that the adapter's own tensors are those that require gradients
-        adapted: PeftModel = get_peft_model(model, config)
-        own = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        loaded: Any = set_peft_model_state_dict(adapted, weights)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise BadInput(f"adapter {adapter.path!r} does not fit the base: {error}; {_remedy(adapter)}") from error
-    if unexpected := sorted(loaded.unexpected_keys):
+    except Exception as error:  # whatever a wrong value makes of it
+        raise BadInput(f"adapter_config.json of {adapter.path!r} cannot be used: {brief(error)}; correct it") from error
+    config.inference_mode = False  # so that the adapter's own tensors are those that require gradients
+    return config
+
+
+def _loosen_ties(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> None:
+    """Give the head weights of its own, where an adapter changes either it or the embedding to which it is tied.
+
+    Merged into the shared weights, a change of one would change the other too.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = [name for name, module in model.named_modules() if module in (head, embedding)]
+    changed = any(f".{name}.lora_" in key for key in weights for name in names)
+    if tied and changed and not getattr(config, "ensure_weight_tying", False):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _merged(adapted: Any, adapter: Adapter) -> PreTrainedModel:
+    """Return the plain model. Raises BadInput if it does not compute what base and adapter do."""
+    kind = adapter.config()["peft_type"]
+    if not hasattr(adapted, "merge_and_unload"):
+        raise BadInput(f"adapter {adapter.path!r} of type {kind} cannot be merged; allowed: LoRA and its kin")
+    before = _logits(adapted)
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload().eval()
+    except Exception as error:  # kinds of adapters that PEFT cannot merge raise what they like
+        raise BadInput(f"adapter {adapter.path!r} of type {kind} cannot be merged: {brief(error)}") from error
+    change = float((_logits(merged) - before).abs().max())
+    if not change <= MAX_CHANGE * float(before.std()):
         raise BadInput(
-            f"adapter {adapter.path!r} holds {_listed(unexpected)}, which the base lacks; {_remedy(adapter)}"
+            f"adapter {adapter.path!r} of type {kind} cannot be merged exactly: the merged model's logits differ by "
+            f"{change:.2g} from those of base and adapter together; allowed are adapters that are a change of weights"
         )
-    if missing := sorted(own & set(loaded.missing_keys)):
-        raise BadInput(f"adapter {adapter.path!r} lacks {_listed(missing)}; save it again, or copy the whole folder")
-    return adapted
+    return merged
+
+
+def _logits(model: Any) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+    return logits
+
+
+def _check_numbers(weights: dict[str, Tensor], adapter: Adapter) -> None:
+    if bad := sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all()):
+        raise BadInput(
+            f"adapter {adapter.path!r} holds NaN or infinity in {listed(bad)}: its training diverged; take an earlier "
+            "checkpoint"
+        )
 
 
 def _check_vocabulary(model: PreTrainedModel, weights: dict[str, Tensor], adapter: Adapter) -> None:
@@ -67,24 +163,35 @@ def _check_vocabulary(model: PreTrainedModel, weights: dict[str, Tensor], adapte
             )
 
 
-def _check_tokenizer(base: Path, adapter: Adapter) -> None:
-    if not (Path(adapter.path) / "tokenizer_config.json").is_file():
-        return
-    own, theirs = load_tokenizer(Path(adapter.path)).get_vocab(), load_tokenizer(base).get_vocab()
-    if different := sorted(set(own.items()) ^ set(theirs.items())):
+def _check_tokenizer(base: Path, adapter: Adapter) -> list[str]:
+    """Return what is to be said of a tokenizer beside the adapter. Raises BadInput where its tokens are others."""
+    folder = Path(adapter.path)
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return []
+    own, theirs = load_tokenizer(folder), load_tokenizer(base)
+    if different := sorted(set(own.get_vocab().items()) ^ set(theirs.get_vocab().items())):
         token, number = different[0]
         raise BadInput(
             f"the tokenizer in adapter {adapter.path!r} is not the base's: they differ in {len(different)} tokens, "
             f"such as {token!r} ({number}); a divergence between them is not defined: measure against the base it was "
             "trained from, with the same tokens added"
         )
+    parts = {
+        "chat template": own.chat_template != theirs.chat_template,
+        "end token": own.eos_token_id != theirs.eos_token_id,
+        "start of a text": own("a b").input_ids != theirs("a b").input_ids,
+    }
+    if changed := [name for name, differs in parts.items() if differs]:
+        return [f"adapter {adapter.label()} has another {', '.join(changed)} in its tokenizer; the base's is used"]
+    return []
+
+
+def _said(error: Exception) -> str:
+    """Return what does not fit; torch's list of shapes in one line."""
+    shapes = [f"{name} has the shape ({own}) where ({base}) is needed" for name, own, base in SIZES.findall(str(error))]
+    return listed(shapes).replace("([", "(").replace("])", ")") if shapes else brief(error)
 
 
 def _remedy(adapter: Adapter) -> str:
-    named = adapter.config().get("base_model_name_or_path")
+    named = adapter.named_base()
     return f"it was trained on {named!r}: give that model as the base" if named else "give the base it was trained on"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

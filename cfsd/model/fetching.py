@@ -1,33 +1,38 @@
 """How a checkpoint comes into the store, with its start token and its metadata."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import JsonValue
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
+    PretrainedConfig,
 )
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, check_files, count_parameters, payload_of
-from cfsd.model.loading import Tokenization, load_tokenization, load_tokenizer, quiet
+from cfsd.model import hub
+from cfsd.model.causal import check_architecture
+from cfsd.model.checkpoint import SMOLLM2, Checkpoint
+from cfsd.model.folder import GENERATION, START, check_files, count_parameters, payload_of
+from cfsd.model.loading import Tokenization, load_tokenizer, quiet, read_eos_ids, read_start_token
+from cfsd.model.special_tokens import check_ids, check_start, settle_end_tokens, settle_start_token
 from cfsd.model.tiny import shipped
-from cfsd.model.usable import check_ids, check_weights
+from cfsd.model.usable import check_numbers, check_weights, load_config
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Draft
-from cfsd.store.digests import write_json
 
 
 def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     """Bring `checkpoint` into the draft as a transformers folder; outside weights are linked, not copied.
 
-    Raises BadInput for what is not a whole, usable model (`cfsd.model.usable`), and without a start token.
+    `said` in the metadata tells of choices between files that disagree. Raises BadInput for what is not a whole,
+    usable model, and without a start token.
     """
     quiet()
     if checkpoint.kind == "tiny":
@@ -35,83 +40,83 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     elif checkpoint.kind == "smollm2":
         _dequantise(draft.folder)
     else:
-        source = Path(checkpoint.path or "") if checkpoint.kind == "folder" else _download(checkpoint)
-        for name, path in payload_of(source).items():
-            link = draft.folder / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.resolve())
-        check_files(source)
-        check_weights(draft.folder, checkpoint.label())
-    write_start_token(draft.folder, checkpoint.start_token)
-    tokenization = load_tokenization(draft.folder)
-    check_ids(draft.folder, checkpoint.label(), tokenization.tokenizer, tokenization.start, tokenization.eos_ids)
-    draft.metadata |= describe(draft.folder, tokenization)
-
-
-def write_start_token(folder: Path, wanted: str | None) -> None:
-    """Determine the start token and write it beside the model."""
-    file = folder / START
-    if wanted is None and file.exists():
+        folder = Path(checkpoint.path or "")
+        source = folder if checkpoint.kind == "folder" else hub.download(*checkpoint.place())
+        draft.metadata |= take(source, draft.folder, checkpoint)
         return
-    token = start_token(load_tokenizer(folder), wanted)
-    file.unlink(missing_ok=True)  # may be a link to the user's file
-    write_json(file, {"start_token": token})
+    config = load_config(draft.folder, checkpoint.label())
+    draft.metadata |= describe(draft.folder, config, *_settled(draft.folder, checkpoint))
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> int:
-    """Return the id of the token from which the model writes unprompted: `wanted`, else BOS, else EOS.
+def examine(checkpoint: Checkpoint) -> None:
+    """Raise BadInput where `fetch` would, leaving nothing behind; of a hub, small files alone are downloaded for it."""
+    quiet()
+    source = Path(checkpoint.path) if checkpoint.path else hub.cached_folder(*checkpoint.place())
+    if source is None:
+        hub.check_weights_listed(*checkpoint.place())
+    known = source or hub.download(*checkpoint.place(), weights=False)
+    with TemporaryDirectory() as place:
+        take(known, Path(place), checkpoint, weights=source is not None)
 
-    Models without BOS (OLMo, GPT-NeoX) were trained on documents that one token separates, which is their EOS.
-    Raises BadInput if there is none, or if `wanted` is not one token of the vocabulary.
+
+def take(source: Path, folder: Path, checkpoint: Checkpoint, *, weights: bool = True) -> dict[str, JsonValue]:
+    """Link the model in `source` into `folder`, with its start token, and return its metadata.
+
+    This is where it is decided whether a folder is a whole, usable causal language model; `weights` false: as far as
+    that shows without them. Raises BadInput.
     """
-    if wanted is not None:
-        token = tokenizer.convert_tokens_to_ids(wanted)
-        if not isinstance(token, int) or token in (None, tokenizer.unk_token_id):
-            raise BadInput(f"start_token {wanted!r} is not a token of this model's vocabulary")
-        return token
-    for known in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if known is not None:
-            return int(known)
-    raise BadInput(
-        "this model's tokenizer has neither BOS nor EOS, so it is unknown where its documents begin; "
-        "set base.start_token to the token that began or separated the documents it was trained on"
-    )
-
-
-def describe(folder: Path, tokenization: Tokenization) -> dict[str, JsonValue]:
-    """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
+    check_files(source, weights=weights)
+    for name in (START, GENERATION):  # of an attempt that failed
+        (folder / name).unlink(missing_ok=True)
+    for file, path in payload_of(source, weights=weights).items():
+        link = folder / file
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        sizes = {"vocabulary": config.vocab_size, "width": config.hidden_size}
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise BadInput(
-            f"the model's config.json cannot be used ({error}); allowed: causal language models that transformers "
-            "knows by itself, without remote code"
-        ) from error
+        return _examined(folder, checkpoint, weights)
+    except BadInput as error:  # what another library says names the folder that it read
+        raise BadInput(str(error).replace(str(folder), str(source))) from error
+
+
+def _examined(folder: Path, checkpoint: Checkpoint, weights: bool) -> dict[str, JsonValue]:
+    name = str(checkpoint.path or checkpoint.label())
+    config = load_config(folder, name)
+    if weights:
+        check_weights(folder, name)
+    unproved = check_architecture(config, name)
+    if weights:
+        check_numbers(folder, name)
+    tokenization, notes = _settled(folder, checkpoint)
+    return describe(folder, config, tokenization, [*unproved, *notes]) if weights else {}
+
+
+def _settled(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenization, list[str]]:
+    """Decide on the tokens that begin and end texts, write the decision down, and return what is to be said."""
+    tokenizer, name = load_tokenizer(folder), str(checkpoint.path or checkpoint.label())
+    notes, eos_ids = settle_end_tokens(folder, tokenizer), read_eos_ids(folder)
+    check_ids(folder, name, tokenizer, eos_ids)
+    notes += settle_start_token(folder, tokenizer, checkpoint.start_token)
+    start = read_start_token(folder)
+    check_start(folder, name, start)
+    return Tokenization(tokenizer, start, eos_ids), notes
+
+
+def describe(
+    folder: Path, config: PretrainedConfig, tokenization: Tokenization, notes: Sequence[str] = ()
+) -> dict[str, JsonValue]:
+    """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
+    named = config.architectures
     return {
         "parameters": count_parameters(folder),
-        "architecture": (config.architectures or [type(config).__name__])[0],
-        **sizes,
+        "architecture": str(named[0]) if isinstance(named, list) and named else type(config).__name__,
+        "vocabulary": config.vocab_size,
+        "width": config.hidden_size,
         "context": getattr(config, "max_position_embeddings", None),
         "start_token": tokenization.start,
         "end_tokens": list(tokenization.eos_ids),
         "tokenizer": digest_of(tokenization.tokenizer.get_vocab()),
+        **({"said": list(notes)} if notes else {}),
     }
-
-
-def _download(checkpoint: Checkpoint) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    assert checkpoint.name
-    try:
-        folder = snapshot_download(checkpoint.name, revision=checkpoint.revision, allow_patterns=list(PAYLOAD))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(
-            f"hub model {checkpoint.name}@{checkpoint.revision} could not be downloaded: {error}; "
-            "check the id and the network, or give a local folder"
-        ) from error
-    return Path(folder)
 
 
 def smollm2_folder() -> Path:

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import START, payload_of
-from cfsd.model.usable import check_causal
+from cfsd.model.causal import check_predictions
+from cfsd.model.folder import START, brief, payload_of, read_object
+from cfsd.model.special_tokens import end_tokens_of
 from cfsd.store.artifact import Artifact, Store
 
 
@@ -34,26 +35,27 @@ def load_tokenization(folder: Path) -> Tokenization:
 
 
 def read_start_token(folder: Path) -> int:
-    """Return the start token of the model in `folder`."""
-    return int(json.loads((folder / START).read_text())["start_token"])
+    """Return the start token of the model in `folder`. Raises BadInput."""
+    token = read_object(folder / START).get("start_token")
+    if type(token) is not int:
+        raise BadInput(f"{folder / START} has start_token {token!r}, which is not a token's id; correct or delete it")
+    return token
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Return the ids at which the model ends a text: generation_config's, else the config's, else none."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            eos_ids = json.loads((folder / name).read_text()).get("eos_token_id")
-            if eos_ids is not None:
-                return tuple(eos_ids) if isinstance(eos_ids, list) else (int(eos_ids),)
-    return ()
+    return next(iter(end_tokens_of(folder).values()), ())
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise BadInput(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        tokenizer.decode(tokenizer.encode("a b"))  # some mistakes show in use
+    except Exception as error:  # whatever a broken file makes of another library
+        raise BadInput(
+            f"the tokenizer in {folder} cannot be loaded ({brief(error)}); copy the tokenizer files again"
+        ) from error
     return tokenizer
 
 
@@ -67,7 +69,7 @@ def load_for_measuring(store: Store, model: Artifact, device: str) -> PreTrained
         while len(_loaded) > 1:
             _loaded.pop(next(iter(_loaded)))
         loaded = load_model(place[0], device).eval().requires_grad_(False)
-        check_causal(loaded, place[0])
+        check_predictions(loaded, place[0])
         _loaded[place] = loaded
     return _loaded[place]
 

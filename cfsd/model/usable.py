@@ -1,22 +1,67 @@
-"""Whether a model is a whole, usable causal language model: its tensors, its tokens, its predictions.
+"""Whether a folder is a whole, usable causal language model: its tensors, their numbers, its architecture.
 
-`cfsd.model.checkpoint` checks what its files show without transformers.
+`cfsd.model.folder` checks what its files show without transformers, `cfsd.model.special_tokens` its ids.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cfsd.errors import BadInput
+from cfsd.model.folder import MAX_NAMED, brief, listed, weight_files
 
-MAX_NAMED = 4  # tensors named in one message
-PROBE_TOKENS = 8
-MAX_CHANGE = 1e-2  # of the logits' deviation: what rounding may change at an earlier position
+TEXT_MODEL = (  # saves the text model of a multimodal checkpoint, and its tokenizer
+    "from transformers import AutoModelForImageTextToText as M, AutoModelForCausalLM as C, AutoTokenizer as T; "
+    "m = M.from_pretrained('{folder}'); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "c.base_model.load_state_dict(m.get_decoder().state_dict()); "
+    "c.set_output_embeddings(m.get_output_embeddings()); c.generation_config = m.generation_config; "
+    "c.save_pretrained('TEXT'); T.from_pretrained('{folder}').save_pretrained('TEXT')"
+)
+
+
+def load_config(folder: Path, name: str) -> PretrainedConfig:
+    """Return the config of the model in `folder`.
+
+    Raises:
+        BadInput: for one that transformers cannot read, a model that is no decoder, and a multimodal one.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes of another library
+        if "auto_map" in json.loads((folder / "config.json").read_text()):
+            raise BadInput(
+                f"model {name!r} needs Python code that comes with it (auto_map in config.json), which is never "
+                "executed; allowed: architectures that transformers knows by itself"
+            ) from error
+        raise BadInput(
+            f"config.json of the model {name!r} cannot be used ({brief(error)}); allowed: causal language models that "
+            f"this version of transformers knows by itself, such as Llama, Qwen, Gemma or GPT-2"
+        ) from error
+    _check_text(config, folder, name)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BadInput(
+            f"model {name!r} is of type {config.model_type!r}, which is not a causal language model; allowed are "
+            "decoders that transformers' AutoModelForCausalLM knows, such as Llama, Qwen, Gemma or GPT-2"
+        )
+    return config
+
+
+def _check_text(config: PretrainedConfig, folder: Path, name: str) -> None:
+    try:
+        text = config.get_text_config()
+    except ValueError:  # several
+        text = None
+    if text is config:
+        return
+    remedy = "take a model of its family that reads text only"
+    if isinstance(text, PretrainedConfig) and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        remedy = f'save its text model, and take the folder TEXT: python -c "{TEXT_MODEL.format(folder=folder)}"'
+    raise BadInput(f"model {name!r} is of type {config.model_type!r}, which reads more than text; {remedy}")
 
 
 def check_weights(folder: Path, name: str) -> None:
@@ -25,22 +70,16 @@ def check_weights(folder: Path, name: str) -> None:
     Tied heads, buffers and renamed layers are known by the model class. On the device `meta` no weight is read.
 
     Raises:
-        BadInput: for a model that is no decoder, and for tensors that are missing, unexpected or of another shape.
+        BadInput: for tensors that are missing, unexpected or of another shape.
     """
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BadInput(
-            f"model {name!r} is of type {kind!r}, which is not a causal language model; allowed are decoders "
-            "that transformers' AutoModelForCausalLM knows, such as Llama, Qwen, Gemma or GPT-2"
-        )
     loading, faults = _loading_info(folder, name), []
     if missing := sorted(loading["missing_keys"]):
-        faults.append(f"lacks {_listed(missing)}")
+        faults.append(f"lacks {listed(missing)}")
     if unexpected := sorted(loading["unexpected_keys"]):
-        faults.append(f"holds {_listed(unexpected)}, which its architecture does not have")
+        faults.append(f"holds {listed(unexpected)}, which its architecture does not have")
     if mismatched := sorted(loading["mismatched_keys"]):
         shapes = [f"{key} {tuple(stored)} where {tuple(wanted)} is needed" for key, stored, wanted in mismatched]
-        faults.append(f"holds {_listed(shapes)}")
+        faults.append(f"holds {listed(shapes)}")
     if faults:
         raise BadInput(
             f"model {name!r} {' and '.join(faults)}: transformers would fill such weights with random "
@@ -60,8 +99,8 @@ def _loading_info(folder: Path, name: str) -> dict[str, Any]:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise BadInput(f"the model in {name!r} cannot be loaded by transformers: {error}") from error
+    except Exception as error:  # whatever a broken file makes of another library
+        raise BadInput(f"the model in {name!r} cannot be loaded by transformers ({brief(error)})") from error
     found: dict[str, Any] = loading
     return found
 
@@ -75,67 +114,28 @@ def _remedy(missing: list[str], unexpected: list[str]) -> str:
     return "save the whole model again with save_pretrained"
 
 
-def check_ids(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, start: int, eos_ids: Sequence[int]) -> None:
-    """Check that tokenizer, start token and end tokens fit the model's embedding.
+def check_numbers(folder: Path, name: str) -> None:
+    """Check that all weights are finite; reads every byte of them once.
 
     Raises:
-        BadInput: for ids beyond the embedding, and where every end token is ordinary text.
+        BadInput: naming the tensors that hold NaN or infinity.
     """
-    rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
-    token, largest = max(_vocabulary(folder, tokenizer).items(), key=lambda entry: entry[1])
-    if largest >= rows:
+    bad = []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point() and not _finite(tensor):
+                    bad.append(f"{key} in {file.name}")
+                if len(bad) > MAX_NAMED:
+                    break
+    if bad:
         raise BadInput(
-            f"the tokenizer in {name!r} has the token {token!r} with id {largest}, but the model's embedding "
-            f"has {rows} rows; call resize_token_embeddings({largest + 1}), train and save, or use the tokenizer "
-            "that belongs to the model"
-        )
-    for role, ids in (("bos_token_id", [start]), ("eos_token_id", eos_ids)):
-        for number in ids:
-            if not 0 <= number < rows:
-                raise BadInput(
-                    f"{role} {number} of the model in {name!r} is outside its vocabulary of {rows} tokens; "
-                    f"correct it in generation_config.json and config.json (the tokenizer has {tokenizer.eos_token_id})"
-                )
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    if eos_ids and not special & set(eos_ids):
-        raise BadInput(
-            f"eos_token_id {', '.join(map(str, eos_ids))} of the model in {name!r} is the ordinary token "
-            f"{', '.join(map(repr, tokenizer.convert_ids_to_tokens(list(eos_ids))))}: texts would end in their middle; "
-            f"correct it in generation_config.json and config.json (the tokenizer has {tokenizer.eos_token_id})"
+            f"model {name!r} has NaN or infinite numbers in {listed(bad)}: its training diverged or the file is "
+            "damaged; take an earlier checkpoint, or copy it again"
         )
 
 
-def _vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the tokens in the tokenizer's files; some classes add a default one that no text becomes."""
-    if not (folder / "tokenizer.json").exists():
-        return tokenizer.get_vocab()
-    stored = json.loads((folder / "tokenizer.json").read_text())
-    entries = stored["model"].get("vocab", {})  # a mapping, or pairs of token and score (unigram)
-    known = {entry if isinstance(entry, str) else entry[0] for entry in entries}
-    known |= {token["content"] for token in stored.get("added_tokens", [])}
-    return {token: number for token, number in tokenizer.get_vocab().items() if token in known}
-
-
-@torch.no_grad()
-def check_causal(model: PreTrainedModel, where: Path) -> None:
-    """Check by two forward passes that a later token changes no earlier prediction.
-
-    Raises:
-        BadInput: if it does, as in BERT, which reads the whole text.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
-    other_BT = ids_BT.clone()
-    other_BT[0, -1] = (ids_BT[0, -1] + 1) % vocabulary
-    before, after = (model(input_ids=ids, use_cache=False).logits[0, :-1].float() for ids in (ids_BT, other_BT))
-    if float((before - after).abs().max()) > MAX_CHANGE * float(before.std()):
-        raise BadInput(
-            f"the model in {str(where)!r} is not causal: its prediction at a token changes with the tokens after it, "
-            "so it cannot write text; allowed are decoders such as Llama, Qwen, Gemma or GPT-2"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+def _finite(tensor: torch.Tensor) -> bool:
+    """Say whether all numbers are finite; their sum, which is quick, tells it unless it overflows."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

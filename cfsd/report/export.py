@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import payload_of
+from cfsd.model.folder import payload_of
 from cfsd.report.files import Kept
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.run_record import RunRecord

@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import SMOLLM2, Checkpoint, payload_of
-from cfsd.model.fetching import smollm2_folder, start_token
+from cfsd.model.checkpoint import SMOLLM2, Checkpoint
+from cfsd.model.fetching import smollm2_folder
+from cfsd.model.folder import payload_of
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
@@ -35,24 +36,11 @@ def test_a_model_without_bos_starts_from_its_document_separator(store: Store, tm
     assert olmo.metadata["start_token"] == tokenizer.eos_token_id
 
 
-def test_a_model_with_neither_is_refused_with_the_remedy(model_folder: Path) -> None:
-    tokenizer = load_tokenizer(model_folder)
-    tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(BadInput, match=r"neither BOS nor EOS.*base\.start_token"):
-        start_token(tokenizer)
-
-
 def test_a_wanted_start_token_wins_and_another_model_it_is(store: Store, base: Artifact, model_folder: Path) -> None:
     wanted = fetched(store, model_folder, start_token="a")
     assert wanted.metadata["start_token"] == load_tokenizer(model_folder).convert_tokens_to_ids("a")
     assert wanted.content != base.content
     assert wanted.key != base.key
-
-
-@pytest.mark.parametrize("wanted", ["<nonsense>", "ab", ""])
-def test_a_wanted_start_token_outside_the_vocabulary_is_refused(model_folder: Path, wanted: str) -> None:
-    with pytest.raises(BadInput, match="not a token"):
-        start_token(load_tokenizer(model_folder), wanted)
 
 
 def test_the_start_token_that_came_with_a_tuned_model_is_kept(store: Store, model_folder: Path) -> None:
@@ -122,22 +110,31 @@ def test_what_is_not_a_folder_is_refused_with_what_is_allowed(tmp_path: Path) ->
         Checkpoint.model_validate(str(tmp_path / "nowhere")).check()
 
 
-def test_strings_name_all_four_kinds(tmp_path: Path) -> None:
-    def kind(text: str) -> str:
-        return Checkpoint.model_validate(text).kind
+def test_strings_name_all_four_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a@b", "mine/model"):
+        Path(folder).mkdir(parents=True)
+    texts = {
+        "tiny": ("tiny", None, None),
+        "smollm2": ("smollm2", None, None),
+        "./tiny": ("folder", None, None),
+        "a@b": ("folder", None, None),
+        "mine/model": ("folder", None, None),
+        "./org/name": ("folder", None, None),
+        "deep/down/model": ("folder", None, None),
+        f"org/name@{COMMIT}": ("hub", "org/name", COMMIT),
+        "org/name@v1.0": ("hub", "org/name", "v1.0"),
+        "org/name@refs/pr/1": ("hub", "org/name", "refs/pr/1"),
+        "gpt2@main": ("hub", "gpt2", "main"),
+        "org/name": ("hub", "org/name", None),
+    }
+    read = {text: Checkpoint.model_validate(text) for text in texts}
+    assert {text: (model.kind, model.name, model.revision) for text, model in read.items()} == texts
 
-    assert [kind(text) for text in ("tiny", "smollm2", "./tiny", f"org/name@{COMMIT}")] == [
-        "tiny", "smollm2", "folder", "hub",
-    ]  # fmt: skip
-    (tmp_path / "a@b").mkdir()
-    assert kind(str(tmp_path / "a@b")) == "folder"
-    hub = Checkpoint.model_validate(f"org/name@{COMMIT}")
-    assert (hub.name, hub.revision) == ("org/name", COMMIT)
 
-
-@pytest.mark.parametrize("text", ["org/name@main", "org/name@", f"@{COMMIT}", f"org/name@{COMMIT[:-1]}"])
-def test_an_unpinned_hub_model_is_refused(text: str) -> None:
-    with pytest.raises(ValidationError, match="40 hex digits"):
+@pytest.mark.parametrize(("text", "words"), [("org/name@", "empty revision"), (f"@{COMMIT}", "needs `name`")])
+def test_half_a_hub_model_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
         Checkpoint.model_validate(text)
 
 

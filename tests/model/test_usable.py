@@ -1,6 +1,8 @@
 """A folder that is not a whole, usable causal language model is refused by name, before anything runs."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,34 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config
 
 from cfsd.errors import BadInput
-from cfsd.model.checkpoint import check_files
-from cfsd.model.fetching import start_token
-from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids
-from cfsd.model.usable import check_causal, check_ids, check_weights
-from tests.conftest import save_model
+from cfsd.machine import Machine
+from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.fetching import examine
+from cfsd.model.folder import count_parameters
+from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
+from flows._plan import checked
+from flows.mitigate import pipeline
+from tests.conftest import fetched, save_model
+from tests.model.folders import change_json, in_shards, without, write_config, write_weights
 
-Tensors = dict[str, torch.Tensor]
-
-
-def write_config(folder: Path, **changes: Any) -> None:
-    for name in ("config.json", "generation_config.json"):
-        kept = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(kept | changes))
-
-
-def write_weights(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def without(tensors: Tensors, name: str) -> Tensors:
-    return {key: value for key, value in tensors.items() if key != name}
-
-
+MACHINE = Machine(device="cpu", threads=1)
 NORM = "model.norm.weight"
+Change = Callable[[Path], Any]
 
 
 @pytest.fixture
@@ -44,88 +35,247 @@ def model(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
+def refusal(folder: Path) -> str:
+    """Return the message with which a folder is refused."""
+    with pytest.raises(BadInput) as refused:
+        checkpoint = Checkpoint(kind="folder", path=str(folder))
+        checkpoint.check()
+        examine(checkpoint)
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2", "olmo"])
 def test_whole_models_of_several_families_pass(family: str, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / family, family=family)
-    check_files(folder)
-    check_weights(folder, "mine")
-    check_ids(folder, "mine", load_tokenizer(folder), start_token(load_tokenizer(folder)), read_eos_ids(folder))
-    check_causal(load_model(folder, "cpu"), folder)
+    examine(Checkpoint(kind="folder", path=str(save_model(tmp_path / family, family=family))))
+
+
+def test_shards_and_files_beside_them_pass_and_are_counted_once(model: Path) -> None:
+    parameters = count_parameters(model)
+    whole = load_file(model / "model.safetensors")
+    in_shards(model)
+    save_file(whole, model / "consolidated.safetensors", metadata={"format": "pt"})  # as Mistral's
+    examine(Checkpoint(kind="folder", path=str(model)))
+    assert count_parameters(model) == parameters
+
+
+def renamed(prefix: str) -> Change:
+    return lambda folder: write_weights(folder, lambda tensors: {f"{prefix}{k}": v for k, v in tensors.items()})
+
+
+def replaced(name: str, tensor: Any) -> Change:
+    return lambda folder: write_weights(folder, lambda tensors: tensors | {name: tensor})
+
+
+def norm(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    numbers = torch.ones(32)
+    numbers[7] = value
+    return numbers.to(dtype)
+
+
+TENSORS: dict[str, tuple[Change, str]] = {
+    "one is missing": (lambda f: write_weights(f, lambda t: without(t, NORM)), f"lacks {NORM}: .*random numbers"),
+    "one too many": (replaced("model.extra.weight", torch.zeros(3)), "holds model.extra.weight, which"),
+    "compiled": (renamed("_orig_mod."), "lacks .*begin with '_orig_mod.': save the inner model"),
+    "parallel": (renamed("module."), "lacks .*begin with 'module.'"),
+    "another shape": (replaced(NORM, torch.ones(7)), r"model.norm.weight \(7,\) where \(32,\) is needed"),
+    "a head of its own is missing": (lambda f: write_config(f, tie_word_embeddings=False), r"lacks lm_head\.weight"),
+    "another width": (lambda f: write_config(f, hidden_size=64), "is needed"),
+    "more layers": (lambda f: write_config(f, num_hidden_layers=3), r"lacks model\.layers\.2"),
+    "more layers than tensors": (lambda f: write_config(f, num_hidden_layers=10**9), "describes 1000000000 layers"),
+    "NaN": (replaced(NORM, norm(float("nan"))), f"NaN or infinite numbers in {NORM} in model.safetensors"),
+    "infinity in bfloat16": (replaced(NORM, norm(float("-inf"), torch.bfloat16)), "NaN or infinite"),
+    "float8": (replaced(NORM, norm(1).to(torch.float8_e4m3fn)), f"{NORM} as F8_E4M3: quantised"),
+    "int8": (replaced(NORM, torch.ones(32, dtype=torch.int8)), f"{NORM} as I8: quantised"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_weights_that_are_not_the_architectures_are_named(kind: str, model: Path) -> None:
+    change, words = TENSORS[kind]
+    change(model)
+    with_words(words, refusal(model))
+
+
+def with_words(words: str, text: str) -> str:
+    """Return the text, which has the words."""
+    assert re.search(words, text, re.DOTALL), text
+    return text
+
+
+def test_weights_that_are_large_but_finite_are_left_alone(model: Path) -> None:
+    """Their sum overflows, which is no proof."""
+    write_weights(model, lambda tensors: tensors | {NORM: torch.full((32,), 3e38)})
+    examine(Checkpoint(kind="folder", path=str(model)))
+
+
+def pointer(file: str) -> Change:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    return lambda folder: (folder / file).write_text(text)
+
+
+def written(file: str, text: str) -> Change:
+    return lambda folder: (folder / file).write_text(text)
+
+
+def cut(file: str, count: int = 100) -> Change:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-count])
+
+
+def shard_of_another(folder: Path) -> None:
+    places = in_shards(folder)
+    file = folder / min(places.values())
+    tensors = load_file(file)
+    save_file({f"other.{name}": value for name, value in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def shard_left_out(folder: Path) -> None:
+    (folder / max(in_shards(folder).values())).unlink()
+
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blobs" / "0")
+
+
+def into_subfolder(folder: Path) -> None:
+    inner = folder / "checkpoint-50"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if path.is_file():
+            path.rename(inner / path.name)
+
+
+def remote(folder: Path) -> None:
+    change_json(folder / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    (folder / "modeling.py").write_text("raise SystemExit('executed')")
+
+
+FILES: dict[str, tuple[Change, str]] = {
+    "weights cut": (cut("model.safetensors"), r"model\.safetensors is damaged or was cut short"),
+    "weights empty": (written("model.safetensors", ""), r"model\.safetensors is damaged or was cut short"),
+    "weights a pointer": (pointer("model.safetensors"), r"model\.safetensors is a Git LFS pointer.*git lfs pull"),
+    "weights of another name": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.safetensors"),
+        r"holds pytorch_model\.safetensors, but neither model\.safetensors nor"),
+    "a link to nowhere": (dangling, r"model\.safetensors is a link to .*blobs/0, which does not exist"),
+    "a shard left out": (shard_left_out, r"index\.json names model-00002-of-00002\.safetensors, which"),
+    "a shard of another model": (shard_of_another, r"index\.json and the files do not agree about"),
+    "an index that is cut": (lambda f: (in_shards(f), cut("model.safetensors.index.json")(f)), "not valid JSON"),
+    "an index of nothing": (
+        lambda f: (in_shards(f), written("model.safetensors.index.json", "{}")(f)), "no `weight_map`"),
+    "an index that leads out": (
+        lambda f: (in_shards(f), change_json(f / "model.safetensors.index.json", weight_map={NORM: "../x.bin"})),
+        "names ../x.bin"),
+    "config cut": (cut("config.json"), r"config\.json is not valid JSON"),
+    "config a list": (written("config.json", "[1]"), r"config\.json holds \[1\] where a JSON object"),
+    "config empty": (written("config.json", ""), r"config\.json is empty"),
+    "config {}": (written("config.json", "{}"), "model_type None, so nobody knows"),
+    "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\x80\x81"), "not valid JSON"),
+    "config a pointer": (pointer("config.json"), r"config\.json is a Git LFS pointer"),
+    "unknown architecture": (lambda f: change_json(f / "config.json", model_type="mine"), "`mine`|model_type"),
+    "code of its own": (remote, r"Python code that comes with it .auto_map.*never executed"),
+    "config with a wrong value": (lambda f: change_json(f / "config.json", hidden_size="big"), "hidden_size"),
+    "encoder and decoder": (lambda f: T5Config(vocab_size=32, d_model=8).save_pretrained(f), "encoder with a decoder"),
+    "no language model": (lambda f: change_json(f / "config.json", model_type="vit"), "'vit', which is not a causal"),
+    "generation config cut": (cut("generation_config.json", 9), r"generation_config\.json is not valid JSON"),
+    "tokenizer cut": (cut("tokenizer.json"), r"tokenizer\.json is not valid JSON"),
+    "tokenizer of nothing": (written("tokenizer.json", "{}"), "tokenizer in .* cannot be loaded"),
+    "tokenizer a pointer": (pointer("tokenizer.json"), r"tokenizer\.json is a Git LFS pointer"),
+    "tokenizer config cut": (cut("tokenizer_config.json", 9), r"tokenizer_config\.json is not valid JSON"),
+    "quantised": (
+        lambda f: write_config(f, quantization_config={"quant_method": "gptq"}),
+        r"quantised weights \(gptq\).*unquantised"),
+    "an adapter": (written("adapter_config.json", "{}"), "an adapter.*merge_and_unload"),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
+    "in a subfolder": (into_subfolder, "there is a model in .*checkpoint-50: give that folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_folder_with_broken_files_is_refused_by_name(kind: str, model: Path) -> None:
+    change, words = FILES[kind]
+    change(model)
+    said = with_words(words, refusal(model))
+    assert "/tmp/tmp" not in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("file", "words"),
     [
-        (lambda tensors: without(tensors, NORM), [f"lacks {NORM}", "random"]),
-        (lambda tensors: tensors | {"model.extra.weight": torch.zeros(3)}, ["holds model.extra.weight"]),
-        (lambda tensors: {f"_orig_mod.{k}": v for k, v in tensors.items()}, ["lacks", "begin with '_orig_mod.'"]),
-        (lambda tensors: {f"module.{k}": v for k, v in tensors.items()}, ["lacks", "begin with 'module.'"]),
-        (lambda tensors: tensors | {NORM: torch.ones(7)}, [f"{NORM} (7,) where (32,) is needed"]),
+        ("model.safetensors", "is not a folder but a file: give the folder that it is in"),
+        ("q4.gguf", "GGUF.*llama.cpp"),
     ],
 )
-def test_weights_that_are_not_the_architectures_are_named(model: Path, change: Any, words: list[str]) -> None:
-    write_weights(model, change)
-    with pytest.raises(BadInput) as refused:
-        check_weights(model, "mine")
-    assert [word for word in words if word not in str(refused.value)] == []
+def test_a_file_in_place_of_a_folder_is_told_apart(file: str, words: str, model: Path) -> None:
+    (model / "q4.gguf").touch()
+    with_words(words, refusal(model / file))
 
 
-def test_a_head_of_its_own_that_is_missing_is_named(model: Path) -> None:
-    """Tied, the head is the embedding; untied and absent, transformers makes up random numbers."""
-    check_weights(model, "mine")
-    write_config(model, tie_word_embeddings=False)
-    with pytest.raises(BadInput, match=r"lacks lm_head\.weight"):
-        check_weights(model, "mine")
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "llama4": {
+        "text_config": TEXT | {"intermediate_size_mlp": 32, "num_local_experts": 2},
+        "vision_config": VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 16},
+    },
+}
 
 
-def test_a_shard_that_is_absent_and_a_file_that_is_cut_short_are_named(model: Path) -> None:
-    index = {"metadata": {}, "weight_map": {NORM: "model-00002-of-00002.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInput, match="model-00002-of-00002"):
-        check_files(model)
-    (model / "model.safetensors.index.json").unlink()
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BadInput, match=r"model\.safetensors is damaged or was cut short"):
-        check_files(model)
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_a_multimodal_model_is_refused_with_a_command_that_saves_its_text_model(
+    kind: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **MULTIMODAL[kind])).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    for path in model_folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "whole")
+    said = with_words(
+        f"is of type '{kind}', which reads more than text; save its text model", refusal(tmp_path / "whole")
+    )
+    command = shlex.split(said[said.index("python -c") :])
+    exec(command[2], {})
+    change_json(tmp_path / "TEXT" / "generation_config.json", eos_token_id=1)  # of the borrowed tokenizer
+    examine(Checkpoint(kind="folder", path=str(tmp_path / "TEXT")))
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "TEXT").eval()
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(text(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
-def test_adapters_quantised_weights_and_other_kinds_are_refused_with_the_remedy(model: Path, tmp_path: Path) -> None:
-    write_config(model, quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(BadInput, match=r"quantised weights \(bitsandbytes\).*unquantised model"):
-        check_files(model)
-    (model / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"an adapter.*merge_and_unload"):
-        check_files(model)
-    T5Config(vocab_size=32, d_model=8).save_pretrained(tmp_path / "t5")
-    with pytest.raises(BadInput, match="'t5', which is not a causal language model"):
-        check_weights(tmp_path / "t5", "mine")
+def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused(model: Path) -> None:
+    kept = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "text_config": {"vocab_size": 32}}))
+    with_words("'qwen2_5_vl', which reads more than text; take a model of its family", refusal(model))
+    (model / "config.json").write_text(json.dumps(kept | {"text_config": {"vocab_size": 32}}))
+    with_words("'llama', which reads more than text", refusal(model))
 
 
-@pytest.mark.parametrize("is_decoder", [False, True])
-def test_causality_is_proved_not_believed(is_decoder: bool, tmp_path: Path) -> None:
-    """transformers maps BERT to a causal model whatever its config says; as a decoder it is one."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = BertLMHeadModel(BertConfig(vocab_size=32, is_decoder=is_decoder, initializer_range=0.3, **sizes)).eval()
-    if is_decoder:
-        check_causal(bert, tmp_path)
-    else:
-        with pytest.raises(BadInput, match="is not causal"):
-            check_causal(bert, tmp_path)
-
-
-def test_ids_beyond_the_embedding_and_ordinary_end_tokens_are_refused(model: Path) -> None:
-    tokenizer = load_tokenizer(model)
-    check_ids(model, "mine", tokenizer, 0, [1])
-    check_ids(model, "mine", tokenizer, 0, [1, 5])  # one more than the tokenizer's
-    for start, eos_ids, words in (
-        (99, [1], "bos_token_id 99 .* outside its vocabulary of 32"),
-        (0, [50256], "eos_token_id 50256 .* outside"),
-        (0, [5], "eos_token_id 5 .* ordinary token 'd'"),
-    ):
-        with pytest.raises(BadInput, match=words):
-            check_ids(model, "mine", tokenizer, start, eos_ids)
-    tokenizer.add_tokens(["<|im_start|>"])
-    tokenizer.save_pretrained(model)
-    with pytest.raises(BadInput, match=r"'<\|im_start\|>' with id 32, but the model's embedding has 32 rows"):
-        check_ids(model, "mine", tokenizer, 0, [1])
+def test_a_plan_examines_the_base_until_it_is_in_the_store(
+    store: Store, model: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(recipe_file, [f"base.path={model}"])
+    weights = (model / "model.safetensors").read_bytes()
+    write_weights(model, lambda tensors: without(tensors, NORM))
+    with pytest.raises(BadInput, match=f"lacks {NORM}"), checked([recipe], MACHINE, pipeline):
+        pass
+    (model / "model.safetensors").write_bytes(weights)
+    with checked([recipe], MACHINE, pipeline) as plans:
+        assert not plans[0].steps[0].cached
+    fetched(store, model)
+    monkeypatch.setattr("cfsd.model.fetching.examine", lambda checkpoint: pytest.fail("examined again"))
+    with checked([recipe], MACHINE, pipeline) as plans:
+        assert plans[0].steps[0].cached

@@ -87,8 +87,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "evaluate-target-divergence": lambda: evaluate_target_divergence(BASE, TUNED, TARGET, None, ON),
 }  # fmt: skip
 
-KEYS = {  # computed by commit c7c18a9
-    "fetch": ["fetch 41fbbaf4c528f2e6"],
+KEYS = {  # computed by commit c7c18a9; fetch by version 2 of Checkpoint, target by version 2 of Target
+    "fetch": ["fetch f32271f74fdc68c4"],
     "target": ["target 1d0672d448d77e1e"],
     "probe": ["probe 50996de128da15ef"],
     "generate": ["generate 8e96ca5510a52fa8"],
