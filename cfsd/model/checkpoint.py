@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
+from cfsd.model.architecture import refusal
 from cfsd.spec import Spec
 from cfsd.store.digests import DigestMemory, digest_of_files
 
@@ -149,6 +150,11 @@ def check_files(folder: Path) -> None:
         raise BadInput(
             f"model {str(folder)!r} has quantised weights ({method}), which cannot be fine-tuned here; take the "
             "unquantised model it was made from"
+        )
+    if why := refusal(config):
+        raise BadInput(
+            f"model {str(folder)!r} is of type {config.get('model_type')!r}: {why}; allowed are the other decoders that "
+            "transformers knows, such as Llama, Qwen, Gemma or GPT-2"
         )
     if config.get("is_encoder_decoder"):
         raise BadInput(

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from cfsd.errors import BadInput
+from cfsd.model.architecture import context_of
 from cfsd.model.checkpoint import PAYLOAD, SMOLLM2, START, Checkpoint, check_files, count_parameters, payload_of
 from cfsd.model.loading import Tokenization, load_tokenization, load_tokenizer, quiet
 from cfsd.model.tiny import shipped
@@ -88,11 +89,13 @@ def describe(folder: Path, tokenization: Tokenization) -> dict[str, JsonValue]:
             f"the model's config.json cannot be used ({error}); allowed: causal language models that transformers "
             "knows by itself, without remote code"
         ) from error
+    context = context_of(config.to_dict())
     return {
         "parameters": count_parameters(folder),
         "architecture": (config.architectures or [type(config).__name__])[0],
         **sizes,
-        "context": getattr(config, "max_position_embeddings", None),
+        "context": context.tokens,
+        **({"context_why": context.why} if context.why else {}),
         "start_token": tokenization.start,
         "end_tokens": list(tokenization.eos_ids),
         "tokenizer": digest_of(tokenization.tokenizer.get_vocab()),

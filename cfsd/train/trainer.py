@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from cfsd.errors import NotFinite, Stopped
+from cfsd.errors import BadInput, NotFinite, Stopped
 from cfsd.model.loading import load_model, save_model
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
@@ -131,6 +131,11 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
         base.eval().requires_grad_(False)
     objective = Objective(model, spec.rehearsal, base)
+    if objective.drops and args.gradient_checkpointing is False and machine.gradient_checkpointing:
+        raise BadInput(
+            "machine.gradient_checkpointing of a sharded model computes rehearsal rows once more with dropout, which "
+            "they must not have: set machine.gradient_checkpointing to false, or the dropout in the base's config.json to 0"
+        )
     journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
