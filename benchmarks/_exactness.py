@@ -3,7 +3,9 @@
 T tokens of a row, V vocabulary, K stored likeliest tokens.
 """
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,13 @@ from transformers import PreTrainedModel
 from benchmarks._families import END, START, VOCABULARY
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.model.likelihood import token_logprobs
 from cfsd.model.sample import Sample
+from cfsd.train.adapters import Trained, adapt, merge_adapter, trained_by
 from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
 from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.loss.token_loss import Stored
+from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
 
 LENGTH = 20  # tokens sampled: several windows of the families that have one
@@ -31,10 +36,10 @@ LOSSES = {
 }
 
 
-def corpus(model: PreTrainedModel, *, same_length: bool = False) -> list[Sample]:
-    """Return rows sampled by our loop: prompts of several lengths, of which rows end early and are taken out."""
+def corpus(model: PreTrainedModel) -> list[Sample]:
+    """Return rows sampled by our loop: after prompts of several lengths; some end early and leave the batch."""
     generator = torch.Generator().manual_seed(3)
-    lengths = [1] * 8 if same_length else [1, 1, 2, 3, 1, 5, 1, 4]
+    lengths = [1, 1, 2, 3, 1, 5]
     prompts = [[START, *torch.randint(2, VOCABULARY, (n - 1,), generator=generator).tolist()] for n in lengths]
     ends = [END, *range(100, 110)]  # enough that half of the rows end before their length
     rows = Rows(range(len(prompts)), prompts, ends)
@@ -90,7 +95,7 @@ def mixture(samples: Sequence[Sample]) -> list[Row]:
     """Return rows of the target, of several lengths, and the samples as rehearsal."""
     generator = torch.Generator().manual_seed(4)
     rows = []
-    for length in (13, 4, 9, 9):
+    for length in (13, 4, 9):
         tokens = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
         rows.append(Row("target", tokens, [t > length // 3 for t in range(length)], 1.0))
     for number, row in enumerate(samples):
@@ -158,9 +163,7 @@ def _divergence(law_TV: Tensor, base_TV: Tensor, next_T1: Tensor, kind: str) -> 
     if kind == "sampled":
         outside_T = (ids_TK != next_T1).all(-1)
         return on_top_T + outside_T * (base_TV - law_TV).gather(1, next_T1)[:, 0]
-    rest_T, base_rest_T = (
-        law.scatter(1, ids_TK, -torch.inf).logsumexp(-1) for law in (law_TV, base_TV)
-    )
+    rest_T, base_rest_T = (law.scatter(1, ids_TK, -torch.inf).logsumexp(-1) for law in (law_TV, base_TV))
     return on_top_T + base_rest_T.exp() * (base_rest_T - rest_T)
 
 
@@ -172,3 +175,31 @@ def loss_error(
     found, found_gradient = ours(model, base, kind, samples)
     difference = (found_gradient - wanted_gradient).norm() / wanted_gradient.norm()
     return abs(found - wanted), float(difference)
+
+
+def measuring_error(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
+    """Return the largest difference of the log-probabilities of a text that exists, many rows to a pass, and by row."""
+    rows, worst = [row.token_ids for row in samples], 0.0
+    for row in token_logprobs(model, rows, (), max_tokens=50):
+        law = log_law(model, row.token_ids)
+        worst = max(worst, *(abs(value - float(law[t - 1, row.token_ids[t]]))
+                             for t, value in enumerate(row.logprobs) if value is not None))  # fmt: skip
+    return worst
+
+
+def merging_error(model: PreTrainedModel, methods: Methods) -> tuple[float, Trained, int]:
+    """Return how far the merged model is from the one that was trained, relatively; what LoRA trains; idle matrices."""
+    ids = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(6))
+    plain = model(input_ids=ids, use_cache=False).logits.detach()
+    adapted: Any = adapt(methods, model)
+    trained = trained_by(model)
+    adapted(input_ids=ids, use_cache=False).logits.log_softmax(-1)[..., 3].sum().backward()
+    added = [p for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name]
+    idle = sum(p.grad is None or not bool(p.grad.any()) for p in added)
+    with torch.no_grad():
+        for parameter in added:
+            parameter += 0.05
+        wanted = adapted(input_ids=ids, use_cache=False).logits
+        with tempfile.TemporaryDirectory() as folder:
+            found = merge_adapter(methods, adapted, Path(folder))(input_ids=ids, use_cache=False).logits
+    return float((found - wanted).norm() / (wanted - plain).norm()), trained, idle

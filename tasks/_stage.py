@@ -21,6 +21,7 @@ from tasks import record
 P = ParamSpec("P")
 UNKNOWN = ""  # the content of an artifact that a plan has not made yet
 GPU_SLOT = "gpu"
+NOTES = ("sampling_notes", "training_notes")  # of metadata: what is done by a slower path, or left out
 
 
 class Planned(NamedTuple):
@@ -60,6 +61,8 @@ def stage(
             def do(draft: Draft) -> None:
                 with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
+                for note in (note for key in NOTES for note in draft.metadata.get(key) or ()):
+                    record.say(f"{name}: {note}")
 
             made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, NotFinite
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
@@ -32,6 +32,8 @@ def check_sampling(model: PreTrainedModel) -> None:
     name = type(model).__name__
     try:
         difference = _difference(model)
+    except NotFinite:  # the sampling itself will say where
+        return
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
@@ -62,6 +64,10 @@ def _difference(model: PreTrainedModel) -> float:
 
 def slower_path(folder: Path) -> str | None:
     """Return the line that says that a model of this configuration is sampled by a slower path; reads no weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (RuntimeError, NotImplementedError):  # a class that looks at numbers while it is made
+        return None
     return None if preallocated(model, 1) else SLOWER

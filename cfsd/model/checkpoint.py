@@ -153,8 +153,8 @@ def check_files(folder: Path) -> None:
         )
     if why := refusal(config):
         raise BadInput(
-            f"model {str(folder)!r} is of type {config.get('model_type')!r}: {why}; allowed are the other decoders that "
-            "transformers knows, such as Llama, Qwen, Gemma or GPT-2"
+            f"model {str(folder)!r} is of type {config.get('model_type')!r}: {why}; allowed are the other decoders "
+            "that transformers knows, such as Llama, Qwen, Gemma or GPT-2"
         )
     if config.get("is_encoder_decoder"):
         raise BadInput(

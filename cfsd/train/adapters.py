@@ -133,7 +133,8 @@ def _read_past(model: PreTrainedModel, uncalled: dict[str, Any], ids: Tensor) ->
         for weight in weights:
             weight.requires_grad_(True)
         total = model.eval()(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
-        slopes = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
+        used = total.requires_grad
+        slopes = torch.autograd.grad(total, weights, allow_unused=True) if used else [None] * len(weights)
     for parameter, wanted in asked:
         parameter.requires_grad_(wanted)
     return {name for name, slope in zip(uncalled, slopes, strict=True) if slope is not None}
