@@ -86,7 +86,8 @@ FAMILIES = (
     }),
     Family("Phi-4-mini (partial rotary)", "phi3", PLAIN | {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
     Family("Llama with dynamic rope", "llama", PLAIN | {
-        "max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     }),
     Family("Mistral with window", "mistral", PLAIN | {"sliding_window": WINDOW, "head_dim": 8}),
     Family("Mixtral", "mixtral", PLAIN | {
@@ -146,7 +147,9 @@ FAMILIES = (
         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "first_k_dense_replace": 1, "n_shared_experts": 1,
     }, torch.float32),
-    Family("Mamba", "mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}, torch.float32),
+    Family("Mamba", "mamba", {
+        "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4,
+    }, torch.float32),
     Family("Mamba 2", "mamba2", {
         "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 2,
         "chunk_size": 8,

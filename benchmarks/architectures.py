@@ -1,6 +1,6 @@
 """What each family of models can do here: measured on tiny random models, and written as a page of the documentation.
 
-python -m benchmarks.architectures [FAMILY ...]        all families take about a minute; without names the page is written
+python -m benchmarks.architectures [FAMILY ...]    all take about a minute; without names the page is written
 """
 
 import sys
@@ -33,7 +33,7 @@ class Result(NamedTuple):
     why_refused: str | None = None
     sampling: float = 0.0
     measuring: float = 0.0
-    losses: dict[str, tuple[float, float]] = {}  # noqa: RUF012  (never changed)
+    losses: dict[str, tuple[float, float]] = {}
     merging: float = 0.0
     lora_share: float = 0.0
     idle: int = 0  # matrices of LoRA without an effect
@@ -128,9 +128,9 @@ logits of a whole micro-batch are held. Both are said in the run, and kept in th
 
 *LoRA trains*: the share of the layers' weights (embeddings and output layer apart) that have matrices beside them when
 `lora.targets` is empty; in these tiny models, so experts' shares differ in yours. In transformers 5 experts are one
-parameter for all of them: name it to train it, as in `lora.targets: [q_proj, gate_up_proj, down_proj]`. Where experts
-stand beside plain MLPs (DeepSeek-V3, Qwen3-Next), PEFT takes `gate_proj`, `up_proj` and `down_proj` to mean the experts.
-What is left out is said in the run. Layers whose weights are read without being called (Mamba's time step) get none.
+parameter for all of them: name it to train it, as in `lora.targets: [q_proj, gate_up_proj, down_proj]`. Where
+experts stand beside plain MLPs (DeepSeek-V3, Qwen3-Next), PEFT takes `gate_proj`, `up_proj` and `down_proj` to mean
+the experts. What is left out is said in the run. Layers whose weights are read without being called (Mamba's time step) get none.
 
 Families that are not in the table are tried as well: before the first row is sampled, a dozen tokens are compared with
 a forward pass, and a model that fails is refused by its name; the output layer and packed rows are compared with the
