@@ -124,7 +124,7 @@ def ours(model: PreTrainedModel, base: PreTrainedModel, kind: str, samples: Sequ
     total = 0.0
     for micro_batch in batches(samples):
         found = losses(model, micro_batch, WEIGHT)
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        found.loss.backward()
         total += found.loss.item()
     objective.remove()
     return total, gradient(model)

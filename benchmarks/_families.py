@@ -47,7 +47,8 @@ class Family(NamedTuple):
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases begin at 1 and 0, and padding's embedding at 0
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=self.dtype)
-        return model.eval()
+        plain: PreTrainedModel = model.eval()
+        return plain
 
 
 FAMILIES = (

@@ -130,7 +130,8 @@ logits of a whole micro-batch are held. Both are said in the run, and kept in th
 `lora.targets` is empty; in these tiny models, so experts' shares differ in yours. In transformers 5 experts are one
 parameter for all of them: name it to train it, as in `lora.targets: [q_proj, gate_up_proj, down_proj]`. Where
 experts stand beside plain MLPs (DeepSeek-V3, Qwen3-Next), PEFT takes `gate_proj`, `up_proj` and `down_proj` to mean
-the experts. What is left out is said in the run. Layers whose weights are read without being called (Mamba's time step) get none.
+the experts. What is left out is said in the run. Layers whose weights are read without being called (Mamba's time
+step) get none.
 
 Families that are not in the table are tried as well: before the first row is sampled, a dozen tokens are compared with
 a forward pass, and a model that fails is refused by its name; the output layer and packed rows are compared with the

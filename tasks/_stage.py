@@ -61,8 +61,7 @@ def stage(
             def do(draft: Draft) -> None:
                 with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
-                for note in (note for key in NOTES for note in draft.metadata.get(key) or ()):
-                    record.say(f"{name}: {note}")
+                _say_notes(name, draft.metadata)
 
             made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
@@ -115,6 +114,11 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
     cached = Store(home()).find(kind, key) if key else None
     plan.append(Planned(name, key, cached is not None, inputs))
     return cached or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
+
+
+def _say_notes(name: str, metadata: Mapping[str, Any]) -> None:
+    for note in (note for key in NOTES for note in metadata.get(key, ())):
+        record.say(f"{name}: {note}")
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:

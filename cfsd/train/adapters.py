@@ -34,7 +34,7 @@ def adapt(methods: Methods, model: PreTrainedModel) -> nn.Module:
         return model
     layers = _linear_layers(model)
     modules, parameters = _targets(adapter.targets, layers, model)
-    config = LoraConfig(
+    config: Any = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
@@ -176,7 +176,8 @@ def trained_by(model: PreTrainedModel) -> Trained:
 
 
 def _adapted(layer: Any) -> Any:
-    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    base: Any = layer.get_base_layer()
+    return getattr(base, layer.parameter_name) if isinstance(layer, ParamWrapper) else base.weight
 
 
 def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTrainedModel:
