@@ -3,6 +3,7 @@
 B rows, V vocabulary, P prompt tokens.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
+
+log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
@@ -203,6 +206,7 @@ def _with_generate(model: PreTrainedModel, batch: "Batch", on_step: Callable[[in
     The tokens are chosen here all the same: a processor leaves `generate` one token to choose from. No row leaves the
     batch before all have ended.
     """
+    log.warning("%s keeps its own kind of state: sampling through generate, which is slower", type(model).__name__)
 
     class OneChoice(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
