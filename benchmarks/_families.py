@@ -17,6 +17,11 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 SAME_HEADS = PLAIN | {"num_key_value_heads": 4}
 EXPERTS = PLAIN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = SAME_HEADS | {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
 ALTERNATING = ["sliding_attention", "full_attention"]
 LONG_ROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
@@ -143,10 +148,9 @@ FAMILIES = (
         "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
         "layer_types": ALTERNATING, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }, torch.float32),
-    Family("DeepSeek-V3", "deepseek_v3", SAME_HEADS | {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
-        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
-        "first_k_dense_replace": 1, "n_shared_experts": 1,
+    Family("DeepSeek-V3", "deepseek_v3", LATENT, torch.float32),
+    Family("DeepSeek-V3.2", "deepseek_v32", LATENT | {
+        "index_topk": 32, "index_n_heads": 2, "index_head_dim": 8,
     }, torch.float32),
     Family("Mamba", "mamba", {
         "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4,

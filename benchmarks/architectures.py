@@ -49,7 +49,7 @@ class Result(NamedTuple):
         sampling = self._word(max(self.sampling, self.measuring)) + ("" if self.is_cached else ", slower: generate")
         loss = self._word(max(self.losses["nll"])) + ("" if self.is_chunked else ", slower: all logits at once")
         divergence = self._word(max(max(self.losses[kind]) for kind in ("live", "sampled", "bucket")))
-        lora = f"{self.lora_share:.0%}" if self.merging < EXACT[self.family.dtype] and not self.idle else "INEXACT"
+        lora = f"{self.lora_share:.0%}" if self.merging < EXACT[self.family.dtype] else "INEXACT"
         rows = "packed" if self.is_packed else "padded"
         return [self.family.name, sampling, loss, rows, divergence, lora, self.note]
 
@@ -68,6 +68,7 @@ def measure(family: Family) -> Result:
     merging, trained, idle = merging_error(lora, LORA)
     context = context_of(config)
     limit = f"rows of at most {context.tokens} of {config['max_position_embeddings']} tokens" if context.why else None
+    without = f"{idle} of LoRA's matrices have no gradient" if idle else None
     left_out = f"LoRA not beside {', '.join(trained.left_out)}" if trained.left_out else None
     return Result(
         family,
@@ -81,7 +82,7 @@ def measure(family: Family) -> Result:
         preallocated(base, 1) is not None,
         objective.head_of(objective.model) is not None,
         objective.unpadded,
-        "; ".join(line for line in (limit, auxiliary_loss(config), left_out) if line),
+        "; ".join(line for line in (limit, auxiliary_loss(config), left_out, without) if line),
     )
 
 
@@ -142,7 +143,8 @@ show is a difference that begins after more tokens than they have.
 
 Long rope (Phi-3, Phi-4) and dynamic rope rotate all tokens of a pass by other frequencies once its longest row is above
 `original_max_position_embeddings`. Up to there a row has one distribution; longer samples are refused, and longer
-target rows are dropped and counted, as rows above `target.max_length` are.
+target rows are dropped and counted, as rows above `target.max_length` are. The same holds for sparse attention
+(DeepSeek-V3.2, GLM-MoE-DSA) above `index_topk` tokens: up to there it sees all of them.
 
 ## Routers
 

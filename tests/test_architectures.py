@@ -68,6 +68,7 @@ PHI = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] 
             "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048}}, 2048, "dynamic"),
         ({"max_position_embeddings": 131072, "rope_parameters": {
             "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072, None),
+        ({"max_position_embeddings": 163840, "index_topk": 2048}, 2048, "sparse attention"),
         ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 32768, None),
     ],
 )  # fmt: skip
@@ -79,9 +80,10 @@ def test_the_longest_row_ends_where_frequencies_would_switch(
     assert (says or "") in (context.why or "") and (context.why is None) == (says is None)
 
 
-def test_a_row_across_the_switch_would_not_be_of_the_models_distribution() -> None:
+@pytest.mark.parametrize("name", ["Phi-3, Phi-4 with long rope", "DeepSeek-V3.2"])
+def test_a_row_across_the_switch_would_not_be_of_the_models_distribution(name: str) -> None:
     """What the limit is for, and that it is not below what is exact."""
-    model = family("Phi-3, Phi-4 with long rope").model()
+    model = family(name).model()
     differences = {}
     for length in (31, 40):  # the start token and 31 more end at the switch
         rows = sample(model, Rows(range(2), [[START]] * 2, ()), GenerateSpec(length=length, seed=1, top_logprobs=8))

@@ -13,7 +13,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.process.child import is_out_of_memory
 
-PROMPTS, LENGTH = (1, 3), 6  # tokens
+PROMPTS, LENGTH = (1, 3), 12  # tokens
 MAX_DIFFERENCE = {torch.float64: 0.01, torch.float32: 0.01}  # nats per token, on average over the trial
 MAX_DIFFERENCE_HALF = 0.25  # in 16 bits a product differs with the number of rows in it
 SLOWER = "sampled through transformers' generate: this kind of model keeps a state of its own kind"

@@ -32,18 +32,32 @@ def context_of(config: Mapping[str, Any]) -> Context:
 
     Long rope (Phi-3, Phi-4) and dynamic rope rotate all tokens of a pass by other frequencies once its longest row
     is above a length: keys that were cached before, and shorter rows of the same batch, belong to another function.
+    Sparse attention (DeepSeek-V3.2) sees all tokens up to `index_topk`, and above it those that an index picks: other
+    ones in a longer pass.
     """
     text = config.get("text_config") or config
     own = next((int(text[name]) for name in POSITIONS if isinstance(text.get(name), int)), None)
+    limits = [limit for limit in (_switch(text, own), _sparse(text)) if limit and limit.tokens != own]
+    return min(limits, key=lambda limit: limit.tokens or 0, default=Context(own))
+
+
+def _switch(text: Mapping[str, Any], own: int | None) -> Context | None:
+    """Return where rotary frequencies change, if they do."""
     kinds = [kind for rope in _ropes(text) if (kind := rope.get("rope_type", rope.get("type"))) in SWITCHING]
-    if not kinds:
-        return Context(own)
     lengths = [rope.get("original_max_position_embeddings") for rope in _ropes(text)]
     lengths += [text.get("original_max_position_embeddings"), own]
-    switch = min((int(length) for length in lengths if length), default=None)
-    if switch is None or switch == own:
-        return Context(own)
-    return Context(switch, f"above that its {kinds[0]} position embedding changes for all tokens of a row at once")
+    if not kinds or not any(lengths):
+        return None
+    why = f"above that its {kinds[0]} position embedding changes for all tokens of a row at once"
+    return Context(min(int(length) for length in lengths if length), why)
+
+
+def _sparse(text: Mapping[str, Any]) -> Context | None:
+    """Return how many tokens sparse attention sees whole, if it is sparse."""
+    count = text.get("index_topk")
+    if not isinstance(count, int):
+        return None
+    return Context(count, "above that its sparse attention picks the tokens it sees, other ones in a longer pass")
 
 
 def auxiliary_loss(config: Mapping[str, Any]) -> str | None:
