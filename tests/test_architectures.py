@@ -12,18 +12,21 @@ from benchmarks._families import END, FAMILIES, START, Family
 from benchmarks.architectures import PAGE, line_of, measure
 from cfsd.errors import BadInput
 from cfsd.generate.sampling import Rows, Turns, sample
+from cfsd.generate.shard_job import ShardJob
+from cfsd.generate.shard_sampling import check_engine
 from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
 from cfsd.generate.trial import SLOWER, check_sampling, slower_path
+from cfsd.machine import Machine
 from cfsd.model.architecture import auxiliary_loss, context_of
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import describe, write_start_token
 from cfsd.model.loading import load_tokenization
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
 from cfsd.train.adapters import adapt, trained_by
 from cfsd.train.loss.objective import Objective, head_of, losses
 from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
-from tests.conftest import save_model
+from tests.conftest import fetched, save_model
 
 LIVE = RehearsalSpec(loss="kl", reference="base")
 
@@ -247,3 +250,23 @@ def test_the_measures_of_the_table_see_a_difference() -> None:
     other.config.logits_scaling *= 1.01
     wanted, wanted_slope = defined(other, one, "nll", samples)
     assert abs(total - wanted) > 1e-3 and float((slope - wanted_slope).norm() / wanted_slope.norm()) > 1e-3
+
+
+def saved(name: str, folder: Path) -> Path:
+    """Write a family's model with a tokenizer."""
+    save_model(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    family(name).model().float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "metadata"), [("Llama", {}), ("Mamba", {"sampling_notes": [SLOWER]})])
+def test_a_corpus_says_that_it_was_sampled_by_a_slower_path(
+    store: Store, tmp_path: Path, name: str, metadata: dict[str, Any]
+) -> None:
+    base = fetched(store, saved(name, tmp_path / "model"))
+    job = ShardJob(
+        home=store.home, folder=tmp_path, base=base, target=None, spec=GenerateSpec(rows=2), machine=Machine()
+    )
+    assert check_engine(job) == metadata

@@ -11,6 +11,7 @@ from cfsd.errors import BadInput, NotFinite
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.model.architecture import context_of
 from cfsd.process.child import is_out_of_memory
 
 PROMPTS, LENGTH = (1, 3), 12  # tokens
@@ -53,7 +54,9 @@ def _difference(model: PreTrainedModel) -> float:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     prompts = [torch.randint(vocabulary, (count,), generator=generator).tolist() for count in PROMPTS]
     differences: list[Tensor] = []
-    for row in sample(model, Rows(range(len(prompts)), prompts, ()), GenerateSpec(length=LENGTH, seed=0)):
+    room = (context_of(model.config.to_dict()).tokens or LENGTH + max(PROMPTS)) - max(PROMPTS)
+    spec = GenerateSpec(length=max(1, min(LENGTH, room)), seed=0)
+    for row in sample(model, Rows(range(len(prompts)), prompts, ()), spec):
         ids_1T = torch.tensor([row.token_ids], device=model.device)
         law_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         once_T = law_TV.gather(1, ids_1T[0, 1:, None])[:, 0].cpu()
