@@ -60,9 +60,7 @@ def stage(
             def do(draft: Draft) -> None:
                 with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
-                said = draft.metadata.get("said")
-                for sentence in said if isinstance(said, list) else ():
-                    record.say(f"{name}: {sentence}")
+                _say(name, draft.metadata)
 
             made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
@@ -115,6 +113,17 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
     cached = Store(home()).find(kind, key) if key else None
     plan.append(Planned(name, key, cached is not None, inputs))
     return cached or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
+
+
+def inherited(model: Artifact) -> dict[str, Any]:
+    """Return what the metadata of `model` tells of the models that are made from it: all but what its own stage said."""
+    return {name: value for name, value in model.metadata.items() if name != "said"}
+
+
+def _say(name: str, metadata: Mapping[str, Any]) -> None:
+    """Print what a stage has to say: what it read in one of several ways, does by a slower path, or leaves out."""
+    for sentence in metadata.get("said", ()):
+        record.say(f"{name}: {sentence}")
 
 
 def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:

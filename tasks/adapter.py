@@ -4,7 +4,7 @@ from cfsd.machine import Machine
 from cfsd.model.adapter import Adapter
 from cfsd.stages import MERGE_ADAPTER
 from cfsd.store.artifact import Artifact, Draft
-from tasks._stage import stage
+from tasks._stage import inherited, stage
 
 
 @stage(MERGE_ADAPTER, "model")
@@ -14,4 +14,4 @@ def merge_adapter(draft: Draft, base: Artifact, adapter: Adapter, machine: Machi
 
     machine.settle()
     merged = merge(draft.store.path(base), adapter, draft.folder)
-    draft.metadata |= base.metadata | merged
+    draft.metadata |= inherited(base) | merged

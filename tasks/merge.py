@@ -6,7 +6,7 @@ from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
 from cfsd.stages import BUDGET, MERGE
 from cfsd.store.artifact import Artifact, Draft
-from tasks._stage import stage
+from tasks._stage import inherited, stage
 
 
 def fit_alpha(
@@ -40,7 +40,7 @@ def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | Me
     assert alpha is not None
     machine.settle()
     merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
-    draft.metadata |= base.metadata
+    draft.metadata |= inherited(base)
 
 
 def _alpha(decided: Artifact | MergeSpec) -> float | None:

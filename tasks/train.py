@@ -8,7 +8,7 @@ from cfsd.machine import Machine
 from cfsd.stages import TRAIN
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
-from tasks._stage import stage
+from tasks._stage import inherited, stage
 
 
 def train_model(
@@ -39,4 +39,4 @@ def _train(
         machine=machine,
     )  # fmt: skip
     train(request, draft)
-    draft.metadata |= base.metadata
+    draft.metadata = inherited(base) | draft.metadata  # what is new counts where the base was trained, too

@@ -11,10 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 
-from cfsd.errors import BadInput, NotFinite
+from cfsd.errors import NotFinite
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.output_layer import packed_head
 from cfsd.generate.spec import GenerateSpec
@@ -24,6 +31,7 @@ from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
 
 COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
+
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +78,7 @@ def sample(
     cache = preallocated(model, batch.capacity)
     with packed_head(model, len(rows.ids)):
         if cache is None:
-            _with_generate(model, batch)
+            _with_generate(model, batch, on_step)
         else:
             _decode(model, batch, cache, on_step)
     return batch.samples()
@@ -192,32 +200,32 @@ class Batch:
         return samples
 
 
-def _with_generate(model: PreTrainedModel, batch: Batch) -> None:
+def _with_generate(model: PreTrainedModel, batch: "Batch", on_step: Callable[[int], object]) -> None:
     """Write the rows through `generate`, whose bookkeeping knows this model's own kind of cache.
 
-    The tokens are sampled here all the same: a processor leaves `generate` one token to choose from.
+    The tokens are chosen here all the same: a processor leaves `generate` one token to choose from. No row leaves the
+    batch before all have ended.
     """
-    if batch.turns.more or batch.common != batch.capacity - batch.spec.length:
-        raise BadInput(
-            f"{type(model).__name__} keeps its own kind of state, so rows go through transformers' generate, which "
-            "needs prompts of one length and one text to a row; use generate.source context-free without fill"
-        )
     log.warning("%s keeps its own kind of state: sampling through generate, which is slower", type(model).__name__)
 
     class OneChoice(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
             token_B = batch.take(distribution_of(scores))
+            on_step(batch.at - batch.common)
             return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
-    plain = GenerationConfig(
-        do_sample=False, max_new_tokens=batch.spec.length, eos_token_id=batch.eos_ids or None,
-        pad_token_id=batch.eos_ids[0] if batch.eos_ids else 0,
-    )  # fmt: skip
+    class AllEnded(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **named: Any) -> Any:
+            return batch.ended.all().expand(len(input_ids))
+
+    plain = GenerationConfig(do_sample=False, max_new_tokens=batch.capacity - batch.common, pad_token_id=0)
     writer: Any = model
     own, prompt_BT = writer.generation_config, batch.tokens[:, : batch.common]
-    writer.generation_config = plain  # generate fills from here what it is not given: penalties, truncation
+    writer.generation_config = plain  # generate fills from here what it is not given: penalties, truncation, ends
     try:
-        processors = LogitsProcessorList([OneChoice()])
-        writer.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=processors)
+        writer.generate(
+            prompt_BT, attention_mask=torch.ones_like(prompt_BT), logits_processor=LogitsProcessorList([OneChoice()]),
+            stopping_criteria=StoppingCriteriaList([AllEnded()]),
+        )  # fmt: skip
     finally:
         writer.generation_config = own

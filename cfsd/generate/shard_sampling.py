@@ -17,6 +17,7 @@ from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
 from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
+from cfsd.generate.trial import check_sampling, slower_path
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring
 from cfsd.model.sample import Sample
@@ -31,11 +32,15 @@ REMEDY = "lower machine.sampling_rows or generate.length"
 def check_engine(job: ShardJob) -> dict[str, JsonValue]:
     """Check that the server, if one is to sample, does so from the base's own distribution, and describe it.
 
-    Returns the metadata of the check, empty for engine torch. Raises BadInput naming what differs.
+    Returns the metadata of the check; of engine torch only whether it takes a slower path. Raises BadInput naming what
+    differs.
     """
     is_needed = job.spec.rows and any(SOURCES[source].is_sampled for source in job.spec.sources())
-    if job.machine.engine == "torch" or not is_needed:
+    if not is_needed:
         return {}
+    if job.machine.engine == "torch":
+        slower = slower_path(Store(job.home).path(job.base))
+        return {"said": [slower]} if slower else {}
     base = tokenization_of(job)
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     metadata = check_server(ServerSampling(job.machine, job.spec, base.eos_ids, base.tokenizer), model, base.start)
@@ -87,6 +92,7 @@ def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sam
     where = f"shard {shard.index}"
     if not SOURCES[shard.source].is_sampled:
         return token_logprobs(model, rows.prompts, rows.eos_ids, top_logprobs=job.spec.top_logprobs, where=where)
+    check_sampling(model)
     lengths = [len(prompt) for prompt in rows.prompts]
     steps = max(lengths) - min(lengths) + job.spec.length
     return sample(model, rows, job.spec, where=where, on_step=lambda step: look(len(rows.ids) * step / steps))

@@ -76,11 +76,11 @@ class GenerateSpec(Spec):
 
 def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
     """Raise BadInput when `recipe.<name>` asks for longer rows, or more stored tokens, than the base has."""
-    context = base.metadata.get("context")
+    context, why = base.metadata.get("context"), base.metadata.get("context_why", "")
     if spec.rows and isinstance(context, int) and spec.length + 1 > context:
         raise BadInput(
-            f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens; "
-            f"set {name}.length to at most {context - 1}"
+            f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens"
+            f"{why and f' ({why})'}; set {name}.length to at most {context - 1}"
         )
     vocabulary, wanted = base.metadata.get("vocabulary"), getattr(spec, "top_logprobs", 0)
     if isinstance(vocabulary, int) and wanted > vocabulary:

@@ -86,7 +86,9 @@ def sample_source(
     size = job.machine.sampling_rows
     rows = job.spec.rows if tokens is None else math.ceil(tokens / job.spec.length)
     while True:
-        draft.metadata |= write_starts(job, source, rows)
+        found = write_starts(job, source, rows)
+        said = [*draft.metadata.get("said", ()), *found.get("said", ())]
+        draft.metadata |= found | {"said": list(dict.fromkeys(said))}
         shards = shards_of(source, first_index, rows, size)
         _sample_missing(job, shards, draft, sampler)
         if tokens is None:

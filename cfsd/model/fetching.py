@@ -17,6 +17,7 @@ from transformers import (
 
 from cfsd.errors import BadInput
 from cfsd.model import hub
+from cfsd.model.architecture import context_of
 from cfsd.model.causal import check_architecture
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
 from cfsd.model.folder import GENERATION, START, check_files, count_parameters, payload_of
@@ -105,13 +106,14 @@ def describe(
     folder: Path, config: PretrainedConfig, tokenization: Tokenization, notes: Sequence[str] = ()
 ) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
-    named = config.architectures
+    named, context = config.architectures, context_of(config.to_dict())
     return {
         "parameters": count_parameters(folder),
         "architecture": str(named[0]) if isinstance(named, list) and named else type(config).__name__,
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
-        "context": getattr(config, "max_position_embeddings", None),
+        "context": context.tokens,
+        **({"context_why": context.why} if context.why else {}),
         "start_token": tokenization.start,
         "end_tokens": list(tokenization.eos_ids),
         "tokenizer": digest_of(tokenization.tokenizer.get_vocab()),

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from cfsd.errors import BadInput
 from cfsd.model.adapter_folder import check_whole
+from cfsd.model.architecture import refusal
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 START = "start_token.json"  # part of the content: another start token gives another distribution
@@ -123,6 +124,11 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise BadInput(
             f"model {str(folder)!r} has quantised weights ({method}), which cannot be fine-tuned here; take the "
             "unquantised model it was made from"
+        )
+    if why := refusal(config):
+        raise BadInput(
+            f"model {str(folder)!r} is of type {kind!r}: {why}; allowed are the other decoders that transformers "
+            "knows, such as Llama, Qwen, Gemma or GPT-2"
         )
     if config.get("is_encoder_decoder"):
         raise BadInput(

@@ -19,13 +19,13 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from cfsd.errors import NotFinite, Stopped
+from cfsd.errors import BadInput, NotFinite, Stopped
 from cfsd.model.loading import load_model, save_model
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
-from cfsd.train.adapters import adapt, merge_adapter
+from cfsd.train.adapters import adapt, merge_adapter, trained_by
 from cfsd.train.arguments import training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
@@ -126,11 +126,17 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
     trained = adapt(spec.methods, model)
+    adapter = trained_by(model) if spec.methods.adapter() else None
     base = None
     if spec.rehearsal.needs_base():
         base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
         base.eval().requires_grad_(False)
     objective = Objective(model, spec.rehearsal, base)
+    if objective.drops and args.gradient_checkpointing is False and machine.gradient_checkpointing:
+        raise BadInput(
+            "machine.gradient_checkpointing of a sharded model computes rehearsal rows once more with dropout, which "
+            "they must not have: set it to false, or the dropout in the base's config.json to 0"
+        )
     journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
@@ -148,7 +154,9 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
     objective.remove()
     _save(trainer, spec, base_folder, folder)
-    return _metadata(trainer, data, _step_of(last))
+    notes = [*objective.notes, *((line,) if adapter and (line := adapter.note()) else ())]
+    shares = {"lora_share": adapter.share} if adapter else {}
+    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
 
 
 def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsd.errors import BadInput, NotFinite
+from cfsd.errors import NotFinite
 from cfsd.generate.sampling import Rows, Turns, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs, uniforms
@@ -273,5 +273,6 @@ def test_a_model_with_a_state_of_its_own_goes_through_generate(caplog: pytest.Lo
             logprobs = world.model(torch.tensor([s.token_ids])).logits[0].log_softmax(-1)
         fresh = [logprobs[t, token].item() for t, token in enumerate(s.token_ids[1:])]
         assert s.logprobs[1:] == pytest.approx(fresh, abs=1e-4)
-    with pytest.raises(BadInput, match="context-free without fill"):
-        sample(world.model, Rows([0], [[0]], (1,), "template", Turns(1)), GenerateSpec(length=4))
+    prompts = [[0], [0, 5, 6]]
+    written = sample(world.model, Rows(range(2), prompts, (1,), "template", Turns(1, [1, 0])), GenerateSpec(length=4))
+    assert [s.token_ids[: len(prompt)] for s, prompt in zip(written, prompts, strict=True)] == prompts

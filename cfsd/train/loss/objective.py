@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cfsd.model.architecture import auxiliary_loss
 from cfsd.model.undisturbed import mode_kept
 from cfsd.train.batches.micro_batches import MicroBatch
-from cfsd.train.loss.packed import packed_forward, prepare_packed
+from cfsd.train.loss.packed import decoder_of, packed_forward, prepare_packed
 from cfsd.train.loss.token_loss import Head, Reference, token_losses
 from cfsd.train.spec import RehearsalSpec
 
+TRIAL = 16  # tokens of a row
+MAX_APART = 1e-4  # total variation of the distributions that the head and the model give; 1 is the most
+MAX_APART_HALF = 2e-2  # in 16 bits
 log = logging.getLogger(__name__)
 
 
@@ -47,8 +51,19 @@ class Objective:
         self.model, self.spec, self.base = model, spec, base
         self.head_of = head_of(model)
         self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
+        self.drops = has_dropout(model)
+        self.notes = self._notes()
         self._plain: Any = model.forward
         model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
+
+    def _notes(self) -> list[str]:
+        """Return the lines that say what is slower, or not trained, with this kind of model."""
+        notes = [line for line in (auxiliary_loss(self.model.config.to_dict()),) if line]
+        if self.head_of(self.model) is None:
+            notes.append("the output is more than one linear layer: all logits of a micro-batch are held at once")
+        if self.drops:
+            notes.append("rehearsal rows pass the model apart from the target's, without its dropout")
+        return notes
 
     def remove(self) -> None:
         """Give the model its own forward pass back."""
@@ -67,7 +82,7 @@ class Objective:
         """Return the losses of `micro_batch`, its rehearsal's in the form of `spec`."""
         counted_BT, target_BT = micro_batch.coefficient_BT[:, 1:] != 0, micro_batch.target_BT[:, 1:]
         masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
-        states_ND, head = self._states(self.model, micro_batch.token_ids_BT, micro_batch.real_BT, masks)
+        states_ND, head = self._trained_states(micro_batch, masks)
         next_N = _picked(micro_batch.token_ids_BT[:, 1:], masks)
         num_target = int(masks[0].sum())
         coefficient_N = _picked(micro_batch.coefficient_BT[:, 1:], masks)
@@ -83,6 +98,26 @@ class Objective:
         target_nll = of_tokens.nll_N[:num_target].sum()
         return Losses(of_tokens.total, target_nll, loss_M.sum(), divergence_M[fresh_M].sum())
 
+    def _trained_states(self, micro_batch: MicroBatch, masks: tuple[Tensor, Tensor]) -> tuple[Tensor, Head]:
+        """Return the states of the trained model, those of rehearsal rows without dropout.
+
+        The divergence is one between two functions: with dropout it would not be 0 at the base's own weights.
+        """
+        token_ids_BT, real_BT, rehearsed_B = micro_batch.token_ids_BT, micro_batch.real_BT, masks[1].any(1)
+        if not (self.drops and self.model.training and bool(rehearsed_B.any())):
+            return self._states(self.model, token_ids_BT, real_BT, masks)
+        parts = []
+        target_B = masks[0].any(1)
+        if bool(target_B.any()):
+            mine = self._states(self.model, token_ids_BT[target_B], real_BT[target_B], (masks[0][target_B],))
+            parts.append(mine[0])
+        with mode_kept(self.model):
+            self.model.eval()
+            states_MD, head = self._states(
+                self.model, token_ids_BT[rehearsed_B], real_BT[rehearsed_B], (masks[1][rehearsed_B],)
+            )
+        return torch.cat([*parts, states_MD]), head
+
     def _states(
         self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
     ) -> tuple[Tensor, Head]:
@@ -93,9 +128,9 @@ class Objective:
             logits: Tensor = forward(input_ids=token_ids_BT, use_cache=False).logits
             return _picked(logits[:, :-1], masks), Head(None)
         if self.unpadded:
-            hidden_ND = packed_forward(model.base_model, token_ids_BT, real_BT)
+            hidden_ND = packed_forward(decoder_of(model), token_ids_BT, real_BT)
             return torch.cat([hidden_ND[nn.functional.pad(mask, (0, 1))[real_BT]] for mask in masks]), head
-        hidden: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        hidden: Tensor = decoder_of(model)(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         return _picked(hidden[:, :-1], masks), head
 
     def _reference(self, micro_batch: MicroBatch, rehearsal_BT: Tensor, spec: RehearsalSpec) -> Reference | None:
@@ -146,13 +181,32 @@ def head_of(model: PreTrainedModel) -> Any:
 
 
 def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
-    token_ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    """Compare the distributions after random tokens of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    count = model.config.get_text_config(decoder=True).vocab_size
+    token_ids = torch.randint(count, (2, TRIAL), generator=generator).to(model.device)
     with mode_kept(model):
         model.eval()
         wanted: Any = model(input_ids=token_ids, use_cache=False).logits
-        hidden: Any = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+        hidden: Any = getattr(decoder_of(model)(input_ids=token_ids, use_cache=False), "last_hidden_state", None)
     assert head.weight_VD is not None
+    if hidden is None or hidden.shape[-1] != head.weight_VD.shape[1]:
+        return False
     logits = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
     if head.softcap is not None:
         logits = (logits / head.softcap).tanh() * head.softcap
-    return bool(torch.allclose(logits.float(), wanted.float(), rtol=1e-3, atol=1e-3))
+    if logits.shape != wanted.shape:
+        return False
+    own, theirs = (part.to(torch.promote_types(part.dtype, torch.float32)).softmax(-1) for part in (logits, wanted))
+    apart = 0.5 * (own - theirs).abs().sum(-1).max()
+    return bool(apart <= (MAX_APART if model.dtype.itemsize > 2 else MAX_APART_HALF))  # not with NaN
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Say whether training drops anything at random: by a layer, or by a number that attention reads."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout1d) and module.p > 0:
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False

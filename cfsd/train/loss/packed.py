@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from cfsd.model.undisturbed import mode_kept
 
 ATTENTION = "cfsd_packed"
-TRIAL = (5, 5, 2, 1)  # lengths: equal ones are computed at once
+TRIAL = (16, 16, 7, 1)  # lengths: equal ones are computed at once
 
 
 def packed_forward(model: nn.Module, token_ids_BT: Tensor, real_BT: Tensor) -> Tensor:
@@ -61,6 +61,17 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return what gives the hidden states before the output layer; where there is no such part, the model itself.
+
+    `base_model` is found by a name, which some classes give wrongly (Llama 4's text model).
+    """
+    inner: nn.Module = model.base_model
+    if inner is not model:
+        return inner
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+
+
 @torch.no_grad()
 def prepare_packed(model: PreTrainedModel) -> bool:
     """Make `model` ready for `packed_forward`, and say whether it is; where it is not, it stays as it was.
@@ -84,14 +95,14 @@ def prepare_packed(model: PreTrainedModel) -> bool:
 def _agree(model: PreTrainedModel) -> bool:
     longest = max(TRIAL)
     real_BT = torch.arange(longest)[None] < torch.tensor(TRIAL)[:, None]
-    token_ids_BT = (
-        torch.arange(len(TRIAL) * longest).view(len(TRIAL), longest) % model.config.get_text_config().vocab_size
-    )
+    count = model.config.get_text_config(decoder=True).vocab_size
+    token_ids_BT = torch.randint(count, real_BT.shape, generator=torch.Generator().manual_seed(0)) * real_BT
+    decoder = decoder_of(model)
     with mode_kept(model):
         model.eval()
-        wanted: Tensor = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state[real_BT]
         try:
-            packed: Tensor = packed_forward(model.base_model, token_ids_BT, real_BT)
-        except (TypeError, ValueError, RuntimeError):  # a model that takes no such arguments
+            wanted: Tensor = decoder(input_ids=token_ids_BT, use_cache=False).last_hidden_state[real_BT]
+            packed: Tensor = packed_forward(decoder, token_ids_BT, real_BT)
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # a model that takes no such arguments
             return False
     return bool(torch.allclose(packed.float(), wanted.float(), rtol=1e-3, atol=1e-3))

@@ -24,7 +24,8 @@ class Lora(Method):
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the added path's input, in training")
     targets: tuple[str, ...] = Field(
         (),
-        description="Names of the layers that get one, such as [q_proj, v_proj]; empty: all linear ones but the head",
+        description="Names of the layers that get one, such as [q_proj, v_proj], or of experts' weights, such as "
+        "gate_up_proj; empty: all linear ones but the head",
     )
 
     def is_on(self) -> bool:
