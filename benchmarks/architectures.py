@@ -124,7 +124,8 @@ in float32; mixtures of experts and Mamba compute in float32 at most. On a CPU; 
 READING = """
 *Slower: generate*: the model keeps a state of its own kind, so rows go through transformers' `generate`, and none
 leaves the batch before all have ended. *Slower: all logits at once*: the output is more than one linear layer, and the
-logits of a whole micro-batch are held. Both are said in the run, and kept as `said` in the metadata. *Padded*: rows of a micro-batch are padded to the longest; *packed*: on CPUs they are not.
+logits of a whole micro-batch are held. Both are said in the run, and kept as `said` in the metadata.
+*Padded*: rows of a micro-batch are padded to the longest; *packed*: on CPUs they are not.
 
 *LoRA trains*: the share of the layers' weights (embeddings and output layer apart) that have matrices beside them when
 `lora.targets` is empty; in these tiny models, so experts' shares differ in yours. In transformers 5 experts are one

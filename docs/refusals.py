@@ -21,8 +21,8 @@ from tests.inputs import INPUTS, Input, make  # noqa: E402
 PAGE = ROOT / "docs" / "reference" / "refusals.md"
 INTRODUCTION = """# What is refused, and what to do
 
-Every input below was brought to `python -m flows.mitigate` as a user would; `make docs-refusals` runs them all again and
-writes this page. What cannot be used ends with one message and exit code 2 before anything is sampled or trained;
+Every input below was brought to `python -m flows.mitigate` as a user would; `make docs-refusals` runs them all again
+and writes this page. What cannot be used ends with one message and exit code 2 before anything is sampled or trained;
 nothing is changed or left out in silence.
 """
 
@@ -45,7 +45,7 @@ def _lines() -> Iterator[str]:
                 yield f"| {brought.what} | {_cell(outcome(brought, make(Path(folder) / 'case')))} |"
 
 
-def outcome(brought: Input, folder: Path, servers: Mapping[str, str] = {}) -> str:  # noqa: B006
+def outcome(brought: Input, folder: Path, servers: Mapping[str, str] = {}) -> str:
     """Return what a run on `folder`, which holds the good case, says of the input. Raises Wrong."""
     brought.build(folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}

@@ -116,7 +116,7 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
 
 
 def inherited(model: Artifact) -> dict[str, Any]:
-    """Return what the metadata of `model` tells of the models that are made from it: all but what its own stage said."""
+    """Return what the metadata of `model` tells of a model that is made from it: all but what its own stage said."""
     return {name: value for name, value in model.metadata.items() if name != "said"}
 
 

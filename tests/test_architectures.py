@@ -19,9 +19,7 @@ from cfsd.generate.trial import SLOWER, check_sampling, slower_path
 from cfsd.machine import Machine
 from cfsd.model.architecture import auxiliary_loss, context_of
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.fetching import describe, write_start_token
-from cfsd.model.loading import load_tokenization
-from cfsd.store.artifact import Artifact, Store
+from cfsd.store.artifact import Store
 from cfsd.train.adapters import adapt, trained_by
 from cfsd.train.loss.objective import Objective, head_of, losses
 from cfsd.train.methods import Methods
@@ -94,13 +92,8 @@ def test_a_row_across_the_switch_would_not_be_of_the_models_distribution(name: s
     assert differences[31] < 1e-5 and differences[40] > 1e-2
 
 
-def test_lengths_across_the_switch_are_refused_with_the_allowed_one(tmp_path: Path) -> None:
-    model = family("Phi-3, Phi-4 with long rope")
-    save_model(tmp_path)
-    model.config().save_pretrained(tmp_path)
-    write_start_token(tmp_path, None)
-    metadata = describe(tmp_path, load_tokenization(tmp_path))
-    base = Artifact(kind="model", key="k", content="c", metadata=metadata)
+def test_lengths_across_the_switch_are_refused_with_the_allowed_one(store: Store, tmp_path: Path) -> None:
+    base = fetched(store, saved("Phi-3, Phi-4 with long rope", tmp_path / "model"))
     check_context(base, GenerateSpec(length=31), "generate")
     with pytest.raises(
         BadInput, match=r"length 32 .* 32 tokens \(above that its longrope .*generate\.length to at most 31"

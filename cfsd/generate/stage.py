@@ -13,6 +13,7 @@ same whoever samples it, in whatever order, and however often it was begun.
 import math
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -87,7 +88,7 @@ def sample_source(
     rows = job.spec.rows if tokens is None else math.ceil(tokens / job.spec.length)
     while True:
         found = write_starts(job, source, rows)
-        said = [*draft.metadata.get("said", ()), *found.get("said", ())]
+        said: list[Any] = [*cast(Any, draft.metadata.get("said", ())), *cast(Any, found.get("said", ()))]
         draft.metadata |= found | {"said": list(dict.fromkeys(said))}
         shards = shards_of(source, first_index, rows, size)
         _sample_missing(job, shards, draft, sampler)

@@ -101,7 +101,7 @@ class RehearsalSpec(Spec):
 class TrainSpec(Spec):
     """How the base model is fine-tuned."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # 3: rehearsal rows pass without dropout; what LoRA trains by default
     neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec()}
 
     learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate of AdamW")
