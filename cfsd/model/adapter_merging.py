@@ -64,7 +64,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
     _check_vocabulary(model, weights, adapter)
     _loosen_ties(model, config, weights)
     try:
-        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+        adapted: PeftModel = get_peft_model(model, config)
         own = _own_names(adapted)
         loaded: Any = set_peft_model_state_dict(adapted, weights)
     except Exception as error:  # whatever a tensor that does not fit makes of another library
@@ -101,7 +101,7 @@ def _config(adapter: Adapter) -> PeftConfig:
             "there, and give the whole model"
         )
     try:
-        config = PeftConfig.from_pretrained(adapter.path)
+        config: PeftConfig = PeftConfig.from_pretrained(adapter.path)
     except Exception as error:  # whatever a wrong value makes of it
         raise BadInput(f"adapter_config.json of {adapter.path!r} cannot be used: {brief(error)}; correct it") from error
     config.inference_mode = False  # so that the adapter's own tensors are those that require gradients
