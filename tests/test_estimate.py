@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu_memory import USABLE, ways_to_train
 from cfsd.estimate import estimate
 from cfsd.machine import Machine
-from cfsd.model.checkpoint import count_parameters
+from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
 from cfsd.train.memory import Load, Memory, Shapes, load_of, training_memory

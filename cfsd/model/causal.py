@@ -97,9 +97,13 @@ def _small(config: PretrainedConfig, divided: bool) -> PreTrainedModel:
             setattr(small, name, value[:kept])
         elif type(value) is int and re.search("intermediate_size|ffn_dim|ffn_hidden", name):
             setattr(small, name, min(value, MAX_INNER))
+        elif type(value) is int and name.startswith("vocab_size"):
+            setattr(small, name, min(value, VOCABULARY))
     small.num_hidden_layers, small.vocab_size = kept, min(VOCABULARY, small.vocab_size)
-    small.pad_token_id = None if small.pad_token_id is None else 0
+    small.pad_token_id = None if getattr(small, "pad_token_id", None) is None else 0
     small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "num_kv_shared_layers", None):  # of the last layers, which may be among those left out
+        small.num_kv_shared_layers = 0
     if divided:
         _leave_out_heads(small)
     with torch.random.fork_rng(devices=[]):
@@ -117,12 +121,13 @@ def _layers_of_every_kind(config: Any, layers: int) -> int:
 
 def _leave_out_heads(config: Any) -> None:
     """Divide width and heads by the same power of two, so that the size of a head stays."""
-    factor = 1
-    while all(n % (2 * factor) == 0 for n in (config.hidden_size, config.num_attention_heads)) and (
+    heads = "num_attention_heads" if hasattr(config, "num_attention_heads") else "num_heads"  # of attention, of a state
+    count, factor = getattr(config, heads), 1
+    while all(n % (2 * factor) == 0 for n in (config.hidden_size, count)) and (
         config.hidden_size // (2 * factor) >= WIDTH
     ):
         factor *= 2
     config.hidden_size //= factor
-    config.num_attention_heads //= factor
+    setattr(config, heads, count // factor)
     if isinstance(groups := getattr(config, "num_key_value_heads", None), int):
         config.num_key_value_heads = max(1, groups // factor)

@@ -64,13 +64,16 @@ def mix_masked(target: Path, corpus: Path, spec: Any, draft: Draft, losses: Path
 
 def generate_from_another(base: Artifact, target: Any, spec: Any, draft: Draft, *rest: Any) -> None:
     """Sample from another model than the base."""
-    from cfsd.model.fetching import describe, write_start_token
-    from cfsd.model.loading import load_tokenization
+    from cfsd.model.fetching import describe
+    from cfsd.model.loading import load_tokenization, load_tokenizer
+    from cfsd.model.special_tokens import settle_start_token
+    from cfsd.model.usable import load_config
 
     def work(made: Draft) -> None:
         pretrain(ANOTHER, made.folder)
-        write_start_token(made.folder, None)
-        made.metadata |= describe(made.folder, load_tokenization(made.folder))
+        settle_start_token(made.folder, load_tokenizer(made.folder), None)
+        config = load_config(made.folder, "another")
+        made.metadata |= describe(made.folder, config, load_tokenization(made.folder))
 
     other, _ = draft.store.make("model", key_of("another", ANOTHER), work)
     generate(other, target, spec, draft, *rest)

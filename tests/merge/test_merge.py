@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfsd.merge.stage import merge
-from cfsd.model.fetching import write_start_token
-from cfsd.model.loading import load_model
+from cfsd.model.loading import load_model, load_tokenizer
+from cfsd.model.special_tokens import settle_start_token
 from tests.conftest import save_model
 
 
 @pytest.fixture
 def ends(model_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     base = Path(shutil.copytree(model_folder, tmp_path / "base"))
-    write_start_token(base, None)
+    settle_start_token(base, load_tokenizer(base), None)
     return base, save_model(tmp_path / "tuned", seed=1)
 
 

@@ -49,6 +49,11 @@ def test_models_that_read_the_whole_text_are_refused_before_their_weights_are_re
         check_architecture(config_of(kind, **fields), "mine")
 
 
+@pytest.mark.parametrize("kind", ["gemma3n_text", "jamba", "mamba2", "phi", "deepseek_v3"])
+def test_the_published_sizes_of_other_families_have_a_small_copy(kind: str) -> None:
+    assert check_architecture(AutoConfig.for_model(kind), "mine") == []
+
+
 def test_the_size_of_a_model_does_not_matter() -> None:
     """A model of 70 billion weights is tried in seconds: few layers, heads, and tokens, of the same kinds."""
     wide = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}

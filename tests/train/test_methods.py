@@ -20,8 +20,8 @@ from transformers import GPT2LMHeadModel
 
 from cfsd.errors import BadInput
 from cfsd.merge.stage import merge
-from cfsd.model.fetching import write_start_token
-from cfsd.model.loading import load_model
+from cfsd.model.loading import load_model, load_tokenizer
+from cfsd.model.special_tokens import settle_start_token
 from cfsd.spec import Spec
 from cfsd.train.adapters import adapt, merge_adapter
 from cfsd.train.methods import Methods
@@ -336,7 +336,7 @@ def test_a_call_reaches_the_inner_models_own_forward_as_it_is(folders: dict[str,
 @pytest.mark.parametrize("family", ["llama", "olmo", "gpt2"])
 def test_merge_ends_at_base_and_tuned(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     tuned = save_model(tmp_path / "tuned", family=family, seed=1)
-    write_start_token(folders[family], None)
+    settle_start_token(folders[family], load_tokenizer(folders[family]), None)
     for alpha, end in ((0.0, folders[family]), (1.0, tuned)):
         folder = tmp_path / str(alpha)
         folder.mkdir()
