@@ -115,11 +115,11 @@ def _loosen_ties(adapted: Any, config: Any) -> None:
     Merged into the shared weights, a change of one would change the other too. An adapter may also hold the weights
     that the two share, so they come first.
     """
-    parts = adapted.get_output_embeddings(), adapted.get_input_embeddings()
-    head, embedding = (part.get_base_layer() if isinstance(part, LoraLayer) else part for part in parts)
+    parts: list[Any] = [adapted.get_output_embeddings(), adapted.get_input_embeddings()]
+    changed = [isinstance(part, LoraLayer) for part in parts]
+    head, embedding = (part.get_base_layer() if lora else part for part, lora in zip(parts, changed, strict=True))
     tied = head is not None and head.weight is embedding.weight
-    changed = any(isinstance(part, LoraLayer) for part in parts)
-    if tied and changed and not getattr(config, "ensure_weight_tying", False):
+    if tied and any(changed) and not getattr(config, "ensure_weight_tying", False):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for part in (adapted.config, adapted.config.get_text_config()):
             part.tie_word_embeddings = False
