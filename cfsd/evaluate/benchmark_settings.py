@@ -1,11 +1,16 @@
 """The settings of a benchmark of the user's own: types, and what must be there, without importing lm-eval."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import Definition
+
+# lm-eval takes the first of these that a benchmark gives.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DEFAULT_LIMIT = 256  # lm-eval's
 
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -91,6 +96,11 @@ class _Settings(BaseModel):
         splits = {name: split for name in named if (split := getattr(self, name))}
         fewshot = self.fewshot_config.split if self.fewshot_config else None
         return splits | ({"fewshot_config.split": fewshot} if fewshot else {})
+
+
+def length_limit(settings: Mapping[str, Any], default: int = DEFAULT_LIMIT) -> int:
+    """Return the most tokens of an answer that generation `settings` allow."""
+    return int(next((settings[name] for name in LIMITS if settings.get(name) is not None), default))
 
 
 def check_settings(name: str, definition: Definition) -> None:

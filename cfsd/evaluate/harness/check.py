@@ -7,10 +7,10 @@ from transformers import GenerationConfig
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.benchmark_settings import LIMITS
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.load import loaded
 from cfsd.evaluate.harness.rows import direction, primary_metric
-from cfsd.evaluate.harness.written_answers import LIMITS
 
 _whole: set[str] = set()  # digests of what was checked in this process
 
