@@ -48,14 +48,14 @@ class _Fewshot(BaseModel):
 class _Generation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    until: Text | list[Text] | None = None
+    until: Text | list[Text] = []
     do_sample: Flag | None = None
     top_k: Count | None = None
     top_p: Share | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(strict=True, gt=0)] | None = None
     num_beams: Positive | None = None
-    temperature: Annotated[float, Field(strict=True, ge=0)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0)] = 0.0
     max_gen_toks: Positive | None = None
     max_new_tokens: Positive | None = None
     max_tokens: Positive | None = None
