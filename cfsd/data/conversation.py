@@ -23,6 +23,8 @@ RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_p
 NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
 UNREAD = "beside the chats, columns {} are not read"
 EMPTY_TURN = "an assistant turn without text is not learned"
+KNOWN = {*ROLES.values(), "developer"}
+UNKNOWN = "the role {!r} is no user, assistant, system or tool; the chat template writes it as it stands"
 RENAMED = "roles such as 'human' and 'gpt' are taken as user, assistant, system or tool"
 
 Message = dict[str, Any]
@@ -175,6 +177,8 @@ class _Reader:
         known = ROLES.get(role.strip().lower(), role)
         if known != role:
             self.notes[RENAMED] += 1
+        if known not in KNOWN:
+            self.notes[UNKNOWN.format(known)] += 1
         return known
 
     def _content(self, content: Any, given: Message) -> str:

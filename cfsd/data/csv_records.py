@@ -50,6 +50,8 @@ def _check_header(header: list[str], line: int, suffix: str) -> None:
         raise ValueError(f"line {line} names the column {min(twice)!r} twice; rename one")
     if header and not names:
         raise ValueError(f"line {line}, the header, names no column")
+    if len(header) <= 2 and header[:1] and header[0].lower().startswith("sep="):
+        raise ValueError(f"line {line} is Excel's {header[0]!r}, no header; remove that line")
     for delimiter, words in OTHERS.items():
         if len(header) == 1 and delimiter in header[0]:
             remedy = "name it .tsv" if delimiter == "\t" else "write it with commas, and quotes where a cell has one"

@@ -12,7 +12,8 @@ from cfsd.errors import BadInput
 
 HEAD = 1000  # rows whose columns are known before the first one is read; what none of them has is an error
 PROMPT, RESPONSE = "prompt", "response"  # the defaults of target.prompt and target.response
-ALPACA_TOO = ("system", "history")  # columns that some tools add to Alpaca's
+CONTEXT = ("system", "system_prompt", "history", "tools")  # columns that some tools put beside a prompt
+UNREAD = "beside prompt and response, columns {} are not read"
 FOLLOWS = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
 # Source: Taori et al. 2023, the layout of the `text` column of the data set tatsu-lab/alpaca.
 ALPACA = (
@@ -26,6 +27,7 @@ class Shape(NamedTuple):
     """How a row is read.
 
     texts: `prompt` and `response` are parts of text; `short`, if any, is the prompt of a row whose `input` is empty.
+    `by_name`: the settings do not name the columns, so that those beside them are refused or said.
     turns: two columns hold lists of messages, of which those of the second are learned. messages: one column does.
     """
 
@@ -35,6 +37,7 @@ class Shape(NamedTuple):
     response: list[Part] = []
     short: list[Part] = []
     recognised: str = ""
+    by_name: bool = False
 
 
 def shape_of(prompt: str, response: str, messages: str | None, rows: Sequence[Located]) -> Shape:
@@ -51,20 +54,29 @@ def shape_of(prompt: str, response: str, messages: str | None, rows: Sequence[Lo
         return Shape("texts")
     if (prompt, response) == (PROMPT, RESPONSE) and not {PROMPT, RESPONSE} <= set(known):
         return _recognised(known, rows)
-    return _pair(prompt, response, known, rows)
+    return _pair(prompt, response, known, rows, by_name=(prompt, response) == (PROMPT, RESPONSE))
 
 
 def texts_of(shape: Shape, row: Located, notes: Counter[str]) -> tuple[str, str]:
     """Return prompt and response of a row of shape `texts`. Raises BadInput at a value that is no text."""
-    short = False
-    if shape.short:
-        if beside := [name for name in ALPACA_TOO if row.record.get(name)]:
-            raise BadInput(
-                f"{row.place} has a column {beside[0]!r}, for which the layout of Alpaca has no place; write "
-                "target.prompt as a template with it, or remove the column"
-            )
-        short = not text_of(row.record.get("input"), row.place, "input").strip()
+    if shape.by_name:
+        _check_beside(shape, row, notes)
+    short = bool(shape.short) and not text_of(row.record.get("input"), row.place, "input").strip()
     return fill(shape.short if short else shape.prompt, row, notes), fill(shape.response, row, notes)
+
+
+def _check_beside(shape: Shape, row: Located, notes: Counter[str]) -> None:
+    """Raise BadInput at a filled column that belongs to the prompt, and count other columns that are not read."""
+    read = {part.path[0] for part in (*shape.prompt, *shape.response) if part.path}
+    beside = [name for name in row.record if name not in read]
+    for name in CONTEXT:
+        if name in beside and str(row.record[name] or "").strip() not in ("", "[]"):
+            raise BadInput(
+                f"{row.place} has a column {name!r}, for which the prompt has no place; set target.prompt to a "
+                f"template with it, or to '{{{shape.prompt[0].path[0]}}}', and target.response"
+            )
+    if beside:
+        notes[UNREAD.format(", ".join(map(repr, beside)))] += 1
 
 
 def listed(value: Any) -> list[dict[str, Any]] | None:
@@ -80,7 +92,9 @@ def listed(value: Any) -> list[dict[str, Any]] | None:
     return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else None
 
 
-def _pair(prompt: str, response: str, known: list[str], rows: Sequence[Located], recognised: str = "") -> Shape:
+def _pair(
+    prompt: str, response: str, known: list[str], rows: Sequence[Located], recognised: str = "", *, by_name: bool
+) -> Shape:
     if all(_holds_messages(rows, column) for column in (prompt, response)):
         said = f"columns {prompt!r} and {response!r} hold messages: the chat template writes them"
         return Shape("turns", (prompt, response), recognised=said)
@@ -93,7 +107,7 @@ def _pair(prompt: str, response: str, known: list[str], rows: Sequence[Located],
         parse(template, known, rows[0].place, f"target.{name}")
         for name, template in ((PROMPT, prompt), (RESPONSE, response))
     ]
-    return Shape("texts", prompt=parts[0], response=parts[1], recognised=recognised)
+    return Shape("texts", prompt=parts[0], response=parts[1], recognised=recognised, by_name=by_name)
 
 
 def _recognised(known: list[str], rows: Sequence[Located]) -> Shape:
@@ -105,7 +119,8 @@ def _recognised(known: list[str], rows: Sequence[Located]) -> Shape:
                 said = f"column {column!r} is taken as chats, written by the chat template"
                 return Shape("messages", (column,), recognised=said)
         if {"prompt", "completion"} <= names and not any(isinstance(row.record.get("label"), bool) for row in rows):
-            return _pair(PROMPT, "completion", known, rows, "columns 'prompt' and 'completion' are taken as the pair")
+            said = "columns 'prompt' and 'completion' are taken as the pair"
+            return _pair(PROMPT, "completion", known, rows, said, by_name=True)
         if {"instruction", "output"} <= names:
             return _alpaca(known, place)
     raise BadInput(
@@ -120,7 +135,7 @@ def _alpaca(known: list[str], place: str) -> Shape:
     prompt, short, output = (
         parse(template, known, place, "target.prompt") for template in (long, ALPACA_WITHOUT_INPUT, "output")
     )
-    return Shape("texts", prompt=prompt, response=output, short=short, recognised=said)
+    return Shape("texts", prompt=prompt, response=output, short=short, recognised=said, by_name=True)
 
 
 def _remedy(names: set[str], rows: Sequence[Located]) -> str:
@@ -154,4 +169,4 @@ def _holds_messages(rows: Sequence[Located], column: str, *, written: bool = Tru
     value = next((row.record[column] for row in rows if row.record.get(column) is not None), None)
     if isinstance(value, str):
         return written and all({"role", "content"} <= message.keys() for message in listed(value) or [{}])
-    return bool(listed(value))
+    return any({"role", "from"} & message.keys() for message in listed(value) or [])

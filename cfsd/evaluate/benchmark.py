@@ -10,7 +10,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate import benchmark_files
 from cfsd.evaluate.benchmark_code import digest_of_code, sha256
 from cfsd.evaluate.benchmark_files import BUNDLED, Definition, is_hub
-from cfsd.evaluate.benchmark_settings import check_settings
+from cfsd.evaluate.benchmark_settings import check_settings, length_limit
 from cfsd.spec import Spec, digest_of
 
 WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
@@ -120,6 +120,20 @@ class Benchmark(Spec):
                     f"benchmark {self.name}: {name} is for answers that the model writes ({WRITTEN}); "
                     f"this one is a {kind}: leave it out"
                 )
+
+    def check_context(self, context: int) -> None:
+        """Raise BadInput if the answers, as long as its settings allow, have no room in a model's `context`."""
+        config = self.find().config
+        if config.get("output_type", WRITTEN) == WRITTEN and "class" not in config:
+            self.check_room(self.max_gen_toks or length_limit(config.get("generation_kwargs") or {}), context)
+
+    def check_room(self, limit: int, context: int) -> None:
+        """Raise BadInput if answers of `limit` tokens leave no room for a prompt in a model's `context`."""
+        if limit >= context:
+            raise BadInput(
+                f"benchmark {self.name}: answers of {limit} tokens leave no room for a prompt in the model's "
+                f"context of {context}; set its max_gen_toks lower"
+            )
 
     def lacks_template(self) -> BadInput:
         """Return the error of a model without a chat template where `chat_template` is on."""

@@ -1,11 +1,16 @@
 """The settings of a benchmark of the user's own: types, and what must be there, without importing lm-eval."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import Definition
+
+# lm-eval takes the first of these that a benchmark gives.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DEFAULT_LIMIT = 256  # lm-eval's
 
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -43,14 +48,14 @@ class _Fewshot(BaseModel):
 class _Generation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    until: Text | list[Text] | None = None
+    until: Text | list[Text] = []
     do_sample: Flag | None = None
     top_k: Count | None = None
     top_p: Share | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(strict=True, gt=0)] | None = None
     num_beams: Positive | None = None
-    temperature: Annotated[float, Field(strict=True, ge=0)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0)] = 0.0
     max_gen_toks: Positive | None = None
     max_new_tokens: Positive | None = None
     max_tokens: Positive | None = None
@@ -91,6 +96,11 @@ class _Settings(BaseModel):
         splits = {name: split for name in named if (split := getattr(self, name))}
         fewshot = self.fewshot_config.split if self.fewshot_config else None
         return splits | ({"fewshot_config.split": fewshot} if fewshot else {})
+
+
+def length_limit(settings: Mapping[str, Any], default: int = DEFAULT_LIMIT) -> int:
+    """Return the most tokens of an answer that generation `settings` allow."""
+    return int(next((settings[name] for name in LIMITS if settings.get(name) is not None), default))
 
 
 def check_settings(name: str, definition: Definition) -> None:

@@ -42,10 +42,14 @@ class EvaluateSpec(Spec):
             text.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput if the base, once it is in the store, lacks the chat template that a benchmark needs."""
+        """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
         templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
         if templated and base.content and not _has_chat_template(Store(home()).path(base)):
             raise templated[0].lacks_template()
+        context = base.metadata.get("context")
+        if isinstance(context, int) and not base.metadata.get("context_why"):  # a reason holds for sampling only
+            for benchmark in self.benchmarks:
+                benchmark.check_context(context)
 
 
 def _has_chat_template(model: Path) -> bool:

@@ -289,6 +289,15 @@ REFUSED: dict[str, tuple[Make, str, str]] = {
     "history beside Alpaca's columns": (
         lambda w: {"instruction": w, "output": "y", "history": [["a", "b"]]}, "plain", "line 1.*'history'"
     ),
+    "a system column beside a pair": (
+        lambda w: {"prompt": w, "response": "y", "system": "be brief"}, "plain", r"line 1.*'system'.*'\{prompt\}'"
+    ),
+    "tools beside a completion": (
+        lambda w: {"prompt": w, "completion": "y", "tools": [{"name": "f"}]}, "plain", "line 1.*'tools'"
+    ),
+    "turns of other names": (
+        lambda w: {"conversation": [{"input": w, "output": "y"}]}, "plain", "'conversation'; set target.prompt and"
+    ),
     "two system messages": (
         lambda w: {"messages": [{"role": "system", "content": "a"}, user(w), said("y")], "system": "b"},
         "plain", "line 1.*'system'",
@@ -350,3 +359,20 @@ def test_a_chat_needs_a_template(store: Store, base: Artifact, tmp_path: Path) -
     with pytest.raises(BadInput, match="line 1 is a chat, but this model has no chat template"):
         prepared(store, base, path=path)
     assert not load_tokenizer(store.path(base)).chat_template
+
+
+def test_columns_beside_a_pair_are_said_and_empty_ones_are_not_refused(world: World, tmp_path: Path) -> None:
+    row = {"response": "y", "context": "c", "system": None, "tools": "[]"}
+    read, made = world.read(lambda w: {"prompt": w, **row}, tmp_path)
+    assert read[0] == ("w", "y<eos>")
+    (unread,) = list(made.metadata["said"])
+    assert unread == "beside prompt and response, columns 'context', 'system', 'tools' are not read; rows: 6"
+    row["system"] = "be brief"
+    read, made = world.read(lambda w: {"prompt": w, **row}, tmp_path, prompt="{system} {prompt}")
+    assert (read[0], made.metadata["said"]) == (("be brief w", "y<eos>"), [])
+
+
+def test_a_role_of_another_name_is_said(world: World, tmp_path: Path) -> None:
+    read, made = world.read(lambda w: {"messages": [{"role": "prompter", "content": w}, said("y")]}, tmp_path)
+    assert read[0] == ("<|turn|>prompter:w<|end|><|turn|>assistant:", "y<|end|>")
+    assert any("role 'prompter' is no user" in line for line in list(made.metadata["said"]))

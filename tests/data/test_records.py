@@ -156,6 +156,8 @@ def test_a_reading_that_is_one_of_several_is_said(tmp_path: Path, name: str) -> 
 NOT_UTF8 = _arrow([{"prompt": "zzz", "response": "b"}], pa.ipc.new_stream).replace(b"zzz", b"z\xffz")
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "semicolons": ("a.csv", b"prompt;response\na;b\n", r"'prompt;response' is one column.*divided by semicolons"),
+    "Excel's line of the delimiter": ("a.csv", b"\xef\xbb\xbfsep=;\r\nprompt;response\r\n", "line 1 is Excel's 'sep="),
+    "that line with commas": ("a.csv", b"sep=,\nprompt,response\na,b\n", "line 1 is Excel's 'sep='"),
     "tabs in csv": ("a.csv", b"prompt\tresponse\na\tb\n", r"divided by tabs.*name it \.tsv"),
     "commas in tsv": ("a.tsv", b"prompt,response\na,b\n", r"divided by commas.*name it \.csv"),
     "latin-1": ("a.csv", b"prompt,response\na,b\nx,caf\xe9\n", r"line 3 byte 6 is 0xe9, which is not UTF-8; convert"),

@@ -62,7 +62,11 @@ GOODS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
     ),
     "choices in the YAML": (CHOICE, GOOD, {"doc_to_choice": {"A": "one", "B": "two"}}),
     "one right answer for all": (WRITE, GOOD, {"doc_to_target": "yes"}),
-    "a generation setting": (WRITE, GOOD, {"generation_kwargs": {"until": "\n", "do_sample": True, "top_p": 0.9}}),
+    "a generation setting": (
+        WRITE,
+        GOOD,
+        {"generation_kwargs": {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9}},
+    ),
     "validation only, with examples": (
         CHOICE,
         GOOD,
@@ -111,6 +115,12 @@ DOCUMENTS: dict[str, tuple[dict[str, Any], list[Any] | str, dict[str, Any], str]
     "a null choice": (CHOICE, fifth(choices=[None, "b"]), {}, "document 4 .*choice 0 is None, not text"),
     "yes and no of YAML": (CHOICE, GOOD, {"doc_to_choice": [True, False]}, "choice 0 is True, not text; in YAML, yes"),
     "a target beyond the choices": (CHOICE, fifth(right=2), {}, "document 4 .*doc_to_target is 2, .* from 0 to 1"),
+    "a target beyond the choices in the first": (
+        CHOICE,
+        [{**row, "right": "7"} for row in GOOD],
+        {"doc_to_target": "{{right}}"},
+        "the doc_to_target of document 0 is not the number of one of its choices",
+    ),
     "a hidden target": (CHOICE, fifth(right=-1), {}, "document 4 .*doc_to_target is -1"),
     "a target between choices": (CHOICE, fifth(right=0.5), {}, r"doc_to_target is 0\.0"),
     "a number in quotes": (CHOICE, [{**r, "right": "1"} for r in GOOD], {}, "document 0 .*a number written as text"),
@@ -176,6 +186,12 @@ def test_documents_that_cannot_be_scored_are_named(tmp_path: Path, bad: tuple[An
         check(tmp_path, changes, documents, base)
 
 
+def test_words_that_csv_readers_take_for_nothing_are_told(tmp_path: Path) -> None:
+    files = {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"test": "data/rows.jsonl"}}}
+    with pytest.raises(BadInput, match=r"write, document 0: a template prints a field .*words such as NA"):
+        check(tmp_path, {**files, "doc_to_target": "right"}, "question,right\nNA,b\na,b\n", WRITE)
+
+
 def test_documents_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
     check(tmp_path, {}, lacks("right"), limit=4)
 
@@ -208,7 +224,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "none is fetched from the hub",
     ),
     "an unknown aggregation": (CHOICE, {"metric_list": [{"metric": "acc", "aggregation": "men"}]}, "aggregation 'men'"),
-    "a metric of another type": (CHOICE, {"metric_list": [{"metric": "perplexity"}]}, "no metric is an average"),
+    "a metric of another type": (
+        CHOICE,
+        {"metric_list": [{"metric": "perplexity"}]},
+        "no metric is an average.*none; .*aggregation: mean",
+    ),
     "an option that a metric lacks": (
         WRITE,
         {"metric_list": [{"metric": "exact_match", "ignore_cas": True, **MEAN}]},
@@ -236,6 +256,27 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         WRITE,
         {"generation_kwargs": {"do_sample": True, "top_p": 3.0}},
         "generation_kwargs.top_p is 3.0",
+    ),
+    "sampling without a temperature": (
+        WRITE,
+        {"generation_kwargs": {"do_sample": True}},
+        "generation_kwargs: .*temperature",
+    ),
+    "until is null": (WRITE, {"generation_kwargs": {"until": None}}, "generation_kwargs.until"),
+    "temperature is null": (
+        WRITE,
+        {"generation_kwargs": {"temperature": None}},
+        "generation_kwargs.temperature is None",
+    ),
+    "a setting that lm-eval sets itself": (
+        WRITE,
+        {"generation_kwargs": {"use_cache": False}},
+        "generation_kwargs: .*use_cache",
+    ),
+    "another kind of answer": (
+        WRITE,
+        {"generation_kwargs": {"return_dict_in_generate": True}},
+        "generation_kwargs: .*correct or remove",
     ),
     "numbers in until": (WRITE, {"generation_kwargs": {"until": [1]}}, "generation_kwargs.until"),
     "no tokens": (WRITE, {"generation_kwargs": {"max_gen_toks": 0}}, "generation_kwargs.max_gen_toks is 0"),

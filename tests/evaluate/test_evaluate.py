@@ -19,7 +19,7 @@ from flows._plan import walk
 from flows.mitigate import pipeline
 from tasks.evaluate import check_benchmarks
 from tests.conftest import fetched
-from tests.evaluate.test_score import CHOICE, write
+from tests.evaluate.test_score import CHOICE, WRITE, write
 
 CPU = Machine(device="cpu", threads=1)
 BASE_ONLY = ("evaluate", "evaluate-text", "evaluate-target")
@@ -73,6 +73,18 @@ def test_a_missing_chat_template_is_told_before_training(recipe: Recipe, store: 
     asking = EvaluateSpec.model_validate({"benchmarks": [{"name": "facts", "chat_template": True}]})
     with pytest.raises(BadInput, match="facts: chat_template is on, but the model's tokenizer has no chat template"):
         asking.check_base(base)
+
+
+def test_answers_without_room_in_the_context_are_told_before_sampling(store: Store, model_folder: Path) -> None:
+    base = fetched(store, model_folder)
+    context = base.metadata["context"]
+    task = {**WRITE, "task": "write", "dataset_path": "json", "test_split": "test"}
+    for length, own in ((context, {}), (4, {"max_gen_toks": context})):
+        asked = {"task": {**task, "generation_kwargs": {"max_new_tokens": length}}, **own}
+        with pytest.raises(BadInput, match=f"write: answers of {context} tokens leave no room"):
+            EvaluateSpec.model_validate({"benchmarks": [asked]}).check_base(base)
+    fits = {"task": {**task, "generation_kwargs": {"max_gen_toks": 4, "max_new_tokens": context}}}
+    EvaluateSpec.model_validate({"benchmarks": [fits]}).check_base(base)
 
 
 def test_documents_are_checked_in_a_plan_unless_they_are_scored_or_on_the_hub(

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cfsd.errors import BadInput, OutOfMemory
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.harness.check import check_documents
 from cfsd.evaluate.harness.score import Scores, score
 from tests.evaluate.test_score import CHOICE, READ, WRITE, by_hand, scores_of, write
 from tests.evaluate.test_score import model as model
@@ -186,3 +187,12 @@ def test_a_row_that_does_not_fit_alone_is_named(model: Any, tokenizer: Any, tmp_
     benchmark = Benchmark(name=write(tmp_path, CHOICE).stem, folder=str(tmp_path))
     with pytest.raises(OutOfMemory, match=r"one request of \d+ tokens does not fit into memory"):
         scored(model, tokenizer, benchmark, 1024, Watched(most=5))
+
+
+def test_what_was_warned_of_in_the_check_is_warned_of_again(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    own = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False, "temperature": 0.7}
+    write(tmp_path, WRITE, generation_kwargs=own)
+    check_documents(Benchmark(name="write", folder=str(tmp_path)))
+    for _ in range(2):
+        warnings = scores_of(model, tokenizer, tmp_path, "write").metadata["warnings"]
+        assert any("setting `temperature` to 0.0" in line for line in warnings)

@@ -74,6 +74,13 @@ def test_what_was_taken_one_of_several_ways_is_said(model: Any, tokenizer: Any, 
     twice, examples = scores_of(model, tokenizer, tmp_path, "pick").metadata["remarks"]
     assert twice.startswith("8 documents have one choice twice (the first is document 0)")
     assert "its own answer may be among them" in examples
+    write(tmp_path, CHOICE, doc_to_choice=["1", "0"], doc_to_target="{{right}}")
+    (number,) = scores_of(model, tokenizer, tmp_path, "pick").metadata["remarks"]
+    assert number.startswith(
+        "8 documents have a right answer that is the number of one choice, counted from 0, and the"
+    )
+    write(tmp_path, CHOICE, doc_to_choice=["1", "0"], doc_to_target="{{['1', '0'].index(right | string)}}")
+    assert "remarks" not in scores_of(model, tokenizer, tmp_path, "pick").metadata
     write(tmp_path, CHOICE, doc_to_choice=["a", "bed", "cab"], num_fewshot=1, fewshot_split="test")
     assert "remarks" not in scores_of(model, tokenizer, tmp_path, "pick").metadata
 

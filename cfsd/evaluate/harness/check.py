@@ -7,10 +7,11 @@ from transformers import GenerationConfig
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.benchmark_settings import LIMITS
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.load import loaded
 from cfsd.evaluate.harness.rows import direction, primary_metric
-from cfsd.evaluate.harness.written_answers import LIMITS
+from cfsd.evaluate.harness.trial import try_generation
 
 _whole: set[str] = set()  # digests of what was checked in this process
 
@@ -68,7 +69,9 @@ def _made_up(task: Any, document: Any) -> Any:
 
 
 def _check_generation(benchmark: Benchmark, task: Any) -> None:
-    settings = dict(task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == WRITTEN else {}
+    if task.OUTPUT_TYPE != WRITTEN:
+        return
+    settings = dict(task.get_config("generation_kwargs") or {})
     own = {name: value for name, value in settings.items() if name not in ("until", *LIMITS)}
     known = set(GenerationConfig().to_dict())
     where = f"benchmark {benchmark.name}: generation_kwargs"
@@ -78,5 +81,6 @@ def _check_generation(benchmark: Benchmark, task: Any) -> None:
         )
     try:
         GenerationConfig(**own).validate()
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: {error}") from error
+        try_generation(settings)
+    except Exception as error:  # whatever lm-eval and transformers raise
+        raise BadInput(f"{where}: {error}; correct or remove the setting") from error

@@ -10,7 +10,14 @@ from lm_eval.api.task import ConfigurableTask
 
 from cfsd.errors import BadInput, CfsdError
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.evaluate.harness.document_rules import Absent, Unusable, check_document, repeated_choice, unknown_field
+from cfsd.evaluate.harness.document_rules import (
+    Absent,
+    Unusable,
+    check_document,
+    repeated_choice,
+    taken_as_number,
+    unknown_field,
+)
 from cfsd.evaluate.harness.own_code import in_words
 from cfsd.evaluate.harness.reads import read_elsewhere
 from cfsd.evaluate.harness.rows import check_number, names_of_means
@@ -56,6 +63,7 @@ class CheckedTask:
         self.checks = isinstance(task, ConfigurableTask) and not benchmark.is_hub()
         self.asked = self.processed = 0
         self.repeated: list[int] = []  # numbers of documents with two equal choices
+        self.as_numbers: list[int] = []  # of those whose right answer is also the text of another choice
         if self.checks:
             self._check_settings()
             self._check_examples()
@@ -72,6 +80,12 @@ class CheckedTask:
             lines.append(
                 f"{len(self.repeated)} documents have one choice twice (the first is document {self.repeated[0]}): "
                 "the first of the two counts as the model's answer"
+            )
+        if self.as_numbers:
+            lines.append(
+                f"{len(self.as_numbers)} documents have a right answer that is the number of one choice, counted from "
+                f"0, and the text of another (the first is document {self.as_numbers[0]}): the number counts; where "
+                'the text is meant, write doc_to_target as "{{choices.index(answer)}}"'
             )
         if self.checks and self.task.get_config("num_fewshot") and _draws_from_what_is_scored(self.task):
             lines.append(
@@ -106,6 +120,8 @@ class CheckedTask:
                 check_document(self.task, document)
                 if repeated_choice(self.task, document):
                     self.repeated.append(self.asked)
+                if taken_as_number(self.task, document):
+                    self.as_numbers.append(self.asked)
             context = method(document, *args, **kwargs)
             if self.checks and self.task.OUTPUT_TYPE == "generate_until" and context == "":
                 raise Unusable("its prompt is empty; the model needs a text to continue")

@@ -1,5 +1,6 @@
 """What a document must have so that lm-eval's score of it means something. lm-eval itself takes most of it on trust."""
 
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -8,6 +9,7 @@ HINTS = {  # what lm-eval makes of numbers where there are choices
     "doc_to_target": ' (a number written as text becomes one as "{{field}}")',
     "doc_to_text": ' (a bare number is taken for that of a choice; a text that is a number needs more: "{{field}} =")',
 }
+FIELD = re.compile(r"\s*{{\s*[\w.]+\s*}}\s*")  # a template of one field
 SHOWN = 80  # characters of a value in a message
 
 
@@ -69,6 +71,14 @@ def repeated_choice(task: Any, document: Any) -> bool:
     """Return whether two choices of a document are the same: of these the first is always taken as the model's."""
     choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else []
     return len(set(choices)) < len(choices)
+
+
+def taken_as_number(task: Any, document: Any) -> bool:
+    """Return whether a field that a template writes as the right answer is one choice's text and another's number."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not FIELD.fullmatch(str(task.config.doc_to_target)):
+        return False
+    choices, target = task.doc_to_choice(document), task.doc_to_target(document)
+    return isinstance(target, int) and str(target) in choices and choices[target] != str(target)
 
 
 def unknown_field(task: Any) -> str | None:

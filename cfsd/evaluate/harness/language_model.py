@@ -8,9 +8,10 @@ from lm_eval.models.huggingface import HFLM
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.benchmark_settings import length_limit
 from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.window import Window
-from cfsd.evaluate.harness.written_answers import Answers, length_limit
+from cfsd.evaluate.harness.written_answers import Answers
 
 Progress = Callable[[int, int], None]
 
@@ -38,11 +39,8 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         """Get ready for `task`. Raises BadInput if its answers have no room in the model's context."""
         self.batches, self.on_progress, self.benchmark = batches, on_progress, benchmark
         self.limit = length_limit(task.get_config("generation_kwargs") or {}, self.max_gen_toks)
-        if task.OUTPUT_TYPE == WRITTEN and self.limit >= self.max_length:
-            raise BadInput(
-                f"benchmark {benchmark.name}: answers of {self.limit} tokens leave no room for a prompt in the model's "
-                f"context of {self.max_length}; set its max_gen_toks lower"
-            )
+        if task.OUTPUT_TYPE == WRITTEN:
+            benchmark.check_room(self.limit, self.max_length)
         self.answers = self._no_answers()
         self.window = Window(benchmark.name, self.max_length)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.utils
 import torch
 from datasets.exceptions import DatasetsError
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -20,11 +21,12 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_files import Definition, is_hub
 from cfsd.evaluate.harness.data_mistakes import mistake_in
-from cfsd.evaluate.harness.document_rules import Unusable
+from cfsd.evaluate.harness.document_rules import Absent, Unusable
 from cfsd.evaluate.harness.own_code import in_words, own_rules
 from cfsd.evaluate.harness.reads import CACHE
 from cfsd.model.undisturbed import seeded
 
+EMPTY = "fill it in (in CSV, an empty cell and words such as NA and null are read as missing)"
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
@@ -85,7 +87,11 @@ def _load(benchmark: Benchmark, definition: Definition, cache: str) -> Any:
 def _not_loaded(benchmark: Benchmark, definition: Definition, error: BaseException) -> str:
     if isinstance(error, Unusable):  # lm-eval looks at the first document
         return f"benchmark {benchmark.name}, document 0: {error}"
+    if isinstance(error, Absent):
+        return f"benchmark {benchmark.name}, document 0: a template prints a field that it has not ({error}); {EMPTY}"
     said = in_words(error, definition)
+    if isinstance(error, IndexError) and said.startswith("IndexError"):  # not in Python of its own
+        said = "the doc_to_target of document 0 is not the number of one of its choices"
     if isinstance(error, DatasetsError):
         said = mistake_in(definition) or said
     if isinstance(error, KeyError) and error.args[0] in [definition.config.get(key) for key in SPLITS]:
@@ -138,6 +144,7 @@ class _Collector(logging.Handler):
 def _quiet() -> Iterator[list[str]]:
     """Keep lm-eval and datasets from writing; yield the growing list of lm-eval's distinct warnings."""
     logger, collector = logging.getLogger("lm_eval"), _Collector()
+    lm_eval.utils.warning_once.cache_clear()  # what was said of another benchmark, or in a check, holds here too
     propagate, bars = logger.propagate, not datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of broken data is in its error too

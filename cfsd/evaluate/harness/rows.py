@@ -32,7 +32,10 @@ def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> 
             return name
     problem = "is no average over documents" if benchmark.metric in listed else "is not among its metrics"
     asked = f"metric {benchmark.metric} {problem}" if benchmark.metric else "no metric is an average over documents"
-    raise BadInput(f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}")
+    raise BadInput(
+        f"benchmark {benchmark.name}: {asked}; usable are {', '.join(usable) or 'none'}; "
+        "name one of these, or add to metric_list one with `aggregation: mean`"
+    )
 
 
 def names_of_means(task: Any) -> list[str]:

@@ -1,17 +1,9 @@
 """Written answers: which part of what a model wrote is the answer, and how the writing ended."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-
-# lm-eval takes the first of these that a benchmark gives.
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-def length_limit(settings: Mapping[str, Any], default: int) -> int:
-    """Return the most tokens of an answer that generation `settings` allow."""
-    return int(next((settings[name] for name in LIMITS if settings.get(name) is not None), default))
 
 
 class Answers:
