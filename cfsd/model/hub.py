@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsd.errors import BadInput
+from cfsd.model.adapter_folder import ADAPTER_CONFIG
 from cfsd.model.folder import PAYLOAD, TENSORS
 
 SECONDS = 5.0  # that a hub has to answer
@@ -96,6 +97,17 @@ def _asked(name: str, revision: str) -> str:
     return str(commit)
 
 
+def _holds(name: str, revision: str, file: str) -> bool:
+    """Say whether the hub has a file of the model."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=SECONDS)
+    except Exception:  # the failure that is explained already is another one
+        return False
+    return True
+
+
 def _cached(name: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
@@ -134,6 +146,11 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
         said = f"has no revision {revision!r}: take a branch, a tag or a commit of 40 hex digits {page}"
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         said = "has no config.json, so it is not a transformers model; take the model it was converted from"
+        if _holds(name, revision, ADAPTER_CONFIG):
+            said = (
+                "is an adapter, not a whole model: download it, and give the folder ADAPTER as TUNED of flows.measure "
+            )
+            said += f"or merge it into its base: hf download {name} --revision {revision} --local-dir ADAPTER"
     elif isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
         said = f"does not exist, or is private and the hub refused the access ({token}); check the id"
         said += f"; a folder {name!r} is not here either"

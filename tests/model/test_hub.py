@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         name, (what, revision), rest = "/".join(parts[:2]), parts[2:4], "/".join(parts[4:])
         if name in HINDRANCES:
             return self._send(b"", *HINDRANCES[name])
-        if name not in ("org/good", "org/gguf"):
+        if name not in ("org/good", "org/gguf", "org/adapter"):
             return self._send(b"", 404, "RepoNotFound")
         commit = {"main": COMMIT, "dev": OTHER, COMMIT: COMMIT, OTHER: OTHER}.get(revision)
         if commit is None:
@@ -68,7 +68,9 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return self._send(json.dumps([self._entry(path) for path in self.server.folder.iterdir()]).encode())
         file = self.server.folder / rest
-        if name == "org/gguf" or not file.exists():
+        if (name, rest) == ("org/adapter", "adapter_config.json"):
+            return self._send(b"{}", commit=commit)
+        if name != "org/good" or not file.exists():
             return self._send(b"", 404, "EntryNotFound", commit)
         return self._send(file.read_bytes(), commit=commit)
 
@@ -145,6 +147,7 @@ REFUSED = {
     f"org/good@{'c' * 40}": "has no revision 'c+'",
     f"org/good@{COMMIT[:7]}": "has no revision 'aaaaaaa'.* 40 hex digits",
     "org/gguf": "org/gguf@main has no config.json, so it is not a transformers model",
+    "org/adapter": "org/adapter@main is an adapter.*TUNED of flows.measure.*hf download org/adapter --revision main",
     "org/limited": "org/limited@main could not be had .*429",
     "a b/c@main": "is no name of a hub model",
     "a/b/c@main": "is no name of a hub model",
