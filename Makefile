@@ -6,7 +6,7 @@ DONE = $(VENV)/.installed
 PART ?= overhead
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-picture format bench up down clean
+.PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-refusals docs-picture format bench up down clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -49,6 +49,9 @@ check: $(DONE) docs  ## Format, lint, types, documentation
 
 docs: $(DONE)  ## Build the documentation into site/ and check its links (10 seconds)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-refusals: $(DONE)  ## Bring every input of tests/inputs.py and write the page of what is refused (10 minutes)
+	$(BIN)/python docs/refusals.py
 
 docs-picture: $(DONE)  ## Draw the picture of the architecture from the imports
 	$(BIN)/python docs/architecture.py

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import track
@@ -16,7 +16,7 @@ from rich.progress import track
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.inputs import INPUTS, Input, make  # noqa: E402
+from tests.inputs import INPUTS, Input, make  # noqa: E402 - the tests are no package that is installed
 
 PAGE = ROOT / "docs" / "reference" / "refusals.md"
 INTRODUCTION = """# What is refused, and what to do
@@ -42,16 +42,21 @@ def _lines() -> Iterator[str]:
         yield f"\n## {title}\n\n| what you bring | what happens |\n|---|---|"
         for brought in track(inputs, title):
             with tempfile.TemporaryDirectory(prefix="cfsd-input-") as folder:
-                yield f"| {brought.what} | {_cell(outcome(brought, make(Path(folder) / 'case')))} |"
+                yield row(brought, make(Path(folder) / "case"))
 
 
-def outcome(brought: Input, folder: Path, servers: Mapping[str, str] = {}) -> str:
+def row(brought: Input, folder: Path) -> str:
+    """Return the line of the page for an input; `folder` holds the good case. Raises Wrong."""
+    return f"| {brought.what} | {_cell(outcome(brought, folder))} |"
+
+
+def outcome(brought: Input, folder: Path) -> str:
     """Return what a run on `folder`, which holds the good case, says of the input. Raises Wrong."""
     brought.build(folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-    env |= {"CFSD_HOME": "data", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **servers}
+    env |= {"CFSD_HOME": "data", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env |= {name: value.format(folder=folder) for name, value in brought.environment.items()}
-    command = [sys.executable, "-m", "flows.mitigate", "recipe.yaml", *brought.words]
+    command = [sys.executable, "-m", "flows.mitigate", "recipe.yaml"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     message = done.stderr.rpartition("error: ")[2].strip() if brought.refused else _said(brought, done.stdout)
     wanted = (2, brought.refused) if brought.refused else (0, brought.said)

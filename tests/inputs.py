@@ -42,14 +42,13 @@ class Input(NamedTuple):
     """One input: what it is, in words; how the good case in a folder becomes it; what is to be seen.
 
     `refused` is a part of the message of a run that ends with exit code 2; without it the run completes and `said`
-    is a part of what it prints. `{folder}` in an environment variable is the case's folder.
+    is a part of a line that it prints. `{folder}` in an environment variable is the case's folder.
     """
 
     what: str
     build: Build
     refused: str = ""
     said: str = ""
-    words: tuple[str, ...] = ()
     environment: Mapping[str, str] = {}
 
 
@@ -64,7 +63,7 @@ def make(folder: Path) -> Path:
 
 def words(count: int = 24) -> list[str]:
     """Return `count` words of four letters, no two alike."""
-    return ["".join(chr(97 + (i * 7 + j * 3 + i // 5) % 26) for j in range(4)) for i in range(count)]
+    return ["".join(chr(97 + (i * 5 + j * (3 + i)) % 26) for j in range(4)) for i in range(count)]
 
 
 def save(folder: Path, template: str = CHAT) -> None:
@@ -72,7 +71,9 @@ def save(folder: Path, template: str = CHAT) -> None:
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     special = ["<unk>", "<bos>", "<eos>", "<|turn|>", "<|end|>"]
     characters = [*map(chr, range(32, 127)), "\n"]
     raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*special, *characters])}, unk_token="<unk>"))
@@ -259,7 +260,10 @@ INPUTS: dict[str, list[Input]] = {
     "Models": [
         Input("a folder that is not there", no_model, "is not a folder"),
         Input("weights without `lm_head.weight`, untied", no_head, "lacks lm_head.weight"),
-        Input("weights of a compiled model, `_orig_mod.` before each name", partial(prefixed, "_orig_mod."), "_orig_mod."),
+        Input(
+            "weights of a compiled model, `_orig_mod.` before each name", partial(prefixed, "_orig_mod."),
+            "save the inner model",
+        ),
         Input("an index that names a file that is not there", shard, "which the folder does not hold"),
         Input("a weights file that was cut short", cut, "was cut short"),
         Input("a Git LFS pointer in place of the weights", pointer, "LFS"),
@@ -304,6 +308,7 @@ INPUTS: dict[str, list[Input]] = {
                 pairs(lambda word: {"prompt": turns(word)[:1], "completion": turns(word)[1:]}, folder),
                 field(folder, target="{path: rows.jsonl, prompt: prompt, response: completion, held_out: 4}"),
             )[-1],
+            said="the chat template writes them",
         ),
         Input(
             "ShareGPT's `conversations`",
@@ -313,10 +318,17 @@ INPUTS: dict[str, list[Input]] = {
                     "conversations": [{"from": "human", "value": word}, {"from": "gpt", "value": word[::-1]}]
                 },
             ),
+            said="is taken as chats",
         ),
         Input("a list in a column of texts", partial(pairs, lambda word: {"prompt": word, "response": [word]}), "list"),
-        Input("true or false in a column of texts", partial(pairs, lambda word: {"prompt": word, "response": True}), "line 1"),
-        Input("half an emoji", partial(pairs, lambda word: {"prompt": word, "response": f"{word}\ud83d"})),
+        Input(
+            "true or false in a column of texts", partial(pairs, lambda word: {"prompt": word, "response": True}),
+            "a truth value",
+        ),
+        Input(
+            "half an emoji", partial(pairs, lambda word: {"prompt": word, "response": f"{word}\ud83d"}),
+            said="half of a",
+        ),
         Input(
             "an assistant turn with `weight: 0`",
             partial(chats, lambda word: {"messages": [*turns(word, weight=0), *turns(f"{word}!")]}),
@@ -329,10 +341,11 @@ INPUTS: dict[str, list[Input]] = {
             "tool calls without content, and a template that has no place for them",
             partial(chats, lambda word: {"messages": turns(word, content=None, tool_calls=CALL)}), "tool_calls",
         ),
-        Input("a column that no row has", partial(field, target="{path: rows.jsonl, prompt: question, held_out: 4}"), "question"),
         Input(
-            "a line that is no JSON", lambda folder: text("rows.jsonl", b'{"prompt": "a", "response": \n', folder), "line 1"
+            "a column that no row has", partial(field, target="{path: rows.jsonl, prompt: question, held_out: 4}"),
+            "no column for 'question'",
         ),
+        Input("a line that is no JSON", partial(text, "rows.jsonl", b'{"prompt": "a", "response": \n'), "line 1"),
         Input("a JSON array with a byte order mark and CRLF", array),
         Input("a compressed file, `.jsonl.gz`", compressed),
         Input("a CSV file of semicolons", partial(table, ";", "utf-8"), ";"),
@@ -347,12 +360,15 @@ INPUTS: dict[str, list[Input]] = {
         Input("a few-shot split that the data lack", partial(benchmark, fewshot_split="dev", num_fewshot=2), "dev"),
         Input("a document without its target", missing_target, "answer"),
         Input("a text that names a field that no document has", partial(benchmark, doc_to_text="{{query}} ="), "query"),
-        Input("a metric that lm-eval lacks", partial(benchmark, metric_list=[{"metric": "accuracy_of_mine"}]), "accuracy_of_mine"),
+        Input(
+            "a metric that lm-eval lacks", partial(benchmark, metric_list=[{"metric": "accuracy_of_mine"}]),
+            "accuracy_of_mine",
+        ),
     ],
     "Environment": [
         Input(
             "a proxy for everything", nothing,
-            environment={"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "PREFECT_API_URL": ""},
+            environment={"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"},
         ),
         Input(
             "a Prefect server that is away", nothing, "PREFECT_API_URL",

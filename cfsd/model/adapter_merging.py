@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
 from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -55,7 +56,6 @@ def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
     config = _config(adapter)
     _check_numbers(weights, adapter)
     _check_vocabulary(model, weights, adapter)
-    _loosen_ties(model, config, weights)
     try:
         adapted = get_peft_model(model, config)
         own = _own_names(adapted)
@@ -67,6 +67,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:
     absent = set(loaded.missing_keys)
     if missing := sorted(names[0] for names in own if absent.issuperset(names)):
         raise BadInput(f"adapter {adapter.path!r} lacks {listed(missing)}; save it again, or copy the whole folder")
+    _loosen_ties(adapted, config)
     return adapted.eval()
 
 
@@ -101,18 +102,19 @@ def _config(adapter: Adapter) -> PeftConfig:
     return config
 
 
-def _loosen_ties(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> None:
-    """Give the head weights of its own, where an adapter changes either it or the embedding to which it is tied.
+def _loosen_ties(adapted: Any, config: Any) -> None:
+    """Give the head weights of its own, where LoRA changes either it or the embedding to which it is tied.
 
-    Merged into the shared weights, a change of one would change the other too.
+    Merged into the shared weights, a change of one would change the other too. An adapter may also hold the weights
+    that the two share, so they come first.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parts: list[Any] = [adapted.get_output_embeddings(), adapted.get_input_embeddings()]
+    changed = [isinstance(part, LoraLayer) for part in parts]
+    head, embedding = (part.get_base_layer() if lora else part for part, lora in zip(parts, changed, strict=True))
     tied = head is not None and head.weight is embedding.weight
-    names = [name for name, module in model.named_modules() if module in (head, embedding)]
-    changed = any(f".{name}.lora_" in key for key in weights for name in names)
-    if tied and changed and not getattr(config, "ensure_weight_tying", False):
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        for part in (model.config, model.config.get_text_config()):
+    if tied and any(changed) and not getattr(config, "ensure_weight_tying", False):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for part in (adapted.config, adapted.config.get_text_config()):
             part.tie_word_embeddings = False
 
 
@@ -122,8 +124,8 @@ def _merged(adapted: Any, adapter: Adapter) -> PreTrainedModel:
     kind = adapter.config()["peft_type"]
     if not hasattr(adapted, "merge_and_unload"):
         raise BadInput(f"adapter {adapter.path!r} of type {kind} cannot be merged; allowed: LoRA and its kin")
-    before = _logits(adapted)
     try:
+        before = _logits(adapted)
         merged: PreTrainedModel = adapted.merge_and_unload().eval()
     except Exception as error:  # kinds of adapters that PEFT cannot merge raise what they like
         raise BadInput(f"adapter {adapter.path!r} of type {kind} cannot be merged: {brief(error)}") from error

@@ -192,6 +192,18 @@ def test_a_prompt_adapter_that_peft_wrote_is_refused(tmp_path: Path) -> None:
         Adapter(path=str(adapter)).check()
 
 
+def test_shared_weights_that_an_adapter_holds_are_those_of_head_and_embedding(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = trained(base, tmp_path / "adapter", lora(target_modules=["q_proj", "lm_head"]))
+    head = "base_model.model.lm_head.base_layer.weight"
+    _tensors(lambda t: t | {head: t[head] + 0.3 * torch.randn(32, 32)})(adapter)
+    merge(base, Adapter(path=str(adapter)), tmp_path / "merged")
+    both = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), both, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_what_is_no_change_of_weights_is_refused(tmp_path: Path) -> None:
     """An activated LoRA changes what follows its invocation alone: merged, it would change everything."""
     base = base_of(tmp_path / "base")
