@@ -3,6 +3,8 @@
 `cfsd.model.folder` checks what its files show without transformers, `cfsd.model.special_tokens` its ids.
 """
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from cfsd.model.folder import MAX_NAMED, brief, listed, read_object, weight_file
 
 TEXT_MODEL = (  # saves the text model of a multimodal checkpoint, and its tokenizer
     "from transformers import AutoModelForImageTextToText as M, AutoModelForCausalLM as C, AutoTokenizer as T; "
-    "m = M.from_pretrained('{folder}'); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "m = M.from_pretrained({folder}); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
     "c.base_model.load_state_dict(m.get_decoder().state_dict()); "
     "c.set_output_embeddings(m.get_output_embeddings()); c.generation_config = m.generation_config; "
-    "c.save_pretrained('TEXT'); T.from_pretrained('{folder}').save_pretrained('TEXT')"
+    'c.save_pretrained("TEXT"); T.from_pretrained({folder}).save_pretrained("TEXT")'
 )
 
 
@@ -65,7 +67,8 @@ def _check_text(config: PretrainedConfig, folder: Path, name: str) -> None:
         return
     remedy = "take a model of its family that reads text only"
     if isinstance(text, PretrainedConfig) and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        remedy = f'save its text model, and take the folder TEXT: python -c "{TEXT_MODEL.format(folder=folder)}"'
+        command = shlex.quote(TEXT_MODEL.format(folder=json.dumps(str(folder))))
+        remedy = f"save its text model, and take the folder TEXT: python -c {command}"
     raise BadInput(f"model {name!r} is of type {config.model_type!r}, which reads more than text; {remedy}")
 
 
