@@ -25,7 +25,6 @@ from cfsd.store.artifact import Store, key_of
 from cfsd.store.digests import DigestMemory, digest_of_files
 
 OF_KIND = {"name": "hub", "revision": "hub", "path": "folder"}  # which fields belong to which kind alone
-MAIN = "main"  # the revision where none is given
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -103,7 +102,7 @@ class Checkpoint(Spec):
     def place(self) -> tuple[str, str]:
         """Return the name and the revision of a hub model."""
         assert self.name, "only a hub model has a name"
-        return self.name, self.revision or MAIN
+        return self.name, self.revision or hub.MAIN
 
     def label(self) -> str:
         """Return a short name for people."""
