@@ -15,7 +15,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
-from cfsd.generate.spec import ProbeSpec
+from cfsd.generate.spec import ProbeSpec, check_context
 from cfsd.machine import Machine
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
@@ -51,6 +51,8 @@ def measure(
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
+        for model in models:  # TUNED may attend to fewer tokens than BASE
+            check_context(model, probe, "probe")
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
         sampled = sample_probe(models[0], probe, machine)

@@ -1,4 +1,4 @@
-"""Records: rows with named fields, and the texts in them; from files (`cfsd.data.files`) or a pinned data set of a hub.
+"""Records: rows with named fields, and the texts in them; from files (`cfsd.data.files`) or a data set of a hub.
 
 Readers that guess types turn the answer 007 into 7, so these do not guess.
 """
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
+from cfsd.model.hub import DATA, commit_of
 
 HALF = re.compile("[\ud800-\udfff]")
 HALVES = "half of a character (an emoji that was cut), read as U+FFFD"
@@ -127,20 +128,19 @@ def column_texts(records: Iterable[Located], column: str, what: str, setting: st
             yield text
 
 
-def is_pinned(name: str | None, revision: str | None) -> bool:
-    """Return whether both name one commit of a hub: an id, and 40 hex digits."""
-    return bool(name and re.fullmatch(r"[0-9a-f]{40}", revision or ""))
-
-
 def hub_records(
     name: str, revision: str, split: str, subset: str | None = None, column: str | None = None
 ) -> Iterator[Located]:
-    """Yield the records of a pinned data set, memory-mapped from a cache in the data folder; raises BadInput."""
+    """Yield the records of a data set, memory-mapped from a cache in the data folder; raises BadInput.
+
+    A branch or tag is the commit that it is now.
+    """
     from datasets import load_dataset  # late: takes seconds, and only a data set of a hub needs it
     from datasets.exceptions import DatasetsError
 
+    commit = commit_of(DATA + name, revision)
     try:
-        loaded = load_dataset(name, subset, revision=revision, split=split, cache_dir=str(home() / "datasets"))
+        loaded = load_dataset(name, subset, revision=commit, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
         yield from (Located(f"{name!r} row {number}", record) for number, record in enumerate(records, 1))
     # RuntimeError: the data set is a script; the others: files that are not what their names say

@@ -6,13 +6,22 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from cfsd.data.conversation import read_row
 from cfsd.data.files import Files
-from cfsd.data.records import Located, Said, hub_records, is_pinned
+from cfsd.data.records import Located, Said, hub_records
 from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
+from cfsd.model import hub
 from cfsd.spec import Spec, digest_of
 from cfsd.store.digests import digest_of_files
 
@@ -25,7 +34,7 @@ class Target(Spec):
 
     kind: Literal["file", "hub", "gym"] = Field(
         "file",
-        description="file: JSONL, CSV, Parquet and the like; hub: a pinned data set; gym: a reasoning-gym generator",
+        description="file: JSONL, CSV, Parquet and the like; hub: a data set; gym: a reasoning-gym generator",
     )
     path: str | None = Field(
         None,
@@ -34,7 +43,9 @@ class Target(Spec):
         "directory",
     )
     name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
-    revision: str | None = Field(None, description="hub only: the commit, 40 hex digits")
+    revision: str | None = Field(
+        None, description="hub only: a commit, branch or tag; empty: main. What counts and is recorded is the commit"
+    )
     split: str = Field("train", description="hub, and files that hold several splits")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
     prompt: str = Field(
@@ -60,14 +71,28 @@ class Target(Spec):
     def _complete(self) -> Self:
         if self.kind == "file" and not self.path:
             raise ValueError("a target of kind file needs `path`")
-        if self.kind == "hub" and not is_pinned(self.name, self.revision):
-            raise ValueError(f"hub data set {self.name!r} needs `revision`, a commit of 40 hex digits")
+        if self.kind == "hub" and not self.name:
+            raise ValueError("a data set of kind hub needs `name`, such as `openai/gsm8k`")
         if self.kind == "gym" and not (self.name and self.rows):
             raise ValueError("a target of kind gym needs `name` and `rows`")
         return self
 
+    @model_serializer(mode="wrap")
+    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the commit in place of the branch or tag, once it is known."""
+        written: dict[str, Any] = write(self)
+        if self.kind == "hub" and "revision" in written:
+            written["revision"] = hub.known_commit(*self.place()) or self.revision
+        return written
+
+    def place(self) -> tuple[str, str]:
+        """Return the name and the revision of a data set of a hub."""
+        return f"{hub.DATA}{self.name}", self.revision or hub.MAIN
+
     def _identity(self) -> dict[str, Any]:
         settings = super()._identity()
+        if self.kind == "hub":
+            settings["revision"] = hub.commit_of(*self.place())
         if self.kind == "file":
             digests = self.files().digests()
             [settings["path"]] = digests.values() if self.files().is_one_file() else [digest_of_files(digests)]
@@ -85,6 +110,7 @@ class Target(Spec):
         Reads all of small files, of others the first rows.
         """
         if self.kind == "hub":
+            hub.commit_of(*self.place())
             return
         rows = records_of(self)
         head = first_rows(self, rows)
@@ -117,7 +143,7 @@ def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
-        return hub_records(target.name or "", target.revision or "", target.split)
+        return hub_records(target.name or "", target.revision or hub.MAIN, target.split)
     return target.files().records(Said() if said is None else said)
 
 

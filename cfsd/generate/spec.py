@@ -79,7 +79,7 @@ def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> 
     context, why = base.metadata.get("context"), base.metadata.get("context_why", "")
     if spec.rows and isinstance(context, int) and spec.length + 1 > context:
         raise BadInput(
-            f"length {spec.length} and the start token do not fit the base model, which attends to {context} tokens"
+            f"length {spec.length} and the start token do not fit a model that attends to {context} tokens"
             f"{why and f' ({why})'}; set {name}.length to at most {context - 1}"
         )
     vocabulary, wanted = base.metadata.get("vocabulary"), getattr(spec, "top_logprobs", 0)

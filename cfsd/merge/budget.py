@@ -14,7 +14,8 @@ from cfsd.evaluate.divergence import divergences
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
 from cfsd.merge.stage import interpolated
-from cfsd.model.loading import load_model, release_models, stored_precision
+from cfsd.model.folder import stored_precision
+from cfsd.model.loading import load_model, release_models
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
 from cfsd.store.journal import Journal

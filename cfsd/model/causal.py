@@ -34,6 +34,8 @@ def check_architecture(config: PretrainedConfig, name: str) -> list[str]:
             changed = _changed_by_later(_small(config, divided))
         except Exception:  # sizes of some architectures depend on each other in ways that we do not know
             continue
+        if not changed.finite:
+            continue
         if changed.max > EXACT * changed.deviation:
             raise _refused(name)
         return []

@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
@@ -17,7 +24,7 @@ from cfsd.stages import FETCH
 from cfsd.store.artifact import Store, key_of
 from cfsd.store.digests import DigestMemory, digest_of_files
 
-MAIN = "main"  # the revision where none is given
+OF_KIND = {"name": "hub", "revision": "hub", "path": "folder"}  # which fields belong to which kind alone
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -58,8 +65,24 @@ class Checkpoint(Spec):
     def _from_text(cls, value: Any) -> Any:
         return expanded(value)
 
+    @field_validator("path")
+    @classmethod
+    def _reachable(cls, path: str | None) -> str | None:
+        if not path:
+            return path
+        try:
+            place = Path(path).expanduser()
+            place.exists()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is locked, ~nobody
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"folder {path[:80]!r} cannot be looked at ({why}); give another one") from error
+        return str(place) if path.startswith("~") else path
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        for name, kind in OF_KIND.items():
+            if kind != self.kind and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for kind {kind} only, and this is of kind {self.kind}; take it out")
         if self.kind == "hub" and not self.name:
             raise ValueError("a checkpoint of kind hub needs `name`, such as `allenai/OLMo-1B-hf`")
         if self.kind == "hub" and self.revision == "":
@@ -79,7 +102,7 @@ class Checkpoint(Spec):
     def place(self) -> tuple[str, str]:
         """Return the name and the revision of a hub model."""
         assert self.name, "only a hub model has a name"
-        return self.name, self.revision or MAIN
+        return self.name, self.revision or hub.MAIN
 
     def label(self) -> str:
         """Return a short name for people."""
@@ -121,9 +144,16 @@ def expanded(value: Any) -> Any:
         return value
     if value in ("tiny", "smollm2"):
         return {"kind": value}
-    if Path(value).exists():
+    if _exists(value):
         return {"kind": "folder", "path": value}
     name, at, revision = value.partition("@")
     if at or re.fullmatch(r"\w[\w.-]*/[\w.-]+", value):  # as `org/name`; a folder is written ./org/name
         return {"kind": "hub", "name": name, "revision": revision if at else None}
     return {"kind": "folder", "path": value}
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False

@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cfsd.errors import BadInput
 from cfsd.model import hub
@@ -106,10 +107,10 @@ def describe(
     folder: Path, config: PretrainedConfig, tokenization: Tokenization, notes: Sequence[str] = ()
 ) -> dict[str, JsonValue]:
     """Return what later stages and estimates need to know of the model in `folder`; reads no weights."""
-    named, context = config.architectures, context_of(config.to_dict())
+    context = context_of(config.to_dict())
     return {
         "parameters": count_parameters(folder),
-        "architecture": str(named[0]) if isinstance(named, list) and named else type(config).__name__,
+        "architecture": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
         "context": context.tokens,

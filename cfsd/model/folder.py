@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ PAYLOAD = (TENSORS, "*.safetensors.index.json", "config.json", "generation_confi
            "chat_template*", "spiece.model")  # fmt: skip
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # of weights that can be trained
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 MAX_NAMED = 4  # files or tensors in one message
 
@@ -86,7 +88,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a model. Raises BadInput naming the file and what is wrong."""
     try:
         content = path.read_bytes()
-        value = json.loads(content)
+        value = json.loads(content.decode())  # as other libraries read it: UTF-8 without a byte order mark
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); copy the model again") from error
     except (ValueError, RecursionError) as error:
@@ -124,6 +126,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise BadInput(
             f"model {str(folder)!r} has quantised weights ({method}), which cannot be fine-tuned here; take the "
             "unquantised model it was made from"
+        )
+    number = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if number not in FORMATS.values():
+        raise BadInput(
+            f"{folder / 'config.json'} has dtype {number!r}; allowed: {', '.join(FORMATS.values())}; correct it, or "
+            "take it out"
         )
     if why := refusal(config):
         raise BadInput(
@@ -197,7 +205,7 @@ def _checked_tensors(file: Path) -> Iterator[str]:
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file} is damaged or was cut short ({error}); copy it again") from error
     for name, number in formats.items():
-        if number.startswith(("F8", "F4", "F6")) or (number in ("I8", "U8", "I4") and name.endswith("weight")):
+        if number.startswith(("F8", "F4", "F6_")) or (number in ("I8", "U8", "I4") and name.endswith("weight")):
             raise BadInput(
                 f"{file} holds {name} as {number}: quantised weights, which cannot be fine-tuned here; take the "
                 "unquantised model it was made from"
@@ -207,12 +215,23 @@ def _checked_tensors(file: Path) -> Iterator[str]:
 
 def count_parameters(folder: Path) -> int:
     """Return how many numbers the weights in `folder` hold, from the files' headers alone."""
-    parameters = 0
+    return _numbers_by_format(folder).total()
+
+
+def stored_precision(folder: Path) -> str:
+    """Return the number format of most weights in `folder`, such as `bfloat16`, whatever its config says."""
+    numbers = _numbers_by_format(folder)
+    return FORMATS[max(FORMATS, key=lambda name: numbers[name])]
+
+
+def _numbers_by_format(folder: Path) -> Counter[str]:
+    numbers = Counter[str]()
     for file in weight_files(folder):
         with safe_open(file, framework="numpy") as tensors:
-            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-            parameters += sum(math.prod(shape) for shape in shapes)
-    return parameters
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                numbers[str(tensor.get_dtype())] += math.prod(tensor.get_shape())
+    return numbers
 
 
 def listed(names: list[str]) -> str:

@@ -1,13 +1,16 @@
-"""Models on a hub: which commit a branch or tag is, and one message for every way in which the hub fails."""
+"""Models and data sets on a hub: which commit a branch or tag is, and one message for every way it fails."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from cfsd.errors import BadInput
+from cfsd.model.adapter_folder import ADAPTER_CONFIG
 from cfsd.model.folder import PAYLOAD, TENSORS
 
 SECONDS = 5.0  # that a hub has to answer
+MAIN = "main"  # the revision where none is given
+DATA = "datasets/"  # begins the names of data sets where models have theirs
 _commits: dict[tuple[str, str], str] = {}  # of this process: what a branch was is not asked twice
 
 
@@ -24,11 +27,12 @@ def known_commit(name: str, revision: str) -> str | None:
 def commit_of(name: str, revision: str) -> str:
     """Return the commit that a branch or tag is now; asked and printed once in a process.
 
-    Where the hub cannot be reached, it is what the branch was when the model was last downloaded.
-    Raises BadInput.
+    A data set's `name` begins with DATA. Where the hub cannot be reached, it is what the branch was when the model was
+    last downloaded. Raises BadInput.
     """
     if (known := known_commit(name, revision)) is None:
-        known = _commits[name, revision] = _asked(name, revision)
+        ask = _asked_for_data if name.startswith(DATA) else _asked
+        known = _commits[name, revision] = ask(name, revision)
         print(f"{name}@{revision} is commit {known}")
     return known
 
@@ -96,6 +100,27 @@ def _asked(name: str, revision: str) -> str:
     return str(commit)
 
 
+def _asked_for_data(name: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(name.removeprefix(DATA), revision=revision, timeout=SECONDS).sha
+    except Exception as error:
+        raise _explained(error, name, revision) from error
+    return str(commit)
+
+
+def _holds(name: str, revision: str, file: str) -> bool:
+    """Say whether the hub has a file of the model."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=SECONDS)
+    except Exception:  # the failure that is explained already is another one
+        return False
+    return True
+
+
 def _cached(name: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
@@ -127,6 +152,8 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
     from huggingface_hub import errors, get_token
 
     token = "the token that you gave" if get_token() else "no token was given: set HF_TOKEN, or run `hf auth login`"
+    what = "data set" if name.startswith(DATA) else "hub model"
+    name = name.removeprefix(DATA)
     page = f"on the page of {name}"
     if isinstance(error, errors.GatedRepoError):
         said = f"is gated: accept its terms {page} and use a token of the account that did so ({token})"
@@ -134,15 +161,22 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
         said = f"has no revision {revision!r}: take a branch, a tag or a commit of 40 hex digits {page}"
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         said = "has no config.json, so it is not a transformers model; take the model it was converted from"
+        if _holds(name, revision, ADAPTER_CONFIG):
+            said = (
+                "is an adapter, not a whole model: download it, and give the folder ADAPTER as TUNED to flows.measure "
+            )
+            said += f"or merge it into its base: hf download {name} --revision {revision} --local-dir ADAPTER"
     elif isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
         said = f"does not exist, or is private and the hub refused the access ({token}); check the id"
-        said += f"; a folder {name!r} is not here either"
+        said += f"; a folder {name!r} is not here either" if what == "hub model" else ""
     elif isinstance(error, errors.HFValidationError):
-        said = f"is no name of a hub model ({error}); allowed: `org/name@revision`, or a folder that exists"
+        said = f"is no name of a {what} ({error}); allowed: `org/name@revision`, or a folder that exists"
+    elif isinstance(error, errors.OfflineModeIsEnabled) and what == "data set":
+        said = "is not known, as the hub is not asked (HF_HUB_OFFLINE): unset it, or give a commit of 40 hex digits"
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         said = "is not in the cache of this machine, and the hub is not asked (HF_HUB_OFFLINE); unset it, or download "
         said += f"the model first: hf download {name}"
     else:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         said = f"could not be had ({why}); check the network, HF_ENDPOINT and proxies, or give a local folder"
-    return BadInput(f"hub model {name}@{revision} {said}")
+    return BadInput(f"{what} {name}@{revision} {said}")

@@ -1,6 +1,5 @@
 """Models and tokenizers as the store holds them: loaded, cached for measuring, and saved."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from transformers.utils import logging
 
 from cfsd.errors import BadInput
 from cfsd.model.causal import check_predictions
-from cfsd.model.folder import START, brief, payload_of, read_object
+from cfsd.model.folder import START, brief, payload_of, read_object, stored_precision
 from cfsd.model.special_tokens import end_tokens_of
 from cfsd.store.artifact import Artifact, Store
 
@@ -51,7 +50,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.decode(tokenizer.encode("a b"))  # some mistakes show in use
+        own = max(tokenizer.get_vocab().values(), default=0)
+        tokenizer.encode(tokenizer.decode([own]))  # some mistakes show in use; other texts it may rightly refuse
     except Exception as error:  # whatever a broken file makes of another library
         raise BadInput(
             f"the tokenizer in {folder} cannot be loaded ({brief(error)}); copy the tokenizer files again"
@@ -88,6 +88,7 @@ def load_model(folder: Path, device: str, precision: str | None = None) -> PreTr
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
+    loaded.config.return_dict = True  # some old configs ask for tuples
     model: PreTrainedModel = loaded.to(device)
     return model
 
@@ -96,12 +97,6 @@ def quiet() -> None:
     """Keep progress bars and warnings of transformers off the terminal, which shows our own."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def stored_precision(folder: Path) -> str:
-    """Return the number format of the weights in `folder`, such as `bfloat16`."""
-    stored = json.loads((folder / "config.json").read_text())
-    return str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
 
 
 def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:

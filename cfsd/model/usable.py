@@ -4,6 +4,7 @@
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cfsd.errors import BadInput
-from cfsd.model.folder import MAX_NAMED, brief, listed, weight_files
+from cfsd.model.folder import MAX_NAMED, brief, listed, read_object, weight_files
 
 TEXT_MODEL = (  # saves the text model of a multimodal checkpoint, and its tokenizer
     "from transformers import AutoModelForImageTextToText as M, AutoModelForCausalLM as C, AutoTokenizer as T; "
-    "m = M.from_pretrained('{folder}'); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "m = M.from_pretrained({folder}); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
     "c.base_model.load_state_dict(m.get_decoder().state_dict()); "
     "c.set_output_embeddings(m.get_output_embeddings()); c.generation_config = m.generation_config; "
-    "c.save_pretrained('TEXT'); T.from_pretrained('{folder}').save_pretrained('TEXT')"
+    'c.save_pretrained("TEXT"); T.from_pretrained({folder}).save_pretrained("TEXT")'
 )
 
 
@@ -33,16 +34,22 @@ def load_config(folder: Path, name: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes of another library
-        if "auto_map" in json.loads((folder / "config.json").read_text()):
+        if "auto_map" in read_object(folder / "config.json"):
             raise BadInput(
                 f"model {name!r} needs Python code that comes with it (auto_map in config.json), which is never "
                 "executed; allowed: architectures that transformers knows by itself"
             ) from error
         raise BadInput(
-            f"config.json of the model {name!r} cannot be used ({brief(error)}); allowed: causal language models that "
-            f"this version of transformers knows by itself, such as Llama, Qwen, Gemma or GPT-2"
+            f"config.json of the model {name!r} cannot be used ({brief(error)}); correct it, or take a causal language "
+            "model that this version of transformers knows by itself, such as Llama, Qwen, Gemma or GPT-2"
         ) from error
     _check_text(config, folder, name)
+    pad, rows = getattr(config, "pad_token_id", None), config.vocab_size
+    if pad is not None and pad >= rows:
+        raise BadInput(
+            f"pad_token_id {pad} in config.json of the model {name!r} is outside its vocabulary of {rows} tokens; "
+            "correct it there, or take it out"
+        )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadInput(
             f"model {name!r} is of type {config.model_type!r}, which is not a causal language model; allowed are "
@@ -60,7 +67,8 @@ def _check_text(config: PretrainedConfig, folder: Path, name: str) -> None:
         return
     remedy = "take a model of its family that reads text only"
     if isinstance(text, PretrainedConfig) and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        remedy = f'save its text model, and take the folder TEXT: python -c "{TEXT_MODEL.format(folder=folder)}"'
+        command = shlex.quote(TEXT_MODEL.format(folder=json.dumps(str(folder))))
+        remedy = f"save its text model, and take the folder TEXT: python -c {command}"
     raise BadInput(f"model {name!r} is of type {config.model_type!r}, which reads more than text; {remedy}")
 
 
@@ -81,9 +89,10 @@ def check_weights(folder: Path, name: str) -> None:
         shapes = [f"{key} {tuple(stored)} where {tuple(wanted)} is needed" for key, stored, wanted in mismatched]
         faults.append(f"holds {listed(shapes)}")
     if faults:
+        filled = "fill the weights with random numbers, anew at each load"
+        would = filled if missing or mismatched else "leave them out, so that another model would be measured"
         raise BadInput(
-            f"model {name!r} {' and '.join(faults)}: transformers would fill such weights with random "
-            f"numbers, anew at each load; {_remedy(missing, unexpected)}"
+            f"model {name!r} {' and '.join(faults)}: transformers would {would}; {_remedy(folder, missing, unexpected)}"
         )
 
 
@@ -100,17 +109,26 @@ def _loading_info(folder: Path, name: str) -> dict[str, Any]:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:  # whatever a broken file makes of another library
-        raise BadInput(f"the model in {name!r} cannot be loaded by transformers ({brief(error)})") from error
+        raise BadInput(
+            f"the model in {name!r} cannot be loaded by transformers ({brief(error)}); correct config.json, or copy "
+            "the model again"
+        ) from error
     found: dict[str, Any] = loading
     return found
 
 
-def _remedy(missing: list[str], unexpected: list[str]) -> str:
+def _remedy(folder: Path, missing: list[str], unexpected: list[str]) -> str:
     """Return what to do; names that differ by a prefix alone come from a wrapped model that was saved."""
     for name in unexpected:
         for wanted in missing:
             if name != wanted and name.endswith(wanted):
                 return f"the names begin with {name.removesuffix(wanted)!r}: save the inner model (save_pretrained)"
+    config = read_object(folder / "config.json")
+    named, causal = config.get("architectures"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+    if isinstance(named, list) and named and named[0] != causal:
+        return f"config.json says that a {named[0]} was saved, not a {causal}: take the language model it was made from"
+    if not missing:
+        return "correct config.json, or save the language model alone with save_pretrained"
     return "save the whole model again with save_pretrained"
 
 

@@ -212,4 +212,7 @@ def summary_frame(summaries: list[Summary]) -> pd.DataFrame:
         if not line.is_part:
             main = re.split("[:,]", line.label)[0]
         rows.append([f"{main}: {line.label}" if line.is_part else line.label, line.base, *line.cells])
-    return pd.DataFrame(rows, columns=["figure", "base", *(s.name for s in summaries)], dtype=object)
+    names: list[str] = []
+    for name in ("figure", "base", *(summary.name for summary in summaries)):
+        names.append(f"{name} ({len(names)})" if name in names else name)  # a variant may be called base
+    return pd.DataFrame(rows, columns=names, dtype=object)

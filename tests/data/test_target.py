@@ -176,9 +176,7 @@ def test_a_file_that_is_not_what_it_says_is_refused(store: Store, base: Artifact
         prepared(store, base, path=str(tmp_path / "rows.jsonl"))
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"kind": "gym", "name": "x"}, {"kind": "hub", "name": "x", "revision": "main"}]
-)
+@pytest.mark.parametrize("settings", [{}, {"kind": "gym", "name": "x"}, {"kind": "hub", "revision": "main"}])
 def test_a_target_without_what_its_kind_needs_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="needs"):
         Target(**settings)

@@ -1,11 +1,13 @@
 """Mistakes that users make: each gives one clear message before anything expensive starts, and exit code 2."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run, save_model, write_rows
+from tests.model.folders import change_json
 
 Case = tuple[Callable[[Path], list[str]], str]
 
@@ -98,6 +100,14 @@ def test_models_of_different_vocabularies(run: Run, model_folder: Path, tmp_path
     other = save_model(tmp_path / "other", bos=False)
     done = run("measure", model_folder, other)
     assert done.returncode == 2 and "different vocabularies" in done.stderr
+
+
+def test_a_probe_longer_than_either_model_attends_to_is_refused(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    shorter = Path(shutil.copytree(model_folder, tmp_path / "shorter"))
+    change_json(shorter / "config.json", max_position_embeddings=8)
+    for pair in ((model_folder, shorter), (shorter, model_folder)):
+        done = run("measure", *pair, "--set", "probe.length=8")
+        assert done.returncode == 2 and "attends to 8 tokens; set probe.length to at most 7" in done.stderr
 
 
 def test_rows_are_helpful_about_columns(run: Run, recipe_file: Path, tmp_path: Path) -> None:

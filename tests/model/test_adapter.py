@@ -22,6 +22,7 @@ from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.folder import START
 from cfsd.model.loading import load_tokenizer
 from tests.conftest import save_model
+from tests.model.folders import change_json
 
 LLAMA = ["q_proj", "down_proj"]
 
@@ -217,6 +218,15 @@ def test_a_merged_model_is_stored_in_the_format_of_its_base(tmp_path: Path) -> N
     adapter = trained(base, tmp_path / "adapter", lora())
     merge(base, Adapter(path=str(adapter)), tmp_path / "merged")
     assert {str(t.dtype) for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {"torch.bfloat16"}
+
+
+def test_the_format_of_a_model_is_that_of_its_weights_whatever_its_config_says(tmp_path: Path) -> None:
+    """Rounded to the 16 bits that a config promises, a model of 32 would have changed by more than its training."""
+    base = base_of(tmp_path / "base")
+    change_json(base / "config.json", dtype="bfloat16")
+    adapter = trained(base, tmp_path / "adapter", lora())
+    merge(base, Adapter(path=str(adapter)), tmp_path / "merged")
+    assert {str(t.dtype) for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {"torch.float32"}
 
 
 def test_another_chat_template_is_said_and_the_bases_tokenizer_is_used(tmp_path: Path) -> None:

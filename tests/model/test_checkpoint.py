@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,25 @@ def test_strings_name_all_four_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_half_a_hub_model_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Checkpoint.model_validate(text)
+
+
+@pytest.mark.parametrize("value, words", [
+    ("x" * 300, "File name too long"),
+    ("~no-such-user/model", "home directory"),
+    ({"kind": "tiny", "path": "./mine"}, "path is for kind folder only, and this is of kind tiny"),
+    ({"kind": "folder", "path": "./mine", "name": "org/name"}, "name is for kind hub only"),
+    ({"kind": "tiny", "revision": "main"}, "revision is for kind hub only"),
+])  # fmt: skip
+def test_what_does_not_belong_together_is_refused(value: Any, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Checkpoint.model_validate(value)
+
+
+def test_a_folder_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my@model").mkdir()
+    assert Checkpoint.model_validate("~/my@model").path == str(tmp_path / "my@model")
+    assert Checkpoint(kind="folder", path="~/other").path == str(tmp_path / "other")
 
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:

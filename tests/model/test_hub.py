@@ -1,6 +1,7 @@
 """Hub models against a server of our own: a branch becomes a commit, and every failure one message in time."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from cfsd.data.replay import Replay
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.model import hub
 from cfsd.model.checkpoint import Checkpoint
@@ -53,11 +56,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.append(self.headers.get("Authorization"))
         if self.server.silent:
             time.sleep(2)
-        parts = self.path.removeprefix("/api/models").strip("/").split("?")[0].split("/")
+        parts = re.sub("^/api/(models|datasets)", "", self.path).strip("/").split("?")[0].split("/")
         name, (what, revision), rest = "/".join(parts[:2]), parts[2:4], "/".join(parts[4:])
         if name in HINDRANCES:
             return self._send(b"", *HINDRANCES[name])
-        if name not in ("org/good", "org/gguf"):
+        if name not in ("org/good", "org/gguf", "org/adapter"):
             return self._send(b"", 404, "RepoNotFound")
         commit = {"main": COMMIT, "dev": OTHER, COMMIT: COMMIT, OTHER: OTHER}.get(revision)
         if commit is None:
@@ -68,7 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return self._send(json.dumps([self._entry(path) for path in self.server.folder.iterdir()]).encode())
         file = self.server.folder / rest
-        if name == "org/gguf" or not file.exists():
+        if (name, rest) == ("org/adapter", "adapter_config.json"):
+            return self._send(b"{}", commit=commit)
+        if name != "org/good" or not file.exists():
             return self._send(b"", 404, "EntryNotFound", commit)
         return self._send(file.read_bytes(), commit=commit)
 
@@ -145,10 +150,32 @@ REFUSED = {
     f"org/good@{'c' * 40}": "has no revision 'c+'",
     f"org/good@{COMMIT[:7]}": "has no revision 'aaaaaaa'.* 40 hex digits",
     "org/gguf": "org/gguf@main has no config.json, so it is not a transformers model",
+    "org/adapter": "org/adapter@main is an adapter.*TUNED to flows.measure.*hf download org/adapter --revision main",
     "org/limited": "org/limited@main could not be had .*429",
     "a b/c@main": "is no name of a hub model",
     "a/b/c@main": "is no name of a hub model",
 }
+
+
+@pytest.mark.parametrize("kind", [Target, Replay])
+def test_a_branch_of_a_data_set_is_resolved_once_printed_and_kept(
+    kind: Any, served: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = kind(kind="hub", name="org/good")
+    rows.check()
+    assert capsys.readouterr().out == f"datasets/org/good@main is commit {COMMIT}\n"
+    asked = len(served.asked)
+    assert rows.model_dump()["revision"] == COMMIT
+    assert (
+        rows.digest()
+        == kind(kind="hub", name="org/good", revision=COMMIT).digest()
+        != kind(kind="hub", name="org/good", revision=OTHER).digest()
+    )
+    assert len(served.asked) == asked
+    with pytest.raises(BadInput, match="data set org/good@nowhere has no revision 'nowhere'"):
+        kind(kind="hub", name="org/good", revision="nowhere").check()
+    with pytest.raises(BadInput, match=r"data set org/nobody@main does not exist, or is private .* check the id$"):
+        kind(kind="hub", name="org/nobody").check()
 
 
 @pytest.mark.parametrize("text", REFUSED)

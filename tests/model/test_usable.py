@@ -11,13 +11,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+)
 
 from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import examine
-from cfsd.model.folder import count_parameters
+from cfsd.model.folder import count_parameters, stored_precision
+from cfsd.model.loading import load_model
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
 from flows._plan import checked
@@ -106,6 +114,52 @@ def test_weights_that_are_large_but_finite_are_left_alone(model: Path) -> None:
     """Their sum overflows, which is no proof."""
     write_weights(model, lambda tensors: tensors | {NORM: torch.full((32,), 3e38)})
     examine(Checkpoint(kind="folder", path=str(model)))
+
+
+@pytest.mark.parametrize("number", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_in_any_format_of_floats_are_no_quantised_ones(number: torch.dtype, model: Path) -> None:
+    write_weights(model, lambda tensors: {name: tensor.to(number) for name, tensor in tensors.items()})
+    examine(Checkpoint(kind="folder", path=str(model)))
+    assert stored_precision(model) == str(number).removeprefix("torch.")
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(model: Path) -> None:
+    ids = torch.tensor([[1, 5, 6]])
+    expected = load_model(model, "cpu")(input_ids=ids).logits
+    change_json(model / "config.json", return_dict=False)
+    assert load_model(model, "cpu")(input_ids=ids).logits.equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["classification", "embedding", "value head"])
+def test_a_model_with_another_head_is_told_what_it_is(kind: str, model: Path) -> None:
+    config: Any = AutoConfig.from_pretrained(model, tie_word_embeddings=False, num_labels=1)
+    if kind == "value head":
+        write_weights(model, lambda tensors: tensors | {"v_head.summary.weight": torch.ones(1, 32)})
+        words = r"holds v_head.summary.weight.*leave them out.*save the language model alone"
+    elif kind == "classification":
+        LlamaForSequenceClassification(config).save_pretrained(model)
+        words = "says that a LlamaForSequenceClassification was saved, not a LlamaForCausalLM"
+    else:
+        LlamaModel(config).save_pretrained(model)
+        words = "lacks lm_head.weight.*says that a LlamaModel was saved, not a LlamaForCausalLM"
+    with_words(words, refusal(model))
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"dtype": "auto"}, "dtype 'auto'; allowed: float32, bfloat16, float16, float64"),
+    ({"dtype": {"": "float32"}}, "dtype .*float32'}; allowed"),
+    ({"pad_token_id": 32}, "pad_token_id 32 .* outside its vocabulary of 32 tokens"),
+    ({"hidden_act": "nope"}, "KeyError: 'nope'.*; correct config.json"),
+])  # fmt: skip
+def test_a_config_with_a_wrong_value_is_refused(fields: dict[str, Any], words: str, model: Path) -> None:
+    change_json(model / "config.json", **fields)
+    with_words(words, refusal(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_other_libraries_could_not_read_is_refused(name: str, model: Path) -> None:
+    (model / name).write_bytes(b"\xef\xbb\xbf" + (model / name).read_bytes())
+    with_words(f"{name} is not valid JSON .*BOM", refusal(model))
 
 
 def pointer(file: str) -> Change:

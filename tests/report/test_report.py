@@ -445,6 +445,8 @@ def test_frame_has_base_and_variants_and_leaves_out_what_nobody_has(world: World
     assert frame.loc["cap: acc, %", "finetune"] == "50.0"
     assert str(frame.loc["cap: lost, points", "rehearse"]).startswith("2.00 [")
     assert "target loss: gain, nats/token" in frame.index
+    named = [s.model_copy(update={"name": "base"}) for s in summaries[:2]]
+    assert list(summary_frame(named).columns) == ["figure", "base", "base (2)", "base (3)"]
     without = [s.model_copy(update={"target_gain": None}) for s in summaries]
     assert "target loss: gain, nats/token" not in list(summary_frame(without)["figure"])
 
