@@ -140,6 +140,19 @@ def fetched(store: "Store", folder: Path, start_token: str | None = None) -> "Ar
     return store.make("model", key, lambda draft: fetch(checkpoint, draft))[0]
 
 
+def fetched_with_nan(store: "Store", folder: Path, position: int) -> "Artifact":
+    """Bring a GPT-2 into the store whose embedding of a position is NaN: what was found whole and damaged since."""
+    from safetensors.torch import load_file, save_file
+
+    base = fetched(store, save_model(folder, family="gpt2"))
+    file = store.path(base) / "model.safetensors"
+    weights = load_file(file)
+    weights["transformer.wpe.weight"][position] = float("nan")  # beyond what the trials of a loaded model reach
+    file.unlink()  # a link to the user's own
+    save_file(weights, file, {"format": "pt"})
+    return base
+
+
 @pytest.fixture
 def base(store: "Store", model_folder: Path) -> "Artifact":
     """The random Llama-shaped model in the store."""

@@ -45,6 +45,7 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
         folder = Path(checkpoint.path or "")
         source = folder if checkpoint.kind == "folder" else hub.download(*checkpoint.place())
         draft.metadata |= take(source, draft.folder, checkpoint)
+        check_numbers(draft.folder, _name(checkpoint))  # reads all weights, a second for a gigabyte: not in a plan
         return
     config = load_config(draft.folder, checkpoint.label())
     draft.metadata |= describe(draft.folder, config, *_settled(draft.folder, checkpoint))
@@ -81,20 +82,22 @@ def take(source: Path, folder: Path, checkpoint: Checkpoint, *, weights: bool = 
 
 
 def _examined(folder: Path, checkpoint: Checkpoint, weights: bool) -> dict[str, JsonValue]:
-    name = str(checkpoint.path or checkpoint.label())
+    name = _name(checkpoint)
     config = load_config(folder, name)
     if weights:
         check_weights(folder, name)
     unproved = check_architecture(config, name)
-    if weights:
-        check_numbers(folder, name)
     tokenization, notes = _settled(folder, checkpoint)
     return describe(folder, config, tokenization, [*unproved, *notes]) if weights else {}
 
 
+def _name(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path or checkpoint.label())
+
+
 def _settled(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenization, list[str]]:
     """Decide on the tokens that begin and end texts, write the decision down, and return what is to be said."""
-    tokenizer, name = load_tokenizer(folder), str(checkpoint.path or checkpoint.label())
+    tokenizer, name = load_tokenizer(folder), _name(checkpoint)
     notes, eos_ids = settle_end_tokens(folder, tokenizer), read_eos_ids(folder)
     check_ids(folder, name, tokenizer, eos_ids)
     notes += settle_start_token(folder, tokenizer, checkpoint.start_token)

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from cfsd.data.replay import Replay
 from cfsd.data.stage import prepare
@@ -29,7 +28,7 @@ from cfsd.mix.stage import mix
 from cfsd.model.loading import load_for_measuring, load_model, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import read_rows, shards
-from tests.conftest import fetched, write_rows
+from tests.conftest import fetched, fetched_with_nan, write_rows
 from tests.loopback_server import Manners, serving
 
 pytestmark = pytest.mark.processes
@@ -120,13 +119,8 @@ def test_two_processes_write_the_same_bytes_and_a_killed_one_is_replaced(store: 
     assert [path.name for path in shards(store.path(two), "corpus")] == [f"corpus-{i:05}.parquet" for i in range(25)]
 
 
-def test_an_error_in_a_worker_comes_out_as_what_it_is(store: Store, model_folder: Path) -> None:
-    base = fetched(store, model_folder)
-    file = store.path(base) / "model.safetensors"
-    weights = load_file(file)
-    weights["model.embed_tokens.weight"][5] = float("nan")  # after it was found whole, and not one that is tried
-    file.unlink()  # a link to the user's own
-    save_file(weights, file, {"format": "pt"})
+def test_an_error_in_a_worker_comes_out_as_what_it_is(store: Store, tmp_path: Path) -> None:
+    base = fetched_with_nan(store, tmp_path / "model", 18)
     with pytest.raises(NotFinite, match=r"shard [01]"):
         made(store, base, GenerateSpec(rows=64, length=20), MACHINE.model_copy(update={"processes": 2}))
 

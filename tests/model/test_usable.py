@@ -90,10 +90,12 @@ TENSORS: dict[str, tuple[Change, str]] = {
     "another width": (lambda f: write_config(f, hidden_size=64), "is needed"),
     "more layers": (lambda f: write_config(f, num_hidden_layers=3), r"lacks model\.layers\.2"),
     "more layers than tensors": (lambda f: write_config(f, num_hidden_layers=10**9), "describes 1000000000 layers"),
-    "NaN": (replaced(NORM, norm(float("nan"))), f"NaN or infinite numbers in {NORM} in model.safetensors"),
-    "infinity in bfloat16": (replaced(NORM, norm(float("-inf"), torch.bfloat16)), "NaN or infinite"),
     "float8": (replaced(NORM, norm(1).to(torch.float8_e4m3fn)), f"{NORM} as F8_E4M3: quantised"),
     "int8": (replaced(NORM, torch.ones(32, dtype=torch.int8)), f"{NORM} as I8: quantised"),
+}
+NUMBERS = {  # found when all weights are read, by the stage that brings the model into the store
+    "NaN": (replaced(NORM, norm(float("nan"))), f"NaN or infinite numbers in {NORM} in model.safetensors"),
+    "infinity in bfloat16": (replaced(NORM, norm(float("-inf"), torch.bfloat16)), "NaN or infinite"),
 }
 
 
@@ -102,6 +104,14 @@ def test_weights_that_are_not_the_architectures_are_named(kind: str, model: Path
     change, words = TENSORS[kind]
     change(model)
     with_words(words, refusal(model))
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_weights_that_are_no_numbers_are_named(kind: str, model: Path, store: Store) -> None:
+    change, words = NUMBERS[kind]
+    change(model)
+    with pytest.raises(BadInput, match=re.escape(words)):
+        fetched(store, model)
 
 
 def with_words(words: str, text: str) -> str:
