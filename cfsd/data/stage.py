@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cfsd.data.chat import Rendering
 from cfsd.data.conversation import Conversation, read_row
-from cfsd.data.records import Located, Said, whole_characters
+from cfsd.data.records import HALVES, Located, Said, whole_characters
 from cfsd.data.shapes import Shape
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
 from cfsd.data.tokenised import Span, added_in_front, tokenise
@@ -19,7 +19,6 @@ from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import TARGET, table_of, write_shard
 
-HALVES = "half of a surrogate pair (an emoji that was cut) is read as U+FFFD"
 SHARED = "a token across the border of what is learned counts where it holds only spaces of the other side"
 SPECIAL = "special tokens of this model that are written in the text are taken as these tokens"
 UNKNOWN = "characters that this tokenizer does not know become its unknown token"

@@ -209,7 +209,7 @@ SAID: dict[str, tuple[Make, str, str]] = {
     "chats": (chat(said("yes")), "plain", "column 'messages' is taken as chats"),
     "other columns": (chat(said("yes"), id=1, source="x"), "plain", "columns 'id', 'source' are not read; rows: 6"),
     "special tokens": (chat(said("a<|end|>b")), "plain", "special tokens.*rows: 6"),
-    "half an emoji": (chat(said("cut \ud83d")), "plain", "half of a surrogate pair.*rows: 6"),
+    "half an emoji": (chat(said("cut \ud83d")), "plain", "half of a character.*rows: 6"),
     "generation blocks": (chat(said("(a)b"), user("b"), said("c")), "blocks", "generation blocks"),
 }  # fmt: skip
 
