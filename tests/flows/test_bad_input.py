@@ -55,7 +55,6 @@ CASES: dict[str, Case] = {
     "two benchmarks of one name": (_set("evaluate.benchmarks=[facts, facts]"), "named twice: facts"),
     "base that does not exist": (_set("base=./nowhere"), "model 'nowhere' is not a folder"),
     "base that is not a model": (_not_a_model, "is not a model: config.json and *.safetensors are needed"),
-    "unpinned data set": (_set("target={kind: hub, name: org/rows}"), "40 hex digits"),
     "no such generator": (_set("target={kind: gym, name: nonsense, rows: 9}"), "reasoning-gym cannot make 'nonsense'"),
     "rows that are not JSON": (_broken_rows, "could not be read as json"),
     "no such column": (_no_column, "target has no column for 'question'"),
