@@ -132,10 +132,10 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
         base.eval().requires_grad_(False)
     objective = Objective(model, spec.rehearsal, base)
-    if objective.drops and args.gradient_checkpointing is False and machine.gradient_checkpointing:
+    if objective.drops and machine.sharding == "shard":  # another process may have no rehearsal row: it would wait
         raise BadInput(
-            "machine.gradient_checkpointing of a sharded model computes rehearsal rows once more with dropout, which "
-            "they must not have: set it to false, or the dropout in the base's config.json to 0"
+            "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
+            "set machine.sharding to replicate, or the dropout in the base's config.json to 0"
         )
     journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
