@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Said, column_texts, hub_records
 from cfsd.errors import BadInput
-from cfsd.model import hub
-from cfsd.spec import Spec
+from cfsd.model.hub import DATA, MAIN
+from cfsd.model.on_hub import OnHub
 from cfsd.store.digests import digest_of_files
 
 ALLOWED = (*ROWS, ".txt")
 
 
-class Replay(Spec):
+class Replay(OnHub):
     """Documents to rehearse in place of sampled text."""
+
+    prefix: ClassVar[str] = DATA
 
     kind: Literal["file", "hub"] = Field("file", description="file: a file or a folder of files; hub: a data set")
     path: str | None = Field(
@@ -26,9 +28,6 @@ class Replay(Spec):
         "compressed too (.gz, .zst, .xz, .bz2); a folder of these, a pattern as `docs/*.txt`, or what `datasets` saved",
     )
     name: str | None = Field(None, description="hub only: the data set's id")
-    revision: str | None = Field(
-        None, description="hub only: a commit, branch or tag; empty: main. What counts and is recorded is the commit"
-    )
     subset: str | None = Field(None, description="hub only: one of the data set's configurations, if it has several")
     split: str = Field("train", description="hub, and files that hold several splits")
     column: str = Field("text", description="Where the text is, in files that have columns")
@@ -41,22 +40,10 @@ class Replay(Spec):
             raise ValueError("a data set of kind hub needs `name`, such as `openai/gsm8k`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the commit in place of the branch or tag, once it is known."""
-        written: dict[str, Any] = write(self)
-        if self.kind == "hub" and "revision" in written:
-            written["revision"] = hub.known_commit(*self.place()) or self.revision
-        return written
-
-    def place(self) -> tuple[str, str]:
-        """Return the name and the revision of a data set of a hub."""
-        return f"{hub.DATA}{self.name}", self.revision or hub.MAIN
-
     def _identity(self) -> dict[str, Any]:
         settings = super()._identity()
         if self.kind == "hub":
-            settings["revision"] = hub.commit_of(*self.place())
+            settings["revision"] = self.commit()
         if self.kind == "file":
             digests = self.files().digests()
             if self.files().is_one_file():  # of the name only the suffix counts
@@ -71,7 +58,7 @@ class Replay(Spec):
     def check(self) -> None:
         """Raise BadInput if there is no document to be had; reads all of small files, of others the first document."""
         if self.kind == "hub":
-            hub.commit_of(*self.place())
+            self.commit()
         if self.kind == "file" and self.files().first_of(documents(self)) is None:
             raise BadInput(f"replay {self.path!r} holds no text; documents are needed")
 
@@ -84,7 +71,7 @@ def documents(replay: Replay, said: Said | None = None) -> Iterator[str]:
     """
     said = Said() if said is None else said
     if replay.kind == "hub":
-        name, revision = replay.name or "", replay.revision or hub.MAIN
+        name, revision = replay.name or "", replay.revision or MAIN
         sets = [hub_records(name, revision, replay.split, replay.subset, replay.column)]
     else:
         files = replay.files()

@@ -6,31 +6,25 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    NonNegativeInt,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from cfsd.data.conversation import read_row
 from cfsd.data.files import Files
 from cfsd.data.records import Located, Said, hub_records
 from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
-from cfsd.model import hub
-from cfsd.spec import Spec, digest_of
+from cfsd.model.hub import DATA, MAIN
+from cfsd.model.on_hub import OnHub
+from cfsd.spec import digest_of
 from cfsd.store.digests import digest_of_files
 
 
-class Target(Spec):
+class Target(OnHub):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
     version: ClassVar[int] = 2
     neutral: ClassVar[dict[str, Any]] = {"turns": "all"}
+    prefix: ClassVar[str] = DATA
 
     kind: Literal["file", "hub", "gym"] = Field(
         "file",
@@ -43,9 +37,6 @@ class Target(Spec):
         "directory",
     )
     name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
-    revision: str | None = Field(
-        None, description="hub only: a commit, branch or tag; empty: main. What counts and is recorded is the commit"
-    )
     split: str = Field("train", description="hub, and files that hold several splits")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
     prompt: str = Field(
@@ -77,22 +68,10 @@ class Target(Spec):
             raise ValueError("a target of kind gym needs `name` and `rows`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the commit in place of the branch or tag, once it is known."""
-        written: dict[str, Any] = write(self)
-        if self.kind == "hub" and "revision" in written:
-            written["revision"] = hub.known_commit(*self.place()) or self.revision
-        return written
-
-    def place(self) -> tuple[str, str]:
-        """Return the name and the revision of a data set of a hub."""
-        return f"{hub.DATA}{self.name}", self.revision or hub.MAIN
-
     def _identity(self) -> dict[str, Any]:
         settings = super()._identity()
         if self.kind == "hub":
-            settings["revision"] = hub.commit_of(*self.place())
+            settings["revision"] = self.commit()
         if self.kind == "file":
             digests = self.files().digests()
             [settings["path"]] = digests.values() if self.files().is_one_file() else [digest_of_files(digests)]
@@ -110,7 +89,7 @@ class Target(Spec):
         Reads all of small files, of others the first rows.
         """
         if self.kind == "hub":
-            hub.commit_of(*self.place())
+            self.commit()
             return
         rows = records_of(self)
         head = first_rows(self, rows)
@@ -143,7 +122,7 @@ def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
-        return hub_records(target.name or "", target.revision or hub.MAIN, target.split)
+        return hub_records(target.name or "", target.revision or MAIN, target.split)
     return target.files().records(Said() if said is None else said)
 
 

