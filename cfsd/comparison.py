@@ -3,13 +3,23 @@
 import json
 from itertools import chain, product
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from cfsd.errors import BadInput
 from cfsd.overrides import override, read_with_recipe, validated
 from cfsd.recipe import Recipe
 from cfsd.spec import seed_of
+
+Varied = Literal["train", "mix", "corpus", "probe"]
+SECTIONS: dict[Varied, str] = {"train": "train", "mix": "mix", "corpus": "generate", "probe": "probe"}
+WORDS: dict[Varied, str] = {  # as a reader is told
+    "mix": "the order of rows",
+    "train": "the training",
+    "corpus": "the corpus",
+    "probe": "the probe",
+}
 
 
 class Comparison(BaseModel):
@@ -26,7 +36,14 @@ class Comparison(BaseModel):
         description="As variants, but a field may have a list of values: a variant each, named `sweep alpha=0.5`; "
         "of several lists every combination. A value that is a list itself stands in a list",
     )
-    seeds: int = Field(1, ge=1, description="Repeats per variant; mix and train vary, corpus and probe are shared")
+    seeds: int = Field(1, ge=1, description="Repeats per variant, with seeds of their own for what `seeds_vary` names")
+    seeds_vary: tuple[Varied, ...] = Field(
+        ("train", "mix"),
+        min_length=1,
+        description="What differs between repeats, and so what intervals over seeds cover: the training, the order of "
+        "rows (mix), the corpus (generate.seed), the probe. What is not named is shared. Target rows and benchmark "
+        "items always are",
+    )
 
     @field_validator("variants", "sweeps")
     @classmethod
@@ -56,6 +73,11 @@ class Comparison(BaseModel):
                     raise ValueError(f"sweep {name!r} goes over {field}; repeat every variant with `seeds` instead")
         return sweeps
 
+    @field_validator("seeds_vary")
+    @classmethod
+    def _in_one_order(cls, parts: tuple[Varied, ...]) -> tuple[Varied, ...]:
+        return tuple(part for part in SECTIONS if part in parts)
+
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
         names = [name for name, _ in self.expanded_variants()]
@@ -69,9 +91,14 @@ class Comparison(BaseModel):
         """Return what a reader of the comparison must know."""
         if self.seeds == 1:
             return []
+        varied, shared = (
+            " and ".join(words for part, words in WORDS.items() if (part in self.seeds_vary) is chosen)
+            for chosen in (True, False)
+        )
+        also = f"{shared} and " if shared else ""
         return [
-            f"{self.seeds} seeds per variant: they vary the order of rows and the training; "
-            "corpus, probe and benchmark items are the same in all of them."
+            f"{self.seeds} seeds per variant: they vary {varied}, which is what an interval over seeds covers; "
+            f"{also}target rows and benchmark items are the same in all of them."
         ]
 
     def expanded_variants(self) -> list[tuple[str, dict[str, JsonValue]]]:
@@ -85,18 +112,49 @@ class Comparison(BaseModel):
         recipes = {}
         for name, changes in self.expanded_variants():
             for repeat in range(self.seeds):
-                mix, train = (seed_of(part, repeat) for part in (self.recipe.mix, self.recipe.train))
-                seeds = {"mix.seed": mix, "train.seed": train}
+                seeds = self._seeds(repeat)
                 label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 recipes[label] = validated(Recipe, changed, f"variant {name!r}")
+                if self.seeds > 1:
+                    self._check_varied(name, recipes[label], seeds)
         return recipes
 
+    def _seeds(self, repeat: int) -> dict[str, int]:
+        """Return the seed of a repeat for each part that varies, by dotted field."""
+        return {
+            f"{section}.seed": seed_of(getattr(self.recipe, section), repeat)
+            for part, section in SECTIONS.items()
+            if part in self.seeds_vary
+        }
+
+    def _check_varied(self, name: str, recipe: Recipe, seeds: dict[str, int]) -> None:
+        """Raise BadInput where a variant has a seed of its own for what varies, or its repeats would be equal."""
+        for part, section in SECTIONS.items():
+            seed = getattr(recipe, section).seed
+            if part in self.seeds_vary and seed != seeds[f"{section}.seed"]:
+                raise BadInput(
+                    f"variant {name!r} sets {section}.seed to {seed}, but {section}.seed is what the {self.seeds} "
+                    f"repeats vary (seeds_vary has {part}); leave it out of the variant, or {part} out of seeds_vary"
+                )
+        if set(self.seeds_vary) == {"corpus"} and not recipe.generate.rows:
+            raise BadInput(
+                f"seeds_vary has only corpus, and variant {name!r} samples none (generate.rows is 0): its "
+                f"{self.seeds} repeats would be one and the same; add train and mix to seeds_vary"
+            )
+
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None, seeds: int | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        overrides: list[str] | None = None,
+        seeds: int | None = None,
+        seeds_vary: list[str] | None = None,
+    ) -> Self:
         """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
         content = read_with_recipe(Path(path), overrides or [])
-        return validated(cls, content | ({"seeds": seeds} if seeds else {}), str(path))
+        given = {"seeds": seeds, "seeds_vary": seeds_vary}
+        return validated(cls, content | {name: value for name, value in given.items() if value}, str(path))
 
 
 def _swept(name: str, changes: dict[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:

@@ -1,6 +1,7 @@
 """One recipe, several ways of training: every variant is a `mitigate` run, then one table, one figure, one report.
 
 python -m flows.compare deployments/recipes/demo.yaml --seeds 3
+python -m flows.compare deployments/recipes/demo.yaml --seeds 5 --seeds-vary train,mix,corpus,probe
 """
 
 from pathlib import Path
@@ -34,12 +35,19 @@ def compare_command(
     comparison: Annotated[Path, typer.Argument(help="A recipe and its variants in YAML")],
     set_: Set = [],  # noqa: B006
     machine: On = [],  # noqa: B006
-    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats per variant; mix and train vary")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats per variant; see --seeds-vary")] = None,
+    seeds_vary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS", help="What differs between repeats, such as train,mix,corpus,probe; default: train,mix"
+        ),
+    ] = None,
     home: Home = None,
     plan: Plan = False,
 ) -> None:
     """Run every variant of a recipe and put them into one table, one figure and one report."""
-    loaded, on = Comparison.load(comparison, set_, seeds), machine_of(machine)
+    parts = [part.strip() for part in seeds_vary.split(",")] if seeds_vary else None
+    loaded, on = Comparison.load(comparison, set_, seeds, parts), machine_of(machine)
     with checked(loaded.recipes().values(), on, pipeline) as plans:
         if plan:
             print_plans(plans, on, console)

@@ -1,5 +1,6 @@
 """A recipe loads, names every mistake, and is known by what it computes rather than by what it is called."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,49 @@ def test_repeats_vary_mix_and_train_and_share_what_is_measured_with(content: dic
     found = comparison(content | {"seed": 3}, seeds=3).recipes()
     assert list(found) == [f"{name} seed={seed}" for name in ("finetune", "rehearse") for seed in (3, 4, 5)]
     assert [seeds(found[f"rehearse seed={seed}"]) for seed in (3, 4, 5)] == [[3, 3, 3, s, s] for s in (3, 4, 5)]
+
+
+PARTS = ("probe", "corpus", "mix", "train")  # in the order of `seeds`, after the target's
+EVERY = [chosen for size in range(1, 5) for chosen in combinations(PARTS, size)]
+
+
+@pytest.mark.parametrize("varied", EVERY, ids=",".join)
+def test_what_seeds_vary_differs_and_all_else_is_shared(content: dict[str, Any], varied: tuple[str, ...]) -> None:
+    found = comparison(content | {"seed": 3}, seeds=2, seeds_vary=varied, variants={"rehearse": {}})
+    first, second = (seeds(recipe) for recipe in found.recipes().values())
+    assert first == [3] * 5
+    assert second == [3, *(4 if part in varied else 3 for part in PARTS)]
+    (note,) = found.notes()
+    vary, same = note.split("; ")
+    words = {"probe": "the probe", "corpus": "the corpus", "mix": "the order of rows", "train": "the training"}
+    for part, said in words.items():
+        assert (said in vary) == (part in varied) != (said in same)
+
+
+def test_one_seed_and_the_default_have_the_keys_they_had(content: dict[str, Any]) -> None:
+    for count in (1, 3):
+        old, spelled = (
+            comparison(content, seeds=count, **given).recipes() for given in ({}, {"seeds_vary": ["mix", "train"]})
+        )
+        assert [r.digest() for r in old.values()] == [r.digest() for r in spelled.values()]
+    assert comparison(content, seeds_vary=list(PARTS)).recipes() == comparison(content).recipes()
+
+
+@pytest.mark.parametrize("changes", [{"generate.seed": 7}, {"generate": {"rows": 8, "seed": 7}}, {"probe.seed": 7}])
+def test_a_variants_own_seed_for_what_varies_is_refused(content: dict[str, Any], changes: dict[str, Any]) -> None:
+    made = comparison(content, seeds=2, seeds_vary=list(PARTS), variants={"one": {}, "two": changes})
+    with pytest.raises(BadInput, match=r"'two' sets (generate|probe)\.seed to 7.*seeds_vary has (corpus|probe)"):
+        made.recipes()
+    assert len(comparison(content, seeds=2, variants={"one": {}, "two": changes}).recipes()) == 4  # it does not vary
+
+
+def test_repeats_that_would_be_one_and_the_same_are_refused(content: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"'finetune' samples none.*add train and mix"):
+        comparison(content, seeds=2, seeds_vary=["corpus"]).recipes()
+    with pytest.raises(BadInput, match=r"seeds_vary: .*at least 1 item"):
+        comparison(content, seeds=2, seeds_vary=[])
+    with pytest.raises(BadInput, match=r"seeds_vary\.0: .*'train', 'mix', 'corpus' or 'probe'.*given 'order'"):
+        comparison(content, seeds_vary=["order"])
 
 
 def test_repeats_never_repeat_a_seed_that_was_written_out(content: dict[str, Any]) -> None:

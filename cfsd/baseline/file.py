@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, Valid
 from cfsd.errors import BadInput
 from cfsd.machine import COUNTED_PACKAGES
 from cfsd.recipe import Recipe
-from cfsd.statistics.figures import FRACTION, NATS
-from cfsd.statistics.gate import LEAST_SEEDS, Guarded, document_noise, document_variance, margin_of
+from cfsd.statistics.figures import FRACTION, NATS, SKEWED
+from cfsd.statistics.gate import (
+    LEAST_SEEDS,
+    LEAST_VALUE,
+    Guarded,
+    as_factor,
+    document_noise,
+    document_variance,
+    margin_factor_of,
+    margin_of,
+)
 
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
@@ -62,13 +71,18 @@ class Documents(BaseModel):
 
 
 class BaselineFigure(BaseModel):
-    """A guarded figure; `margin` may be edited by hand: the worsening that a team lets pass."""
+    """A guarded figure; `margin` may be edited by hand: the worsening that a team lets pass.
+
+    With `margin_is: difference` it is a difference of means in `unit`; with `margin_is: factor`, that of the figures
+    in SKEWED, it is how many times the (geometric) mean may be the baseline's: 1.5 is half as much again.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: str
     higher_is_better: bool
     margin: FiniteFloat = Field(ge=0)
+    margin_is: Literal["difference", "factor"] = "difference"
     least_spread: FiniteFloat = Field(0.0, ge=0)
     values: tuple[FiniteFloat, ...] = Field(min_length=LEAST_SEEDS, description="One per seed")
     documents: Documents | None = None  # None: made of other figures
@@ -93,13 +107,43 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str
     provenance: Provenance
     recipe: dict[str, JsonValue]
     seeds: tuple[int, ...] = Field(min_length=LEAST_SEEDS)
     training_seconds: tuple[FiniteFloat, ...] = ()
     figures: dict[str, BaselineFigure] = Field(min_length=1)
+    said: tuple[str, ...] = Field((), exclude=True, description="What a reader must know of how the file was read")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, content: Any) -> Any:
+        """Read margins of SKEWED figures, which were differences in version 1, as the factors that they came to."""
+        if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("figures"), dict):
+            return content
+        figures, said = dict(content["figures"]), []
+        for name in SKEWED & set(figures):
+            old = BaselineFigure.model_validate(figures[name])
+            factor = _short(as_factor(old.values, old.margin))
+            figures[name] = {**figures[name], "margin": factor, "margin_is": "factor"}
+            said.append(
+                f"the margin of {name}, {old.margin:g} {old.unit} in a baseline of version 1, is read as the factor "
+                f"{factor:.3g} that it is of the baseline's mean"
+            )
+        return content | {"version": 2, "figures": figures, "said": said}
+
+    @model_validator(mode="after")
+    def _margins_are_of_their_kind(self) -> Self:
+        for name, figure in self.figures.items():
+            if name in SKEWED and (figure.margin_is != "factor" or figure.margin < 1):
+                raise ValueError(
+                    f"{name} is judged by ratios: set margin_is to factor, and margin to how many times the baseline's "
+                    f"mean passes, 1 or more, such as 1.5 (given {figure.margin:g}, {figure.margin_is})"
+                )
+            if name not in SKEWED and figure.margin_is != "difference":
+                raise ValueError(f"{name} may be below 0: set margin_is to difference, and margin in {figure.unit}")
+        return self
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -125,7 +169,7 @@ def baseline_of(
     """Return the baseline that the runs of `seeds` make. Raises BadInput below 5 seeds."""
     if len(runs) < LEAST_SEEDS:
         raise BadInput(f"a baseline of {len(runs)} seeds; {LEAST_SEEDS} or more are needed: set --seeds {LEAST_SEEDS}")
-    figures = {name: _figure([run[name] for run in runs]) for name in runs[0]}
+    figures = {name: _figure(name, [run[name] for run in runs]) for name in runs[0]}
     if parts := _mean_parts(runs):
         figures[MEAN] = _mean(figures, parts)
     return Baseline(
@@ -147,15 +191,18 @@ def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
     return baseline.model_copy(update={"figures": figures})
 
 
-def _figure(runs: Sequence[Measured]) -> BaselineFigure:
+def _figure(name: str, runs: Sequence[Measured]) -> BaselineFigure:
     first, values = runs[0], [_short(run.value) for run in runs]
     sums = np.stack([run.sums for run in runs])
     spread = 1 / len(first.sums) if first.zero_or_one else 0.0
     least = max(LEAST_MARGIN.get(first.unit, 0.0), 2 * spread)
+    skewed = name in SKEWED
+    margin = margin_factor_of(values, least=least) if skewed else margin_of(values, least=least, least_spread=spread)
     return BaselineFigure(
         unit=first.unit,
         higher_is_better=first.higher_is_better,
-        margin=_short(margin_of(values, least=least, least_spread=spread)),
+        margin=_short(margin),
+        margin_is="factor" if skewed else "difference",
         least_spread=_short(spread),
         values=tuple(values),
         documents=Documents(
@@ -194,19 +241,27 @@ def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]])
         fresh=tuple(sum(weight * run[part].value for part, weight in parts.items()) for run in runs),
         document_variance=sum(weight**2 * _variance(baseline, part, runs) for part, weight in parts.items()),
         num_documents=min(len(runs[0][part].sums) for part in parts),
+        as_ratio=name in SKEWED,
         **figure.model_dump(include={"unit", "higher_is_better", "margin", "least_spread"}),
     )
 
 
 def _variance(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]]) -> float:
+    """Return the part of the documents in the variance of the change, of its logarithm for figures in SKEWED."""
     known, first = baseline.figures[name].documents, runs[0][name]
     if known is None:
         return 0.0
-    fresh = np.mean([run[name].sums for run in runs], axis=0)
+    before, after = np.array(known.sums), np.mean([run[name].sums for run in runs], axis=0)
+    noise = known.noise * (1 / len(runs) + 1 / len(baseline.seeds))
+    if name in SKEWED:  # a change of the logarithm is one of the share, to first order
+        means = [
+            max(float(sums.sum() / np.sum(counts)), LEAST_VALUE)
+            for sums, counts in ((before, known.counts), (after, first.counts))
+        ]
+        before, after, noise = before / means[0], after / means[1], noise / means[0] ** 2
     if known.digest == first.documents:
-        noise = known.noise * (1 / len(runs) + 1 / len(baseline.seeds))
-        return document_variance(known.sums, fresh, first.counts, noise=noise)
-    sides = ((known.sums, known.counts), (fresh, first.counts))
+        return document_variance(before, after, first.counts, noise=noise)
+    sides = ((before, known.counts), (after, first.counts))
     return sum(document_variance(np.zeros(len(sums)), sums, counts) for sums, counts in sides)
 
 
@@ -251,7 +306,9 @@ def parsed(text: bytes | str, where: str) -> Baseline:
     try:
         return Baseline.model_validate_json(text)
     except ValidationError as error:
-        raise BadInput(f"{where} is not a baseline of schema 1: {error}\nmake it anew: --update-baseline") from error
+        raise BadInput(
+            f"{where} is not a baseline of version 1 or 2: {error}\nmake it anew: --update-baseline"
+        ) from error
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

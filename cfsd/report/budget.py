@@ -1,11 +1,12 @@
-"""A budget of divergence: was it met, was it used up, and what did it cost on the target?
+"""A budget of divergence: was it kept, was it used up, and what did it cost on the target?
 
-Source: CFSD's own rule: the final probe_kl is at most 1.1 x the budget ("met") and at least 0.8 x ("tight"); with the
-weight of rehearsal at its floor the budget did not bind. The probe alone judges; training never saw it.
+Source: CFSD's own rule: kept is a divergence of at most 1.1 x the budget, used up ("tight") of at least 0.8 x; with the
+weight of rehearsal at its floor the budget did not bind. The probe alone judges, by its whole interval; training never
+saw it. How often each claim is wrong: docs/how-to/budget.md.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cfsd.budget import KEPT_UP_TO, USED_UP_FROM
 from cfsd.recipe import Recipe
@@ -17,7 +18,8 @@ from cfsd.report.training import last_weight
 from cfsd.store.artifact import Store
 from cfsd.train.controller import LOWEST
 
-WIDEST = 0.1  # half-width of the probe's interval, as a share of the value, up to which the value alone may judge
+Outcome = Literal["kept", "exceeded", "cannot tell"]
+
 NEAR = 1.001  # the controller works in logarithms
 
 
@@ -50,23 +52,19 @@ def budget_of(
 
 
 def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
-    """Return `outcome`, `met`, `tight` (None where the interval leaves that open), `ratio` to the budget, `half_width`.
+    """Return `outcome`, `tight` (None where the interval leaves that open), `binding`, `ratio` to the budget, `needs`.
 
-    An interval wider than WIDEST judges only where it lies wholly on one side of a limit.
+    The whole interval decides: where it holds a limit, that limit is not judged. `needs` is how many times as many
+    rows of the probe would decide the outcome if the value stayed; None where it is decided or no interval is known.
     """
-    floor = weight is not None and weight <= LOWEST * NEAR
-    ratio, half_width = _ratio(probe_kl, budget), _half_width(probe_kl)
-    met, below = (_at_most(ratio, limit, half_width) for limit in (KEPT_UP_TO, USED_UP_FROM))
-    missed = met is False
-    tight = False if missed or below else None if met is None or below is None else True
-    outcomes = {"missed": missed, "not binding": floor, "unknown": met is None, "tight": tight, "met": True}
+    ratio = _ratio(probe_kl, budget)
+    outcomes: dict[bool | None, Outcome] = {False: "kept", True: "exceeded", None: "cannot tell"}
     return {
-        "outcome": next(outcome for outcome, holds in outcomes.items() if holds),
-        "met": met,
-        "tight": tight,
-        "binding": not floor,
+        "outcome": outcomes[_is_above(ratio, KEPT_UP_TO)],
+        "tight": _is_above(ratio, USED_UP_FROM),
+        "binding": weight is None or weight > LOWEST * NEAR,
         "ratio": ratio,
-        "half_width": half_width,
+        "needs": _times_as_many(ratio, KEPT_UP_TO),
     }
 
 
@@ -77,20 +75,20 @@ def _ratio(probe_kl: Fig | None, budget: float) -> Fig | None:
     return ends | {"unit": "of the budget"}
 
 
-def _half_width(figure: Fig | None) -> float | None:
-    if figure is None or figure["low"] is None or figure["value"] <= 0:
+def _is_above(ratio: Fig | None, limit: float) -> bool | None:
+    """Return whether the whole interval is above `limit`, or none of it is; None where it holds the limit."""
+    if ratio is None or ratio["low"] is None or ratio["low"] <= limit < ratio["high"]:
         return None
-    return float(figure["high"] - figure["low"]) / 2 / float(figure["value"])
+    return bool(ratio["low"] > limit)
 
 
-def _at_most(ratio: Fig | None, limit: float, half_width: float | None) -> bool | None:
-    if ratio is None:
+def _times_as_many(ratio: Fig | None, limit: float) -> float | None:
+    """Return by how much the sample must grow for the interval, which narrows as 1/sqrt(rows), to leave the limit."""
+    if ratio is None or ratio["low"] is None or _is_above(ratio, limit) is not None:
         return None
-    if half_width is not None and half_width <= WIDEST:
-        return bool(ratio["value"] <= limit)
-    if ratio["low"] is None or ratio["low"] <= limit < ratio["high"]:
-        return None
-    return bool(ratio["high"] <= limit)
+    value = float(ratio["value"])
+    side = float(ratio["high"]) - value if value <= limit else value - float(ratio["low"])
+    return (side / max(abs(limit - value), 1e-3)) ** 2
 
 
 def plain_variant(run_record: RunRecord, run_records: Sequence[RunRecord]) -> RunRecord | None:

@@ -107,7 +107,9 @@ def _of_training(summary: Summary) -> dict[str, float]:
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
     for name, value in (summary.budget or {}).items():
-        if isinstance(value, bool | int | float):
+        if name == "outcome" and value != "cannot tell":
+            flat["budget/kept"] = float(value == "kept")
+        elif isinstance(value, bool | int | float):
             flat[f"budget/{name}"] = float(value)
         elif isinstance(value, dict):
             flat |= _with_bounds(f"budget/{name}", value)

@@ -167,8 +167,8 @@ def _detectable(drop: float | None, unit: Unit) -> str:
 
 def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
     nats = [number(b["nats"]) if b else "" for b in budgets]
-    outcomes = [b.get("outcome", "") for b in budgets]
-    marks = [{"missed": "worse"}.get(outcome, "") for outcome in outcomes]
+    outcomes = [", ".join(_outcome(b)) for b in budgets]
+    marks = ["worse" if b.get("outcome") == "exceeded" else "" for b in budgets]
     alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
     return [
         Line("budget of probe_kl, nats/token", "", nats),
@@ -177,6 +177,15 @@ def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
         Line("merged at alpha", "", alphas, is_part=True),
         _figures("gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
     ]
+
+
+def _outcome(budget: dict[str, Any]) -> Iterator[str]:
+    if outcome := budget.get("outcome"):
+        yield outcome
+        if outcome == "kept" and budget["tight"]:
+            yield "used up"
+        if not budget["binding"]:
+            yield "not binding"
 
 
 def _scores(label: str, pairs: list[tuple[float | None, float | None]], factor: float = 1) -> Line:

@@ -52,15 +52,15 @@ LOST = {
     None: "has too few documents to say whether it lost anything ({} points on average over {})",
 }
 OUTCOMES = {
-    "tight": "kept and used up",
-    "met": "kept",
-    "not binding": "kept with hardly any rehearsal",
-    "missed": "missed",
-    "unknown": "kept or missed (the probe's interval is too wide to say, raise probe.rows)",
+    "kept": "kept",
+    "exceeded": "exceeded",
+    "cannot tell": "kept or exceeded (the probe's interval is too wide to say)",
 }
 COMPARED = ("target_gain", "probe_kl", "mean_forgetting")
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
 NOTHING = Comparisons()
+MOST_ROWS = 100  # times as many, that are still proposed
+HARDLY = " with hardly any rehearsal"
 
 
 class Variant(NamedTuple):
@@ -266,8 +266,8 @@ def budget_lines(summaries: list[Summary]) -> list[str]:
 
 
 def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
-    outcomes, several = [budget["outcome"] for budget in budgets], f" of {len(budgets)} seeds"
-    counts = {words: outcomes.count(outcome) for outcome, words in OUTCOMES.items() if outcome in outcomes}
+    outcomes, several = [_outcome(budget) for budget in budgets], f" of {len(budgets)} seeds"
+    counts = {words: outcomes.count(words) for words in dict.fromkeys(outcomes)}
     said = [f"{words} in {count}{several}" if len(budgets) > 1 else words for words, count in counts.items()]
     yield f"Budget of “{name}”, {number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
     if len(budgets) > 1:
@@ -275,6 +275,9 @@ def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
     (budget,) = budgets
     if budget["ratio"]:
         yield f"{shown(budget['ratio'], POINTS)} % of it was used"
+    if needs := budget["needs"]:
+        more = f"about {math.ceil(max(2.0, needs))} times as many probe.rows would tell"
+        yield more if needs <= MOST_ROWS else "it lies at the limit, so that no larger probe.rows would soon tell"
     if budget["final_weight"] is not None:
         yield f"λ was {number(budget['final_weight'])} at the end"
     if (before := budget.get("ratio_before_merging") or 0) > 1:
@@ -284,6 +287,14 @@ def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
         nats, gain = f"{shown(cost)} nats per token", f"the gain of “{budget['plain']}”"
         sure = side_of(cost) == 1
         yield f"it gave up {nats} of {gain}" if sure else f"it is not shown to have given up any of {gain} ({nats})"
+
+
+def _outcome(budget: dict[str, Any]) -> str:
+    """Return the outcome in words, with what is known of how much of the budget was used."""
+    words = OUTCOMES[budget["outcome"]]
+    if budget["outcome"] != "kept":
+        return words
+    return f"{words} and used up" if budget["tight"] else words if budget["binding"] else f"{words}{HARDLY}"
 
 
 def warnings(summaries: list[Summary]) -> list[str]:

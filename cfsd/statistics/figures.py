@@ -11,6 +11,7 @@ from cfsd.statistics.intervals import Floats, Interval, bootstrap_ratio, paired_
 
 NATS = "nats/token"
 FRACTION = "fraction"
+SKEWED = frozenset({"probe_kl", "target_divergence"})  # divergences: above 0, and seeds scatter by factors
 OVERFLOW = 700.0  # nats; exp of more is infinite in float64
 
 

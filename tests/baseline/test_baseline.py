@@ -152,7 +152,7 @@ def probe_of(world: World, token_id: int, logprob: float) -> Artifact:
     ("changes", "message"),
     [
         ({"figures": {}}, "at least 1 item"),
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"seeds": [0, 1, 2, 3, 4, 5]}, "5 values for 6 seeds"),
         ({"figures": "without half"}, "made of forgetting/half"),
     ],

@@ -101,32 +101,41 @@ def probe(value: float, half: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "value, half, weight, outcome",
+    "value, half, outcome, tight",
     [
-        (0.1, 0.005, 2.0, "tight"),
-        (0.109, 0.005, 2.0, "tight"),  # within the tolerance, though the interval reaches beyond it
-        (0.112, 0.005, 2.0, "missed"),
-        (0.079, 0.005, 2.0, "met"),
-        (0.05, 0.002, LOWEST, "not binding"),
-        (0.2, 0.01, LOWEST, "missed"),  # at the floor, and yet too far
-        (0.1, 0.03, 2.0, "unknown"),
-        (0.5, 0.2, 2.0, "missed"),  # a wide interval, wholly above
-        (0.05, 0.02, 2.0, "met"),  # and wholly below
-        (0.09, 0.015, 2.0, "met"),  # met for certain; whether it is tight cannot be told
-        (0.0, 0.0, 2.0, "met"),
+        (0.1, 0.005, "kept", True),
+        (0.109, 0.005, "cannot tell", True),  # the value is below 0.11, its interval is not
+        (0.112, 0.005, "cannot tell", True),
+        (0.116, 0.005, "exceeded", True),
+        (0.079, 0.005, "kept", None),
+        (0.07, 0.005, "kept", False),
+        (0.1, 0.04, "cannot tell", None),
+        (0.5, 0.2, "exceeded", True),  # a wide interval, wholly above
+        (0.05, 0.02, "kept", False),  # and wholly below
+        (0.11, 0.0, "kept", True),
+        (0.0, 0.0, "kept", False),
     ],
 )
-def test_a_budget_is_judged_by_the_probe(value: float, half: float, weight: float, outcome: str) -> None:
-    judged = judge(probe(value, half), 0.1, weight)
-    assert judged["outcome"] == outcome
-    assert judged["binding"] == (weight > LOWEST)
-    assert judged["tight"] == {"tight": True, "unknown": None}.get(outcome, None if value == 0.09 else False)
+def test_a_budget_is_judged_by_the_probes_interval(value: float, half: float, outcome: str, tight: bool | None) -> None:
+    for weight, binding in ((2.0, True), (LOWEST, False), (None, True)):
+        judged = judge(probe(value, half), 0.1, weight)
+        assert (judged["outcome"], judged["tight"], judged["binding"]) == (outcome, tight, binding)
 
 
 def test_without_a_probe_or_an_interval_nothing_is_claimed() -> None:
     bare = {"value": 0.1, "low": None, "high": None, "unit": "nats/token"}
     for figure in (None, bare):
-        assert judge(figure, 0.1, 2.0)["outcome"] == "unknown" and judge(figure, 0.1, None)["met"] is None
+        judged = judge(figure, 0.1, 2.0)
+        assert (judged["outcome"], judged["tight"], judged["needs"]) == ("cannot tell", None, None)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.108, 0.125])
+def test_as_many_rows_as_are_asked_for_decide_if_the_value_stays(value: float) -> None:
+    needs = judge(probe(value, 0.03), 0.1, 2.0)["needs"]
+    assert needs and needs > 1
+    for more, decided in ((1.05 * needs, True), (0.95 * needs, False)):
+        narrower = judge(probe(value, 0.03 / more**0.5), 0.1, 2.0)
+        assert (narrower["outcome"] != "cannot tell") == decided == (narrower["needs"] is None)
 
 
 def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> None:
@@ -134,7 +143,7 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     summaries = [summarise(world.store, run_record, run_records) for run_record in run_records]
     budget = summaries[1].budget
     assert summaries[0].budget is None and budget is not None
-    assert (budget["outcome"], budget["met"], budget["plain"]) == ("tight", True, "finetune")
+    assert (budget["outcome"], budget["tight"], budget["plain"]) == ("kept", True, "finetune")
     assert budget["target_gain_cost"]["value"] == pytest.approx(0.05)
     assert budget["target_gain_cost"]["low"] > 0
     said = verdict(summaries)
@@ -145,7 +154,7 @@ def test_a_budget_is_said_with_what_it_cost(world: Trained, tmp_path: Path) -> N
     unsure = "it is not shown to have given up any of the gain of “finetune” (0.0100 [-0.0100, 0.0300] nats per token)."
     assert budget_lines([cheap])[0].endswith(unsure)
     flat = headline(summaries[1])
-    assert flat["budget/met"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
+    assert flat["budget/kept"] == flat["budget/tight"] == 1 and flat["budget/target_gain_cost"] == pytest.approx(0.05)
     alone = summarise(world.store, run_records[1]).budget
     assert alone and alone["target_gain_cost"] is None and alone["plain"] is None
 
@@ -155,9 +164,11 @@ def test_an_interval_too_wide_is_said_and_so_is_a_floor(world: Trained) -> None:
     assert found.budget
     wide = found.model_copy(update={"budget": found.budget | judge(probe(0.1, 0.03), 0.1, 2.0)})
     said = (
-        "kept or missed (the probe's interval is too wide to say, raise probe.rows); 100 [70.0, 130] % of it was used"
+        "kept or exceeded (the probe's interval is too wide to say); 100 [70.0, 130] % of it was used; "
+        "about 9 times as many probe.rows would tell"
     )
     assert said in budget_lines([wide])[0]
+    assert "budget/kept" not in headline(wide)
     lowest = found.model_copy(update={"budget": found.budget | judge(probe(0.01, 0.0005), 0.1, LOWEST)})
     assert "0.100 nats per token: kept with hardly any rehearsal; 10.0 [" in budget_lines([lowest])[0]
 
@@ -184,7 +195,7 @@ def test_seeds_of_a_budget_are_counted(world: Trained) -> None:
     kls = [0.1, 0.1, 0.3]
     repeats = [summarise(world.store, world.budgeted(f"b seed={i}", kl=kl)) for i, kl in enumerate(kls)]
     assert budget_lines(repeats) == [
-        "Budget of “b”, 0.100 nats per token: kept and used up in 2 of 3 seeds, missed in 1 of 3 seeds."
+        "Budget of “b”, 0.100 nats per token: kept and used up in 2 of 3 seeds, exceeded in 1 of 3 seeds."
     ]
 
 
