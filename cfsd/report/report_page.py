@@ -14,6 +14,7 @@ from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, lines_of
 from cfsd.report.training import WATCH, names_of_models, panels_of
 from cfsd.report.verdict import remarks, two_sentences, warnings
+from cfsd.statistics import null_band
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
@@ -38,6 +39,7 @@ def write_report(
         lines=lines_of(summaries),
         findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,
+        null_band=null_band.DEFINITION,
         drawn=_drawn(store, run_records, summaries),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
