@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from cfsd.statistics.intervals import Floats, imagined_change
+from cfsd.statistics.intervals import Floats, padded
 
 LEVEL = 0.95
 HALVINGS = 60
@@ -47,5 +47,4 @@ def error_of_scores(changes: Floats, reach: float) -> float:
 
     Two imagined documents changed either way, as in `bootstrap_change`: no change seen does not mean no error.
     """
-    size = imagined_change(changes, reach)
-    return error_of_ratio(np.append(changes, [size, -size]), np.ones(len(changes) + 2))
+    return error_of_ratio(padded(changes, reach), np.ones(len(changes) + 2))
