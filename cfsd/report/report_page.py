@@ -9,6 +9,8 @@ from cfsd.report.comparisons import Comparisons
 from cfsd.report.differences import differences_of
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
+from cfsd.report.figures.matched_gain import matched_figure
+from cfsd.report.matched_gain import MatchedGain
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
@@ -16,7 +18,7 @@ from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, lines_of
 from cfsd.report.training import WATCH, names_of_models, panels_of
 from cfsd.report.verdict import remarks, two_sentences, warnings
-from cfsd.statistics import differences
+from cfsd.statistics import differences, matched_gain, null_band
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
@@ -28,6 +30,7 @@ def write_report(
     run_records: list[RunRecord],
     summaries: list[Summary],
     comparisons: Comparisons,
+    matched: Sequence[MatchedGain] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
@@ -42,11 +45,15 @@ def write_report(
         lines=lines_of(summaries),
         findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,
+        null_band=null_band.DEFINITION,
         differences=differences_of(summaries, comparisons),
         how_compared=differences.DEFINITION,
         of_benchmarks=differences.OF_BENCHMARKS,
         over_seeds=differences.OF_SEEDS if any(c.seeds > 1 for c in comparisons.entries) else "",
-        drawn=_drawn(store, run_records, summaries),
+        matched=matched,
+        how_matched=matched_gain.DEFINITION,
+        drawn=_drawn(store, run_records, summaries)
+        | figures.embedded({"matched": {found.measure: matched_figure(summaries, found) for found in matched}}),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )

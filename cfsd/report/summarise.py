@@ -106,6 +106,8 @@ def _of_training(summary: Summary) -> dict[str, float]:
     flat = {f"training/{name}": float(value) for name, value in (summary.training or {}).items()}
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
+        if watched["null_band"] is not None:
+            flat[f"stability_gap_band/{name}"] = watched["null_band"]
     for name, value in (summary.budget or {}).items():
         if name == "outcome" and value != "cannot tell":
             flat["budget/kept"] = float(value == "kept")

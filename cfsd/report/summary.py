@@ -43,8 +43,14 @@ class Summary(BaseModel):
     cached: list[str]
 
 
-def write_summary(path: Path, summaries: list[Summary], comparisons: Iterable[BaseModel]) -> None:
-    """Write `summary.json`; its schema is in docs/summary.md. `comparisons`: of `cfsd.report.comparisons`."""
+def write_summary(
+    path: Path, summaries: list[Summary], comparisons: Iterable[BaseModel], matched: Iterable[BaseModel] = ()
+) -> None:
+    """Write `summary.json`; its schema is in docs/summary.md.
+
+    `comparisons` are those of `cfsd.report.comparisons`, `matched` those of `cfsd.report.matched_gain`.
+    """
     variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
-    found = [entry.model_dump(mode="json") for entry in comparisons]
-    write_json(path, {"schema": SCHEMA, "variants": variants, "comparisons": found})
+    found, at_equal_gain = ([entry.model_dump(mode="json") for entry in entries] for entries in (comparisons, matched))
+    content = {"schema": SCHEMA, "variants": variants, "comparisons": found, "matched_gain": at_equal_gain}
+    write_json(path, content)

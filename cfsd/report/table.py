@@ -75,6 +75,7 @@ def change_of_score(benchmark: dict[str, Any]) -> str:
 
 
 NATS_PER_TOKEN = Unit("nats/token", "nats/token", 1)
+KEPT = "kept above chance, %"
 ENDINGS = {"at_limit": "answers at the length limit", "unfinished": "reasoning unfinished"}
 
 
@@ -132,6 +133,7 @@ def _benchmark(name: str, summaries: list[Summary]) -> list[Line]:
         _scores(f"{name}: {metric}{unit.score}{lower}", pairs, unit.factor),
         lost._replace(marks=["" if change == "unsettled" else change for change in changes]),
         _power(unit, [e.detectable if e else None for e in entries], [change == "unsettled" for change in changes]),
+        _figures(KEPT, [r["retention"] if r else None for r in results], POINTS, is_part=True),
     ]
 
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from cfsd.report.run_record import RunRecord
 from cfsd.report.table import POINTS, sweep_of
 from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.statistics.null_band import null_band
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
 
-WATCH = "watch/"
+WATCH, ERROR = "watch/", "watch_error/"  # the watched value, and the error of its change since the first look
 CURVE_POINTS = 150  # a longer curve is averaged over neighbouring steps
 LOSS_WORDS = ("loss", "perplexity", "nll", "bits", "brier")  # in the name of a metric that is better when lower
 COST_METADATA = (
@@ -24,7 +25,8 @@ Line = tuple[list[float], list[float]]  # steps, values
 class Panel(NamedTuple):
     """One figure of training: a line per trained model, under the name of its first variant.
 
-    `levels` are the budgets to be drawn across it, by the same names.
+    `levels` are the budgets to be drawn across it, by the same names; `bands` reach from the worse of a line's two ends
+    to where its worst moment may lie by chance.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Panel(NamedTuple):
     lines: dict[str, Line]
     is_log: bool = False
     levels: dict[str, float] = {}
+    bands: dict[str, tuple[float, float]] = {}
 
 
 def metrics_of(store: Store, artifact: Artifact) -> dict[str, Series]:
@@ -80,25 +83,46 @@ def last_weight(store: Store, run_record: RunRecord) -> float | None:
 def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, Any]] | None:
     """Return per watched measure its value at the start, at its worst and at the end of training.
 
-    `gap`: by how much the worst moment was worse than both the start and the end, at least 0.
+    `gap`: by how much the worst moment was worse than both the start and the end, at least 0. `looks`: how often it was
+    measured. `null_band`: what 95 % of gaps stay below where nothing was lost on the way; None for a training that did
+    not record the errors of its looks.
     Source: De Lange et al. 2022, arXiv:2205.13452. Differs: counted from the worse of the two ends, so that a
     measure that only ever improves, or only ever worsens, has no gap.
     """
     if "tuned" not in run_record.artifacts:
         return None
-    watched = {n: s for n, s in metrics_of(store, run_record.artifacts["tuned"]).items() if n.startswith(WATCH)}
+    metrics = metrics_of(store, run_record.artifacts["tuned"])
     gaps = {}
-    for name, series in watched.items():
+    for name, series in metrics.items():
+        if not name.startswith(WATCH):
+            continue
         unit, higher_is_better = _reading_of(name, run_record)
         sign = -1 if higher_is_better else 1
         worst_step = max(series, key=lambda step: sign * series[step])
         start, final = next(iter(series.values())), next(reversed(series.values()))
         gap = min(sign * (series[worst_step] - end) for end in (start, final))
-        gaps[name.removeprefix(WATCH)] = {
+        measure = name.removeprefix(WATCH)
+        band = _null_band(series, metrics.get(f"{ERROR}{measure}", {}))
+        gaps[measure] = {
             "start": start, "worst": series[worst_step], "worst_step": worst_step, "final": final, "gap": gap,
-            "unit": unit, "higher_is_better": higher_is_better,
+            "null_band": band, "looks": len(series), "unit": unit, "higher_is_better": higher_is_better,
         }  # fmt: skip
     return gaps or None
+
+
+def _null_band(series: Series, errors: Series) -> float | None:
+    """Return the null band of the looks between the first and the last; None where an error of one is not known."""
+    between = list(series)[1:-1]
+    return null_band([errors[step] for step in between]) if set(between) <= set(errors) and errors else None
+
+
+def _band(gap: dict[str, Any], factor: float) -> tuple[float, float] | None:
+    """Return the worse of both ends and how far beyond it chance alone may lead; None without a known band."""
+    if gap["null_band"] is None:
+        return None
+    worst, sign = (min, -1) if gap["higher_is_better"] else (max, 1)
+    end = worst(gap["start"], gap["final"])
+    return end * factor, (end + sign * gap["null_band"]) * factor
 
 
 def _reading_of(name: str, run_record: RunRecord) -> tuple[str, bool]:
@@ -145,6 +169,12 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
         alike = [name for name in first if metric in metrics[name] and form in ("", forms[name])]
         return {name: in_blocks(metrics[name][metric], factor) for name in alike}
 
+    gaps = {name: stability_gap(store, run_record) or {} for name, run_record in first.items()}
+
+    def watched(measure: str, factor: float = 1) -> dict[str, Any]:
+        bands = {name: _band(own[measure], factor) for name, own in gaps.items() if measure in own}
+        return {"lines": lines(f"{WATCH}{measure}", factor), "bands": {n: band for n, band in bands.items() if band}}
+
     loss, weights = "train/rehearsal_loss", lines("train/rehearsal_weight")
     panels = [
         Panel("target", "target loss, nats per token", lines("train/target_loss")),
@@ -153,14 +183,14 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
         Panel("weight", "rehearsal weight λ (log scale)", _moving(weights), is_log=True),
         Panel("divergence", "moving mean of the divergence, nats per token", lines("train/divergence_estimate"),
               levels=budgets),
-        Panel("probe_kl", "watched probe_kl, nats per token", lines("watch/probe_kl"), levels=budgets),
-        Panel("target_loss", "watched target loss, nats per token", lines("watch/target_loss")),
+        Panel("probe_kl", "watched probe_kl, nats per token", **watched("probe_kl"), levels=budgets),
+        Panel("target_loss", "watched target loss, nats per token", **watched("target_loss")),
     ]  # fmt: skip
     for metric in dict.fromkeys(m for own in metrics.values() for m in own if m.startswith(WATCH) and m.count("/") > 1):
         benchmark, _, name = metric.removeprefix(WATCH).rpartition("/")
         unit, _ = _reading_of(metric, next(r for n, r in first.items() if metric in metrics[n]))
         label, factor = (f"{benchmark}: {name}, %", POINTS) if unit == FRACTION else (f"{benchmark}: {name}", 1)
-        panels.append(Panel(metric, label, lines(metric, factor)))
+        panels.append(Panel(metric, label, **watched(metric.removeprefix(WATCH), factor)))
     return [panel for panel in panels if panel.lines]
 
 

@@ -24,6 +24,7 @@ from cfsd.statistics.figures import (
 from cfsd.statistics.intervals import Floats, bootstrap_change, is_above, mcnemar_p, sign_flip_p
 from cfsd.statistics.pairing import paired_by_document, refuse
 from cfsd.statistics.power import detectable_change, detectable_share
+from cfsd.statistics.retention import retention_of
 from cfsd.statistics.units import Units
 
 WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
@@ -62,6 +63,8 @@ class BenchmarkForgetting(BaseModel):
     `detectable`: smallest worsening that is detected with 80 % power at 5 %, in the benchmark's unit; above 1 where
     no drop of a share is; None without an interval, or with one of width 0.
     `q_value`: `p_value` after the false-discovery control of `cfsd.statistics.discoveries.controlled`, None before it.
+    `retention`: tuned/base, both less chance, as a fraction; None where the base is not above chance, or for the reason
+    that `retention_note` gives.
     `perplexity_factor`: tuned perplexity / base perplexity, the exponential of `forgetting`.
     `interval_method`, `test`: the methods of `forgetting`'s interval and of `p_value`.
     """
@@ -76,7 +79,7 @@ class BenchmarkForgetting(BaseModel):
     tuned: FiniteFloat
     forgetting: Figure
     chance_corrected: Figure | None
-    retention: float | None
+    retention: Figure | None
     retention_note: str
     right_to_wrong: float | None = None
     wrong_to_right: float | None = None
@@ -194,7 +197,7 @@ def _reach(base: Floats, tuned: Floats) -> float:
     return 1.0 if _are_scores(base, tuned) else float(np.ptp([base, tuned]))
 
 
-def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:
+def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[Figure | None, str]:
     """Return tuned/base, both less chance, or None and the reason why there is none."""
     if not measure.higher_is_better:
         return None, "better when lower"
@@ -204,7 +207,7 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | N
         return None, "chance level unknown"
     if not is_above(base, measure.chance, binary=all_zero_or_one(base)):
         return None, "base at chance"
-    return float((tuned.mean() - measure.chance) / (base.mean() - measure.chance)), ""
+    return retention_of(base, tuned, measure.chance), ""
 
 
 def _is_score(measure: Measure, base: Floats, tuned: Floats) -> bool:

@@ -59,7 +59,7 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
     if error == 0:
         return Interval(float(ratio), float(ratio))
     columns = np.stack([rest, counts, rest**2, rest * counts, counts**2], axis=1)
-    of_rest, of_counts, rest_rest, rest_counts, counts_counts = _resampled_sums(columns, seed).T
+    of_rest, of_counts, rest_rest, rest_counts, counts_counts = resampled_sums(columns, seed).T
     shift = of_rest / of_counts
     squares = rest_rest - 2 * shift * rest_counts + shift**2 * counts_counts
     errors = np.sqrt(np.maximum(squares, 0.0)) / of_counts
@@ -68,8 +68,8 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
     return Interval(float(ratio - high * widen), float(ratio - low * widen))
 
 
-def _resampled_sums(columns: Floats, seed: int) -> Floats:
-    """Return the column sums of RESAMPLES samples of rows with replacement."""
+def resampled_sums(columns: Floats, seed: int) -> Floats:
+    """Return the column sums of RESAMPLES samples of rows with replacement, the same rows for the same `seed`."""
     rng, rows = np.random.default_rng(seed), len(columns)
     block = max(1, CELLS // rows)
     parts = []
@@ -99,10 +99,15 @@ def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | 
 
 def padded(changes: Floats, reach: float) -> Floats:
     """Return paired `changes` with the two documents that `bootstrap_change` adds."""
+    size = imagined_change(changes, reach)
+    return np.append(changes, [size, -size])
+
+
+def imagined_change(changes: Floats, reach: float) -> float:
+    """Return how large an imagined change is: `reach` if hardly any document changed, that of the others if many."""
     changed = int(np.count_nonzero(changes))
     trust = min(1.0, 3 / max(1, changed))
-    size = np.sqrt((changes @ changes + trust * reach**2) / (changed + trust))
-    return np.append(changes, [size, -size])
+    return float(np.sqrt((changes @ changes + trust * reach**2) / (changed + trust)))
 
 
 def mcnemar_p(up: int, down: int) -> float:

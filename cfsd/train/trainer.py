@@ -144,6 +144,8 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
     if last:
         recorder.restore(last)
+        if watcher:
+            watcher.measure(model)  # still the base: what changes are counted from
     if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
         del data.plan[recorder.stopped_at :]
     args.max_steps = len(data)

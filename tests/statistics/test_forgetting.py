@@ -61,7 +61,7 @@ def test_binary_figures_by_hand() -> None:
     assert figures.chance_corrected is not None
     assert figures.chance_corrected.value == pytest.approx((0.62 - 0.54) / 0.75)
     assert np.array(ends(figures.chance_corrected)) == pytest.approx(np.array(ends(figures.forgetting)) / 0.75)
-    assert figures.retention == pytest.approx((0.54 - 0.25) / (0.62 - 0.25))
+    assert figures.retention and figures.retention.value == pytest.approx((0.54 - 0.25) / (0.62 - 0.25))
     # p12 = 13/102, p21 = 5/102
     half = 1.959964 * np.sqrt((18 / 102 - (8 / 102) ** 2) / 102)
     assert ends(figures.forgetting) == pytest.approx((8 / 102 - half, 8 / 102 + half), rel=1e-6)
@@ -108,7 +108,8 @@ def test_equal_scores_forget_exactly_nothing(measure: Measure) -> None:
     assert figures.base == figures.tuned
     assert figures.p_value == 1
     if measure.chance is not None:
-        assert figures.retention == 1
+        assert figures.retention and figures.retention.value == 1
+        assert (figures.retention.low or 1) < 1 < (figures.retention.high or 1)
         low, high = ends(figures.forgetting)
         assert low < 0 < high  # the documents seen do not rule out every other
 
@@ -192,7 +193,8 @@ def test_retention_needs_a_base_above_chance() -> None:
     assert (guessing.retention, guessing.retention_note) == (None, "base at chance")
     one_in_a_hundred = ACCURACY.model_copy(update={"chance": 0.0})
     assert forgotten(one_in_a_hundred, *right_and_wrong(1, 0, 0, 99)).retention is None
-    assert forgotten(one_in_a_hundred, *right_and_wrong(10, 10, 0, 80)).retention == pytest.approx(0.5)
+    half = forgotten(one_in_a_hundred, *right_and_wrong(10, 10, 0, 80)).retention
+    assert half and half.value == pytest.approx(0.5)
     unknown = ACCURACY.model_copy(update={"chance": None})
     assert forgotten(unknown, *right_and_wrong(90, 0, 0, 10)).retention_note == "chance level unknown"
 

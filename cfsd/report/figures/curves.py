@@ -1,4 +1,4 @@
-"""The figures of training: a panel per measure, a line per trained model, a dashed line per budget."""
+"""The figures of training: a panel per measure, a line per trained model, a dashed line per budget, bands of chance."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +16,8 @@ PALEST = 0.35  # opacity of the first of a sweep; the last is opaque
 FEW = 12  # points up to which each has its marker
 LETTERS = 46  # of a legend's row
 LONGEST = 30  # letters of an axis label on one line
+MAX_BANDS = 3  # lines up to which each has its band of chance; of more, the bands hide one another
+BAND = 0.12  # its opacity
 
 
 def curve_figures(panels: Sequence[Panel], names: Sequence[str], models: Mapping[str, str]) -> dict[str, Figure]:
@@ -57,6 +59,9 @@ def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float]
             alpha=opacity[name], label=labels[name],
         )  # fmt: skip
     _write_levels(axes, panel, look)
+    if len(panel.bands) <= MAX_BANDS:
+        for name, ends in panel.bands.items():
+            axes.axhspan(*sorted(ends), color=look[name].color, alpha=BAND, lw=0, zorder=0)
     if rows:
         write_legend(figure, columns)
     return figure

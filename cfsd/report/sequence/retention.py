@@ -12,6 +12,7 @@ from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of
 from cfsd.statistics.continual import Continual, Stability, continual, stability
 from cfsd.statistics.figures import FRACTION, NATS, Figure
+from cfsd.statistics.null_band import DEFINITION
 from cfsd.store.artifact import Store
 
 LEARNED = (
@@ -29,7 +30,8 @@ GAP = (
     "least 0 (De Lange et al. 2022, counted from the worse of the two ends). Over all stages the start is the first "
     "base and the end the last model; only benchmarks are watched alike in every stage: probe_kl and target_loss "
     "change their base and their target, and earlier targets are not watched while a later one is trained. The worst "
-    "of many looks is worse by chance too."
+    "of many looks is worse by chance too: up to the null band, where one is known. It is not over all stages, whose "
+    f"changes have several first looks. {DEFINITION}."
 )
 
 
@@ -48,6 +50,8 @@ class Gap(BaseModel):
     worst_step: int
     final: FiniteFloat
     gap: FiniteFloat
+    null_band: FiniteFloat | None = None
+    looks: int = 0
 
 
 class Retention(BaseModel):
@@ -133,4 +137,6 @@ def _over_all_stages(gaps: list[Gap]) -> Gap:
     start, final, sign = gaps[0].start, gaps[-1].final, -1 if gaps[0].higher_is_better else 1
     worst = max(gaps, key=lambda gap: sign * gap.worst)
     gap = min(sign * (worst.worst - end) for end in (start, final))
-    return worst.model_copy(update={"stage": WHOLE, "start": start, "final": final, "gap": gap})
+    looks = sum(own.looks for own in gaps)
+    changes = {"start": start, "final": final, "gap": gap, "null_band": None, "looks": looks}
+    return worst.model_copy(update={"stage": WHOLE, **changes})

@@ -71,15 +71,28 @@ class Objective:
 
     def forward(
         self, *args: Any, micro_batch: Callable[[], MicroBatch] | None = None, rehearsal_weight: float = 1.0,
-        spec: RehearsalSpec | None = None, **named: Any,
+        spec: RehearsalSpec | None = None, by_row: bool = False, **named: Any,
     ) -> Any:  # fmt: skip
-        """Return the Losses of what `micro_batch` returns; without one, what the model itself returns."""
+        """Return the Losses of what `micro_batch` returns, or the divergence `by_row`; without one, the model's own."""
         if micro_batch is None:
             return self._plain(*args, **named)
+        if by_row:
+            return self.divergence_B(micro_batch(), spec or self.spec)
         return self.losses(micro_batch(), rehearsal_weight, spec or self.spec)
 
     def losses(self, micro_batch: MicroBatch, rehearsal_weight: float, spec: RehearsalSpec) -> Losses:
         """Return the losses of `micro_batch`, its rehearsal's in the form of `spec`."""
+        return self._measured(micro_batch, rehearsal_weight, spec)[0]
+
+    def divergence_B(self, micro_batch: MicroBatch, spec: RehearsalSpec) -> Tensor:
+        """Return each row's divergence from the base, summed over its rehearsal tokens that count, in nats."""
+        _, divergence_M = self._measured(micro_batch, 1.0, spec)
+        rehearsed_BT = (micro_batch.coefficient_BT != 0)[:, 1:] & ~micro_batch.target_BT[:, 1:]
+        sums_B = torch.zeros(len(rehearsed_BT), dtype=torch.float64)
+        return sums_B.index_add(0, rehearsed_BT.nonzero()[:, 0].cpu(), divergence_M.double().cpu())
+
+    def _measured(self, micro_batch: MicroBatch, rehearsal_weight: float, spec: RehearsalSpec) -> tuple[Losses, Tensor]:
+        """Return the losses, and the divergence at each rehearsal token that counts."""
         counted_BT, target_BT = micro_batch.coefficient_BT[:, 1:] != 0, micro_batch.target_BT[:, 1:]
         masks = counted_BT & target_BT, counted_BT & ~target_BT  # the divergence is of the last tokens
         states_ND, head = self._trained_states(micro_batch, masks)
@@ -96,7 +109,7 @@ class Objective:
         elif micro_batch.stored is not None:  # from the sampled tokens alone
             divergence_M = nll_M + micro_batch.stored.sampled_M.to(nll_M)
         target_nll = of_tokens.nll_N[:num_target].sum()
-        return Losses(of_tokens.total, target_nll, loss_M.sum(), divergence_M[fresh_M].sum())
+        return Losses(of_tokens.total, target_nll, loss_M.sum(), divergence_M[fresh_M].sum()), divergence_M
 
     def _trained_states(self, micro_batch: MicroBatch, masks: tuple[Tensor, Tensor]) -> tuple[Tensor, Head]:
         """Return the states of the trained model, those of rehearsal rows without dropout.
@@ -158,6 +171,12 @@ def losses(
     # in a function: FSDP would turn every tensor that it finds in an argument into bfloat16, coefficients included
     parts: Losses = model(micro_batch=lambda: micro_batch, rehearsal_weight=rehearsal_weight, spec=spec)
     return parts
+
+
+def divergence_by_row(model: nn.Module, micro_batch: MicroBatch, spec: RehearsalSpec) -> Tensor:
+    """Return the divergence of each row (B) from the base, in nats, as `losses` would sum it."""
+    nats_B: Tensor = model(micro_batch=lambda: micro_batch, spec=spec, by_row=True)
+    return nats_B
 
 
 @torch.no_grad()

@@ -1,0 +1,90 @@
+"""The frontier with the gains at which methods are compared, and what each method lost there."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from cfsd.report.figures.frontier import (
+    LINE,
+    QUANTITIES,
+    WIDTH,
+    Style,
+    certain,
+    errorbar,
+    frontier_points,
+    plain_axes,
+    scaled,
+    short,
+    styles,
+    write_legend,
+)
+from cfsd.report.figures.labels import Point
+from cfsd.report.matched_gain import MatchedGain
+from cfsd.report.summary import Summary
+from cfsd.report.table import POINTS, sweep_of, variant_of
+from cfsd.statistics.figures import FRACTION
+
+HEIGHT = 4.0  # inches, without a legend
+LEGEND_ROW = 0.21  # inches
+COLUMNS = 3
+
+
+def matched_figure(summaries: list[Summary], matched: MatchedGain) -> Figure:
+    """Return each method's line through its strengths, the matched gains across it, and intervals where they cross.
+
+    Points are means over seeds. The cost is drawn as it is interpolated: where that is in logarithms, on such an axis.
+    """
+    methods, points = matched.methods(), _means(frontier_points(summaries, matched.measure))
+    rows = -(-len(methods) // COLUMNS)
+    figure = Figure((WIDTH * 1.4, HEIGHT + LEGEND_ROW * rows), layout="constrained")
+    axes = figure.subplots()
+    plain_axes(axes, "target gain, nats per token", f"{QUANTITIES[matched.measure]} (up: worse)")
+    if matched.logarithmic and all(point.y["value"] > 0 for point in points):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    look = styles([*(s.name for s in summaries), *methods])
+    for method in methods:
+        _draw_method(axes, method, [point for point in points if method_of(point.name) == method], look)
+    for match in matched.gains:
+        axes.axvline(match.gain.value, color=LINE, lw=1, ls=":", zorder=0)
+    _draw_crossings(axes, matched, look)
+    write_legend(figure, COLUMNS)
+    return figure
+
+
+def method_of(name: str) -> str:
+    """Return the method that a variant is a strength of, or the variant itself."""
+    sweep = sweep_of(name)
+    return sweep.family if sweep else variant_of(name)
+
+
+def _means(points: Sequence[Point]) -> list[Point]:
+    """Return a point per variant, the mean of its seeds, in the order of strength."""
+    seeds: dict[str, list[Point]] = {}
+    for point in points:
+        seeds.setdefault(variant_of(point.name), []).append(point)
+    means = [
+        Point(name, *(certain(fmean(getattr(p, axis)["value"] for p in own)) for axis in "xy"))
+        for name, own in seeds.items()
+    ]
+    return sorted(means, key=lambda point: sweep.value if (sweep := sweep_of(point.name)) else 0.0)
+
+
+def _draw_method(axes: Axes, method: str, points: Sequence[Point], look: dict[str, Style]) -> None:
+    xs, ys = ([getattr(point, axis)["value"] for point in points] for axis in "xy")
+    style = look[points[0].name] if points else look[method]
+    axes.plot(xs, ys, color=style.color, marker=style.marker, ms=5, lw=1, label=short(method))
+
+
+def _draw_crossings(axes: Axes, matched: MatchedGain, look: dict[str, Style]) -> None:
+    for match in matched.gains:
+        for entry in match.methods:
+            if entry.cost:
+                factor = POINTS if entry.cost.unit == FRACTION else 1
+                cost = scaled(entry.cost.model_dump(), factor)
+                errorbar(axes, certain(match.gain.value), cost, look[entry.method]._replace(marker="_"))
