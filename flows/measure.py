@@ -20,7 +20,7 @@ from cfsd.machine import Machine
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
-from cfsd.report.run_record import RunRecord
+from cfsd.report.run_record import RunRecord, roles_of
 from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
@@ -30,7 +30,7 @@ from tasks import record
 from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
-from tasks.generate import sample_probe
+from tasks.generate import sample_along
 from tasks.target import prepare_target
 
 
@@ -55,11 +55,11 @@ def measure(
             check_context(model, probe, "probe")
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
-        sampled = sample_probe(models[0], probe, machine)
+        sampled = sample_along(models[0], probe, evaluate.prompts, machine)
         rows = prepare_target(models[0], target, machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
-        roles = {"base": models[0], "final": models[1], "probe": sampled} | ({"target": rows} if rows else {})
+        roles = {"base": models[0], "final": models[1], **roles_of(sampled)} | ({"target": rows} if rows else {})
         run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
         return conclude(name, [run_record], [variant.run_id])
 
