@@ -3,16 +3,24 @@
 `summary.json`, the tables of page and terminal, the data frame, the model card and MLflow go through the table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import accuracy_gain, first_scores, metric_of, response_pair, table, target_gain
+from cfsd.report.scores import accuracy_units, first_scores, gain_units, metric_of, response_pair, table
 from cfsd.report.summary import Summary
 from cfsd.statistics.discoveries import controlled, detectable_mean
-from cfsd.statistics.figures import Figure, mean_per_token
-from cfsd.statistics.forgetting import BenchmarkForgetting, benchmark_forgetting, mean_forgetting
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.forgetting import (
+    BenchmarkForgetting,
+    benchmark_forgetting,
+    benchmark_units,
+    chance_corrected_units,
+    mean_forgetting,
+)
+from cfsd.statistics.texts import text_units
+from cfsd.statistics.units import Units, figure_of_units
 from cfsd.store.artifact import Artifact, Store
 
 
@@ -22,15 +30,21 @@ class ScoreTables:
     def __init__(self, store: Store, run_record: RunRecord) -> None:
         """Read nothing yet."""
         self.store, self.before, self.after = store, run_record.before, run_record.after
+        self.artifacts = run_record.artifacts
 
     @cached_property
     def benchmarks(self) -> list[BenchmarkForgetting]:
         """What each benchmark lost, under false-discovery control."""
-        forgotten = []
+        return controlled([benchmark_forgetting(name, *scores) for name, scores in self._scores.items()])
+
+    @cached_property
+    def _scores(self) -> dict[str, Any]:
+        """Metric and the documents' scores before and after of each benchmark, as its first filter reads them."""
+        scored = {}
         for name, before in self.before.benchmarks.items():
-            scores = (first_scores(self.store, artifact) for artifact in (before, self.after.benchmarks[name]))
-            forgotten.append(benchmark_forgetting(name, metric_of(before), *scores))
-        return controlled(forgotten)
+            sides = (first_scores(self.store, artifact) for artifact in (before, self.after.benchmarks[name]))
+            scored[name] = (metric_of(before), *sides)
+        return scored
 
     @cached_property
     def responses(self) -> Any:
@@ -39,29 +53,74 @@ class ScoreTables:
             return None
         return response_pair(self.store, self.before.target, self.after.target)
 
-    def divergence(self, artifact: Artifact | None, column: str) -> Figure | None:
-        """Return the mean of a column of a divergence table, in nats per token; None without an artifact."""
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        """The documents of each of the user's texts scored by base and tuned: two data frames."""
+        sides = (self.before, self.after)
+        return {name: [table(self.store, side.texts[name], "texts") for side in sides] for name in self.before.texts}
+
+    def on_benchmarks(self) -> dict[str, Units]:
+        """Return what each benchmark lost, document by document, in its own unit; positive is worse."""
+        return {name: benchmark_units(name, *scores) for name, scores in self._scores.items()}
+
+    def on_texts(self) -> dict[str, Units]:
+        """Return by how much the loss of each text rose, document by document."""
+        return {name: text_units(*sides) for name, sides in self.texts.items()}
+
+    def chance_corrected(self) -> list[Units]:
+        """Return what benchmarks lost that have a chance-corrected figure, as fractions."""
+        units = [chance_corrected_units(name, *scores) for name, scores in self._scores.items()]
+        return [part for part in units if part is not None]
+
+    def on_responses(self, units_of: Callable[[Any, Any], Units]) -> list[Units]:
+        """Return a figure of the held-out responses, row by row, from their tables before and after."""
+        if self.responses is None:
+            return []
+        units = units_of(*self.responses)
+        return [units._replace(names=self._named("target", units.names))]
+
+    def per_row(self, artifact: Artifact | None, column: str, rows_of: str = "probe") -> list[Units]:
+        """Return a column of a divergence table, row by row, in nats; nothing without an artifact.
+
+        `rows_of` is the role of the artifact whose rows were measured; another artifact's are other rows.
+        """
         if artifact is None:
-            return None
+            return []
         rows = table(self.store, artifact, "divergence")
-        return mean_per_token(rows[column].to_numpy(), rows["count"].to_numpy(float), seed=0)
+        sums, counts = (rows[name].to_numpy(float) for name in (column, "count"))
+        return [Units(self._named(rows_of, rows["row_id"]), sums, counts)]
+
+    def _named(self, rows_of: str, rows: Iterable[object]) -> tuple[str, ...]:
+        content = self.artifacts[rows_of].content if rows_of in self.artifacts else ""
+        return tuple(f"{content}:{row}" for row in rows)
 
 
 class Measure(NamedTuple):
     """One figure of a variant: how it is computed, and how and where it is shown.
 
+    `compute` returns it with its interval. `units` returns what it is the mean of, one part or several that count
+    alike, and nothing where it was not measured; with it variants are compared, paired by unit. Without `compute` the
+    figure is the one of its units.
     `scores`: the row of base and tuned above its own in tables, and the name of both in `Summary.target`.
     `detectable` returns the smallest change that would have been found, shown where the figure is not apart from 0.
     """
 
     name: str  # in summary.json
-    compute: Callable[[ScoreTables], Figure | None]
+    compute: Callable[[ScoreTables], Figure | None] | None = None
+    units: Callable[[ScoreTables], list[Units]] | None = None
     mlflow: str = ""  # empty: not in MLflow
     label: str = ""  # its row in tables, with the unit; empty: in none
     better: int = 0  # 1 where more is better, -1 where less is; 0: the sign is not judged
     factor: float = 1  # from the unit of summary.json to that of tables
     scores: tuple[str, str] | None = None
     detectable: Callable[[Sequence[BenchmarkForgetting]], float | None] | None = None
+
+    def figure(self, tables: ScoreTables) -> Figure | None:
+        """Return the figure of one variant; None where it was not measured."""
+        if self.compute:
+            return self.compute(tables)
+        assert self.units, f"{self.name}: a measure has a function `compute` or `units`"
+        return figure_of_units(self.units(tables))
 
 
 def figure_of(summary: Summary, name: str) -> dict[str, Any] | None:
@@ -72,7 +131,7 @@ def figure_of(summary: Summary, name: str) -> dict[str, Any] | None:
 MEASURES = [
     Measure(
         "target_gain",
-        lambda m: None if m.responses is None else target_gain(*m.responses),
+        units=lambda m: m.on_responses(gain_units),
         mlflow="target/gain",
         label="gain, nats/token",
         better=1,
@@ -80,7 +139,7 @@ MEASURES = [
     ),
     Measure(
         "target_accuracy_gain",
-        lambda m: None if m.responses is None else accuracy_gain(*m.responses),
+        units=lambda m: m.on_responses(accuracy_units),
         mlflow="target/accuracy_gain",
         label="gain, points",
         better=1,
@@ -89,20 +148,21 @@ MEASURES = [
     ),
     Measure(
         "probe_kl",
-        lambda m: m.divergence(m.after.probe, "kl"),
+        units=lambda m: m.per_row(m.after.probe, "kl"),
         mlflow="forgetting/probe_kl",
         label="probe_kl, nats/token",
     ),
-    Measure("probe_kl_sampled", lambda m: m.divergence(m.after.probe, "sampled")),
+    Measure("probe_kl_sampled", units=lambda m: m.per_row(m.after.probe, "sampled")),
     Measure(
         "target_divergence",
-        lambda m: m.divergence(m.after.target_divergence, "kl"),
+        units=lambda m: m.per_row(m.after.target_divergence, "kl", rows_of="target"),
         mlflow="forgetting/target_divergence",
         label="target divergence, nats/token",
     ),
     Measure(
         "mean_forgetting",
         lambda m: mean_forgetting(m.benchmarks),
+        units=lambda m: m.chance_corrected(),
         mlflow="forgetting/mean",
         label="mean forgetting, points",
         better=-1,

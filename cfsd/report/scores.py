@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
+from cfsd.statistics.figures import FRACTION, Figure, mean_per_token, paired_share_difference
 from cfsd.statistics.forgetting import Measure
+from cfsd.statistics.units import Units
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import shard_path
 
@@ -42,6 +43,21 @@ def target_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
 def accuracy_gain(base: pd.DataFrame, tuned: pd.DataFrame) -> Figure:
     """Return by how much the share of held-out responses that greedy decoding writes exactly rose, paired by row."""
     return paired_share_difference(*((rows["correct"] == rows["count"]).to_numpy() for rows in (base, tuned)))
+
+
+def gain_units(base: pd.DataFrame, tuned: pd.DataFrame) -> Units:
+    """Return the target gain response by response."""
+    return Units(_rows(base), *loss_fall(base, tuned))
+
+
+def accuracy_units(base: pd.DataFrame, tuned: pd.DataFrame) -> Units:
+    """Return the accuracy gain response by response: 1 where it is now written exactly, -1 where it was."""
+    before, after = ((rows["correct"] == rows["count"]).to_numpy(float) for rows in (base, tuned))
+    return Units(_rows(base), after - before, np.ones(len(base)), FRACTION, reach=1.0)
+
+
+def _rows(responses: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(map(str, responses["row_id"]))
 
 
 def response_pair(store: Store, before: Artifact, after: Artifact) -> Any:

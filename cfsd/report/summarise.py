@@ -8,7 +8,6 @@ from cfsd.report.budget import budget_of
 from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
 from cfsd.report.run_record import RunRecord, Scores, Step
-from cfsd.report.scores import table
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.training import stability_gap, training_of
 from cfsd.statistics.texts import text_forgetting
@@ -25,16 +24,13 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
     Among `run_records`, those of the same comparison, is the plain variant that a budget's cost is counted against.
     """
     before, after, tables = run_record.before, run_record.after, ScoreTables(store, run_record)
-    figures = {measure.name: measure.compute(tables) for measure in MEASURES}
+    figures = {measure.name: measure.figure(tables) for measure in MEASURES}
     summary = Summary(
         name=run_record.name,
         digest=run_record.digest,
         **{name: figure.model_dump() if figure else None for name, figure in figures.items()},
         target=_target_means(before, after),
-        texts={
-            name: text_forgetting(name, *(table(store, side.texts[name], "texts") for side in (before, after)))
-            for name in before.texts
-        },
+        texts={name: text_forgetting(name, *sides) for name, sides in tables.texts.items()},
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in tables.benchmarks},
         **answers_of(before.benchmarks, after.benchmarks),
         corpus_warnings=_corpus_warnings(run_record),

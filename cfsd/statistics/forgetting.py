@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from cfsd.statistics.figures import (
     FRACTION,
+    NATS,
     Figure,
     all_zero_or_one,
     exponential,
@@ -23,6 +24,7 @@ from cfsd.statistics.figures import (
 from cfsd.statistics.intervals import Floats, bootstrap_change, is_above, mcnemar_p, sign_flip_p
 from cfsd.statistics.pairing import paired_by_document, refuse
 from cfsd.statistics.power import detectable_change, detectable_share
+from cfsd.statistics.units import Units
 
 WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
 BOOTSTRAP = "studentised bootstrap over paired documents"
@@ -124,6 +126,23 @@ def benchmark_forgetting(
     )
 
 
+def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units:
+    """Return a benchmark's forgetting document by document; for arguments and errors see `benchmark_forgetting`."""
+    pairs = paired_by_document(before, after)
+    base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
+    documents = pairs[["filter", "doc_id", "doc_hash"]].astype(str).itertuples(index=False)
+    names = tuple(":".join((name, *document)) for document in documents)
+    reach = None if measure.kind == "perplexity" else _reach(base, tuned)
+    return Units(names, worsening(measure, base, tuned), counts, _unit(measure), reach)
+
+
+def chance_corrected_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units | None:
+    """Return the same as a part of mean forgetting; None where the benchmark does not count for it."""
+    units, pairs = benchmark_units(name, measure, before, after), paired_by_document(before, after)
+    correction = chance_correction(measure, *(pairs[side].to_numpy() for side in ("base", "tuned")))
+    return None if correction is None else units._replace(unit=FRACTION, scale=correction)
+
+
 def worsening(measure: Measure, base: Floats, tuned: Floats) -> Floats:
     """Return by how much each document's score became worse: positive is worse."""
     return base - tuned if measure.higher_is_better else tuned - base
@@ -155,17 +174,24 @@ def _tested(measure: Measure, worse: Floats, forgetting: Figure, seed: int) -> d
 
 def _forgetting(measure: Measure, base: Floats, tuned: Floats, counts: Floats, seed: int) -> tuple[Figure, str]:
     """Return the figure and the method of its interval."""
-    unit = FRACTION if measure.kind == "binary" else measure.metric
-    worse = worsening(measure, base, tuned)
+    unit, worse = _unit(measure), worsening(measure, base, tuned)
     if measure.kind == "perplexity":
         figure = mean_per_token(worse, counts, seed=seed)
     elif all_zero_or_one(base) and all_zero_or_one(tuned):
         return share_difference(worse > 0, worse < 0, unit), WALD
     else:
-        reach = 1.0 if _are_scores(base, tuned) else float(np.ptp([base, tuned]))  # the largest possible change
-        interval = bootstrap_change(worse, reach=reach, seed=seed)
+        interval = bootstrap_change(worse, reach=_reach(base, tuned), seed=seed)
         figure = figure_of(worse.sum() / len(worse), interval, unit)
     return figure, TOO_FEW if figure.low is None else BOOTSTRAP
+
+
+def _unit(measure: Measure) -> str:
+    return {"binary": FRACTION, "perplexity": NATS}.get(measure.kind, measure.metric)
+
+
+def _reach(base: Floats, tuned: Floats) -> float:
+    """Return the largest possible change."""
+    return 1.0 if _are_scores(base, tuned) else float(np.ptp([base, tuned]))
 
 
 def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[float | None, str]:

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from scipy import special  # scipy.stats takes 0.7 s to import, and commands import this module
 
+from cfsd.statistics import multiplicity
+
 Outcome = Literal["fail", "pass", "cannot tell"]
 Floats = NDArray[np.float64]
 
@@ -115,12 +117,7 @@ def judge(guarded: Sequence[Guarded]) -> Judgement:
 
 def holm(p_values: Sequence[float], level: float = FAMILY_WISE) -> list[bool]:
     """Return which hypotheses are rejected so that any wrong rejection has at most probability `level`."""
-    rejected, left = [False] * len(p_values), len(p_values)
-    for i in sorted(range(len(p_values)), key=lambda i: p_values[i]):
-        if p_values[i] > level / left:
-            break
-        rejected[i], left = True, left - 1
-    return rejected
+    return [p <= level for p in multiplicity.holm(p_values)]
 
 
 def margin_of(values: Sequence[float], *, least: float, least_spread: float = 0.0) -> float:

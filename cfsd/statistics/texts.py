@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from cfsd.statistics.figures import NATS, mean_per_token
+from cfsd.statistics.units import Units
 
 NATS_PER_BYTE = "nats/byte"
 UNITS = {"per_token": ("tokens", NATS), "per_byte": ("bytes", NATS_PER_BYTE)}
@@ -34,3 +35,9 @@ def text_forgetting(name: str, before: pd.DataFrame, after: pd.DataFrame) -> dic
             "forgetting": rise.model_copy(update={"unit": label}).model_dump(),
         }
     return figures
+
+
+def text_units(before: pd.DataFrame, after: pd.DataFrame) -> Units:
+    """Return by how much the loss of each document rose, in nats; positive is worse."""
+    names = tuple(":".join(map(str, row)) for row in before[["row_id", "tokens", "bytes"]].itertuples(index=False))
+    return Units(names, (after["nll"] - before["nll"]).to_numpy(float), before["tokens"].to_numpy(float))
