@@ -132,7 +132,10 @@ def _readable(
     place = position.place
     sides: dict[str, Any] = {}
     for side, likeliest in (("base", position.base), ("tuned", position.tuned)):
-        sides |= {side: [token_text(tokenizer, token) for token, _ in likeliest], f"{side}_p": [p for _, p in likeliest]}
+        sides |= {
+            side: [token_text(tokenizer, token) for token, _ in likeliest],
+            f"{side}_p": [p for _, p in likeliest],
+        }
     context = str(tokenizer.decode(list(row[max(0, place - CONTEXT) : place])))
     named = {"row_id": ids[position.row], "place": place, "kl": position.kl, "context": context}
     following = dict(zip(("next_base_p", "next_tuned_p"), position.next, strict=True))

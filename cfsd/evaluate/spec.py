@@ -59,11 +59,9 @@ class EvaluateSpec(Spec):
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
         templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
-        chats = [prompts.name for prompts in self.prompts if prompts.are_chats()]
+        chats = [prompts for prompts in self.prompts if prompts.are_chats()]
         if (templated or chats) and base.content and not _has_chat_template(Store(home()).path(base)):
-            raise templated[0].lacks_template() if templated else BadInput(
-                f"prompts {chats[0]} are chats, but this model has no chat template; give texts in a column `prompt`"
-            )
+            raise (templated or chats)[0].lacks_template()
         for prompts in self.prompts:
             check_context(base, prompts, f"evaluate.prompts of {prompts.name}:")
         context = base.metadata.get("context")

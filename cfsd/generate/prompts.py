@@ -1,4 +1,4 @@
-"""Prompts: the user's own, which the base answers so that a tuned model's divergence can be measured along the answers."""
+"""Prompts of the user's own: the base answers them, and a tuned model's divergence is measured along the answers."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -57,6 +57,12 @@ class Prompts(ProbeSpec):
         """Raise BadInput if there is no prompt to be had; reads all of small files, of others the first rows."""
         if self.files().first_of(self.read(Said(), Counter())) is None:
             raise BadInput(f"prompts {self.name}: {self.path!r} holds no prompt; fix {SETTING}")
+
+    def lacks_template(self) -> BadInput:
+        """Return the error of chats for a base without a chat template."""
+        return BadInput(
+            f"prompts {self.name} are chats, but the base has no chat template; give texts in a column {TEXTS!r}"
+        )
 
     def are_chats(self) -> bool:
         """Return whether the base's chat template writes them."""

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from cfsd.data.corpus_table import corpus_metadata, sampled_per_row, sampled_sums
 from cfsd.errors import BadInput, Crashed
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.shard_job import Sampler, Shard, ShardJob
 from cfsd.generate.shard_sampling import check_engine, sample_shard
-from cfsd.generate.prompts import Prompts
 from cfsd.generate.sources import count_prompts, write_starts
 from cfsd.generate.spec import SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
 from cfsd.generate.workers import sample_in_workers

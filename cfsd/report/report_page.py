@@ -7,6 +7,8 @@ from typing import Any
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
+from cfsd.report.figures.moved import moved_figure
+from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
@@ -27,6 +29,7 @@ def write_report(
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
+    moved = sections_of(store, run_records, summaries)
     write_page(
         path,
         "report.html.j2",
@@ -38,19 +41,23 @@ def write_report(
         lines=lines_of(summaries),
         findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,
-        drawn=_drawn(store, run_records, summaries),
+        drawn=_drawn(store, run_records, summaries, moved),
+        moved=moved,
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )
 
 
-def _drawn(store: Store, run_records: list[RunRecord], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
+def _drawn(
+    store: Store, run_records: list[RunRecord], summaries: list[Summary], moved: list[Moved]
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     panels, models = panels_of(store, run_records), names_of_models(run_records)
     drawn = curves.curve_figures(panels, [summary.name for summary in summaries], models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
     return figures.embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
+        "moved": {m.name: moved_figure(m.bins, [summary.name for summary in summaries]) for m in moved},
         "curves": {name: figure for name, figure in drawn.items() if not name.startswith(WATCH)},
         "watched": {name: figure for name, figure in drawn.items() if name.startswith(WATCH)},
     })  # fmt: skip
