@@ -36,8 +36,9 @@ def bins_along(store: Store, scores: Artifact | None) -> dict[str, list[dict[str
     kl, entropy = (rows[name].tolist() for name in ("token_kl", "token_entropy"))
     places = [np.arange(1, len(own) + 1) for own in kl]
     edges: Any = scores.metadata["entropy_edges"]
-    by_position = bins_of(kl, places, doubling_edges(max(map(len, kl))))
-    by_position = [part._replace(high=part.high - 1) for part in by_position]  # the last position, not the next one
+    longest = max(map(len, kl))
+    by_position = bins_of(kl, places, doubling_edges(longest))
+    by_position = [part._replace(high=min(part.high - 1, longest)) for part in by_position]  # its own last position
     return {"by_position": _as_json(by_position), "by_entropy": _as_json(bins_of(kl, entropy, edges))}
 
 

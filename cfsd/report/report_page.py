@@ -7,7 +7,7 @@ from typing import Any
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
-from cfsd.report.figures.moved import moved_figure
+from cfsd.report.figures.moved import moved_figures
 from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
@@ -57,7 +57,7 @@ def _drawn(
     return figures.embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
-        "moved": {m.name: moved_figure(m.bins, [summary.name for summary in summaries]) for m in moved},
+        **{f"moved {m.name}": moved_figures(m.name, m.bins, [s.name for s in summaries]) for m in moved},
         "curves": {name: figure for name, figure in drawn.items() if not name.startswith(WATCH)},
         "watched": {name: figure for name, figure in drawn.items() if name.startswith(WATCH)},
     })  # fmt: skip

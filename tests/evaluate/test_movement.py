@@ -126,7 +126,7 @@ def scored(store: Store, folders: list[Path]) -> tuple[Artifact, Artifact]:
 
 
 def test_the_tables_of_the_probe_add_up(store: Store, folders: list[Path]) -> None:
-    held, scores = scored(store, folders)
+    _, scores = scored(store, folders)
     records = read_rows(store.path(scores), "divergence")
     edges: Any = scores.metadata["entropy_edges"]
     kl, entropy = ([record[name] for record in records] for name in ("token_kl", "token_entropy"))
