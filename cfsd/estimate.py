@@ -50,6 +50,12 @@ def _probe(recipe: Recipe, target: Metadata) -> float:
     return recipe.probe.rows * recipe.probe.length
 
 
+def _answers(recipe: Recipe, target: Metadata) -> float | None:
+    """Return the tokens of one set of prompts, on average: a stage does not say which it is."""
+    sets = recipe.evaluate.prompts
+    return sum(prompts.rows * prompts.length for prompts in sets) / len(sets) if sets else None
+
+
 def _held_out(recipe: Recipe, target: Metadata) -> float | None:
     return target.get("held_out_tokens")
 
@@ -69,6 +75,7 @@ def _training(recipe: Recipe, target: Metadata) -> float | None:
 
 STAGES = {
     stages.PROBE: Stage(_probe),
+    stages.PROMPTS: Stage(_answers),
     stages.GENERATE: Stage(lambda recipe, target: recipe.generate.rows * recipe.generate.length),
     stages.EMBED: Stage(),
     stages.WEIGH: Stage(lambda recipe, target: target.get("train_tokens")),
@@ -81,6 +88,7 @@ STAGES = {
     stages.EVALUATE_TARGET: Stage(_held_out),
     stages.EVALUATE_TARGET_DIVERGENCE: Stage(_held_out, copies=2, passes=2),
     stages.EVALUATE_PROBE: Stage(_probe, copies=2, passes=2),
+    stages.EVALUATE_PROMPTS: Stage(_answers, copies=2, passes=2),
 }
 
 

@@ -4,6 +4,7 @@ FETCH = "fetch"
 MERGE_ADAPTER = "merge-adapter"
 TARGET = "target"
 PROBE = "probe"
+PROMPTS = "prompts"
 GENERATE = "generate"
 FILTER = "filter"
 EMBED = "embed"
@@ -19,6 +20,7 @@ EVALUATE = "evaluate"
 EVALUATE_TEXT = "evaluate-text"
 EVALUATE_TARGET = "evaluate-target"
 EVALUATE_PROBE = "evaluate-probe"
+EVALUATE_PROMPTS = "evaluate-prompts"
 EVALUATE_TARGET_DIVERGENCE = "evaluate-target-divergence"
 
-SAMPLING = (PROBE, GENERATE)  # their work is divided into shards
+SAMPLING = (PROBE, PROMPTS, GENERATE)  # their work is divided into shards

@@ -20,7 +20,7 @@ from cfsd.machine import Machine
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
-from cfsd.report.run_record import RunRecord
+from cfsd.report.run_record import RunRecord, roles_of
 from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
@@ -30,7 +30,7 @@ from tasks import record
 from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
-from tasks.generate import sample_probe
+from tasks.generate import sample_along
 from tasks.target import prepare_target
 
 
@@ -55,11 +55,11 @@ def measure(
             check_context(model, probe, "probe")
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
-        sampled = sample_probe(models[0], probe, machine)
+        sampled = sample_along(models[0], probe, evaluate.prompts, machine)
         rows = prepare_target(models[0], target, machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
-        roles = {"base": models[0], "final": models[1], "probe": sampled} | ({"target": rows} if rows else {})
+        roles = {"base": models[0], "final": models[1], **roles_of(sampled)} | ({"target": rows} if rows else {})
         run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
         return conclude(name, [run_record], [variant.run_id])
 
@@ -82,6 +82,9 @@ def measure_command(
     target: Annotated[
         Path | None, typer.Option(help="Rows of the target that TUNED was not trained on; columns prompt and response")
     ] = None,
+    prompts: Annotated[
+        list[str], typer.Option(help="Your own prompts, which BASE answers: FILE or NAME=FILE; repeat for more")
+    ] = [],  # noqa: B006
     set_: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
@@ -91,11 +94,12 @@ def measure_command(
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
     own = {"target": {"path": str(target), "seed": 0, "measure_only": True}} if target else {}
-    settings = {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}} | own
+    measured = {"benchmarks": named, "prompts": [_named_prompts(file) for file in prompts]}
+    settings = {"probe": {"seed": 0}, "evaluate": measured} | own
     parts = override(settings, parse_overrides(set_))
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
-    on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark")
+    on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark, --prompts")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
     after = Adapter.at(models[1].path) or models[1]
@@ -111,6 +115,12 @@ def measure_command(
     with prefect_server():
         result = measure(models[0], models[1], rows, probe, evaluate, on)
     show(result)
+
+
+def _named_prompts(given: str) -> dict[str, str]:
+    """Return the settings of NAME=FILE, or of FILE, whose name without endings is then the prompts' too."""
+    name, _, path = given.rpartition("=")
+    return {"name": name or Path(path).name.partition(".")[0], "path": path}
 
 
 def _benchmarks_in(folder: Path) -> list[dict[str, str]]:

@@ -12,8 +12,8 @@ from prefect import flow
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.report.run_record import RunRecord
-from cfsd.stages import FILTER
+from cfsd.report.run_record import RunRecord, roles_of
+from cfsd.stages import FILTER, PROBE
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._plan import checked, print_plans
@@ -23,7 +23,7 @@ from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fisher import estimate_fisher
-from tasks.generate import sample_control, sample_probe, sample_watched
+from tasks.generate import sample_along, sample_control, sample_watched
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.train import train_model
@@ -40,7 +40,8 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     base, target, selected_target, rehearsed = (
         run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
     )
-    probe = sample_probe(base, recipe.probe, machine)
+    sampled = sample_along(base, recipe.probe, recipe.evaluate.prompts, machine)
+    probe = sampled[PROBE]
     losses = weigh_target(base, selected_target, recipe.mix, machine)
     mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
     corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
@@ -52,8 +53,8 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
     fitted = fit_alpha(base, tuned, control, merging, machine)
     final = merge_model(base, tuned, fitted or merging, machine)
-    after = evaluate_tuned(base, final, target, probe, recipe.evaluate, machine)
-    made = {"probe": probe, "mixture": mixture, "tuned": tuned, "final": final}
+    after = evaluate_tuned(base, final, target, sampled, recipe.evaluate, machine)
+    made = {**roles_of(sampled), "mixture": mixture, "tuned": tuned, "final": final}
     optional = {"checked": corpus_check, "control": control, "fitted": fitted}
     made |= {role: artifact for role, artifact in optional.items() if artifact}
     return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})

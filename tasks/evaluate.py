@@ -1,13 +1,22 @@
 """Measure a model: benchmarks, texts, held-out target rows, divergence from the base on probe and target."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.spec import AlongSpec, EvaluateSpec
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
 from cfsd.report.run_record import Scores
-from cfsd.stages import EVALUATE, EVALUATE_PROBE, EVALUATE_TARGET, EVALUATE_TARGET_DIVERGENCE, EVALUATE_TEXT
+from cfsd.stages import (
+    EVALUATE,
+    EVALUATE_PROBE,
+    EVALUATE_PROMPTS,
+    EVALUATE_TARGET,
+    EVALUATE_TARGET_DIVERGENCE,
+    EVALUATE_TEXT,
+    PROBE,
+)
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
 from tasks._stage import Planned, planning, stage
@@ -44,14 +53,21 @@ def evaluate_base(base: Artifact, target: Artifact | None, spec: EvaluateSpec, m
 
 
 def evaluate_tuned(
-    base: Artifact, tuned: Artifact, target: Artifact | None, probe: Artifact, spec: EvaluateSpec,
+    base: Artifact, tuned: Artifact, target: Artifact | None, sampled: Mapping[str, Artifact], spec: EvaluateSpec,
     machine: Machine,
 ) -> Scores:  # fmt: skip
-    """Return the scores of the model after, and its divergence from the one before."""
+    """Return the scores of the model after, and its divergence from the one before.
+
+    `sampled`: what it is measured along, the probe and answers, as `tasks.generate.sample_along` returns it.
+    """
     scores = _scores(tuned, target, spec, "tuned", machine)
     divergence = evaluate_target_divergence(base, tuned, target, spec.held_out_rows, machine) if target else None
-    probed = evaluate_probe(base, tuned, probe, machine)
-    return scores.model_copy(update={"probe": probed, "target_divergence": divergence})
+    probed = evaluate_probe(base, tuned, sampled[PROBE], machine)
+    prompts = {
+        name: _evaluate_prompts(base, tuned, answers, AlongSpec(), machine)
+        for name, answers in sampled.items() if name != PROBE
+    }  # fmt: skip
+    return scores.model_copy(update={"probe": probed, "target_divergence": divergence, "prompts": prompts})
 
 
 def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine) -> Scores:
@@ -91,12 +107,29 @@ def evaluate_target(
     score_target(model, target, max_rows, draft, machine)
 
 
+def evaluate_probe(base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> Artifact:
+    """Measure the divergence from the base on the probe."""
+    return _evaluate_probe(base, tuned, probe, AlongSpec(), machine)
+
+
 @stage(EVALUATE_PROBE, "scores", gpu=True)
-def evaluate_probe(draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> None:
+def _evaluate_probe(
+    draft: Draft, base: Artifact, tuned: Artifact, probe: Artifact, spec: AlongSpec, machine: Machine
+) -> None:
     """Measure the divergence from the base on the probe; see `cfsd.evaluate.divergence`."""
     from cfsd.evaluate.divergence import score_probe
 
     score_probe(base, tuned, probe, draft, machine)
+
+
+@stage(EVALUATE_PROMPTS, "scores", gpu=True)
+def _evaluate_prompts(
+    draft: Draft, base: Artifact, tuned: Artifact, answers: Artifact, spec: AlongSpec, machine: Machine
+) -> None:
+    """Measure the divergence along the base's answers to prompts; see `cfsd.evaluate.divergence`."""
+    from cfsd.evaluate.divergence import score_prompts
+
+    score_prompts(base, tuned, answers, draft, machine)
 
 
 @stage(EVALUATE_TARGET_DIVERGENCE, "scores", gpu=True)

@@ -1,9 +1,12 @@
 """Sample from the base model: the rehearsal corpus, and the probe by which forgetting is measured."""
 
+from collections.abc import Sequence
+
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
-from cfsd.stages import GENERATE, PROBE
+from cfsd.stages import GENERATE, PROBE, PROMPTS
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.train.spec import WatchSpec
 from tasks._cluster import sampler_of
@@ -17,6 +20,23 @@ def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine
 
     with sampler_of(machine) as sampler:
         probe(base, spec, draft, machine, sampler)
+
+
+@stage(PROMPTS, "corpus", gpu=True)
+def sample_answers(draft: Draft, base: Artifact, prompts: Prompts, machine: Machine) -> None:
+    """Let the base answer the user's prompts, for measuring only; see `cfsd.generate.stage`."""
+    from cfsd.generate.stage import answers
+
+    with sampler_of(machine) as sampler:
+        answers(base, prompts, draft, machine, sampler)
+
+
+def sample_along(
+    base: Artifact, probe: ProbeSpec, prompts: Sequence[Prompts], machine: Machine
+) -> dict[str, Artifact]:  # fmt: skip
+    """Sample all that divergences are measured along, by name: the probe, and the answers to each set of prompts."""
+    answers = {own.name: sample_answers(base, own, machine) for own in prompts}
+    return {PROBE: sample_probe(base, probe, machine)} | answers
 
 
 def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: Machine) -> Artifact | None:

@@ -1,7 +1,6 @@
 """Target: what to fine-tune on, as tokenised rows with a train and a held-out part."""
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -12,7 +11,7 @@ from cfsd.data.conversation import Conversation, read_row
 from cfsd.data.records import HALVES, Located, Said, whole_characters
 from cfsd.data.shapes import Shape
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
-from cfsd.data.tokenised import Span, added_in_front, tokenise
+from cfsd.data.tokenised import Span, added_in_front, special_tokens, tokenise
 from cfsd.data.written import check_written
 from cfsd.errors import BadInput
 from cfsd.model.loading import Tokenization, load_tokenization
@@ -87,9 +86,9 @@ class _Reading:
         self.of_files = Said()
         self.written_roles: set[str] = set()
         self.recognised = ""
-        added = {token: known.content for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
-        self.ends = added.keys() & {*tokens.eos_ids, *tokens.end()}
-        self.special = re.compile("|".join(map(re.escape, sorted(added.values(), key=len, reverse=True))) or "(?!)")
+        added = {token for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
+        self.ends = added & {*tokens.eos_ids, *tokens.end()}
+        self.special = special_tokens(self.tokenizer)
 
     def said(self) -> Iterator[str]:
         if self.recognised:

@@ -1,5 +1,6 @@
 """Tokens of a whole text, and which of them count in the loss, by where they stand in the text."""
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,12 @@ def added_in_front(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     plain, whole = (call(text, add_special_tokens=add, verbose=False)["input_ids"] for add in (False, True))
     starts = range(len(whole) - len(plain) + 1)
     return list(whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)])
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds the tokenizer's special tokens where they are written in a text."""
+    added = (known.content for known in tokenizer.added_tokens_decoder.values() if known.special)
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
 
 def _place(text: str, begin: int, end: int, spans: Sequence[Span]) -> tuple[bool, bool]:

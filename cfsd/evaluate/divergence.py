@@ -4,22 +4,29 @@ Source: Shenfeld, Pari, Agrawal 2025, arXiv:2509.04259: the forward KL on the ne
 along held-out responses of the target, not along the model's own. B rows, T tokens, N supervised tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cfsd.evaluate.movement import Chunk, Movement
 from cfsd.evaluate.stage import load_models, per_token, size_of, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import arrange, pad
+from cfsd.model.loading import load_tokenizer
+from cfsd.statistics.bins import quantile_edges
 from cfsd.store.artifact import Artifact, Draft
-from cfsd.store.tables import DIVERGENCE, read_rows, table_of
+from cfsd.store.tables import DIVERGENCE, MOVED_POSITIONS, MOVED_TOKENS, read_rows, table_of, write_shard
 
 Masks = list[list[bool]] | None  # which tokens of each row count; None: all but the first
-CHUNK = 256  # positions whose full distributions are in memory at once
+CHUNK = 32  # positions whose full distributions are in memory at once: of more, each pass over them takes new pages
+DECILES = 10
+Look = Callable[[Sequence[int], Sequence[int], Chunk], None]  # gets rows and places of a chunk's positions
 
 
 class Divergence(NamedTuple):
@@ -33,18 +40,50 @@ class Divergence(NamedTuple):
 
 
 def score_probe(base: Artifact, tuned: Artifact, probe: Artifact, draft: Draft, machine: Machine) -> None:
-    """Write the divergence along each probe row as the `divergence` table, and its mean per token as metadata."""
-    rows = read_rows(draft.store.path(probe), "corpus", ["row_id", "token_ids"])
-    parts = _along(base, tuned, rows, None, draft, machine)
-    records: list[dict[str, Any]] = [
-        {"row_id": row["row_id"], "count": part.num_tokens, **part._asdict()}
-        for row, part in zip(rows, parts, strict=True)
-    ]
-    records.sort(key=lambda record: record["row_id"])
-    kl, sampled = per_token(records, "kl", "sampled")
-    metadata = size_of(records) | {"probe_kl": kl, "probe_kl_sampled": sampled}
-    figures = {"forgetting/probe_kl": kl, "forgetting/probe_kl_sampled": sampled}
-    write_result(draft, "divergence", table_of(DIVERGENCE, records), metadata, figures)
+    """Write the divergence along each probe row and where it came from; its mean per token as metadata."""
+    kl, sampled, reverse = score_along(base, tuned, probe, draft, machine)
+    draft.metadata |= {"probe_kl": kl, "probe_kl_sampled": sampled, "reverse_kl": reverse}
+    draft.journal.metrics(0, {f"forgetting/{name}": value for name, value in
+                              (("probe_kl", kl), ("probe_kl_sampled", sampled), ("reverse_kl", reverse))})  # fmt: skip
+
+
+def score_prompts(base: Artifact, tuned: Artifact, answers: Artifact, draft: Draft, machine: Machine) -> None:
+    """Write the divergence along the base's answers to the user's prompts, as `score_probe` does along the probe."""
+    kl, _, reverse = score_along(base, tuned, answers, draft, machine)
+    name = str(answers.metadata["prompts"])
+    draft.metadata |= {"prompts": name, "kl": kl, "reverse_kl": reverse}
+    draft.journal.metrics(0, {f"forgetting/{name}/prompts_kl": kl, f"forgetting/{name}/prompts_reverse_kl": reverse})
+
+
+def score_along(
+    base: Artifact, tuned: Artifact, sampled: Artifact, draft: Draft, machine: Machine
+) -> tuple[float, float, float]:  # fmt: skip
+    """Return KL(base || tuned), its sampled form and KL(tuned || base) along tokens that the base sampled, per token.
+
+    Writes `divergence`, a row per sequence, and `moved_positions` and `moved_tokens`, what moved most. The deciles of
+    the base's entropy at these tokens are metadata, as edges in nats.
+    """
+    rows = read_rows(draft.store.path(sampled), "corpus", ["row_id", "token_ids", "logprobs"])
+    rows.sort(key=lambda row: row["row_id"])
+    masks = [[logprob is not None for logprob in row["logprobs"]] for row in rows]
+    movement = Movement([row["token_ids"] for row in rows])
+    parts = _along(base, tuned, rows, masks, draft, machine, movement)
+    records = [_record(*given) for given in zip(rows, parts, movement.by_row(), strict=True)]
+    tokenizer = load_tokenizer(draft.store.path(base))
+    positions = movement.positions(tokenizer, [row["row_id"] for row in rows])
+    write_shard(draft.folder, "moved_positions", 0, table_of(MOVED_POSITIONS, positions))
+    write_shard(draft.folder, "moved_tokens", 0, table_of(MOVED_TOKENS, movement.tokens(tokenizer)))
+    entropies = np.concatenate([record["token_entropy"] for record in records])
+    metadata = size_of(records) | {"entropy_edges": quantile_edges(entropies, DECILES).tolist()}
+    write_result(draft, "divergence", table_of(DIVERGENCE, records), metadata, {})
+    kl, drawn, reverse = per_token(records, "kl", "sampled", "reverse_kl")
+    return kl, drawn, reverse
+
+
+def _record(row: dict[str, Any], part: "Divergence", values_T3: np.ndarray[Any, Any]) -> dict[str, Any]:
+    kl_T, reverse_T, entropy_T = values_T3.T
+    of_tokens = {"reverse_kl": float(reverse_T.sum(dtype=np.float64)), "token_kl": kl_T, "token_entropy": entropy_T}
+    return {"row_id": row["row_id"], "count": part.num_tokens} | part._asdict() | of_tokens
 
 
 def score_target_divergence(
@@ -64,37 +103,46 @@ def score_target_divergence(
 
 
 def _along(
-    base: Artifact, tuned: Artifact, rows: list[dict[str, Any]], masks: Masks, draft: Draft, machine: Machine
-) -> list[Divergence]:
+    base: Artifact, tuned: Artifact, rows: list[dict[str, Any]], masks: Masks, draft: Draft, machine: Machine,
+    movement: Movement | None = None,
+) -> list[Divergence]:  # fmt: skip
     def progress(done: int) -> None:
         draft.journal.progress(done, len(rows), "rows")
 
     base_model, tuned_model = load_models([base, tuned], draft, machine)
     token_rows = [row["token_ids"] for row in rows]
-    return divergences(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks)
+    return divergences(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks, movement)
 
 
 def divergences(
     base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], max_tokens: int,
-    on_progress: Callable[[int], None], masks: Masks = None,
+    on_progress: Callable[[int], None], masks: Masks = None, movement: Movement | None = None,
 ) -> list[Divergence]:  # fmt: skip
-    """Return `divergence` of each row, measured in batches of at most `max_tokens`, padding included."""
+    """Return `divergence` of each row, measured in batches of at most `max_tokens`, padding included.
+
+    `movement` takes in every position.
+    """
     measured: dict[int, Divergence] = {}
     for group in arrange([len(row) for row in rows], max_tokens):
         of_group = [masks[i] for i in group] if masks else None
-        measured |= zip(group, divergence(base, tuned, [rows[i] for i in group], of_group), strict=True)
+        look = partial(_place, group, movement) if movement else None
+        measured |= zip(group, divergence(base, tuned, [rows[i] for i in group], of_group, look), strict=True)
         on_progress(len(measured))
     return [measured[i] for i in range(len(rows))]
 
 
+def _place(group: list[int], movement: Movement, row_N: Sequence[int], place_N: Sequence[int], chunk: Chunk) -> None:
+    movement.add([group[row] for row in row_N], place_N, chunk)
+
+
 @torch.inference_mode()
 def divergence(
-    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None
+    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None, look: Look | None = None
 ) -> list[Divergence]:
     """Return KL(base || tuned) along each row of `rows`, at every token but the first, or at those of its mask.
 
     `kl` sums over the whole vocabulary at each position, `sampled` takes the token of the row; on rows
-    that the base sampled their expectations are equal.
+    that the base sampled their expectations are equal. `look` sees the positions, chunk by chunk in order.
     """
     token_ids_BT = pad(rows).to(base.device)
     counted_BT = pad(masks or [[True] * len(row) for row in rows], torch.bool)[:, 1:].to(base.device)
@@ -103,18 +151,27 @@ def divergence(
     logits = [model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=columns).logits for model in models]
     base_NV, tuned_NV = (part[counted_BT[:, columns]] for part in logits)
     next_N = token_ids_BT[:, 1:][counted_BT]
-    parts = map(_chunk, *(part.split(CHUNK) for part in (base_NV, tuned_NV, next_N)))
+    places_N2 = counted_BT.nonzero()
+    parts = []
+    for base_CV, tuned_CV, next_C, places_C2 in zip(
+        *(part.split(CHUNK) for part in (base_NV, tuned_NV, next_N, places_N2)), strict=True
+    ):
+        chunk = _chunk(base_CV, tuned_CV)
+        of_next = [logprobs.gather(1, next_C[:, None])[:, 0] for logprobs in (chunk.base_NV, chunk.tuned_NV)]
+        parts.append(torch.stack([chunk.kl_N, *of_next], dim=-1))
+        if look:
+            look(places_C2[:, 0].tolist(), (places_C2[:, 1] + 1).tolist(), chunk)
     counts = counted_BT.sum(1).tolist()
-    sums = [part.sum(0).tolist() for part in torch.cat(list(parts)).double().cpu().split(counts)]
+    sums = [part.sum(0).tolist() for part in torch.cat(parts).double().cpu().split(counts)]
     return [
         Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, count)
         for (kl, base_nats, tuned_nats), count in zip(sums, counts, strict=True)
     ]
 
 
-def _chunk(base_NV: Tensor, tuned_NV: Tensor, next_N: Tensor) -> Tensor:
-    """Return (N, 3): KL, base log p of the token, tuned log p of the token."""
+def _chunk(base_NV: Tensor, tuned_NV: Tensor) -> Chunk:
+    """Return the distributions of two rows of logits, and their divergence."""
     base_NV, tuned_NV = base_NV.float().log_softmax(-1), tuned_NV.float().log_softmax(-1)
-    kl_N = (base_NV.exp() * (base_NV - tuned_NV)).sum(-1)
-    of_next = [logprobs.gather(1, next_N[:, None])[:, 0] for logprobs in (base_NV, tuned_NV)]
-    return torch.stack([kl_N, *of_next], dim=-1)
+    gap_NV, probs_NV = base_NV - tuned_NV, base_NV.exp()
+    terms_NV = probs_NV * gap_NV
+    return Chunk(base_NV, tuned_NV, gap_NV, probs_NV, terms_NV, terms_NV.sum(-1))

@@ -9,15 +9,18 @@ from pydantic import Field, PositiveInt, field_validator
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.text import Text
+from cfsd.generate.prompts import Prompts
+from cfsd.generate.spec import check_context
 from cfsd.machine import home
 from cfsd.spec import Spec
+from cfsd.stages import PROBE
 from cfsd.store.artifact import Artifact, Store
 
 
 class EvaluateSpec(Spec):
     """What is measured on base and tuned model."""
 
-    neutral: ClassVar[dict[str, Any]] = {"texts": ()}
+    neutral: ClassVar[dict[str, Any]] = {"texts": (), "prompts": ()}
 
     benchmarks: tuple[Benchmark, ...] = Field(
         (), description="Names of bundled or lm-eval tasks, {name, folder, limit, …} for your own YAML, or {task: {…}}"
@@ -25,27 +28,42 @@ class EvaluateSpec(Spec):
     held_out_rows: PositiveInt | None = Field(None, description="Most held-out target rows to score; empty: all")
     texts: tuple[Text, ...] = Field((), description="Your own texts, {name, path, …}: their perplexity is measured")
 
-    @field_validator("benchmarks", "texts")
+    prompts: tuple[Prompts, ...] = Field(
+        (), description="Your own prompts, {name, path, …}: the base answers them, and the divergence along its "
+        "answers is measured",
+    )  # fmt: skip
+
+    @field_validator("benchmarks", "texts", "prompts")
     @classmethod
     def _named_once(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [part.name for part in parts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            kind = f"{type(parts[0]).__name__.lower()}s"
+            kind = f"{type(parts[0]).__name__.lower().rstrip('s')}s"
             raise ValueError(f"{kind} named twice: {', '.join(twice)}; results are stored by name")
         return parts
+
+    @field_validator("prompts")
+    @classmethod
+    def _not_the_probe(cls, prompts: tuple[Prompts, ...]) -> tuple[Prompts, ...]:
+        if any(own.name == PROBE for own in prompts):
+            raise ValueError(f"prompts cannot be called {PROBE}: results of the probe are stored by that name")
+        return prompts
 
     def check(self) -> None:
         """Raise BadInput for errors detectable before running, without a model."""
         for benchmark in self.benchmarks:
             benchmark.check()
-        for text in self.texts:
-            text.check()
+        for part in (*self.texts, *self.prompts):
+            part.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
         templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
-        if templated and base.content and not _has_chat_template(Store(home()).path(base)):
-            raise templated[0].lacks_template()
+        chats = [prompts for prompts in self.prompts if prompts.are_chats()]
+        if (templated or chats) and base.content and not _has_chat_template(Store(home()).path(base)):
+            raise (templated or chats)[0].lacks_template()
+        for prompts in self.prompts:
+            check_context(base, prompts, f"evaluate.prompts of {prompts.name}:")
         context = base.metadata.get("context")
         if isinstance(context, int) and not base.metadata.get("context_why"):  # a reason holds for sampling only
             for benchmark in self.benchmarks:
@@ -57,6 +75,12 @@ def _has_chat_template(model: Path) -> bool:
     return (model / "chat_template.jinja").exists() or (
         settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     )
+
+
+class AlongSpec(Spec):
+    """What is measured along rows that the base sampled; `version` is raised with `cfsd.evaluate.divergence`."""
+
+    version: ClassVar[int] = 2
 
 
 def check_comparable(base: Artifact, tuned: Artifact) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact
@@ -43,6 +44,7 @@ class ShardJob(BaseModel):
     target: Artifact | None
     spec: GenerateSpec
     machine: Machine
+    prompts: Prompts | None = None
 
 
 Look = Callable[[float], object]  # called while shards are made, with the number of rows that are under way

@@ -21,6 +21,7 @@ from cfsd.data.corpus_table import DROPPED
 from cfsd.data.records import Said
 from cfsd.errors import BadInput
 from cfsd.generate.chat_template import template_start
+from cfsd.generate.prompt_rows import prompt_rows
 from cfsd.generate.replay_rows import replay_rows
 from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
@@ -57,7 +58,7 @@ def tokenization_of(job: ShardJob) -> Tokenization:
 def write_starts(job: ShardJob, source: str, rows: int) -> dict[str, JsonValue]:
     """Write the tokens of each row of `source`, one Parquet row group per shard, where rows do not begin alike.
 
-    Returns how many prompts of the target left no room for a text, and what is to be said of documents.
+    Returns how many prompts left no room for a text, and what is to be said of documents.
     """
     each, path = SOURCES[source].each, _starts_path(job, source)
     if each is None:
@@ -115,6 +116,17 @@ def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[s
     return iter(contextual_starts(Store(job.home).path(job.target), rows, seed_of(job.spec), _room(job), dropped))
 
 
+def _prompts(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
+    assert job.prompts
+    return islice(prompt_rows(job.prompts, base, _room(job), dropped, said), rows)
+
+
+def count_prompts(job: ShardJob) -> int:
+    """Return how many of the user's prompts can be answered. Raises BadInput when it is none."""
+    assert job.prompts
+    return len(prompt_rows(job.prompts, tokenization_of(job), _room(job), Counter(), Said()))
+
+
 def _replay(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
     assert job.spec.replay
     return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=seed_of(job.spec), said=said)
@@ -128,6 +140,7 @@ def _room(job: ShardJob) -> int:
 
 SOURCES = {
     "probe": SourceRows(alike=_context_free),
+    "prompts": SourceRows(each=_prompts),
     "context-free": SourceRows(alike=_context_free),
     "template": SourceRows(alike=_template),
     "contextual": SourceRows(each=_contextual),
@@ -143,7 +156,7 @@ def contextual_starts(
     They come in one seeded order, again and again; more rows begin with the same ones. Prompts of more than
     `max_tokens` are left out and counted in `dropped`. Raises BadInput when none is left.
     """
-    lengths = np.array([len(prompt) for prompt in _prompts(target)], dtype=np.int64)
+    lengths = np.array([len(prompt) for prompt in _target_prompts(target)], dtype=np.int64)
     fitting = np.flatnonzero(lengths <= max_tokens).tolist()
     if dropped is not None and len(fitting) < len(lengths):
         dropped[f"longer than {max_tokens} tokens"] += len(lengths) - len(fitting)
@@ -155,11 +168,11 @@ def contextual_starts(
         )
     order = random.Random(f"contextual {seed}").sample(fitting, len(fitting))[:rows]
     wanted = set(order)
-    prompts = {place: prompt for place, prompt in enumerate(_prompts(target)) if place in wanted}
+    prompts = {place: prompt for place, prompt in enumerate(_target_prompts(target)) if place in wanted}
     return [list(prompts[order[row % len(order)]]) for row in range(rows)]
 
 
-def _prompts(target: Path) -> Iterator[list[int]]:
+def _target_prompts(target: Path) -> Iterator[list[int]]:
     for batch in batches(target, "train", ["token_ids", "supervised"]):
         for token_ids, supervised in zip(*batch.to_pydict().values(), strict=True):
             yield token_ids[: supervised.index(True)]

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from cfsd.data.corpus_table import corpus_metadata, sampled_per_row, sampled_sums
 from cfsd.errors import BadInput, Crashed
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.shard_job import Sampler, Shard, ShardJob
 from cfsd.generate.shard_sampling import check_engine, sample_shard
-from cfsd.generate.sources import write_starts
+from cfsd.generate.sources import count_prompts, write_starts
 from cfsd.generate.spec import SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
 from cfsd.generate.workers import sample_in_workers
 from cfsd.machine import Machine
@@ -58,6 +59,20 @@ def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampl
     job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     sample_source(job, "probe", 0, None, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
+
+
+def answers(
+    base: Artifact, prompts: Prompts, draft: Draft, machine: Machine, sampler: Sampler | None = None
+) -> None:  # fmt: skip
+    """Write the base's answers to the user's prompts as a `corpus` table; log-probabilities are null in the prompts.
+
+    They are an exact sample, from random numbers that neither a corpus nor the probe uses.
+    """
+    spec = GenerateSpec(rows=prompts.rows, length=prompts.length, seed=prompts.seed)
+    job = _job(draft, base, None, spec, machine).model_copy(update={"prompts": prompts})
+    known = spec.model_copy(update={"rows": count_prompts(job)})
+    sample_source(job.model_copy(update={"spec": known}), "prompts", 0, None, draft, sampler)
+    draft.metadata |= corpus_metadata(draft.folder) | {"prompts": prompts.name}
 
 
 def _job(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> ShardJob:

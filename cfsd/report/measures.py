@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cfsd.report.run_record import RunRecord
+from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.scores import accuracy_units, first_scores, gain_units, metric_of, response_pair, table
 from cfsd.report.summary import Summary
 from cfsd.statistics.discoveries import controlled, detectable_mean
@@ -67,6 +67,11 @@ class ScoreTables:
         """Return by how much the loss of each text rose, document by document."""
         return {name: text_units(*sides) for name, sides in self.texts.items()}
 
+    def on_prompts(self, column: str = "kl") -> dict[str, Units]:
+        """Return the divergence along the base's answers to each set of the user's prompts, answer by answer."""
+        measured = self.after.prompts.items()
+        return {name: self.per_row(scores, column, role_of(name))[0] for name, scores in measured}
+
     def chance_corrected(self) -> list[Units]:
         """Return what benchmarks lost that have a chance-corrected figure, as fractions."""
         units = [chance_corrected_units(name, *scores) for name, scores in self._scores.items()]
@@ -87,6 +92,8 @@ class ScoreTables:
         if artifact is None:
             return []
         rows = table(self.store, artifact, "divergence")
+        if column not in rows or rows[column].isna().any():  # measured by a version that had no such figure
+            return []
         sums, counts = (rows[name].to_numpy(float) for name in (column, "count"))
         return [Units(self._named(rows_of, rows["row_id"]), sums, counts)]
 
@@ -153,6 +160,12 @@ MEASURES = [
         label="probe_kl, nats/token",
     ),
     Measure("probe_kl_sampled", units=lambda m: m.per_row(m.after.probe, "sampled")),
+    Measure(
+        "reverse_kl",
+        units=lambda m: m.per_row(m.after.probe, "reverse_kl"),
+        mlflow="forgetting/reverse_kl",
+        label="reverse KL, nats/token",
+    ),
     Measure(
         "target_divergence",
         units=lambda m: m.per_row(m.after.target_divergence, "kl", rows_of="target"),

@@ -7,6 +7,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cfsd.report.table import number, shown
 
+MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Write `template`, filled with `values`, to `path`."""
@@ -22,6 +24,7 @@ def rendered(template: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": _cell,
+        "token": _token,
     }  # fmt: skip
     return environment.get_template(template).render(**values)
 
@@ -29,6 +32,11 @@ def rendered(template: str, **values: Any) -> str:
 def _visible(text: str) -> str:
     """Return `text` with control characters as pictures of themselves, so that no page swallows them."""
     return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+
+
+def _token(text: str) -> str:
+    """Return a token with marks in place of spaces and ends of lines, of which many tokens consist."""
+    return _visible(text.translate(MARKS))
 
 
 def _clip(text: str, start: int, end: int) -> str:

@@ -10,7 +10,9 @@ from cfsd.report.differences import differences_of
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
 from cfsd.report.figures.matched_gain import matched_figure
+from cfsd.report.figures.moved import moved_figures
 from cfsd.report.matched_gain import MatchedGain
+from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
@@ -34,6 +36,7 @@ def write_report(
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
+    moved = sections_of(store, run_records, summaries)
     write_page(
         path,
         "report.html.j2",
@@ -52,20 +55,24 @@ def write_report(
         over_seeds=differences.OF_SEEDS if any(c.seeds > 1 for c in comparisons.entries) else "",
         matched=matched,
         how_matched=matched_gain.DEFINITION,
-        drawn=_drawn(store, run_records, summaries)
+        moved=moved,
+        drawn=_drawn(store, run_records, summaries, moved)
         | figures.embedded({"matched": {found.measure: matched_figure(summaries, found) for found in matched}}),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )
 
 
-def _drawn(store: Store, run_records: list[RunRecord], summaries: list[Summary]) -> dict[str, dict[str, Any]]:
+def _drawn(
+    store: Store, run_records: list[RunRecord], summaries: list[Summary], moved: list[Moved]
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     panels, models = panels_of(store, run_records), names_of_models(run_records)
     drawn = curves.curve_figures(panels, [summary.name for summary in summaries], models)
     measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
     return figures.embedded({
         "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
         "forest": figures.forest_figures(summaries),
+        **{f"moved {m.name}": moved_figures(m.name, m.bins, [s.name for s in summaries]) for m in moved},
         "curves": {name: figure for name, figure in drawn.items() if not name.startswith(WATCH)},
         "watched": {name: figure for name, figure in drawn.items() if name.startswith(WATCH)},
     })  # fmt: skip

@@ -1,10 +1,12 @@
 """Run record: the recipe of one variant, and the artifacts that it led to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from cfsd.recipe import Recipe
+from cfsd.stages import PROBE
 from cfsd.store.artifact import Artifact
 
 
@@ -28,20 +30,32 @@ class Scores(BaseModel):
     target: Artifact | None = None
     probe: Artifact | None = None  # divergence from the base; the tuned model only
     texts: dict[str, Artifact] = {}
+    prompts: dict[str, Artifact] = {}  # divergence from the base along its answers; the tuned model only
     target_divergence: Artifact | None = None  # the tuned model only
     further: dict[str, Artifact] = {}  # by name: measurements that have no field of their own
 
     def artifacts(self) -> list[Artifact]:
         """Return every table of scores."""
         others = (self.target, self.probe, self.target_divergence)
-        named = (self.benchmarks, self.texts, self.further)
+        named = (self.benchmarks, self.texts, self.prompts, self.further)
         return [*(scores for part in named for scores in part.values()), *(scores for scores in others if scores)]
+
+
+def role_of(sampled: str) -> str:
+    """Return the role of what divergences are measured along: the probe, or the answers to the prompts called so."""
+    return sampled if sampled == PROBE else f"answers {sampled}"
+
+
+def roles_of(sampled: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Return what divergences are measured along by role."""
+    return {role_of(name): artifact for name, artifact in sampled.items()}
 
 
 class RunRecord(BaseModel):
     """Every artifact of one variant: enough to make its summary and report again.
 
-    `artifacts` by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final.
+    `artifacts` by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final,
+    and the base's answers to each set of prompts, see `role_of`.
     """
 
     model_config = ConfigDict(frozen=True)

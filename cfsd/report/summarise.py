@@ -7,10 +7,12 @@ from cfsd.evaluate.corpus_check import warnings_of
 from cfsd.report.budget import budget_of
 from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
+from cfsd.report.moved import bins_along
 from cfsd.report.run_record import RunRecord, Scores, Step
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.training import stability_gap, training_of
 from cfsd.statistics.texts import text_forgetting
+from cfsd.statistics.units import figure_of_units
 from cfsd.store.artifact import Artifact, Store
 
 ENDINGS = ("max_gen_toks", "at_limit", "unfinished", "left_out")  # in the metadata of scores
@@ -31,6 +33,8 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         **{name: figure.model_dump() if figure else None for name, figure in figures.items()},
         target=_target_means(before, after),
         texts={name: text_forgetting(name, *sides) for name, sides in tables.texts.items()},
+        prompts=_prompts(store, after, tables),
+        moved=bins_along(store, after.probe),
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in tables.benchmarks},
         **answers_of(before.benchmarks, after.benchmarks),
         corpus_warnings=_corpus_warnings(run_record),
@@ -41,6 +45,16 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         cached=[f"{step.stage} {step.artifact.key}" for step in run_record.steps if not step.executed],
     )
     return summary.model_copy(update={"budget": budget_of(store, run_record, run_records, summary.probe_kl)})
+
+
+def _prompts(store: Store, after: Scores, tables: ScoreTables) -> dict[str, dict[str, Any]]:
+    columns = {column: tables.on_prompts(column) for column in ("kl", "reverse_kl")}
+    return {
+        name: {size: scores.metadata[size] for size in ("rows", "tokens")}
+        | {column: figure_of_units([units[name]]).model_dump() for column, units in columns.items()}
+        | {"moved": bins_along(store, scores)}
+        for name, scores in after.prompts.items()
+    }
 
 
 def _corpus_warnings(run_record: RunRecord) -> list[str]:
@@ -93,6 +107,7 @@ def headline(summary: Summary) -> dict[str, float]:
     """Return the figures that people compare, by the name of their metric in MLflow, with the bounds of intervals."""
     figures = {measure.mlflow: figure_of(summary, measure.name) for measure in MEASURES if measure.mlflow}
     figures |= {f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()}
+    figures |= {f"forgetting/{name}/prompts_kl": own["kl"] for name, own in summary.prompts.items()}
     figures |= {f"forgetting/{name}": b["forgetting"] for name, b in summary.benchmarks.items()}
     flat = {f"target/{name}": value for name, value in summary.target.items()}
     for name, b in summary.benchmarks.items():

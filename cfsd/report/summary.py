@@ -34,6 +34,8 @@ class Summary(BaseModel):
     answers: dict[str, dict[str, dict[str, Any]]] = {}  # per benchmark with written ones and role: how they ended
     evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
+    prompts: dict[str, dict[str, Any]] = {}  # the user's own: rows, tokens, kl, reverse_kl, moved
+    moved: dict[str, Any] | None = None  # divergence on the probe by_position and by_entropy of the base
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
     stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap

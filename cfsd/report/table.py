@@ -97,6 +97,9 @@ def lines_of(summaries: list[Summary]) -> list[Line]:
         lines += [*_benchmark(name, summaries), *_answers(name, summaries)]
     for name in dict.fromkeys(name for s in summaries for name in s.texts):
         lines += _text(name, summaries)
+    for name in dict.fromkeys(name for s in summaries for name in s.prompts):
+        divergences = [s.prompts[name]["kl"] if name in s.prompts else None for s in summaries]
+        lines.append(_figures(f"{name}: divergence, nats/token", divergences, is_part=False))
     return [line for line in lines if any(line.cells)]
 
 

@@ -68,6 +68,33 @@ DIVERGENCE = pa.schema(
         ("base_nll", pa.float64()),
         ("tuned_nll", pa.float64()),
         ("count", pa.int64()),
+        ("reverse_kl", pa.float64()),  # as kl, with the two models swapped
+        ("token_kl", pa.list_(pa.float32())),  # of each predicted token
+        ("token_entropy", pa.list_(pa.float32())),  # of the base's distribution there, nats
+    ]
+)
+MOVED_POSITIONS = pa.schema(  # those of the largest divergence, largest first, of equal contexts one
+    [
+        ("row_id", pa.int64()),
+        ("place", pa.int64()),  # in the row, of the token that is predicted
+        ("kl", pa.float64()),
+        ("context", pa.string()),  # the text before
+        ("next", pa.string()),  # the token that the row has there
+        ("next_base_p", pa.float32()),
+        ("next_tuned_p", pa.float32()),
+        ("base", pa.list_(pa.string())),  # its likeliest tokens, likeliest first
+        ("base_p", pa.list_(pa.float32())),
+        ("tuned", pa.list_(pa.string())),
+        ("tuned_p", pa.list_(pa.float32())),
+    ]
+)
+MOVED_TOKENS = pa.schema(  # of the vocabulary: those whose mean probability rose most, then those for which it fell
+    [
+        ("token_id", pa.int64()),
+        ("text", pa.string()),
+        ("base_p", pa.float64()),  # mean over the positions
+        ("tuned_p", pa.float64()),
+        ("kl", pa.float64()),  # what the token adds to the mean divergence; over the vocabulary it is the divergence
     ]
 )
 RESPONSES = pa.schema(

@@ -1,0 +1,57 @@
+"""The pictures of where models moved: divergence by position in the text, and by how open the base left it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from cfsd.report.figures.frontier import WIDTH, plain_axes, short, styles, write_legend
+from cfsd.report.figures.labels import interval
+
+HEIGHT, LEGEND_ROW = 2.8, 0.21  # inches
+LETTERS = 46  # of a legend's row
+NATS = "divergence, nats per token"
+
+Bin = Mapping[str, Any]
+Bins = Mapping[str, Mapping[str, Sequence[Bin]]]  # variant -> by_position, by_entropy
+
+
+def moved_figures(name: str, bins: Bins, names: Sequence[str]) -> dict[str, Figure]:
+    """Return two figures, a line per variant of `bins`; `names` are all variants of the report, for their looks."""
+    by_position = _figure(bins, "by_position", names, lambda bin_, at: (bin_["low"] * bin_["high"]) ** 0.5)
+    by_entropy = _figure(bins, "by_entropy", names, lambda bin_, at: at)
+    plain_axes(by_position.axes[0], "position, tokens", NATS)
+    plain_axes(by_entropy.axes[0], "tenth by the entropy of the base (right: more open)", NATS)
+    _write_positions(by_position.axes[0], sorted({b["low"] for own in bins.values() for b in own["by_position"]}))
+    return {f"{name} by position": by_position, f"{name} by entropy": by_entropy}
+
+
+def _figure(bins: Bins, by: str, names: Sequence[str], place: Callable[[Bin, int], float]) -> Figure:
+    look, columns = styles(names), max(1, min(3, LETTERS // (4 + max(len(short(name)) for name in bins))))
+    rows = -(-len(bins) // columns) if len(bins) > 1 else 0
+    figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
+    axes = figure.subplots()
+    for name, own in bins.items():
+        style: Any = {"color": look[name].color, "marker": look[name].marker, "ms": 4, "lw": 1.4, "label": short(name)}
+        places = [place(bin_, at) for at, bin_ in enumerate(own[by], 1)]
+        values = [bin_["kl"]["value"] for bin_ in own[by]]
+        axes.errorbar(places, values, yerr=_reach(own[by]), elinewidth=1, capsize=2, **style)
+    axes.set_ylim(bottom=0)
+    if rows:
+        write_legend(figure, columns)
+    return figure
+
+
+def _reach(bins: Sequence[Bin]) -> list[list[float]]:
+    bounds = [interval(bin_["kl"]) for bin_ in bins]
+    values = [bin_["kl"]["value"] for bin_ in bins]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+    return [below, [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]]
+
+
+def _write_positions(axes: Axes, firsts: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(firsts, [f"{first:.0f}" for first in firsts])
+    axes.xaxis.set_minor_locator(NullLocator())
