@@ -17,10 +17,10 @@ from accelerate.utils import send_to_device
 from pydantic import JsonValue
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
-from cfsd.model.loading import load_model, save_model
+from cfsd.model.loading import halve_layers, load_model, save_model
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
@@ -32,6 +32,7 @@ from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
+from cfsd.train.dropout import turn_off_dropout
 from cfsd.train.loss.objective import Losses, Objective, losses
 from cfsd.train.penalties import Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
@@ -125,19 +126,20 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
+    put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
-    base = None
-    if spec.rehearsal.needs_base():
-        base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
-        base.eval().requires_grad_(False)
-    objective = Objective(model, spec.rehearsal, base)
-    if objective.drops and machine.sharding == "shard":  # another process may have no rehearsal row: it would wait
+    objective = Objective(model, spec.rehearsal, _live_base(base_folder, spec, args))
+    if args.bf16 and objective.base and not args.fsdp:
+        halve_layers(objective.base)
+    if objective.drops and machine.resolved_sharding() == "shard":  # a process without rehearsal rows would wait
         raise BadInput(
             "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
-            "set machine.sharding to replicate, or the dropout in the base's config.json to 0"
+            "set train.dropout to 0, or machine.sharding to replicate"
         )
-    journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
+    journal = Journal(folder)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it is measured later on
+        watcher = Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
@@ -153,10 +155,22 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     if trainer.state.global_step < len(data) and recorder.stopped_at is None:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
     objective.remove()
+    put_back()
     _save(trainer, spec, base_folder, folder)
-    notes = [*objective.notes, *((line,) if adapter and (line := adapter.note()) else ())]
+    notes = [*data.said, *objective.notes, *((line,) if adapter and (line := adapter.note()) else ())]
     shares = {"lora_share": adapter.share} if adapter else {}
     return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
+
+
+def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
+    """Return the base where its distribution is the reference, in the format that the trained model computes in.
+
+    That is float32 under autocast; where weights are sharded, they are gathered in bfloat16, all of them.
+    """
+    if not spec.rehearsal.needs_base():
+        return None
+    base = load_model(folder, args.device.type, "bfloat16" if args.bf16 and args.fsdp else "float32")
+    return base.eval().requires_grad_(False)
 
 
 def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:
