@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
 from cfsd.model.loading import halve_layers, load_model, save_model
+from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
@@ -34,7 +35,7 @@ from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
 from cfsd.train.dropout import turn_off_dropout
 from cfsd.train.loss.objective import Losses, Objective, losses
-from cfsd.train.penalties import Penalty, penalties_of
+from cfsd.train.penalties import Anchors, Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
 from cfsd.train.watcher import Watcher
 
@@ -156,10 +157,11 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
     objective.remove()
     put_back()
-    _save(trainer, spec, base_folder, folder)
-    notes = [*data.said, *objective.notes, *((line,) if adapter and (line := adapter.note()) else ())]
-    shares = {"lora_share": adapter.share} if adapter else {}
-    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
+    rounding = _save(trainer, spec, base_folder, folder)
+    lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
+    notes = [line for line in lines if line]
+    shares = ({"lora_share": adapter.share} if adapter else {}) | rounding.metadata()
+    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": notes} if notes else {})
 
 
 def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
@@ -185,19 +187,23 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world)
 
 
-def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> None:
-    """Write the plain model, by the first process."""
+def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> Rounding:
+    """Write the plain model, by the first process; beside it its float32 weights, where the base has fewer bits."""
     wrapped = trainer.model_wrapped
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
-        return
+        return Rounding()
     model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise NotFinite("the trained weights are not finite; lower train.learning_rate")
+    rounding = rounding_of(model, Anchors(base_folder).like, base_folder, trainer.args.device.type)
+    if is_rounded(base_folder):
+        model.save_pretrained(folder / EXACT)
     save_model(model, base_folder, folder)
+    return rounding
 
 
 def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
