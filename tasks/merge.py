@@ -39,8 +39,8 @@ def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | Me
     alpha = _alpha(decided)
     assert alpha is not None
     machine.settle()
-    merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
-    draft.metadata |= inherited(base)
+    found = merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
+    draft.metadata |= inherited(base) | found
 
 
 def _alpha(decided: Artifact | MergeSpec) -> float | None:

@@ -16,6 +16,7 @@ from cfsd.merge.spec import MergeSpec
 from cfsd.merge.stage import interpolated
 from cfsd.model.folder import stored_precision
 from cfsd.model.loading import load_model, release_models
+from cfsd.model.rounding import exact_folder
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
 from cfsd.store.journal import Journal
@@ -90,7 +91,8 @@ def _divergence_at(
     base: Path, tuned: Path, rows: list[list[int]], journal: Journal, machine: Machine
 ) -> Callable[[float], float]:
     """Return the divergence from the base as a function of alpha, in the precision of the saved and measured model."""
-    ends = [dict(load_model(folder, "cpu", "float32").named_parameters()) for folder in (base, tuned)]
+    exact = (load_model(folder, "cpu", "float32") for folder in (base, exact_folder(tuned)))
+    ends = [dict(model.named_parameters()) for model in exact]
     device = machine.resolved_device()
     base_model, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in (base, tuned))
     saved_as, tries = getattr(torch, stored_precision(base)), count()

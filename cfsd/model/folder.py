@@ -23,6 +23,7 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # of weights that can be trained
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
+ROUNDED_AWAY = 0.1  # the share of a training that the number format may take back without a word
 MAX_NAMED = 4  # files or tensors in one message
 
 

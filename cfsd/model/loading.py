@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -91,6 +92,17 @@ def load_model(folder: Path, device: str, precision: str | None = None) -> PreTr
     loaded.config.return_dict = True  # some old configs ask for tuples
     model: PreTrainedModel = loaded.to(device)
     return model
+
+
+def halve_layers(model: PreTrainedModel) -> None:
+    """Hold the matrices of linear layers in bfloat16: the same function under autocast, which casts them anyway.
+
+    Embeddings, also where they are the output layer, norms and biases stay as they are.
+    """
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    for layer in model.modules():
+        if type(layer) is nn.Linear and id(layer.weight) not in embeddings:
+            layer.weight.data = layer.weight.data.bfloat16()
 
 
 def quiet() -> None:

@@ -52,6 +52,8 @@ def training_of(store: Store, run_record: RunRecord) -> dict[str, Any] | None:
     if tuned is None or "steps" not in tuned.metadata:
         return None  # a model that came from outside
     costs = {name: tuned.metadata[name] for name in COST_METADATA if tuned.metadata.get(name) is not None}
+    final = run_record.artifacts.get("final", tuned)  # merged, it was rounded anew
+    costs |= {name: final.metadata[name] for name in ("rounding_undid",) if name in final.metadata}
     alone = {step.artifact.key: step.seconds for step in run_record.steps}
     return {
         "seconds": float(store.manifest(tuned)["seconds"]), "seconds_of_all_steps": sum(alone.values()), **costs,

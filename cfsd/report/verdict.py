@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from cfsd.model.folder import ROUNDED_AWAY
 from cfsd.report.comparisons import Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
@@ -308,6 +309,11 @@ def warnings(summaries: list[Summary]) -> list[str]:
     for name, training, budget in ((s.name, s.training or {}, s.budget or {}) for s in summaries):
         if (step := training.get("stopped_at_step")) is not None:
             lines.append(f"the training of “{name}” was stopped at step {step} (watch.stop_above)")
+        if (share := training.get("rounding_undid", 0.0)) > ROUNDED_AWAY:
+            lines.append(
+                f"the number format takes back {number(share * POINTS)} % of what the training of “{name}” changed in "
+                "the weights; what is left was measured (raise train.learning_rate, or convert the base to float32)"
+            )
         steered = budget.get("divergence_estimate") is not None  # with merge.budget alone it is None
         merged = (budget.get("ratio_before_merging") or math.inf) > 1
         if steered and merged and training.get("steps", ENOUGH_STEPS) < ENOUGH_STEPS:

@@ -127,10 +127,19 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
         gradients=FLOAT * (trained / shards + exchanged),
         moments=2 * FLOAT * trained / shards,
         anchors=FLOAT * load.anchor_copies * trained / shards,
-        live_base=(HALF if load.bfloat16 else FLOAT) * all_weights if load.live_base else 0,
+        live_base=_live_base(shapes, load),
         activations=_activations(shapes, load),
         logits=_logits(shapes, load),
     )
+
+
+def _live_base(shapes: Shapes, load: Load) -> float:
+    """Return the base's weights: under autocast its layers are held in half the bytes, its embedding is not."""
+    if not load.live_base:
+        return 0
+    embedding = FLOAT * shapes.embedding() if load.bfloat16 and not load.sharded else 0
+    wide = HALF if load.bfloat16 else FLOAT
+    return wide * (shapes.parameters() - (shapes.embedding() if embedding else 0)) + embedding
 
 
 def _activations(shapes: Shapes, load: Load) -> float:

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from cfsd.budget import STEERED_TO
 from cfsd.errors import BadInput
@@ -101,8 +110,8 @@ class RehearsalSpec(Spec):
 class TrainSpec(Spec):
     """How the base model is fine-tuned."""
 
-    version: ClassVar[int] = 3  # 3: rehearsal rows pass without dropout; what LoRA trains by default
-    neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec()}
+    version: ClassVar[int] = 4  # 4: live base as the model computes; float32 weights kept; no row twice in a step
+    neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec(), "dropout": None}
 
     learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate of AdamW")
     epochs: PositiveInt = Field(1, description="Passes over the target's training rows")
@@ -115,13 +124,33 @@ class TrainSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on CUDA, float32 on CPU; weights and optimizer stay in float32"
     )
+    dropout: float | None = Field(
+        None,
+        description="On target rows; empty: the model's own; 0: none anywhere, and target and rehearsal rows pass "
+        "together. Rehearsal rows never have any",
+    )
     seed: NonNegativeInt | None = Field(None, description="Of dropout, if the model has any; empty: the recipe's")
     rehearsal: RehearsalSpec = Field(RehearsalSpec(), description="How the corpus takes part")
     methods: Methods = Field(Methods(), description="What else holds the weights back; default nothing")
     watch: WatchSpec = Field(WatchSpec(), description="What is measured on the way; default nothing")
 
+    @field_validator("dropout")
+    @classmethod
+    def _own_or_none(cls, dropout: float | None) -> float | None:
+        if dropout:
+            raise ValueError(
+                f"{dropout} would be one number for places that the model has several of, each with its own; allowed: "
+                "empty, the model's own, and 0, none; other numbers are set in the base's config.json"
+            )
+        return dropout
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.dropout == 0 and self.methods.lora.dropout:
+            raise ValueError(
+                f"dropout 0 turns all dropout off, but methods.lora.dropout is {self.methods.lora.dropout}; "
+                "set that to 0 as well, or leave train.dropout empty"
+            )
         steered_to = STEERED_TO * (self.rehearsal.budget or 0)
         if self.watch.stop_above and self.watch.stop_above < steered_to:
             raise ValueError(

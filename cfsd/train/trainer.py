@@ -17,10 +17,11 @@ from accelerate.utils import send_to_device
 from pydantic import JsonValue
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
-from cfsd.model.loading import load_model, save_model
+from cfsd.model.loading import halve_layers, load_model, save_model
+from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
 from cfsd.store.artifact import CHECKPOINTS, Store
@@ -32,8 +33,9 @@ from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
+from cfsd.train.dropout import turn_off_dropout
 from cfsd.train.loss.objective import Losses, Objective, losses
-from cfsd.train.penalties import Penalty, penalties_of
+from cfsd.train.penalties import Anchors, Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
 from cfsd.train.watcher import Watcher
 
@@ -125,19 +127,20 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
     model = load_model(base_folder, machine.resolved_device(), "float32")
+    put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
-    base = None
-    if spec.rehearsal.needs_base():
-        base = load_model(base_folder, model.device.type, "bfloat16" if args.bf16 else "float32")
-        base.eval().requires_grad_(False)
-    objective = Objective(model, spec.rehearsal, base)
-    if objective.drops and machine.sharding == "shard":  # another process may have no rehearsal row: it would wait
+    objective = Objective(model, spec.rehearsal, _live_base(base_folder, spec, args))
+    if args.bf16 and objective.base and not args.fsdp:
+        halve_layers(objective.base)
+    if objective.drops and machine.resolved_sharding() == "shard":  # a process without rehearsal rows would wait
         raise BadInput(
             "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
-            "set machine.sharding to replicate, or the dropout in the base's config.json to 0"
+            "set train.dropout to 0, or machine.sharding to replicate"
         )
-    journal, watcher = Journal(folder), Watcher(model, store, request) if request.watched else None
+    journal = Journal(folder)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it is measured later on
+        watcher = Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
@@ -155,10 +158,23 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     if trainer.state.global_step < len(data) and recorder.stopped_at is None:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
     objective.remove()
-    _save(trainer, spec, base_folder, folder)
-    notes = [*objective.notes, *((line,) if adapter and (line := adapter.note()) else ())]
-    shares = {"lora_share": adapter.share} if adapter else {}
-    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
+    put_back()
+    rounding = _save(trainer, spec, base_folder, folder)
+    lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
+    notes = [line for line in lines if line]
+    shares = ({"lora_share": adapter.share} if adapter else {}) | rounding.metadata()
+    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": notes} if notes else {})
+
+
+def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
+    """Return the base where its distribution is the reference, in the format that the trained model computes in.
+
+    That is float32 under autocast; where weights are sharded, they are gathered in bfloat16, all of them.
+    """
+    if not spec.rehearsal.needs_base():
+        return None
+    base = load_model(folder, args.device.type, "bfloat16" if args.bf16 and args.fsdp else "float32")
+    return base.eval().requires_grad_(False)
 
 
 def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:
@@ -173,19 +189,23 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world)
 
 
-def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> None:
-    """Write the plain model, by the first process."""
+def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> Rounding:
+    """Write the plain model, by the first process; beside it its float32 weights, where the base has fewer bits."""
     wrapped = trainer.model_wrapped
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
-        return
+        return Rounding()
     model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise NotFinite("the trained weights are not finite; lower train.learning_rate")
+    rounding = rounding_of(model, Anchors(base_folder).like, base_folder, trainer.args.device.type)
+    if is_rounded(base_folder):
+        model.save_pretrained(folder / EXACT)
     save_model(model, base_folder, folder)
+    return rounding
 
 
 def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:

@@ -44,6 +44,27 @@ def test_cycling_sees_every_row_before_any_row_again() -> None:
     assert drawn[:REHEARSAL] != drawn[REHEARSAL : 2 * REHEARSAL]
 
 
+@pytest.mark.parametrize("tokens", [40, 95, 96, 500])
+@pytest.mark.parametrize("refresh", ["cycle", "once"])
+def test_no_batch_has_a_row_twice_however_large_it_is(refresh: Refresh, tokens: int) -> None:
+    """A batch in which one turn of the cycle ends, and one that the whole corpus does not fill."""
+    batches = plan(refresh, 12, rehearsal_tokens=tokens)
+    assert all(len(set(batch.rehearsal)) == len(batch.rehearsal) for batch in batches)
+    used = [sum(LENGTHS[i] for i in batch.rehearsal) for batch in batches]
+    held = sum(LENGTHS[TARGET:])
+    assert all(min(tokens, held) - max(LENGTHS) < count <= min(tokens, held) for count in used)  # and none is cut short
+    if tokens >= held:
+        assert all(len(batch.rehearsal) == REHEARSAL for batch in batches)
+        views = [set(batch.views) for batch in batches]
+        assert views == [{epoch} for epoch in range(36)]
+
+
+def test_rows_that_wait_for_the_next_batch_keep_their_turn() -> None:
+    drawn = [row for batch in plan("cycle", 24, rehearsal_tokens=70) for row in batch.rehearsal]
+    for turn in range(len(drawn) // REHEARSAL):
+        assert len(set(drawn[turn * REHEARSAL : (turn + 1) * REHEARSAL])) == REHEARSAL
+
+
 def test_once_shows_each_epoch_the_first_ones_rows() -> None:
     batches = plan("once")
     first = [batch.rehearsal for batch in batches[:3]]

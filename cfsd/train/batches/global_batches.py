@@ -1,7 +1,7 @@
 """Global batches: which rows of a mixture make one optimizer step, a function of seeds and lengths alone."""
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import count
 from typing import Literal, NamedTuple
@@ -26,7 +26,8 @@ def plan_batches(
     """Return the global batches of a whole training, a function of its arguments alone.
 
     Each epoch passes over the target in a new order; rehearsal rows cycle in theirs, each batch taking
-    whole rows while they fit in `rehearsal_tokens` (0: none). `lengths` are supervised tokens per row.
+    whole rows while they fit in `rehearsal_tokens` (0: none), none of them twice: of a corpus smaller than a batch,
+    all. `lengths` are supervised tokens per row.
     `refresh` once: each epoch sees the first one's rehearsal rows; fresh: no row comes twice.
     Raises BadInput when fresh rows run out.
     """
@@ -53,17 +54,25 @@ def plan_batches(
 
 
 def _rehearsal_of(rows: list[int], lengths: list[int], max_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Yield the rehearsal rows of step after step, for ever."""
-    stream = _cycle(rows, f"rehearsal {seed}") if rows and max_tokens else iter(())
-    pending = next(stream, None)
+    """Yield the rehearsal rows of step after step, for ever. No step has a row twice: a small corpus ends it early.
+
+    Where one turn of the cycle ends within a step, rows that the step has had already wait for the next one.
+    """
+    stream, waiting = _cycle(rows, f"rehearsal {seed}"), deque[int]()
     while True:
-        taken: list[int] = []
-        used = 0
-        while pending is not None and (not taken or used + lengths[pending] <= max_tokens):
-            taken.append(pending)
-            used += lengths[pending]
-            pending = next(stream)
-        yield taken
+        taken: dict[int, None] = {}
+        used, passed = 0, list[int]()
+        while max_tokens and len(taken) < len(rows):
+            row = waiting.popleft() if waiting else next(stream)
+            if row in taken or (taken and used + lengths[row] > max_tokens):
+                passed.append(row)
+                if row not in taken:
+                    break
+            else:
+                taken[row] = None
+                used += lengths[row]
+        waiting.extendleft(reversed(passed))
+        yield list(taken)
 
 
 def _shuffled(rows: list[int], seed: str) -> list[int]:

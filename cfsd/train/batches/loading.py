@@ -42,6 +42,7 @@ class Batches(Dataset[Share]):
         self.rows, self.plan, self.distributions = rows, plan, distributions
         self.max_tokens, self.rank, self.world = max_tokens, rank, world
         self.counts = _counts(rows, plan)
+        self.said: list[str] = []  # what of the rehearsal is other than asked for
 
     def __len__(self) -> int:
         """Return the number of optimizer steps."""
@@ -70,6 +71,18 @@ class Batches(Dataset[Share]):
         }
 
 
+def _shortage(rows: MixtureRows, wanted: int) -> str | None:
+    """Return what is to be said where the whole corpus is less than what each step was to rehearse."""
+    counts = zip(rows.sources(), rows.supervised_tokens(), strict=True)
+    held = [count for source, count in counts if source != "target"]
+    if not held or sum(held) + min(held) > wanted:
+        return None
+    return (
+        f"each step rehearses the whole corpus once, {sum(held)} tokens in {len(held)} rows, where "
+        f"mix.rehearsal_tokens asks for {wanted}: no step takes a row twice; raise generate.rows for more"
+    )
+
+
 def _counts(rows: MixtureRows, plan: list[GlobalBatch]) -> list[Counts]:
     lengths, supervised = rows.lengths(), rows.supervised_tokens()
     counts = []
@@ -91,11 +104,12 @@ def batches_of(
     """
     metadata: dict[str, Any] = mixture.metadata
     rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None)
+    wanted = metadata["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0
     plan = plan_batches(
         rows.sources(),
         rows.supervised_tokens(),
         target_rows=metadata["batch_target_rows"],
-        rehearsal_tokens=metadata["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0,
+        rehearsal_tokens=wanted,
         epochs=spec.epochs,
         seed=metadata["seed"],
         refresh=spec.rehearsal.refresh,
@@ -107,4 +121,7 @@ def batches_of(
             f"{len(plan)} steps have none; raise generate.rows about {len(plan) / max(1, len(plan) - blind):.1f}-fold, "
             "or lower mix.rehearsal_tokens or train.epochs"
         )
-    return Batches(rows, plan, max_tokens, distributions, rank, world)
+    made = Batches(rows, plan, max_tokens, distributions, rank, world)
+    if short := _shortage(rows, wanted):
+        made.said.append(short)
+    return made

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from cfsd.model.architecture import auxiliary_loss
 from cfsd.model.undisturbed import mode_kept
 from cfsd.train.batches.micro_batches import MicroBatch
+from cfsd.train.dropout import has_dropout
 from cfsd.train.loss.packed import decoder_of, packed_forward, prepare_packed
 from cfsd.train.loss.token_loss import Head, Reference, token_losses
 from cfsd.train.spec import RehearsalSpec
@@ -157,7 +158,12 @@ class Objective:
             hidden_MD, head = self._states(
                 self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (rehearsal_BT[rows_B],)
             )
-        return Reference(hidden_MD=hidden_MD, head=head)
+        return Reference(hidden_MD=_autocast(hidden_MD), head=head)  # logits in the format of the model's own
+
+
+def _autocast(hidden_MD: Tensor) -> Tensor:
+    device = hidden_MD.device.type
+    return hidden_MD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_MD
 
 
 def _picked(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -219,13 +225,3 @@ def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
     own, theirs = (part.to(torch.promote_types(part.dtype, torch.float32)).softmax(-1) for part in (logits, wanted))
     apart = 0.5 * (own - theirs).abs().sum(-1).max()
     return bool(apart <= (MAX_APART if model.dtype.itemsize > 2 else MAX_APART_HALF))  # not with NaN
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Say whether training drops anything at random: by a layer, or by a number that attention reads."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout1d) and module.p > 0:
-            return True
-        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
-            return True
-    return False
