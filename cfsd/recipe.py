@@ -66,6 +66,10 @@ class Recipe(Spec):
         left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
         return {k: v for k, v in super()._identity().items() if k not in left_out}
 
+    def bends(self) -> list[str]:
+        """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
+        return bends(self.generate, self.filter, self.select)
+
     def budget(self) -> float | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
         return self.merge.budget or self.train.rehearsal.budget
@@ -145,29 +149,29 @@ def check_drawn_tokens(
     generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec, rehearsal: RehearsalSpec
 ) -> None:
     """Raise ValueError where the divergence would be read off drawn tokens that follow another distribution."""
-    bends = ", ".join(_bends(generate, filtering, selecting)) if generate.rows and rehearsal.weight else ""
-    if not bends:
+    found = ", ".join(bends(generate, filtering, selecting)) if generate.rows and rehearsal.weight else ""
+    if not found:
         return
     if rehearsal.needs_top() and rehearsal.tail == "sampled" and not generate.stored_tail():
         raise ValueError(
             "train.rehearsal.tail sampled, without generate.tail_samples, takes the drawn tokens as sampled from the "
-            f"base's own distribution, but the corpus has {bends}: set generate.tail_samples (16 is the default), "
+            f"base's own distribution, but the corpus has {found}: set generate.tail_samples (16 is the default), "
             "train.rehearsal.tail to bucket, or train.rehearsal.reference to base"
         )
     if rehearsal.budget and rehearsal.loss == "nll":
         raise ValueError(
             "train.rehearsal.budget with loss nll reads the divergence off the drawn tokens, as sampled from the "
-            f"base's own distribution, but the corpus has {bends}: set train.rehearsal.loss to kl, or leave these out"
+            f"base's own distribution, but the corpus has {found}: set train.rehearsal.loss to kl, or leave these out"
         )
 
 
-def _bends(generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec) -> list[str]:
+def bends(generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec) -> list[str]:
     """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
     source = [] if generate.sources() == ["context-free"] else [f"source={generate.source}"]
-    bends = [f"generate.{setting}" for setting in (*source, *generate.biases())]
-    bends += [f"filter.{name}={value}" for name, value in filtering if value != getattr(FilterSpec(), name)]
+    found = [f"generate.{setting}" for setting in (*source, *generate.biases())]
+    found += [f"filter.{name}={value}" for name, value in filtering if value != getattr(FilterSpec(), name)]
     chosen = selecting.corpus_rows is not None and selecting.method != "random"
-    return [*bends, f"select.corpus_rows={selecting.corpus_rows} by {selecting.method}"] if chosen else bends
+    return [*found, f"select.corpus_rows={selecting.corpus_rows} by {selecting.method}"] if chosen else found
 
 
 def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:

@@ -69,12 +69,13 @@ def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_token
     micro_batches = micro_batches_of(rows, max_tokens, fresh=[True] * len(rows))
     groups = arrange([len(row) for row in token_rows], max_tokens)
     return [
-        micro_batch._replace(stored=_stored([samples[i] for i in group]))
+        micro_batch._replace(stored=stored_of([samples[i] for i in group]))
         for micro_batch, group in zip(micro_batches, groups, strict=True)
     ]
 
 
-def _stored(samples: list[Sample]) -> Stored:
+def stored_of(samples: list[Sample]) -> Stored:
+    """Return what is known of the base at each token of `samples` after the first."""
     tops = [sample.top for sample in samples if sample.top is not None]
     ids, logprobs, rest, *tail = [
         torch.from_numpy(np.concatenate([part[1:] for part in parts])) for parts in zip(*tops, strict=True)

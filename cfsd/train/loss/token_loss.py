@@ -213,10 +213,10 @@ class _Chunk:
 
     def _tail(self, stored: Stored, ids_CK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens that stand for the base's tail, how much of it each has, and log p* of each."""
-        if stored.tail_ids_MS is not None and stored.tail_logprobs_MS is not None:
-            count = stored.tail_ids_MS.shape[1]
+        ids_CS, logprobs_CS = stored.tail_ids_MS, stored.tail_logprobs_MS
+        if ids_CS is not None and logprobs_CS is not None and (count := ids_CS.shape[1]):
             amount_CS = (stored.rest_M.to(dtype).exp() / count)[:, None].expand(-1, count)
-            return stored.tail_ids_MS.long(), amount_CS, stored.tail_logprobs_MS.to(dtype)
+            return ids_CS.long(), amount_CS, logprobs_CS.to(dtype)
         outside_C1 = (ids_CK != self.next_C1).all(-1, keepdim=True).to(dtype)
         return self.next_C1, outside_C1, stored.sampled_M.to(dtype)[:, None]
 
