@@ -142,5 +142,6 @@ def _memory(stage: str, copies: int, recipe: Recipe, base: Artifact, machine: Ma
 def disk_bytes(recipe: Recipe, weights: float | None) -> float:
     """Return about how many bytes the artifacts of `recipe` take, a checkpoint while training included."""
     corpus = recipe.generate.rows * recipe.generate.length
-    stored = 4 * recipe.generate.top_logprobs * corpus  # an id and a log-probability, two bytes each
+    per_token = recipe.generate.top_logprobs + recipe.generate.stored_tail()
+    stored = 4 * per_token * corpus  # an id and a log-probability, two bytes each
     return 16 * (recipe.probe.rows * recipe.probe.length + corpus) + stored + 20 * (weights or 0)

@@ -18,7 +18,7 @@ from cfsd.select.spec import SelectSpec
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 from cfsd.train.methods.method import Estimate
-from cfsd.train.spec import TrainSpec
+from cfsd.train.spec import RehearsalSpec, TrainSpec
 
 
 class Recipe(Spec):
@@ -56,6 +56,7 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _training_has_what_it_reads(self) -> Self:
         check_rehearsal(self.generate, self.train)
+        check_drawn_tokens(self.generate, self.filter, self.select, self.train.rehearsal)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
         if unknown := sorted(set(self.train.watch.benchmarks) - known):
             raise ValueError(f"train.watch.benchmarks {unknown} are not in evaluate.benchmarks {sorted(known)}")
@@ -64,6 +65,10 @@ class Recipe(Spec):
     def _identity(self) -> dict[str, Any]:
         left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
         return {k: v for k, v in super()._identity().items() if k not in left_out}
+
+    def bends(self) -> list[str]:
+        """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
+        return bends(self.generate, self.filter, self.select)
 
     def budget(self) -> float | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
@@ -111,8 +116,11 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
         raise ValueError(
             "train.rehearsal.budget is read off rehearsal rows, and generate.rows is 0; set rows, or budget to null"
         )
-    if generate.rows and rehearsal.needs_top():
-        _check_stored(generate, rehearsal.tail)
+    if generate.rows and rehearsal.needs_top() and not generate.top_logprobs:
+        raise ValueError(
+            "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
+            "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
+        )
     if generate.rows and rehearsal.budget and "replay" in generate.sources():
         raise ValueError(
             "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
@@ -137,23 +145,33 @@ def _check_exact(generate: GenerateSpec, method: str, needed: Estimate, strength
         )
 
 
-def _check_stored(generate: GenerateSpec, tail: str) -> None:
-    if not generate.top_logprobs:
+def check_drawn_tokens(
+    generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec, rehearsal: RehearsalSpec
+) -> None:
+    """Raise ValueError where the divergence would be read off drawn tokens that follow another distribution."""
+    found = ", ".join(bends(generate, filtering, selecting)) if generate.rows and rehearsal.weight else ""
+    if not found:
+        return
+    if rehearsal.needs_top() and rehearsal.tail == "sampled" and not generate.stored_tail():
         raise ValueError(
-            "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
-            "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
+            "train.rehearsal.tail sampled, without generate.tail_samples, takes the drawn tokens as sampled from the "
+            f"base's own distribution, but the corpus has {found}: set generate.tail_samples (16 is the default), "
+            "train.rehearsal.tail to bucket, or train.rehearsal.reference to base"
         )
-    if tail == "sampled" and generate.biases():
+    if rehearsal.budget and rehearsal.loss == "nll":
         raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled from the base's own "
-            f"distribution, but generate has {', '.join(generate.biases())}: set tail to bucket, or "
-            "train.rehearsal.reference to base"
+            "train.rehearsal.budget with loss nll reads the divergence off the drawn tokens, as sampled from the "
+            f"base's own distribution, but the corpus has {found}: set train.rehearsal.loss to kl, or leave these out"
         )
-    if tail == "sampled" and "replay" in generate.sources():
-        raise ValueError(
-            "train.rehearsal.tail sampled takes tokens outside the stored top as sampled by the base, but source "
-            "replay was written by others: set tail to bucket, or train.rehearsal.reference to base"
-        )
+
+
+def bends(generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec) -> list[str]:
+    """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
+    source = [] if generate.sources() == ["context-free"] else [f"source={generate.source}"]
+    found = [f"generate.{setting}" for setting in (*source, *generate.biases())]
+    found += [f"filter.{name}={value}" for name, value in filtering if value != getattr(FilterSpec(), name)]
+    chosen = selecting.corpus_rows is not None and selecting.method != "random"
+    return [*found, f"select.corpus_rows={selecting.corpus_rows} by {selecting.method}"] if chosen else found
 
 
 def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:

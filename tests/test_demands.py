@@ -7,9 +7,11 @@ from pydantic import ValidationError
 
 from cfsd.data.replay import Replay
 from cfsd.errors import BadInput
+from cfsd.filter.spec import FilterSpec
 from cfsd.generate.spec import GenerateSpec
 from cfsd.mix.spec import MixSpec
-from cfsd.recipe import check_rehearsal, check_supply
+from cfsd.recipe import Recipe, check_drawn_tokens, check_rehearsal, check_supply
+from cfsd.select.spec import SelectSpec
 from cfsd.train.spec import TrainSpec
 
 REPLAY = Replay(path="documents.jsonl")
@@ -27,6 +29,16 @@ def replayed(**given: Any) -> GenerateSpec:
     return generate(source="replay", replay=REPLAY, **given)
 
 
+def drawn(**given: Any) -> GenerateSpec:
+    """Return a corpus that stores distributions without samples of their tails."""
+    return generate(top_logprobs=16, tail_samples=0, **given)
+
+
+MIXED = generate(
+    source="mixed", fractions={"context-free": 0.5, "replay": 0.5}, replay=REPLAY, top_logprobs=16
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("corpus", "training"),
     [
@@ -40,18 +52,19 @@ def replayed(**given: Any) -> GenerateSpec:
         (replayed(), train()),
         (replayed(top_logprobs=16), train(loss="kl", tail="bucket")),
         (replayed(), train(loss="kl", reference="base")),
-        (generate(top_logprobs=16, temperature=0.7), train(loss="kl", tail="bucket")),
+        (drawn(temperature=0.7), train(loss="kl", tail="bucket")),
+        (generate(top_logprobs=16, temperature=0.7), train(loss="kl")),  # 16 samples of the tail are stored
+        (replayed(top_logprobs=16), train(loss="kl")),
+        (MIXED, train(loss="kl")),
+        (generate(source="contextual"), train()),
+        (generate(source="contextual", top_logprobs=16), train(loss="kl", budget=0.1)),
         (generate(), train({"ewc": {"weight": 1}})),
         (generate(source="contextual"), train({"ewc": {"weight": 0, "rows": 9999}})),
     ],
 )
 def test_what_fits_together_is_let_through(corpus: GenerateSpec, training: TrainSpec) -> None:
     check_rehearsal(corpus, training)
-
-
-MIXED = generate(
-    source="mixed", fractions={"context-free": 0.5, "replay": 0.5}, replay=REPLAY, top_logprobs=16
-)  # fmt: skip
+    check_drawn_tokens(corpus, FilterSpec(), SelectSpec(), training.rehearsal)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +72,15 @@ MIXED = generate(
     [
         (generate(), train(loss="kl"), r"set generate\.top_logprobs.*or train\.rehearsal\.reference to base"),
         (generate(rows=0), train(budget=0.1), r"generate\.rows is 0; set rows, or budget to null"),
-        (replayed(top_logprobs=16), train(loss="kl"), "set tail to bucket"),
-        (MIXED, train(loss="kl"), "set tail to bucket"),
+        (drawn(source="replay", replay=REPLAY), train(loss="kl"), "source=replay: set generate.tail_samples"),
+        (MIXED.model_copy(update={"tail_samples": 0}), train(loss="kl"), "source=mixed: set generate.tail_samples"),
+        (drawn(source="contextual"), train(loss="kl"), r"tail to bucket, or train\.rehearsal\.reference to base"),
+        (drawn(source="template"), train(loss="kl"), r"generate\.source=template: set"),
+        (generate(source="template"), train(budget=0.1), r"source=template: set train\.rehearsal\.loss to kl"),
+        (generate(top_p=0.5, min_length=3), train(budget=0.1), r"generate\.top_p=0\.5, generate\.min_length=3: set"),
         (replayed(), train(budget=0.1), r"use another generate\.source"),
         (generate(rows=100), train({"ewc": {"weight": 1}}), r"ewc\.rows=256.*has 100 of source context-free: raise"),
-        (generate(top_logprobs=16, temperature=0.7), train(loss="kl"), "temperature=0.7: set tail to bucket"),
+        (drawn(temperature=0.7), train(loss="kl"), r"generate\.temperature=0\.7: set generate\.tail_samples"),
         (generate(temperature=0.7), train({"ewc": {"weight": 1}}), "temperature=0.7: leave that out"),
         (generate(source="contextual"), train({"ewc": {"weight": 1}}), r"set generate\.source to context-free"),
     ],
@@ -71,6 +88,26 @@ MIXED = generate(
 def test_what_the_corpus_lacks_is_named_with_the_remedy(corpus: GenerateSpec, training: TrainSpec, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         check_rehearsal(corpus, training)
+        check_drawn_tokens(corpus, FilterSpec(), SelectSpec(), training.rehearsal)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"filter": {"duplicates": True}}, r"filter\.duplicates=True: set"),
+        ({"filter": {"max_mean_logprob": -1.0, "min_tokens": 4}}, r"filter\.min_tokens=4, filter\.max_mean_logprob=-1"),
+        ({"select": {"corpus_rows": 5}}, r"select\.corpus_rows=5 by geometric-median: set"),
+    ],
+)
+def test_filtered_and_selected_rows_are_no_sample_to_read_a_divergence_off(stage: dict[str, Any], words: str) -> None:
+    for generates, rehearsal in ({"top_logprobs": 8, "tail_samples": 0}, {"loss": "kl"}), ({}, {"budget": 0.1}):
+        given = {"name": "any", "base": "tiny", "target": {"path": "rows.jsonl"}, "train": {"rehearsal": rehearsal}}
+        with pytest.raises(ValidationError, match=words):
+            Recipe.model_validate({**given, **stage, "generate": generates})
+        Recipe.model_validate(
+            {**given, **stage, "generate": {"top_logprobs": 8}, "train": {"rehearsal": {"loss": "kl"}}}
+        )
+        Recipe.model_validate({**given, "generate": generates, "select": {"corpus_rows": 5, "method": "random"}})
 
 
 def test_stopping_before_the_budget_is_used_up_is_refused() -> None:

@@ -48,6 +48,8 @@ def corpus_table(
             "topk_ids": [top.ids.ravel() for top in tops],
             "topk_logprobs": [top.logprobs.ravel().astype(np.float16) for top in tops],
             "rest_logprob": [top.rest for top in tops],
+            "tail_ids": [top.tail_ids.ravel() for top in tops],
+            "tail_logprobs": [top.tail_logprobs.ravel().astype(np.float16) for top in tops],
         }
     arrays = {field.name: pa.array(columns[field.name], type=field.type, from_pandas=True) for field in schema}
     return pa.table(arrays, schema=schema)  # from_pandas: nan is null

@@ -25,8 +25,9 @@ from cfsd.errors import NotFinite
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.output_layer import packed_head
 from cfsd.generate.spec import GenerateSpec
-from cfsd.generate.token_choice import sample_token, sampled_probs, uniforms
+from cfsd.generate.token_choice import sampled_probs, tail_points, uniforms
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
+from cfsd.model.inversion import sample_token
 from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
 
@@ -120,13 +121,18 @@ class Batch:
             tokens[row, : len(prompt)] = prompt
         self.tokens = torch.from_numpy(tokens).to(device)
         self.prompt_length = torch.tensor(lengths, device=device)
-        top_shape, nan = (count, self.capacity, spec.top_logprobs), float("nan")
-        self.logprobs = torch.full(top_shape[:2], nan, device=device)
+        shape, nan = (count, self.capacity), float("nan")
+        top_shape, tail_shape = (*shape, spec.top_logprobs), (*shape, spec.stored_tail())
+        self.logprobs = torch.full(shape, nan, device=device)
         self.top = Top(
             torch.zeros(top_shape, dtype=torch.int32, device=device),
             torch.full(top_shape, nan, device=device),
-            torch.full(top_shape[:2], nan, device=device),
+            torch.full(shape, nan, device=device),
+            torch.zeros(tail_shape, dtype=torch.int32, device=device),
+            torch.full(tail_shape, nan, device=device),
         )
+        points = [tail_points(seed_of(spec), rows.stream, row, spec.length, spec.stored_tail()) for row in rows.ids]
+        self.tail_points = torch.from_numpy(np.stack(points)).to(device)
         self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         self.by_end = torch.zeros_like(self.ended)  # whether an end token was the reason
         self.length = torch.full((count,), self.capacity, device=device)  # tokens of the row, once it has ended
@@ -151,23 +157,27 @@ class Batch:
         token_B = torch.where(inserting_B >= 0, self.between[inserting_B.clamp(min=0)], new_B)
         token_B = torch.where(after_B < 0, self.tokens[alive, at], token_B)
         sampled_B = (after_B >= 0) & (inserting_B < 0) & ~self.ended[alive]
-        self._write(distribution, token_B, sampled_B)
+        self._write(distribution, token_B, sampled_B, after_B)
         self._turn(token_B, sampled_B, after_B)
         self.at += 1
         return token_B
 
-    def _write(self, distribution: Distribution, token_B: Tensor, sampled_B: Tensor) -> None:
+    def _write(self, distribution: Distribution, token_B: Tensor, sampled_B: Tensor, after_B: Tensor) -> None:
         alive, at = self.alive, self.at
         self.tokens[alive, at] = token_B
         logprob_B = distribution.logprobs(token_B[:, None])[:, 0].float()
-        self.logprobs[alive, at] = logprob_B.masked_fill(~sampled_B, float("nan"))
+        given_B = ~sampled_B
+        self.logprobs[alive, at] = logprob_B.masked_fill(given_B, torch.nan)
         if not self.spec.top_logprobs:
             return
-        ids_BK, logprobs_BK, rest_B = likeliest(distribution, self.spec.top_logprobs)
-        width = ids_BK.shape[1]
-        self.top.ids[alive, at, :width] = ids_BK.int()
-        self.top.logprobs[alive, at, :width] = logprobs_BK.float().masked_fill(~sampled_B[:, None], float("nan"))
-        self.top.rest[alive, at] = rest_B.float().masked_fill(~sampled_B, float("nan"))
+        points_BM = self.tail_points[alive, after_B.clamp(0, self.spec.length - 1)]
+        found = likeliest(distribution, self.spec.top_logprobs, points_BM)
+        width = found.ids.shape[1]
+        self.top.ids[alive, at, :width] = found.ids.int()
+        self.top.logprobs[alive, at, :width] = found.logprobs.float().masked_fill(given_B[:, None], torch.nan)
+        self.top.rest[alive, at] = found.rest.float().masked_fill(given_B, torch.nan)
+        self.top.tail_ids[alive, at] = found.tail_ids.int()
+        self.top.tail_logprobs[alive, at] = found.tail_logprobs.float().masked_fill(given_B[:, None], torch.nan)
 
     def _turn(self, token_B: Tensor, sampled_B: Tensor, after_B: Tensor) -> None:
         """End rows, or begin and continue what is inserted after an end."""

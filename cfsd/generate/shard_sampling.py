@@ -3,9 +3,10 @@
 import gc
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import JsonValue
 
@@ -17,7 +18,10 @@ from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
 from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
+from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.token_choice import tail_points
 from cfsd.generate.trial import check_sampling, slower_path
+from cfsd.model.distribution import Top
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring
 from cfsd.model.sample import Sample
@@ -26,6 +30,10 @@ from cfsd.spec import seed_of
 from cfsd.store.artifact import Store
 from cfsd.store.tables import corpus_schema, write_shard
 
+SCORED_HERE = (
+    "a server gives no samples of the tail: its rows pass once through the base here, which gives what is stored of "
+    "the base's distributions (generate.tail_samples 0: as the server lists them)"
+)
 REMEDY = "lower machine.sampling_rows or generate.length"
 
 
@@ -43,8 +51,15 @@ def check_engine(job: ShardJob) -> dict[str, JsonValue]:
         return {"said": [slower]} if slower else {}
     base = tokenization_of(job)
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
-    metadata = check_server(ServerSampling(job.machine, job.spec, base.eos_ids, base.tokenizer), model, base.start)
+    wanted = ServerSampling(job.machine, _listed(job.spec), base.eos_ids, base.tokenizer)
+    metadata = check_server(wanted, model, base.start)
+    metadata |= {"said": [SCORED_HERE]} if job.spec.stored_tail() else {}
     return metadata | ({} if metadata["ids"] == "exact" else {"approximate": "ids reconstructed"})
+
+
+def _listed(spec: GenerateSpec) -> GenerateSpec:
+    """Return what a server is asked for: it lists the likeliest tokens only where no samples of the others are."""
+    return spec.model_copy(update={"top_logprobs": 0}) if spec.stored_tail() else spec
 
 
 def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: None) -> None:
@@ -56,13 +71,15 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
         samples, parts = _within_memory(job, shard, rows, look)
         notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
     else:
-        wanted = ServerSampling(job.machine, job.spec, rows.eos_ids, tokenizer, rows.stream)
+        wanted = ServerSampling(job.machine, _listed(job.spec), rows.eos_ids, tokenizer, rows.stream)
         samples = sample_from_server(wanted, rows.prompts, rows.ids, on_done=look)
+        if job.spec.stored_tail():
+            samples = _with_distributions(job, shard, rows, samples)
     usable = {row: s for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
     if dropped := Counter(s for s in samples if isinstance(s, str)):
         notes[DROPPED] = json.dumps(dropped).encode()
     vocabulary: Any = job.base.metadata.get("vocabulary", 1 << 31)
-    schema = corpus_schema(job.spec.top_logprobs, vocabulary)
+    schema = corpus_schema(job.spec.top_logprobs, vocabulary, job.spec.stored_tail())
     same = {"shard": shard.index, "seed": seed_of(job.spec)}
     table = corpus_table(usable, tokenizer, schema, source=shard.source, **same)
     write_shard(job.folder, "corpus", shard.index, table.replace_schema_metadata(notes))
@@ -88,11 +105,37 @@ def _within_memory(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> tuple
 
 
 def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sample]:
-    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     where = f"shard {shard.index}"
     if not SOURCES[shard.source].is_sampled:
-        return token_logprobs(model, rows.prompts, rows.eos_ids, top_logprobs=job.spec.top_logprobs, where=where)
+        return _scored(job, rows, dict(zip(rows.ids, rows.prompts, strict=True)), where)
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     check_sampling(model)
     lengths = [len(prompt) for prompt in rows.prompts]
     steps = max(lengths) - min(lengths) + job.spec.length
     return sample(model, rows, job.spec, where=where, on_step=lambda step: look(len(rows.ids) * step / steps))
+
+
+def _scored(job: ShardJob, rows: Rows, texts: Mapping[int, Sequence[int]], where: str) -> list[Sample]:
+    """Return the texts of some of `rows`, by row id, as the base scores them."""
+    model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
+    points = [
+        tail_points(seed_of(job.spec), rows.stream, row, len(text), job.spec.stored_tail())
+        for row, text in texts.items()
+    ]
+    top = job.spec.top_logprobs
+    return token_logprobs(model, list(texts.values()), rows.eos_ids, top_logprobs=top, tail_points=points, where=where)
+
+
+def _with_distributions(job: ShardJob, shard: Shard, rows: Rows, samples: Sequence[Sample | str]) -> list[Sample | str]:
+    """Return the rows of a server with what the base here gives at each sampled token."""
+    texts = {row: s.token_ids for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
+    scored = iter(_scored(job, rows, texts, f"shard {shard.index}"))
+    whole = [(s, len(prompt)) for s, prompt in zip(samples, rows.prompts, strict=True)]
+    return [s if isinstance(s, str) else s._replace(top=_after(next(scored).top, given)) for s, given in whole]
+
+
+def _after(top: Top | None, prompt_length: int) -> Top | None:
+    """Return `top` with nothing at the tokens of the prompt, which were not predicted."""
+    for values in top or ():
+        values[:prompt_length] = 0 if values.dtype.kind == "i" else np.nan
+    return top

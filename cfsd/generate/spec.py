@@ -11,6 +11,7 @@ from cfsd.store.artifact import Artifact
 
 Source = Literal["context-free", "template", "contextual", "replay"]
 SHARDS_PER_SOURCE = 1_000_000
+TAIL_SAMPLES = 16
 
 
 class ProbeSpec(Spec):
@@ -26,6 +27,7 @@ class GenerateSpec(Spec):
 
     neutral: ClassVar[dict[str, Any]] = {
         "source": "context-free", "fractions": {}, "replay": None, "min_length": 0, "fill": False, "top_logprobs": 0,
+        "tail_samples": 0,
     }  # fmt: skip
 
     rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
@@ -50,6 +52,11 @@ class GenerateSpec(Spec):
     top_logprobs: NonNegativeInt = Field(
         0, le=4096, description="Store the log-probabilities of the k likeliest tokens per position; 0: none"
     )
+    tail_samples: NonNegativeInt = Field(
+        TAIL_SAMPLES, le=1024,
+        description="With top_logprobs: store this many samples of the tokens outside of it per position, which make "
+        "the stored divergence nearly as exact as the base itself; 0: the drawn token alone",
+    )  # fmt: skip
     seed: NonNegativeInt | None = Field(None, description="Empty: the recipe's")
 
     @model_validator(mode="after")
@@ -63,6 +70,13 @@ class GenerateSpec(Spec):
         if self.min_length > self.length:
             raise ValueError(f"min_length {self.min_length} is above length {self.length}")
         return self
+
+    def _identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super()._identity().items() if k != "tail_samples" or self.top_logprobs}
+
+    def stored_tail(self) -> int:
+        """Return how many samples of the tail each position has: none where no top is stored."""
+        return self.tail_samples if self.top_logprobs else 0
 
     def sources(self) -> list[Source]:
         """Return the sources that rows come from, in a fixed order."""

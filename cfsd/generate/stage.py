@@ -52,6 +52,7 @@ def generate(
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
     draft.metadata |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}
+    draft.metadata |= {"tail_samples": spec.stored_tail()} if spec.stored_tail() else {}
 
 
 def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:

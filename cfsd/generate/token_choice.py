@@ -1,4 +1,4 @@
-"""One token per row, sampled with a random number from the model's probabilities or from a biased version of them.
+"""What a token is sampled with: the random numbers of a row, and the model's probabilities or a biased version of them.
 
 B rows, V vocabulary, K likeliest.
 """
@@ -14,8 +14,6 @@ from torch import Tensor
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.distribution import Distribution
 
-BLOCK = 256  # tokens per partial sum; two short searches in place of a float64 sum over the whole vocabulary
-
 
 def uniforms(seed: int, stream: str, row: int, length: int) -> np.ndarray[Any, Any]:
     """Return `length` numbers in [0, 1) that depend on nothing but the arguments.
@@ -26,36 +24,14 @@ def uniforms(seed: int, stream: str, row: int, length: int) -> np.ndarray[Any, A
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row])).random(length)
 
 
-def sample_token(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Return one token per row, B, by inverting the cumulative sum of `probs_BV` at `uniform_B` (float64).
+def tail_points(seed: int, stream: str, row: int, length: int, count: int) -> np.ndarray[Any, Any]:
+    """Return `count` points in [0, 1] for each of `length` positions, one in each of `count` equal parts.
 
-    First the block, then the token in it, so that the float64 sums that rare tokens need run over BLOCK numbers:
-    a float64 sum over 49,152 took a sixth of a whole decoding step.
+    They invert the tail's cumulative probabilities: each part gives one sample, which is unbiased for any count and
+    varies no more than independent samples do. The numbers are no row's own `uniforms`: texts do not depend on them.
     """
-    sums_BN = _block_sums(probs_BV).double().cumsum(-1)
-    point_B1 = (uniform_B * sums_BN[:, -1])[:, None]
-    block_B1 = _first_above(sums_BN, point_B1)
-    before_B1 = torch.where(block_B1 > 0, sums_BN.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    share_B1 = (point_B1 - before_B1) / (sums_BN.gather(1, block_B1) - before_B1)
-    place_BC = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)
-    inside_BC = probs_BV.gather(1, place_BC.clamp(max=probs_BV.shape[1] - 1)).double()
-    inside_BC = inside_BC.masked_fill(place_BC >= probs_BV.shape[1], 0.0).cumsum(-1)
-    # the block's float32 sum may differ from the float64 one in the eighth digit: a share of it never falls outside
-    return (block_B1 * BLOCK + _first_above(inside_BC, share_B1 * inside_BC[:, -1:]))[:, 0]
-
-
-def _block_sums(probs_BV: Tensor) -> Tensor:
-    whole = probs_BV.shape[1] // BLOCK * BLOCK
-    parts = [probs_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
-    if whole < probs_BV.shape[1]:
-        parts.append(probs_BV[:, whole:].sum(-1, keepdim=True))
-    return torch.cat(parts, 1)
-
-
-def _first_above(cumulative_BN: Tensor, point_B1: Tensor) -> Tensor:
-    """Return the first place whose sum exceeds the point, never one that adds nothing."""
-    last_B1 = (cumulative_BN < cumulative_BN[:, -1:]).sum(-1, keepdim=True)  # where the sum is complete
-    return torch.minimum(torch.searchsorted(cumulative_BN, point_B1, right=True), last_B1)
+    numbers = uniforms(seed, f"{stream} tail", row, length * count).reshape(length, count)
+    return np.asarray((numbers + np.arange(count)) / max(1, count))
 
 
 def sampled_probs(

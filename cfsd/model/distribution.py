@@ -1,12 +1,14 @@
-"""The next token's distribution under a model: log-probabilities, and the likeliest tokens with the rest's mass.
+"""The next token's distribution under a model: log-probabilities, and what of it is stored.
 
-B rows, V vocabulary, K likeliest.
+B rows, V vocabulary, K likeliest, M samples of the rest.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cfsd.model.inversion import sample_tokens
 
 NARROW = 32  # tokens per maximum when the K likeliest are sought: at most K of these blocks hold them
 
@@ -36,25 +38,34 @@ def distribution_of(logits_BV: Tensor) -> Distribution:
 
 
 class Top(NamedTuple):
-    """The K likeliest tokens of each position, likeliest first, and the log of what all others have together.
+    """The K likeliest tokens of each position, likeliest first, the log of what all others have together, M of those.
 
-    ids [tokens, K] int32, logprobs [tokens, K] float32, rest [tokens] float32, in nats; where nothing was predicted
-    ids are 0 and the others nan.
+    ids [tokens, K] int32, logprobs [tokens, K] float32, rest [tokens] float32, in nats; `tail_ids` [tokens, M] int32
+    are sampled from the rest in proportion to its probabilities, `tail_logprobs` [tokens, M] float32 are under the
+    whole distribution. Where nothing was predicted, and for samples where there is no rest, ids are 0 and the others
+    nan.
     """
 
     ids: Any
     logprobs: Any
     rest: Any
+    tail_ids: Any
+    tail_logprobs: Any
 
 
-def likeliest(distribution: Distribution, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids B x K, their log-probabilities, and the log of the remaining mass, B. Changes `distribution.probs_BV`.
+def likeliest(distribution: Distribution, count: int, points_BM: Tensor) -> Top:
+    """Return the `count` likeliest tokens of B rows, and samples of the rest. Changes `distribution.probs_BV`.
 
-    The rest is summed up from its own members: one minus the others would be rounding noise.
+    The samples are where the rest's cumulative probabilities reach `points_BM` (float64, in [0, 1]). The rest is
+    summed up from its own members: one minus the others would be rounding noise.
     """
     ids_BK = _top_ids(distribution.logits_BV, min(count, distribution.logits_BV.shape[1]))
-    rest_B = distribution.probs_BV.scatter_(1, ids_BK, 0.0).sum(-1).log()
-    return ids_BK, distribution.logprobs(ids_BK), rest_B
+    outside_BV = distribution.probs_BV.scatter_(1, ids_BK, 0.0)
+    rest_B = outside_BV.sum(-1).log()
+    tail_BM = sample_tokens(outside_BV, points_BM) if points_BM.shape[1] else points_BM.long()
+    none_B1 = (rest_B == -torch.inf)[:, None]
+    tail_logprobs_BM = distribution.logprobs(tail_BM).masked_fill(none_B1, torch.nan)
+    return Top(ids_BK, distribution.logprobs(ids_BK), rest_B, tail_BM.masked_fill(none_B1, 0), tail_logprobs_BM)
 
 
 def _top_ids(logits_BV: Tensor, count: int) -> Tensor:

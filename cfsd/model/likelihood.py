@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,16 +53,20 @@ def token_logprobs(
     eos_ids: Sequence[int],
     *,
     top_logprobs: int = 0,
+    tail_points: Sequence[NDArray[Any]] | None = None,
     max_tokens: int = 1024,
     where: str = "",
 ) -> list[Sample]:
     """Return each row with log p* of every token after those before it, in nats, and the K likeliest on request.
 
-    Only the first token has no log-probability. At most `max_tokens` positions have logits at a time: rows of like
-    length go together, and a longer row passes through the model several times, each time for a part of its logits.
+    Only the first token has no log-probability. `tail_points` has, per row, points in [0, 1] for each of its tokens:
+    as many samples of what is not among the likeliest are returned. At most `max_tokens` positions have logits at a
+    time: rows of like length go together, and a longer row passes through the model several times, each time for a
+    part of its logits.
     Raises NotFinite naming `where` when the model gives NaN, or no probability at all to a token.
     """
-    samples = {i: _blank(row, eos_ids, top_logprobs) for i, row in enumerate(token_rows)}
+    points = [torch.from_numpy(row) for row in tail_points or [np.zeros((len(row), 0)) for row in token_rows]]
+    samples = {i: _blank(row, eos_ids, top_logprobs, points[i].shape[1]) for i, row in enumerate(token_rows)}
     for group in arrange([len(row) for row in token_rows], max_tokens):
         longest = len(token_rows[group[0]])
         token_ids_BT = pad([token_rows[i] for i in group]).to(model.device)
@@ -71,14 +76,18 @@ def token_logprobs(
             for place, i in enumerate(group):
                 next_T = token_ids_BT[place, first + 1 : len(token_rows[i])][: len(columns)]
                 if len(next_T):
-                    _record(samples[i], first + 1, distribution_of(output.logits[place, : len(next_T)]), next_T, where)
+                    distribution = distribution_of(output.logits[place, : len(next_T)])
+                    _record(samples[i], first + 1, distribution, next_T, where)
+                    if samples[i].top is not None:
+                        _record_top(samples[i].top, first + 1, distribution, points[i])
             del output
     return [samples[i] for i in range(len(token_rows))]
 
 
-def _blank(row: Sequence[int], eos_ids: Sequence[int], count: int) -> Sample:
+def _blank(row: Sequence[int], eos_ids: Sequence[int], count: int, samples: int) -> Sample:
     shape, nan = (len(row), count), np.float32("nan")
-    top = Top(np.zeros(shape, np.int32), np.full(shape, nan), np.full(len(row), nan)) if count else None
+    tail = np.zeros((len(row), samples), np.int32), np.full((len(row), samples), nan)
+    top = Top(np.zeros(shape, np.int32), np.full(shape, nan), np.full(len(row), nan), *tail) if count else None
     return Sample(list(row), [None] * len(row), "eos" if len(row) > 1 and row[-1] in eos_ids else "length", top)
 
 
@@ -88,11 +97,11 @@ def _record(sample: Sample, at: int, distribution: Distribution, next_T: Tensor,
     if not bool((finite_T := torch.isfinite(logprobs_T)).all()):
         token = at + int(finite_T.int().argmin())
         raise NotFinite(f"the base model's log-probability of token {token} in {where or 'a row'} is not finite")
-    until = at + len(next_T)
-    sample.logprobs[at:until] = logprobs_T.tolist()
-    if sample.top is not None:
-        ids_TK, logprobs_TK, rest_T = likeliest(distribution, sample.top.ids.shape[1])
-        width = ids_TK.shape[1]
-        sample.top.ids[at:until, :width] = ids_TK.cpu()
-        sample.top.logprobs[at:until, :width] = logprobs_TK.cpu()
-        sample.top.rest[at:until] = rest_T.cpu()
+    sample.logprobs[at : at + len(next_T)] = logprobs_T.tolist()
+
+
+def _record_top(top: Top, at: int, distribution: Distribution, points_TM: Tensor) -> None:
+    until = at + len(distribution.total_B)
+    found = likeliest(distribution, top.ids.shape[1], points_TM[at:until].to(distribution.total_B.device))
+    for kept, values in zip(top, found, strict=True):  # a small vocabulary does not fill K columns
+        kept[(slice(at, until), *map(slice, values.shape[1:]))] = values.cpu()

@@ -12,6 +12,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
 
 WATCH, ERROR = "watch/", "watch_error/"  # the watched value, and the error of its change since the first look
+ALONG = "rehearsal kl along"
 CURVE_POINTS = 150  # a longer curve is averaged over neighbouring steps
 LOSS_WORDS = ("loss", "perplexity", "nll", "bits", "brier")  # in the name of a metric that is better when lower
 COST_METADATA = (
@@ -165,7 +166,7 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
     first = {run_record.name: run_record for run_record in run_records if run_record.name in named}
     metrics = {name: metrics_of(store, run_record.artifacts["tuned"]) for name, run_record in first.items()}
     budgets = {name: budget for name, run_record in first.items() if (budget := run_record.budget())}
-    forms = {name: r.recipe.train.rehearsal.loss if r.recipe else "nll" for name, r in first.items()}
+    forms = {name: _form(run_record) for name, run_record in first.items()}
 
     def lines(metric: str, factor: float = 1, form: str = "") -> dict[str, Line]:
         alike = [name for name in first if metric in metrics[name] and form in ("", forms[name])]
@@ -182,6 +183,7 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
         Panel("target", "target loss, nats per token", lines("train/target_loss")),
         Panel("rehearsal nll", "rehearsal loss, nats per token", lines(loss, form="nll")),
         Panel("rehearsal kl", "rehearsal divergence, nats per token", lines(loss, form="kl")),
+        Panel(ALONG, "divergence along filtered rows, nats per token", lines(loss, form=ALONG)),
         Panel("weight", "rehearsal weight λ (log scale)", _moving(weights), is_log=True),
         Panel("divergence", "moving mean of the divergence, nats per token", lines("train/divergence_estimate"),
               levels=budgets),
@@ -194,6 +196,14 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
         label, factor = (f"{benchmark}: {name}, %", POINTS) if unit == FRACTION else (f"{benchmark}: {name}", 1)
         panels.append(Panel(metric, label, **watched(metric.removeprefix(WATCH), factor)))
     return [panel for panel in panels if panel.lines]
+
+
+def _form(run_record: RunRecord) -> str:
+    """Return nll, kl, or ALONG where the divergence is along rows that are no sample of the base's text."""
+    recipe = run_record.recipe
+    if recipe is None or recipe.train.rehearsal.loss == "nll":
+        return "nll"
+    return ALONG if recipe.bends() else "kl"
 
 
 def _moving(weights: dict[str, Line]) -> dict[str, Line]:

@@ -65,7 +65,8 @@ def _target_metadata(rows: Artifact, folder: Path) -> dict[str, JsonValue]:
 def _corpus_metadata(rows: Artifact, folder: Path) -> dict[str, JsonValue]:
     """Return the metadata of the selected rows. Of those before, words (how rows were sampled) stay, counts do not."""
     before: Any = rows.metadata
-    words: dict[str, JsonValue] = {k: v for k, v in before.items() if isinstance(v, str | bool) or k == "top_logprobs"}
+    stored = ("top_logprobs", "tail_samples")
+    words: dict[str, JsonValue] = {k: v for k, v in before.items() if isinstance(v, str | bool) or k in stored}
     metadata: Any = corpus_metadata(folder)
     selected: dict[str, JsonValue] = words | metadata | {"accepted_fraction": metadata["rows"] / before["rows"]}
     if "mean_logprob" in metadata and "mean_logprob" in before:

@@ -109,15 +109,18 @@ RESPONSES = pa.schema(
 )
 
 
-def corpus_schema(top_logprobs: int, vocabulary: int) -> pa.Schema:
+def corpus_schema(top_logprobs: int, vocabulary: int, tail_samples: int = 0) -> pa.Schema:
     """Return the columns of a corpus that stores the `top_logprobs` likeliest tokens of each position (0: none).
 
-    `topk_ids` and `topk_logprobs` hold length x k entries per row, `rest_logprob` the log of the remaining mass.
+    `topk_ids` and `topk_logprobs` hold length x k entries per row, `rest_logprob` the log of the remaining mass;
+    `tail_ids` and `tail_logprobs` length x `tail_samples` entries, sampled from the tokens that are not in the top.
     """
     if not top_logprobs:
         return CORPUS
     ids = pa.uint16() if vocabulary <= NARROW_IDS else pa.int32()
     stored = {"topk_ids": ids, "topk_logprobs": pa.float16(), "rest_logprob": pa.float32()}
+    if tail_samples:
+        stored |= {"tail_ids": ids, "tail_logprobs": pa.float16()}
     return pa.schema([*CORPUS, *((name, pa.list_(kind)) for name, kind in stored.items())])
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.harness.score import score
+from cfsd.generate.token_choice import tail_points
 from cfsd.model.batching import arrange
 from cfsd.model.likelihood import score_responses, token_logprobs
 from cfsd.model.loading import load_tokenizer
@@ -24,7 +25,7 @@ from cfsd.train.loss.objective import divergence_by_row
 from cfsd.train.loss.token_loss import Stored
 from cfsd.train.spec import RehearsalSpec, TrainRequest
 
-TOP = 256  # likeliest tokens of the base at each watched token; the rest as sampled: unbiased, and nearly the whole sum
+TOP, TAIL = 256, 16  # likeliest tokens of the base at each watched token, and samples of the rest: nearly the whole sum
 MEASURED = RehearsalSpec(loss="kl")
 WATCH, ERROR = "watch/", "watch_error/"  # metrics: the value, and the standard error of its change since the first look
 
@@ -105,18 +106,22 @@ class Watcher:
 def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int) -> list[MicroBatch]:
     """Return `token_rows` with the base's distribution at each token after the first."""
     top = min(TOP, base.config.get_text_config().vocab_size)
-    samples = token_logprobs(base, token_rows, (), top_logprobs=top, max_tokens=max_tokens)
+    points = [tail_points(0, "watch", number, len(row), TAIL) for number, row in enumerate(token_rows)]
+    samples = token_logprobs(base, token_rows, (), top_logprobs=top, tail_points=points, max_tokens=max_tokens)
     rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in token_rows]
     micro_batches = micro_batches_of(rows, max_tokens, fresh=[True] * len(rows))
     groups = arrange([len(row) for row in token_rows], max_tokens)
     return [
-        micro_batch._replace(stored=_stored([samples[i] for i in group]))
+        micro_batch._replace(stored=stored_of([samples[i] for i in group]))
         for micro_batch, group in zip(micro_batches, groups, strict=True)
     ]
 
 
-def _stored(samples: list[Sample]) -> Stored:
+def stored_of(samples: list[Sample]) -> Stored:
+    """Return what is known of the base at each token of `samples` after the first."""
     tops = [sample.top for sample in samples if sample.top is not None]
-    joined = [np.concatenate([getattr(top, name)[1:] for top in tops]) for name in ("ids", "logprobs", "rest")]
-    sampled = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
-    return Stored(*(torch.from_numpy(part) for part in (*joined, sampled)))
+    ids, logprobs, rest, *tail = [
+        torch.from_numpy(np.concatenate([part[1:] for part in parts])) for parts in zip(*tops, strict=True)
+    ]
+    drawn = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
+    return Stored(ids, logprobs, rest, torch.from_numpy(drawn), *tail)

@@ -257,6 +257,54 @@ def test_the_likeliest_tokens_are_stored_with_what_is_left(world: World, count: 
             assert np.exp(s.top.rest[t]) == pytest.approx(others.item(), abs=1e-6)
 
 
+def parts(samples: list[Sample]) -> list[Any]:
+    """Return all but the samples of the tail, which are asserted to be absent where the top is."""
+    tops = [s.top for s in samples if s.top is not None]
+    values = [part.tobytes() for top in tops for part in (top.ids, top.logprobs, top.rest)]
+    return [*((s.token_ids, s.logprobs, s.finish_reason) for s in samples), *values]
+
+
+@pytest.mark.parametrize("bias", [{}, {"temperature": 0.6, "top_k": 9}, {"fill": True}])
+def test_samples_of_the_tail_change_nothing_else(world: World, bias: dict[str, Any]) -> None:
+    spec = GenerateSpec(length=12, seed=4, top_logprobs=3, tail_samples=0, **bias)
+    plain = sampled(world, spec, range(12))
+    assert plain[0].top is not None and plain[0].top.tail_ids.shape[1] == 0
+    for count in (1, 5):
+        assert parts(sampled(world, spec.model_copy(update={"tail_samples": count}), range(12))) == parts(plain)
+    nothing = sampled(world, spec.model_copy(update={"top_logprobs": 0, "tail_samples": 5}), range(12))
+    assert [s[:3] for s in nothing] == [s[:3] for s in plain] and nothing[0].top is None
+
+
+def test_samples_of_the_tail_do_not_depend_on_the_batch(world: World) -> None:
+    spec = GenerateSpec(length=10, seed=3, top_logprobs=3, tail_samples=4)
+    together = sampled(world, spec, range(8))
+    for row in (0, 5):
+        (alone,) = sampled(world, spec, [row])
+        assert alone.top is not None and together[row].top is not None
+        assert alone.top.tail_ids.tolist() == together[row].top.tail_ids.tolist()
+    assert together[0].top.tail_ids[1].tolist() != together[1].top.tail_ids[1].tolist()  # each row has its own
+    assert together[0].top.tail_ids[1].tolist() != together[0].top.tail_ids[2].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_samples_of_the_tail_follow_the_base_outside_the_top_whatever_the_text(world: World, count: int) -> None:
+    """Chi-square at the first position against the tail's law; at a low temperature too the law is the base's own."""
+    spec = GenerateSpec(length=3, seed=8, top_logprobs=3, tail_samples=count, temperature=0.5)
+    samples = sampled(world, spec, range(2000 // count))
+    law = next_law(world, [[0]])[0].double()
+    _, tail = law.sort(descending=True)[1].split([3, len(law) - 3])
+    place = {token: number for number, token in enumerate(tail.tolist())}
+    first = [place[token] for s in samples if s.top is not None for token in s.top.tail_ids[1].tolist()]
+    assert p_value(first, law[tail]) > SIGNIFICANCE
+    for s in samples[:20]:
+        with torch.inference_mode():
+            logprobs = world.model(torch.tensor([s.token_ids])).logits[0].log_softmax(-1).numpy()
+        assert s.top is not None and np.isnan(s.top.tail_logprobs[0]).all() and not s.top.tail_ids[0].any()
+        for t in range(1, len(s.token_ids)):
+            assert s.top.tail_logprobs[t] == pytest.approx(logprobs[t - 1][s.top.tail_ids[t]], abs=1e-4)
+            assert not set(s.top.tail_ids[t].tolist()) & set(s.top.ids[t].tolist())
+
+
 def test_a_model_with_a_state_of_its_own_goes_through_generate(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 

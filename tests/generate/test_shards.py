@@ -196,6 +196,9 @@ def test_replay_rows_are_scored_and_hold_the_same_columns(store: Store, base: Ar
         assert len(row["topk_ids"]) == 3 * len(row["token_ids"])
         assert row["topk_ids"][3:6] == logprobs[0].topk(3).indices.tolist()
         assert row["topk_logprobs"][:3] == [None] * 3
+        sampled = [logprobs[t // 16, token].item() for t, token in enumerate(row["tail_ids"][16:])]
+        assert row["tail_logprobs"][16:] == pytest.approx(sampled, rel=1e-3)
+    assert table.schema.field("tail_ids").type == table.schema.field("topk_ids").type
 
 
 def test_what_was_read_in_one_of_several_ways_is_kept_with_the_corpus(
@@ -276,7 +279,7 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
     store: Store, base: Artifact
 ) -> None:
     model, tokenizer = load_model(store.path(base), "cpu").eval(), load_tokenizer(store.path(base))
-    spec = GenerateSpec(rows=96, length=10, seed=0, top_logprobs=3)
+    spec = GenerateSpec(rows=96, length=10, seed=0, top_logprobs=3, tail_samples=2)
 
     def work(url: str) -> Callable[[Draft], None]:
         machine = Machine(device="cpu", engine="server", base_url=url, in_flight=4, sampling_rows=16)
@@ -299,6 +302,10 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
         fresh = [logprobs[t, token].item() for t, token in enumerate(row["token_ids"][1:])]
         assert row["logprobs"][1:] == pytest.approx(fresh, abs=1e-4)
         assert row["topk_ids"][3:6] == logprobs[0].topk(3).indices.tolist()
+        assert len(row["tail_ids"]) == 2 * len(row["token_ids"]) and row["tail_logprobs"][:2] == [None, None]
+        sampled = [logprobs[t // 2, token].item() for t, token in enumerate(row["tail_ids"][2:])]
+        assert row["tail_logprobs"][2:] == pytest.approx(sampled, rel=1e-3)
+    assert "pass once through the base here" in metadata["said"][0]
 
 
 def test_a_chat_template_that_leaves_no_room_is_refused(store: Store, tmp_path: Path, model_folder: Path) -> None:

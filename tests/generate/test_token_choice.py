@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cfsd.generate.token_choice import sample_token
 from cfsd.model.distribution import distribution_of, likeliest
+from cfsd.model.inversion import sample_token
 
 
 def grid(count: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_the_likeliest_are_those_of_a_full_sort(vocabulary: int, count: int) -> 
     logits[1, 7 : 7 + 20] += 40  # many in one block
     count = min(count, vocabulary)
     expected = logits.double().log_softmax(-1).sort(-1, descending=True)
-    ids, logprobs, rest = likeliest(distribution_of(logits), count)
+    ids, logprobs, rest, *_ = likeliest(distribution_of(logits), count, torch.zeros(6, 0))
     assert ids.tolist() == expected.indices[:, :count].tolist()
     assert torch.allclose(logprobs.double(), expected.values[:, :count], atol=1e-4)
     others = expected.values[:, count:].logsumexp(-1)

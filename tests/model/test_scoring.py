@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def test_the_likeliest_and_the_rest_are_the_whole_law(model: PreTrainedModel) ->
     rows = rows_of_many_lengths(1)
     for row, sample in zip(rows, token_logprobs(model, rows, (END,), top_logprobs=5, max_tokens=100), strict=True):
         assert sample.top
-        ids, logprobs, rest = (torch.from_numpy(part) for part in sample.top)
+        ids, logprobs, rest = (torch.from_numpy(part) for part in sample.top[:3])
         assert ids.shape == logprobs.shape == (len(row), 5) and rest.shape == (len(row),)
         assert logprobs[0].isnan().all() and rest[0].isnan()
         wanted = law(model, row)
@@ -103,6 +104,26 @@ def test_the_likeliest_and_the_rest_are_the_whole_law(model: PreTrainedModel) ->
         assert torch.allclose(wanted.gather(1, ids[1:].long()).float(), logprobs[1:], atol=2e-5)
         outside = wanted.scatter(1, ids[1:].long(), -torch.inf).logsumexp(-1)
         assert torch.allclose(rest[1:], outside.float(), atol=2e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [7, 1000])
+def test_samples_of_the_rest_are_where_its_cumulative_probabilities_reach_the_points(
+    model: PreTrainedModel, max_tokens: int
+) -> None:
+    rows = rows_of_many_lengths(1)
+    points = [np.random.default_rng(number).random((len(row), 3)) for number, row in enumerate(rows)]
+    found = token_logprobs(model, rows, (END,), top_logprobs=5, tail_points=points, max_tokens=max_tokens)
+    for row, point_TM, sample in zip(rows, points, found, strict=True):
+        assert sample.top and sample.top.tail_ids.shape == sample.top.tail_logprobs.shape == (len(row), 3)
+        assert np.isnan(sample.top.tail_logprobs[0]).all()
+        wanted, ids_TM = law(model, row), torch.from_numpy(sample.top.tail_ids[1:]).long()
+        outside = wanted.exp().double().scatter(1, torch.from_numpy(sample.top.ids[1:]).long(), 0.0)
+        above = outside.cumsum(-1) / outside.sum(-1, keepdim=True)
+        below = above - outside / outside.sum(-1, keepdim=True)
+        reached = torch.from_numpy(point_TM[1:])
+        assert (above.gather(1, ids_TM) > reached - 1e-5).all() and (below.gather(1, ids_TM) < reached + 1e-5).all()
+        assert (outside.gather(1, ids_TM) > 0).all()
+        assert np.allclose(sample.top.tail_logprobs[1:], wanted.gather(1, ids_TM), atol=2e-5)
 
 
 def test_a_rest_too_small_for_one_minus_the_sum_is_kept() -> None:

@@ -242,4 +242,5 @@ def top_of(prompt_length: int, tops: Sequence[dict[int, float]], k: int) -> Top:
         ids[prompt_length:] = [[token for token, _ in row] for row in best]
         logprobs[prompt_length:] = [[logprob for _, logprob in row] for row in best]
     left = 1 - np.exp(logprobs.astype(np.float64)).sum(1)
-    return Top(ids, logprobs, np.log(np.maximum(left, REMAINING_AT_LEAST)).astype(np.float32))
+    none = np.zeros((len(ids), 0))  # a server gives no samples of the rest
+    return Top(ids, logprobs, np.log(np.maximum(left, REMAINING_AT_LEAST)).astype(np.float32), none, none)

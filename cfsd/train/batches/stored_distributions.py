@@ -1,6 +1,6 @@
 """The base's distributions as stored with each corpus row, on the disk and read a few rows at a time.
 
-T tokens of a row, K stored likeliest tokens, M tokens that count.
+T tokens of a row, K stored likeliest tokens, S samples of the others, M tokens that count.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cfsd.errors import StoreError
-from cfsd.store.tables import batches
+from cfsd.store.tables import batches, shards
 from cfsd.train.loss.token_loss import Stored
 
 TOP = ("topk_ids", "topk_logprobs", "rest_logprob")
+TAIL = ("tail_ids", "tail_logprobs")
 FILE = "corpus.arrow"
 
 
@@ -27,7 +30,9 @@ def lay_out(corpus: Path, scratch: Path, *, top: bool) -> None:
     Parquet cannot give row 7 of a million without its neighbours, and a training takes rows in a shuffled order.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    parts = batches(corpus, "corpus", ["token_ids", "logprobs", *(TOP if top else ())])
+    known = pq.read_schema(shards(corpus, "corpus")[0]).names
+    wanted = ["token_ids", "logprobs", *(name for name in (*TOP, *TAIL) if top and name in known)]
+    parts = batches(corpus, "corpus", wanted)
     first = next(parts)
     with pa.OSFile(str(scratch / FILE), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
         for part in chain([first], parts):
@@ -59,13 +64,17 @@ class StoredDistributions:
         if "topk_ids" not in stored:
             none_MK = torch.zeros(len(sampled_M), 0)
             return Stored(none_MK.int(), none_MK, torch.zeros(len(sampled_M)), sampled_M)
-        ids_MK = torch.from_numpy(stored["topk_ids"].astype(np.int32))  # torch cannot index by uint16
-        logprobs_MK, rest_M = (torch.from_numpy(stored[name]) for name in TOP[1:])
-        return Stored(ids_MK, logprobs_MK, rest_M, sampled_M)
+        tail = [_tensor(stored[name]) for name in TAIL if name in stored]
+        return Stored(*(_tensor(stored[name]) for name in TOP), sampled_M, *tail)
 
     def _row(self, place: int) -> dict[str, NDArray[Any]]:
-        """Return each column's values in one row, (T,) or (T, K); a null is NaN."""
+        """Return each column's values in one row, (T,), (T, K) or (T, S); a null is NaN."""
         columns = {name: self._table[name][place].values for name in self._table.column_names}
         row = {name: values.to_numpy(zero_copy_only=False) for name, values in columns.items()}
         length = len(row["token_ids"])
-        return {name: row[name].reshape(length, -1) if name.startswith("topk") else row[name] for name in row}
+        wide = {*TOP[:2], *TAIL}
+        return {name: row[name].reshape(length, -1) if name in wide else row[name] for name in row}
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32) if values.dtype.kind == "u" else values)  # no index is unsigned

@@ -1,15 +1,20 @@
 """Losses per token from the last hidden states, with their gradients, over a few tokens' logits at a time.
 
-N tokens, M of them compared with the base, C of a chunk, D hidden width, V vocabulary, K stored likeliest tokens.
+N tokens, M of them compared with the base, C of a chunk, D hidden width, V vocabulary, K stored likeliest tokens,
+S stored samples of the others.
 
 Logits of a whole batch never exist: each chunk makes its logits, losses and gradients, and is forgotten. Peak memory
 grows with C x V and one gradient of the output layer. torch's own linear_cross_entropy does the same for -log p; it
 knows neither the divergence nor a coefficient per token.
 
 Every loss here is const - sum_v a_v log p(v) for some a >= 0, whose gradient by the logits is (sum a) p - a:
-a is the sampled token for -log p, the base's distribution for the whole divergence, and its top plus the sampled
-token, if that is not in the top, for the sampled tail. The bucket's rest is one event, with a = p* on the top and
-r*/r x p on the rest.
+a is the sampled token for -log p, the base's distribution for the whole divergence, and its top plus, for the sampled
+tail, r*/S at each of S tokens sampled from the rest, whose mass is r*; without such samples 1 at the drawn token, if
+that is not in the top. The bucket's rest is one event, with a = p* on the top and r*/r x p on the rest.
+
+With samples the expectation is the whole divergence for every S, whichever text the tokens before are: it is
+sum_top p* log(p*/p) + r* log(r*/r) + r* (1/S) sum_i [log(p*(x_i)/r*) - log(p(x_i)/r)], in which r* log(r*/r) cancels.
+Compare sampled distillation, arXiv:2503.16870. Differs: the top is exact, the rest alone is sampled.
 """
 
 from collections.abc import Iterator
@@ -28,11 +33,13 @@ class Stored(NamedTuple):
     ids_MK: Tensor
     logprobs_MK: Tensor
     rest_M: Tensor  # log of the mass outside the K likeliest
-    sampled_M: Tensor  # log p* of the sampled token
+    sampled_M: Tensor  # log p* of the drawn token
+    tail_ids_MS: Tensor | None = None  # sampled from the mass outside
+    tail_logprobs_MS: Tensor | None = None
 
     def part(self, rows: slice) -> "Stored":
         """Return some of the tokens."""
-        return Stored(*(tensor[rows] for tensor in self))
+        return Stored(*(None if tensor is None else tensor[rows] for tensor in self))
 
 
 class Head(NamedTuple):
@@ -198,10 +205,20 @@ class _Chunk:
         on_top_C = (probs_CK * (logprobs_CK - (self.logits_CV.gather(1, ids_CK) - self.norm_C1))).sum(-1)
         if part.tail == "bucket":
             return on_top_C + self._bucket(ids_CK, probs_CK, stored.rest_M.to(dtype))
-        outside_C = (ids_CK != self.next_C1).all(-1).to(dtype)
-        self.mass_C1 = (probs_CK.sum(-1) + outside_C)[:, None]
-        self.pulled = torch.cat([ids_CK, self.next_C1], 1), torch.cat([probs_CK, outside_C[:, None]], 1)
-        return on_top_C + outside_C * (stored.sampled_M.to(dtype) + self.nll_C)
+        tail_CS, amount_CS, logprobs_CS = self._tail(stored, ids_CK, dtype)
+        self.mass_C1 = (probs_CK.sum(-1) + amount_CS.sum(-1))[:, None]
+        self.pulled = torch.cat([ids_CK, tail_CS], 1), torch.cat([probs_CK, amount_CS], 1)
+        excess_CS = logprobs_CS - (self.logits_CV.gather(1, tail_CS) - self.norm_C1)
+        return on_top_C + torch.where(amount_CS > 0, amount_CS * excess_CS, 0.0).sum(-1)
+
+    def _tail(self, stored: Stored, ids_CK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens that stand for the base's tail, how much of it each has, and log p* of each."""
+        ids_CS, logprobs_CS = stored.tail_ids_MS, stored.tail_logprobs_MS
+        if ids_CS is not None and logprobs_CS is not None and (count := ids_CS.shape[1]):
+            amount_CS = (stored.rest_M.to(dtype).exp() / count)[:, None].expand(-1, count)
+            return ids_CS.long(), amount_CS, logprobs_CS.to(dtype)
+        outside_C1 = (ids_CK != self.next_C1).all(-1, keepdim=True).to(dtype)
+        return self.next_C1, outside_C1, stored.sampled_M.to(dtype)[:, None]
 
     def _whole(self, base_CV: Tensor) -> Tensor:
         probs_CV = base_CV.exp()
