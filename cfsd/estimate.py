@@ -1,30 +1,54 @@
-"""What a stage will cost: tokens, memory and time, from settings alone, within a factor of two.
+"""What a stage will cost: tokens, memory and time, from settings and the sizes of what it reads.
 
-FLOPs per token: 2 x parameters forward, 6 x with the backward pass (Kaplan et al. 2020, arXiv:2001.08361, 2.1).
+FLOPs per token: 2 x parameters forward, 6 x with the backward pass (Kaplan et al. 2020, arXiv:2001.08361, 2.1), at the
+rate of a matrix product that is measured here and now. What else takes time was measured on two CPU cores; the plan's
+times of the demo's stages are within CHECKED of those that they took there (tests/test_estimate.py). On GPUs nothing
+was compared.
 """
 
 import json
+import math
+import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsd import stages
+from cfsd.data.target_size import size_of_target
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
+from cfsd.evaluate.text import Text
+from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
 from cfsd.model.folder import count_parameters
+from cfsd.model.token_counts import Count, token_count
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
-from cfsd.train.memory import Shapes, load_of, training_memory
+from cfsd.train.memory import CHUNK, Shapes, load_of, training_memory
 
 GIB = 2**30
-FLOPS_PER_SECOND = {"cpu": 60e9, "cuda": 1e14}  # reached in practice: two CPU cores; one large GPU in bfloat16
-DECODING_SHARE = 0.5  # of that rate, when each token waits for the one before
+CHECKED = 1.5
+CUDA_RATE = 1e14  # FLOPs a second of one large GPU in bfloat16: a guess
+REACHED = 0.85  # of a matrix product's rate, by a pass over many tokens
+DECODED = 0.5  # where each token waits for the one before
+CALL_SECONDS = 0.75e-3  # of each layer at each call of a model, however few tokens
+UPDATE_SECONDS = 1.5e-9  # of each trained weight at each step: AdamW
+LOGIT_SECONDS = 5e-9  # of each entry of a distribution that is summed over
+BYTES_PER_SECOND = 1.2e9  # weights that are read from the disk, or written
+PROCESS_SECONDS = 5.0  # until a fresh process trains
+SCORING_SECONDS = 0.2  # of a benchmark, whatever its size
+DEQUANTISING_SECONDS = 1.2e-7  # of each weight of the packaged SmolLM2
+COMMAND_SECONDS, STAGE_SECONDS = 15.0, 0.6  # of a command, and of each stage that runs, for what is recorded of it
+PROCESS_BYTES = 0.5 * GIB  # of Python, torch and transformers
 KNOWN_SHAPES = {
     "smollm2": Shapes(576, 30, 1536, heads=9, kv_heads=3, vocabulary=49_152, tied=True),
     "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=99),
 }
+USUAL_LAYERS = 24  # of a model whose shapes are unknown
 TRIES = 3  # of alpha, until the budget is met: docs/decisions/0015
-BENCHMARK_TOKENS = 5000  # of a benchmark, a guess
 Metadata = Mapping[str, Any]  # of the target
+Inputs = tuple[Any, ...]
 
 
 class Estimate(NamedTuple):
@@ -35,61 +59,184 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
-class Stage(NamedTuple):
-    """A stage that holds the model: its tokens, its memory in copies of the weights, forward passes per token.
+class Work(NamedTuple):
+    """What a stage does with the model, as far as it takes time."""
 
-    Gradients and moments count as copies; a backward pass counts as two forward ones.
-    """
-
-    tokens: Callable[[Recipe, Metadata], float | None] = lambda recipe, target: None
-    copies: int = 1
-    passes: float = 1
-
-
-def _probe(recipe: Recipe, target: Metadata) -> float:
-    return recipe.probe.rows * recipe.probe.length
+    tokens: float = 0  # that pass through it
+    passes: float = 1  # forward passes of each; a backward pass is two
+    calls: float = 0  # of the model, for all of these passes
+    decoded: bool = False  # one token after the other
+    logits: float = 0  # distributions over the vocabulary that are summed over
+    updates: float = 0  # optimizer steps
+    moved: float = 0  # copies of the weights that are read or written
+    seconds: float = 0  # that depend on nothing
 
 
-def _answers(recipe: Recipe, target: Metadata) -> float | None:
-    """Return the tokens of one set of prompts, on average: a stage does not say which it is."""
-    sets = recipe.evaluate.prompts
-    return sum(prompts.rows * prompts.length for prompts in sets) / len(sets) if sets else None
+class Job(NamedTuple):
+    """What the stages of one recipe share."""
+
+    recipe: Recipe
+    base: Artifact
+    target: Metadata  # as the stage `target` wrote them, or as they are guessed
+    machine: Machine
+    count: Count
+
+    def calls(self, tokens: float) -> float:
+        """Return the micro-batches that `tokens` make."""
+        return math.ceil(tokens / self.machine.micro_batch_tokens)
+
+    def held_out(self) -> float:
+        """Return the tokens of the held-out rows that are measured. Raises KeyError if they are unknown."""
+        rows, most = self.target["held_out_rows"], self.recipe.evaluate.held_out_rows
+        return float(self.target["held_out_tokens"]) * min(1, (most or rows) / max(rows, 1))
 
 
-def _held_out(recipe: Recipe, target: Metadata) -> float | None:
-    return target.get("held_out_tokens")
+def job_of(recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Job:
+    """Return what is known of the stages of `recipe`; what its target will hold is guessed from its first rows."""
+    count = token_count(recipe.base, _folder(recipe, base))
+    return Job(recipe, base, target.metadata if target.content else _guessed(recipe, count), machine, count)
 
 
-def _curvature(recipe: Recipe, target: Metadata) -> float | None:
-    needed = recipe.train.methods.estimate()
-    return needed.rows * recipe.generate.length if needed else None
+def _guessed(recipe: Recipe, count: Count) -> Metadata:
+    """Return the metadata that the stage `target` is going to write; empty if nothing is known."""
+    if (size := size_of_target(recipe.target, count)) is None:
+        return {}
+    held_out = size.rows if recipe.target.measure_only else min(recipe.target.held_out, size.rows)
+    train = size.rows - held_out
+    return {
+        "train_rows": train,
+        "train_tokens": train * size.tokens,
+        "held_out_rows": held_out,
+        "held_out_tokens": held_out * size.tokens,
+    }
 
 
-def _training(recipe: Recipe, target: Metadata) -> float | None:
-    if "train_rows" not in target:
+def _read(job: Job, tokens: float, models: int = 1, logits: float = 0) -> Work:
+    """Return the work of passing `tokens` through each of `models`."""
+    return Work(models * tokens, calls=models * job.calls(tokens), logits=models * logits, moved=models)
+
+
+def _sampled(job: Job, inputs: Inputs) -> Work | None:
+    spec = next(value for value in inputs if isinstance(value, ProbeSpec | GenerateSpec))
+    if job.machine.engine == "server":
+        return None if spec.rows else Work()
+    if isinstance(spec, GenerateSpec) and spec.source == "replay":
+        return _read(job, spec.rows * spec.length, logits=spec.rows * spec.length)
+    shards = math.ceil(spec.rows / job.machine.sampling_rows)
+    return Work(spec.rows * spec.length, calls=shards * spec.length, decoded=True, moved=bool(spec.rows))
+
+
+def _probe(job: Job, inputs: Inputs) -> Work:
+    tokens = job.recipe.probe.rows * job.recipe.probe.length
+    return _read(job, tokens, 2, tokens)
+
+
+def _answers(job: Job, inputs: Inputs) -> Work:
+    sets = job.recipe.evaluate.prompts  # on average: the stage does not say which set it is
+    tokens = sum(prompts.rows * prompts.length for prompts in sets) / max(1, len(sets))
+    return _read(job, tokens, 2, tokens)
+
+
+def _budget(job: Job, inputs: Inputs) -> Work:
+    work = _probe(job, inputs)
+    return work._replace(passes=TRIES, calls=TRIES * work.calls, logits=TRIES * work.logits, moved=2 + TRIES)
+
+
+def _fisher(job: Job, inputs: Inputs) -> Work:
+    needed = job.recipe.train.methods.estimate()
+    rows = needed.rows if needed else 0
+    return Work(rows * job.recipe.generate.length, passes=3, calls=3 * rows, moved=2)
+
+
+def _trained_rows(job: Job) -> tuple[float, float]:
+    """Return the target rows that are trained on, and their tokens."""
+    rows, tokens = job.target["train_rows"], job.target["train_tokens"]
+    taken = min(rows, job.recipe.select.target_rows or rows)
+    return taken, tokens * taken / max(rows, 1)
+
+
+def _training(job: Job, inputs: Inputs) -> Work:
+    recipe, (rows, tokens) = job.recipe, _trained_rows(job)
+    steps = recipe.train.epochs * math.ceil(rows / recipe.mix.target_rows)
+    rehearses = recipe.generate.rows and recipe.train.rehearsal.weight
+    rehearsed = recipe.mix.rehearsal_tokens if rehearses else 0
+    targets = recipe.train.epochs * tokens
+    passes = (2 if recipe.train.methods.adapter() else 3) + job.machine.gradient_checkpointing
+    passed = passes * (targets + steps * rehearsed)
+    passed += steps * rehearsed * recipe.train.rehearsal.needs_base() + _watching(job, steps)
+    calls = steps * passes * (job.calls(targets / max(steps, 1)) + job.calls(rehearsed))
+    all_tokens = max(targets + steps * rehearsed, 1)
+    updates = 0 if recipe.train.methods.adapter() else steps
+    return Work(all_tokens, passed / all_tokens, calls, updates=updates, moved=2, seconds=PROCESS_SECONDS)
+
+
+def _watching(job: Job, steps: float) -> float:
+    """Return the tokens that pass through the model to watch its training."""
+    watch = job.recipe.train.watch
+    if not watch.every:
+        return 0
+    times, rows = steps // watch.every + 2, job.target["held_out_rows"]
+    benchmarks = [benchmark for benchmark in job.recipe.evaluate.benchmarks if benchmark.name in watch.benchmarks]
+    sizes = [size for benchmark in benchmarks if (size := size_of_benchmark(benchmark, job.count))]
+    once = watch.rows * job.recipe.probe.length + job.target["held_out_tokens"] * min(1, watch.held_out_rows / rows)
+    return float(times * (once + sum(size.requests * (size.read + size.written) for size in sizes)))
+
+
+def _scored(job: Job, inputs: Inputs) -> Work | None:
+    benchmark = next(value for value in inputs if isinstance(value, Benchmark))
+    size = size_of_benchmark(benchmark, job.count)
+    return _benchmark(job, size) if size else None
+
+
+def _benchmark(job: Job, size: BenchmarkSize) -> Work:
+    read = size.requests * size.read
+    if not size.written:
+        return _read(job, read, logits=read)._replace(seconds=SCORING_SECONDS)
+    rows = max(1, 16 * job.machine.micro_batch_tokens // (size.read + size.written))
+    calls = math.ceil(size.requests / rows) * size.written
+    return Work(read + size.requests * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
+
+
+def _text(job: Job, inputs: Inputs) -> Work:
+    text = next(value for value in inputs if isinstance(value, Text))
+    tokens = sum(map(job.count, text.documents()))
+    return _read(job, tokens, logits=tokens)
+
+
+def _fetched(job: Job, inputs: Inputs) -> Work | None:
+    kind, weights = job.recipe.base.kind, parameters_of(job.recipe, job.base)
+    if kind == "hub" or weights is None:
         return None
-    steps = recipe.train.epochs * -(-target["train_rows"] // recipe.mix.target_rows)
-    rehearsed = recipe.mix.rehearsal_tokens if recipe.generate.rows and recipe.train.rehearsal.weight else 0
-    return float(recipe.train.epochs * target["train_tokens"] + steps * rehearsed)
+    return Work(moved=2, seconds=1.5 + (DEQUANTISING_SECONDS * weights if kind == "smollm2" else 0))
 
 
-STAGES = {
-    stages.PROBE: Stage(_probe),
-    stages.PROMPTS: Stage(_answers),
-    stages.GENERATE: Stage(lambda recipe, target: recipe.generate.rows * recipe.generate.length),
-    stages.EMBED: Stage(),
-    stages.WEIGH: Stage(lambda recipe, target: target.get("train_tokens")),
-    stages.CHECK: Stage(),
-    stages.FISHER: Stage(_curvature, copies=3, passes=3),
-    stages.TRAIN: Stage(_training, copies=4, passes=3),
-    stages.BUDGET: Stage(_probe, copies=4, passes=2 * TRIES),
-    stages.EVALUATE: Stage(lambda recipe, target: BENCHMARK_TOKENS),
-    stages.EVALUATE_TEXT: Stage(),
-    stages.EVALUATE_TARGET: Stage(_held_out),
-    stages.EVALUATE_TARGET_DIVERGENCE: Stage(_held_out, copies=2, passes=2),
-    stages.EVALUATE_PROBE: Stage(_probe, copies=2, passes=2),
-    stages.EVALUATE_PROMPTS: Stage(_answers, copies=2, passes=2),
+STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
+    stages.FETCH: _fetched,
+    stages.PROBE: _sampled,
+    stages.PROMPTS: _sampled,
+    stages.GENERATE: _sampled,
+    stages.WEIGH: lambda job, inputs: _read(job, _trained_rows(job)[1]),
+    stages.FISHER: _fisher,
+    stages.TRAIN: _training,
+    stages.BUDGET: _budget,
+    stages.MERGE: lambda job, inputs: Work(moved=4),
+    stages.EVALUATE: _scored,
+    stages.EVALUATE_TEXT: _text,
+    stages.EVALUATE_TARGET: lambda job, inputs: _read(job, job.held_out()),
+    stages.EVALUATE_TARGET_DIVERGENCE: lambda job, inputs: _read(job, job.held_out(), 2),
+    stages.EVALUATE_PROBE: _probe,
+    stages.EVALUATE_PROMPTS: _answers,
+} | {
+    name: lambda job, inputs: Work() for name in (stages.TARGET, stages.FILTER, stages.SELECT, stages.MIX, stages.CHECK)
 }
+COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
+    stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2, stages.EVALUATE_TARGET_DIVERGENCE: 2, stages.EVALUATE_PROBE: 2,
+    stages.EVALUATE_PROMPTS: 2, **dict.fromkeys((stages.PROBE, stages.PROMPTS, stages.GENERATE, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
+    **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET), 1),
+}  # fmt: skip
+DIVERGENCES = (
+    stages.BUDGET, stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS,
+)  # fmt: skip
 
 
 def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
@@ -103,40 +250,90 @@ def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
 
 def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:
     """Return the model's sizes, from its config.json if it is on this machine."""
-    folder = Path(recipe.base.path) if recipe.base.path else Store(home()).path(base) if base.content else None
+    folder = _folder(recipe, base)
     config = folder / "config.json" if folder else None
     if config and config.exists():
         return Shapes.of_config(json.loads(config.read_text()))
     return KNOWN_SHAPES.get(recipe.base.kind)
 
 
-def estimate(stage: str, recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Estimate:
-    """Return what `stage` of `recipe` costs on `machine`."""
-    weights = parameters_of(recipe, base)
-    work = STAGES.get(stage, Stage(copies=0))
-    tokens = work.tokens(recipe, target.metadata)
-    memory = _memory(stage, work.copies, recipe, base, machine)
-    if weights is None or tokens is None:
-        return Estimate(tokens, memory, None)
-    rate, passes = FLOPS_PER_SECOND[machine.resolved_device()], work.passes
-    if stage == stages.TRAIN:
-        passes += machine.gradient_checkpointing
-        rate *= machine.resolved_training_processes() if machine.resolved_device() == "cuda" else 1
-    if stage in stages.SAMPLING:
-        rate *= DECODING_SHARE
-    return Estimate(tokens, memory, passes * 2 * weights * tokens / rate)
+def _folder(recipe: Recipe, base: Artifact) -> Path | None:
+    """Return where the model is, if it is on this machine."""
+    return Path(recipe.base.path) if recipe.base.path else Store(home()).path(base) if base.content else None
 
 
-def _memory(stage: str, copies: int, recipe: Recipe, base: Artifact, machine: Machine) -> float | None:
+def rate_of(machine: Machine) -> float:
+    """Return the FLOPs a second of large products: on CPUs measured, in a fifth of a second."""
+    if machine.resolved_device() == "cuda":
+        return CUDA_RATE
+    return _measured_rate(machine.resolved_threads())
+
+
+@cache
+def _measured_rate(threads: int, size: int = 1024, seconds: float = 0.2) -> float:
+    import torch
+
+    before, best, end = torch.get_num_threads(), math.inf, time.perf_counter() + seconds
+    torch.set_num_threads(threads)
+    one, other = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        torch.mm(one, other.t(), out=out)
+        best = min(best, time.perf_counter() - started)
+    torch.set_num_threads(before)
+    return 2 * size**3 / best
+
+
+def estimate(stage: str, inputs: Inputs, job: Job, rate: float) -> Estimate:
+    """Return what `stage` costs with `inputs`, on a machine of `rate` FLOPs a second."""
+    memory, weights = _memory(stage, job), parameters_of(job.recipe, job.base)
+    try:
+        work = STAGES[stage](job, inputs)
+    except KeyError:  # a stage that is not known here, or a target of which nothing is known
+        work = None
+    if work is None:
+        return Estimate(None, memory, None)
+    return Estimate(work.tokens or None, memory, None if weights is None else _seconds(stage, work, job, weights, rate))
+
+
+def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> float:
+    shapes, machine = shapes_of(job.recipe, job.base), job.machine
+    if machine.resolved_device() == "cuda":
+        processes = {stages.TRAIN: machine.resolved_training_processes}.get(stage, machine.resolved_processes)
+        rate *= processes() if stage in (stages.TRAIN, *stages.SAMPLING) else 1
+    share = DECODED if work.decoded else REACHED
+    vocabulary, layers = (shapes.vocabulary, shapes.layers) if shapes else (50_000, USUAL_LAYERS)
+    return (
+        work.passes * work.tokens * 2 * weights / (rate * share)
+        + work.calls * layers * CALL_SECONDS
+        + work.updates * weights * UPDATE_SECONDS
+        + work.logits * vocabulary * LOGIT_SECONDS
+        + work.moved * 4 * weights / BYTES_PER_SECOND
+        + work.seconds
+    )
+
+
+def _memory(stage: str, job: Job) -> float | None:
     """Return bytes per process."""
-    shapes = shapes_of(recipe, base)
+    shapes, machine, copies = shapes_of(job.recipe, job.base), job.machine, COPIES.get(stage)
     if stage == stages.TRAIN and shapes:
-        return training_memory(shapes, load_of(recipe.train, machine)).total()
-    weights = parameters_of(recipe, base)
+        return training_memory(shapes, load_of(job.recipe.train, machine)).total()
+    weights = parameters_of(job.recipe, job.base)
     if weights is None or not copies:
         return None
-    vocabulary: float = shapes.vocabulary if shapes else float(str(base.metadata.get("vocabulary", 50_000)))
-    return float(4 * weights * copies) + (16 if copies > 2 else 8) * machine.micro_batch_tokens * vocabulary
+    vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
+    if stage in DIVERGENCES:
+        return divergence_memory(weights, vocabulary, machine) + 4 * weights * (copies - 2)
+    return PROCESS_BYTES + 4 * (weights * copies + 2 * machine.micro_batch_tokens * vocabulary)
+
+
+def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> float:
+    """Return the bytes of a process that compares two models, the interpreter included.
+
+    Logits of both, once as they come and once those that count, and what the sums over a chunk of them are made of.
+    """
+    return PROCESS_BYTES + 4 * (2 * weights + (4 * machine.micro_batch_tokens + 5 * CHUNK) * vocabulary)
 
 
 def disk_bytes(recipe: Recipe, weights: float | None) -> float:

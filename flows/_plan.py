@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cfsd.errors import BadInput
-from cfsd.estimate import GIB, Estimate, disk_bytes, estimate, parameters_of
+from cfsd.estimate import (
+    CHECKED,
+    COMMAND_SECONDS,
+    GIB,
+    STAGE_SECONDS,
+    Estimate,
+    disk_bytes,
+    estimate,
+    job_of,
+    parameters_of,
+    rate_of,
+)
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
@@ -93,25 +104,44 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
     first = Column("stage", overflow="fold"), Column("key", no_wrap=True)
     table = Table(*first, "state", "tokens", "memory", "time", title="plan", box=SIMPLE_HEAD)
+    rate, unknown, total = rate_of(machine), list[str](), COMMAND_SECONDS
+    for step, cost in costs(plans, machine, rate):
+        if not step.cached:
+            total += STAGE_SECONDS + (cost.seconds or 0)
+            unknown += [step.stage] if cost.seconds is None else []
+        table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
+    console.print(table)
+    console.print(_total(total, unknown, rate, machine))
+
+
+def costs(plans: list[Plan], machine: Machine, rate: float) -> Iterator[tuple[Planned, Estimate]]:
+    """Yield every step once, in order, with its cost on a machine of `rate` FLOPs a second."""
     seen: set[object] = set()
-    total = 0.0
     for plan in plans:
+        job = job_of(plan.recipe, plan.base, plan.target, machine)
         for step in plan.steps:
             mark = step.key or (step.stage, *map(repr, step.inputs))
-            if mark in seen:
-                continue
-            seen.add(mark)
-            cost = estimate(step.stage, plan.recipe, plan.base, plan.target, machine)
-            total += 0 if step.cached else cost.seconds or 0
-            table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
-    console.print(table)
-    console.print(f"about {total / 60:.0f} minutes, within a factor of two; stages without a time are not counted")
+            if mark not in seen:
+                seen.add(mark)
+                yield step, estimate(step.stage, step.inputs, job, rate)
+
+
+def _total(seconds: float, unknown: list[str], rate: float, machine: Machine) -> str:
+    """Return the sum, where its error is known, and which stages are not in it."""
+    cuda = machine.resolved_device() == "cuda"
+    measured = f"{rate / 1e9:.0f} GFLOP/s, {'a guess' if cuda else 'measured now'}"
+    words = (
+        f"about {max(1, seconds / 60):.0f} minutes at {measured}; each of the demo's stages took what its plan says "
+    )
+    words += f"within a factor of {CHECKED} on two CPU cores, elsewhere it was not compared"
+    return words + (f"; not counted: {', '.join(dict.fromkeys(unknown))}" if unknown else "")
 
 
 def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:
     tokens = f"{cost.tokens:,.0f}" if cost.tokens else ""
     memory = f"{cost.memory / GIB:.1f} GiB" if cost.memory else ""
-    return tokens, memory, f"{cost.seconds:.0f} s" if cost.seconds and not cached else ""
+    seconds = "?" if cost.seconds is None else f"{cost.seconds:.0f} s"
+    return tokens, memory, "" if cached else seconds
 
 
 def _state(step: Planned) -> str:

@@ -15,6 +15,7 @@ from prefect.context import TaskRunContext
 
 from cfsd.errors import Crashed
 from cfsd.machine import Machine, home
+from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from tasks import record
 
@@ -112,7 +113,10 @@ def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...])
     key = key_of(name, *inputs) if known else None
     cached = Store(home()).find(kind, key) if key else None
     plan.append(Planned(name, key, cached is not None, inputs))
-    return cached or Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name})
+    if cached:
+        return cached
+    how = digest_of([name, *map(repr, inputs)])  # tells what two variants will make apart before it has a key
+    return Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name, "how": how})
 
 
 def inherited(model: Artifact) -> dict[str, Any]:

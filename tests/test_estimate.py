@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_memory import USABLE, ways_to_train
-from cfsd.estimate import estimate
+from cfsd.estimate import divergence_memory, estimate, job_of
 from cfsd.machine import Machine
 from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
@@ -124,12 +124,16 @@ def test_the_plan_of_a_recipe_reads_the_models_own_sizes(model_folder: Path, hom
     config = Shapes.of_config(json.loads((model_folder / "config.json").read_text()))
     assert config
     assert recipe.base.path and config.parameters() == count_parameters(model_folder)
-    planned = estimate("train", recipe, unknown, unknown, machine).memory
+
+    def memory(recipe: Recipe) -> float | None:
+        return estimate("train", (), job_of(recipe, unknown, unknown, machine), 1e11).memory
+
+    planned = memory(recipe)
     assert planned == training_memory(config, load_of(recipe.train, machine)).total()
     anchored = recipe.model_copy(
         update={"train": TrainSpec.model_validate({"methods": {"ewc": {"weight": 1}}, "seed": 0})}
     )
-    more = estimate("train", anchored, unknown, unknown, machine).memory
+    more = memory(anchored)
     assert planned and more == planned + 8 * config.parameters()
 
 
@@ -144,3 +148,40 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
     assert said[0] == "8.03 billion weights, 8 x 80 GB"
     assert any("all weights, shard " in line and line.endswith("  fits") for line in said)
     assert any("all weights, replicate " in line and "does not fit" in line for line in said)
+
+
+WIDE_VOCABULARY = """
+import json, resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from cfsd.evaluate.divergence import divergences
+config = LlamaConfig(**json.load(open("config.json")))
+base, tuned = (LlamaForCausalLM(config).eval() for _ in range(2))
+rows = torch.randint(0, config.vocab_size, (8, 64)).tolist()
+divergences(base, tuned, rows, 512, lambda done: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_a_divergence_over_a_wide_vocabulary_needs_what_is_planned(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 150_000, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", WIDE_VOCABULARY]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    shapes = Shapes.of_config(config)
+    assert shapes
+    machine = Machine(device="cpu", micro_batch_tokens=512)
+    planned = divergence_memory(shapes.parameters(), shapes.vocabulary, machine)
+    print(f"{int(run.stdout) / 1e9:.2f} GB, planned {planned / 1e9:.2f}")
+    assert 1 / FACTOR < planned / int(run.stdout) < FACTOR
+
+
+def test_the_divergence_of_gemma_3_270m_needs_what_was_measured() -> None:
+    """Widths of 262,144 tokens: 7.7 GiB were taken, 4.0 had been planned."""
+    planned = divergence_memory(268e6, 262_144, Machine(device="cpu"))
+    assert planned / 2**30 == pytest.approx(7.7, rel=0.05)

@@ -267,7 +267,7 @@ def test_is_silent_but_for_progress_and_keeps_warnings(
     write(tmp_path, CHOICE, doc_to_text="{{question * 9}}")
     with caplog.at_level(logging.INFO):
         cut = scores_of(model, tokenizer, tmp_path, "pick")
-    assert any("maximum length (64)" in warning for warning in cut.metadata["warnings"])
+    assert any("context of 64 tokens and were cut" in remark for remark in cut.metadata["remarks"])
     assert capfd.readouterr() == ("", "") and not [r for r in caplog.records if r.name.startswith("lm_eval")]
 
 

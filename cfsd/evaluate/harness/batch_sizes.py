@@ -19,7 +19,6 @@ class Batches:
         """Begin with batches of `max_tokens`."""
         self.max_tokens = max_tokens
         self.rows = self.longest = 0  # of the present batch
-        self._next = 0
 
     def size(self, longest: int, *, written: bool = False) -> int:
         """Return the rows of batches whose longest row has `longest` tokens; `written` by the model, mostly."""
@@ -27,11 +26,10 @@ class Batches:
         self.longest, self.rows = longest, max(1, tokens // max(1, longest))
         return self.rows
 
-    def size_at(self, position: int, length: Callable[[], int]) -> int:
-        """Return the rows of the batch that `position` is in; the first position of a batch has its longest row."""
-        if position in (0, self._next):
-            self._next = position + self.size(length())
-        return self.rows
+    def tokens(self, longest: int) -> int:
+        """Return how many tokens a batch holds whose longest row has `longest`."""
+        self.size(longest)
+        return self.max_tokens
 
     def retried(self, ask: Callable[[], list[Any]]) -> list[Any]:
         """Return the answers of `ask`, which is called again with half the tokens to a batch after an out-of-memory.

@@ -1,5 +1,6 @@
 """What is changed in lm-eval's model class: batches that fit, progress, and our own reading of written answers."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import length_limit
 from cfsd.evaluate.harness.batch_sizes import Batches
+from cfsd.evaluate.harness.likelihoods import Request, can_share, likelihoods, rows_of
 from cfsd.evaluate.harness.window import Window
 from cfsd.evaluate.harness.written_answers import Answers
 
@@ -23,7 +25,7 @@ class _Counter:
         self.done, self.total, self.on_progress = 0, total, on_progress
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        if attr != "loglikelihood_rolling":  # reported only at the very end, so it is counted per batch below
+        if attr == WRITTEN:  # the others are counted per batch below
             self.advance(1)
 
     def advance(self, number: int) -> None:
@@ -42,6 +44,7 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         if task.OUTPUT_TYPE == WRITTEN:
             benchmark.check_room(self.limit, self.max_length)
         self.answers = self._no_answers()
+        self.shares = task.OUTPUT_TYPE != WRITTEN and can_share(self.model)
         self.window = Window(benchmark.name, self.max_length)
 
     def _no_answers(self) -> Answers:
@@ -64,38 +67,40 @@ class BatchedModel(HFLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests of whole texts."""
-        return self._in_equal_batches(super().loglikelihood_rolling, requests)
+        self._check_texts(requests, 0)
+        self.batch_size_per_gpu = sys.maxsize  # all windows at once, which are put into batches below
+        return self._counted(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Answer requests to write."""
-        return self._in_equal_batches(super().generate_until, requests, written=self.limit)
-
-    def _in_equal_batches(self, method: Callable[..., list[Any]], requests: list[Any], written: int = 0) -> list[Any]:
-        """Ask in batches of as many rows as fit of the longest: one start token, its text, `written` tokens."""
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        self.window.begin([request.doc_id for request in requests])
-        self.window.check_texts(lengths, written)
-        longest = min(1 + max(lengths, default=0) + written, self.max_length)
+        longest = min(1 + self._check_texts(requests, self.limit) + self.limit, self.max_length)
+        write = super().generate_until
 
         def sized(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-            self.batch_size_per_gpu = self.batches.size(longest, written=bool(written))
-            return list(method(requests, disable_tqdm))
+            self.batch_size_per_gpu = self.batches.size(longest, written=True)
+            return list(write(requests, disable_tqdm))
 
         return self._counted(sized, requests)
 
-    def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
-        _, context, continuation = n_reordered_requests[pos]
-        return self.batches.size_at(pos, lambda: min(len(context) + len(continuation) - 1, self.max_length))
+    def _check_texts(self, requests: list[Any], written: int) -> int:
+        """Check that texts, and `written` tokens after them, have room. Return the tokens of the longest text."""
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self.window.begin([request.doc_id for request in requests])
+        self.window.check_texts(lengths, written)
+        return max(lengths, default=0)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Any]:
-        if requests and requests[0][0] is not None:
-            self.window.check_pairs([(len(context), len(continuation)) for _, context, continuation in requests])
-        answers: list[Any] = super()._loglikelihood_tokens(requests, True, override_bs)
-        if requests and requests[0][0] is None:  # the hook does not see the windows of rolling requests
-            self.cache_hook.advance(len(requests))
-        return answers
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        documents = self.window.documents
+        if rolling := bool(requests) and requests[0][0] is None:
+            documents = list(range(len(pairs)))
+        else:
+            self.window.check_pairs([(len(context), len(continuation)) for context, continuation in pairs])
+        asked = [Request.of(pair, self.max_length) for pair in pairs]
+        rows = rows_of(asked, documents, shared=not rolling and self.shares)
+        return likelihoods(self.model, asked, rows, self.batches.tokens, self.cache_hook.advance)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         self.answers.begin(max_length - context.shape[1], stop)

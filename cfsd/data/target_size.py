@@ -1,0 +1,62 @@
+"""How large a target is, read off its first rows before a model is there that could tokenise them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from statistics import fmean
+from typing import NamedTuple
+
+from cfsd.data.conversation import Conversation, read_row
+from cfsd.data.files import READ_BY_CHECKS
+from cfsd.data.records import Located
+from cfsd.data.target import Target, records_of, shape_of_rows
+
+LOOKED_AT = 200  # rows whose texts are counted
+MARKS = 5  # tokens that a chat template puts around a message
+
+
+class TargetSize(NamedTuple):
+    """Rows that can be used and tokens of one, on average; those of them that are learned."""
+
+    rows: int
+    tokens: float
+    learned: float
+
+
+def size_of_target(target: Target, count: Callable[[str], float]) -> TargetSize | None:
+    """Return the size of `target`, None where its rows would have to be downloaded.
+
+    `count` says how many tokens a text comes to. Longer rows than `max_length` are left out as the stage does; copies
+    are not.
+    """
+    if target.kind == "hub":
+        return None
+    records = islice(records_of(target), target.rows)
+    head = list(islice(records, LOOKED_AT))
+    shape, notes = shape_of_rows(target, head), Counter[str]()
+    sizes = [_tokens(read_row(shape, row, notes), count) for row in head]
+    kept = [(whole, learned) for whole, learned in sizes if learned and whole <= target.max_length]
+    if not kept:
+        return None
+    rows = _number(target, head, records) * len(kept) / len(head)
+    return TargetSize(round(rows), fmean(whole for whole, _ in kept), fmean(learned for _, learned in kept))
+
+
+def _tokens(row: tuple[str, str] | Conversation, count: Callable[[str], float]) -> tuple[float, float]:
+    """Return the tokens of a row, the end of its response included, and those that are learned."""
+    if isinstance(row, Conversation):
+        parts = [count(str(message.get("content") or "")) + MARKS for message in row.messages]
+        return sum(parts), sum(part for part, learned in zip(parts, row.learned, strict=True) if learned)
+    prompt, response = map(count, row)
+    return prompt + response + 1, response + 1 if response else 0
+
+
+def _number(target: Target, head: Sequence[Located], others: Iterator[Located]) -> int:
+    """Return how many rows there are: counted where that is quick, else by the size of the files."""
+    if target.kind == "gym":
+        return target.rows or 0
+    size = sum(path.stat().st_size for path in target.files().find().values())
+    if len(head) < LOOKED_AT or size <= READ_BY_CHECKS:
+        return len(head) + sum(1 for _ in others)
+    known = round(size / fmean(len(str(row.record).encode(errors="replace")) for row in head))
+    return min(known, target.rows or known)

@@ -1,0 +1,110 @@
+"""How much a benchmark makes a model read and write, from its documents and settings, without importing lm-eval."""
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, TemplateError
+
+from cfsd.data.files import ROWS, Files
+from cfsd.data.records import Said
+from cfsd.errors import BadInput
+from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.benchmark_files import Definition, Function, is_hub
+from cfsd.evaluate.benchmark_settings import length_limit
+
+LOOKED_AT = 200  # documents whose texts are counted
+UNSEEN = (100.0, 4)  # tokens and choices of a document that is on the hub, or is made by Python of its own: a guess
+_templates = Environment()
+
+Document = dict[str, Any]
+
+
+class BenchmarkSize(NamedTuple):
+    """Requests to a model, tokens that it reads in one, and tokens that it writes then, at most; 0: it only reads."""
+
+    requests: float
+    read: float
+    written: int = 0
+
+
+def size_of_benchmark(benchmark: Benchmark, count: Callable[[str], float]) -> BenchmarkSize | None:
+    """Return the size of `benchmark`, None if its documents are unknown: on the hub, and no `limit` says how many.
+
+    `count` says how many tokens a text comes to. Examples in the prompt are as long as the documents on average.
+    """
+    definition = benchmark.find()
+    config = definition.config
+    examples = benchmark.num_fewshot if benchmark.num_fewshot is not None else config.get("num_fewshot") or 0
+    documents = [] if is_hub(definition) or "class" in config else list(_documents(definition, benchmark.limit))
+    if documents:
+        sizes = [_size(config, document, count) for document in documents[:LOOKED_AT]]
+        text, choices = fmean(text for text, _ in sizes), fmean(choices for _, choices in sizes)
+    elif benchmark.limit:
+        text, choices = UNSEEN
+    else:
+        return None
+    requests = (len(documents) or benchmark.limit or 0) * choices * config.get("repeats", 1)
+    writes = config.get("output_type", WRITTEN) == WRITTEN
+    limit = benchmark.max_gen_toks or length_limit(config.get("generation_kwargs") or {})
+    return BenchmarkSize(requests, text * (1 + examples), limit if writes else 0)
+
+
+def _documents(definition: Definition, limit: int | None) -> Iterator[Document]:
+    """Yield the documents that are scored, if they are in files of their own."""
+    config = definition.config
+    split = config.get("test_split") or config.get("validation_split")
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    paths = files.get(split) if isinstance(files, dict) else files
+    with suppress(BadInput):
+        found = (
+            located.record
+            for path in ([paths] if isinstance(paths, str) else paths or [])
+            for located in Files(str(path), "benchmark", "its data_files", ROWS).records(Said())
+        )
+        yield from islice(found, limit)
+
+
+def _size(config: dict[str, Any], document: Document, count: Callable[[str], float]) -> tuple[float, int]:
+    """Return the tokens of one request for `document`, and the number of its requests.
+
+    Answers that differ in their last token alone are one request: the same distribution has all of them.
+    """
+    kind = config.get("output_type", WRITTEN)
+    try:
+        prompt = _text(config.get("doc_to_text"), document)
+        answers = [_text(config.get("doc_to_target"), document)]
+        if kind == "multiple_choice":
+            answers = _choices(_value(config.get("doc_to_choice"), document))
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+    ):  # Python of its own, or templates with lm-eval's own filters
+        return count(" ".join(value for value in document.values() if isinstance(value, str))), 1
+    if kind == WRITTEN:
+        return count(prompt), 1
+    asked = {answer.rpartition(" ")[0] for answer in answers}  # those that differ in a last word share a request
+    return count(prompt) + fmean(map(count, answers)), len(asked)
+
+
+def _choices(value: Any) -> list[str]:
+    listed = ast.literal_eval(value) if isinstance(value, str) else value
+    return list(map(str, listed.values() if isinstance(listed, dict) else listed))
+
+
+def _text(template: Any, document: Document) -> str:
+    return str(_value(template, document))
+
+
+def _value(template: Any, document: Document) -> Any:
+    """Return what a `doc_to_…` setting makes of `document`: a field of it, or a filled template."""
+    if isinstance(template, Function):
+        raise TypeError("it is made by Python")
+    if not isinstance(template, str):
+        return template
+    return document[template] if template in document else _templates.from_string(template).render(**document)
