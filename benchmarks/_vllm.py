@@ -26,7 +26,7 @@ UNMEASURED = f"vLLM was not measured: {PYTHON} names no python that has it"
 
 
 def vllm_python() -> Path | None:
-    """Return the python that has vLLM, None where the environment names none. Raises SystemExit when it is not there."""
+    """Return the python that has vLLM, None where the environment names none; SystemExit where it is not there."""
     named = os.environ.get(PYTHON)
     if named and not Path(named).exists():
         raise SystemExit(f"{PYTHON} is {named}, which does not exist; name the python of an environment with vLLM")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
@@ -34,8 +35,7 @@ class Engine:
             folder, dtype="float32", max_model_len=LENGTH, max_num_seqs=rows, max_logprobs=LIKELIEST,
             enforce_eager=os.environ.get("EAGER", "1") == "1", enable_prefix_caching=False, disable_log_stats=True,
         )  # fmt: skip
-        with open(os.path.join(folder, "start_token.json")) as file:
-            self.start = json.load(file)["start_token"]
+        self.start = json.loads((Path(folder) / "start_token.json").read_text())["start_token"]
 
     def whole(self, rows: int, length: int, seed: int = 0, top: int = 0) -> dict[str, Any]:
         """Sample `rows` rows of `length` tokens behind the start token, none of which ends, with log-probabilities."""
