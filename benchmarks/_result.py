@@ -76,6 +76,13 @@ def row(metric: str, ours: list[float], peer: list[float], aim: str) -> dict[str
     }
 
 
+def machine_in_words() -> str:
+    """Return the machine's cores and widest vector instructions, such as "2 cores x86_64, AVX512"."""
+    import torch  # some benchmarks need none
+
+    return f"{os.cpu_count()} cores {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def tell(
     part: str, rows: list[dict[str, Any]], notes: Sequence[str] = (), *, folder: Path = RESULTS, **detail: Any
 ) -> None:

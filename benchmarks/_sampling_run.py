@@ -1,7 +1,9 @@
 """One contender of the sampling benchmark, in a process of its own so that its peak memory is its own.
 
-python -m benchmarks._sampling_run ours|peer|peer-static|bound MODEL_FOLDER      jobs in, answers out: one JSON a line
-python -m benchmarks._sampling_run fetch DATA_FOLDER [MODEL_FOLDER]              prints where the model is
+python -m benchmarks._sampling_run ROLE MODEL_FOLDER       jobs in, answers out: one JSON a line
+python -m benchmarks._sampling_run fetch DATA_FOLDER [MODEL_FOLDER]      prints where the model is
+
+ROLE is ours, generate, generate-static or bound.
 """
 
 import functools
@@ -33,7 +35,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import fetch
-from cfsd.model.loading import load_model, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.loading import load_model, load_tokenizer, read_start_token
 from cfsd.model.sample import Sample
 from cfsd.store.tables import corpus_schema, shard_path, write_shard
 
@@ -89,30 +91,43 @@ class Contender:
         """Load the model in `folder`."""
         self.role, self.folder = role, folder
         self.model = load_model(folder, "cpu", "float32").eval().requires_grad_(False)
-        self.start, self.ends = read_start_token(folder), read_eos_ids(folder)
+        self.start = read_start_token(folder)
 
-    def whole(self, rows: int, length: int, seed: int = 0, top: int = 0, *, store: bool = False) -> Answer:
-        """Sample `rows` rows from the start token to their ends; with `store`, also write them as a shard."""
+    def whole(self, rows: int, length: int, seed: int = 0, top: int = 0) -> Answer:
+        """Sample `rows` rows of `length` tokens behind the start token."""
         prompts = [[self.start]] * rows
         started = time.perf_counter()
         if self.role == "ours":
-            distribution = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
-            samples = sample(self.model, Rows(range(rows), prompts, self.ends, "bench"), distribution)
-            counts = [len(s.token_ids) - 1 for s in samples]
-            extra = self._stored(samples, seed, top) if store else {}
+            tokens = sum(len(s.token_ids) - 1 for s in self._sample(rows, length, seed, top))
         else:
             torch.manual_seed(seed)
-            counts, extra = self._generate(prompts, length, self.ends), {}
-        return {"seconds": time.perf_counter() - started, "tokens": sum(counts), **extra}
+            tokens = self._generate(prompts, length)
+        return {"seconds": time.perf_counter() - started, "tokens": tokens}
 
-    def window(self, rows: int, after: int, steps: int, room: int) -> Answer:
+    def stored(self, rows: int, length: int, top: int) -> Answer:
+        """Return the bytes of a token on disk, text included."""
+        samples = self._sample(rows, length, 0, top)
+        with tempfile.TemporaryDirectory() as folder:
+            table = corpus_table(
+                dict(enumerate(samples)), load_tokenizer(self.folder), corpus_schema(top, self.model.config.vocab_size),
+                source="context-free", shard=0, seed=0,
+            )  # fmt: skip
+            write_shard(Path(folder), "corpus", 0, table)
+            size = shard_path(Path(folder), "corpus", 0).stat().st_size
+        return {"bytes": size / sum(len(s.token_ids) - 1 for s in samples)}
+
+    def _sample(self, rows: int, length: int, seed: int, top: int) -> list[Sample]:
+        law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
+        return sample(self.model, Rows(range(rows), [[self.start]] * rows, (), "bench"), law)
+
+    def window(self, rows: int, after: int, steps: int, room: int, top: int = 0) -> Answer:
         """Return seconds per step of `steps` after a prompt of `after` tokens, in a run that has room for `room`.
 
-        No row ends. The first two are not timed: one is the prompt's, one may lay out memory.
+        The first two are not timed: one is the prompt's, one may lay out memory.
         """
         clock = Clock(steps)
         with PromptOnce(self.model):
-            self._until(clock, [self._text(after)] * rows, room)
+            self._until(clock, [self._text(after)] * rows, room, top)
         return {"step_seconds": (clock.times[-1] - clock.times[1]) / (steps - 2)}
 
     def profile(self, rows: int, after: int, steps: int, room: int) -> Answer:
@@ -126,56 +141,35 @@ class Contender:
         known = {name: seconds / (steps - 1) for name, seconds in sections.seconds.items()}
         return {"total": total, "sections": known | {"the loop": total - sum(known.values())}}
 
-    def _until(self, clock: "Clock", prompts: list[list[int]], room: int) -> None:
+    def _until(self, clock: "Clock", prompts: list[list[int]], room: int, top: int = 0) -> None:
         try:
             if self.role == "ours":
-                distribution = GenerateSpec(rows=len(prompts), length=room)
-                sample(self.model, Rows(range(len(prompts)), prompts, (), "bench"), distribution, on_step=clock)
+                law = GenerateSpec(rows=len(prompts), length=room, top_logprobs=top)
+                sample(self.model, Rows(range(len(prompts)), prompts, (), "bench"), law, on_step=clock)
             else:
-                self._generate(prompts, room, (), clock)
+                self._generate(prompts, room, clock)
         except Enough:
             return
         raise AssertionError(f"{self.role} gave {len(clock.times)} of {clock.steps} steps")
 
-    def _generate(
-        self, prompts: list[list[int]], length: int, ends: Sequence[int], on_step: OnStep | None = None
-    ) -> list[int]:
-        """Return how many tokens of each row were sampled; what generate pads after an end does not count."""
+    def _generate(self, prompts: list[list[int]], length: int, on_step: OnStep | None = None) -> int:
+        """Return how many tokens were sampled."""
         given_BP = torch.tensor(prompts)
-        distribution = GenerationConfig(
+        law = GenerationConfig(
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=length, use_cache=True,
-            eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0,
-            cache_implementation="static" if self.role == "peer-static" else None,
+            eos_token_id=None, pad_token_id=0,
+            cache_implementation="static" if self.role == "generate-static" else None,
         )  # fmt: skip
-        self.model.generation_config = distribution  # generate takes from there what `distribution` leaves open
+        self.model.generation_config = law  # generate takes from there what `law` leaves open
         criteria = StoppingCriteriaList([StepReport(on_step)] if on_step else [])
         out_BT = self.model.generate(
-            given_BP,
-            attention_mask=torch.ones_like(given_BP),
-            generation_config=distribution,
-            stopping_criteria=criteria,
+            given_BP, attention_mask=torch.ones_like(given_BP), generation_config=law, stopping_criteria=criteria
         )
-        new_BT = cast(torch.Tensor, out_BT)[:, given_BP.shape[1] :]
-        end_BT = torch.isin(new_BT, torch.tensor(list(ends) or [-1]))
-        before_BT = end_BT.cumsum(1) - end_BT.long()  # ends before this token
-        return [int(count) for count in (before_BT == 0).sum(1)]
-
-    def _stored(self, samples: list[Sample], seed: int, top: int) -> Answer:
-        with tempfile.TemporaryDirectory() as folder:
-            table = corpus_table(
-                dict(enumerate(samples)), self._tokenizer(), corpus_schema(top, self.model.config.vocab_size),
-                source="context-free", shard=0, seed=seed,
-            )  # fmt: skip
-            write_shard(Path(folder), "corpus", 0, table)
-            return {"bytes": shard_path(Path(folder), "corpus", 0).stat().st_size}
+        return int(cast(torch.Tensor, out_BT)[:, given_BP.shape[1] :].numel())
 
     @functools.cache  # noqa: B019 - one contender to a process
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.folder)
-
-    @functools.cache  # noqa: B019
     def _text(self, count: int) -> list[int]:
-        ids = self._tokenizer().encode(TEXT.read_text(), add_special_tokens=False)
+        ids = load_tokenizer(self.folder).encode(TEXT.read_text(), add_special_tokens=False)
         assert len(ids) >= count, f"{TEXT.name} has only {len(ids)} tokens"
         return [self.start, *ids][:count]
 

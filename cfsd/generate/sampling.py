@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from cfsd.errors import NotFinite
 from cfsd.generate.key_value_cache import preallocated
-from cfsd.generate.output_layer import packed_head
+from cfsd.generate.packed_weights import packed_weights
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs, tail_points, uniforms
 from cfsd.model.distribution import Distribution, Top, distribution_of, likeliest
@@ -77,7 +77,7 @@ def sample(
     numbers = np.stack([uniforms(seed_of(spec), rows.stream, row, spec.length) for row in rows.ids])
     batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec, where)
     cache = preallocated(model, batch.capacity)
-    with packed_head(model, len(rows.ids)):
+    with packed_weights(model, len(rows.ids)):
         if cache is None:
             _with_generate(model, batch, on_step)
         else:

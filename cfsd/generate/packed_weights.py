@@ -1,0 +1,52 @@
+"""Matrix products on a CPU, with weights laid out for them once and not at every step."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SHARE = 8  # the copy may take this part of the machine's memory; by all of it, not by what is free: free memory varies
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
+
+@contextmanager
+def packed_weights(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """Within the block the linear layers of `model` multiply about `rows` rows at a time by packed weights.
+
+    Only float32 on CPUs where torch has oneDNN. The packed weights are a second copy, so where memory is small only
+    the output layer's are packed.
+    """
+    head, layers = model.get_output_embeddings(), _linear_layers(model)
+    if SHARE * sum(layer.weight.nbytes for layer in layers) > memory():
+        layers = [layer for layer in layers if layer is head]
+    with ExitStack() as undo:
+        for layer in layers:
+            own: Any = layer
+            own.forward = partial(_product, torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows), layer.bias)
+            undo.callback(delattr, layer, "forward")
+        yield
+
+
+def memory() -> int:
+    """Return the bytes of memory that this machine, or this container, has."""
+    whole = int(psutil.virtual_memory().total)
+    allowed = LIMIT.read_text().strip() if LIMIT.exists() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
+
+
+def _product(packed: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+    return product
+
+
+def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return []
+    plain = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    return [layer for layer in plain if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
