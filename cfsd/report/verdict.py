@@ -248,8 +248,13 @@ def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]
     """Yield that the two variants of the first sentence learned unequally, so that their losses are no fair match."""
     one = best(variants, comparisons)
     other = next((v for v in variants if v is not one), one)
-    if comparisons.sign(one.name, other.name, "target_gain"):
-        yield f"“{one.name}” and “{other.name}” did not learn equally: what they lost is not compared at equal gain."
+    gain = comparisons.of(one.name, other.name, "target_gain")
+    if gain and gain.sign():
+        share = abs(gain.value) / max(_value(one.gain), _value(other.gain), abs(gain.value))
+        yield (
+            f"“{one.name}” and “{other.name}” did not learn equally (they differ by {number(share * POINTS)} % of the "
+            "larger gain): what they lost is not compared at equal gain."
+        )
 
 
 def _of_comparisons(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
