@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from cfsd.errors import BadInput
-from cfsd.report.comparisons import Comparisons, comparisons_of
+from cfsd.report.compared import Comparisons
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.model_card import has_card, model_card

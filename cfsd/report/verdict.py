@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from cfsd.report.comparisons import Compared, Comparisons
+from cfsd.report.compared import NOTHING, Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
@@ -61,7 +61,6 @@ OUTCOMES = {
 }
 COMPARED = ("target_gain", "probe_kl", "mean_forgetting")
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
-NOTHING = Comparisons()
 
 
 class Variant(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cfsd.report.comparisons import Compared, Comparisons
+from cfsd.report.compared import Compared, Comparisons
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, shown
 from cfsd.report.verdict import COMPARED, FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, variants_of, verdict
