@@ -116,7 +116,7 @@ def two_sentences(summaries: list[Summary], comparisons: Comparisons = NOTHING) 
     others = [v for v in variants if v is not one]
     clauses = list(_compared(comparisons, one, *others) if others else _alone(one))
     name = f"Of {len(variants)} variants, “{one.name}”" if len(others) > 1 else f"“{one.name}”"
-    first = [f"{name} {listed(clauses)}."] if clauses else []
+    first = [f"{name} {joined(clauses)}."] if clauses else []
     return [*first, *_benchmarks(variants, "it" if first else name)]
 
 
@@ -159,7 +159,7 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
             yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
         yield LEARNED_THAN[gain.sign()].format(named, shown(gain.figure()))
     if moved and one.moved and other.moved:
-        against = "" if gain else f" as {named}" if moved.sign() else f" than {named}"
+        against = "" if gain else f" than {named}" if moved.sign() == 0 else f" as {named}"
         yield f"{_distance(one.moved, other.moved, moved)}{against} (difference {shown(moved.figure())} nats per token)"
     if lost and lost.sign():
         yield f"{LOST_THAN[lost.sign() or 1]} ({shown(lost.figure(), POINTS)} points)"
@@ -327,5 +327,10 @@ def quoted(names: Iterable[str]) -> str:
 
 def listed(names: list[str]) -> str:
     """Return `names` as a list in a sentence; of more than four, how many more."""
-    *first, last = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    return joined(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
+
+
+def joined(parts: list[str]) -> str:
+    """Return `parts`, at least one, as an enumeration."""
+    *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last

@@ -296,3 +296,20 @@ def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
     assert detectable_mean(forgotten_of(unknown)) == pytest.approx(0.2 * 2.8 / 1.96, rel=1e-3)
     still = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.0, None)}})
     assert detectable_mean(forgotten_of(still)) is None  # all documents alike say nothing of the scatter
+
+
+def test_no_clause_of_the_first_sentence_is_cut_off() -> None:
+    three = [
+        summary("a", 0.3, gain=0.0, kl=0.5),
+        summary("b", 0.01, gain=0.0, kl=0.1),
+        summary("c", 0.01, gain=0.0, kl=0.1),
+    ]
+    said = compared(three)[0]
+    parts = [
+        "not shown to have learned",
+        "not shown to differ in learning",
+        "moved a fifth",
+        "lost less",
+        "distinguishable",
+    ]
+    assert [part for part in parts if part not in said] == [] and " more." not in said
