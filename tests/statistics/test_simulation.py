@@ -344,7 +344,7 @@ def test_the_simulated_gate_is_the_gate(name: str) -> None:
     assert 0 < sum(failed) < len(shifts)
 
 
-@pytest.mark.parametrize(("seeds", "spreads"), [((5, 1), 15.3), ((5, 2), 6.4), ((5, 5), 6.1), ((12, 2), 4.4)])
+@pytest.mark.parametrize(("seeds", "spreads"), [((5, 1), 15.6), ((5, 2), 6.4), ((5, 5), 6.1), ((12, 2), 4.4)])
 def test_the_gate_sees_with_80_percent_what_the_docs_say(seeds: tuple[int, int], spreads: float) -> None:
     assert error_rates.detectable("normal", *seeds, 20_000) == pytest.approx(spreads, rel=0.05)
 
