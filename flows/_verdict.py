@@ -114,9 +114,9 @@ def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence
             *(f"* {note}" for note in notes),
             f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
             f"* now: commit {now.commit}, recipe {now.recipe_digest}",
-            "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline would "
-            "be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the baseline's "
-            "geometric mean.",
+            "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline "
+            "would be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the "
+            "baseline's geometric mean.",
         ]
     )
 

@@ -194,8 +194,8 @@ def _rest(sums: Floats, counts: Floats) -> Floats:
 
 def _worsenings(figure: Guarded) -> Floats:
     """Return by how much each fresh seed is worse than the baseline's mean."""
-    changes = np.array(figure.fresh) - np.mean(figure.baseline)
-    return (-changes if figure.higher_is_better else changes) + 0.0
+    changes: Floats = np.array(figure.fresh) - np.mean(figure.baseline)
+    return -changes if figure.higher_is_better else changes
 
 
 def _spread(figure: Guarded) -> float:
@@ -226,7 +226,7 @@ def _error(figure: Guarded, fresh: int, baseline: int, documents: float = 1.0) -
 
 
 def _finding(figure: Guarded, p: float, significant: bool, family: int) -> Finding:
-    worsening = float(_worsenings(figure).mean())
+    worsening = float(_worsenings(figure).mean()) + 0.0  # -0.0 would be printed with its sign
     half = _error(figure, len(figure.fresh), len(figure.baseline)).half()
     outcome: Outcome = "cannot tell"
     if worsening > figure.margin and significant:

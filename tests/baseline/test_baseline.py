@@ -51,7 +51,9 @@ def runs(count: int, seed: int = 0, *, loss: float = 0.0, documents: str = "same
             for (name, lost), correction in zip(shares.items(), (2.0, 1.0), strict=True)
         }
         gain = Measured(NATS, True, False, rng.normal(5, 0.5, DOCUMENTS), tokens, documents)
-        found.append({"target_gain": gain, **benchmarks})
+        level = rng.lognormal(-6, 0.3)  # seeds scatter by factors
+        kl = Measured(NATS, False, False, level * rng.lognormal(-0.3, 0.8, DOCUMENTS) * tokens, tokens, documents)
+        found.append({"target_gain": gain, "probe_kl": kl, **benchmarks})
     return found
 
 
@@ -100,6 +102,83 @@ def test_other_documents_are_less_sharp_and_named(recipe: Recipe) -> None:
     assert "target_gain" in other_documents(baseline, runs(1, 9, documents="others")[0])
     assert others["forgetting/half"].document_variance > same["forgetting/half"].document_variance
     assert others["forgetting/half"].document_variance == pytest.approx(0.16 / 60 * 2, rel=0.7)
+
+
+def test_a_divergence_is_judged_as_a_ratio_whatever_its_size(recipe: Recipe) -> None:
+    def larger(runs: list[Run], factor: float) -> list[Run]:
+        return [run | {"probe_kl": run["probe_kl"]._replace(sums=factor * run["probe_kl"].sums)} for run in runs]
+
+    found = []
+    for size in (1.0, 10.0):
+        known = baseline_of(recipe, range(5), larger(runs(5), size), [1.0] * 5, replaces="")
+        fresh = larger(runs(2, seed=9), 3 * size)
+        figure = next(g for g in guarded(known, fresh) if g.name == "probe_kl")
+        assert figure.as_ratio and not any(g.as_ratio for g in guarded(known, fresh) if g.name != "probe_kl")
+        found.append((judge([figure]).findings[0], figure.document_variance, known.figures["probe_kl"]))
+    (small, variance, _), (large, same, kept) = found
+    assert kept.margin_is == "factor" and kept.margin > 1 and set(made(recipe).figures) == set(known.figures)
+    assert small.worsening == pytest.approx(large.worsening, rel=1e-4) and variance == pytest.approx(same, rel=1e-3)
+    values = [[run["probe_kl"].value for run in some] for some in (runs(5), runs(2, seed=9))]
+    expected = np.log(3) + np.mean(np.log(values[1])) - np.mean(np.log(values[0]))
+    assert small.worsening == pytest.approx(expected, rel=1e-4)
+
+
+def version_1(baseline: Baseline, margin: float) -> str:
+    content = json.loads(as_text(baseline))
+    for figure in content["figures"].values():
+        del figure["margin_is"]
+    content["figures"]["probe_kl"]["margin"] = margin
+    return json.dumps(content | {"version": 1})
+
+
+def test_a_baseline_of_version_1_passes_as_much_as_it_did_and_says_so(recipe: Recipe) -> None:
+    known = made(recipe)
+    read = parsed(version_1(known, 0.002), "b.json")
+    mean = float(np.exp(np.mean(np.log(known.figures["probe_kl"].values))))
+    assert mean * read.figures["probe_kl"].margin == pytest.approx(mean + 0.002, rel=1e-4)
+    others = {name: figure for name, figure in read.figures.items() if name != "probe_kl"}
+    assert others == {name: figure for name, figure in known.figures.items() if name != "probe_kl"}
+    (said,) = read.said
+    assert said.startswith("the margin of probe_kl, 0.002 nats/token in a baseline of version 1")
+    again = parsed(as_text(read), "b.json")
+    assert again.figures == read.figures and again.version == 2 and not again.said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("probe_kl", {"margin": 0.005}, r"probe_kl is judged by ratios.*such as 1\.5 \(given 0\.005, factor\)"),
+        ("probe_kl", {"margin_is": "difference"}, "probe_kl is judged by ratios: set margin_is to factor"),
+        ("target_gain", {"margin_is": "factor"}, "target_gain may be below 0: set margin_is to difference"),
+    ],
+)
+def test_a_margin_of_the_wrong_kind_is_refused(
+    recipe: Recipe, name: str, changes: dict[str, Any], message: str
+) -> None:
+    content = json.loads(as_text(made(recipe)))
+    content["figures"][name] |= changes
+    with pytest.raises(BadInput, match=message):
+        parsed(json.dumps(content), "b.json")
+
+
+def test_the_verdict_shows_a_ratio_as_a_factor_and_in_nats(recipe: Recipe) -> None:
+    from flows._verdict import listed, sentence_of, table, warnings
+
+    known = parsed(version_1(made(recipe), 0.002), "b.json")
+    fresh = runs(2, seed=9)
+    worse = [run | {"probe_kl": run["probe_kl"]._replace(sums=1000 * run["probe_kl"].sums)} for run in fresh]
+    found = judge(guarded(known, worse))
+    first, factor = found.findings[0], np.exp(found.findings[0].worsening)
+    assert first.name == "probe_kl" and factor == pytest.approx(first.after / first.before)
+    shown = f"{factor:.3g} times ({first.after - first.before:+.3g} nats/token)"
+    assert f"probe_kl by {shown} (margin {np.exp(first.margin):.3g} times (+0.002 nats/token))" in sentence_of(
+        found, known
+    )
+    assert f"| probe_kl | {first.before:.3g} nats/token | {first.after:.3g} nats/token | {shown} |" in table(
+        found, known, recipe, []
+    )
+    assert warnings(known, recipe, [1.0], worse[0])[0] == known.said[0]
+    assert f"times ({0.002:+.3g})" in listed(known)
 
 
 def test_a_figure_that_is_not_measured_any_more_is_named(recipe: Recipe) -> None:

@@ -112,7 +112,7 @@ Judged = Callable[..., Judgement]
 
 @pytest.fixture
 def judged(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
-    """Return one fresh seed's judgement, made in a data folder."""
+    """Return the judgement of a fresh seed and the next, as many as the gate usually has, made in a data folder."""
     import flows.mitigate
 
     monkeypatch.setattr(flows.mitigate, "check_corpus", lambda *_: None, raising=False)
@@ -122,8 +122,8 @@ def judged(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
 
         monkeypatch.setenv("CFSD_HOME", str(home))
         recipe = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml", list(changes))
-        run_record = flows.mitigate.pipeline(reseeded(recipe, seed), CPU)
-        return judge(guarded(BASELINE, [measured(Store(home), run_record)]))
+        run_records = [flows.mitigate.pipeline(reseeded(recipe, number), CPU) for number in (seed, seed + 1)]
+        return judge(guarded(BASELINE, [measured(Store(home), run_record) for run_record in run_records]))
 
     yield one
 

@@ -13,8 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from benchmarks import error_rates
 from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
+from cfsd.statistics.gate import Guarded, judge, margin_of
 from cfsd.statistics.intervals import Interval, bootstrap_change, mcnemar_p, paired_share_bounds, sign_flip_p
 from cfsd.statistics.power import detectable_share
 
@@ -282,3 +284,102 @@ def test_mean_forgetting_covers_in_the_whole_study(sizes: tuple[int, ...], share
     assert coverage >= 0.93
     if min(sizes) * share >= 20:
         assert coverage <= 0.97
+
+
+# --- the gate: truth is that nothing got worse, 8 figures; benchmarks/error_rates.py simulates, and makes docs' table
+
+USUAL = ((5, 1), (5, 2), (12, 5))  # seeds of the baseline, fresh ones
+
+
+def limit(share: float, repeats: int) -> float:
+    """Return what a share stays below with 99.9 % when simulated so often."""
+    return share + 3.1 * np.sqrt(share * (1 - share) / repeats)
+
+
+@pytest.mark.parametrize(("seeds", "name"), product(USUAL, error_rates.LAWS))
+def test_of_honest_seeds_the_gate_fails_1_percent(seeds: tuple[int, int], name: str) -> None:
+    """20,000 families; without any margin, as a team may set it."""
+    assert error_rates.false_alarms(name, *seeds, 20_000) <= limit(0.01, 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "name"), product(error_rates.SEEDS, error_rates.LAWS))
+def test_of_honest_seeds_the_gate_fails_1_percent_in_the_whole_study(seeds: tuple[int, int], name: str) -> None:
+    found = error_rates.false_alarms(name, *seeds, error_rates.FAMILIES)
+    print(seeds, name, found)
+    assert found <= limit(0.01, error_rates.FAMILIES)
+
+
+@pytest.mark.parametrize(("sigma", "least"), [(0.2, 0.015), (0.5, 0.06), (1.0, 0.2)])
+def test_a_t_test_of_the_plain_values_fails_honest_log_normal_seeds(sigma: float, least: float) -> None:
+    """Why divergences are judged as ratios: 20,000 families of 8 figures, 5 seeds and 2 fresh ones, at 1 %."""
+    drawn = np.random.default_rng(0).lognormal(0, sigma, (20_000, 8, 7))
+    before, after = drawn[..., :5], drawn[..., 5:].mean(axis=-1)
+    t = (after - before.mean(axis=-1)) / (before.std(axis=-1, ddof=1) * np.sqrt(1 / 2 + 1 / 5))
+    assert (t > stats.t(4).isf(0.01 / 8)).any(axis=1).mean() > least
+
+
+@pytest.mark.parametrize("name", ["t3", "log-normal 1"])
+def test_the_simulated_gate_is_the_gate(name: str) -> None:
+    """Families of 3 figures, the first made worse by 3 to 12 spreads: outcome by outcome."""
+    law, rng, failed = error_rates.LAWS[name], np.random.default_rng(0), []
+    shifts = np.linspace(3, 12, 10)
+    for shift in shifts:
+        drawn = law.draw(rng, (3, 7))
+        values = np.log(drawn) if law.as_ratio else drawn
+        values[0, 5:] += shift * values[0, :5].std(ddof=1)
+        margin = margin_of(list(values[0, :5]), least=0.0)
+        shown = np.exp(values) if law.as_ratio else values
+        guarded = Guarded(
+            name=name, unit="nats/token", higher_is_better=False, baseline=shown[0, :5].tolist(),
+            fresh=shown[0, 5:].tolist(), margin=np.exp(margin) if law.as_ratio else margin, as_ratio=law.as_ratio,
+            num_documents=100,
+        )  # fmt: skip
+        honest = guarded.model_copy(update={"fresh": guarded.baseline[:2]})
+        found = judge([guarded, honest, honest]).outcome == "fail"
+        changes = (values[0, 5:] - values[0, :5].mean()) / values[0, :5].std(ddof=1)
+        enough = changes.min() >= error_rates.critical(5, 2, 3) and changes.mean() > error_rates.margin(5)
+        assert found == enough
+        failed.append(found)
+    assert 0 < sum(failed) < len(shifts)
+
+
+@pytest.mark.parametrize(("seeds", "spreads"), [((5, 1), 15.6), ((5, 2), 6.4), ((5, 5), 6.1), ((12, 2), 4.4)])
+def test_the_gate_sees_with_80_percent_what_the_docs_say(seeds: tuple[int, int], spreads: float) -> None:
+    assert error_rates.detectable("normal", *seeds, 20_000) == pytest.approx(spreads, rel=0.05)
+
+
+# --- budgets: truth is a divergence as a multiple of the budget, skewed sequences, 1.1 being the limit
+
+
+@pytest.fixture(scope="module")
+def probes() -> dict[int, list[dict[str, float]]]:
+    return {rows: error_rates.ratios("log-normal .8", rows, 300) for rows in (96, 256)}
+
+
+@pytest.mark.parametrize("rows", [96, 256])
+def test_a_budget_is_hardly_ever_called_kept_or_exceeded_wrongly(
+    rows: int, probes: dict[int, list[dict[str, float]]]
+) -> None:
+    """300 probes: at the limit either claim is wrong in under 5 %; at 1.15 x, 18 % were called kept by the value."""
+    at_limit = error_rates.shares(probes[rows], 1.1)
+    assert max(at_limit["kept"], at_limit["exceeded"]) <= limit(0.05, 300)
+    assert error_rates.shares(probes[rows], 1.15)["kept"] <= limit(0.02, 300)
+    assert error_rates.shares(probes[rows], 1.0)["exceeded"] <= limit(0.01, 300)
+
+
+def test_larger_probes_decide(probes: dict[int, list[dict[str, float]]]) -> None:
+    open_ = {rows: error_rates.shares(found, 0.8)["cannot tell"] for rows, found in probes.items()}
+    assert open_[256] <= 0.05 < 0.15 <= open_[96]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), product(error_rates.SEQUENCES, error_rates.ROWS))
+def test_budgets_are_judged_wrongly_as_rarely_in_the_whole_study(name: str, rows: int) -> None:
+    """2,000 probes."""
+    figures = error_rates.ratios(name, rows, error_rates.REPEATS)
+    for truth in error_rates.TRUTHS:
+        found = error_rates.shares(figures, truth)
+        print(name, rows, truth, found)
+        assert found["exceeded" if truth <= 1.1 else "kept"] <= limit(0.05, error_rates.REPEATS)
+        assert truth != 1.1 or found["kept"] <= limit(0.05, error_rates.REPEATS)
