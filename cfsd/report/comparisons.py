@@ -5,6 +5,7 @@ from itertools import combinations
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from cfsd.report.matched_gain import MatchedGain, matched_gains
 from cfsd.report.measures import MEASURES, ScoreTables
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Fig
@@ -77,11 +78,11 @@ def _negative(found: Compared | OfSeed) -> dict[str, float | None]:
 
 
 class Comparisons:
-    """All that was compared, found by pair and measure in either order."""
+    """All that was compared, found by pair and measure in either order; `matched` is what was at equal gain."""
 
-    def __init__(self, entries: Iterable[Compared] = ()) -> None:
+    def __init__(self, entries: Iterable[Compared] = (), matched: Iterable[MatchedGain] = ()) -> None:
         """Keep the entries, each pair of which comes once per measure."""
-        self.entries = tuple(entries)
+        self.entries, self.matched = tuple(entries), tuple(matched)
         self._found = {(c.one, c.other, c.measure): c for entry in self.entries for c in (entry, entry.turned())}
 
     def of(self, one: str, other: str, measure: str) -> Compared | None:
@@ -98,7 +99,7 @@ Repeats = Mapping[str, Mapping[str, list[Units]]]  # seed -> measure -> parts
 
 
 def comparisons_of(store: Store, run_records: Sequence[RunRecord]) -> Comparisons:
-    """Return every measure of every pair of variants that share base and target, from their score tables.
+    """Return every measure of every pair of variants that share base and target, and swept ones at equal gain.
 
     A measure is compared where every repeat has it and its entry in MEASURES has `units` and a label.
     """
@@ -111,7 +112,7 @@ def comparisons_of(store: Store, run_records: Sequence[RunRecord]) -> Comparison
         seed = run_record.name.removeprefix(name).strip()
         variants.setdefault(name, {})[seed] = _measured(ScoreTables(store, run_record))
     pairs = [(one, other) for one, other in combinations(variants, 2) if questions[one] == questions[other]]
-    return compared(variants, pairs)
+    return Comparisons(compared(variants, pairs).entries, matched_gains(store, run_records))
 
 
 def _measured(tables: ScoreTables) -> dict[str, list[Units]]:

@@ -10,7 +10,6 @@ from cfsd.report.differences import differences_of
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
 from cfsd.report.figures.matched_gain import matched_figure
-from cfsd.report.matched_gain import MatchedGain
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
@@ -30,7 +29,6 @@ def write_report(
     run_records: list[RunRecord],
     summaries: list[Summary],
     comparisons: Comparisons,
-    matched: Sequence[MatchedGain] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
@@ -50,10 +48,10 @@ def write_report(
         how_compared=differences.DEFINITION,
         of_benchmarks=differences.OF_BENCHMARKS,
         over_seeds=differences.OF_SEEDS if any(c.seeds > 1 for c in comparisons.entries) else "",
-        matched=matched,
+        matched=comparisons.matched,
         how_matched=matched_gain.DEFINITION,
         drawn=_drawn(store, run_records, summaries)
-        | figures.embedded({"matched": {found.measure: matched_figure(summaries, found) for found in matched}}),
+        | figures.embedded({"matched": {m.measure: matched_figure(summaries, m) for m in comparisons.matched}}),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )

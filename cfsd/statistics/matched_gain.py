@@ -113,7 +113,7 @@ def matched(models: Sequence[Trained], *, log: bool, seed: int = 0) -> list[Matc
     swept = {name: curve for name, curve in curves.items() if len(curve.strengths) > 1}
     if not swept or len(curves) < 2:
         return []
-    return [_match(level, curves, models, log) for level in _levels(curves, swept)]
+    return [_match(level, swept | curves, models, log) for level in _levels(curves, swept)]
 
 
 def seeds_of(models: Sequence[Trained]) -> int:
