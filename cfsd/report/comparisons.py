@@ -105,14 +105,16 @@ def comparisons_of(store: Store, run_records: Sequence[RunRecord]) -> Comparison
     """
     questions: dict[str, list[str | None]] = {}
     variants: dict[str, dict[str, dict[str, list[Units]]]] = {}
+    measured: dict[str, dict[str, list[Units]]] = {}
     for run_record in run_records if len({variant_of(r.name) for r in run_records}) > 1 else ():
         name, artifacts = variant_of(run_record.name), run_record.artifacts
         question = [artifacts[role].content if role in artifacts else None for role in ("base", "target")]
         questions.setdefault(name, question)
         seed = run_record.name.removeprefix(name).strip()
-        variants.setdefault(name, {})[seed] = _measured(ScoreTables(store, run_record))
+        measured[run_record.name] = _measured(ScoreTables(store, run_record))
+        variants.setdefault(name, {})[seed] = measured[run_record.name]
     pairs = [(one, other) for one, other in combinations(variants, 2) if questions[one] == questions[other]]
-    return Comparisons(compared(variants, pairs).entries, matched_gains(store, run_records))
+    return Comparisons(compared(variants, pairs).entries, matched_gains(measured, questions))
 
 
 def _measured(tables: ScoreTables) -> dict[str, list[Units]]:

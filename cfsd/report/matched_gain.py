@@ -1,17 +1,16 @@
-"""What swept variants lost at equal gain, from the score tables of a comparison."""
+"""What swept variants lost at equal gain, from the figures of a comparison, row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from cfsd.report.measures import MEASURES, Measure, ScoreTables
-from cfsd.report.run_record import RunRecord
 from cfsd.report.table import sweep_of, variant_of
 from cfsd.statistics.matched_gain import Match, Trained, matched, seeds_of
 from cfsd.statistics.seeds import FEWEST
-from cfsd.store.artifact import Store
+from cfsd.statistics.units import Units
 
 GAIN = "target_gain"
+Figures = Mapping[str, list[Units]]  # measure -> its parts
 COSTS = {"probe_kl": True, "mean_forgetting": False}  # measure -> whether it is interpolated in its logarithm
 
 
@@ -34,44 +33,29 @@ class MatchedGain(BaseModel):
         return list(dict.fromkeys(entry.method for match in self.gains for entry in match.methods))
 
 
-def matched_gains(store: Store, run_records: Sequence[RunRecord]) -> list[MatchedGain]:
+def matched_gains(measured: Mapping[str, Figures], questions: Mapping[str, object]) -> list[MatchedGain]:
     """Return what the swept variants of a comparison lost at equal gain, an entry per cost; nothing without a sweep.
 
-    Variants count that share base and target with the first swept one, and of which gain and cost were measured.
+    `measured`: each variant's figures, repeats apart. `questions`: what a variant was trained from and on; those count
+    that share it with the first swept one, and of which gain and cost were measured.
     """
-    swept = [run_record for run_record in run_records if sweep_of(run_record.name)]
-    if not swept:
-        return []
-    tables = {r.name: ScoreTables(store, r) for r in run_records if _question(r) == _question(swept[0])}
-    gain = _measure(GAIN)
+    swept = [variant_of(name) for name in measured if sweep_of(name)]
+    alike = {n: own for n, own in measured.items() if swept and questions[variant_of(n)] == questions[swept[0]]}
     found = []
-    for name, log in COSTS.items():
-        models = [model for label, own in tables.items() if (model := _trained(label, own, gain, _measure(name)))]
-        if gains := matched(_as_single(models), log=log):
-            covers, seeds = ("documents", seeds_of(models))
-            covers += " and seeds" if seeds >= FEWEST else ""
-            found.append(MatchedGain(measure=name, logarithmic=log, seeds=seeds, covers=covers, gains=tuple(gains)))
+    for cost, log in COSTS.items():
+        models = _as_single([_trained(n, own[GAIN], own[cost]) for n, own in alike.items() if {GAIN, cost} <= set(own)])
+        if gains := matched(models, log=log):
+            seeds = seeds_of(models)
+            covers = "documents and seeds" if seeds >= FEWEST else "documents"
+            found.append(MatchedGain(measure=cost, logarithmic=log, seeds=seeds, covers=covers, gains=tuple(gains)))
     return found
 
 
-def _question(run_record: RunRecord) -> list[str | None]:
-    artifacts = run_record.artifacts
-    return [artifacts[role].content if role in artifacts else None for role in ("base", "target")]
-
-
-def _measure(name: str) -> Measure:
-    return next(measure for measure in MEASURES if measure.name == name)
-
-
-def _trained(name: str, tables: ScoreTables, gain: Measure, cost: Measure) -> Trained | None:
-    """Return the model as a point of its method; None where its gain or its cost was not measured."""
-    assert gain.units and cost.units
-    gains, costs, sweep = gain.units(tables), cost.units(tables), sweep_of(name)
-    if not gains or not costs:
-        return None
-    seed = name.removeprefix(variant_of(name))
-    method, strength = (sweep.family, sweep.value) if sweep else (variant_of(name), None)
-    return Trained(method, strength, seed, gains, costs)
+def _trained(name: str, gain: list[Units], cost: list[Units]) -> Trained:
+    """Return a model as a point of its method."""
+    sweep, variant = sweep_of(name), variant_of(name)
+    method, strength = (sweep.family, sweep.value) if sweep else (variant, None)
+    return Trained(method, strength, name.removeprefix(variant), gain, cost)
 
 
 def _as_single(models: Sequence[Trained]) -> list[Trained]:

@@ -3,11 +3,14 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.files import Kept, write_files
 from cfsd.report.matched_gain import matched_gains
 from cfsd.report.run_record import RunRecord
+from cfsd.statistics.units import Units
 from tests.report.test_report import Page, World
 
 SWEPT = {  # strength -> right documents, loss after, probe_kl; the base has 90 right and a loss of 2
@@ -39,7 +42,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, 
 
 
 def test_each_cost_is_interpolated_at_gains_in_common(world: World) -> None:
-    moved, lost = matched_gains(world.store, variants(world))
+    moved, lost = comparisons_of(world.store, variants(world)).matched
     assert (moved.measure, moved.logarithmic, lost.measure, lost.logarithmic) == (
         "probe_kl", True, "mean_forgetting", False,
     )  # fmt: skip
@@ -58,19 +61,26 @@ def test_each_cost_is_interpolated_at_gains_in_common(world: World) -> None:
     assert drops["wise"] > drops["rehearse"] > 0
 
 
-def test_seeds_count_together(world: World) -> None:
-    records = [r.model_copy(update={"name": f"{r.name} seed={i}"}) for r in variants(world) for i in range(5)]
-    moved, _ = matched_gains(world.store, records)
-    assert (moved.seeds, moved.covers) == (5, "documents and seeds") and moved.methods() == [
-        "wise",
-        "rehearse",
-        "plain",
-    ]
+def test_seeds_count_together() -> None:
+    def figures(gain: float, kl: float) -> dict[str, list[Units]]:
+        return {
+            name: [Units(tuple(f"{name}{i}" for i in range(20)), np.full(20, value), np.ones(20))]
+            for name, value in (("target_gain", gain), ("probe_kl", kl))
+        }
+
+    points = {"a x=1": (1.0, 0.1), "a x=2": (2.0, 0.4), "b": (1.5, 0.3)}
+    measured = {
+        f"{name} seed={i}": figures(gain, kl + i / 100) for name, (gain, kl) in points.items() for i in range(5)
+    }
+    (moved,) = matched_gains(measured, dict.fromkeys(points, "the same"))  # mean forgetting was not measured
+    assert (moved.seeds, moved.covers, moved.methods()) == (5, "documents and seeds", ["a", "b"])
+    cost = moved.gains[0].methods[0].cost
+    assert cost and cost.value == pytest.approx((0.12 * 0.42) ** 0.5)
 
 
 def test_without_a_sweep_there_is_nothing(world: World) -> None:
-    assert matched_gains(world.store, world.variants()) == []
-    assert matched_gains(world.store, [r for r in variants(world) if r.name.startswith("wise")]) == []
+    assert comparisons_of(world.store, world.variants()).matched == ()
+    assert comparisons_of(world.store, [r for r in variants(world) if r.name.startswith("wise")]).matched == ()
 
 
 def test_a_sweep_on_another_target_is_left_out(world: World) -> None:
@@ -80,7 +90,7 @@ def test_a_sweep_on_another_target_is_left_out(world: World) -> None:
         r.model_copy(update={"artifacts": r.artifacts | {"target": other}}) if r.name.startswith("rehearse") else r
         for r in records
     ]
-    found, _ = matched_gains(world.store, moved)
+    found, _ = comparisons_of(world.store, moved).matched
     assert found.methods() == ["wise", "plain"] and [match.at for match in found.gains] == ["the gain of plain"]
 
 
