@@ -17,7 +17,7 @@ COSTS = {"probe_kl": True, "mean_forgetting": False}  # measure -> whether it is
 class MatchedGain(BaseModel):
     """One cost at the gains that methods have in common: an entry of `matched_gain` in summary.json.
 
-    `covers`: what the intervals are over, documents alone below FEWEST seeds.
+    `covers`: what the intervals are over, documents alone below FEWEST seeds. `variants`: those of each method.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -26,6 +26,7 @@ class MatchedGain(BaseModel):
     logarithmic: bool
     seeds: int
     covers: str
+    variants: dict[str, tuple[str, ...]]
     gains: tuple[Match, ...]
 
     def methods(self) -> list[str]:
@@ -36,29 +37,59 @@ class MatchedGain(BaseModel):
 def matched_gains(measured: Mapping[str, Figures], questions: Mapping[str, object]) -> list[MatchedGain]:
     """Return what the swept variants of a comparison lost at equal gain, an entry per cost; nothing without a sweep.
 
-    `measured`: each variant's figures, repeats apart. `questions`: what a variant was trained from and on; those count
-    that share it with the first swept one, and of which gain and cost were measured.
+    `measured`: each variant's figures, repeats apart. `questions`: what a variant was trained from and on. Those count
+    that share it, and the benchmarks, with the first swept one, and of which gain and cost were measured.
     """
-    swept = [variant_of(name) for name in measured if sweep_of(name)]
-    alike = {n: own for n, own in measured.items() if swept and questions[variant_of(n)] == questions[swept[0]]}
     found = []
     for cost, log in COSTS.items():
-        models = _as_single([_trained(n, own[GAIN], own[cost]) for n, own in alike.items() if {GAIN, cost} <= set(own)])
+        asked = {
+            name: (questions[variant_of(name)], [part.names for part in own[cost] if part.reach is not None])
+            for name, own in measured.items()
+            if {GAIN, cost} <= set(own)
+        }
+        first = next((question for name, question in asked.items() if sweep_of(name)), None)
+        methods = methods_of([name for name, question in asked.items() if question == first])
+        models = [
+            Trained(*method, name.removeprefix(variant_of(name)), measured[name][GAIN], measured[name][cost])
+            for name, method in methods.items()
+        ]
         if gains := matched(models, log=log):
             seeds = seeds_of(models)
             covers = "documents and seeds" if seeds >= FEWEST else "documents"
-            found.append(MatchedGain(measure=cost, logarithmic=log, seeds=seeds, covers=covers, gains=tuple(gains)))
+            entry = MatchedGain(
+                measure=cost,
+                logarithmic=log,
+                seeds=seeds,
+                covers=covers,
+                variants=_variants(methods),
+                gains=tuple(gains),
+            )
+            found.append(entry)
     return found
 
 
-def _trained(name: str, gain: list[Units], cost: list[Units]) -> Trained:
-    """Return a model as a point of its method."""
-    sweep, variant = sweep_of(name), variant_of(name)
-    method, strength = (sweep.family, sweep.value) if sweep else (variant, None)
-    return Trained(method, strength, name.removeprefix(variant), gain, cost)
+def _variants(methods: Mapping[str, tuple[str, float | None]]) -> dict[str, tuple[str, ...]]:
+    variants: dict[str, dict[str, None]] = {}
+    for name, (method, _) in methods.items():
+        variants.setdefault(method, {})[variant_of(name)] = None
+    return {method: tuple(own) for method, own in variants.items()}
 
 
-def _as_single(models: Sequence[Trained]) -> list[Trained]:
-    """Return the models with those of a sweep of one value as variants of their own."""
-    strengths = {model.method: {other.strength for other in models if other.method == model.method} for model in models}
-    return [model._replace(strength=None) if len(strengths[model.method]) == 1 else model for model in models]
+def methods_of(names: Sequence[str]) -> dict[str, tuple[str, float | None]]:
+    """Return the method and the strength of each variant: "wise alpha=0.5" is "wise (alpha)" at 0.5.
+
+    A variant that is no sweep, or the only one of its sweep, is a method of its own without a strength.
+    """
+    swept = {name: (_swept(name), sweep.value) for name in names if (sweep := sweep_of(name))}
+    several = {
+        name: method for name, method in swept.items() if len({s for m, s in swept.values() if m == method[0]}) > 1
+    }
+    taken = {method for method, _ in several.values()}
+    single = {name: variant_of(name) for name in names if name not in several}
+    alone = {name: f"{variant} (single)" if variant in taken else variant for name, variant in single.items()}
+    return {name: several.get(name) or (alone[name], None) for name in names}
+
+
+def _swept(name: str) -> str:
+    family, _, field = variant_of(name).rpartition("=")[0].rpartition(" ")
+    return f"{family} ({field})"

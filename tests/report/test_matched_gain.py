@@ -8,7 +8,7 @@ import pytest
 
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.files import Kept, write_files
-from cfsd.report.matched_gain import matched_gains
+from cfsd.report.matched_gain import matched_gains, methods_of
 from cfsd.report.run_record import RunRecord
 from cfsd.statistics.units import Units
 from tests.report.test_report import Page, World
@@ -46,7 +46,10 @@ def test_each_cost_is_interpolated_at_gains_in_common(world: World) -> None:
     assert (moved.measure, moved.logarithmic, lost.measure, lost.logarithmic) == (
         "probe_kl", True, "mean_forgetting", False,
     )  # fmt: skip
-    assert moved.methods() == ["wise", "rehearse", "plain"] and (moved.seeds, moved.covers) == (1, "documents")
+    assert moved.methods() == ["wise (alpha)", "rehearse (weight)", "plain"] and (moved.seeds, moved.covers) == (
+        1,
+        "documents",
+    )
     at_most, plain = moved.gains[0], moved.gains[-1]
     assert at_most.gain.value == pytest.approx(1.5) and at_most.at == "the largest gain that all sweeps reach"
     assert plain.at == "the gain of plain" and plain.gain.value == pytest.approx(1.25)
@@ -55,10 +58,10 @@ def test_each_cost_is_interpolated_at_gains_in_common(world: World) -> None:
     assert own and wise and wise.value / scale == pytest.approx((0.08 * 0.32) ** 0.5)  # half-way in logarithms
     assert rehearse and rehearse.value / scale == pytest.approx(0.02 * 4**0.125)
     drops = {entry.method: entry.cost.value for entry in lost.gains[-1].methods if entry.cost}
-    assert drops["wise"] == pytest.approx(
+    assert drops["wise (alpha)"] == pytest.approx(
         (0.1 + 0.4) / 2 * (1 + 1 / 0.75) / 2
     )  # two benchmarks, of which one has chance
-    assert drops["wise"] > drops["rehearse"] > 0
+    assert drops["wise (alpha)"] > drops["rehearse (weight)"] > 0
 
 
 def test_seeds_count_together() -> None:
@@ -73,9 +76,18 @@ def test_seeds_count_together() -> None:
         f"{name} seed={i}": figures(gain, kl + i / 100) for name, (gain, kl) in points.items() for i in range(5)
     }
     (moved,) = matched_gains(measured, dict.fromkeys(points, "the same"))  # mean forgetting was not measured
-    assert (moved.seeds, moved.covers, moved.methods()) == (5, "documents and seeds", ["a", "b"])
+    assert (moved.seeds, moved.covers, moved.methods()) == (5, "documents and seeds", ["a (x)", "b"])
     cost = moved.gains[0].methods[0].cost
     assert cost and cost.value == pytest.approx((0.12 * 0.42) ** 0.5)
+
+
+def test_a_variant_keeps_its_name_beside_a_sweep_of_that_name() -> None:
+    names = ["r", "r w=1 seed=0", "r w=2 seed=0", "q w=3", "r lr=1e-5 w=1", "r lr=1e-5 w=2", "r (w)"]
+    assert methods_of(names) == {
+        "r": ("r", None), "r w=1 seed=0": ("r (w)", 1.0), "r w=2 seed=0": ("r (w)", 2.0), "q w=3": ("q w=3", None),
+        "r lr=1e-5 w=1": ("r lr=1e-5 (w)", 1.0), "r lr=1e-5 w=2": ("r lr=1e-5 (w)", 2.0),
+        "r (w)": ("r (w) (single)", None),
+    }  # fmt: skip
 
 
 def test_without_a_sweep_there_is_nothing(world: World) -> None:
@@ -91,7 +103,7 @@ def test_a_sweep_on_another_target_is_left_out(world: World) -> None:
         for r in records
     ]
     found, _ = comparisons_of(world.store, moved).matched
-    assert found.methods() == ["wise", "plain"] and [match.at for match in found.gains] == ["the gain of plain"]
+    assert found.methods() == ["wise (alpha)", "plain"] and [match.at for match in found.gains] == ["the gain of plain"]
 
 
 def test_page_and_summary_say_it(made: tuple[Page, dict[str, Any], str]) -> None:
@@ -104,11 +116,12 @@ def test_page_and_summary_say_it(made: tuple[Page, dict[str, Any], str]) -> None
         and "they hold for the seeds that were trained" in page.words
     )
     moved = summary["matched_gain"][0]
-    assert set(moved) == {"measure", "logarithmic", "seeds", "covers", "gains"}
+    assert set(moved) == {"measure", "logarithmic", "seeds", "covers", "variants", "gains"}
+    assert moved["variants"]["rehearse (weight)"] == ["rehearse weight=1", "rehearse weight=4"]
     match = moved["gains"][-1]
     assert set(match) == {"at", "gain", "methods", "differences"} and match["at"] == "the gain of plain"
     assert match["methods"][0]["strengths"] == [0.5, 1.0] and match["methods"][0]["crossings"] == 1
-    ratio = next(d for d in match["differences"] if (d["one"], d["other"]) == ("wise", "plain"))["ratio"]
+    ratio = next(d for d in match["differences"] if (d["one"], d["other"]) == ("wise (alpha)", "plain"))["ratio"]
     assert (
         ratio["value"] == pytest.approx((0.08 * 0.32) ** 0.5 / 0.5) and ratio["low"] <= ratio["value"] <= ratio["high"]
     )
