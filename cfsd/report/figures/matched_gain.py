@@ -47,7 +47,8 @@ def matched_figure(summaries: list[Summary], matched: MatchedGain) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    look, looks = styles(s.name for s in summaries), {}
+    look = styles(s.name for s in summaries)
+    looks: dict[str, Style] = {}
     for method in methods:
         own = [point for point in points if variant_of(point.name) in matched.variants[method]]
         looks[method] = look[own[0].name]
