@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from cfsd.report.matched_gain import MatchedGain
 from cfsd.report.summary import Fig
 from cfsd.statistics.differences import LEVEL
 
@@ -69,11 +70,11 @@ def _negative(found: Compared | OfSeed) -> dict[str, float | None]:
 
 
 class Comparisons:
-    """All that was compared, found by pair and measure in either order."""
+    """All that was compared, found by pair and measure in either order; `matched` is what was at equal gain."""
 
-    def __init__(self, entries: Iterable[Compared] = ()) -> None:
+    def __init__(self, entries: Iterable[Compared] = (), matched: Iterable[MatchedGain] = ()) -> None:
         """Keep the entries, each pair of which comes once per measure."""
-        self.entries = tuple(entries)
+        self.entries, self.matched = tuple(entries), tuple(matched)
         self._found = {(c.one, c.other, c.measure): c for entry in self.entries for c in (entry, entry.turned())}
 
     def of(self, one: str, other: str, measure: str) -> Compared | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from cfsd.report.compared import BENCHMARK, TEXT, Compared, Comparisons, OfSeed
+from cfsd.report.matched_gain import matched_gains
 from cfsd.report.measures import MEASURES, ScoreTables
 from cfsd.report.run_record import RunRecord
 from cfsd.report.table import variant_of
@@ -17,20 +18,22 @@ Repeats = Mapping[str, Mapping[str, list[Units]]]  # seed -> measure -> parts
 
 
 def comparisons_of(store: Store, run_records: Sequence[RunRecord]) -> Comparisons:
-    """Return every measure of every pair of variants that share base and target, from their score tables.
+    """Return every measure of every pair of variants that share base and target, and swept ones at equal gain.
 
     A measure is compared where every repeat has it and its entry in MEASURES has `units` and a label.
     """
     questions: dict[str, list[str | None]] = {}
     variants: dict[str, dict[str, dict[str, list[Units]]]] = {}
+    measured: dict[str, dict[str, list[Units]]] = {}
     for run_record in run_records if len({variant_of(r.name) for r in run_records}) > 1 else ():
         name, artifacts = variant_of(run_record.name), run_record.artifacts
         question = [artifacts[role].content if role in artifacts else None for role in ("base", "target")]
         questions.setdefault(name, question)
         seed = run_record.name.removeprefix(name).strip()
-        variants.setdefault(name, {})[seed] = _measured(ScoreTables(store, run_record))
+        measured[run_record.name] = _measured(ScoreTables(store, run_record))
+        variants.setdefault(name, {})[seed] = measured[run_record.name]
     pairs = [(one, other) for one, other in combinations(variants, 2) if questions[one] == questions[other]]
-    return compared(variants, pairs)
+    return Comparisons(compared(variants, pairs).entries, matched_gains(measured, questions))
 
 
 def _measured(tables: ScoreTables) -> dict[str, list[Units]]:

@@ -12,7 +12,6 @@ from cfsd.report.compared import Comparisons
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
-from cfsd.report.matched_gain import MatchedGain, matched_gains
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.place import slug
 from cfsd.report.report_page import write_report
@@ -84,11 +83,10 @@ def with_present_names(content: Any) -> Any:
 
 
 class Numbers(NamedTuple):
-    """The figures of all variants, of each against the others, and of swept ones at equal gain."""
+    """The figures of all variants, and of each against the others."""
 
     summaries: list[Summary]
     comparisons: Comparisons
-    matched: list[MatchedGain]
 
 
 def write_files(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:
@@ -112,16 +110,16 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list
     run_records = list(kept.run_records)
     keep(folder, kept)
     summaries = [summarise(store, run_record, run_records) for run_record in run_records]
-    comparisons, matched = comparisons_of(store, run_records), matched_gains(store, run_records)
+    comparisons = comparisons_of(store, run_records)
     files = [folder / "summary.json"]
-    write_summary(files[0], summaries, comparisons.entries, matched)
+    write_summary(files[0], summaries, comparisons.entries, comparisons.matched)
     cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
     slugs = [slug(run_record.name) for run_record, _ in cards]
     for i, (run_record, summary) in enumerate(cards):
         number = f"-{i}" if slugs.count(slugs[i]) > 1 else ""
         files.append(folder / f"model-card-{slugs[i]}{number}.md")
         files[-1].write_text(model_card(store, run_record, summary, comparisons), encoding="utf-8")
-    return Numbers(summaries, comparisons, matched), files
+    return Numbers(summaries, comparisons), files
 
 
 def only_corpora(kept: Kept) -> bool:

@@ -1,24 +1,23 @@
-"""What swept variants lost at equal gain, from the score tables of a comparison."""
+"""What swept variants lost at equal gain, from the figures of a comparison, row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from cfsd.report.measures import MEASURES, Measure, ScoreTables
-from cfsd.report.run_record import RunRecord
 from cfsd.report.table import sweep_of, variant_of
 from cfsd.statistics.matched_gain import Match, Trained, matched, seeds_of
 from cfsd.statistics.seeds import FEWEST
-from cfsd.store.artifact import Store
+from cfsd.statistics.units import Units
 
 GAIN = "target_gain"
+Figures = Mapping[str, list[Units]]  # measure -> its parts
 COSTS = {"probe_kl": True, "mean_forgetting": False}  # measure -> whether it is interpolated in its logarithm
 
 
 class MatchedGain(BaseModel):
     """One cost at the gains that methods have in common: an entry of `matched_gain` in summary.json.
 
-    `covers`: what the intervals are over, documents alone below FEWEST seeds.
+    `covers`: what the intervals are over, documents alone below FEWEST seeds. `variants`: those of each method.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -27,6 +26,7 @@ class MatchedGain(BaseModel):
     logarithmic: bool
     seeds: int
     covers: str
+    variants: dict[str, tuple[str, ...]]
     gains: tuple[Match, ...]
 
     def methods(self) -> list[str]:
@@ -34,47 +34,62 @@ class MatchedGain(BaseModel):
         return list(dict.fromkeys(entry.method for match in self.gains for entry in match.methods))
 
 
-def matched_gains(store: Store, run_records: Sequence[RunRecord]) -> list[MatchedGain]:
+def matched_gains(measured: Mapping[str, Figures], questions: Mapping[str, object]) -> list[MatchedGain]:
     """Return what the swept variants of a comparison lost at equal gain, an entry per cost; nothing without a sweep.
 
-    Variants count that share base and target with the first swept one, and of which gain and cost were measured.
+    `measured`: each variant's figures, repeats apart. `questions`: what a variant was trained from and on. Those count
+    that share it, and the benchmarks, with the first swept one, and of which gain and cost were measured.
     """
-    swept = [run_record for run_record in run_records if sweep_of(run_record.name)]
-    if not swept:
-        return []
-    tables = {r.name: ScoreTables(store, r) for r in run_records if _question(r) == _question(swept[0])}
-    gain = _measure(GAIN)
     found = []
-    for name, log in COSTS.items():
-        models = [model for label, own in tables.items() if (model := _trained(label, own, gain, _measure(name)))]
-        if gains := matched(_as_single(models), log=log):
-            covers, seeds = ("documents", seeds_of(models))
-            covers += " and seeds" if seeds >= FEWEST else ""
-            found.append(MatchedGain(measure=name, logarithmic=log, seeds=seeds, covers=covers, gains=tuple(gains)))
+    for cost, log in COSTS.items():
+        asked = {
+            name: (questions[variant_of(name)], [part.names for part in own[cost] if part.reach is not None])
+            for name, own in measured.items()
+            if {GAIN, cost} <= set(own)
+        }
+        first = next((question for name, question in asked.items() if sweep_of(name)), None)
+        methods = methods_of([name for name, question in asked.items() if question == first])
+        models = [
+            Trained(*method, name.removeprefix(variant_of(name)), measured[name][GAIN], measured[name][cost])
+            for name, method in methods.items()
+        ]
+        if gains := matched(models, log=log):
+            seeds = seeds_of(models)
+            covers = "documents and seeds" if seeds >= FEWEST else "documents"
+            entry = MatchedGain(
+                measure=cost,
+                logarithmic=log,
+                seeds=seeds,
+                covers=covers,
+                variants=_variants(methods),
+                gains=tuple(gains),
+            )
+            found.append(entry)
     return found
 
 
-def _question(run_record: RunRecord) -> list[str | None]:
-    artifacts = run_record.artifacts
-    return [artifacts[role].content if role in artifacts else None for role in ("base", "target")]
+def _variants(methods: Mapping[str, tuple[str, float | None]]) -> dict[str, tuple[str, ...]]:
+    variants: dict[str, dict[str, None]] = {}
+    for name, (method, _) in methods.items():
+        variants.setdefault(method, {})[variant_of(name)] = None
+    return {method: tuple(own) for method, own in variants.items()}
 
 
-def _measure(name: str) -> Measure:
-    return next(measure for measure in MEASURES if measure.name == name)
+def methods_of(names: Sequence[str]) -> dict[str, tuple[str, float | None]]:
+    """Return the method and the strength of each variant: "wise alpha=0.5" is "wise (alpha)" at 0.5.
+
+    A variant that is no sweep, or the only one of its sweep, is a method of its own without a strength.
+    """
+    swept = {name: (_swept(name), sweep.value) for name in names if (sweep := sweep_of(name))}
+    several = {
+        name: method for name, method in swept.items() if len({s for m, s in swept.values() if m == method[0]}) > 1
+    }
+    taken = {method for method, _ in several.values()}
+    single = {name: variant_of(name) for name in names if name not in several}
+    alone = {name: f"{variant} (single)" if variant in taken else variant for name, variant in single.items()}
+    return {name: several.get(name) or (alone[name], None) for name in names}
 
 
-def _trained(name: str, tables: ScoreTables, gain: Measure, cost: Measure) -> Trained | None:
-    """Return the model as a point of its method; None where its gain or its cost was not measured."""
-    assert gain.units and cost.units
-    gains, costs, sweep = gain.units(tables), cost.units(tables), sweep_of(name)
-    if not gains or not costs:
-        return None
-    seed = name.removeprefix(variant_of(name))
-    method, strength = (sweep.family, sweep.value) if sweep else (variant_of(name), None)
-    return Trained(method, strength, seed, gains, costs)
-
-
-def _as_single(models: Sequence[Trained]) -> list[Trained]:
-    """Return the models with those of a sweep of one value as variants of their own."""
-    strengths = {model.method: {other.strength for other in models if other.method == model.method} for model in models}
-    return [model._replace(strength=None) if len(strengths[model.method]) == 1 else model for model in models]
+def _swept(name: str) -> str:
+    family, _, field = variant_of(name).rpartition("=")[0].rpartition(" ")
+    return f"{family} ({field})"

@@ -11,7 +11,6 @@ from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
 from cfsd.report.figures.matched_gain import matched_figure
 from cfsd.report.figures.moved import moved_figures
-from cfsd.report.matched_gain import MatchedGain
 from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
@@ -32,7 +31,6 @@ def write_report(
     run_records: list[RunRecord],
     summaries: list[Summary],
     comparisons: Comparisons,
-    matched: Sequence[MatchedGain] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
@@ -53,11 +51,11 @@ def write_report(
         how_compared=differences.DEFINITION,
         of_benchmarks=differences.OF_BENCHMARKS,
         over_seeds=differences.OF_SEEDS if any(c.seeds > 1 for c in comparisons.entries) else "",
-        matched=matched,
+        matched=comparisons.matched,
         how_matched=matched_gain.DEFINITION,
         moved=moved,
         drawn=_drawn(store, run_records, summaries, moved)
-        | figures.embedded({"matched": {found.measure: matched_figure(summaries, found) for found in matched}}),
+        | figures.embedded({"matched": {m.measure: matched_figure(summaries, m) for m in comparisons.matched}}),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )

@@ -54,5 +54,5 @@ def write_summary(
     """
     variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
     found, at_equal_gain = ([entry.model_dump(mode="json") for entry in entries] for entries in (comparisons, matched))
-    content = {"schema": SCHEMA, "variants": variants, "comparisons": found, "matched_gain": at_equal_gain}
-    write_json(path, content)
+    content = {"schema": SCHEMA, "variants": variants, "comparisons": found}
+    write_json(path, content | ({"matched_gain": at_equal_gain} if at_equal_gain else {}))

@@ -19,7 +19,6 @@ from cfsd.statistics.units import Units
 
 PARTS = (1.0, 0.75, 0.5, 0.25)  # of the way from the least to the largest gain that all swept methods reach
 EQUAL = 1e-9  # of a gain
-ENDS = (0.025, 0.975)
 DEFINITION = (
     "Each swept method is interpolated along its own strengths, in a straight line between neighbours (probe_kl in its "
     "logarithm), never beyond the first and last; where it has a gain at several strengths, the one with the least "
@@ -113,7 +112,7 @@ def matched(models: Sequence[Trained], *, log: bool, seed: int = 0) -> list[Matc
     swept = {name: curve for name, curve in curves.items() if len(curve.strengths) > 1}
     if not swept or len(curves) < 2:
         return []
-    return [_match(level, curves, models, log) for level in _levels(curves, swept)]
+    return [_match(level, swept | curves, models, log) for level in _levels(curves, swept)]
 
 
 def seeds_of(models: Sequence[Trained]) -> int:
@@ -257,10 +256,8 @@ def _figure(value_B: Floats, unit: str, *, known: bool) -> Figure | None:
     """Return the figure of what was measured and resampled; resamples without a value count against both ends."""
     if not np.isfinite(value_B[0]):
         return None
-    ends = [
-        float(np.quantile(np.nan_to_num(value_B[1:], nan=unknown), end, method=method))
-        for unknown, end, method in zip((-np.inf, np.inf), ENDS, ("lower", "higher"), strict=True)
-    ]
+    low, high = (np.nan_to_num(value_B[1:], nan=unknown) for unknown in (-np.inf, np.inf))
+    ends = float(np.quantile(low, 0.025, method="lower")), float(np.quantile(high, 0.975, method="higher"))
     return figure_of(value_B[0], Interval(*ends) if known and np.isfinite(ends).all() else None, unit)
 
 

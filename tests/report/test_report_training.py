@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from cfsd.report.budget import judge, plain_variant
 from cfsd.report.run_record import RunRecord
@@ -233,6 +234,48 @@ def test_the_worst_moment_counts_from_the_worse_end(world: Trained) -> None:
     assert (cap["start"], cap["worst"], cap["final"]) == (0.9, pytest.approx(0.45), pytest.approx(0.8))
     assert cap["gap"] == pytest.approx(0.35) and cap["unit"] == "fraction"
     assert stability_gap(world.store, world.plain()) is None
+
+
+def with_errors(metrics: Metrics, **errors: float) -> Metrics:
+    """Return what a watcher writes beside the watched values: the error of each change since the first look."""
+    scales = {"watch/probe_kl": "kl", "watch/target_loss": "loss", "watch/cap/acc": "acc"}
+    return {
+        step: values
+        | {
+            name.replace("watch/", "watch_error/"): errors[short]
+            for name, short in scales.items()
+            if name in values and short in errors
+        }
+        for step, values in metrics.items()
+    }
+
+
+def test_a_gap_stands_beside_what_chance_gives(world: Trained, tmp_path: Path) -> None:
+    metrics = with_errors(path_of([1.0] * 40, budget=0.1), kl=0.01, acc=0.3)
+    run_record = world.variant("looked at", loss=0.55, kl=0.1, metrics=metrics, train={"watch": {"every": 10}})
+    found = stability_gap(world.store, run_record)
+    assert found
+    kl, loss, cap = found["probe_kl"], found["target_loss"], found["cap/acc"]
+    level = stats.norm.ppf(0.95 ** (1 / 3))  # three looks between the first and the last
+    assert kl["looks"] == 5 and kl["null_band"] == pytest.approx(0.01 * level) and kl["gap"] > kl["null_band"]
+    assert cap["null_band"] == pytest.approx(0.3 * level) and cap["gap"] < cap["null_band"]
+    assert loss["null_band"] is None
+    assert headline(summarise(world.store, run_record))["stability_gap_band/probe_kl"] == pytest.approx(0.01 * level)
+    panels = {panel.name: panel for panel in panels_of(world.store, [run_record])}
+    assert panels["probe_kl"].bands == {"looked at": pytest.approx((0.1, 0.1 + 0.01 * level))}
+    end = 0.9 - 0.1
+    assert panels["watch/cap/acc"].bands == {"looked at": pytest.approx((100 * end, 100 * (end - 0.3 * level)))}
+    assert panels["target_loss"].bands == {}
+    page = report_of(world, [run_record], tmp_path / "report.html")
+    worst = page.part("The worst moment", "These are the values of training")
+    assert worst.count("found") == 2 and worst.count("not known") == 1  # a gap, and the words that say what found means
+    assert "Shaded: how far beyond the worse" in page.words
+
+
+def test_a_training_that_recorded_no_errors_has_no_band(world: Trained, tmp_path: Path) -> None:
+    page = report_of(world, [world.budgeted()], tmp_path / "report.html")
+    assert page.part("The worst moment", "These are the values").count("not known") == 3
+    assert "Shaded" not in page.words
 
 
 def test_a_benchmark_of_unknown_sign_is_read_by_its_metric(world: Trained) -> None:

@@ -4,20 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from cfsd.statistics.figures import Figure
 from cfsd.statistics.matched_gain import Match, Trained, matched, seeds_of
 from cfsd.statistics.units import Units
 
-Floats = NDArray[np.float64]
 Points = dict[str, list[tuple[float | None, float, float]]]  # method -> strength, gain, cost
 
 
-def units(tag: str, sums: Floats | float, counts: Floats | float = 1.0, rows: int = 20) -> Units:
+def units(tag: str, sums: ArrayLike, counts: ArrayLike = 1.0, rows: int = 20) -> Units:
     """Return units whose quotient is `sums` where that is one number."""
-    sums, counts = np.broadcast_to(sums, rows).astype(float), np.broadcast_to(counts, rows).astype(float)
-    return Units(tuple(f"{tag}{i}" for i in range(len(sums))), sums, counts)
+    of_sums, of_counts = (np.broadcast_to(values, rows).astype(float) for values in (sums, counts))
+    return Units(tuple(f"{tag}{i}" for i in range(rows)), of_sums, of_counts)
 
 
 def models_of(points: Points, seed: str = "") -> list[Trained]:

@@ -4,17 +4,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.divergence import divergence
 from cfsd.model.loading import load_model
+from cfsd.statistics.null_band import error_of_ratio, error_of_scores
 from cfsd.store.artifact import Store
 from cfsd.store.tables import read_rows
 from cfsd.train.loss.objective import Objective
 from cfsd.train.spec import TrainRequest, Watched
-from cfsd.train.watcher import Watcher
+from cfsd.train.watcher import Look, Watcher
 from tests.conftest import write_rows
 from tests.train.test_train import World, request_of, spec_with, world_in
 
@@ -67,16 +70,22 @@ def test_the_figures_are_the_whole_divergence_and_the_held_out_loss(world: World
     assert found["watch/target_loss"] == pytest.approx(held_out_loss(world, model, rows), rel=1e-5)
 
 
-@torch.no_grad()
 def held_out_loss(world: World, model: Any, count: int) -> float:
-    """Return the mean -log p per response token, row by row."""
-    nats, tokens = 0.0, 0
-    for row in read_rows(world.store.path(world.target), "held_out")[:count]:
+    """Return the mean -log p per response token."""
+    nats, tokens = losses_of(world, model, count)
+    return float(nats.sum() / tokens.sum())
+
+
+@torch.no_grad()
+def losses_of(world: World, model: Any, count: int) -> tuple[Any, Any]:
+    """Return the summed -log p of each held-out response, and its tokens."""
+    nats, tokens = np.zeros(count), np.zeros(count)
+    for i, row in enumerate(read_rows(world.store.path(world.target), "held_out")[:count]):
         law_TV = model(torch.tensor([row["token_ids"]])).logits[0].log_softmax(-1)
         for t, counted in enumerate(row["supervised"]):
             if counted:
-                nats, tokens = nats - float(law_TV[t - 1, row["token_ids"][t]]), tokens + 1
-    return nats / tokens
+                nats[i], tokens[i] = nats[i] - float(law_TV[t - 1, row["token_ids"][t]]), tokens[i] + 1
+    return nats[tokens > 0], tokens[tokens > 0]
 
 
 def test_the_divergence_does_not_depend_on_micro_batches(world: World) -> None:
@@ -87,6 +96,34 @@ def test_the_divergence_does_not_depend_on_micro_batches(world: World) -> None:
         watcher = watched(world, model, asked)
         values.append(watcher.measure(moved(model))["watch/probe_kl"])
     assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-5)
+
+
+def test_each_figure_has_the_error_of_its_change_since_the_first_look(world: World) -> None:
+    model = base_of(world)
+    watcher = watched(world, model, request(world, rows=12, held_out_rows=9))
+    watcher.measure(model)
+    before = losses_of(world, model, 9)
+    found = watcher.measure(moved(model))
+    sample = read_rows(world.store.path(world.sample), "corpus", ["token_ids"])[:12]
+    parts = divergence(base_of(world), model, [row["token_ids"] for row in sample])
+    kl, tokens = (np.array([getattr(part, name) for part in parts]) for name in ("kl", "num_tokens"))
+    assert found["watch_error/probe_kl"] == pytest.approx(error_of_ratio(kl, tokens), rel=1e-3)
+    after = losses_of(world, model, 9)
+    assert found["watch_error/target_loss"] == pytest.approx(error_of_ratio(after[0] - before[0], after[1]), rel=1e-3)
+
+
+def test_scores_and_perplexities_have_errors_in_their_own_unit() -> None:
+    scored = pd.Series([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    first, then = Look(4 / 6, scored), Look(3 / 5, scored.drop(5) - [1, 0, 0, 0, 0])  # one lost, one no longer scored
+    assert then.error_since(first) == pytest.approx(error_of_scores(np.array([-1.0, 0, 0, 0, 0]), 1.0))
+    nats, words = pd.Series([30.0, 50.0, 41.0, 44.0]), pd.Series([10.0, 20.0, 15.0, 14.0])
+    risen = nats + np.array([0.1, 0.2, 0.0, 0.1])
+    ppl = [np.exp(total.sum() / 50) for total in (nats, risen)]  # of 50 words, not 59 tokens
+    slope = ppl[1] * np.log(ppl[1]) / ((nats.sum() + 0.4) / words.sum())
+    looks = [Look(ppl[0], nats, words), Look(ppl[1], risen, words, slope)]
+    assert looks[1].value - looks[0].value == pytest.approx(slope * 0.4 / 59, rel=0.01)
+    expected = slope * error_of_ratio(np.array([0.1, 0.2, 0.0, 0.1]), words.to_numpy(np.float64))
+    assert looks[1].error_since(looks[0]) == pytest.approx(expected)
 
 
 def test_looking_changes_nothing(world: World) -> None:

@@ -47,37 +47,33 @@ def matched_figure(summaries: list[Summary], matched: MatchedGain) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    look = styles([*(s.name for s in summaries), *methods])
+    look = styles(s.name for s in summaries)
+    looks: dict[str, Style] = {}
     for method in methods:
-        _draw_method(axes, method, [point for point in points if method_of(point.name) == method], look)
+        own = [point for point in points if variant_of(point.name) in matched.variants[method]]
+        looks[method] = look[own[0].name]
+        _draw_method(axes, method, own, looks[method])
     for match in matched.gains:
         axes.axvline(match.gain.value, color=LINE, lw=1, ls=":", zorder=0)
-    _draw_crossings(axes, matched, look)
+    _draw_crossings(axes, matched, looks)
     write_legend(figure, COLUMNS)
     return figure
 
 
-def method_of(name: str) -> str:
-    """Return the method that a variant is a strength of, or the variant itself."""
-    sweep = sweep_of(name)
-    return sweep.family if sweep else variant_of(name)
-
-
 def _means(points: Sequence[Point]) -> list[Point]:
-    """Return a point per variant, the mean of its seeds, in the order of strength."""
+    """Return a point per variant, the mean of its seeds under the name of the first, in the order of strength."""
     seeds: dict[str, list[Point]] = {}
     for point in points:
         seeds.setdefault(variant_of(point.name), []).append(point)
     means = [
-        Point(name, *(certain(fmean(getattr(p, axis)["value"] for p in own)) for axis in "xy"))
-        for name, own in seeds.items()
+        Point(own[0].name, *(certain(fmean(getattr(p, axis)["value"] for p in own)) for axis in "xy"))
+        for own in seeds.values()
     ]
     return sorted(means, key=lambda point: sweep.value if (sweep := sweep_of(point.name)) else 0.0)
 
 
-def _draw_method(axes: Axes, method: str, points: Sequence[Point], look: dict[str, Style]) -> None:
+def _draw_method(axes: Axes, method: str, points: Sequence[Point], style: Style) -> None:
     xs, ys = ([getattr(point, axis)["value"] for point in points] for axis in "xy")
-    style = look[points[0].name] if points else look[method]
     axes.plot(xs, ys, color=style.color, marker=style.marker, ms=5, lw=1, label=short(method))
 
 
