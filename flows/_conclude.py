@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
@@ -15,13 +15,17 @@ from flows._cli import console
 from tasks import record
 from tasks.report import print_figures, write_report
 
+if TYPE_CHECKING:
+    from cfsd.report.comparisons import Comparisons
+
 
 class Result(NamedTuple):
-    """What a flow returns: its run records, their figures, and the folder of the report."""
+    """What a flow returns: its run records, their figures, the folder of the report, and how variants differ."""
 
     run_records: list[RunRecord]
     summaries: list[Summary]
     folder: Path
+    comparisons: "Comparisons | None" = None
 
     def only(self) -> RunRecord:
         """Return the run record of a flow that runs one recipe."""
@@ -36,15 +40,15 @@ def conclude(
     folder = report_folder(home(), title, run_records)
     report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, report.figures[0] if len(run_records) == 1 else {}, report.files)
+        record.conclusion(run_id, report.figures, report.files)
     create_table_artifact(table=report.table, key=f"{slug(title)}-table")
     create_markdown_artifact(report.text, key=f"{slug(title)}-result")
-    return Result(run_records, report.summaries, folder)
+    return Result(run_records, report.summaries, folder, report.comparisons)
 
 
 def show(result: Result) -> None:
     """Print the table of figures and where the files are."""
-    print_figures(result.summaries, console)
+    print_figures(result.summaries, result.comparisons, console)
     show_files(result)
 
 

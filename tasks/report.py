@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -12,12 +12,16 @@ from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
 
+if TYPE_CHECKING:
+    from cfsd.report.comparisons import Comparisons
+
 
 class Report(NamedTuple):
-    """What was written: summaries, figures of each run by metric name, files, and the figures as table and Markdown."""
+    """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown."""
 
     summaries: list[Summary]
-    figures: list[dict[str, float]]
+    comparisons: "Comparisons | None"
+    figures: dict[str, float]
     files: list[Path]
     table: list[dict[str, Any]]
     text: str
@@ -25,20 +29,24 @@ class Report(NamedTuple):
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
     """Write the page, summary.json, the figure and the model cards of `run_records`; see `cfsd.report.files`."""
+    from cfsd.report.differences import lines_against, metrics_of
     from cfsd.report.files import Kept, write_files
     from cfsd.report.summarise import headline
     from cfsd.report.table import summary_frame
-    from cfsd.report.verdict import remarks, two_sentences, warnings
+    from cfsd.report.verdict import best, remarks, two_sentences, variants_of, warnings
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
-    summaries, files = write_files(folder, Store(home()), kept)
-    lines = [f"# {title}", "", " ".join(two_sentences(summaries)), ""]
-    lines += [f"* {line}" for line in (*remarks(summaries), *warnings(summaries))]
+    (summaries, comparisons), files = write_files(folder, Store(home()), kept)
+    lines = [f"# {title}", "", " ".join(two_sentences(summaries, comparisons)), ""]
+    name = best(variants_of(summaries), comparisons).name
+    beneath = (*remarks(summaries, comparisons), *warnings(summaries))
+    lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
     figures = [headline(summary) for summary in summaries]
     for summary, flat in zip(summaries, figures, strict=True):
         lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
     table = json.loads(summary_frame(summaries).to_json(orient="records"))
-    return Report(summaries, figures, files, table, "\n".join(lines))
+    of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
+    return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
@@ -55,7 +63,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
     kept = Kept(title=title, run_records=tuple(run_records))
     remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], [], files, [], described_sequence(title, remains))
+    return Report([], None, {}, files, [], described_sequence(title, remains))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
@@ -78,8 +86,8 @@ def export_model(folder: Path, to: Path, variant: str | None) -> None:
     export(Store(home()), kept, chosen(kept, variant), to)
 
 
-def print_figures(summaries: list[Summary], console: Console) -> None:
+def print_figures(summaries: list[Summary], comparisons: "Comparisons | None", console: Console) -> None:
     """Print the table of figures and the verdict; see `cfsd.report.terminal`."""
     from cfsd.report.terminal import print_summary
 
-    print_summary(summaries, console)
+    print_summary(summaries, console, *([comparisons] if comparisons else []))

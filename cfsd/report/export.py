@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cfsd.errors import BadInput
 from cfsd.model.folder import payload_of
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.files import Kept
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.run_record import RunRecord
@@ -39,7 +40,8 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
     model = run_record.artifacts["final"]
     store.verify(model)
     files = payload_of(store.path(model))
-    card = model_card(store, run_record, summarise(store, run_record, kept.run_records))
+    summary, comparisons = summarise(store, run_record, kept.run_records), comparisons_of(store, kept.run_records)
+    card = model_card(store, run_record, summary, comparisons)
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from cfsd.errors import BadInput
+from cfsd.report.comparisons import Comparisons, comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.model_card import has_card, model_card
@@ -80,19 +81,26 @@ def with_present_names(content: Any) -> Any:
     return present
 
 
-def write_files(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
+class Numbers(NamedTuple):
+    """The figures of all variants, and of each against the others."""
+
+    summaries: list[Summary]
+    comparisons: Comparisons
+
+
+def write_files(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:
     """Write everything that people open, from artifacts alone; return the figures and the files, the page first.
 
     Raises BadInput where the store lacks an artifact.
     """
-    summaries, (numbers, *cards) = write_numbers(folder, store, kept)
+    found, (numbers, *cards) = write_numbers(folder, store, kept)
     page, frontier = folder / "report.html", folder / "frontier.png"
-    write_report(page, store, kept.title, list(kept.run_records), summaries, kept.notes)
-    frontier_figure(summaries).savefig(frontier, dpi=150)
-    return summaries, [page, numbers, frontier, *cards]
+    write_report(page, store, kept.title, list(kept.run_records), *found, notes=kept.notes)
+    frontier_figure(found.summaries).savefig(frontier, dpi=150)
+    return found, [page, numbers, frontier, *cards]
 
 
-def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary], list[Path]]:
+def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:
     """Write run records, summary.json and model cards; return the figures and the files but the run records.
 
     Raises BadInput where the store lacks an artifact.
@@ -101,15 +109,16 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[list[Summary]
     run_records = list(kept.run_records)
     keep(folder, kept)
     summaries = [summarise(store, run_record, run_records) for run_record in run_records]
+    comparisons = comparisons_of(store, run_records)
     files = [folder / "summary.json"]
-    write_summary(files[0], summaries)
+    write_summary(files[0], summaries, comparisons.entries)
     cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
     slugs = [slug(run_record.name) for run_record, _ in cards]
     for i, (run_record, summary) in enumerate(cards):
         number = f"-{i}" if slugs.count(slugs[i]) > 1 else ""
         files.append(folder / f"model-card-{slugs[i]}{number}.md")
-        files[-1].write_text(model_card(store, run_record, summary), encoding="utf-8")
-    return summaries, files
+        files[-1].write_text(model_card(store, run_record, summary, comparisons), encoding="utf-8")
+    return Numbers(summaries, comparisons), files
 
 
 def only_corpora(kept: Kept) -> bool:

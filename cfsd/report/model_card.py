@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from cfsd.report.comparisons import Comparisons
+from cfsd.report.differences import lines_against
 from cfsd.report.lineage import lineage, lines_of_tree
 from cfsd.report.measures import MEASURES, figure_of
 from cfsd.report.provenance import versions_of
@@ -13,8 +15,9 @@ from cfsd.report.recipe_text import readable_yaml
 from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
-from cfsd.report.table import forgotten_of, number, unit_of
-from cfsd.report.verdict import verdict, warnings
+from cfsd.report.table import forgotten_of, number, unit_of, variant_of
+from cfsd.report.verdict import NOTHING, verdict, warnings
+from cfsd.statistics import differences
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
@@ -28,7 +31,7 @@ def has_card(run_record: RunRecord) -> bool:
     return "tuned" in run_record.artifacts and "final" in run_record.artifacts
 
 
-def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
+def model_card(store: Store, run_record: RunRecord, summary: Summary, comparisons: Comparisons = NOTHING) -> str:
     """Return the card of the variant's final model, from its artifacts alone; no path of this machine is in it."""
     recipe = _without_paths(run_record.recipe.model_dump(mode="json")) if run_record.recipe else {}
     return rendered(
@@ -39,11 +42,13 @@ def model_card(store: Store, run_record: RunRecord, summary: Summary) -> str:
         target=_target(recipe),
         rehearsed=_rehearsed(run_record),
         verdict=verdict([summary]),
+        against=lines_against(variant_of(summary.name), comparisons, only_found=False),
         warnings=warnings([summary]),
         measures=[(m, figure) for m in MEASURES if m.label and (figure := figure_of(summary, m.name))],
         benchmarks=[(entry, summary.benchmarks[entry.benchmark], finding(entry)) for entry in forgotten_of(summary)],
         unit_of=unit_of,
         control=DEFINITION,
+        how_compared=differences.DEFINITION,
         training=_training(run_record, summary),
         lineage="\n".join(lines_of_tree(lineage(run_record)["roots"])),
         versions=versions_of(store, [run_record]),

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsd.report.changed_answers import changed_answers
+from cfsd.report.comparisons import Comparisons
+from cfsd.report.differences import differences_of
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures
 from cfsd.report.figures.moved import moved_figures
@@ -16,6 +18,7 @@ from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, lines_of
 from cfsd.report.training import WATCH, names_of_models, panels_of
 from cfsd.report.verdict import remarks, two_sentences, warnings
+from cfsd.statistics import differences
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
@@ -26,6 +29,7 @@ def write_report(
     title: str,
     run_records: list[RunRecord],
     summaries: list[Summary],
+    comparisons: Comparisons,
     notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one to twenty variants to `path`; what was not measured is left out."""
@@ -34,13 +38,17 @@ def write_report(
         path,
         "report.html.j2",
         title=title,
-        verdict=" ".join(two_sentences(summaries)),
-        notes=[*remarks(summaries), *notes],
+        verdict=" ".join(two_sentences(summaries, comparisons)),
+        notes=[*remarks(summaries, comparisons), *notes],
         warnings=warnings(summaries),
         summaries=summaries,
         lines=lines_of(summaries),
         findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,
+        differences=differences_of(summaries, comparisons),
+        how_compared=differences.DEFINITION,
+        of_benchmarks=differences.OF_BENCHMARKS,
+        over_seeds=differences.OF_SEEDS if any(c.seeds > 1 for c in comparisons.entries) else "",
         drawn=_drawn(store, run_records, summaries, moved),
         moved=moved,
         changed=changed_answers(store, run_records),

@@ -1,5 +1,6 @@
 """Summary: the figures of one variant with 95 % intervals, and `summary.json` for many variants."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cfsd.store.digests import write_json
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no comparisons
 
 Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.statistics.figures.Figure` as JSON
 
@@ -44,7 +45,8 @@ class Summary(BaseModel):
     cached: list[str]
 
 
-def write_summary(path: Path, summaries: list[Summary]) -> None:
-    """Write `summary.json`; its schema is in docs/summary.md."""
+def write_summary(path: Path, summaries: list[Summary], comparisons: Iterable[BaseModel]) -> None:
+    """Write `summary.json`; its schema is in docs/summary.md. `comparisons`: of `cfsd.report.comparisons`."""
     variants = {s.name: s.model_dump(mode="json", exclude={"name"}) for s in summaries}
-    write_json(path, {"schema": SCHEMA, "variants": variants})
+    found = [entry.model_dump(mode="json") for entry in comparisons]
+    write_json(path, {"schema": SCHEMA, "variants": variants, "comparisons": found})

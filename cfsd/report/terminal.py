@@ -6,16 +6,28 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cfsd.report.comparisons import Comparisons
+from cfsd.report.differences import lines_against
 from cfsd.report.summary import Summary
 from cfsd.report.table import lines_of
-from cfsd.report.verdict import remarks, two_sentences, warnings
+from cfsd.report.verdict import NOTHING, best, remarks, two_sentences, variants_of, warnings
 
 
-def print_summary(summaries: list[Summary], console: Console) -> None:
-    """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own."""
+def print_summary(summaries: list[Summary], console: Console, comparisons: Comparisons = NOTHING) -> None:
+    """Print the table and the verdict; on a narrow console in parts, with intervals on lines of their own.
+
+    Of several variants, how the best one differs from each of the others follows.
+    """
     _print_table(summaries, console)
-    for said in (" ".join(two_sentences(summaries)), *remarks(summaries), *warnings(summaries)):
+    sentences, beneath = two_sentences(summaries, comparisons), remarks(summaries, comparisons)
+    for said in (" ".join(sentences), *_differences(summaries, comparisons), *beneath, *warnings(summaries)):
         console.print(Text(said))
+
+
+def _differences(summaries: list[Summary], comparisons: Comparisons) -> list[str]:
+    variants = variants_of(summaries)
+    name = best(variants, comparisons).name
+    return lines_against(name, comparisons, only_found=True) if len(variants) > 2 else []
 
 
 def _print_table(summaries: list[Summary], console: Console) -> None:

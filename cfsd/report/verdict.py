@@ -1,12 +1,14 @@
 """The verdict: two short sentences on what was learned and lost, a line per budget, warnings; the same everywhere.
 
-Whether two variants differ is decided by their own intervals, in `difference` alone.
+Whether two variants differ is decided by `cfsd.report.comparisons`, paired; where no difference is found, none is ruled
+out, and the words say so.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from cfsd.report.comparisons import Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
@@ -19,7 +21,7 @@ UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model agains
 ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
 FEW_SEEDS = (
     f"Fewer than {seeds.FEWEST} seeds give no interval over seeds: brackets in the verdict hold the intervals of all "
-    "seeds, so that what is said of a variant holds for each of its seeds."
+    "seeds, so that what is said of a variant, or of its difference from another one, holds for each of its seeds."
 )
 MANY_SEEDS = f"Brackets in the verdict are over seeds. {seeds.DEFINITION}"
 
@@ -31,12 +33,18 @@ LEARNED = {
     None: "has too few held-out rows to say whether it learned the target (gain {} nats per token)",
 }
 LEARNED_THAN = {
-    1: "learned more than {} (gain {} against {} nats per token)",
-    0: "learned as much as {}",
-    -1: "learned less than {} (gain {} against {} nats per token)",
-    None: "has too few held-out rows to say whether it learned as much as {}",
+    1: "learned more than {} (difference {} nats per token)",
+    0: "is not shown to differ in learning from {} (difference {} nats per token)",
+    -1: "learned less than {} (difference {} nats per token)",
+    None: "has too few held-out rows to say whether it learned more or less than {} (difference {} nats per token)",
 }
-MOVED = {1: "moved {} as far", 0: "moved about as far", -1: "moved {} as far", None: "may have moved {} as far"}
+MOVED = {
+    1: "moved {} as far from the base",
+    0: "is not shown to have moved more or less far from the base",
+    -1: "moved {} as far from the base",
+    None: "may have moved {} as far from the base",
+}
+LOST_THAN = {1: "lost more on benchmarks", -1: "lost less on benchmarks"}
 LOST = {
     1: "lost {} points on average over {}",
     0: "",
@@ -50,8 +58,9 @@ OUTCOMES = {
     "missed": "missed",
     "unknown": "kept or missed (the probe's interval is too wide to say, raise probe.rows)",
 }
+COMPARED = ("target_gain", "probe_kl", "mean_forgetting")
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
-ZERO = {"low": 0.0, "high": 0.0}
+NOTHING = Comparisons()
 
 
 class Variant(NamedTuple):
@@ -69,8 +78,7 @@ def variants_of(summaries: list[Summary]) -> list[Variant]:
     repeats: dict[str, list[Summary]] = {}
     for summary in summaries:
         repeats.setdefault(variant_of(summary.name), []).append(summary)
-    measures = ("target_gain", "probe_kl", "mean_forgetting")
-    return [Variant(name, own, *(over_seeds(own, measure) for measure in measures)) for name, own in repeats.items()]
+    return [Variant(name, own, *(over_seeds(own, measure) for measure in COMPARED)) for name, own in repeats.items()]
 
 
 def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
@@ -85,38 +93,42 @@ def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
     return joined.model_dump()
 
 
-def difference(one: Fig, other: Fig) -> int | None:
-    """Return 1 or -1 where `one` is above or below `other`, 0 where they overlap, None where an interval is missing."""
-    if one["low"] is None or other["low"] is None:
+def side_of(figure: Fig) -> int | None:
+    """Return 1 or -1 where the whole interval is above or below 0, 0 where it holds it, None where there is none."""
+    if figure["low"] is None:
         return None
-    return int(one["low"] > other["high"]) - int(one["high"] < other["low"])
+    return int(figure["low"] > 0) - int(figure["high"] < 0)
 
 
-def verdict(summaries: list[Summary]) -> str:
+def verdict(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> str:
     """Return the two sentences and the remarks as one text."""
-    return " ".join([*two_sentences(summaries), *remarks(summaries)])
+    return " ".join([*two_sentences(summaries, comparisons), *remarks(summaries, comparisons)])
 
 
-def two_sentences(summaries: list[Summary]) -> list[str]:
-    """Return what was learned and how far the model moved, and what benchmarks lost, within what intervals allow.
+def two_sentences(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> list[str]:
+    """Return what was learned and how far the model moved, and what benchmarks lost, within what the data allow.
 
-    Of several variants, the one that moved least among those that learned most is compared with the first other one.
+    Of several variants, the `best` is compared with the first other one.
     Fewer than two sentences where there is nothing to say.
     """
     variants = variants_of(summaries)
-    best = _best(variants)
-    others = [v for v in variants if v is not best]
-    clauses = list(_compared(best, *others) if others else _alone(best))
-    name = f"Of {len(variants)} variants, “{best.name}”" if len(others) > 1 else f"“{best.name}”"
+    one = best(variants, comparisons)
+    others = [v for v in variants if v is not one]
+    clauses = list(_compared(comparisons, one, *others) if others else _alone(one))
+    name = f"Of {len(variants)} variants, “{one.name}”" if len(others) > 1 else f"“{one.name}”"
     first = [f"{name} {listed(clauses)}."] if clauses else []
     return [*first, *_benchmarks(variants, "it" if first else name)]
 
 
-def _best(variants: list[Variant]) -> Variant:
-    gains = [v.gain for v in variants if v.gain]
-    most = max(gains, key=lambda gain: float(gain["value"]), default=None)
-    learned = [v for v in variants if most is None or (v.gain and difference(v.gain, most) != -1)]
+def best(variants: list[Variant], comparisons: Comparisons) -> Variant:
+    """Return the variant that moved least among those not found to have learned less than the one that learned most."""
+    most = max((v for v in variants if v.gain), key=lambda v: _value(v.gain), default=None)
+    learned = [v for v in variants if most is None or (v.gain and not _is_less(comparisons, v, most))]
     return min(learned, key=lambda v: (_value(v.moved), _value(v.lost), -_value(v.gain)))
+
+
+def _is_less(comparisons: Comparisons, one: Variant, other: Variant) -> bool:
+    return comparisons.sign(one.name, other.name, "target_gain") == -1
 
 
 def _value(figure: Fig | None) -> float:
@@ -125,43 +137,44 @@ def _value(figure: Fig | None) -> float:
 
 def _alone(variant: Variant) -> Iterator[str]:
     if gain := variant.gain:
-        yield LEARNED[difference(gain, ZERO)].format(shown(gain))
+        yield LEARNED[side_of(gain)].format(shown(gain))
     if moved := variant.moved:
         by = "did not move" if moved["value"] <= UNMOVED else f"moved {shown(moved)} nats per token"
         yield f"{by} from the base"
 
 
-def _compared(one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
+def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
     """Yield what `one` is to `other`, and which of the further variants are not distinguishable from it."""
-    against, named = f" as “{other.name}”", f"“{other.name}”"
-    if one.gain and other.gain:
-        sign, against = difference(one.gain, other.gain), ""
-        gains = [number(figure["value"]) for figure in (one.gain, other.gain)]
-        if sign == 0 and difference(one.gain, ZERO) != 1:
-            yield f"is not shown to have learned the target (gain {gains[0]} nats per token, {named} {gains[1]})"
-        else:
-            yield LEARNED_THAN[sign].format(named, *gains)
-    if one.moved and other.moved:
-        yield f"{_distance(one.moved, other.moved)} from the base{against}"
-    alike = [v.name for v in further if _alike(one, v)]
-    if alike and (one.gain or one.moved):
+    named = f"“{other.name}”"
+    gain, moved, lost = (comparisons.of(one.name, other.name, measure) for measure in COMPARED)
+    if gain:
+        if gain.sign() == 0 and one.gain and side_of(one.gain) != 1:
+            yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
+        yield LEARNED_THAN[gain.sign()].format(named, shown(gain.figure()))
+    if moved and one.moved and other.moved:
+        against = "" if gain else f" as {named}" if moved.sign() else f" than {named}"
+        yield f"{_distance(one.moved, other.moved, moved)}{against} (difference {shown(moved.figure())} nats per token)"
+    if lost and lost.sign():
+        yield f"{LOST_THAN[lost.sign() or 1]} ({shown(lost.figure(), POINTS)} points)"
+    alike = [v.name for v in further if _alike(comparisons, one, v)]
+    if alike and (gain or moved):
         yield f"is not distinguishable from {quoted(alike)}"
 
 
-def _distance(one: Fig, other: Fig) -> str:
+def _distance(one: Fig, other: Fig, moved: Compared) -> str:
     if min(one["value"], other["value"]) <= UNMOVED:
-        return f"moved {number(one['value'])} against {number(other['value'])} nats per token"
+        return f"moved {number(one['value'])} against {number(other['value'])} nats per token from the base"
     ratio = one["value"] / other["value"]
     part = round(1 / ratio)
     words = f"{number(ratio)} times"
     if part > 1 and abs(part * ratio - 1) < 0.1:
         words = PARTS[part - 2] if part < len(PARTS) + 2 else f"1/{float(f'{part:.3g}'):g}"
-    return MOVED[difference(one, other)].format(words)
+    return MOVED[moved.sign()].format(words)
 
 
-def _alike(one: Variant, other: Variant) -> bool:
-    pairs = [(one.gain, other.gain), (one.moved, other.moved), (one.lost, other.lost)]
-    signs = [difference(a, b) for a, b in pairs if a and b]
+def _alike(comparisons: Comparisons, one: Variant, other: Variant) -> bool:
+    found = [comparisons.of(one.name, other.name, measure) for measure in COMPARED]
+    signs = [entry.sign() for entry in found if entry]
     return bool(signs) and not any(signs)
 
 
@@ -188,7 +201,7 @@ def _change(variant: Variant) -> str:
     if variant.lost:
         count = sum(entry.chance_corrected is not None for entry in forgotten_of(variant.repeats[0]))
         over = f"{count} benchmark{'s' if count > 1 else ''}"
-        average = LOST[difference(variant.lost, ZERO)].format(shown(variant.lost, POINTS), over)
+        average = LOST[side_of(variant.lost)].format(shown(variant.lost, POINTS), over)
     return " and ".join(part for part in (average, f"became worse at {listed(worse)}" if worse else "") if part)
 
 
@@ -214,11 +227,36 @@ def _power(entries: list[BenchmarkForgetting]) -> str:
     return f"with {documents} documents each, losses {' or '.join(sizes)} may stay invisible"
 
 
-def remarks(summaries: list[Summary]) -> list[str]:
-    """Return what stands beneath the two sentences: a line per budget, and what brackets mean over seeds."""
-    repeats = {len(v.repeats) for v in variants_of(summaries)} - {1}
+def remarks(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> list[str]:
+    """Return what stands beneath the two sentences: a line per budget, how variants were compared, over seeds."""
+    variants = variants_of(summaries)
+    repeats = {len(v.repeats) for v in variants} - {1}
     over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
-    return [*budget_lines(summaries), *over]
+    compared = [*_unequal(variants, comparisons), *_of_comparisons(variants, comparisons)]
+    return [*budget_lines(summaries), *compared, *over]
+
+
+def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
+    """Yield that the two variants of the first sentence learned unequally, so that their losses are no fair match."""
+    one = best(variants, comparisons)
+    other = next((v for v in variants if v is not one), one)
+    if comparisons.sign(one.name, other.name, "target_gain"):
+        yield f"“{one.name}” and “{other.name}” did not learn equally: what they lost is not compared at equal gain."
+
+
+def _of_comparisons(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
+    """Yield which pairs could not be compared, or not paired."""
+    alone = [v.name for v in variants if not any(v.name in (c.one, c.other) for c in comparisons.entries)]
+    if alone and len(variants) > 1:
+        others = "the other variants" if len(alone) < len(variants) else "each other"
+        were = "was" if len(alone) == 1 else "were"
+        yield f"{quoted(alone)} {were} not compared with {others}: another base or target, or nothing measured on both."
+    unpaired = dict.fromkeys(c.measure for c in comparisons.entries if not c.paired)
+    if unpaired:
+        yield (
+            f"Some variants were measured on other units: their differences in {listed(list(unpaired))} are not paired "
+            "but from their two intervals, which finds less."
+        )
 
 
 def budget_lines(summaries: list[Summary]) -> list[str]:
@@ -244,7 +282,7 @@ def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
         yield f"merging with the base at alpha {number(budget['alpha'])} brought it down from {was}"
     if cost := budget["target_gain_cost"]:
         nats, gain = f"{shown(cost)} nats per token", f"the gain of “{budget['plain']}”"
-        sure = difference(cost, ZERO) == 1
+        sure = side_of(cost) == 1
         yield f"it gave up {nats} of {gain}" if sure else f"it is not shown to have given up any of {gain} ({nats})"
 
 

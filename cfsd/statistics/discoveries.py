@@ -28,12 +28,15 @@ def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForget
     Source: Benjamini and Hochberg 1995, Controlling the false discovery rate, JRSS B 57(1), through
     `scipy.stats.false_discovery_control`.
     """
-    tested = [entry.p_value for entry in forgotten if entry.p_value is not None]
-    adjusted = iter(stats.false_discovery_control(tested) if tested else [])
+    adjusted = iter(false_discovery([entry.p_value for entry in forgotten if entry.p_value is not None]))
     return [
-        entry.model_copy(update={"q_value": None if entry.p_value is None else float(next(adjusted))})
-        for entry in forgotten
+        entry.model_copy(update={"q_value": None if entry.p_value is None else next(adjusted)}) for entry in forgotten
     ]
+
+
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted by Benjamini and Hochberg, in their order."""
+    return [float(p) for p in stats.false_discovery_control(p_values)] if p_values else []
 
 
 def change_of(entry: BenchmarkForgetting) -> str:

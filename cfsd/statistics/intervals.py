@@ -92,12 +92,17 @@ def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | 
     """
     if reach == 0 or len(changes) < MIN_ROWS:
         return None
+    sums = padded(changes, reach)
+    interval = bootstrap_ratio(sums, np.ones(len(sums)), seed=seed)
+    return interval and Interval(max(interval.low, -reach), min(interval.high, reach))
+
+
+def padded(changes: Floats, reach: float) -> Floats:
+    """Return paired `changes` with the two documents that `bootstrap_change` adds."""
     changed = int(np.count_nonzero(changes))
     trust = min(1.0, 3 / max(1, changed))
     size = np.sqrt((changes @ changes + trust * reach**2) / (changed + trust))
-    padded = np.append(changes, [size, -size])
-    interval = bootstrap_ratio(padded, np.ones(len(padded)), seed=seed)
-    return interval and Interval(max(interval.low, -reach), min(interval.high, reach))
+    return np.append(changes, [size, -size])
 
 
 def mcnemar_p(up: int, down: int) -> float:
@@ -121,6 +126,37 @@ def sign_flip_p(changes: Floats, *, seed: int) -> float:
         signs = rng.integers(0, 2, (min(block, SIGN_FLIPS - start), len(sizes)), dtype=np.int8) * 2.0 - 1.0
         extreme += int(np.count_nonzero(np.abs(signs @ sizes) >= seen))
     return (extreme + 1) / (SIGN_FLIPS + 1)
+
+
+def ratio_p(sums: Floats, counts: Floats) -> float | None:
+    """Return the two-sided p that sum(sums)/sum(counts) is 0, rows being independent; None below 5 rows.
+
+    It is the larger of two: Student's t of the ratio's residuals, and the same after Hall's correction for skew. The
+    first finds too much where rows are skewed, the second where they have long tails. Unlike a permutation's, its
+    p has no smallest value, so that hundreds of tests can be adjusted for each other. At 20 to 500 rows it rejects
+    0.03-0.055 at 5 % where two models' rows have one law (log-normal, sigma 0.8 or 1.5) or differences that of t3, an
+    exponential or a log-normal with sigma 0.5; with sigma 1 0.08 at 20 rows, 0.06 at 50 (t alone: 0.145, 0.11).
+
+    Source: Hall 1992, On the removal of skewness by transformation, JRSS B 54(1), equation 2.4.
+    """
+    rows = len(sums)
+    if rows < MIN_ROWS:
+        return None
+    ratio = sums.sum() / counts.sum()
+    rest = sums - ratio * counts
+    deviation = np.sqrt(rest @ rest / rows)
+    if deviation == 0:
+        return float(ratio == 0)
+    share = ratio * counts.sum() / rows / deviation * np.sqrt((rows - 1) / rows)  # t / sqrt(rows)
+    skew = float((rest**3).mean() / deviation**3)
+    corrected = share + skew * share**2 / 3 + skew**2 * share**3 / 27 + skew / (6 * rows)
+    return 2 * float(special.stdtr(rows - 1, -np.sqrt(rows) * min(abs(share), abs(corrected))))
+
+
+def interval_p(value: float, low: float, high: float) -> float:
+    """Return the two-sided p of 0 whose 95 % interval this is: its bounds move away as those of a normal law do."""
+    reach = value - low if value > 0 else high - value
+    return float(value == 0) if reach == 0 else 2 * float(special.ndtr(-Z * abs(value) / reach))
 
 
 def is_above(scores: Floats, level: float, *, binary: bool) -> bool:

@@ -49,7 +49,7 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     Raises BadInput where the store lacks an artifact.
     """
     check_artifacts(store, [*measured.probes, *(scores for row in measured.scored for scores in row)])
-    stages, numbers = write_numbers(folder, store, kept)
+    (stages, _), numbers = write_numbers(folder, store, kept)
     retention = retention_of(store, kept.run_records, stages, measured)
     write_json(folder / SEQUENCE, {"schema": SCHEMA, **measured.model_dump(mode="json")})
     page, picture, text, figures = (folder / n for n in ("report.html", "matrix.png", "continual.md", "continual.json"))
