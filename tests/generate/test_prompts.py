@@ -85,10 +85,11 @@ def test_an_answer_that_is_there_is_left_out_and_said(tmp_path: Path, chatting: 
     assert found == [OPENED] and ANSWERED in said and not dropped
 
 
-def test_what_cannot_be_answered_is_counted(tmp_path: Path, plain: Tokenization) -> None:
+def test_what_cannot_be_answered_is_counted_and_said(tmp_path: Path, plain: Tokenization) -> None:
     records = [{"prompt": "ab"}, {"prompt": ""}, {"prompt": None}, {"prompt": "abcdefgh"}]
-    found, _, dropped = rows_of(prompts_of(write(tmp_path / "p.jsonl", records)), plain, max_tokens=5)
+    found, said, dropped = rows_of(prompts_of(write(tmp_path / "p.jsonl", records)), plain, max_tokens=5)
     assert found == ["ab"] and dropped == {"without a text": 2, "longer than 5 tokens": 1}
+    assert said == [f"prompts support: {count} {reason}, left out" for reason, count in dropped.items()]
 
 
 def test_more_prompts_than_asked_for_are_said(tmp_path: Path, plain: Tokenization) -> None:

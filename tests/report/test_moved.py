@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cfsd.evaluate.divergence import DECILES
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.summarise import headline, summarise
 from cfsd.report.table import shown, summary_frame
@@ -116,3 +117,14 @@ def test_what_an_older_version_measured_has_no_such_section(world: World, tmp_pa
     assert summary.moved is None and summary.probe_kl and (summary.model_extra or {})["reverse_kl"] is None
     page = report_of(world, [run_record], tmp_path / "report.html")
     assert "moved" not in page.headings() and "reverse KL" not in page.words
+
+
+def test_variants_are_compared_on_prompts_and_on_the_reverse_answer_by_answer(
+    world: World, records: list[RunRecord]
+) -> None:
+    comparisons = comparisons_of(world.store, records)
+    for measure, factor in (("prompts/support", 1), ("reverse_kl", 2), ("probe_kl", 1)):
+        found = comparisons.of("finetune", "rehearse", measure)
+        figure = summarise(world.store, records[0]).prompts["support"]["kl"]["value"]
+        assert found and found.paired and found.sign() == 1
+        assert found.value == pytest.approx(factor * 0.75 * figure)
