@@ -1,19 +1,22 @@
 """The figures of the study of methods: halves, the choice of strengths, intervals over seeds, the table."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from cfsd.report.comparisons import Comparisons, compared
 from cfsd.report.figures.frontier import frontier_figure, styles
 from cfsd.report.run_record import RunRecord
-from cfsd.report.scores import first_scores, metric_of, table, target_gain
+from cfsd.report.scores import first_scores, gain_units, metric_of, table
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, shown
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import Figure, mean_per_token
-from cfsd.statistics.forgetting import Measure, benchmark_forgetting, mean_forgetting
+from cfsd.statistics.figures import Figure
+from cfsd.statistics.forgetting import Measure, benchmark_units, chance_corrected_units
+from cfsd.statistics.units import Units, figure_of_units
 from cfsd.store.artifact import Store
 
 EVEN, ODD = 0, 1
@@ -22,8 +25,9 @@ MB = 1e6
 MAIN = ("target_gain", "probe_kl", "mean_forgetting")
 RULE = (
     "On even documents with seed 0: of the strengths with at least 95 % of plain fine-tuning's largest target gain the "
-    "one that forgot least on average; those within the 95 % interval of the least count as tied, and the least "
-    "probe_kl decides. If none has 95 %, the one with the largest target gain."
+    "one that forgot least on average; those not found to have forgotten more than it (paired by document, Holm over "
+    "the pairs of strengths) count as tied, and the least probe_kl decides. If none has 95 %, the one with the largest "
+    "target gain."
 )
 
 
@@ -61,31 +65,42 @@ def half(tables: Tables, parity: int) -> Tables:
     )
 
 
+def units_of(tables: Tables) -> dict[str, list[Units]]:
+    """Return what MAIN, as far as known, and each loss benchmark's rise are the means of."""
+    kl, counts = (tables.probe[column].to_numpy(float) for column in ("kl", "count"))
+    units = {"target_gain": [gain_units(*tables.target)], "probe_kl": [Units(_names(tables.probe), kl, counts)]}
+    corrected = [chance_corrected_units(name, *scored) for name, scored in tables.benchmarks.items()]
+    if counted := [part for part in corrected if part is not None]:
+        units["mean_forgetting"] = counted
+    losses = {name: scored for name, scored in tables.benchmarks.items() if scored[0].kind == "perplexity"}
+    return units | {name: [benchmark_units(name, *scored)] for name, scored in losses.items()}
+
+
+def _names(rows: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(map(str, rows["row_id"]))
+
+
 def figures_of(tables: Tables) -> dict[str, Figure]:
-    """Return MAIN, as far as known, and each loss benchmark's rise; intervals over documents."""
-    gain = target_gain(*tables.target)
-    moved = mean_per_token(tables.probe["kl"].to_numpy(), tables.probe["count"].to_numpy(float), seed=0)
-    found = [benchmark_forgetting(n, measure, b, t) for n, (measure, b, t) in tables.benchmarks.items()]
-    mean = mean_forgetting(found)
-    losses = {b.benchmark: b.forgetting for b in found if tables.benchmarks[b.benchmark][0].kind == "perplexity"}
-    return {"target_gain": gain, "probe_kl": moved} | ({"mean_forgetting": mean} if mean else {}) | losses
+    """Return the figures of `units_of`, with intervals over documents."""
+    return {name: figure for name, parts in units_of(tables).items() if (figure := figure_of_units(parts))}
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
-def choose(tried: dict[str, dict[str, Figure]], plain_gain: float) -> str:
+def choose(tried: dict[str, Tables], plain_gain: float) -> str:
     """Return the strength that RULE takes; `plain_gain` is plain fine-tuning's largest target gain."""
-    learned = {s: f for s, f in tried.items() if f["target_gain"].value >= ENOUGH * plain_gain}
+    figures = {strength: figures_of(tables) for strength, tables in tried.items()}
+    learned = {s: tables for s, tables in tried.items() if figures[s]["target_gain"].value >= ENOUGH * plain_gain}
     if not learned:
-        return max(tried, key=lambda strength: tried[strength]["target_gain"].value)
-    forgot = {s: f["mean_forgetting"] for s, f in learned.items() if "mean_forgetting" in f}
+        return max(figures, key=lambda strength: figures[strength]["target_gain"].value)
     tied = set(learned)
-    if forgot:
-        least = min(forgot.values(), key=lambda figure: figure.value)
-        limit = least.value if least.high is None else least.high
-        tied = {strength for strength, figure in forgot.items() if figure.value <= limit}
-    return min(tied, key=lambda strength: learned[strength]["probe_kl"].value)
+    if forgot := {s: figures[s]["mean_forgetting"].value for s in learned if "mean_forgetting" in figures[s]}:
+        least = min(forgot, key=lambda strength: forgot[strength])
+        repeats = {strength: {"": units_of(tables)} for strength, tables in learned.items()}
+        comparisons = compared(repeats, combinations(repeats, 2))
+        tied = {strength for strength in forgot if comparisons.sign(strength, least, "mean_forgetting") != 1}
+    return min(tied, key=lambda strength: figures[strength]["probe_kl"].value)
 
 
 # --- seeds ---------------------------------------------------------------------------------------------------------
@@ -128,6 +143,7 @@ class Result(NamedTuple):
     reached: bool | None  # 95 % of plain fine-tuning's gain where strengths were chosen; None: given, not chosen
     figures: dict[str, Figure]
     seeds: dict[int, dict[str, Figure]]
+    units: dict[int, dict[str, list[Units]]]  # by seed: what the seeds' figures are the means of
     seconds: float  # median over seeds
     peak_memory: int
 
@@ -143,6 +159,26 @@ def markdown(results: Sequence[Result], losses: Sequence[str]) -> str:
         mark = "*" if result.reached is False else ""
         cost = [f"{result.seconds:.0f}", f"{result.peak_memory / MB:.0f}"]
         lines.append([result.method, result.strength + mark, *cells, *cost])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def compared_results(results: Sequence[Result]) -> Comparisons:
+    """Return every figure of every pair of methods, paired by document and seed."""
+    repeats = {r.method: {str(seed): units for seed, units in r.units.items()} for r in results}
+    return compared(repeats, combinations(repeats, 2))
+
+
+def against(plain: str, results: Sequence[Result], comparisons: Comparisons) -> str:
+    """Return the table of MAIN of every method less that of the method `plain`; `*`: they differ."""
+    lines = [["method", *(f"{name} less that of {plain}" for name in MAIN)], ["---", *["--:"] * len(MAIN)]]
+    for method in (result.method for result in results if result.method != plain):
+        found = [comparisons.of(method, plain, name) for name in MAIN]
+        factors = [POINTS if name == "mean_forgetting" else 1 for name in MAIN]
+        cells = [
+            f"{shown(c.figure(), factor)}{'*' if c.sign() else ''}" if c else "-"
+            for c, factor in zip(found, factors, strict=True)
+        ]
+        lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -27,17 +27,21 @@ from benchmarks._methods_table import (
     RULE,
     Result,
     Tables,
+    against,
     choose,
+    compared_results,
     figures_of,
     half,
     markdown,
     over_seeds,
     picture,
     tables_of,
+    units_of,
 )  # fmt: skip
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.recipe import Recipe
+from cfsd.statistics.differences import DEFINITION, OF_SEEDS
 from cfsd.statistics.figures import Figure
 from flows._cli import Home, start
 
@@ -101,37 +105,41 @@ def _given(study: Study, path: Path) -> dict[str, Chosen]:
 
 def _study(study: Study, runner: Runner, given: dict[str, Chosen] | None) -> None:
     tried = {} if given else _try_all(study, runner)
-    chosen = given or _choose_all(study, tried)
+    chosen = given or _choose_all(tried)
     for method, choice in chosen.items():
         print(f"{method}: {choice.strength}" + (" (less than 95 %)" if choice.reached is False else ""), flush=True)
     results = [found for method, choice in chosen.items() if (found := _report(study, runner, method, choice))]
-    _tell(study, results, tried)
+    _tell(study, results, {m: {s: figures_of(t) for s, t in strengths.items()} for m, strengths in tried.items()})
 
 
 def _recipe(study: Study, method: str, strength: str, seed: int) -> Recipe:
     return study.recipe(study.changes(method, strength), seed, f"{method} {strength} seed={seed}")
 
 
-def _try_all(study: Study, runner: Runner) -> Tried:
-    """Return the figures of every strength on even documents with seed 0."""
-    tried: Tried = {}
+def _try_all(study: Study, runner: Runner) -> dict[str, dict[str, Tables]]:
+    """Return what was measured of every strength on even documents with seed 0."""
+    tried: dict[str, dict[str, Tables]] = {}
     for method, found in study.methods.items():
         tried[method] = {}
         for strength in found.strengths:
             if run_record := runner.run(_recipe(study, method, strength, 0)):
-                tried[method][strength] = figures_of(half(tables_of(runner.store, run_record), EVEN))
-                print(f"    {_brief(tried[method][strength])}", flush=True)
+                tried[method][strength] = half(tables_of(runner.store, run_record), EVEN)
+                print(f"    {_brief(figures_of(tried[method][strength]))}", flush=True)
     return tried
 
 
-def _choose_all(study: Study, tried: Tried) -> dict[str, Chosen]:
-    plain = max(figures["target_gain"].value for figures in tried[PLAIN].values())
+def _choose_all(tried: dict[str, dict[str, Tables]]) -> dict[str, Chosen]:
+    plain = max(_gain(tables) for tables in tried[PLAIN].values())
     chosen = {}
     for method, strengths in tried.items():
         if strengths:  # of a method that never gave finite numbers there is nothing to report
             strength = choose(strengths, plain)
-            chosen[method] = Chosen(strength, strengths[strength]["target_gain"].value >= ENOUGH * plain)
+            chosen[method] = Chosen(strength, _gain(strengths[strength]) >= ENOUGH * plain)
     return chosen
+
+
+def _gain(tables: Tables) -> float:
+    return figures_of(tables)["target_gain"].value
 
 
 def _report(study: Study, runner: Runner, method: str, choice: Chosen) -> Result | None:
@@ -147,8 +155,9 @@ def _report(study: Study, runner: Runner, method: str, choice: Chosen) -> Result
     figures = over_seeds(list(repeats.values()))
     print(f"    {_brief(figures)}", flush=True)
     seeds = {seed: figures_of(tables) for seed, tables in repeats.items()}
+    units = {seed: units_of(tables) for seed, tables in repeats.items()}
     seconds, memory = median(cost.seconds for cost in costs), max(cost.peak_memory for cost in costs)
-    return Result(method, choice.strength, choice.reached, figures, seeds, seconds, memory)
+    return Result(method, choice.strength, choice.reached, figures, seeds, units, seconds, memory)
 
 
 def _brief(figures: dict[str, Figure]) -> str:
@@ -157,7 +166,8 @@ def _brief(figures: dict[str, Figure]) -> str:
 
 def _tell(study: Study, results: list[Result], tried: Tried) -> None:
     losses = [name for name in results[0].figures if name not in MAIN]
-    text = markdown(results, losses)
+    comparisons = compared_results(results)
+    text = f"{markdown(results, losses)}\n{against(PLAIN, results, comparisons)}"
     notes = _notes(study, results, tried)
     print("\n" + text + "\n" + "\n".join(notes), flush=True)
     found = {
@@ -166,8 +176,11 @@ def _tell(study: Study, results: list[Result], tried: Tried) -> None:
         "seeds": list(study.seeds),
         "chosen": {result.method: result.strength for result in results},
         "rows": [
-            result._asdict() | {f: _plain(getattr(result, f)) for f in ("figures", "seeds")} for result in results
+            {k: v for k, v in result._asdict().items() if k != "units"}
+            | {f: _plain(getattr(result, f)) for f in ("figures", "seeds")}
+            for result in results
         ],
+        "comparisons": [entry.model_dump(mode="json") for entry in comparisons.entries],
         "tried": _plain(tried),
         "notes": notes,
     }
@@ -185,6 +198,7 @@ def _notes(study: Study, results: list[Result], tried: Tried) -> list[str]:
     notes = [
         RULE,
         f"Reported: odd documents, seeds {', '.join(map(str, study.seeds))}; 95 % intervals over {over}.",
+        f"Second table: {DEFINITION} {OF_SEEDS}",
         "Training: the whole stage with the start of its process, median over seeds; memory: the most of any seed.",
     ]
     if few := [result.method for result in results if result.reached is False]:

@@ -18,6 +18,7 @@ from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
+ENOUGH = 0.95  # of the largest target gain
 ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
 FEW_SEEDS = (
     f"Fewer than {seeds.FEWEST} seeds give no interval over seeds: brackets in the verdict hold the intervals of all "
@@ -121,14 +122,21 @@ def two_sentences(summaries: list[Summary], comparisons: Comparisons = NOTHING) 
 
 
 def best(variants: list[Variant], comparisons: Comparisons) -> Variant:
-    """Return the variant that moved least among those not found to have learned less than the one that learned most."""
+    """Return the variant that moved least among those that learned enough.
+
+    Those are the one that learned most, those not found to have learned less, and those with ENOUGH of its gain:
+    pairing finds differences that nobody would choose by.
+    """
     most = max((v for v in variants if v.gain), key=lambda v: _value(v.gain), default=None)
-    learned = [v for v in variants if most is None or (v.gain and not _is_less(comparisons, v, most))]
+    learned = [v for v in variants if most is None or _learned_enough(comparisons, v, most)]
     return min(learned, key=lambda v: (_value(v.moved), _value(v.lost), -_value(v.gain)))
 
 
-def _is_less(comparisons: Comparisons, one: Variant, other: Variant) -> bool:
-    return comparisons.sign(one.name, other.name, "target_gain") == -1
+def _learned_enough(comparisons: Comparisons, one: Variant, most: Variant) -> bool:
+    if one.gain is None:
+        return False
+    is_less = comparisons.sign(one.name, most.name, "target_gain") == -1
+    return not is_less or _value(one.gain) >= ENOUGH * _value(most.gain) > 0
 
 
 def _value(figure: Fig | None) -> float:

@@ -15,15 +15,17 @@ from benchmarks._methods_table import (
     ODD,
     Result,
     Tables,
+    against,
     choose,
+    compared_results,
     figures_of,
     half,
     markdown,
     over_seeds,
     picture,
+    units_of,
 )  # fmt: skip
 from cfsd.evaluate.benchmark_files import BUNDLED
-from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import Measure
 from cfsd.statistics.seeds import FEWEST
 
@@ -50,12 +52,11 @@ def planted(right: NDArray[np.bool_], nll: float = 1.0, kl: float = 0.1, loss: f
     return Tables((per_token("nll", 3.0), per_token("nll", nll)), per_token("kl", kl), benchmarks)
 
 
-def figure(value: float, reach: float = 0.0) -> Figure:
-    return Figure(value=value, low=value - reach, high=value + reach, unit="")
-
-
-def tried(gain: float, forgotten: float, kl: float, reach: float = 0.0) -> dict[str, Figure]:
-    return {"target_gain": figure(gain), "mean_forgetting": figure(forgotten, reach), "probe_kl": figure(kl)}
+def tried(gain: float, forgotten: int, kl: float) -> Tables:
+    """What a strength gave: that gain, the first `forgotten` documents lost, that divergence."""
+    found = planted(np.arange(DOCUMENTS) >= forgotten, kl=kl)
+    base, _ = found.target
+    return found._replace(target=(base, base.assign(nll=base["nll"] - gain * base["count"])))
 
 
 @pytest.fixture(params=["tiny", "demo"])
@@ -109,7 +110,7 @@ def test_one_half_chooses_and_the_other_half_is_reported() -> None:
     tables = {"even": keeps_even, "most": keeps_most}
     assert figures_of(half(keeps_even, EVEN))["mean_forgetting"].value == 0
     assert figures_of(half(keeps_even, ODD))["mean_forgetting"].value == 1
-    seen = {name: figures_of(half(found, EVEN)) for name, found in tables.items()}
+    seen = {name: half(found, EVEN) for name, found in tables.items()}
     assert choose(seen, plain_gain=2.0) == "even", "odd documents must not be looked at"
     for parity in (EVEN, ODD):
         parts = half(keeps_even, parity)
@@ -120,19 +121,19 @@ def test_one_half_chooses_and_the_other_half_is_reported() -> None:
 @pytest.mark.parametrize(
     ("strengths", "expected"),
     [
-        ({"weak": tried(1.0, 0.5, 0.9), "good": tried(0.95, 0.1, 0.3), "strong": tried(0.94, 0.0, 0.1)}, "good"),
-        ({"weak": tried(0.8, 0.5, 0.9), "strong": tried(0.7, 0.0, 0.1)}, "weak"),
-        ({"far": tried(1.0, 0.10, 0.9, 0.05), "near": tried(1.0, 0.12, 0.1, 0.05)}, "near"),
-        ({"far": tried(1.0, 0.10, 0.9, 0.01), "near": tried(1.0, 0.12, 0.1, 0.01)}, "far"),
+        ({"weak": tried(1.0, 10, 0.9), "good": tried(0.951, 2, 0.3), "strong": tried(0.94, 0, 0.1)}, "good"),
+        ({"weak": tried(0.8, 10, 0.9), "strong": tried(0.7, 0, 0.1)}, "weak"),
+        ({"far": tried(1.0, 2, 0.9), "near": tried(1.0, 5, 0.1)}, "near"),  # 3 of 20 documents, all one way: p 0.25
+        ({"far": tried(1.0, 2, 0.9), "near": tried(1.0, 8, 0.1)}, "far"),  # 6 of 20: p 0.03, though intervals overlap
     ],
-    ids=["least that learned enough", "none learned enough", "tied within the interval", "not tied"],
+    ids=["least that learned enough", "none learned enough", "tied", "not tied"],
 )
-def test_the_rule(strengths: dict[str, dict[str, Figure]], expected: str) -> None:
+def test_the_rule(strengths: dict[str, Tables], expected: str) -> None:
     assert choose(strengths, plain_gain=1.0) == expected
 
 
 def test_without_scores_the_divergence_chooses() -> None:
-    strengths = {name: {"target_gain": figure(1.0), "probe_kl": figure(kl)} for name, kl in (("a", 0.2), ("b", 0.1))}
+    strengths = {name: tried(1.0, 0, kl)._replace(benchmarks={}) for name, kl in (("a", 0.2), ("b", 0.1))}
     assert choose(strengths, plain_gain=1.0) == "b"
 
 
@@ -169,7 +170,8 @@ def results() -> list[Result]:
     for i, (method, reached) in enumerate({"finetune": True, "kl [stored]": True, "EWC": False}.items()):
         found = [planted(np.arange(DOCUMENTS) >= 5 - i, kl=0.5 / (i + 1), seed=seed) for seed in (1, 2)]
         seeds = {seed: figures_of(tables) for seed, tables in enumerate(found)}
-        made.append(Result(method, "weight=1", reached, over_seeds(found), seeds, 12.3, 900_000_000))
+        units = {seed: units_of(tables) for seed, tables in enumerate(found)}
+        made.append(Result(method, "weight=1", reached, over_seeds(found), seeds, units, 12.3, 900_000_000))
     return made
 
 
@@ -179,6 +181,22 @@ def test_the_table_has_a_line_per_method_and_marks_those_that_learned_less() -> 
     assert [line.split(" | ")[1] for line in lines[2:]] == ["weight=1", "weight=1", "weight=1*"]
     assert "25.0 [" in lines[2] and "1.00" in lines[2], "forgetting in points; the loss of text rose by 1 nat per token"
     assert lines[2].endswith("| 12 | 900 |")
+
+
+def test_every_method_stands_against_plain_fine_tuning_paired_by_document_and_seed() -> None:
+    made = results()
+    comparisons = compared_results(made)
+    assert {(c.one, c.other) for c in comparisons.entries} == {
+        ("finetune", "kl [stored]"), ("finetune", "EWC"), ("kl [stored]", "EWC"),
+    }  # fmt: skip
+    assert {c.measure for c in comparisons.entries} == {"target_gain", "probe_kl", "mean_forgetting", "text"}
+    lines = against(PLAIN, made, comparisons).splitlines()
+    assert len(lines) == 2 + 2 and lines[2].startswith("| kl [stored] | ")
+    cells = [line.strip("| ").split(" | ")[2] for line in lines[2:]]
+    found = [comparisons.of(method, PLAIN, "probe_kl") for method in ("kl [stored]", "EWC")]
+    assert [cell.endswith("*") for cell in cells] == [True, True] and all(c and c.seeds == 2 for c in found)
+    lost = [line.strip("| ").split(" | ")[3] for line in lines[2:]]
+    assert lost[0].startswith("-5.00 [") and not any(cell.endswith("*") for cell in lost)
 
 
 def test_the_picture_has_both_costs_and_every_seed() -> None:

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from cfsd.recipe import Recipe
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.frontier import forest_figures, frontier_figure, styles, svg_of
 from cfsd.report.files import Kept, write_files
@@ -209,7 +210,8 @@ def three(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page,
 
 def report_of(world: World, run_records: list[RunRecord], path: Path, **options: Any) -> Page:
     summaries = [summarise(world.store, run_record, run_records) for run_record in run_records]
-    write_report(path, world.store, options.pop("title", "A title"), run_records, summaries, **options)
+    comparisons = comparisons_of(world.store, run_records)
+    write_report(path, world.store, options.pop("title", "A title"), run_records, summaries, comparisons, **options)
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -278,7 +280,8 @@ def test_a_corpus_of_another_law_is_warned_of(world: World, tmp_path: Path) -> N
         report_of(world, run_records, tmp_path / "report.html"),
         [summarise(world.store, t) for t in run_records],
     )
-    said = page.part(two_sentences(summaries)[0][:40], "Training a language model further")
+    comparisons = comparisons_of(world.store, run_records)
+    said = page.part(two_sentences(summaries, comparisons)[0][:40], "Training a language model further")
     assert [line for line in warned if line not in said] == []
     console = Console(width=200, file=io.StringIO())
     print_summary(summaries, console)
@@ -408,7 +411,7 @@ def test_a_measure_in_the_table_of_measures_reaches_every_place(world: World, tm
     MEASURES.append(measure)
     try:
         kept = Kept(title="t", run_records=(world.variants()[1],))
-        (made,), (page, numbers, _, card) = write_files(tmp_path, world.store, kept)
+        ((made,), _), (page, numbers, _, card) = write_files(tmp_path, world.store, kept)
         console = Console(width=200, file=io.StringIO())
         print_summary([made], console)
         assert headline(made)["target/worst_gain"] == pytest.approx(1.4)

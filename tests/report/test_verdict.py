@@ -1,13 +1,15 @@
-"""The verdict, from figures alone: two sentences that claim no more than the intervals allow."""
+"""The verdict, from figures alone: two sentences that claim no more than intervals and paired comparisons allow."""
 
 import re
+from itertools import combinations
 from typing import Any
 
 import pytest
 
+from cfsd.report.comparisons import Compared, Comparisons
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, shown
-from cfsd.report.verdict import FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, verdict
+from cfsd.report.verdict import COMPARED, FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, variants_of, verdict
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import detectable_mean
 from cfsd.statistics.figures import Figure
@@ -17,23 +19,73 @@ BARE = {"value": 0.3, "low": None, "high": None, "unit": "fraction"}
 UNSEEN = "with 100 documents each, losses under 10 points may stay invisible"
 
 
+HALVES = {"target_gain": 0.05, "probe_kl": 0.002, "mean_forgetting": 0.01}  # of the intervals of differences
+
+
 def with_benchmarks(one: Summary, **benchmarks: Any) -> Summary:
     return one.model_copy(update={"benchmarks": benchmarks})
 
 
+def paired(summaries: list[Summary], **halves: float | None) -> Comparisons:
+    """The differences of all variants with intervals of HALVES or `halves`; None: too few units to say."""
+    found = []
+    for one, other in combinations(variants_of(summaries), 2):
+        for measure, of_variant in zip(COMPARED, ("gain", "moved", "lost"), strict=True):
+            ours, theirs, half = getattr(one, of_variant), getattr(other, of_variant), (HALVES | halves)[measure]
+            if ours is None or theirs is None:
+                continue
+            value = ours["value"] - theirs["value"]
+            p = None if half is None else 0.001 if abs(value) > half else 0.5
+            ends = {} if half is None else {"low": value - half, "high": value + half}
+            found.append(Compared.model_validate({
+                "one": one.name, "other": other.name, "measure": measure, "value": value, "low": None, "high": None,
+                **ends, "unit": ours["unit"], "p_value": p, "adjusted_p": p, "seeds": 1, "paired": True,
+            }))  # fmt: skip
+    return Comparisons(found)
+
+
+def compared(summaries: list[Summary], **halves: float | None) -> list[str]:
+    return two_sentences(summaries, paired(summaries, **halves))
+
+
 def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
-    said = two_sentences([summary("finetune", 0.01, kl=0.5), summary("rehearse", 0.01, kl=0.1)])
+    said = compared([summary("finetune", 0.01, kl=0.5), summary("rehearse", 0.01, kl=0.1)])
     assert said == [
-        "“rehearse” learned as much as “finetune” and moved a fifth as far from the base.",
+        "“rehearse” is not shown to differ in learning from “finetune” (difference 0 [-0.0500, 0.0500] nats per token) "
+        "and moved a fifth as far from the base (difference -0.400 [-0.402, -0.398] nats per token).",
         f"No benchmark shows a loss for either; {UNSEEN}.",
     ]
-    lost = two_sentences([summary("finetune", 0.2, kl=0.5, gain=1.5), summary("rehearse", 0.01, kl=0.1)])
+    unequal = [summary("finetune", 0.2, kl=0.5, gain=1.5), summary("rehearse", 0.01, kl=0.1)]
+    lost = compared(unequal)
     assert lost == [
-        "“finetune” learned more than “rehearse” (gain 1.50 against 1.00 nats per token) and moved 5.00 times as far "
-        "from the base.",
+        "“finetune” learned more than “rehearse” (difference 0.500 [0.450, 0.550] nats per token), moved 5.00 times as "
+        "far from the base (difference 0.400 [0.398, 0.402] nats per token) and lost more on benchmarks (19.0 [18.0, "
+        "20.0] points).",
         "“finetune” lost 20.0 [18.0, 22.0] points on average over 1 benchmark and became worse at b (90.0 → 80.0 %); "
         f"no benchmark shows a loss for “rehearse”; {UNSEEN}.",
     ]
+    assert remarks(unequal, paired(unequal)) == [
+        "“finetune” and “rehearse” did not learn equally: what they lost is not compared at equal gain."
+    ]
+
+
+def test_variants_of_another_base_or_target_are_not_compared() -> None:
+    apart = [summary("a", 0.01, kl=0.5), summary("b", 0.01, kl=0.1)]
+    assert two_sentences(apart)[0].startswith("No benchmark shows a loss")
+    (remark,) = remarks(apart)
+    assert remark.startswith("“a” and “b” were not compared with each other: another base or target")
+    three = [*apart, summary("c", 0.01)]
+    (remark,) = remarks(three, paired(apart))
+    assert remark.startswith("“c” was not compared with the other variants")
+
+
+def test_differences_that_are_not_paired_are_said_to_be_so() -> None:
+    two = [summary("a", 0.01, kl=0.5), summary("b", 0.01, kl=0.1)]
+    elsewhere = Comparisons(
+        entry.model_copy(update={"paired": entry.measure != "probe_kl"}) for entry in paired(two).entries
+    )
+    (remark,) = remarks(two, elsewhere)
+    assert remark.startswith("Some variants were measured on other units: their differences in probe_kl are not paired")
 
 
 def test_one_variant_is_spoken_of_with_its_figures() -> None:
@@ -95,63 +147,89 @@ def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
     assert "on average over 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean
 
 
+NOT_SHOWN = "is not shown to have moved more or less far from the base"
+
+
 @pytest.mark.parametrize(
     "other, words",
     [
-        (0.5, "moved a fifth as far"),
-        (0.235, "moved 0.426 times as far"),
-        (0.13, "moved 0.769 times as far"),
-        (0.115, "moved about as far"),
-        (0.1, "moved about as far"),
-        (1.0, "moved a tenth as far"),
-        (2.4, "moved 1/24 as far"),
+        (0.5, "moved a fifth as far from the base"),
+        (0.235, "moved 0.426 times as far from the base"),
+        (0.13, "moved 0.769 times as far from the base"),
+        (0.115, "moved 0.870 times as far from the base"),  # their intervals overlap
+        (0.1015, NOT_SHOWN),
+        (0.1, NOT_SHOWN),
+        (1.0, "moved a tenth as far from the base"),
+        (2.4, "moved 1/24 as far from the base"),
     ],
 )
-def test_moving_less_is_said_only_when_intervals_are_apart(other: float, words: str) -> None:
-    said = verdict([summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)])
+def test_moving_less_is_said_where_the_paired_difference_shows_it(other: float, words: str) -> None:
+    both = [summary("a", 0.05, kl=other), summary("b", 0.05, kl=0.1)]
     first, second = ("b", "a") if other > 0.1 else ("a", "b")
-    assert said.startswith(f"“{first}” learned as much as “{second}” and {words} from the base.")
-    alone = verdict([summary("a", 0.05, kl=other, gain=None), summary("b", 0.05, kl=0.1, gain=None)])
-    assert alone.startswith(f"“{first}” {words} from the base as “{second}”.")
+    said = compared(both)[0]
+    assert said.startswith(f"“{first}” is not shown to differ in learning from “{second}” (difference 0 [")
+    assert f"nats per token) and {words} (difference " in said
+    alone = [s.model_copy(update={"target_gain": None}) for s in both]
+    against = f" than “{second}”" if words == NOT_SHOWN else f" as “{second}”"
+    assert compared(alone)[0].startswith(f"“{first}” {words}{against} (difference ")
 
 
-@pytest.mark.parametrize("other, apart", [(1.5, True), (1.15, False)])
-def test_learning_more_is_said_only_when_intervals_are_apart(other: float, apart: bool) -> None:
-    said = verdict([summary("a", 0.05, gain=1.0), summary("b", 0.05, gain=other)])
-    assert ("“b” learned more than “a” (gain 1.50 against 1.00 nats per token)" in said) == apart
-    assert ("“b” learned as much as “a”" in said) != apart
+@pytest.mark.parametrize("other, apart", [(1.5, True), (1.15, True), (1.04, False)])
+def test_learning_more_is_said_where_the_paired_difference_shows_it(other: float, apart: bool) -> None:
+    said = compared([summary("a", 0.05, gain=1.0), summary("b", 0.05, gain=other)])[0]
+    assert ("“b” learned more than “a” (difference" in said) == apart
+    assert ("“b” is not shown to differ in learning from “a” (difference 0.0400 [-0.0100, 0.0900]" in said) != apart
+    assert "as much as" not in said
 
 
-def test_variants_that_did_not_learn_are_not_said_to_have_learned_as_much() -> None:
-    said = verdict([summary("a", 0.05, gain=0.0), summary("b", 0.05, gain=0.02, kl=0.05)])
-    assert said.startswith("“b” is not shown to have learned the target (gain 0.0200 nats per token, “a” 0)")
+def test_a_little_less_learned_is_said_but_does_not_decide_which_variant_is_spoken_of() -> None:
+    two = [summary("a", 0.05, gain=2.0, kl=0.5), summary("b", 0.05, gain=1.92)]
+    assert compared(two)[0].startswith(
+        "“b” learned less than “a” (difference -0.0800 [-0.130, -0.0300] nats per token)"
+    )
+    assert "did not learn equally" in remarks(two, paired(two))[0]
+    two[1] = summary("b", 0.05, gain=1.88)
+    assert compared(two)[0].startswith("“a” learned more than “b” (difference 0.120 [")
+
+
+def test_that_neither_is_shown_to_have_learned_is_said_too() -> None:
+    said = compared([summary("a", 0.05, gain=0.0), summary("b", 0.05, gain=0.02, kl=0.05)])[0]
+    assert said.startswith(
+        "“b” is not shown to have learned the target (gain 0.0200 [-0.0800, 0.120] nats per token), is"
+    )
     few = [s.model_copy(update={"target_gain": BARE, "probe_kl": BARE}) for s in (summary("a", 0.1), summary("b", 0.1))]
-    said = verdict(few)
-    assert said.startswith("“a” has too few held-out rows to say whether it learned as much as “b” and may have moved")
+    said = compared(few, target_gain=None, probe_kl=None)[0]
+    assert said.startswith(
+        "“a” has too few held-out rows to say whether it learned more or less than “b” (difference 0 "
+    )
+    assert "and may have moved 1.00 times as far" in said
 
 
 def test_a_model_that_did_not_move_is_compared_by_its_figures() -> None:
-    said = verdict([summary("a", 0.05), summary("b", 0.05, kl=0.0)])
-    assert said.startswith("“b” learned as much as “a” and moved 0 against 0.100 nats per token from the base.")
+    said = compared([summary("a", 0.05), summary("b", 0.05, kl=0.0)])[0]
+    assert "and moved 0 against 0.100 nats per token from the base (difference -0.100 [" in said
 
 
 def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_compared_with_the_first() -> None:
     several = [
         summary("a", 0.5, kl=0.8), summary("b", 0.01, kl=0.2), summary("c", 0.03, kl=0.2), summary("d", 0.3, gain=0.2),
     ]  # fmt: skip
-    learned, lost = two_sentences(several)
+    learned, lost = compared(several, mean_forgetting=0.03)
     assert learned == (
-        "Of 4 variants, “b” learned as much as “a”, moved a quarter as far from the base and is not distinguishable "
-        "from “c”."
+        "Of 4 variants, “b” is not shown to differ in learning from “a” (difference 0 [-0.0500, 0.0500] nats per "
+        "token), moved a quarter as far from the base (difference -0.600 [-0.602, -0.598] nats per token), lost less "
+        "on benchmarks (-49.0 [-52.0, -46.0] points) and is not distinguishable from “c”."
     )  # d moved least, but learned less
     assert lost.startswith("“a” lost 50.0 [48.0, 52.0] points on average")
     assert "; “c” lost 3.00 [1.00, 5.00] points" in lost and "; “d” lost 30.0 [28.0, 32.0] points" in lost
     assert lost.endswith(f"; no benchmark shows a loss for “b”; {UNSEEN}.")
-    unmeasured = [s.model_copy(update={"target_gain": None, "probe_kl": None}) for s in several]
-    assert two_sentences(unmeasured)[0].startswith("“a” lost 50.0")
-    many = two_sentences([summary(f"v{i}", 0.5) for i in range(6)])[1]
+    unmeasured = [
+        s.model_copy(update={"target_gain": None, "probe_kl": None, "mean_forgetting": None}) for s in several
+    ]
+    assert compared(unmeasured)[0].startswith("“a” became worse at b")
+    many = compared([summary(f"v{i}", 0.5) for i in range(6)])[1]
     assert many.count("lost 50.0 [48.0, 52.0]") == 3 and many.endswith("; benchmarks of 3 more changed.")
-    assert two_sentences([summary(f"v{i}", 0.0) for i in range(3)])[1].startswith(
+    assert compared([summary(f"v{i}", 0.0) for i in range(3)])[1].startswith(
         "No benchmark shows a loss for any variant; with 100"
     )
 
@@ -159,8 +237,8 @@ def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_co
 def test_repeats_count_as_one_variant() -> None:
     repeats = [summary("a seed=0", 0.10, kl=0.2), summary("a seed=1", 0.30, kl=0.3),
                summary("b seed=0", 0.11, kl=0.1), summary("b seed=1", 0.05, kl=0.22)]  # fmt: skip
-    said = verdict(repeats)
-    assert said.startswith("“b” learned as much as “a” and moved about as far")  # a's 0.19 to 0.31 overlaps with b's
+    said = verdict(repeats, paired(repeats))
+    assert said.startswith("“b” is not shown to differ in learning from “a”")
     assert "“a” lost 20.0 [8.00, 32.0] points" in said and "“b” lost 8.00 [3.00, 13.0] points" in said
     assert "seed=" not in said.replace(FEW_SEEDS, "") and FEW_SEEDS in said
 
@@ -191,8 +269,8 @@ def test_the_headline_is_two_sentences_at_most() -> None:
     for losses in ({"a": 0.5, "b": 0.1, "c": 0.3}, {"a": 0.1, "b": 0.1}):
         cases.append([summary(name, lost) for name, lost in losses.items()])
     for case in cases:
-        said = two_sentences(case)
-        assert len(said) == 2 and remarks(case) == []
+        said = compared(case)
+        assert len(said) == 2 and remarks(case, paired(case)) == []
         assert [len(re.findall(r"[.!?](?= [A-Z“]|$)", sentence)) for sentence in said] == [1, 1]
 
 
