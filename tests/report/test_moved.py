@@ -8,6 +8,7 @@ import pytest
 
 from cfsd.evaluate.divergence import DECILES
 from cfsd.report.comparisons import comparisons_of
+from cfsd.report.model_card import model_card
 from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.summarise import headline, summarise
 from cfsd.report.table import shown, summary_frame
@@ -128,3 +129,9 @@ def test_variants_are_compared_on_prompts_and_on_the_reverse_answer_by_answer(
         figure = summarise(world.store, records[0]).prompts["support"]["kl"]["value"]
         assert found and found.paired and found.sign() == 1
         assert found.value == pytest.approx(factor * 0.75 * figure)
+
+
+def test_the_model_card_has_the_divergence_on_prompts(world: World, records: list[RunRecord]) -> None:
+    summary = summarise(world.store, records[0])
+    card = model_card(world.store, records[0], summary)
+    assert f"| divergence on prompts support |  |  | {shown(summary.prompts['support']['kl'])} nats/token |" in card
