@@ -64,7 +64,7 @@ def evaluate_tuned(
     divergence = evaluate_target_divergence(base, tuned, target, spec.held_out_rows, machine) if target else None
     probed = evaluate_probe(base, tuned, sampled[PROBE], machine)
     prompts = {
-        name: _evaluate_prompts(base, tuned, answers, AlongSpec(), machine)
+        name: evaluate_prompts(base, tuned, answers, machine)
         for name, answers in sampled.items() if name != PROBE
     }  # fmt: skip
     return scores.model_copy(update={"probe": probed, "target_divergence": divergence, "prompts": prompts})
@@ -110,6 +110,11 @@ def evaluate_target(
 def evaluate_probe(base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> Artifact:
     """Measure the divergence from the base on the probe."""
     return _evaluate_probe(base, tuned, probe, AlongSpec(), machine)
+
+
+def evaluate_prompts(base: Artifact, tuned: Artifact, answers: Artifact, machine: Machine) -> Artifact:
+    """Measure the divergence along the base's answers to prompts."""
+    return _evaluate_prompts(base, tuned, answers, AlongSpec(), machine)
 
 
 @stage(EVALUATE_PROBE, "scores", gpu=True)

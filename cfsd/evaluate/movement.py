@@ -18,6 +18,7 @@ MAX_TOKENS = 20  # of the vocabulary that are kept: so many that became likelier
 LIKELIEST = 5  # tokens that are kept of a distribution
 CONTEXT = 48  # tokens before a position that are kept to be read
 
+Floats = NDArray[np.float32]
 Likeliest = list[tuple[int, float]]  # token and probability
 
 
@@ -49,7 +50,7 @@ class Movement:
     def __init__(self, rows: Sequence[Sequence[int]]) -> None:
         """Begin with nothing seen of `rows`."""
         self.rows = rows
-        self.seen: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        self.seen: list[tuple[NDArray[np.int64], Floats]] = []
         self.sums_3V: Tensor | None = None  # over positions, of p*, of p and of p* (log p* - log p)
         self.largest: dict[tuple[int, ...], Position] = {}  # by the tokens before: some rows begin alike
 
@@ -64,30 +65,34 @@ class Movement:
         self.sums_3V = sums_3V if self.sums_3V is None else self.sums_3V + sums_3V
         self._keep(row_N, place_N, values_N3[:, 0], chunk)
 
-    def _keep(
-        self, row_N: Sequence[int], place_N: Sequence[int], kl_N: NDArray[np.float32], chunk: Chunk
-    ) -> None:  # fmt: skip
+    def _keep(self, row_N: Sequence[int], place_N: Sequence[int], kl_N: Floats, chunk: Chunk) -> None:
         """Keep the positions that are among the largest so far, of equal contexts one."""
-        least = min((p.kl for p in self.largest.values()), default=0.0) if len(self.largest) >= MAX_POSITIONS else 0.0
+        new = self._larger(row_N, place_N, kl_N)
+        if not new:
+            return
+        at = torch.tensor(list(new.values()), device=chunk.kl_N.device)
+        following_N1 = torch.tensor([[self.rows[row_N[n]][place_N[n]]] for n in new.values()], device=at.device)
+        sides = [logprobs_NV[at] for logprobs_NV in (chunk.base_NV, chunk.tuned_NV)]
+        following = [side.gather(1, following_N1)[:, 0].exp().tolist() for side in sides]
+        seen = zip(new.items(), *map(_likeliest, sides), zip(*following, strict=True), strict=True)
+        for (before, n), base, tuned, probs in seen:
+            self.largest[before] = Position(row_N[n], place_N[n], float(kl_N[n]), base, tuned, probs)
+        self.largest = dict(sorted(self.largest.items(), key=lambda item: -item[1].kl)[:MAX_POSITIONS])
+
+    def _larger(self, row_N: Sequence[int], place_N: Sequence[int], kl_N: Floats) -> dict[tuple[int, ...], int]:
+        """Return which positions of a chunk are larger than the least of those kept, by their contexts."""
+        is_full = len(self.largest) == MAX_POSITIONS
+        least = min(position.kl for position in self.largest.values()) if is_full else 0.0
         new: dict[tuple[int, ...], int] = {}
-        for n in np.argsort(-kl_N, kind="stable"):
+        for n in np.argsort(-kl_N, kind="stable").tolist():
             if kl_N[n] <= least or len(new) == MAX_POSITIONS:
                 break
             before = tuple(self.rows[row_N[n]][: place_N[n]])
             if before not in self.largest:
-                new.setdefault(before, int(n))
-        if not new:
-            return
-        at = torch.tensor(list(new.values()), device=chunk.kl_N.device)
-        sides = [_likeliest(part[at]) for part in (chunk.base_NV, chunk.tuned_NV)]
-        following = torch.tensor([[self.rows[row_N[n]][place_N[n]]] for n in new.values()], device=at.device)
-        pairs = torch.stack([part[at].gather(1, following)[:, 0].exp() for part in (chunk.base_NV, chunk.tuned_NV)], -1)
-        for (before, n), base, tuned, pair in zip(new.items(), *sides, pairs.tolist(), strict=True):
-            kl = float(kl_N[n])
-            self.largest[before] = Position(row_N[n], place_N[n], kl, base, tuned, (pair[0], pair[1]))
-        self.largest = dict(sorted(self.largest.items(), key=lambda item: -item[1].kl)[:MAX_POSITIONS])
+                new.setdefault(before, n)
+        return new
 
-    def by_row(self) -> list[NDArray[np.float32]]:
+    def by_row(self) -> list[Floats]:
         """Return for each row, in the order of its counted tokens: divergence, reverse divergence, base's entropy."""
         row_N, values_N3 = (np.concatenate(parts) for parts in zip(*self.seen, strict=True))
         order = np.argsort(row_N, kind="stable")

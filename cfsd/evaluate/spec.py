@@ -53,8 +53,10 @@ class EvaluateSpec(Spec):
         """Raise BadInput for errors detectable before running, without a model."""
         for benchmark in self.benchmarks:
             benchmark.check()
-        for part in (*self.texts, *self.prompts):
-            part.check()
+        for text in self.texts:
+            text.check()
+        for prompts in self.prompts:
+            prompts.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""

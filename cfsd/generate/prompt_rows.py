@@ -20,7 +20,7 @@ def prompt_rows(
 ) -> list[list[int]]:  # fmt: skip
     """Return the tokens of each prompt: what a chat template or the tokenizer puts in front is part of them.
 
-    Prompts of more than `max_tokens` are left out and counted in `dropped`. Raises BadInput when none is left.
+    Prompts of more than `max_tokens` are left out, counted in `dropped` and said. Raises BadInput when none is left.
     """
     rows, special = [], special_tokens(base.tokenizer)
     for prompt in prompts.read(said, dropped):
@@ -36,6 +36,8 @@ def prompt_rows(
             dropped[f"longer than {max_tokens} tokens"] += 1
         else:
             rows.append(ids)
+    for reason, count in dropped.items():
+        said.add(f"{count} {reason}, left out", f"prompts {prompts.name}")
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none is there"
         raise BadInput(

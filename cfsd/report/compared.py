@@ -10,6 +10,7 @@ from cfsd.statistics.differences import LEVEL
 
 BENCHMARK = "benchmarks/"  # before the name of one: its forgetting
 TEXT = "texts/"
+PROMPTS = "prompts/"  # before the name of a set: the divergence along the base's answers
 
 
 class OfSeed(BaseModel):

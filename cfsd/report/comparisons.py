@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
-from cfsd.report.compared import BENCHMARK, TEXT, Compared, Comparisons, OfSeed
+from cfsd.report.compared import BENCHMARK, PROMPTS, TEXT, Compared, Comparisons, OfSeed
 from cfsd.report.matched_gain import matched_gains
 from cfsd.report.measures import MEASURES, ScoreTables
 from cfsd.report.run_record import RunRecord
@@ -40,6 +40,7 @@ def _measured(tables: ScoreTables) -> dict[str, list[Units]]:
     units = {measure.name: measure.units(tables) for measure in MEASURES if measure.units and measure.label}
     units |= {f"{BENCHMARK}{name}": [part] for name, part in tables.on_benchmarks().items()}
     units |= {f"{TEXT}{name}": [part] for name, part in tables.on_texts().items()}
+    units |= {f"{PROMPTS}{name}": [part] for name, part in tables.on_prompts().items()}
     return {name: parts for name, parts in units.items() if parts}
 
 

@@ -48,13 +48,14 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
 
 
 def _prompts(store: Store, after: Scores, tables: ScoreTables) -> dict[str, dict[str, Any]]:
-    columns = {column: tables.on_prompts(column) for column in ("kl", "reverse_kl")}
-    return {
-        name: {size: scores.metadata[size] for size in ("rows", "tokens")}
-        | {column: figure_of_units([units[name]]).model_dump() for column, units in columns.items()}
-        | {"moved": bins_along(store, scores)}
-        for name, scores in after.prompts.items()
-    }
+    units = {column: tables.on_prompts(column) for column in ("kl", "reverse_kl")}
+    found = {}
+    for name, scores in after.prompts.items():
+        figures = {column: figure_of_units([of[name]]) for column, of in units.items()}
+        sizes = {size: scores.metadata[size] for size in ("rows", "tokens")}
+        dumped = {column: figure.model_dump() if figure else None for column, figure in figures.items()}
+        found[name] = {**sizes, **dumped, "moved": bins_along(store, scores)}
+    return found
 
 
 def _corpus_warnings(run_record: RunRecord) -> list[str]:

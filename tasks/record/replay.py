@@ -13,7 +13,7 @@ from tasks.record.runs import RECORDED, Variant, current_variant, open_run, step
 if TYPE_CHECKING:
     from tasks.record.server import Server
 
-IN_BRIEF = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "parameters")
+IN_BRIEF = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "kl", "parameters")
 
 
 def keep_step(stage: str, store: Store, artifact: Artifact, *, executed: bool, gpu: bool) -> None:
@@ -40,7 +40,7 @@ def _link_step(
     server: "Server", variant: Variant, stage: str, store: Store, artifact: Artifact, *, replay: bool
 ) -> None:
     run_id = str(variant.run_id)
-    name = artifact.metadata.get("benchmark")
+    name = artifact.metadata.get("benchmark") or artifact.metadata.get("prompts")
     server.set_tag(run_id, f"cfsd.{stage}.{name}" if name else f"cfsd.{stage}", artifact.key)
     for word in ("biased", "approximate"):  # in what the corpus is not an exact sample of the base
         if stage == GENERATE and artifact.metadata.get(word):

@@ -86,11 +86,16 @@ def test_seeds_repeat_training_on_one_corpus(run: Run, comparison_file: Path, ho
 def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", seed=1)
     rows = write_rows(tmp_path / "rows.jsonl")
+    prompts = tmp_path / "support.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "say {letter}"}}\n' for letter in "abcdefgh"))
     words = ["--target", rows, "--set", "probe.rows=16", "--set", "probe.length=16", "--set", "target.held_out=8"]
+    words += ["--prompts", prompts, "--prompts", f"same={prompts}"]
     done = run("measure", model_folder, other, *words, *ON)
     assert done.returncode == 0, done.stdout + done.stderr
     found = summary_of(done)["variants"]["other"]
     assert found["probe_kl"]["low"] > 0 and found["target_gain"]["unit"] == "nats/token"
+    assert found["prompts"]["support"]["kl"]["low"] > 0 and found["prompts"]["support"] == found["prompts"]["same"]
+    assert {"prompts", "evaluate-prompts"} <= found["seconds"].keys()
     same = summary_of(run("measure", model_folder, model_folder, *words, *ON))["variants"]
     assert next(iter(same.values()))["probe_kl"]["value"] == 0.0
 

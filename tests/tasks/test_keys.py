@@ -11,6 +11,7 @@ from cfsd.data.target import Target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
@@ -22,11 +23,17 @@ from cfsd.train.methods import Methods
 from cfsd.train.spec import TrainSpec
 from tasks._stage import Planned, counted, planning
 from tasks.check import check_corpus
-from tasks.evaluate import evaluate_benchmark, evaluate_probe, evaluate_target, evaluate_target_divergence
+from tasks.evaluate import (
+    evaluate_benchmark,
+    evaluate_probe,
+    evaluate_prompts,
+    evaluate_target,
+    evaluate_target_divergence,
+)
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
 from tasks.fisher import estimate_fisher
-from tasks.generate import generate_corpus, sample_probe
+from tasks.generate import generate_corpus, sample_answers, sample_probe
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.select import embed_rows, select_corpus, select_target
@@ -50,6 +57,7 @@ TARGET, CORPUS, FISHER, LOSSES = (
 PROBE = artifact("probe")
 ROWS = ROOT / "deployments" / "recipes" / "tiny_target.jsonl"
 ON = Machine(device="cpu", threads=1)
+PROMPTS = Prompts(name="some", path=str(ROWS))
 TRAIN = TrainSpec(seed=0)
 READING = TrainSpec.model_validate({"seed": 0, "rehearsal": {"loss": "kl"}})
 EWC = Methods.model_validate({"ewc": {"weight": 1.0, "rows": 4}})
@@ -61,6 +69,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fetch": lambda: fetch_model(Checkpoint(kind="tiny"), ON),
     "target": lambda: prepare_target(BASE, Target(path=str(ROWS), seed=0), ON),
     "probe": lambda: sample_probe(BASE, ProbeSpec(seed=0), ON),
+    "prompts": lambda: sample_answers(BASE, PROMPTS, ON),
     "generate": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0), ON),
     "generate contextual": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0, source="contextual"), ON),
     "filter": lambda: filter_corpus(CORPUS, TARGET, MEASURED, FilterSpec(), ON),
@@ -84,13 +93,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     "evaluate-target": lambda: evaluate_target(BASE, TARGET, 5, "tuned", ON),
     "evaluate-target of all rows": lambda: evaluate_target(BASE, TARGET, None, "base", ON),
     "evaluate-probe": lambda: evaluate_probe(BASE, TUNED, PROBE, ON),
+    "evaluate-prompts": lambda: evaluate_prompts(BASE, TUNED, PROBE, ON),
     "evaluate-target-divergence": lambda: evaluate_target_divergence(BASE, TUNED, TARGET, None, ON),
 }  # fmt: skip
 
-KEYS = {  # computed by commit c7c18a9; but fetch, target and train: their versions were raised since
+KEYS = {  # computed by commit c7c18a9; but fetch, target, train and evaluate-probe: their versions were raised since
     "fetch": ["fetch f32271f74fdc68c4"],
     "target": ["target 1d0672d448d77e1e"],
     "probe": ["probe 50996de128da15ef"],
+    "prompts": ["prompts 3aed71aa2d1ccb24"],
     "generate": ["generate 8e96ca5510a52fa8"],
     "generate contextual": ["generate 3bb6d55d1bcf1c0c"],
     "filter": ["filter 651f77b8c7961602"],
@@ -113,7 +124,8 @@ KEYS = {  # computed by commit c7c18a9; but fetch, target and train: their versi
     "evaluate": ["evaluate 427910de53ad6fc3"],
     "evaluate-target": ["evaluate-target c45a93ed2c27b7e3"],
     "evaluate-target of all rows": ["evaluate-target 3cb428d26440aa31"],
-    "evaluate-probe": ["evaluate-probe 86aec062e83fbd98"],
+    "evaluate-probe": ["evaluate-probe 4a57a8538bc01100"],
+    "evaluate-prompts": ["evaluate-prompts 5e4c9f0b548130df"],
     "evaluate-target-divergence": ["evaluate-target-divergence 4e38dbd243509bfa"],
 }
 
