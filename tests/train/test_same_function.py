@@ -78,7 +78,7 @@ def _backward(model: Any, micro_batches: list[MicroBatch], bfloat16: bool) -> fl
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
             parts = losses(model, micro_batch)
         parts.loss.backward()  # type: ignore[no-untyped-call]
-        total += float(parts.loss)
+        total += float(parts.loss.detach())
     return total
 
 
@@ -109,7 +109,7 @@ def test_the_stored_base_is_the_model_within_its_number_format(family: str, bflo
     """Stored in float16 from a pass in float32: under autocast the model's own rounding comes on top."""
     for spec, rows in ((BUCKET, rehearsal(TEXTS)), (SAMPLED, every_text(model_of(family).eval()))):
         nats, gradient = share_of_likelihood(family, spec, rows, bfloat16)  # sampled: in expectation
-        assert abs(nats) < (5e-4 if bfloat16 else 1e-4)
+        assert abs(nats) < (2e-3 if bfloat16 else 1e-4)
         assert gradient < (0.1 if bfloat16 else 2e-3)
 
 
@@ -134,7 +134,8 @@ def test_halved_layers_compute_the_same_bits_under_autocast(family: str) -> None
     whole = model_of(family).eval()
     halved = copy.deepcopy(whole)
     halve_layers(halved)
-    assert family == "gpt2" or any(p.dtype == torch.bfloat16 for p in halved.parameters())  # GPT-2 has none of torch's
+    smaller = any(p.dtype == torch.bfloat16 for p in halved.parameters())
+    assert smaller == (family in ("opt", "llama"))  # the others have linear layers of their own classes
     assert halved.get_input_embeddings().weight.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(whole(torch.tensor(TEXTS)).logits, halved(torch.tensor(TEXTS)).logits)
