@@ -46,14 +46,13 @@ from tests.train.test_train import signals_given_back
 pytestmark = pytest.mark.processes
 __all__ = ["signals_given_back"]
 NUMBERS = GOLDEN / "numbers.json"
-CLOSE = 2e-3  # relative; rounding was seen to change 2e-5, the smallest planted fault 2e-2
+CLOSE = 2e-3  # relative; other instruction sets and threads change up to 5e-5
 
 TRAINED = {"learning_rate": 1e-2, "epochs": 1, "seed": 0, "clip_norm": 3.0, "schedule": "linear"}  # clips some steps
 KL = {"loss": "kl", "tail": "sampled"}
 TRAININGS: dict[str, dict[str, Any]] = {
     "nll": {},
     "kl stored": {"rehearsal": KL},
-    "kl bucket": {"rehearsal": {"loss": "kl", "tail": "bucket"}},
     "kl live": {"rehearsal": {"loss": "kl", "reference": "base"}},
     "budget": {"rehearsal": {"loss": "kl", "reference": "base", "budget": 0.008}},  # steered from both sides
     "l2": {"methods": {"l2": {"weight": 0.5}}},
@@ -145,11 +144,11 @@ class Numbers:
 
     def selected(self) -> dict[str, Any]:
         vectors = self.make(
-            "embedding", f"e {self.count}", lambda draft: embed(self.base, self.corpus, "corpus", draft, MACHINE)
+            "embedding", f"e {self.count}", lambda draft: embed(self.base, self.target, "train", draft, MACHINE)
         )
-        array, spec = open_embedding(self.store.path(vectors)), SelectSpec(corpus_rows=6)
-        made = self.make("corpus", f"selected {self.count}", lambda draft: select(self.corpus, spec, draft, array))
-        kept = [float(row["row_id"]) for row in read_rows(self.store.path(made), "corpus", ["row_id"])]
+        array, spec = open_embedding(self.store.path(vectors)), SelectSpec(target_rows=4)
+        made = self.make("target", f"selected {self.count}", lambda draft: select(self.target, spec, draft, array))
+        kept = [float(row["row_id"]) for row in read_rows(self.store.path(made), "train", ["row_id"])]
         return {"embedding": sketch(torch.tensor(array)), "rows": kept}
 
     def evaluated(self) -> dict[str, Any]:
