@@ -33,6 +33,7 @@ from cfsd.select.stage import select
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.journal import read_metrics
+from cfsd.store.tables import read_rows
 from cfsd.train.batches.global_batches import GlobalBatch
 from cfsd.train.loss.objective import Losses
 from cfsd.train.methods.ewc import FisherSpec
@@ -45,16 +46,15 @@ from tests.train.test_train import signals_given_back
 pytestmark = pytest.mark.processes
 __all__ = ["signals_given_back"]
 NUMBERS = GOLDEN / "numbers.json"
-CLOSE = 2e-3  # relative; rounding was seen to change 2e-5, the smallest planted fault 2e-2
+CLOSE = 2e-3  # relative; other instruction sets and threads change up to 5e-5
 
-TRAINED = {"learning_rate": 1e-2, "epochs": 1, "seed": 0, "clip_norm": 1.2, "schedule": "linear"}  # clips one step of 3
+TRAINED = {"learning_rate": 1e-2, "epochs": 1, "seed": 0, "clip_norm": 3.0, "schedule": "linear"}  # clips some steps
 KL = {"loss": "kl", "tail": "sampled"}
 TRAININGS: dict[str, dict[str, Any]] = {
     "nll": {},
     "kl stored": {"rehearsal": KL},
-    "kl bucket": {"rehearsal": {"loss": "kl", "tail": "bucket"}},
     "kl live": {"rehearsal": {"loss": "kl", "reference": "base"}},
-    "budget": {"rehearsal": KL | {"budget": 0.02, "budget_rate": 0.5}},
+    "budget": {"rehearsal": {"loss": "kl", "reference": "base", "budget": 0.008}},  # steered from both sides
     "l2": {"methods": {"l2": {"weight": 0.5}}},
     "ewc": {"methods": {"ewc": {"weight": 5.0, "rows": 8}}},
     "lora": {"methods": {"lora": {"rank": 2}}},
@@ -144,12 +144,12 @@ class Numbers:
 
     def selected(self) -> dict[str, Any]:
         vectors = self.make(
-            "embedding", f"e {self.count}", lambda draft: embed(self.base, self.corpus, "corpus", draft, MACHINE)
+            "embedding", f"e {self.count}", lambda draft: embed(self.base, self.target, "train", draft, MACHINE)
         )
-        array, spec = open_embedding(self.store.path(vectors)), SelectSpec(corpus_rows=6)
-        made = self.make("corpus", f"selected {self.count}", lambda draft: select(self.corpus, spec, draft, array))
-        kept = json.loads(json.dumps(made.metadata))
-        return {"embedding": sketch(torch.tensor(array)), "tokens": [float(kept["rows"]), float(kept["tokens"])]}
+        array, spec = open_embedding(self.store.path(vectors)), SelectSpec(target_rows=4)
+        made = self.make("target", f"selected {self.count}", lambda draft: select(self.target, spec, draft, array))
+        kept = [float(row["row_id"]) for row in read_rows(self.store.path(made), "train", ["row_id"])]
+        return {"embedding": sketch(torch.tensor(array)), "rows": kept}
 
     def evaluated(self) -> dict[str, Any]:
         tuned = self.trained("nll")
@@ -163,8 +163,10 @@ class Numbers:
         made = {name: self.make("scores", f"{name} {self.count}", work).metadata for name, work in scored.items()}
         wanted = ("probe_kl", "probe_kl_sampled", "target_divergence", "loss", "accuracy", "tokens")
         return {
-            name: [float(metadata[figure]) for figure in wanted if figure in metadata]  # type: ignore[arg-type]
+            f"{name}: {figure}": [float(metadata[figure])]  # type: ignore[arg-type]
             for name, metadata in made.items()
+            for figure in wanted
+            if figure in metadata
         }
 
 
@@ -290,6 +292,26 @@ def test_a_pull_twice_as_strong_is_caught(numbers: Numbers, monkeypatch: pytest.
         right = method.pull
         monkeypatch.setattr(method, "pull", lambda self, right=right: right(self)._replace(scale=2 * right(self).scale))
         caught(numbers, name)
+
+
+def test_a_divergence_in_the_other_direction_is_caught(numbers: Numbers, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfsd.evaluate.divergence import _chunk
+
+    monkeypatch.setattr("cfsd.evaluate.divergence._chunk", lambda base, tuned, ids: _chunk(tuned, base, ids))
+    caught(numbers, "evaluate")
+
+
+def test_a_fisher_matrix_of_means_is_caught(numbers: Numbers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean(*args: Any, **_: Any) -> Tensor:
+        return torch.nn.functional.cross_entropy(*args)
+
+    monkeypatch.setattr("cfsd.train.methods.fisher.cross_entropy", mean)
+    caught(numbers, "fisher")
+
+
+def test_a_selection_of_the_first_rows_is_caught(numbers: Numbers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfsd.select.stage.match", lambda vectors, center, k, on_progress: list(range(k)))
+    caught(numbers, "select")
 
 
 def write_numbers() -> None:

@@ -130,10 +130,11 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
-    objective = Objective(model, spec.rehearsal, _live_base(base_folder, spec, args))
-    if args.bf16 and objective.base and not args.fsdp:
+    sharded = machine.resolved_sharding() == "shard"
+    objective = Objective(model, spec.rehearsal, _live_base(base_folder, spec, args), sharded=sharded)
+    if args.bf16 and objective.base and not sharded:
         halve_layers(objective.base)
-    if objective.drops and machine.resolved_sharding() == "shard":  # a process without rehearsal rows would wait
+    if objective.drops and sharded:  # a process without rehearsal rows would wait
         raise BadInput(
             "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
             "set train.dropout to 0, or machine.sharding to replicate"

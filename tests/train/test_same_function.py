@@ -78,7 +78,7 @@ def _backward(model: Any, micro_batches: list[MicroBatch], bfloat16: bool) -> fl
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
             parts = losses(model, micro_batch)
         parts.loss.backward()  # type: ignore[no-untyped-call]
-        total += float(parts.loss)
+        total += float(parts.loss.detach())
     return total
 
 
@@ -97,10 +97,10 @@ PRECISIONS = pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", 
 @PRECISIONS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_live_base_is_the_model_itself(family: str, bfloat16: bool) -> None:
-    """But for the last bits of float32: in bfloat16, too, since both round alike."""
-    nats, gradient = share_of_likelihood(family, LIVE, rehearsal(TEXTS), bfloat16)
-    assert abs(nats) < 1e-7
-    assert gradient < 3e-6
+    """To the last bit, in bfloat16 too, since both round alike: Adam would take a step by the sign of a last bit."""
+    found = at_base(family, LIVE, rehearsal(TEXTS), bfloat16)
+    assert found.nats == 0
+    assert not found.gradient.any()
 
 
 @PRECISIONS
@@ -109,16 +109,16 @@ def test_the_stored_base_is_the_model_within_its_number_format(family: str, bflo
     """Stored in float16 from a pass in float32: under autocast the model's own rounding comes on top."""
     for spec, rows in ((BUCKET, rehearsal(TEXTS)), (SAMPLED, every_text(model_of(family).eval()))):
         nats, gradient = share_of_likelihood(family, spec, rows, bfloat16)  # sampled: in expectation
-        assert abs(nats) < (5e-4 if bfloat16 else 1e-4)
+        assert abs(nats) < (2e-3 if bfloat16 else 1e-4)
         assert gradient < (0.1 if bfloat16 else 2e-3)
 
 
 def test_target_rows_in_the_same_pass_change_nothing() -> None:
-    """They lie in the same packed products as the trained model's rehearsal rows, but not in the base's."""
+    """They would lie in the same packed products as the trained model's rehearsal rows, but not in the base's."""
     target = [Row("target", text, [False, True, True, True], 0.0) for text in TEXTS[:9]]
     for family in FAMILIES:
         found = at_base(family, LIVE, [*target, *rehearsal(TEXTS)], bfloat16=True)
-        assert abs(found.nats) < 1e-7 and found.gradient.norm() < 1e-5
+        assert found.nats == 0 and not found.gradient.any()
 
 
 def test_a_base_in_another_format_would_be_noticed() -> None:
@@ -134,7 +134,8 @@ def test_halved_layers_compute_the_same_bits_under_autocast(family: str) -> None
     whole = model_of(family).eval()
     halved = copy.deepcopy(whole)
     halve_layers(halved)
-    assert family == "gpt2" or any(p.dtype == torch.bfloat16 for p in halved.parameters())  # GPT-2 has none of torch's
+    smaller = any(p.dtype == torch.bfloat16 for p in halved.parameters())
+    assert smaller == (family in ("opt", "llama"))  # the others have linear layers of their own classes
     assert halved.get_input_embeddings().weight.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(whole(torch.tensor(TEXTS)).logits, halved(torch.tensor(TEXTS)).logits)
@@ -185,7 +186,7 @@ def test_a_training_begins_at_no_divergence(dropping: World, precision: str, dro
     given: dict[str, Any] = {"precision": precision, "dropout": dropout, "epochs": 1}
     name = f"{precision} {dropout}"
     model = trained(dropping, name, dropping.mixture, spec_with(rehearsal=rehearsed, **given))
-    assert abs(figures(dropping, model, "train/divergence")[1]) < 1e-7
+    assert figures(dropping, model, "train/divergence")[1] == 0
     kept = json.loads((dropping.store.path(model) / "config.json").read_text())
     assert kept["attn_pdrop"] == kept["resid_pdrop"] == kept["embd_pdrop"] == 0.1
     said = model.metadata.get("said", [])

@@ -47,12 +47,20 @@ class Objective:
     would have no weights there.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None) -> None:
-        """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference."""
+    def __init__(
+        self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None, *, sharded: bool = False
+    ) -> None:
+        """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference.
+
+        Beside a live base rehearsal rows pass by themselves, in products of the same shapes as the base's: then both
+        are equal to the last bit. Adam's first steps are of one size however small the slope is, and would follow the
+        sign of a rounding error. Not where `sharded`: a process without such rows would leave the others waiting.
+        """
         self.model, self.spec, self.base = model, spec, base
         self.head_of = head_of(model)
         self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
         self.drops = has_dropout(model)
+        self.apart = self.drops or (base is not None and not sharded)
         self.notes = self._notes()
         self._plain: Any = model.forward
         model.forward = partial(self.forward)  # a bound method would be bound again, to the model, by accelerate
@@ -118,7 +126,7 @@ class Objective:
         The divergence is one between two functions: with dropout it would not be 0 at the base's own weights.
         """
         token_ids_BT, real_BT, rehearsed_B = micro_batch.token_ids_BT, micro_batch.real_BT, masks[1].any(1)
-        if not (self.drops and self.model.training and bool(rehearsed_B.any())):
+        if not (self.apart and self.model.training and bool(rehearsed_B.any())):
             return self._states(self.model, token_ids_BT, real_BT, masks)
         parts = []
         target_B = masks[0].any(1)
@@ -126,7 +134,7 @@ class Objective:
             mine = self._states(self.model, token_ids_BT[target_B], real_BT[target_B], (masks[0][target_B],))
             parts.append(mine[0])
         with mode_kept(self.model):
-            self.model.eval()
+            self.model.train(not self.drops)
             states_MD, head = self._states(
                 self.model, token_ids_BT[rehearsed_B], real_BT[rehearsed_B], (masks[1][rehearsed_B],)
             )

@@ -75,11 +75,11 @@ class Reference(NamedTuple):
         hidden_MD = None if self.hidden_MD is None else self.hidden_MD[rows]
         return self._replace(stored=self.stored.part(rows) if self.stored else None, hidden_MD=hidden_MD)
 
-    def log_distribution(self, dtype: torch.dtype) -> Tensor:
-        """Return the base's log-probabilities from its hidden states."""
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """Return the base's logits from its hidden states."""
         assert self.hidden_MD is not None
         used = self.head.cast(self.hidden_MD.dtype)
-        return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap).log_softmax(-1)
+        return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap)
 
 
 class TokenLosses(NamedTuple):
@@ -178,15 +178,20 @@ def _chunks(count: int, reference: Reference | None, size: int) -> Iterator[tupl
         yield slice(first, last), reference.part(slice(first - plain, last - plain))
 
 
+def _distribution(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities, and the log of the sum of exponentials: the likeliest token never underflows."""
+    max_C1, at_C1 = logits_CV.max(-1, keepdim=True)
+    probs_CV = logits_CV.softmax(-1)
+    return probs_CV, max_C1 - probs_CV.gather(1, at_C1).log()
+
+
 class _Chunk:
     """One chunk's distribution p, its losses, and then, in place of p, the slope of the loss by the logits."""
 
     def __init__(self, logits_CV: Tensor, softcap: float | None, next_C: Tensor) -> None:
         self.softcap, self.next_C1 = softcap, next_C[:, None]
         self.logits_CV = _limited(logits_CV, softcap)
-        max_C1, at_C1 = self.logits_CV.max(-1, keepdim=True)
-        self.probs_CV = self.logits_CV.softmax(-1)
-        self.norm_C1 = max_C1 - self.probs_CV.gather(1, at_C1).log()  # log-sum-exp: the likeliest never underflows
+        self.probs_CV, self.norm_C1 = _distribution(self.logits_CV)
         self.nll_C = (self.norm_C1 - self.logits_CV.gather(1, self.next_C1))[:, 0]
         # the slope is mass x p - a, a being amounts at ids, or a whole distribution
         self.mass_C1: Tensor | float = 1.0
@@ -199,7 +204,7 @@ class _Chunk:
             return self.nll_C
         stored, dtype = part.stored, self.probs_CV.dtype
         if stored is None:
-            return self._whole(part.log_distribution(dtype))
+            return self._whole(part.logits(dtype))
         ids_CK, logprobs_CK = stored.ids_MK.long(), stored.logprobs_MK.to(dtype)
         probs_CK = logprobs_CK.exp()
         on_top_C = (probs_CK * (logprobs_CK - (self.logits_CV.gather(1, ids_CK) - self.norm_C1))).sum(-1)
@@ -221,10 +226,10 @@ class _Chunk:
         return self.next_C1, outside_C1, stored.sampled_M.to(dtype)[:, None]
 
     def _whole(self, base_CV: Tensor) -> Tensor:
-        probs_CV = base_CV.exp()
-        loss_C = (probs_CV * base_CV.sub_(self.logits_CV).add_(self.norm_C1)).sum(-1)
+        """Return the divergence from the base's logits: exactly 0, and without a slope, where they are the model's."""
+        probs_CV, norm_C1 = _distribution(base_CV)
         self.pulled = probs_CV
-        return loss_C
+        return (probs_CV * base_CV.sub_(self.logits_CV).add_(self.norm_C1 - norm_C1)).sum(-1)
 
     def _bucket(self, ids_CK: Tensor, probs_CK: Tensor, rest_C: Tensor) -> Tensor:
         """Return r* log(r*/r), r being the mass that the model gives to all but the top."""
