@@ -2,7 +2,7 @@
 
 python -m flows.compare deployments/recipes/study-estimates.yaml --seeds 3     # makes what is compared
 python -m benchmarks.estimates [RECIPES] [--seeds N] [--home FOLDER]           # reads the table off, trains nothing
-python -m benchmarks.estimates --timed                                         # step and sampling times, alone on a machine
+python -m benchmarks.estimates --timed                                         # step and sampling times, measured here
 
 Final divergence and held-out loss are of the model as trained; a variant that has not been made yet is left out.
 """

@@ -53,7 +53,8 @@ class RehearsalSpec(Spec):
     )
     tail: Literal["sampled", "bucket"] = Field(
         "sampled",
-        description="kl, stored: tokens outside the top as sampled (unbiased) or as one event (a lower bound)",
+        description="kl, stored: tokens outside the top by samples of them (generate.tail_samples; unbiased) or as one "
+        "event (a lower bound)",
     )
     budget: PositiveFloat | None = Field(
         None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"
