@@ -17,6 +17,8 @@ from cfsd.train.methods import Methods
 class WatchSpec(Spec):
     """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""
 
+    version: ClassVar[int] = 2  # 2: the watched divergence has samples of the tail, not the drawn token alone
+
     every: NonNegativeInt = Field(0, description="Optimizer steps between measurements; 0: off")
     rows: PositiveInt = Field(32, description="Sequences of the base that the divergence is measured on")
     held_out_rows: PositiveInt = Field(32, description="Most held-out target rows whose loss is measured")
