@@ -106,7 +106,7 @@ KEYS = {  # computed by commit c7c18a9; but fetch, target and train: their versi
     "train": ["train 58decc68b127afd2"],
     "train on the corpus": ["train 7b5044f918d085f4"],
     "train with a Fisher matrix": ["train d57de7f232078ebf"],
-    "train watched": ["train 2812fa6cd0eae633"],
+    "train watched": ["train 13225eb93fddfc87"],
     "train watched, Fisher": ["train 6c36705bf8ec6812"],
     "budget": ["budget 49d78d67dca08dda"],
     "merge": ["merge b64d77836f32cdd5"],
