@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,9 +21,9 @@ from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.spec import RehearsalSpec
 from cfsd.train.watcher import stored_of
 
-ROUNDS, TOP, SAMPLES = 3, 64, (0, 8, 16, 32)
-ROWS, TARGET_LENGTH, LENGTH = 8, 160, 96
-SAMPLED = 24  # tokens of each row
+ROUNDS, TOP, SAMPLES = 3, 64, (0, 16, 32)
+ROWS, TARGET_LENGTH, LENGTH = 4, 160, 96
+SAMPLED = 16  # tokens of each row
 
 
 def step_seconds() -> dict[str, list[float]]:

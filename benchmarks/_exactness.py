@@ -43,7 +43,7 @@ def corpus(model: PreTrainedModel) -> list[Sample]:
     prompts = [[START, *torch.randint(2, VOCABULARY, (n - 1,), generator=generator).tolist()] for n in lengths]
     ends = [END, *range(100, 110)]  # enough that half of the rows end before their length
     rows = Rows(range(len(prompts)), prompts, ends)
-    return sample(model, rows, GenerateSpec(length=LENGTH, top_logprobs=TOP, seed=5))
+    return sample(model, rows, GenerateSpec(length=LENGTH, top_logprobs=TOP, tail_samples=0, seed=5))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ class Corpus:
             row, counted = self.samples[place or 0], np.asarray(supervised)
             assert row.top is not None
             logprobs = np.asarray([0.0 if value is None else value for value in row.logprobs])
-            for part, values in zip(parts, (*row.top, logprobs), strict=True):
+            for part, values in zip(parts, (*row.top[:3], logprobs), strict=True):
                 part.append(values[counted])
         return Stored(*(torch.from_numpy(np.concatenate(part)) for part in parts))
 

@@ -2,7 +2,7 @@
 
 python -m flows.compare deployments/recipes/study-estimates.yaml --seeds 3     # makes what is compared
 python -m benchmarks.estimates [RECIPES] [--seeds N] [--home FOLDER]           # reads the table off, trains nothing
-python -m benchmarks.estimates --timed                                         # step and sampling times, alone on a machine
+python -m benchmarks.estimates --timed                                         # step and sampling times, measured here
 
 Final divergence and held-out loss are of the model as trained; a variant that has not been made yet is left out.
 """
@@ -67,10 +67,11 @@ def _bytes_per_token(store: Store, corpus: Artifact) -> float:
 
 def _print_times() -> None:
     """Print medians, and the ratio to the first line of each part."""
-    for what, seconds in (("training step", step_seconds()), ("sampled token", sampling_seconds())):
+    for what, measure in (("training step", step_seconds), ("sampled token", sampling_seconds)):
+        seconds = measure()
         first = median(next(iter(seconds.values())))
         rows = [[name, number(1000 * median(s)), f"{median(s) / first:.3f}"] for name, s in seconds.items()]
-        print(markdown([[what, "ms", "ratio"], *rows]))
+        print(markdown([[what, "ms", "ratio"], *rows]), flush=True)
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -26,6 +26,8 @@ from cfsd.train.methods import Methods
 class WatchSpec(Spec):
     """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""
 
+    version: ClassVar[int] = 2  # 2: the watched divergence has samples of the tail, not the drawn token alone
+
     every: NonNegativeInt = Field(0, description="Optimizer steps between measurements; 0: off")
     rows: PositiveInt = Field(32, description="Sequences of the base that the divergence is measured on")
     held_out_rows: PositiveInt = Field(32, description="Most held-out target rows whose loss is measured")
@@ -62,7 +64,8 @@ class RehearsalSpec(Spec):
     )
     tail: Literal["sampled", "bucket"] = Field(
         "sampled",
-        description="kl, stored: tokens outside the top as sampled (unbiased) or as one event (a lower bound)",
+        description="kl, stored: tokens outside the top by samples of them (generate.tail_samples; unbiased) or as one "
+        "event (a lower bound)",
     )
     budget: PositiveFloat | None = Field(
         None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"

@@ -197,7 +197,7 @@ def test_a_corpus_without_rows_stays_one(store: Store, tmp_path: Path, rules: di
 
 
 def wide_table(rows: int, k: int = 4) -> pa.Table:
-    """Return a corpus that stores the top k of each position."""
+    """Return a corpus that stores the top k of each position, and two samples of the others."""
     rng = np.random.default_rng(0)
     plain = [row_of(i, [0, *range(5, 6 + i % 3)], 1.0) for i in range(rows)]
     sizes = [len(row["token_ids"]) for row in plain]
@@ -205,8 +205,10 @@ def wide_table(rows: int, k: int = 4) -> pa.Table:
         "topk_ids": [rng.integers(0, 60_000, size * k).tolist() for size in sizes],
         "topk_logprobs": [(-rng.random(size * k)).astype(np.float16) for size in sizes],
         "rest_logprob": [(-rng.random(size)).tolist() for size in sizes],
+        "tail_ids": [rng.integers(0, 60_000, size * 2).tolist() for size in sizes],
+        "tail_logprobs": [(-rng.random(size * 2)).astype(np.float16) for size in sizes],
     }
-    schema = corpus_schema(k, 60_000)
+    schema = corpus_schema(k, 60_000, 2)
     columns = [
         pa.array(wide[name] if name in wide else [row[name] for row in plain], kind)
         for name, kind in zip(schema.names, schema.types, strict=True)
@@ -230,7 +232,7 @@ def test_shards_may_differ_in_their_columns(store: Store, tmp_path: Path) -> Non
     made, kept, _ = made_from(store, corpus, FilterSpec(min_tokens=1))
     assert kept == [0, 1, 2, 0, 1, 2, 3]
     names = [pq.read_schema(path).names for path in shards(store.path(made), "corpus")]
-    assert names == [CORPUS.names, corpus_schema(4, 60_000).names]
+    assert names == [CORPUS.names, corpus_schema(4, 60_000, 2).names]
 
 
 @settings(max_examples=15, deadline=None)

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
@@ -61,8 +62,13 @@ def mixture_rows(corpus: Path) -> list[Row]:
 
 
 @torch.no_grad()
+def law_of(model: Any, row: Row) -> Tensor:
+    law_TV: Tensor = model(torch.tensor([row.token_ids])).logits[0, :-1].log_softmax(-1)
+    return law_TV[torch.tensor(row.supervised[1:])]
+
+
 def by_forward_pass(model: Any, row: Row) -> Stored:
-    law_TV = model(torch.tensor([row.token_ids])).logits[0, :-1].log_softmax(-1)[torch.tensor(row.supervised[1:])]
+    law_TV = law_of(model, row)
     top_TK, ids_TK = law_TV.topk(K)
     next_T = torch.tensor(row.token_ids[1:])[torch.tensor(row.supervised[1:])]
     rest_T = law_TV.scatter(1, ids_TK, -torch.inf).logsumexp(1)
@@ -92,6 +98,13 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
     assert torch.allclose(found.logprobs_MK.float(), wanted.logprobs_MK, rtol=1e-3, atol=1e-3)  # kept in float16
     same = (found.ids_MK == wanted.ids_MK).float().mean()
     assert same > 0.99  # a tie may be broken otherwise
+    assert found.tail_ids_MS is not None and found.tail_logprobs_MS is not None
+    assert found.tail_ids_MS.shape == found.tail_logprobs_MS.shape == (len(found.ids_MK), 16)
+    law_NV = torch.cat([law_of(model, rows[i]) for i in order])
+    assert torch.allclose(
+        found.tail_logprobs_MS.float(), law_NV.gather(1, found.tail_ids_MS.long()), rtol=1e-3, atol=1e-3
+    )
+    assert not (found.tail_ids_MS[:, :, None] == found.ids_MK[:, None]).any()
 
 
 def test_packs_carry_the_laws_of_their_rehearsal_rows_alone(corpus: Path, tmp_path: Path) -> None:

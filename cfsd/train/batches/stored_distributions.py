@@ -31,7 +31,7 @@ def lay_out(corpus: Path, scratch: Path, *, top: bool) -> None:
     """
     scratch.mkdir(parents=True, exist_ok=True)
     known = pq.read_schema(shards(corpus, "corpus")[0]).names
-    wanted = ["token_ids", "logprobs", *(name for name in (*TOP, *TAIL) if top and name in known)]
+    wanted = ["token_ids", "logprobs", *((*TOP, *(name for name in TAIL if name in known)) if top else ())]
     parts = batches(corpus, "corpus", wanted)
     first = next(parts)
     with pa.OSFile(str(scratch / FILE), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
