@@ -110,7 +110,7 @@ def _bench(model: Path, tasks: dict[str, dict[str, Any]], rounds: int, results: 
 
 
 def _worker(stack: ExitStack, role: str, model: Path) -> Worker:
-    log = stack.enter_context(tempfile.TemporaryFile("w+"))  # what lm-eval says of each batch
+    log = stack.enter_context((model.parent / f"{role}.log").open("w"))  # what lm-eval says of each batch
     command = [*RUN, role, str(model)]
     return stack.enter_context(Worker(role, command, cwd=ROOT, env=_environment(model.parent), stderr=log))
 

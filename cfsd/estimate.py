@@ -173,7 +173,7 @@ def _watching(job: Job, steps: float) -> float:
     benchmarks = [benchmark for benchmark in job.recipe.evaluate.benchmarks if benchmark.name in watch.benchmarks]
     sizes = [size for benchmark in benchmarks if (size := size_of_benchmark(benchmark, job.count))]
     once = watch.rows * job.recipe.probe.length + job.target["held_out_tokens"] * min(1, watch.held_out_rows / rows)
-    return float(times * (once + sum(size.requests * (size.read + size.written) for size in sizes)))
+    return float(times * (once + sum(size.documents * (size.read + size.written) for size in sizes)))
 
 
 def _scored(job: Job, inputs: Inputs) -> Work | None:
@@ -183,12 +183,12 @@ def _scored(job: Job, inputs: Inputs) -> Work | None:
 
 
 def _benchmark(job: Job, size: BenchmarkSize) -> Work:
-    read = size.requests * size.read
+    read = size.documents * size.read
     if not size.written:
         return _read(job, read, logits=read)._replace(seconds=SCORING_SECONDS)
     rows = max(1, 16 * job.machine.micro_batch_tokens // (size.read + size.written))
-    calls = math.ceil(size.requests / rows) * size.written
-    return Work(read + size.requests * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
+    calls = math.ceil(size.documents / rows) * size.written
+    return Work(read + size.documents * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
 
 
 def _text(job: Job, inputs: Inputs) -> Work:
