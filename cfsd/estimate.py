@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsd import stages
-from cfsd.data.target_size import size_of_target
+from cfsd.data.target import Target
+from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
 from cfsd.evaluate.text import Text
@@ -93,13 +94,13 @@ class Job(NamedTuple):
 
 def job_of(recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Job:
     """Return what is known of the stages of `recipe`; what its target will hold is guessed from its first rows."""
-    count = token_count(recipe.base, _folder(recipe, base))
+    count = token_count(recipe.base.kind, _folder(recipe, base))
     return Job(recipe, base, target.metadata if target.content else _guessed(recipe, count), machine, count)
 
 
 def _guessed(recipe: Recipe, count: Count) -> Metadata:
     """Return the metadata that the stage `target` is going to write; empty if nothing is known."""
-    if (size := size_of_target(recipe.target, count)) is None:
+    if (size := _target_size(recipe.target.model_dump_json(), count)) is None:
         return {}
     held_out = size.rows if recipe.target.measure_only else min(recipe.target.held_out, size.rows)
     train = size.rows - held_out
@@ -109,6 +110,16 @@ def _guessed(recipe: Recipe, count: Count) -> Metadata:
         "held_out_rows": held_out,
         "held_out_tokens": held_out * size.tokens,
     }
+
+
+@cache  # of variants, which share their target and benchmarks, each is read once
+def _target_size(described: str, count: Count) -> TargetSize | None:
+    return size_of_target(Target.model_validate_json(described), count)
+
+
+@cache
+def _benchmark_size(described: str, count: Count) -> BenchmarkSize | None:
+    return size_of_benchmark(Benchmark.model_validate_json(described), count)
 
 
 def _read(job: Job, tokens: float, models: int = 1, logits: float = 0) -> Work:
@@ -177,24 +188,24 @@ def _watching(job: Job, steps: float) -> float:
         return 0
     times, rows = steps // watch.every + 2, job.target["held_out_rows"]
     benchmarks = [benchmark for benchmark in job.recipe.evaluate.benchmarks if benchmark.name in watch.benchmarks]
-    sizes = [size for benchmark in benchmarks if (size := size_of_benchmark(benchmark, job.count))]
+    sizes = [size for benchmark in benchmarks if (size := _benchmark_size(benchmark.model_dump_json(), job.count))]
     once = watch.rows * job.recipe.probe.length + job.target["held_out_tokens"] * min(1, watch.held_out_rows / rows)
-    return float(times * (once + sum(size.requests * (size.read + size.written) for size in sizes)))
+    return float(times * (once + sum(size.documents * (size.read + size.written) for size in sizes)))
 
 
 def _scored(job: Job, inputs: Inputs) -> Work | None:
     benchmark = next(value for value in inputs if isinstance(value, Benchmark))
-    size = size_of_benchmark(benchmark, job.count)
+    size = _benchmark_size(benchmark.model_dump_json(), job.count)
     return _benchmark(job, size) if size else None
 
 
 def _benchmark(job: Job, size: BenchmarkSize) -> Work:
-    read = size.requests * size.read
+    read = size.documents * size.read
     if not size.written:
         return _read(job, read, logits=read)._replace(seconds=SCORING_SECONDS)
     rows = max(1, 16 * job.machine.micro_batch_tokens // (size.read + size.written))
-    calls = math.ceil(size.requests / rows) * size.written
-    return Work(read + size.requests * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
+    calls = math.ceil(size.documents / rows) * size.written
+    return Work(read + size.documents * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
 
 
 def _text(job: Job, inputs: Inputs) -> Work:

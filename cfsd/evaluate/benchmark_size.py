@@ -17,16 +17,16 @@ from cfsd.evaluate.benchmark_files import Definition, Function, is_hub
 from cfsd.evaluate.benchmark_settings import length_limit
 
 LOOKED_AT = 200  # documents whose texts are counted
-UNSEEN = (100.0, 4)  # tokens and choices of a document that is on the hub, or is made by Python of its own: a guess
+UNSEEN = 200.0  # tokens of a document that is on the hub, its choices included: a guess
 _templates = Environment()
 
 Document = dict[str, Any]
 
 
 class BenchmarkSize(NamedTuple):
-    """Requests to a model, tokens that it reads in one, and tokens that it writes then, at most; 0: it only reads."""
+    """Documents, tokens that the model reads for one, and tokens that it writes then, at most; 0: it only reads."""
 
-    requests: float
+    documents: float
     read: float
     written: int = 0
 
@@ -42,15 +42,15 @@ def size_of_benchmark(benchmark: Benchmark, count: Callable[[str], float]) -> Be
     documents = [] if is_hub(definition) or "class" in config else list(_documents(definition, benchmark.limit))
     if documents:
         sizes = [_size(config, document, count) for document in documents[:LOOKED_AT]]
-        text, choices = fmean(text for text, _ in sizes), fmean(choices for _, choices in sizes)
+        asked, example = (fmean(part) for part in zip(*sizes, strict=True))
     elif benchmark.limit:
-        text, choices = UNSEEN
+        asked = example = UNSEEN
     else:
         return None
-    requests = (len(documents) or benchmark.limit or 0) * choices * config.get("repeats", 1)
+    number = (len(documents) or benchmark.limit or 0) * config.get("repeats", 1)
     writes = config.get("output_type", WRITTEN) == WRITTEN
     limit = benchmark.max_gen_toks or length_limit(config.get("generation_kwargs") or {})
-    return BenchmarkSize(requests, text * (1 + examples), limit if writes else 0)
+    return BenchmarkSize(number, asked + examples * example, limit if writes else 0)
 
 
 def _documents(definition: Definition, limit: int | None) -> Iterator[Document]:
@@ -68,10 +68,10 @@ def _documents(definition: Definition, limit: int | None) -> Iterator[Document]:
         yield from islice(found, limit)
 
 
-def _size(config: dict[str, Any], document: Document, count: Callable[[str], float]) -> tuple[float, int]:
-    """Return the tokens of one request for `document`, and the number of its requests.
+def _size(config: dict[str, Any], document: Document, count: Callable[[str], float]) -> tuple[float, float]:
+    """Return the tokens of `document` with all its answers, which share one reading of the prompt, and with one answer.
 
-    Answers that differ in their last token alone are one request: the same distribution has all of them.
+    The second is what it takes as an example in the prompt of another.
     """
     kind = config.get("output_type", WRITTEN)
     try:
@@ -85,11 +85,9 @@ def _size(config: dict[str, Any], document: Document, count: Callable[[str], flo
         ValueError,
         SyntaxError,
     ):  # Python of its own, or templates with lm-eval's own filters
-        return count(" ".join(value for value in document.values() if isinstance(value, str))), 1
-    if kind == WRITTEN:
-        return count(prompt), 1
-    asked = {answer.rpartition(" ")[0] for answer in answers}  # those that differ in a last word share a request
-    return count(prompt) + fmean(map(count, answers)), len(asked)
+        return (count(" ".join(value for value in document.values() if isinstance(value, str))),) * 2
+    read, sizes = count(prompt), list(map(count, answers))
+    return read + (0 if kind == WRITTEN else sum(sizes)), read + fmean(sizes)
 
 
 def _choices(value: Any) -> list[str]:

@@ -1,22 +1,22 @@
 """How many tokens a text comes to, for estimates: counted where the tokenizer is at hand, else guessed."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from cfsd.model.checkpoint import Checkpoint
 
 BYTES_PER_TOKEN = 4  # of English in vocabularies of tens of thousands
 Count = Callable[[str], float]
 
 
-def token_count(checkpoint: Checkpoint, folder: Path | None) -> Count:
-    """Return a function from a text to its tokens; `folder` is that of the model, None before it is fetched.
+@cache
+def token_count(kind: str, folder: Path | None) -> Count:
+    """Return a function from a text to its tokens, for a checkpoint of this `kind`; `folder` is None before a fetch.
 
     Of what is neither fetched nor a folder, and of tokenizers without a `tokenizer.json`, bytes are counted.
     """
-    if checkpoint.kind == "tiny":
+    if kind == "tiny":
         return lambda text: float(len(text))  # a token is a character
     file = folder / "tokenizer.json" if folder else None
     if not file or not file.is_file():

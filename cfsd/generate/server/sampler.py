@@ -75,6 +75,12 @@ async def _served_by(wanted: ServerSampling, prompt: Sequence[int]) -> Served:
         return await find_out(client, prompt, wanted)
 
 
+def row_seed(wanted: ServerSampling, number: int, part: object) -> int:
+    """Return the seed of a request: of the row with this number, and of a part of it."""
+    words = f"{wanted.stream} {seed_of(wanted.spec)} {number} {part}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
+
+
 class _Sampler:
     """Writes one row after the other over one connection."""
 
@@ -89,7 +95,7 @@ class _Sampler:
         until = len(prompt) + self.spec.length
         while room := until - len(row.token_ids):
             lacking = max(0, self.spec.min_length - self.spec.length + room)
-            seed = self._seed(number, part)
+            seed = row_seed(self.wanted, number, part)
             body = request(self.served, self.wanted, row.token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body)
             check_prompt(answer, row.token_ids, self.client.base_url)
@@ -117,10 +123,6 @@ class _Sampler:
         k = self.spec.top_logprobs
         return row._replace(top=top_of(len(prompt), tops, k) if k else None)
 
-    def _seed(self, number: int, part: object) -> int:
-        words = f"{self.wanted.stream} {seed_of(self.spec)} {number} {part}"
-        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
-
     async def _with_end(self, row: Sample, prompt_length: int, answer: Answer, number: int) -> Sample | str:
         """Return the row with the end that the server did not list, its log-probability taken from an echo.
 
@@ -138,7 +140,7 @@ class _Sampler:
             logprobs[stop] = logprob
         best = max(logprobs.values())
         weights = [math.exp((logprob - best) / self.spec.temperature) for logprob in logprobs.values()]
-        stop = random.Random(self._seed(number, "end")).choices(list(logprobs), weights)[0]
+        stop = random.Random(row_seed(self.wanted, number, "end")).choices(list(logprobs), weights)[0]
         if stop not in self.eos_ids:
             return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
         return Sample([*row.token_ids, stop], [*row.logprobs, logprobs[stop]], "eos")
