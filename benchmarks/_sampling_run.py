@@ -76,7 +76,7 @@ class Bound:
 
     def rate(self, rows: int) -> Answer:
         """Measure what a forward pass over `rows` tokens cannot exceed."""
-        return limit(self.model, rows)._asdict()
+        return limit(self.model, rows, fixed=True)._asdict()
 
     def price(self, positions: list[int]) -> Answer:
         """Return the floating-point operations of one token, and what attention adds at `positions`."""

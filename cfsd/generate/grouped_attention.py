@@ -1,6 +1,6 @@
 """Attention of one new token per row on a CPU, where the heads that share keys and values read them together.
 
-B rows, H heads, G heads of keys and values, T tokens so far, D width of a head.
+B rows, H heads, G heads of keys and values that S = H / G share, T tokens so far, D width of a head.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,6 @@ def attend(
         return out
     rows, groups, width = query.shape[0], key.shape[1], query.shape[3]
     scale = named.get("scaling") or width**-0.5
-    query_BGSD = query.reshape(rows, groups, -1, width) * scale
-    weights_BGST = torch.matmul(query_BGSD, key.transpose(2, 3)).softmax(-1)
+    query_BGDS = (query.reshape(rows, groups, -1, width) * scale).transpose(2, 3)
+    weights_BGST = torch.matmul(key, query_BGDS).transpose(2, 3).softmax(-1)  # long keys times few queries, as they lie
     return torch.matmul(weights_BGST, value).reshape(rows, 1, -1, value.shape[3]), None
