@@ -71,7 +71,8 @@ def _worker(contender: str, model: Path) -> Worker:
 
 def _environment(place: Path) -> dict[str, str]:
     return os.environ | {
-        "OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "CFSD_HOME": str(place / "home"),
+        "OMP_NUM_THREADS": str(THREADS), "OMP_PROC_BIND": "true", "TOKENIZERS_PARALLELISM": "false",
+        "CFSD_HOME": str(place / "home"),
     }  # fmt: skip
 
 
