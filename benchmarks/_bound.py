@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,24 +34,37 @@ class Limit(NamedTuple):
     own_tokens_per_second: float  # every product at its own rate: what this batch's shapes allow
 
 
-def limit(model: nn.Module, rows: int) -> Limit:
-    """Measure the model's products over `rows` tokens and large squares, with torch's present number of threads."""
+def limit(model: nn.Module, rows: int, *, fixed: bool = False) -> Limit:
+    """Measure the model's products over `rows` tokens and large squares, with torch's present number of threads.
+
+    fixed: The weights stay as they are, so that they may lie as suits the product (oneDNN's packed weights): the bound
+    is the better one of both ways.
+    """
     own = products_of(model, rows)
     squares = [Product(size, size, size) for size in SQUARES]
-    seconds = {product: _seconds(product) for product in [*own, *squares]}
+    seconds = {product: _seconds(product, fixed=fixed) for product in [*own, *squares]}
     best = max(seconds, key=lambda product: product.flops() / seconds[product])
     rate = best.flops() / seconds[best]
     total = sum(seconds[product] * count for product, count in own.items())
     return Limit(rate / 1e9, best, rate / flops_per_token(model), rows / total)
 
 
-def _seconds(product: Product) -> float:
+def _seconds(product: Product, *, fixed: bool) -> float:
     rows, inner, columns = product
     x, weight, out = torch.randn(rows, inner), torch.randn(columns, inner), torch.empty(rows, columns)
+    # a weight lies as nn.Linear keeps it; the result's memory is there already
+    best = _best(lambda: torch.mm(x, weight.t(), out=out))
+    if fixed and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        best = min(best, _best(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")))
+    return best
+
+
+def _best(multiply: Callable[[], object]) -> float:
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         started = time.perf_counter()
-        torch.mm(x, weight.t(), out=out)  # a weight lies as nn.Linear keeps it; the result's memory is there already
+        multiply()
         best = min(best, time.perf_counter() - started)
     return best
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from benchmarks._bound import attention_flops, flops_per_token, limit, skeleton
 from cfsd.data.corpus_table import corpus_table
-from cfsd.generate import key_value_cache, sampling
+from cfsd.generate import grouped_attention, key_value_cache, sampling
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ class Bound:
 
     def rate(self, rows: int) -> Answer:
         """Measure what a forward pass over `rows` tokens cannot exceed."""
-        return limit(self.model, rows)._asdict()
+        return limit(self.model, rows, fixed=True)._asdict()
 
     def price(self, positions: list[int]) -> Answer:
         """Return the floating-point operations of one token, and what attention adds at `positions`."""
@@ -133,9 +133,9 @@ class Contender:
     def profile(self, rows: int, after: int, steps: int, room: int) -> Answer:
         """Return seconds per step by section, of ours; once per process."""
         sections = Sections()
+        sections.watch_functions(self.model)
         with PromptOnce(self.model):
-            clock = Clock(steps, sections.clear)
-            sections.watch(self.model)
+            clock = Clock(steps, lambda: sections.watch_products(self.model))
             self._until(clock, [self._text(after)] * rows, room)
         total = (clock.times[-1] - clock.times[0]) / (steps - 1)
         known = {name: seconds / (steps - 1) for name, seconds in sections.seconds.items()}
@@ -243,17 +243,9 @@ class Sections:
         self.seconds: dict[str, float] = defaultdict(float)
         self.inside: list[float] = []
 
-    def clear(self) -> None:
-        """Forget what was counted so far."""
-        self.seconds.clear()
-
-    def watch(self, model: PreTrainedModel) -> None:
+    def watch_functions(self, model: PreTrainedModel) -> None:
         """Time the parts of our sampler; lasts as long as the process."""
-        head = model.get_output_embeddings()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                self._time(module, "forward", "head" if module is head else "layers: matrix products")
-        self._time(torch.nn.functional, "scaled_dot_product_attention", "layers: attention")
+        self._time(grouped_attention, "attend", "layers: attention")
         self._time(model, "forward", "layers: norms, rotation and the rest")
         self._time(key_value_cache.PreallocatedLayer, "update", "cache")
         self._time(key_value_cache.PreallocatedLayer, "batch_select_indices", "cache")
@@ -262,6 +254,14 @@ class Sections:
         self._time(sampling, "sample_token", "choosing: the token")
         self._time(sampling, "likeliest", "top log-probabilities")
         self._time(sampling.Batch, "take", "bookkeeping")
+
+    def watch_products(self, model: PreTrainedModel) -> None:
+        """Time the layers that multiply as they are by now, with packed weights, and forget what was counted so far."""
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                self._time(module, "forward", "head" if module is head else "layers: matrix products")
+        self.seconds.clear()
 
     def _time(self, owner: Any, name: str, section: str) -> None:
         inner = getattr(owner, name)

@@ -67,7 +67,7 @@ def vllm_server(model: Path, log: Path, *, port: int = 8010, cache_gb: int = 2) 
     ]  # fmt: skip
     with log.open("w") as written:
         process = subprocess.Popen(
-            command, stdout=written, stderr=subprocess.STDOUT, env=environment(cache_gb), start_new_session=True
+            command, stdout=written, stderr=subprocess.STDOUT, env=environment(cache_gb), process_group=0
         )
     try:
         _wait(process, f"http://127.0.0.1:{port}/health", log)
@@ -85,7 +85,7 @@ def vllm_engine(model: Path, *, rows: int, cache_gb: int = 6) -> Iterator[Worker
     if not (python := vllm_python()):
         raise SystemExit(UNMEASURED)
     command = [str(python), str(RUN), str(model), str(rows)]
-    worker = Worker("vllm", command, env=environment(cache_gb), start_new_session=True)
+    worker = Worker("vllm", command, env=environment(cache_gb), process_group=0)
     try:
         yield worker
     finally:

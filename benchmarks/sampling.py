@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     rounds: int = 3
     rows: int = 128
     length: int = 64
-    long_rows: int = 64
+    long_rows: int = 32
     long: int = 512
     steps: int = 7
 
@@ -71,7 +71,8 @@ def _worker(contender: str, model: Path) -> Worker:
 
 def _environment(place: Path) -> dict[str, str]:
     return os.environ | {
-        "OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "CFSD_HOME": str(place / "home"),
+        "OMP_NUM_THREADS": str(THREADS), "OMP_PROC_BIND": "true", "TOKENIZERS_PARALLELISM": "false",
+        "CFSD_HOME": str(place / "home"),
     }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def _measure(plan: Plan, length: int, model: Path, started: float) -> list[Measu
             workers.append(stack.enter_context(vllm_engine(model, rows=rows)))
         for worker in workers:
             worker.ask("whole", rows=rows, length=4)
-        _say(started, f"{length} tokens, {rows} rows: {', '.join(worker.name for worker in workers)}")
+        _say(started, f"{rows} rows: {', '.join(worker.name for worker in workers)} are ready")
         for turn in range(plan.rounds):
             answer = bound.ask("rate", rows=rows)
             limits = answer["tokens_per_second"], answer["own_tokens_per_second"]
@@ -134,7 +135,7 @@ def _measure(plan: Plan, length: int, model: Path, started: float) -> list[Measu
                 for top in (0, TOP) if worker.name in ("ours", "vllm") else (0,):
                     rate, peak = _rate(plan, worker, length, {"top": top, "seed": turn})
                     found.append(Measured(worker.name, length, top, rate, peak, *limits))
-            _say(started, f"{length} tokens, round {turn + 1}")
+                    _say(started, f"{worker.name}, {length} tokens, top {top}: {rate:.0f} tokens/s of {limits[0]:.0f}")
     return found
 
 
@@ -173,7 +174,7 @@ def _tell(plan: Plan, found: list[Measured], model: Path, results: Path) -> None
     with _worker("bound", model) as worker:
         price = worker.ask("price", positions=[plan.length // 2, plan.long // 2])
     with _worker("ours", model) as worker:
-        size = {top: worker.ask("stored", rows=plan.rows, length=plan.length, top=top) for top in (0, TOP)}
+        size = {top: worker.ask("stored", rows=plan.rows // 8, length=plan.length, top=top) for top in (0, TOP)}
     notes = [*_notes(plan, found, price), f"bytes per token on disk: {size[0]:.0f}, with the top {TOP} {size[TOP]:.0f}"]
     tell("sampling", table, notes, folder=results, measured=[entry._asdict() for entry in found], price=price)
 

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from cfsd.errors import NotFinite
+from cfsd.generate.grouped_attention import grouped_attention
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.packed_weights import packed_weights
 from cfsd.generate.spec import GenerateSpec
@@ -77,7 +78,7 @@ def sample(
     numbers = np.stack([uniforms(seed_of(spec), rows.stream, row, spec.length) for row in rows.ids])
     batch = Batch(rows, torch.from_numpy(numbers).to(model.device), spec, where)
     cache = preallocated(model, batch.capacity)
-    with packed_weights(model, len(rows.ids)):
+    with packed_weights(model, len(rows.ids)), grouped_attention(model.device):
         if cache is None:
             _with_generate(model, batch, on_step)
         else:

@@ -9,8 +9,11 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cfsd.errors import NotFinite
+from cfsd.generate.grouped_attention import grouped_attention
+from cfsd.generate.packed_weights import packed_weights
 from cfsd.generate.sampling import Rows, Turns, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs, uniforms
@@ -324,3 +327,42 @@ def test_a_model_with_a_state_of_its_own_goes_through_generate(caplog: pytest.Lo
     prompts = [[0], [0, 5, 6]]
     written = sample(world.model, Rows(range(2), prompts, (1,), "template", Turns(1, [1, 0])), GenerateSpec(length=4))
     assert [s.token_ids[: len(prompt)] for s, prompt in zip(written, prompts, strict=True)] == prompts
+
+
+def test_packed_weights_multiply_as_the_layers_do_and_leave_them_as_they_were(world: World) -> None:
+    layers = [layer for layer in world.model.modules() if type(layer) is nn.Linear]
+    states = [torch.randn(5, 1, layer.in_features, generator=torch.manual_seed(0)) for layer in layers]
+    with torch.inference_mode():
+        with packed_weights(world.model, 5):
+            assert all("forward" in vars(layer) for layer in layers)
+            packed = [layer(states) for layer, states in zip(layers, states, strict=True)]
+        plain = [layer(states) for layer, states in zip(layers, states, strict=True)]
+    assert not any("forward" in vars(layer) for layer in layers)
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_where_memory_is_small_only_the_output_layer_is_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfsd.generate.packed_weights.memory", lambda: 1)
+    with packed_weights(world.model, 5):
+        own = [layer for layer in world.model.modules() if isinstance(layer, nn.Linear) and "forward" in vars(layer)]
+    assert own == [world.model.get_output_embeddings()]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_heads_that_share_keys_attend_as_each_would_alone(groups: int) -> None:
+    generator = torch.manual_seed(0)
+    query = torch.randn(4, 9, 1, 8, generator=generator)
+    cache = torch.randn(2, 4, groups, 20, 8, generator=generator)
+    key, value = cache[:, :, :, :13]  # views of memory that is laid out for more
+    with grouped_attention(query.device):
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out = attend(nn.Module(), query, key, value, None, scaling=0.3)[0]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not attend
+    assert out.shape == (4, 1, 9, 8)
+    for row in range(4):
+        for head in range(9):
+            mine = (x[row, head // (9 // groups)].double() for x in (key, value))
+            keys, values = mine
+            weights = (0.3 * keys @ query[row, head, 0].double()).softmax(-1)
+            torch.testing.assert_close(out[row, 0, head].double(), weights @ values, atol=1e-6, rtol=1e-6)
