@@ -241,8 +241,9 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     name: lambda job, inputs: Work() for name in (stages.TARGET, stages.FILTER, stages.SELECT, stages.MIX, stages.CHECK)
 }
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
-    stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2, stages.EVALUATE_TARGET_DIVERGENCE: 2, stages.EVALUATE_PROBE: 2,
-    stages.EVALUATE_PROMPTS: 2, **dict.fromkeys((stages.PROBE, stages.PROMPTS, stages.GENERATE, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
+    stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
+    **dict.fromkeys((stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS), 2),
+    **dict.fromkeys((stages.PROBE, stages.PROMPTS, stages.GENERATE, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET), 1),
 }  # fmt: skip
 DIVERGENCES = (

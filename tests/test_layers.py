@@ -168,7 +168,7 @@ def test_heavy_libraries_have_one_door_each() -> None:
     assert {str(Path(file).parent) for file in importers("mlflow")} == {"tasks/record"}
     assert not importers("prefect") & under("cfsd")
     assert importers("lm_eval")
-    assert importers("lm_eval") <= under("cfsd/evaluate")
+    assert importers("lm_eval") <= under("cfsd/evaluate") | under("benchmarks")  # which compares itself with it
 
 
 def test_late_imports_are_for_task_bodies_and_optional_libraries() -> None:

@@ -117,7 +117,7 @@ KEYS = {  # computed by commit c7c18a9; but fetch, target, train and evaluate-pr
     "train": ["train 9c7af6701b665fbc"],
     "train on the corpus": ["train 22876dfb1de79d22"],
     "train with a Fisher matrix": ["train 0ccfcbd8d44320d0"],
-    "train watched": ["train 35a0b9d2ece6be05"],
+    "train watched": ["train 4d61b7e97d64802c"],
     "train watched, Fisher": ["train 3edc2747c81b0d99"],
     "budget": ["budget 49d78d67dca08dda"],
     "merge": ["merge b64d77836f32cdd5"],

@@ -22,7 +22,7 @@ from cfsd.report.figures.frontier import (
     write_legend,
 )
 from cfsd.report.figures.labels import Point
-from cfsd.report.matched_gain import MatchedGain
+from cfsd.report.compared import MatchedGain
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, sweep_of, variant_of
 from cfsd.statistics.figures import FRACTION
