@@ -39,7 +39,6 @@ class Comparison(BaseModel):
     seeds: int = Field(1, ge=1, description="Repeats per variant, with seeds of their own for what `seeds_vary` names")
     seeds_vary: tuple[Varied, ...] = Field(
         ("train", "mix"),
-        min_length=1,
         description="What differs between repeats, and so what intervals over seeds cover: the training, the order of "
         "rows (mix), the corpus (generate.seed), the probe. What is not named is shared. Target rows and benchmark "
         "items always are",
@@ -76,6 +75,8 @@ class Comparison(BaseModel):
     @field_validator("seeds_vary")
     @classmethod
     def _in_one_order(cls, parts: tuple[Varied, ...]) -> tuple[Varied, ...]:
+        if not parts:
+            raise ValueError(f"repeats that vary nothing are equal: name one or more of {', '.join(SECTIONS)}")
         return tuple(part for part in SECTIONS if part in parts)
 
     @model_validator(mode="after")

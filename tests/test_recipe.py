@@ -183,7 +183,9 @@ def test_a_variants_own_seed_for_what_varies_is_refused(content: dict[str, Any],
 def test_repeats_that_would_be_one_and_the_same_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"'finetune' samples none.*add train and mix"):
         comparison(content, seeds=2, seeds_vary=["corpus"]).recipes()
-    with pytest.raises(BadInput, match=r"seeds_vary: .*at least 1 item"):
+    with pytest.raises(
+        BadInput, match=r"seeds_vary: repeats that vary nothing are equal: name one or more of train, mix"
+    ):
         comparison(content, seeds=2, seeds_vary=[])
     with pytest.raises(BadInput, match=r"seeds_vary\.0: .*'train', 'mix', 'corpus' or 'probe'.*given 'order'"):
         comparison(content, seeds_vary=["order"])
@@ -206,7 +208,8 @@ def test_a_wrong_variant_is_named(content: dict[str, Any]) -> None:
 
 def test_a_comparison_loads_with_overrides_of_its_recipe(content: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, {"recipe": content, "variants": {"all": {}, "none": {"generate.rows": 0}}})
-    loaded = Comparison.load(path, ["generate.rows=5", "seed=2"], seeds=2)
+    loaded = Comparison.load(path, ["generate.rows=5", "seed=2"], seeds=2, seeds_vary=["probe", "train"])
+    assert loaded.seeds_vary == ("train", "probe")
     rows = {label: recipe.generate.rows for label, recipe in loaded.recipes().items()}
     assert rows == {"all seed=2": 5, "all seed=3": 5, "none seed=2": 0, "none seed=3": 0}
 
