@@ -140,12 +140,12 @@ def _measure(plan: Plan, length: int, model: Path, started: float) -> list[Measu
 
 
 def _rate(plan: Plan, worker: Worker, length: int, job: dict[str, int]) -> tuple[float, float]:
-    """Return tokens per second, and the process's peak memory in MB (nan: of several)."""
+    """Return tokens per second, and the process's peak memory in MB (0: it has several)."""
     rows = plan.batch(length)
     if length == plan.long and worker.name != "vllm":
         return _windows(plan, worker, rows, job["top"])
     answer = worker.ask("whole", rows=rows, length=length, **job)
-    return answer["tokens"] / answer["seconds"], answer["peak_mb"]
+    return answer["tokens"] / answer["seconds"], answer.get("peak_mb", 0.0)
 
 
 def _windows(plan: Plan, worker: Worker, rows: int, top: int) -> tuple[float, float]:
@@ -174,7 +174,9 @@ def _tell(plan: Plan, found: list[Measured], model: Path, results: Path) -> None
     with _worker("bound", model) as worker:
         price = worker.ask("price", positions=[plan.length // 2, plan.long // 2])
     with _worker("ours", model) as worker:
-        size = {top: worker.ask("stored", rows=plan.rows // 8, length=plan.length, top=top) for top in (0, TOP)}
+        size = {
+            top: worker.ask("stored", rows=plan.rows // 8, length=plan.length, top=top)["bytes"] for top in (0, TOP)
+        }
     notes = [*_notes(plan, found, price), f"bytes per token on disk: {size[0]:.0f}, with the top {TOP} {size[TOP]:.0f}"]
     tell("sampling", table, notes, folder=results, measured=[entry._asdict() for entry in found], price=price)
 
@@ -191,17 +193,23 @@ def _rows(plan: Plan, found: list[Measured], length: int) -> list[dict[str, Any]
                 what = f"{name}, {f'top {TOP}, ' if top else ''}ours and {peer}: tokens/s"
                 mine = _of(found, "ours", length, top)
                 table.append(row(what, _speeds(mine), _speeds(theirs), AIMS.get((peer, length, top), "")))
-    generate = _of(found, "generate", length)
-    shares = [[entry.tokens_per_second / entry.bound for entry in entries] for entries in (ours, generate)]
-    peaks = [[entry.peak_mb for entry in entries] for entries in (ours, generate)]
-    table.append(row(f"{name}: share of bound, ours and generate", *shares, "ours >= 0.6" * (length == plan.length)))
-    table.append(row(f"{name}: peak resident MB, ours and generate", *peaks, ""))
-    for who in ("ours", "vllm"):
+    generate, whom = _of(found, "generate", length), "ours and generate"
+    aim = "ours >= 0.6" if length == plan.length else ""
+    table.append(row(f"{name}: share of bound, {whom}", _shares(ours), _shares(generate), aim))
+    table.append(row(f"{name}: peak resident MB, {whom}", _peaks(ours), _peaks(generate), ""))
+    for who, aim in (("ours", "<= 1.10"), ("vllm", "")):
         if with_top := _of(found, who, length, TOP):
-            slower = [_speeds(_of(found, who, length)), _speeds(with_top)]
-            aim = "<= 1.10" if who == "ours" else ""
-            table.append(row(f"{name}, {who} without the top {TOP} and with: tokens/s", *slower, aim))
+            what = f"{name}, {who} without the top {TOP} and with: tokens/s"
+            table.append(row(what, _speeds(_of(found, who, length)), _speeds(with_top), aim))
     return table
+
+
+def _shares(entries: list[Measured]) -> list[float]:
+    return [entry.tokens_per_second / entry.bound for entry in entries]
+
+
+def _peaks(entries: list[Measured]) -> list[float]:
+    return [entry.peak_mb for entry in entries]
 
 
 def _of(found: Iterable[Measured], contender: str, length: int, top: int = 0) -> list[Measured]:
