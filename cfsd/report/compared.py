@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.report.matched_gain import MatchedGain
 from cfsd.report.summary import Fig
 from cfsd.statistics.differences import LEVEL
+from cfsd.statistics.matched_gain import MatchedGain
 
 BENCHMARK = "benchmarks/"  # before the name of one: its forgetting
 TEXT = "texts/"

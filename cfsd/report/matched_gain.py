@@ -2,36 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from cfsd.report.table import sweep_of, variant_of
-from cfsd.statistics.matched_gain import Match, Trained, matched, seeds_of
+from cfsd.statistics.matched_gain import MatchedGain, Trained, matched, seeds_of
 from cfsd.statistics.seeds import FEWEST
 from cfsd.statistics.units import Units
 
 GAIN = "target_gain"
 Figures = Mapping[str, list[Units]]  # measure -> its parts
 COSTS = {"probe_kl": True, "mean_forgetting": False}  # measure -> whether it is interpolated in its logarithm
-
-
-class MatchedGain(BaseModel):
-    """One cost at the gains that methods have in common: an entry of `matched_gain` in summary.json.
-
-    `covers`: what the intervals are over, documents alone below FEWEST seeds. `variants`: those of each method.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    measure: str
-    logarithmic: bool
-    seeds: int
-    covers: str
-    variants: dict[str, tuple[str, ...]]
-    gains: tuple[Match, ...]
-
-    def methods(self) -> list[str]:
-        """Return every method that is at one of the gains."""
-        return list(dict.fromkeys(entry.method for match in self.gains for entry in match.methods))
 
 
 def matched_gains(measured: Mapping[str, Figures], questions: Mapping[str, object]) -> list[MatchedGain]:
