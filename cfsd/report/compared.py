@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from cfsd.report.summary import Fig
 from cfsd.statistics.differences import LEVEL
-from cfsd.statistics.matched_gain import Match
+from cfsd.statistics.matched_gain import MatchedGain
 
 BENCHMARK = "benchmarks/"  # before the name of one: its forgetting
 TEXT = "texts/"
@@ -68,26 +68,6 @@ class Compared(BaseModel):
 def _negative(found: Compared | OfSeed) -> dict[str, float | None]:
     ends = [None if end is None else -end + 0.0 for end in (found.high, found.low)]
     return {"value": -found.value + 0.0, "low": ends[0], "high": ends[1]}
-
-
-class MatchedGain(BaseModel):
-    """One cost at the gains that methods have in common: an entry of `matched_gain` in summary.json.
-
-    `covers`: what the intervals are over, documents alone below FEWEST seeds. `variants`: those of each method.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    measure: str
-    logarithmic: bool
-    seeds: int
-    covers: str
-    variants: dict[str, tuple[str, ...]]
-    gains: tuple[Match, ...]
-
-    def methods(self) -> list[str]:
-        """Return every method that is at one of the gains."""
-        return list(dict.fromkeys(entry.method for match in self.gains for entry in match.methods))
 
 
 class Comparisons:

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from cfsd.report.compared import MatchedGain
 from cfsd.report.table import sweep_of, variant_of
-from cfsd.statistics.matched_gain import Trained, matched, seeds_of
+from cfsd.statistics.matched_gain import MatchedGain, Trained, matched, seeds_of
 from cfsd.statistics.seeds import FEWEST
 from cfsd.statistics.units import Units
 

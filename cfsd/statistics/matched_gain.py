@@ -78,6 +78,26 @@ class Match(BaseModel):
     differences: tuple[Apart, ...]
 
 
+class MatchedGain(BaseModel):
+    """One cost at the gains that methods have in common: an entry of `matched_gain` in summary.json.
+
+    `covers`: what the intervals are over, documents alone below FEWEST seeds. `variants`: those of each method.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    measure: str
+    logarithmic: bool
+    seeds: int
+    covers: str
+    variants: dict[str, tuple[str, ...]]
+    gains: tuple[Match, ...]
+
+    def methods(self) -> list[str]:
+        """Return every method that is at one of the gains."""
+        return list(dict.fromkeys(entry.method for match in self.gains for entry in match.methods))
+
+
 class Curve(NamedTuple):
     """One method's strengths K, with gain and cost of each in every resample."""
 

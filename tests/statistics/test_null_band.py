@@ -25,7 +25,7 @@ def test_errors_are_those_of_paired_changes() -> None:
     rng = np.random.default_rng(0)
     changes = rng.normal(0.1, 1, 40)
     assert error_of_ratio(changes, np.ones(40)) == pytest.approx(stats.sem(changes))
-    counts = rng.integers(5, 60, 40) * 1.0
+    counts = rng.integers(5, 60, 40).astype(float)
     jackknife = np.array([np.delete(changes, i).sum() / np.delete(counts, i).sum() for i in range(40)])
     assert error_of_ratio(changes, counts) == pytest.approx(np.sqrt(39 * jackknife.var()), rel=0.1)
     flips = np.repeat([1.0, -1.0, 0.0], [4, 2, 44])

@@ -22,10 +22,10 @@ from cfsd.report.figures.frontier import (
     write_legend,
 )
 from cfsd.report.figures.labels import Point
-from cfsd.report.compared import MatchedGain
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, sweep_of, variant_of
 from cfsd.statistics.figures import FRACTION
+from cfsd.statistics.matched_gain import MatchedGain
 
 HEIGHT = 4.0  # inches, without a legend
 LEGEND_ROW = 0.21  # inches
