@@ -78,8 +78,8 @@ def token_logprobs(
                 if len(next_T):
                     distribution = distribution_of(output.logits[place, : len(next_T)])
                     _record(samples[i], first + 1, distribution, next_T, where)
-                    if samples[i].top is not None:
-                        _record_top(samples[i].top, first + 1, distribution, points[i])
+                    if (top := samples[i].top) is not None:
+                        _record_top(top, first + 1, distribution, points[i])
             del output
     return [samples[i] for i in range(len(token_rows))]
 

@@ -305,6 +305,20 @@ def test_only_what_exists_is_drawn(world: Trained) -> None:
     assert panels_of(world.store, [world.plain()]) == []
 
 
+@pytest.mark.parametrize("change", [{"filter": {"duplicates": True}}, {"generate": {"temperature": 0.7}}])
+def test_a_divergence_along_rows_that_are_no_sample_is_called_that(world: Trained, change: dict[str, Any]) -> None:
+    metrics = {1: {"train/rehearsal_loss": 0.2}, 2: {"train/rehearsal_loss": 0.1}}
+    recipe = {"train": {"rehearsal": {"loss": "kl"}}, "generate": {"top_logprobs": 8} | change.get("generate", {})}
+    changed = world.variant(
+        "along", loss=0.5, kl=0.1, metrics=metrics, **{**recipe, "filter": change.get("filter", {})}
+    )
+    (panel,) = panels_of(world.store, [changed])
+    assert panel.label == "divergence along filtered rows, nats per token" and list(panel.lines) == ["along"]
+    (panel,) = panels_of(world.store, [world.variant("exact", loss=0.5, kl=0.1, metrics=metrics, **recipe | {
+        "generate": {"top_logprobs": 8}})])  # fmt: skip
+    assert panel.label == "rehearsal divergence, nats per token"
+
+
 def test_variants_of_one_training_share_its_curve(world: Trained) -> None:
     one = world.budgeted("wise alpha=0.5")
     both = [one, one.model_copy(update={"name": "wise alpha=1"})]

@@ -106,9 +106,7 @@ def test_where_filtered_rows_bend_the_drawn_token_the_samples_are_right() -> Non
     tail_N1 = laws_1V[0].nonzero()
     for drawn_V in (law_V * torch.tensor([0.4, 0.4, 1.0, 1.0, 0.4, 1.0, 0.4]), (BASE_V / 0.7).softmax(0)):
         drawn_V = drawn_V / drawn_V.sum()
-        plain = stored(BASE_V, torch.zeros(V, 1).long())._replace(
-            sampled_M=BASE_V.log_softmax(0), tail_ids_MS=None, tail_logprobs_MS=None
-        )
+        plain = stored(BASE_V, torch.zeros(V, 0).long())._replace(sampled_M=BASE_V.log_softmax(0))
         loss_V, slope_VV = found(TUNED_V, plain, torch.arange(V))
         assert abs(float(drawn_V @ loss_V) - value) > 0.01
         assert (drawn_V @ slope_VV - slope_V).abs().max() > 0.01

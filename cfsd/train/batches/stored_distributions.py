@@ -64,8 +64,8 @@ class StoredDistributions:
         if "topk_ids" not in stored:
             none_MK = torch.zeros(len(sampled_M), 0)
             return Stored(none_MK.int(), none_MK, torch.zeros(len(sampled_M)), sampled_M)
-        tail = [_tensor(stored[name]) for name in TAIL if name in stored]
-        return Stored(*(_tensor(stored[name]) for name in TOP), sampled_M, *tail)
+        top, tail = ([_tensor(stored[name]) for name in names if name in stored] for names in (TOP, TAIL))
+        return Stored(*[*top, sampled_M, *tail])
 
     def _row(self, place: int) -> dict[str, NDArray[Any]]:
         """Return each column's values in one row, (T,), (T, K) or (T, S); a null is NaN."""

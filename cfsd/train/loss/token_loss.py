@@ -34,12 +34,12 @@ class Stored(NamedTuple):
     logprobs_MK: Tensor
     rest_M: Tensor  # log of the mass outside the K likeliest
     sampled_M: Tensor  # log p* of the drawn token
-    tail_ids_MS: Tensor | None = None  # sampled from the mass outside
-    tail_logprobs_MS: Tensor | None = None
+    tail_ids_MS: Tensor = torch.zeros(0, 0, dtype=torch.int32)  # sampled from the mass outside; S may be 0
+    tail_logprobs_MS: Tensor = torch.zeros(0, 0)
 
     def part(self, rows: slice) -> "Stored":
         """Return some of the tokens."""
-        return Stored(*(None if tensor is None else tensor[rows] for tensor in self))
+        return Stored(*(tensor[rows] for tensor in self))
 
 
 class Head(NamedTuple):
@@ -218,10 +218,9 @@ class _Chunk:
 
     def _tail(self, stored: Stored, ids_CK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens that stand for the base's tail, how much of it each has, and log p* of each."""
-        ids_CS, logprobs_CS = stored.tail_ids_MS, stored.tail_logprobs_MS
-        if ids_CS is not None and logprobs_CS is not None and (count := ids_CS.shape[1]):
+        if count := stored.tail_ids_MS.shape[1]:
             amount_CS = (stored.rest_M.to(dtype).exp() / count)[:, None].expand(-1, count)
-            return ids_CS.long(), amount_CS, logprobs_CS.to(dtype)
+            return stored.tail_ids_MS.long(), amount_CS, stored.tail_logprobs_MS.to(dtype)
         outside_C1 = (ids_CK != self.next_C1).all(-1, keepdim=True).to(dtype)
         return self.next_C1, outside_C1, stored.sampled_M.to(dtype)[:, None]
 
