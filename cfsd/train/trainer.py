@@ -164,7 +164,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
     notes = [line for line in lines if line]
     shares = ({"lora_share": adapter.share} if adapter else {}) | rounding.metadata()
-    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": notes} if notes else {})
+    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
 
 
 def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
@@ -175,7 +175,8 @@ def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTra
     if not spec.rehearsal.needs_base():
         return None
     base = load_model(folder, args.device.type, "bfloat16" if args.bf16 and args.fsdp else "float32")
-    return base.eval().requires_grad_(False)
+    base.eval().requires_grad_(False)
+    return base
 
 
 def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArguments) -> Batches:

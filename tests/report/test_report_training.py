@@ -363,6 +363,13 @@ def test_a_budget_with_too_few_steps_to_steer_is_told(world: Trained, steps: int
     assert warnings([summarise(world.store, unsteered)]) == []
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.62, 1), (0.08, 0)])
+def test_weights_that_rounding_took_back_are_told(world: Trained, share: float, told: int) -> None:
+    """Of the final model: merged, it was rounded anew."""
+    found = warnings([summarise(world.store, world.budgeted(steps=80, rounding_undid=share))])
+    assert len(found) == told and all("takes back 62.0 % of what the training of “budget” changed" in f for f in found)
+
+
 def test_an_old_summary_without_these_parts_still_reads(world: Trained) -> None:
     summary = summarise(world.store, world.budgeted())
     plain = type(summary)(**summary.model_dump(exclude={"budget", "stability_gap", "training"}))
