@@ -21,6 +21,7 @@ SHORT = 1.0  # seconds; what a stage takes beside its work is not planned finer
 BEFORE = ["target", "generate", "filter", "probe", "mix", *["evaluate"] * 5, "evaluate-target"]
 AFTER = ["train", *["evaluate"] * 5, "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 STAGES = ["fetch", *BEFORE, *AFTER, "generate", "filter", "mix", "check", *AFTER]
+# `evaluate` as it was before the choices of a document shared one reading.
 RECORDED = {
     "demo": (
         [
