@@ -89,7 +89,7 @@ class Job(NamedTuple):
     def held_out(self) -> float:
         """Return the tokens of the held-out rows that are measured. Raises KeyError if they are unknown."""
         rows, most = self.target["held_out_rows"], self.recipe.evaluate.held_out_rows
-        return float(self.target["held_out_tokens"]) * min(1, (most or rows) / max(rows, 1))
+        return float(self.target["held_out_tokens"] * min(1, (most or rows) / max(rows, 1)))
 
 
 def job_of(recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Job:
