@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cfsd.generate.server.capabilities import VLLM
-from cfsd.generate.server.protocol import Served, ServerSampling, request
+from cfsd.generate.server.protocol import VLLM, Served, ServerSampling, request
 from cfsd.generate.server.sampler import row_seed, sample_from_server
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine

@@ -80,7 +80,7 @@ class Job(NamedTuple):
     base: Artifact
     target: Metadata  # as the stage `target` wrote them, or as they are guessed
     machine: Machine
-    count: Count
+    tokens_in: Count
 
     def calls(self, tokens: float) -> float:
         """Return the micro-batches that `tokens` make."""
@@ -89,7 +89,7 @@ class Job(NamedTuple):
     def held_out(self) -> float:
         """Return the tokens of the held-out rows that are measured. Raises KeyError if they are unknown."""
         rows, most = self.target["held_out_rows"], self.recipe.evaluate.held_out_rows
-        return float(self.target["held_out_tokens"]) * min(1, (most or rows) / max(rows, 1))
+        return float(self.target["held_out_tokens"] * min(1, (most or rows) / max(rows, 1)))
 
 
 def job_of(recipe: Recipe, base: Artifact, target: Artifact, machine: Machine) -> Job:
@@ -188,14 +188,14 @@ def _watching(job: Job, steps: float) -> float:
         return 0
     times, rows = steps // watch.every + 2, job.target["held_out_rows"]
     benchmarks = [benchmark for benchmark in job.recipe.evaluate.benchmarks if benchmark.name in watch.benchmarks]
-    sizes = [size for benchmark in benchmarks if (size := _benchmark_size(benchmark.model_dump_json(), job.count))]
+    sizes = [size for benchmark in benchmarks if (size := _benchmark_size(benchmark.model_dump_json(), job.tokens_in))]
     once = watch.rows * job.recipe.probe.length + job.target["held_out_tokens"] * min(1, watch.held_out_rows / rows)
     return float(times * (once + sum(size.documents * (size.read + size.written) for size in sizes)))
 
 
 def _scored(job: Job, inputs: Inputs) -> Work | None:
     benchmark = next(value for value in inputs if isinstance(value, Benchmark))
-    size = _benchmark_size(benchmark.model_dump_json(), job.count)
+    size = _benchmark_size(benchmark.model_dump_json(), job.tokens_in)
     return _benchmark(job, size) if size else None
 
 
@@ -210,7 +210,7 @@ def _benchmark(job: Job, size: BenchmarkSize) -> Work:
 
 def _text(job: Job, inputs: Inputs) -> Work:
     text = next(value for value in inputs if isinstance(value, Text))
-    tokens = sum(map(job.count, text.documents()))
+    tokens = sum(map(job.tokens_in, text.documents()))
     return _read(job, tokens, logits=tokens)
 
 
