@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cfsd.report.comparisons import Comparisons, compared
+from cfsd.report.compared import Comparisons
+from cfsd.report.comparisons import compared
 from cfsd.report.figures.frontier import frontier_figure, styles
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import first_scores, gain_units, metric_of, table

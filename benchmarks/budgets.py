@@ -33,7 +33,8 @@ from benchmarks.methods import Name
 from cfsd.errors import NotFinite
 from cfsd.machine import home
 from cfsd.report.budget import WIDEST
-from cfsd.report.comparisons import Compared, comparisons_of
+from cfsd.report.compared import Compared
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary

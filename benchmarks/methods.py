@@ -175,11 +175,7 @@ def _tell(study: Study, results: list[Result], tried: Tried) -> None:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": study.machine.threads},
         "seeds": list(study.seeds),
         "chosen": {result.method: result.strength for result in results},
-        "rows": [
-            {k: v for k, v in result._asdict().items() if k != "units"}
-            | {f: _plain(getattr(result, f)) for f in ("figures", "seeds")}
-            for result in results
-        ],
+        "rows": [_row(result) for result in results],
         "comparisons": [entry.model_dump(mode="json") for entry in comparisons.entries],
         "tried": _plain(tried),
         "notes": notes,
@@ -190,6 +186,11 @@ def _tell(study: Study, results: list[Result], tried: Tried) -> None:
     file.with_suffix(".md").write_text(text + "\n" + "\n".join(f"* {note}" for note in notes) + "\n")
     picture(results).savefig(study.pictures / f"methods-{study.name}.png", dpi=150)
     print(file, flush=True)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    content = {name: value for name, value in result._asdict().items() if name != "units"}
+    return content | {name: _plain(content[name]) for name in ("figures", "seeds")}
 
 
 def _notes(study: Study, results: list[Result], tried: Tried) -> list[str]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from cfsd.machine import home
+from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.place import report_folder, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
@@ -15,9 +16,6 @@ from flows._cli import console
 from tasks import record
 from tasks.report import print_figures, write_report
 
-if TYPE_CHECKING:
-    from cfsd.report.comparisons import Comparisons
-
 
 class Result(NamedTuple):
     """What a flow returns: its run records, their figures, the folder of the report, and how variants differ."""
@@ -25,7 +23,7 @@ class Result(NamedTuple):
     run_records: list[RunRecord]
     summaries: list[Summary]
     folder: Path
-    comparisons: "Comparisons | None" = None
+    comparisons: Comparisons = NOTHING
 
     def only(self) -> RunRecord:
         """Return the run record of a flow that runs one recipe."""

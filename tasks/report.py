@@ -3,24 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from cfsd.machine import home
+from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
-
-if TYPE_CHECKING:
-    from cfsd.report.comparisons import Comparisons
 
 
 class Report(NamedTuple):
     """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown."""
 
     summaries: list[Summary]
-    comparisons: "Comparisons | None"
+    comparisons: Comparisons
     figures: dict[str, float]
     files: list[Path]
     table: list[dict[str, Any]]
@@ -63,7 +61,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
     kept = Kept(title=title, run_records=tuple(run_records))
     remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], None, {}, files, [], described_sequence(title, remains))
+    return Report([], NOTHING, {}, files, [], described_sequence(title, remains))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
@@ -86,8 +84,8 @@ def export_model(folder: Path, to: Path, variant: str | None) -> None:
     export(Store(home()), kept, chosen(kept, variant), to)
 
 
-def print_figures(summaries: list[Summary], comparisons: "Comparisons | None", console: Console) -> None:
+def print_figures(summaries: list[Summary], comparisons: Comparisons, console: Console) -> None:
     """Print the table of figures and the verdict; see `cfsd.report.terminal`."""
     from cfsd.report.terminal import print_summary
 
-    print_summary(summaries, console, *([comparisons] if comparisons else []))
+    print_summary(summaries, console, comparisons)

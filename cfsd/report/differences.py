@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from cfsd.report.comparisons import BENCHMARK, Compared, Comparisons
+from cfsd.report.compared import BENCHMARK, Compared, Comparisons
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, shown
 from cfsd.report.verdict import best, variants_of

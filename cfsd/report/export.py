@@ -6,7 +6,7 @@ from pathlib import Path
 from cfsd.errors import BadInput
 from cfsd.model.folder import payload_of
 from cfsd.report.comparisons import comparisons_of
-from cfsd.report.files import Kept
+from cfsd.report.files import Kept, check_store
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
@@ -32,7 +32,8 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
     Copies, not links: whoever edits a published folder must not reach into the store.
 
     Raises:
-        BadInput: `to` exists and is not empty.
+        BadInput: `to` exists and is not empty, or the store lacks what another variant, which the card compares, is
+            measured by.
         StoreError: the model is gone or damaged.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -40,6 +41,7 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
     model = run_record.artifacts["final"]
     store.verify(model)
     files = payload_of(store.path(model))
+    check_store(store, kept)
     summary, comparisons = summarise(store, run_record, kept.run_records), comparisons_of(store, kept.run_records)
     card = model_card(store, run_record, summary, comparisons)
     part = to.with_name(f".{to.name}.part")

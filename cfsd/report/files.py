@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from cfsd.errors import BadInput
-from cfsd.report.comparisons import Comparisons, comparisons_of
+from cfsd.report.compared import Comparisons
+from cfsd.report.comparisons import comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.model_card import has_card, model_card
@@ -105,7 +106,7 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list
 
     Raises BadInput where the store lacks an artifact.
     """
-    _check_store(store, kept)
+    check_store(store, kept)
     run_records = list(kept.run_records)
     keep(folder, kept)
     summaries = [summarise(store, run_record, run_records) for run_record in run_records]
@@ -128,13 +129,14 @@ def only_corpora(kept: Kept) -> bool:
 
 def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     """Write the page that shows the corpora, and return it. Raises BadInput where the store lacks an artifact."""
-    _check_store(store, kept)
+    check_store(store, kept)
     keep(folder, kept)
     write_corpus_page(folder / "corpus.html", store, kept.title, {r.name: r.artifacts for r in kept.run_records})
     return folder / "corpus.html"
 
 
-def _check_store(store: Store, kept: Kept) -> None:
+def check_store(store: Store, kept: Kept) -> None:
+    """Raise BadInput where the store lacks an artifact of the report."""
     scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
     made = [artifact for r in kept.run_records for artifact in r.made()]
     check_artifacts(store, [*made, *scores])

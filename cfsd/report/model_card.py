@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from cfsd.report.comparisons import Comparisons
+from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.differences import lines_against
 from cfsd.report.lineage import lineage, lines_of_tree
 from cfsd.report.measures import MEASURES, figure_of
@@ -16,7 +16,7 @@ from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, number, unit_of, variant_of
-from cfsd.report.verdict import NOTHING, verdict, warnings
+from cfsd.report.verdict import verdict, warnings
 from cfsd.statistics import differences
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsd.report.changed_answers import changed_answers
-from cfsd.report.comparisons import Comparisons
+from cfsd.report.compared import Comparisons
 from cfsd.report.differences import differences_of
 from cfsd.report.figures import curves
 from cfsd.report.figures import frontier as figures

@@ -6,11 +6,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cfsd.report.comparisons import Comparisons
+from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.differences import lines_against
 from cfsd.report.summary import Summary
 from cfsd.report.table import lines_of
-from cfsd.report.verdict import NOTHING, best, remarks, two_sentences, variants_of, warnings
+from cfsd.report.verdict import best, remarks, two_sentences, variants_of, warnings
 
 
 def print_summary(summaries: list[Summary], console: Console, comparisons: Comparisons = NOTHING) -> None:

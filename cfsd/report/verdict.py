@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from cfsd.report.comparisons import Compared, Comparisons
+from cfsd.report.compared import NOTHING, Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
@@ -61,7 +61,6 @@ OUTCOMES = {
 }
 COMPARED = ("target_gain", "probe_kl", "mean_forgetting")
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
-NOTHING = Comparisons()
 
 
 class Variant(NamedTuple):
@@ -117,7 +116,7 @@ def two_sentences(summaries: list[Summary], comparisons: Comparisons = NOTHING) 
     others = [v for v in variants if v is not one]
     clauses = list(_compared(comparisons, one, *others) if others else _alone(one))
     name = f"Of {len(variants)} variants, “{one.name}”" if len(others) > 1 else f"“{one.name}”"
-    first = [f"{name} {listed(clauses)}."] if clauses else []
+    first = [f"{name} {joined(clauses)}."] if clauses else []
     return [*first, *_benchmarks(variants, "it" if first else name)]
 
 
@@ -160,7 +159,7 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
             yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
         yield LEARNED_THAN[gain.sign()].format(named, shown(gain.figure()))
     if moved and one.moved and other.moved:
-        against = "" if gain else f" as {named}" if moved.sign() else f" than {named}"
+        against = "" if gain else f" than {named}" if moved.sign() == 0 else f" as {named}"
         yield f"{_distance(one.moved, other.moved, moved)}{against} (difference {shown(moved.figure())} nats per token)"
     if lost and lost.sign():
         yield f"{LOST_THAN[lost.sign() or 1]} ({shown(lost.figure(), POINTS)} points)"
@@ -248,8 +247,13 @@ def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]
     """Yield that the two variants of the first sentence learned unequally, so that their losses are no fair match."""
     one = best(variants, comparisons)
     other = next((v for v in variants if v is not one), one)
-    if comparisons.sign(one.name, other.name, "target_gain"):
-        yield f"“{one.name}” and “{other.name}” did not learn equally: what they lost is not compared at equal gain."
+    gain = comparisons.of(one.name, other.name, "target_gain")
+    if gain and gain.sign():
+        share = abs(gain.value) / max(_value(one.gain), _value(other.gain), abs(gain.value))
+        yield (
+            f"“{one.name}” and “{other.name}” did not learn equally (they differ by {number(share * POINTS)} % of the "
+            "larger gain): what they lost is not compared at equal gain."
+        )
 
 
 def _of_comparisons(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
@@ -323,5 +327,10 @@ def quoted(names: Iterable[str]) -> str:
 
 def listed(names: list[str]) -> str:
     """Return `names` as a list in a sentence; of more than four, how many more."""
-    *first, last = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    return joined(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
+
+
+def joined(parts: list[str]) -> str:
+    """Return `parts`, at least one, as an enumeration."""
+    *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last

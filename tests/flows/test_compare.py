@@ -9,6 +9,7 @@ import yaml
 
 from tests.conftest import ROOT, Run, save_model, write_rows
 from tests.model.test_adapter import trained
+from tests.tasks.test_record import elsewhere, runs
 
 ON = ["--machine", "threads=1"]
 
@@ -29,11 +30,12 @@ def summary_of(done: Any) -> dict[str, Any]:
     return loaded
 
 
-def test_variants_share_what_they_can(run: Run, comparison_file: Path) -> None:
-    done = run("compare", comparison_file, *ON)
+def test_variants_share_what_they_can(run: Run, comparison_file: Path, tmp_path: Path) -> None:
+    seen = {"env": elsewhere(tmp_path / "seen.db")}
+    done = run("compare", comparison_file, *ON, **seen)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = summary_of(done)
-    assert summary["schema"] == 1 and list(summary["variants"]) == ["finetune", "rehearse", "strong"]
+    assert summary["schema"] == 2 and list(summary["variants"]) == ["finetune", "rehearse", "strong"]
     stages = {n: [label.split()[0] for label in v["executed"]] for n, v in summary["variants"].items()}
     measured = ["evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
     first = ["fetch", "target", "generate", "filter", "probe", "mix", "evaluate-target", "train"]
@@ -46,8 +48,22 @@ def test_variants_share_what_they_can(run: Run, comparison_file: Path) -> None:
     assert summary["variants"]["finetune"]["seconds"].keys() == set(first + measured)
     report = Path(done.stdout.strip().splitlines()[-1]).with_name("report.html").read_text()
     assert "rehearse" in report and "strong" in report
-    again = summary_of(run("compare", comparison_file, *ON))
+    for found in summary["comparisons"]:
+        values = [summary["variants"][found[side]][found["measure"]]["value"] for side in ("one", "other")]
+        assert found["value"] == pytest.approx(values[0] - values[1], abs=1e-12) and found["paired"]
+    measures = ["target_gain", "target_accuracy_gain", "probe_kl", "target_divergence"]
+    assert [c["measure"] for c in summary["comparisons"] if c["other"] == "strong"] == sorted(
+        measures * 2, key=measures.index
+    )
+    again = summary_of(second := run("compare", comparison_file, *ON, **seen))
     assert all(variant["executed"] == [] for variant in again["variants"].values())
+    assert again["comparisons"] == summary["comparisons"]
+    verdicts = [[line for line in flow.stdout.splitlines() if "Of 3 variants" in line] for flow in (done, second)]
+    assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 1
+    above = [r.data.metrics for r in runs(tmp_path / "seen.db") if r.data.tags["cfsd.kind"] == "comparison"]
+    name, first = "comparison/finetune - rehearse/probe_kl", summary["comparisons"]
+    kl = next(c for c in first if (c["one"], c["other"], c["measure"]) == ("finetune", "rehearse", "probe_kl"))
+    assert all(metrics[name] == kl["value"] and metrics[f"{name}_low"] == kl["low"] for metrics in above) and above
     figures = ("target_gain", "probe_kl")
     assert all(again["variants"][n][f] == v[f] for n, v in summary["variants"].items() for f in figures)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cfsd.report.comparisons import Comparisons, compared, comparisons_of
+from cfsd.report.compared import Comparisons
+from cfsd.report.comparisons import compared, comparisons_of
 from cfsd.report.differences import MAX_LINES, differences_of, lines_against, metrics_of
 from cfsd.report.files import Kept, write_files, write_numbers
 from cfsd.report.run_record import RunRecord

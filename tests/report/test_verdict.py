@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cfsd.report.comparisons import Compared, Comparisons
+from cfsd.report.compared import Compared, Comparisons
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, shown
 from cfsd.report.verdict import COMPARED, FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, variants_of, verdict
@@ -65,7 +65,8 @@ def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
         f"no benchmark shows a loss for “rehearse”; {UNSEEN}.",
     ]
     assert remarks(unequal, paired(unequal)) == [
-        "“finetune” and “rehearse” did not learn equally: what they lost is not compared at equal gain."
+        "“finetune” and “rehearse” did not learn equally (they differ by 33.3 % of the larger gain): what they lost is "
+        "not compared at equal gain."
     ]
 
 
@@ -295,3 +296,20 @@ def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
     assert detectable_mean(forgotten_of(unknown)) == pytest.approx(0.2 * 2.8 / 1.96, rel=1e-3)
     still = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.0, None)}})
     assert detectable_mean(forgotten_of(still)) is None  # all documents alike say nothing of the scatter
+
+
+def test_no_clause_of_the_first_sentence_is_cut_off() -> None:
+    three = [
+        summary("a", 0.3, gain=0.0, kl=0.5),
+        summary("b", 0.01, gain=0.0, kl=0.1),
+        summary("c", 0.01, gain=0.0, kl=0.1),
+    ]
+    said = compared(three)[0]
+    parts = [
+        "not shown to have learned",
+        "not shown to differ in learning",
+        "moved a fifth",
+        "lost less",
+        "distinguishable",
+    ]
+    assert [part for part in parts if part not in said] == [] and " more." not in said
