@@ -84,8 +84,8 @@ def _listed(row: Located, column: str, what: str) -> list[Any]:
     found = listed(value)
     if found is None:
         raise BadInput(
-            f"column {column!r} of {row.place} is not a list of {what}: {value!r:.60}; a list of mappings is needed, "
-            "or the JSON text of one"
+            f"column {column!r} is not a list of {what} ({row.place}): {value!r:.60}; a list of mappings is needed, or "
+            "the JSON text of one"
         )
     return found
 

@@ -65,7 +65,7 @@ CASES: dict[str, Case] = {
     "longer than the context": (_set("generate.length=500"), "set generate.length to at most 127"),
     "disk too small": (_set("generate.rows=1000000000000"), "GiB free"),
     "malformed override": (_set("train.epochs"), "is not of the form field.name=value"),
-    "no chat template": (_set("target.messages=prompt"), "line 1 is not a list of messages"),
+    "no chat template": (_set("target.messages=prompt"), "column 'prompt' is not a list of messages"),
 }
 
 

@@ -104,7 +104,7 @@ def test_more_prompts_than_asked_for_are_said(tmp_path: Path, plain: Tokenizatio
     ([{"question": "a"}], "has no column 'prompt' or 'messages'; its columns are 'question'; set `column`"),
     ([{"prompt": "a", "system": "be kind"}], "has a column 'system', for which a prompt of plain text has no place"),
     ([{"prompt": {"a": 1}}], "holds a mapping"),
-    ([{"messages": "no chat"}], "prompts support .*line 1 is not a list of messages"),
+    ([{"messages": "no chat"}], r"is not a list of messages \(prompts support .*line 1\)"),
     ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "line 2 needs `role` and `content`"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused_before_anything_runs(tmp_path: Path, records: Any, message: str) -> None:
