@@ -117,7 +117,7 @@ class Contender:
         return {"bytes": size / sum(len(s.token_ids) - 1 for s in samples)}
 
     def _sample(self, rows: int, length: int, seed: int, top: int) -> list[Sample]:
-        law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top)
+        law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top, tail_samples=0)  # as vLLM lists
         return sample(self.model, Rows(range(rows), [[self.start]] * rows, (), "bench"), law)
 
     def window(self, rows: int, after: int, steps: int, room: int, top: int = 0) -> Answer:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
             "set train.dropout to 0, or machine.sharding to replicate"
         )
     journal = Journal(folder)
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it is measured later on
+    as_trained = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.bf16)
+    with as_trained():
         watcher = Watcher(model, store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
@@ -149,7 +151,8 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     if last:
         recorder.restore(last)
         if watcher:
-            watcher.measure(model)  # still the base: what changes are counted from
+            with as_trained():
+                watcher.measure(model)  # still the base: what changes are counted from
     if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
         del data.plan[recorder.stopped_at :]
     args.max_steps = len(data)

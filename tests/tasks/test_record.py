@@ -144,5 +144,5 @@ def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
     nothing: dict[str, Any] = dict.fromkeys(Summary.model_fields)
     empty = Summary(**nothing | {"name": "x", "digest": "", "target": {}, "benchmarks": {}, "seconds": {},
                                  "executed": [], "cached": [], "corpus_warnings": [], "texts": {}, "answers": {},
-                                 "evaluation_warnings": []})  # fmt: skip
+                                 "evaluation_warnings": [], "prompts": {}})  # fmt: skip
     assert name not in headline(empty)
