@@ -10,6 +10,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -43,12 +45,22 @@ def mistral() -> Any:
     return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
 
 
+def gpt_neo() -> Any:
+    """Every second layer sees 12 tokens: more than a short trial has, and by places in the row."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window_size": 12}
+    layers = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(**sizes, attention_types=layers, max_position_embeddings=64, initializer_range=0.4)
+    )
+
+
 MODELS = {
     "llama": (llama, True),
     "llama-eager": (lambda: llama("eager"), True),
     "gpt2": (gpt2, True),
     "gemma2": (gemma2, False),
     "mistral": (mistral, False),
+    "gpt-neo": (gpt_neo, False),
 }
 
 
@@ -91,7 +103,7 @@ def test_each_choice_is_as_likely_as_by_itself(name: str) -> None:
     assert max(len(request.read) for request in requests) == CONTEXT
     assert can_share(model) == MODELS[name][1]
     done: list[int] = []
-    rows = rows_of(requests, documents, shared=can_share(model))
+    rows = rows_of(requests, documents, CONTEXT + 12 if can_share(model) else 0)
     told = likelihoods(model, requests, rows, lambda longest: 100, done.append)
     wanted = [alone(model, request) for request in requests]
     assert [value for value, _ in told] == pytest.approx([value for value, _ in wanted], abs=1e-4)
@@ -103,7 +115,7 @@ def test_the_likeliest_choice_is_called_so() -> None:
     model, context = made("llama"), [1, 2, 3]
     best = int(model(torch.tensor([context])).logits[0, -1].argmax())
     requests = [Request.of((context, [token]), CONTEXT) for token in range(VOCABULARY)]
-    told = likelihoods(model, requests, rows_of(requests, [0] * VOCABULARY, shared=True), lambda longest: 100)
+    told = likelihoods(model, requests, rows_of(requests, [0] * VOCABULARY, CONTEXT), lambda longest: 100)
     assert [token for token, (_, greedy) in enumerate(told) if greedy] == [best]
     assert sum(torch.tensor([value for value, _ in told]).exp()) == pytest.approx(1, abs=1e-5)
 
@@ -111,9 +123,9 @@ def test_the_likeliest_choice_is_called_so() -> None:
 def test_what_is_common_is_read_once() -> None:
     context, choices = list(range(20)), [[21, 22, 23], [21, 24], [25], [26]]
     requests = [Request.of((context, choice), 64) for choice in choices]
-    (row,) = rows_of(requests, [0] * 4, shared=True)
+    (row,) = rows_of(requests, [0] * 4, 23)
     assert (row.trunk, row.branches) == (context, [[21, 22], [21], []])
     assert len(row.tokens()) == 23
-    apart = rows_of(requests, [0] * 4, shared=False)
+    apart = rows_of(requests, [0] * 4, 22)
     assert [len(row.tokens()) for row in apart] == [22, 21, 20]  # choices of one token share a reading all the same
-    assert len(rows_of(requests, [0, 1, 2, 3], shared=True)) == 4
+    assert len(rows_of(requests, [0, 1, 2, 3], 23)) == 4

@@ -99,7 +99,8 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         else:
             self.window.check_pairs([(len(context), len(continuation)) for context, continuation in pairs])
         asked = [Request.of(pair, self.max_length) for pair in pairs]
-        rows = rows_of(asked, documents, shared=not rolling and self.shares)
+        most = min(self.batches.max_tokens, self.max_length) if self.shares and not rolling else 0
+        rows = rows_of(asked, documents, most)
         return likelihoods(self.model, asked, rows, self.batches.tokens, self.cache_hook.advance)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 B rows, T tokens of the longest, N positions whose predictions are asked for, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +15,7 @@ from cfsd.model.batching import arrange, pad
 
 CHUNK = 256  # positions whose whole distributions are in memory at once
 TRIAL = ([5, 6, 7, 8], [5, 6, 7, 9, 10], [5, 6, 11])  # of three branches
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # settings of models that do not see all before
 Pair = tuple[list[int], list[int]]  # context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether each token of it is the likeliest
 
@@ -70,19 +71,27 @@ class Row(NamedTuple):
         return text[-count:]
 
 
-def rows_of(requests: Sequence[Request], documents: Sequence[int], *, shared: bool) -> list[Row]:
+def rows_of(requests: Sequence[Request], documents: Sequence[int], most: int) -> list[Row]:
     """Return the rows that answer `requests`: one for the neighbours about a document, or for those that read the same.
 
-    Requests that have no token in common get rows of their own.
+    Requests that have no token in common get rows of their own, and so do those that together would be longer than
+    `most` tokens, of which some models have no more places; 0: nothing is shared.
     """
     rows = []
     for _, same in groupby(range(len(requests)), key=documents.__getitem__):
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for number in same:
-            read = requests[number].read
-            groups.setdefault(tuple(read[:1] if shared else read), []).append(number)
-        rows += [Row.of(numbers, requests) for numbers in groups.values()]
+        for numbers in _grouped(same, lambda number: tuple(requests[number].read[:1])):
+            row = Row.of(numbers, requests)
+            fits = len(row.tokens()) <= most
+            apart = _grouped(numbers, lambda number: tuple(requests[number].read))
+            rows += [row] if fits else [Row.of(alike, requests) for alike in apart]
     return rows
+
+
+def _grouped(numbers: Iterable[int], key: Callable[[int], tuple[int, ...]]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number in numbers:
+        groups.setdefault(key(number), []).append(number)
+    return list(groups.values())
 
 
 @torch.inference_mode()
@@ -169,11 +178,10 @@ def can_share(model: PreTrainedModel) -> bool:
     """
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if kinds != {"full_attention"} or windowed:
+    if kinds != {"full_attention"} or any(getattr(config, name, None) for name in WINDOWS):
         return False
     requests = [Request(text, text[-1:]) for text in TRIAL]
-    whole, shared = (rows_of(requests, [0] * len(TRIAL), shared=on) for on in (False, True))
+    whole, shared = (rows_of(requests, [0] * len(TRIAL), most) for most in (0, 64))
     try:
         told = [likelihoods(model, requests, rows, lambda longest: 64) for rows in (whole, shared)]
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such arguments
