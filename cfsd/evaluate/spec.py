@@ -65,7 +65,7 @@ class EvaluateSpec(Spec):
         if (templated or chats) and base.content and not _has_chat_template(Store(home()).path(base)):
             raise (templated or chats)[0].lacks_template()
         for prompts in self.prompts:
-            check_context(base, prompts, f"evaluate.prompts of {prompts.name}:")
+            check_context(base, prompts, f"evaluate.prompts[{prompts.name}]")
         context = base.metadata.get("context")
         if isinstance(context, int) and not base.metadata.get("context_why"):  # a reason holds for sampling only
             for benchmark in self.benchmarks:

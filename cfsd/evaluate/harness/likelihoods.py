@@ -159,16 +159,14 @@ def _predictions(model: PreTrainedModel, rows: Sequence[Row], places_N2: Tensor)
 
 def _branches(model: PreTrainedModel, rows: Sequence[Row], longest: int) -> dict[str, Tensor]:
     """Return where each token stands in its own text, and that it attends to the trunk and to its own branch only."""
-    segments_BT = pad([row.segments() for row in rows])
-    before_TT = torch.ones(longest, longest, dtype=torch.bool).tril()
+    segments_BT, positions_BT = (
+        pad([numbers(row) for row in rows]).to(model.device) for numbers in (Row.segments, Row.positions)
+    )
+    before_TT = torch.ones(longest, longest, dtype=torch.bool, device=model.device).tril()
     same_BTT = (segments_BT[:, None, :] == 0) | (segments_BT[:, None, :] == segments_BT[:, :, None])
-    mask_BTT = torch.zeros(len(rows), longest, longest, dtype=model.dtype)
+    mask_BTT = torch.zeros(same_BTT.shape, dtype=model.dtype, device=model.device)
     mask_BTT.masked_fill_(~(same_BTT & before_TT), torch.finfo(model.dtype).min)
-    positions_BT = pad([row.positions() for row in rows])
-    return {
-        "attention_mask": mask_BTT[:, None].to(model.device),
-        "position_ids": positions_BT.to(model.device),
-    }
+    return {"attention_mask": mask_BTT[:, None], "position_ids": positions_BT}
 
 
 def can_share(model: PreTrainedModel) -> bool:
