@@ -13,6 +13,7 @@ REFUSED = {
 }
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx")
 SWITCHING = ("longrope", "su", "dynamic")  # rotary frequencies that depend on the longest row of a pass; su: longrope
+NEAR = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")  # tokens that layers see at most
 
 
 class Context(NamedTuple):
@@ -39,6 +40,13 @@ def context_of(config: Mapping[str, Any]) -> Context:
     own = next((int(text[name]) for name in POSITIONS if isinstance(text.get(name), int)), None)
     limits = [limit for limit in (_switch(text, own), _sparse(text)) if limit and limit.tokens != own]
     return min(limits, key=lambda limit: limit.tokens or 0, default=Context(own))
+
+
+def sees_all(config: Mapping[str, Any]) -> bool:
+    """Return whether every layer attends to all tokens before its own: a trial of a few would not show a window."""
+    text = config.get("text_config") or config
+    kinds = set(text.get("layer_types") or ["full_attention"])
+    return kinds == {"full_attention"} and not any(text.get(name) for name in NEAR)
 
 
 def _switch(text: Mapping[str, Any], own: int | None) -> Context | None:

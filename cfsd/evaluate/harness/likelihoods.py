@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cfsd.model.architecture import sees_all
 from cfsd.model.batching import arrange, pad
 
 CHUNK = 256  # positions whose whole distributions are in memory at once
 TRIAL = ([5, 6, 7, 8], [5, 6, 7, 9, 10], [5, 6, 11])  # of three branches
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # settings of models that do not see all before
 Pair = tuple[list[int], list[int]]  # context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether each token of it is the likeliest
 
@@ -170,13 +170,8 @@ def _branches(model: PreTrainedModel, rows: Sequence[Row], longest: int) -> dict
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Say whether branches after one trunk are predicted as texts of their own; it is tried.
-
-    Where layers attend to a window, a short trial would not show it, so that these models are left out.
-    """
-    config: Any = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or any(getattr(config, name, None) for name in WINDOWS):
+    """Say whether branches after one trunk are predicted as texts of their own; it is tried where layers see all."""
+    if not sees_all(model.config.get_text_config().to_dict()):
         return False
     requests = [Request(text, text[-1:]) for text in TRIAL]
     whole, shared = (rows_of(requests, [0] * len(TRIAL), most) for most in (0, 64))

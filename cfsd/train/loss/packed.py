@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cfsd.model.architecture import sees_all
 from cfsd.model.undisturbed import mode_kept
 
 ATTENTION = "cfsd_packed"
@@ -80,10 +81,8 @@ def prepare_packed(model: PreTrainedModel) -> bool:
     product per row would wait for its launch, and padded rows are faster.
     """
     config: Any = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     plain = config._attn_implementation
-    if model.device.type != "cpu" or plain != "sdpa" or kinds != {"full_attention"} or windowed:
+    if model.device.type != "cpu" or plain != "sdpa" or not sees_all(config.to_dict()):
         return False
     model.set_attn_implementation(ATTENTION)
     if _agree(model):
