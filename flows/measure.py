@@ -119,7 +119,7 @@ def measure_command(
 
 def _named_prompts(given: str) -> dict[str, str]:
     """Return the settings of NAME=FILE, or of FILE, whose name without endings is then the prompts' too."""
-    name, _, path = given.rpartition("=")
+    name, _, path = given.partition("=") if "=" in given else ("", "", given)
     return {"name": name or Path(path).name.partition(".")[0], "path": path}
 
 
