@@ -22,6 +22,9 @@ WORDS: dict[Varied, str] = {  # as a reader is told
 }
 
 
+REPEAT = " seed="  # before the seed in a repeat's name
+
+
 class Comparison(BaseModel):
     """One recipe and named variants of it, each a set of overrides such as `{generate.rows: 0}`."""
 
@@ -82,6 +85,11 @@ class Comparison(BaseModel):
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
         names = [name for name, _ in self.expanded_variants()]
+        if repeats := [name for name in names if REPEAT in name]:
+            raise ValueError(
+                f"variant {repeats[0]!r} has {REPEAT.strip()!r} in its name, by which repeats are known: "
+                "rename it, or repeat every variant with `seeds`"
+            )
         if not names:
             raise ValueError("nothing to compare: give `variants` or `sweeps`, such as `variants: {rehearse: {}}`")
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -114,7 +122,7 @@ class Comparison(BaseModel):
         for name, changes in self.expanded_variants():
             for repeat in range(self.seeds):
                 seeds = self._seeds(repeat)
-                label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
+                label = f"{name}{REPEAT}{self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 recipes[label] = validated(Recipe, changed, f"variant {name!r}")
                 if self.seeds > 1:

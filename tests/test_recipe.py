@@ -201,6 +201,12 @@ def test_a_variants_seed_is_refused(content: dict[str, Any]) -> None:
         comparison(content, variants={"one": {}, "two": {"seed": 9}})
 
 
+def test_a_variant_with_the_name_of_a_repeat_is_refused(content: dict[str, Any]) -> None:
+    """Reports would take it for a repeat of "a", and average over both."""
+    with pytest.raises(ValueError, match="'a seed=3' has 'seed=' in its name"):
+        Comparison.model_validate({"recipe": content, "variants": {"a": {}, "a seed=3": {"train.epochs": 3}}})
+
+
 def test_a_wrong_variant_is_named(content: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"variant 'typo'.*\n.*generate\.row\b.*allowed: rows"):
         comparison(content, variants={"typo": {"generate.row": 0}}).recipes()
