@@ -88,12 +88,11 @@ def lines_against(name: str, comparisons: Comparisons, *, only_found: bool) -> l
     for other in others:
         compared = {q: c for m, q in QUANTITIES.items() if (c := comparisons.of(name, other, m))}
         if compared and (not only_found or any(c.sign() for c in compared.values())):
-            said = [
-                f"{q.label} {_text(c)} {_unit(c)[0]}, {_found(c) or 'not shown to differ'}" for q, c in compared.items()
-            ]
+            said = [f"{q.label} {_text(c)} {_unit(c)[0]}, {_found(c) or OPEN}" for q, c in compared.items()]
             lines.append(f"“{name}” less “{other}”: {'; '.join(said)}.")
-    more = f"{len(lines) - MAX_LINES} more differences are in the report."
-    return [*lines[:MAX_LINES], more] if len(lines) > MAX_LINES else lines
+    more = len(lines) - MAX_LINES
+    are = "difference is" if more == 1 else "differences are"
+    return [*lines[:MAX_LINES], f"{more} more {are} in the report."] if more > 0 else lines
 
 
 def metrics_of(comparisons: Comparisons) -> dict[str, float]:
