@@ -100,14 +100,11 @@ class Comparison(BaseModel):
         """Return what a reader of the comparison must know."""
         if self.seeds == 1:
             return []
-        varied, shared = (
-            " and ".join(words for part, words in WORDS.items() if (part in self.seeds_vary) is chosen)
-            for chosen in (True, False)
-        )
-        also = f"{shared} and " if shared else ""
+        varied = [words for part, words in WORDS.items() if part in self.seeds_vary]
+        shared = [words for part, words in WORDS.items() if part not in self.seeds_vary]
         return [
-            f"{self.seeds} seeds per variant: they vary {varied}, which is what an interval over seeds covers; "
-            f"{also}target rows and benchmark items are the same in all of them."
+            f"{self.seeds} seeds per variant. What they vary, and an interval over seeds covers: {', '.join(varied)}. "
+            f"The same in all of them: {', '.join([*shared, 'target rows', 'benchmark items'])}."
         ]
 
     def expanded_variants(self) -> list[tuple[str, dict[str, JsonValue]]]:

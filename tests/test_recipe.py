@@ -157,7 +157,7 @@ def test_what_seeds_vary_differs_and_all_else_is_shared(content: dict[str, Any],
     assert first == [3] * 5
     assert second == [3, *(4 if part in varied else 3 for part in PARTS)]
     (note,) = found.notes()
-    vary, same = note.split("; ")
+    vary, same = note.split(" The same in all of them: ")
     words = {"probe": "the probe", "corpus": "the corpus", "mix": "the order of rows", "train": "the training"}
     for part, said in words.items():
         assert (said in vary) == (part in varied) != (said in same)
