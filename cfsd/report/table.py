@@ -11,7 +11,7 @@ from cfsd.comparison import REPEAT
 from cfsd.report.measures import MEASURES, Measure, figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.statistics.discoveries import change_of
-from cfsd.statistics.figures import Figure
+from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.power import detectable_change
 
@@ -64,9 +64,13 @@ class Unit(NamedTuple):
 
 
 def unit_of(benchmark: dict[str, Any]) -> Unit:
-    """Return the unit of a `BenchmarkForgetting`: percent for shares, else its own."""
-    unit = benchmark["forgetting"]["unit"]
-    return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
+    """Return how a `BenchmarkForgetting` is shown."""
+    return unit_called(benchmark["forgetting"]["unit"])
+
+
+def unit_called(name: str) -> Unit:
+    """Return how figures in that unit are shown: shares in percent and points, others as they are."""
+    return Unit("%", "points", POINTS) if name == FRACTION else Unit(name, name, 1)
 
 
 def change_of_score(benchmark: dict[str, Any]) -> str:

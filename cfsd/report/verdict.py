@@ -12,10 +12,10 @@ from cfsd.model.folder import ROUNDED_AWAY
 from cfsd.report.compared import NOTHING, Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
+from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_called, unit_of, variant_of
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import change_of
-from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
@@ -236,7 +236,7 @@ def _power(entries: list[BenchmarkForgetting]) -> str:
     documents = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
     largest: dict[str, float] = {}
     for entry in entries:
-        unit, scale = ("points", POINTS) if entry.forgetting.unit == FRACTION else (entry.forgetting.unit, 1)
+        _, unit, scale = unit_called(entry.forgetting.unit)
         if entry.detectable is not None:
             largest[unit] = max(largest.get(unit, 0), min(entry.detectable * scale, POINTS if scale > 1 else math.inf))
     sizes = [f"under {float(f'{drop:.2g}'):g} {unit}" for unit, drop in largest.items()]
