@@ -117,8 +117,7 @@ class Contender:
         return {"bytes": size / sum(len(s.token_ids) - 1 for s in samples)}
 
     def _sample(self, rows: int, length: int, seed: int, top: int) -> list[Sample]:
-        law = GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top, tail_samples=0)  # as vLLM lists
-        return sample(self.model, Rows(range(rows), [[self.start]] * rows, (), "bench"), law)
+        return sample(self.model, Rows(range(rows), [[self.start]] * rows, (), "bench"), _law(rows, length, top, seed))
 
     def window(self, rows: int, after: int, steps: int, room: int, top: int = 0) -> Answer:
         """Return seconds per step of `steps` after a prompt of `after` tokens, in a run that has room for `room`.
@@ -144,8 +143,8 @@ class Contender:
     def _until(self, clock: "Clock", prompts: list[list[int]], room: int, top: int = 0) -> None:
         try:
             if self.role == "ours":
-                law = GenerateSpec(rows=len(prompts), length=room, top_logprobs=top)
-                sample(self.model, Rows(range(len(prompts)), prompts, (), "bench"), law, on_step=clock)
+                rows = Rows(range(len(prompts)), prompts, (), "bench")
+                sample(self.model, rows, _law(len(prompts), room, top, 0), on_step=clock)
             else:
                 self._generate(prompts, room, clock)
         except Enough:
@@ -172,6 +171,11 @@ class Contender:
         ids = load_tokenizer(self.folder).encode(TEXT.read_text(), add_special_tokens=False)
         assert len(ids) >= count, f"{TEXT.name} has only {len(ids)} tokens"
         return [self.start, *ids][:count]
+
+
+def _law(rows: int, length: int, top: int, seed: int) -> GenerateSpec:
+    """Return what ours samples: as vLLM lists the likeliest, without samples of the tail."""
+    return GenerateSpec(rows=rows, length=length, seed=seed, top_logprobs=top, tail_samples=0)
 
 
 class Enough(Exception):

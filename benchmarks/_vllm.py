@@ -84,7 +84,7 @@ def vllm_engine(model: Path, *, rows: int, cache_gb: int = 6) -> Iterator[Worker
     """
     if not (python := vllm_python()):
         raise SystemExit(UNMEASURED)
-    command = [str(python), str(RUN), str(model), str(rows)]
+    command = [str(python), str(RUN), str(model), *map(str, (rows, LENGTH, LIKELIEST))]
     worker = Worker("vllm", command, env=environment(cache_gb), process_group=0)
     try:
         yield worker

@@ -1,6 +1,6 @@
 """vLLM's engine without a server, for the sampling benchmark; runs under vLLM's own python, with nothing of ours.
 
-python _vllm_run.py MODEL_FOLDER ROWS      jobs in, answers out: one JSON a line, as benchmarks/_sampling_run.py
+python _vllm_run.py MODEL_FOLDER ROWS LENGTH LIKELIEST      jobs in, answers out: one JSON a line, as _sampling_run.py
 """
 
 import json
@@ -12,15 +12,12 @@ from typing import Any
 
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-LENGTH = 1024
-LIKELIEST = 64
-
 
 def main() -> None:
     """Load the model, then do the jobs that come on standard input."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM talks on standard output
-    engine = Engine(sys.argv[1], int(sys.argv[2]))
+    engine = Engine(sys.argv[1], *map(int, sys.argv[2:]))
     for line in sys.stdin:
         job = json.loads(line)
         print(json.dumps(getattr(engine, job.pop("do"))(**job)), file=answers)
@@ -29,10 +26,10 @@ def main() -> None:
 class Engine:
     """vLLM with the model in `folder`, in float32."""
 
-    def __init__(self, folder: str, rows: int) -> None:
-        """Load it; `rows` is how many rows it may write at a time."""
+    def __init__(self, folder: str, rows: int, length: int, likeliest: int) -> None:
+        """Load it for rows of up to `length` tokens, `rows` at a time, with up to `likeliest` alternatives a token."""
         self.llm = LLM(
-            folder, dtype="float32", max_model_len=LENGTH, max_num_seqs=rows, max_logprobs=LIKELIEST,
+            folder, dtype="float32", max_model_len=length, max_num_seqs=rows, max_logprobs=likeliest,
             enforce_eager=True, enable_prefix_caching=False, disable_log_stats=True,
         )  # fmt: skip
         self.start = json.loads((Path(folder) / "start_token.json").read_text())["start_token"]

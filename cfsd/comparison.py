@@ -22,6 +22,9 @@ WORDS: dict[Varied, str] = {  # as a reader is told
 }
 
 
+REPEAT = " seed="  # before the seed in a repeat's name
+
+
 class Comparison(BaseModel):
     """One recipe and named variants of it, each a set of overrides such as `{generate.rows: 0}`."""
 
@@ -82,6 +85,11 @@ class Comparison(BaseModel):
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
         names = [name for name, _ in self.expanded_variants()]
+        if repeats := [name for name in names if REPEAT in name]:
+            raise ValueError(
+                f"variant {repeats[0]!r} has {REPEAT.strip()!r} in its name, by which repeats are known: "
+                "rename it, or repeat every variant with `seeds`"
+            )
         if not names:
             raise ValueError("nothing to compare: give `variants` or `sweeps`, such as `variants: {rehearse: {}}`")
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -92,14 +100,11 @@ class Comparison(BaseModel):
         """Return what a reader of the comparison must know."""
         if self.seeds == 1:
             return []
-        varied, shared = (
-            " and ".join(words for part, words in WORDS.items() if (part in self.seeds_vary) is chosen)
-            for chosen in (True, False)
-        )
-        also = f"{shared} and " if shared else ""
+        varied = [words for part, words in WORDS.items() if part in self.seeds_vary]
+        shared = [words for part, words in WORDS.items() if part not in self.seeds_vary]
         return [
-            f"{self.seeds} seeds per variant: they vary {varied}, which is what an interval over seeds covers; "
-            f"{also}target rows and benchmark items are the same in all of them."
+            f"{self.seeds} seeds per variant. What they vary, and an interval over seeds covers: {', '.join(varied)}. "
+            f"The same in all of them: {', '.join([*shared, 'target rows', 'benchmark items'])}."
         ]
 
     def expanded_variants(self) -> list[tuple[str, dict[str, JsonValue]]]:
@@ -114,7 +119,7 @@ class Comparison(BaseModel):
         for name, changes in self.expanded_variants():
             for repeat in range(self.seeds):
                 seeds = self._seeds(repeat)
-                label = f"{name} seed={self.recipe.seed + repeat}" if self.seeds > 1 else name
+                label = f"{name}{REPEAT}{self.recipe.seed + repeat}" if self.seeds > 1 else name
                 changed = override(plain, {**seeds, **changes, "name": f"{self.recipe.name}: {label}"})
                 recipes[label] = validated(Recipe, changed, f"variant {name!r}")
                 if self.seeds > 1:

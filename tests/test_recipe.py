@@ -157,7 +157,7 @@ def test_what_seeds_vary_differs_and_all_else_is_shared(content: dict[str, Any],
     assert first == [3] * 5
     assert second == [3, *(4 if part in varied else 3 for part in PARTS)]
     (note,) = found.notes()
-    vary, same = note.split("; ")
+    vary, same = note.split(" The same in all of them: ")
     words = {"probe": "the probe", "corpus": "the corpus", "mix": "the order of rows", "train": "the training"}
     for part, said in words.items():
         assert (said in vary) == (part in varied) != (said in same)
@@ -199,6 +199,12 @@ def test_repeats_never_repeat_a_seed_that_was_written_out(content: dict[str, Any
 def test_a_variants_seed_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"variant 'two' sets seed.*train\.seed"):
         comparison(content, variants={"one": {}, "two": {"seed": 9}})
+
+
+def test_a_variant_with_the_name_of_a_repeat_is_refused(content: dict[str, Any]) -> None:
+    """Reports would take it for a repeat of "a", and average over both."""
+    with pytest.raises(ValueError, match="'a seed=3' has 'seed=' in its name"):
+        Comparison.model_validate({"recipe": content, "variants": {"a": {}, "a seed=3": {"train.epochs": 3}}})
 
 
 def test_a_wrong_variant_is_named(content: dict[str, Any]) -> None:

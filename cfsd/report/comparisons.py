@@ -20,7 +20,8 @@ Repeats = Mapping[str, Mapping[str, list[Units]]]  # seed -> measure -> parts
 def comparisons_of(store: Store, run_records: Sequence[RunRecord]) -> Comparisons:
     """Return every measure of every pair of variants that share base and target, and swept ones at equal gain.
 
-    A measure is compared where every repeat has it and its entry in MEASURES has `units` and a label.
+    A measure is compared where every repeat has it, over the same benchmarks where it is a mean of several, and its
+    entry in MEASURES has `units` and a label.
     """
     questions: dict[str, list[str | None]] = {}
     variants: dict[str, dict[str, dict[str, list[Units]]]] = {}
@@ -41,7 +42,7 @@ def _measured(tables: ScoreTables) -> dict[str, list[Units]]:
     units |= {f"{BENCHMARK}{name}": [part] for name, part in tables.on_benchmarks().items()}
     units |= {f"{TEXT}{name}": [part] for name, part in tables.on_texts().items()}
     units |= {f"{PROMPTS}{name}": [part] for name, part in tables.on_prompts().items()}
-    return {name: parts for name, parts in units.items() if parts}
+    return {name: sorted(parts, key=lambda part: part.part_of) for name, parts in units.items() if parts}
 
 
 def compared(variants: Mapping[str, Repeats], pairs: Iterable[tuple[str, str]]) -> Comparisons:
@@ -58,8 +59,14 @@ def _pair(one: str, other: str, ones: Repeats, others: Repeats) -> Iterator[Comp
     measures = dict.fromkeys(measure for seed in seeds for measure in ones[seed])
     for measure in measures:
         if all(measure in side[seed] for side in (ones, others) for seed in seeds):
-            found = difference_over_seeds([(ones[seed][measure], others[seed][measure]) for seed in seeds])
-            yield _entry(one, other, measure, seeds, found)
+            repeats = [(ones[seed][measure], others[seed][measure]) for seed in seeds]
+            if len({_asked(parts) for repeat in repeats for parts in repeat}) == 1:
+                yield _entry(one, other, measure, seeds, difference_over_seeds(repeats))
+
+
+def _asked(parts: Sequence[Units]) -> tuple[tuple[str, str], ...]:
+    """Return what parts a figure has, in which unit: of other benchmarks or metrics it is another figure."""
+    return tuple((part.part_of, part.unit) for part in parts)
 
 
 def _entry(one: str, other: str, measure: str, seeds: Sequence[str], found: Difference) -> Compared:

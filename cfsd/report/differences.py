@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from cfsd.report.compared import BENCHMARK, Compared, Comparisons
 from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, shown
+from cfsd.report.table import shown, unit_called
 from cfsd.report.verdict import best, variants_of
-from cfsd.statistics.figures import FRACTION
 
 MAX_OPEN = 6  # variants up to which the page shows whole matrices unfolded
 MAX_LINES = 8
@@ -62,7 +61,7 @@ def differences_of(summaries: list[Summary], comparisons: Comparisons) -> Differ
         return None
     variants = variants_of(summaries)
     names, first = [v.name for v in variants], best(variants, comparisons).name
-    units = {c.measure: _unit(c)[0] for c in comparisons.entries if c.measure in QUANTITIES}
+    units = {c.measure: unit_called(c.unit).lost for c in comparisons.entries if c.measure in QUANTITIES}
     titles = {measure: f"{QUANTITIES[measure].label}, {unit}" for measure, unit in units.items()}
 
     def cells(one: str, others: list[str], measures: list[str]) -> list[Cell | None]:
@@ -89,11 +88,12 @@ def lines_against(name: str, comparisons: Comparisons, *, only_found: bool) -> l
         compared = {q: c for m, q in QUANTITIES.items() if (c := comparisons.of(name, other, m))}
         if compared and (not only_found or any(c.sign() for c in compared.values())):
             said = [
-                f"{q.label} {_text(c)} {_unit(c)[0]}, {_found(c) or 'not shown to differ'}" for q, c in compared.items()
+                f"{q.label} {_text(c)} {unit_called(c.unit).lost}, {_found(c) or OPEN}" for q, c in compared.items()
             ]
             lines.append(f"“{name}” less “{other}”: {'; '.join(said)}.")
-    more = f"{len(lines) - MAX_LINES} more differences are in the report."
-    return [*lines[:MAX_LINES], more] if len(lines) > MAX_LINES else lines
+    more = len(lines) - MAX_LINES
+    are = "difference is" if more == 1 else "differences are"
+    return [*lines[:MAX_LINES], f"{more} more {are} in the report."] if more > 0 else lines
 
 
 def metrics_of(comparisons: Comparisons) -> dict[str, float]:
@@ -106,12 +106,8 @@ def metrics_of(comparisons: Comparisons) -> dict[str, float]:
     return {name: value for name, value in flat.items() if value is not None}
 
 
-def _unit(entry: Compared) -> tuple[str, float]:
-    return ("points", POINTS) if entry.unit == FRACTION else (entry.unit, 1)
-
-
 def _text(entry: Compared) -> str:
-    return shown(entry.figure(), _unit(entry)[1])
+    return shown(entry.figure(), unit_called(entry.unit).factor)
 
 
 def _cell(entry: Compared | None) -> Cell | None:

@@ -23,6 +23,10 @@ class Moved(NamedTuple):
     positions: dict[str, list[dict[str, Any]]]
     tokens: dict[str, list[dict[str, Any]]]
 
+    def is_on_one(self) -> bool:
+        """Say whether all variants were measured on the same positions, so that they have the same deciles."""
+        return len({tuple((b["low"], b["tokens"]) for b in own["by_entropy"]) for own in self.bins.values()}) == 1
+
 
 def bins_along(store: Store, scores: Artifact | None) -> dict[str, list[dict[str, Any]]] | None:
     """Return the divergence by position in the row and by decile of the base's entropy; None where not measured.

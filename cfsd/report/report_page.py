@@ -17,11 +17,12 @@ from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, lines_of
-from cfsd.report.training import WATCH, names_of_models, panels_of
+from cfsd.report.training import names_of_models, panels_of
 from cfsd.report.verdict import remarks, two_sentences, warnings
 from cfsd.statistics import differences, matched_gain, null_band
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
+from cfsd.train.spec import WATCH
 
 
 def write_report(

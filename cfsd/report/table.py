@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from cfsd.comparison import REPEAT
 from cfsd.report.measures import MEASURES, Measure, figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.statistics.discoveries import change_of
-from cfsd.statistics.figures import Figure
+from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.power import detectable_change
 
@@ -35,7 +36,7 @@ def shown(figure: Fig, factor: float = 1) -> str:
 
 def variant_of(name: str) -> str:
     """Return the variant that `name` is a repeat of: "rehearse" for "rehearse seed=3"."""
-    return name.partition(" seed=")[0]
+    return name.partition(REPEAT)[0]
 
 
 class Sweep(NamedTuple):
@@ -49,7 +50,7 @@ class Sweep(NamedTuple):
 
 def sweep_of(name: str) -> Sweep | None:
     """Return the point of a sweep that the variant called `name`, or its repeat, is; None if it is none."""
-    variant, seed, number_of_seed = name.partition(" seed=")
+    variant, seed, number_of_seed = name.partition(REPEAT)
     point = re.fullmatch(r"(.+) [^\s=]+=([-+]?\d+\.?\d*(?:e[-+]?\d+)?)", variant)
     return Sweep(point[1], seed + number_of_seed, point[2], float(point[2])) if point else None
 
@@ -63,9 +64,13 @@ class Unit(NamedTuple):
 
 
 def unit_of(benchmark: dict[str, Any]) -> Unit:
-    """Return the unit of a `BenchmarkForgetting`: percent for shares, else its own."""
-    unit = benchmark["forgetting"]["unit"]
-    return Unit("%", "points", POINTS) if unit == "fraction" else Unit(unit, unit, 1)
+    """Return how a `BenchmarkForgetting` is shown."""
+    return unit_called(benchmark["forgetting"]["unit"])
+
+
+def unit_called(name: str) -> Unit:
+    """Return how figures in that unit are shown: shares in percent and points, others as they are."""
+    return Unit("%", "points", POINTS) if name == FRACTION else Unit(name, name, 1)
 
 
 def change_of_score(benchmark: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.null_band import null_band
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
+from cfsd.train.spec import WATCH, WATCH_ERROR
 
-WATCH, ERROR = "watch/", "watch_error/"  # the watched value, and the error of its change since the first look
 ALONG = "rehearsal kl along"
 CURVE_POINTS = 150  # a longer curve is averaged over neighbouring steps
 LOSS_WORDS = ("loss", "perplexity", "nll", "bits", "brier")  # in the name of a metric that is better when lower
@@ -105,7 +105,7 @@ def stability_gap(store: Store, run_record: RunRecord) -> dict[str, dict[str, An
         start, final = next(iter(series.values())), next(reversed(series.values()))
         gap = min(sign * (series[worst_step] - end) for end in (start, final))
         measure = name.removeprefix(WATCH)
-        band = _null_band(series, metrics.get(f"{ERROR}{measure}", {}))
+        band = _null_band(series, metrics.get(f"{WATCH_ERROR}{measure}", {}))
         gaps[measure] = {
             "start": start, "worst": series[worst_step], "worst_step": worst_step, "final": final, "gap": gap,
             "null_band": band, "looks": len(series), "unit": unit, "higher_is_better": higher_is_better,

@@ -12,10 +12,10 @@ from cfsd.model.folder import ROUNDED_AWAY
 from cfsd.report.compared import NOTHING, Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_of, variant_of
+from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_called, unit_of, variant_of
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import change_of
-from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
@@ -109,16 +109,25 @@ def verdict(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> str
 def two_sentences(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> list[str]:
     """Return what was learned and how far the model moved, and what benchmarks lost, within what the data allow.
 
-    Of several variants, the `best` is compared with the first other one.
+    Of several variants, the `best` is compared with the first other one of the same base and target.
     Fewer than two sentences where there is nothing to say.
     """
     variants = variants_of(summaries)
     one = best(variants, comparisons)
-    others = [v for v in variants if v is not one]
+    others = _others(one, variants, comparisons)
     clauses = list(_compared(comparisons, one, *others) if others else _alone(one))
     name = f"Of {len(variants)} variants, “{one.name}”" if len(others) > 1 else f"“{one.name}”"
     first = [f"{name} {joined(clauses)}."] if clauses else []
     return [*first, *_benchmarks(variants, "it" if first else name)]
+
+
+def _others(one: Variant, variants: list[Variant], comparisons: Comparisons) -> list[Variant]:
+    """Return the other variants, first those that `one` was compared with."""
+
+    def lacks(other: Variant) -> bool:
+        return not any(comparisons.of(one.name, other.name, measure) for measure in COMPARED)
+
+    return sorted((v for v in variants if v is not one), key=lacks)
 
 
 def best(variants: list[Variant], comparisons: Comparisons) -> Variant:
@@ -160,7 +169,8 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
             yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
         yield LEARNED_THAN[gain.sign()].format(named, shown(gain.figure()))
     if moved and one.moved and other.moved:
-        against = "" if gain else f" than {named}" if moved.sign() == 0 else f" as {named}"
+        unmoved = min(one.moved["value"], other.moved["value"]) <= UNMOVED
+        against = "" if gain else f" {'of' if unmoved else 'than' if moved.sign() == 0 else 'as'} {named}"
         yield f"{_distance(one.moved, other.moved, moved)}{against} (difference {shown(moved.figure())} nats per token)"
     if lost and lost.sign():
         yield f"{LOST_THAN[lost.sign() or 1]} ({shown(lost.figure(), POINTS)} points)"
@@ -171,7 +181,7 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
 
 def _distance(one: Fig, other: Fig, moved: Compared) -> str:
     if min(one["value"], other["value"]) <= UNMOVED:
-        return f"moved {number(one['value'])} against {number(other['value'])} nats per token from the base"
+        return f"moved {number(one['value'])} nats per token from the base, against {number(other['value'])}"
     ratio = one["value"] / other["value"]
     part = round(1 / ratio)
     words = f"{number(ratio)} times"
@@ -226,7 +236,7 @@ def _power(entries: list[BenchmarkForgetting]) -> str:
     documents = f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
     largest: dict[str, float] = {}
     for entry in entries:
-        unit, scale = ("points", POINTS) if entry.forgetting.unit == FRACTION else (entry.forgetting.unit, 1)
+        _, unit, scale = unit_called(entry.forgetting.unit)
         if entry.detectable is not None:
             largest[unit] = max(largest.get(unit, 0), min(entry.detectable * scale, POINTS if scale > 1 else math.inf))
     sizes = [f"under {float(f'{drop:.2g}'):g} {unit}" for unit, drop in largest.items()]
@@ -247,23 +257,27 @@ def remarks(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> lis
 def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
     """Yield that the two variants of the first sentence learned unequally, so that their losses are no fair match."""
     one = best(variants, comparisons)
-    other = next((v for v in variants if v is not one), one)
+    other = next(iter(_others(one, variants, comparisons)), one)
     gain = comparisons.of(one.name, other.name, "target_gain")
     if gain and gain.sign():
-        share = abs(gain.value) / max(_value(one.gain), _value(other.gain), abs(gain.value))
+        larger = max(_value(one.gain), _value(other.gain))
+        share = f" (they differ by {number(abs(gain.value) / larger * POINTS)} % of the larger gain)"
         yield (
-            f"“{one.name}” and “{other.name}” did not learn equally (they differ by {number(share * POINTS)} % of the "
-            "larger gain): what they lost is not compared at equal gain."
+            f"“{one.name}” and “{other.name}” did not learn equally{share if larger > 0 else ''}: what they lost is "
+            "not compared at equal gain."
         )
 
 
 def _of_comparisons(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
-    """Yield which pairs could not be compared, or not paired."""
+    """Yield which pairs could not be compared, or not wholly, or not paired."""
     alone = [v.name for v in variants if not any(v.name in (c.one, c.other) for c in comparisons.entries)]
     if alone and len(variants) > 1:
         others = "the other variants" if len(alone) < len(variants) else "each other"
         were = "was" if len(alone) == 1 else "were"
         yield f"{quoted(alone)} {were} not compared with {others}: another base or target, or nothing measured on both."
+    lost, pairs = {v.name for v in variants if v.lost}, {(c.one, c.other) for c in comparisons.entries}
+    if any({*pair} <= lost and not comparisons.of(*pair, "mean_forgetting") for pair in pairs):
+        yield "Variants with other benchmarks are not compared in mean forgetting, which is over others then."
     unpaired = dict.fromkeys(c.measure for c in comparisons.entries if not c.paired)
     if unpaired:
         yield (

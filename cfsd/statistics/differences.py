@@ -19,8 +19,9 @@ from cfsd.statistics.units import Units, figure_of_units, is_share
 LEVEL = 0.05  # of what is called a difference, after adjusting for all that was compared
 DEFINITION = (
     "Two variants are compared on the same units: each probe sequence, held-out row or document is paired with itself. "
-    f"p is from McNemar's exact test for right or wrong answers, else from a paired t test corrected for skew. Of all "
-    f"pairs of variants, those count as different whose p, adjusted by Holm over the pairs, is at most {LEVEL:g}: any "
+    f"p is from McNemar's exact test for right or wrong answers, else from a paired t test corrected for skew; of a "
+    f"mean over benchmarks, and of figures that are not paired, it is that of the interval. Of all pairs of "
+    f"variants, those count as different whose p, adjusted by Holm over the pairs, is at most {LEVEL:g}: any "
     f"false one among them has at most {100 * LEVEL:g} % probability. Intervals are not adjusted."
 )
 OF_BENCHMARKS = (

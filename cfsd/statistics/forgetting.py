@@ -136,7 +136,7 @@ def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd
     documents = pairs[["filter", "doc_id", "doc_hash"]].astype(str).itertuples(index=False)
     names = tuple(":".join((name, *document)) for document in documents)
     reach = None if measure.kind == "perplexity" else _reach(base, tuned)
-    return Units(names, worsening(measure, base, tuned), counts, _unit(measure), reach)
+    return Units(names, worsening(measure, base, tuned), counts, _unit(measure), reach, part_of=name)
 
 
 def chance_corrected_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units | None:

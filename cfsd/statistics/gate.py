@@ -252,12 +252,13 @@ def _finding(figure: Guarded, p: float, significant: bool, family: int) -> Findi
 
 
 def _needed(figure: Guarded, worsening: float, family: int) -> str:
-    """Return how many seeds or documents would decide, if the worsening stayed as it is."""
+    """Return how many seeds, the present ones among them, or documents would decide if the worsening stayed."""
     above, seeds, spread = worsening > figure.margin, len(figure.baseline), _spread(figure)
+    least_now = float(_worsenings(figure).min())
 
     def decides(fresh: int, baseline: int, documents: float = 1.0) -> bool:
         if above:
-            least = worsening - spread * _expected_largest(fresh)
+            least = min(least_now, worsening - spread * _expected_largest(fresh))
             return least > 0 and _chance(least, spread, fresh, baseline) <= FAMILY_WISE / family
         return worsening + _error(figure, fresh, baseline, documents).half() < figure.margin
 
@@ -273,7 +274,7 @@ def _needed(figure: Guarded, worsening: float, family: int) -> str:
             return f"{times * figure.num_documents} documents, and {MAX_SEEDS} seeds"
     if not above and figure.document_variance:
         return f"more than {MAX_TIMES * figure.num_documents} documents, or the baseline's own"
-    return f"more than {most} seeds: it lies at the margin"
+    return f"more than {most} seeds: {'not every seed is that much worse' if above else 'it lies at the margin'}"
 
 
 def _expected_largest(seeds: int) -> float:

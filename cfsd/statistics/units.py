@@ -12,7 +12,8 @@ class Units(NamedTuple):
 
     `names` are distinct, and equal for two models where both were measured on the very same text. `reach` is the
     largest change of a unit that a score allows, 1 for right or wrong: then every count is 1, and most units may not
-    have changed at all. None for figures per token, which have no bound. `scale` is above 0.
+    have changed at all. None for figures per token, which have no bound. `scale` is above 0. `part_of`: of which of
+    several parts of a figure these are the units, as the name of a benchmark.
     """
 
     names: tuple[str, ...]
@@ -21,6 +22,7 @@ class Units(NamedTuple):
     unit: str = NATS
     reach: float | None = None
     scale: float = 1.0
+    part_of: str = ""
 
 
 def figure_of_units(parts: Sequence[Units]) -> Figure | None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from cfsd.errors import NotFinite
 from cfsd.store.journal import Journal
 from cfsd.train.controller import Controller
-from cfsd.train.spec import WatchSpec
+from cfsd.train.spec import WATCH, WatchSpec
 from cfsd.train.watcher import Watcher
 
 STATE = "train/state/"  # prefix of the figures that a checkpoint must hold, in the last entry of its log
@@ -87,7 +87,7 @@ class StepRecorder(TrainerCallback):
         figures = self.watcher.measure(model)
         if args.should_save:
             self.journal.metrics(step, figures)
-        if self.watch.stop_above and _of_first_process(figures["watch/probe_kl"], args) > self.watch.stop_above:
+        if self.watch.stop_above and _of_first_process(figures[f"{WATCH}probe_kl"], args) > self.watch.stop_above:
             self.stopped_at = step
             control.should_training_stop = True
 

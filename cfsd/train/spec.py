@@ -22,6 +22,9 @@ from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
 
+WATCH = "watch/"  # before the name of a metric: a watched value
+WATCH_ERROR = "watch_error/"  # the standard error of its change since the first look
+
 
 class WatchSpec(Spec):
     """Measured before the first step, every `every` steps and after the last, on rows of its own, not the probe."""

@@ -23,11 +23,10 @@ from cfsd.store.tables import read_rows
 from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
 from cfsd.train.loss.objective import divergence_by_row
 from cfsd.train.loss.token_loss import Stored
-from cfsd.train.spec import RehearsalSpec, TrainRequest
+from cfsd.train.spec import WATCH, WATCH_ERROR, RehearsalSpec, TrainRequest
 
 TOP, TAIL = 256, 16  # likeliest tokens of the base at each watched token, and samples of the rest: nearly the whole sum
 MEASURED = RehearsalSpec(loss="kl")
-WATCH, ERROR = "watch/", "watch_error/"  # metrics: the value, and the standard error of its change since the first look
 
 
 class Look(NamedTuple):
@@ -72,7 +71,7 @@ class Watcher:
             model.eval()
             looks = self._looks(model)
         self.first = self.first or looks
-        errors = {f"{ERROR}{name}": look.error_since(self.first[name]) for name, look in looks.items()}
+        errors = {f"{WATCH_ERROR}{name}": look.error_since(self.first[name]) for name, look in looks.items()}
         return {f"{WATCH}{name}": look.value for name, look in looks.items()} | errors
 
     def _looks(self, model: Any) -> dict[str, Look]:

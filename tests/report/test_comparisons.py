@@ -10,15 +10,16 @@ import pytest
 from rich.console import Console
 
 from cfsd.report.compared import Comparisons
-from cfsd.report.comparisons import compared, comparisons_of
+from cfsd.report.comparisons import Repeats, compared, comparisons_of
 from cfsd.report.differences import MAX_LINES, differences_of, lines_against, metrics_of
 from cfsd.report.files import Kept, write_files, write_numbers
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import table
 from cfsd.report.summarise import summarise
 from cfsd.report.terminal import print_summary
-from cfsd.report.verdict import verdict
+from cfsd.report.verdict import remarks, verdict
 from cfsd.statistics.discoveries import false_discovery
+from cfsd.statistics.figures import FRACTION
 from cfsd.statistics.multiplicity import holm
 from cfsd.statistics.units import Units
 from tests.report.test_report import Page, World, summary
@@ -102,6 +103,38 @@ def test_another_base_or_target_is_not_compared_and_another_probe_not_paired(wor
     assert comparisons_of(world.store, [one]).entries == ()
 
 
+def lost(benchmark: str, wrong: int) -> Units:
+    """What a model lost on a benchmark of 100 documents."""
+    names = tuple(f"{benchmark}:{i}" for i in range(100))
+    return Units(names, (np.arange(100) < wrong) * 1.0, np.ones(100), FRACTION, 1.0, part_of=benchmark)
+
+
+def test_mean_forgetting_over_other_benchmarks_is_not_compared_and_their_order_does_not_matter(world: World) -> None:
+    def of(*parts: Units) -> Repeats:
+        return {"": {"mean_forgetting": list(parts)}}
+
+    variants = {"a": of(lost("x", 10), lost("y", 50)), "b": of(lost("x", 10)), "c": of(lost("x", 10), lost("z", 9))}
+    assert compared(variants, combinations(variants, 2)).entries == ()
+    other_unit = of(lost("x", 10)._replace(unit="f1"))
+    assert compared({"b": variants["b"], "d": other_unit}, [("b", "d")]).entries == ()
+    one, other, third = world.variants()
+    scores = (side.model_copy(update={"benchmarks": dict(reversed(side.benchmarks.items()))})
+              for side in (other.before, other.after))  # fmt: skip
+    turned = other.model_copy(update=dict(zip(("before", "after"), scores, strict=True)))
+    found = comparisons_of(world.store, [one, turned]).of("finetune", "rehearse", "mean_forgetting")
+    known = comparisons_of(world.store, [one, other]).of("finetune", "rehearse", "mean_forgetting")
+    assert found and known and found.paired and found.value == known.value
+    fewer = (side.model_copy(update={"benchmarks": {"cap": side.benchmarks["cap"]}})
+             for side in (third.before, third.after))  # fmt: skip
+    less = third.model_copy(update=dict(zip(("before", "after"), fewer, strict=True)))
+    two = [one, less]
+    comparisons = comparisons_of(world.store, two)
+    assert {c.measure for c in comparisons.entries} >= {"probe_kl", "benchmarks/cap"}
+    assert comparisons.of("finetune", "rehearse more", "mean_forgetting") is None
+    said = remarks([summarise(world.store, record) for record in two], comparisons)
+    assert any(line.startswith("Variants with other benchmarks are not compared in mean forgetting") for line in said)
+
+
 def repeats(world: World, name: str, values: list[float]) -> list[RunRecord]:
     return [world.trained(f"{name} seed={i}", right=88, loss=0.5, kl=kl) for i, kl in enumerate(values)]
 
@@ -165,6 +198,8 @@ def test_of_many_variants_the_terminal_has_only_lines_that_matter() -> None:
     assert len(found) == MAX_LINES + 1 and all("moved less" in line for line in found[:-1])
     assert found[-1] == f"{16 - MAX_LINES} more differences are in the report."
     assert len(lines_against("v00", comparisons, only_found=False)) == MAX_LINES + 1
+    nine = compared({n: variants[n] for n in list(variants)[3:13]}, combinations(list(variants)[3:13], 2))
+    assert lines_against("v03", nine, only_found=True)[-1] == "1 more difference is in the report."
     summaries = [summary(name, 0.1, kl=0.1 * factor, gain=None) for name, factor in factors.items()]
     differences = differences_of(summaries, comparisons)
     assert differences and not differences.is_open and len(differences.against.rows) == 19

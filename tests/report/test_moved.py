@@ -11,7 +11,7 @@ from cfsd.report.comparisons import comparisons_of
 from cfsd.report.model_card import model_card
 from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.summarise import headline, summarise
-from cfsd.report.table import shown, summary_frame
+from cfsd.report.table import number, shown, summary_frame
 from cfsd.statistics.bins import quantile_edges
 from cfsd.store.artifact import Artifact
 from cfsd.store.tables import DIVERGENCE, MOVED_POSITIONS, MOVED_TOKENS, table_of
@@ -20,11 +20,11 @@ from tests.report.test_report import HOSTILE, World, report_of
 LENGTHS = [5, 9, 16, 30] * 6
 
 
-def moved(world: World, name: str, scale: float = 1.0) -> Artifact:
+def moved(world: World, name: str, scale: float = 1.0, widest: float = 4.0) -> Artifact:
     """Return what is measured along rows of `LENGTHS`; the divergence grows with the entropy."""
     noise, records = random.Random(3), []
     for i, length in enumerate(LENGTHS):
-        entropy = [noise.uniform(0, 4) for _ in range(length)]
+        entropy = [noise.uniform(0, widest) for _ in range(length)]
         kl = [scale * (e + 1) * noise.uniform(0.9, 1.1) for e in entropy]
         sums = {"kl": sum(kl), "sampled": sum(kl), "reverse_kl": 2 * sum(kl), "base_nll": 9.0, "tuned_nll": 9.0}
         records.append({"row_id": i, **sums, "count": length, "token_kl": kl, "token_entropy": entropy})
@@ -40,7 +40,7 @@ def moved(world: World, name: str, scale: float = 1.0) -> Artifact:
         "moved_tokens": table_of(MOVED_TOKENS, tokens),
     }
     metadata = {"rows": len(LENGTHS), "tokens": sum(LENGTHS), "entropy_edges": edges.tolist()}
-    return world.artifact("scores", f"moved {name} {scale}", metadata, tables)
+    return world.artifact("scores", f"moved {name} {scale} {widest}", metadata, tables)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,19 @@ def test_the_section_shows_pictures_and_what_moved_most_as_text(
     assert [text for text in wanted if text not in words] == []
     drawn = [attrs for tag, attrs in page.elements if tag == "svg"]
     assert len(drawn) >= 4 and all(attrs.get("role") for attrs in drawn)
+
+
+def test_tenths_of_variants_with_probes_of_their_own_have_ranges_of_their_own(
+    world: World, records: list[RunRecord], tmp_path: Path
+) -> None:
+    one, other = records
+    after = other.after.model_copy(update={"probe": moved(world, "another probe", widest=8.0), "prompts": {}})
+    page = report_of(world, [one, other.model_copy(update={"after": after})], tmp_path / "report.html")
+    section = page.part("On the probe", "What moved most")
+    bins = summarise(world.store, one).moved
+    assert bins and "tenth 10" in section
+    low, high = (bins["by_entropy"][9][end] for end in ("low", "high"))
+    assert f"at {number(low)} to {number(high)}" in section and f"at {number(2 * low)} to {number(2 * high)}" in section
 
 
 def test_what_an_older_version_measured_has_no_such_section(world: World, tmp_path: Path) -> None:

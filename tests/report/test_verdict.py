@@ -208,7 +208,23 @@ def test_that_neither_is_shown_to_have_learned_is_said_too() -> None:
 
 def test_a_model_that_did_not_move_is_compared_by_its_figures() -> None:
     said = compared([summary("a", 0.05), summary("b", 0.05, kl=0.0)])[0]
-    assert "and moved 0 against 0.100 nats per token from the base (difference -0.100 [" in said
+    assert "and moved 0 nats per token from the base, against 0.100 (difference -0.100 [" in said
+
+    alone = [summary("a", 0.05, gain=None), summary("b", 0.05, kl=0.0, gain=None)]
+    assert compared(alone)[0].startswith("“b” moved 0 nats per token from the base, against 0.100 of “a” (difference")
+
+
+def test_the_best_is_compared_with_one_that_it_can_be_compared_with() -> None:
+    elsewhere, two = summary("a", 0.01, kl=0.5), [summary("b", 0.01, kl=0.1), summary("c", 0.01, kl=0.5)]
+    said = two_sentences([elsewhere, *two], paired(two))[0]
+    assert said.startswith("Of 3 variants, “b” is not shown to differ in learning from “c” (difference")
+
+
+def test_the_share_by_which_learning_differs_is_of_the_larger_gain() -> None:
+    for gains, share in (((0.5, -0.1), " (they differ by 120 % of the larger gain)"), ((-0.1, -0.5), "")):
+        two = [summary(name, 0.01, gain=gain) for name, gain in zip("ab", gains, strict=True)]
+        (remark,) = remarks(two, paired(two))
+        assert remark == f"“a” and “b” did not learn equally{share}: what they lost is not compared at equal gain."
 
 
 def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_compared_with_the_first() -> None:

@@ -95,6 +95,18 @@ def test_more_is_better_turns_the_sign() -> None:
     assert lost.worsening == pytest.approx(0.5) and won.worsening == pytest.approx(-0.5)
 
 
+def test_of_a_fault_in_some_seeds_alone_no_number_of_further_ones_is_promised_to_decide() -> None:
+    """Further seeds come on top of those that are there, and the least bad of all is judged."""
+    baseline = [0.1, 0.101, 0.099, 0.1, 0.1]
+    some = judge([figure(baseline, [0.15, 0.0999])]).findings[0]
+    assert some.outcome == "cannot tell" and some.needed == "more than 20 seeds: not every seed is that much worse"
+    worse = [0.15, 0.1012]
+    few = judge([figure(baseline, worse)]).findings[0]
+    count, words = few.needed.split(" ", 1)
+    assert few.outcome == "cannot tell" and words == "fresh seeds" and int(count) > 2
+    assert judge([figure(baseline, [*worse, *[0.15] * (int(count) - 2)])]).outcome == "fail"
+
+
 def test_nothing_changed_at_all_passes_without_a_margin() -> None:
     assert judge([figure([0.0] * 5, [0.0], margin=0.0)]).outcome == "pass"
 
