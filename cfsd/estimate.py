@@ -19,6 +19,7 @@ from cfsd.data.target import Target
 from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
+from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
@@ -26,7 +27,7 @@ from cfsd.model.folder import count_parameters
 from cfsd.model.token_counts import Count, token_count
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
-from cfsd.train.memory import CHUNK, Shapes, load_of, training_memory
+from cfsd.train.memory import Shapes, load_of, training_memory
 
 GIB = 2**30
 CHECKED = 1.5

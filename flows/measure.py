@@ -6,7 +6,7 @@ TUNED may be the folder of an adapter, which is merged into BASE first.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from prefect import flow
@@ -83,7 +83,7 @@ def measure_command(
         Path | None, typer.Option(help="Rows of the target that TUNED was not trained on; columns prompt and response")
     ] = None,
     prompts: Annotated[
-        list[str], typer.Option(help="Your own prompts, which BASE answers: FILE or NAME=FILE; repeat for more")
+        list[str], typer.Option(help="Your own prompts, which BASE answers in probe.length tokens: FILE or NAME=FILE")
     ] = [],  # noqa: B006
     set_: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
@@ -94,12 +94,14 @@ def measure_command(
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
     own = {"target": {"path": str(target), "seed": 0, "measure_only": True}} if target else {}
-    measured = {"benchmarks": named, "prompts": [_named_prompts(file) for file in prompts]}
-    settings = {"probe": {"seed": 0}, "evaluate": measured} | own
+    settings = {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}} | own
     parts = override(settings, parse_overrides(set_))
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
-    on, evaluate = machine_of(machine), validated(EvaluateSpec, parts["evaluate"], "--benchmark, --prompts")
+    probe = validated(ProbeSpec, parts["probe"], "--set")
+    asked = {"prompts": [_named_prompts(file) | {"length": probe.length} for file in prompts]} if prompts else {}
+    measured = {**parts["evaluate"], **asked}
+    on, evaluate = machine_of(machine), validated(EvaluateSpec, measured, "--benchmark, --prompts")
     models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
     after = Adapter.at(models[1].path) or models[1]
@@ -109,7 +111,6 @@ def measure_command(
             part.check()
         if isinstance(part, Checkpoint):
             check_model(part)
-    probe = validated(ProbeSpec, parts["probe"], "--set")
     with planned():
         check_benchmarks(fetch_model(models[0], on), evaluate, on)
     with prefect_server():
@@ -117,7 +118,7 @@ def measure_command(
     show(result)
 
 
-def _named_prompts(given: str) -> dict[str, str]:
+def _named_prompts(given: str) -> dict[str, Any]:
     """Return the settings of NAME=FILE, or of FILE, whose name without endings is then the prompts' too."""
     name, _, path = given.partition("=") if "=" in given else ("", "", given)
     return {"name": name or Path(path).name.partition(".")[0], "path": path}

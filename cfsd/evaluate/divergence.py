@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsd.evaluate.movement import Chunk, Movement
+from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.stage import load_models, per_token, size_of, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import arrange, pad
@@ -24,7 +25,6 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import DIVERGENCE, MOVED_POSITIONS, MOVED_TOKENS, read_rows, table_of, write_shard
 
 Masks = list[list[bool]] | None  # which tokens of each row count; None: all but the first
-CHUNK = 32  # positions whose full distributions are in memory at once: of more, each pass over them takes new pages
 DECILES = 10
 Look = Callable[[Sequence[int], Sequence[int], Chunk], None]  # gets rows and places of a chunk's positions
 

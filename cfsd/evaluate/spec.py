@@ -16,6 +16,8 @@ from cfsd.spec import Spec
 from cfsd.stages import PROBE
 from cfsd.store.artifact import Artifact, Store
 
+CHUNK = 32  # positions whose full distributions are in memory at once: of more, each pass over them takes new pages
+
 
 class EvaluateSpec(Spec):
     """What is measured on base and tuned model."""

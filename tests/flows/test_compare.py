@@ -51,7 +51,7 @@ def test_variants_share_what_they_can(run: Run, comparison_file: Path, tmp_path:
     for found in summary["comparisons"]:
         values = [summary["variants"][found[side]][found["measure"]]["value"] for side in ("one", "other")]
         assert found["value"] == pytest.approx(values[0] - values[1], abs=1e-12) and found["paired"]
-    measures = ["target_gain", "target_accuracy_gain", "probe_kl", "target_divergence"]
+    measures = ["target_gain", "target_accuracy_gain", "probe_kl", "reverse_kl", "target_divergence"]
     assert [c["measure"] for c in summary["comparisons"] if c["other"] == "strong"] == sorted(
         measures * 2, key=measures.index
     )
