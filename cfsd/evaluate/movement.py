@@ -120,9 +120,10 @@ class Movement:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return what `token` writes, or its own name where it is a part of a character."""
+    """Return what `token` writes; its own name where it is a part of a character, its number where it has no name."""
     text = str(tokenizer.decode([token]))
-    return str(tokenizer.convert_ids_to_tokens([token])[0]) if "\ufffd" in text or not text else text
+    name = tokenizer.convert_ids_to_tokens([token])[0]
+    return str(token if name is None else name) if "\ufffd" in text or not text else text
 
 
 def _likeliest(logprobs_NV: Tensor) -> Iterator[Likeliest]:

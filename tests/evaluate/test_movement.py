@@ -118,6 +118,11 @@ def test_an_unchanged_model_moved_nowhere(models: Any, folders: list[Path]) -> N
     assert all((values[:, :2] == 0).all() for values in movement.by_row())
 
 
+def test_a_token_beyond_the_tokenizer_is_called_by_its_number(folders: list[Path]) -> None:
+    tokenizer = load_tokenizer(folders[0])
+    assert [token_text(tokenizer, token) for token in (2, len(tokenizer))] == ["a", str(len(tokenizer))]
+
+
 def scored(store: Store, folders: list[Path]) -> tuple[Artifact, Artifact]:
     base, tuned = (fetched(store, folder) for folder in folders)
     look = ProbeSpec(rows=40, length=12, seed=0)
