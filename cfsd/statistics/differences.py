@@ -12,8 +12,8 @@ import numpy as np
 from scipy import special
 
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import Figure, figure_of
-from cfsd.statistics.intervals import Interval, Z, interval_p, mcnemar_p, padded, ratio_p
+from cfsd.statistics.figures import Figure, mean_of
+from cfsd.statistics.intervals import Z, interval_p, mcnemar_p, padded, ratio_p
 from cfsd.statistics.units import Units, figure_of_units, is_share
 
 LEVEL = 0.05  # of what is called a difference, after adjusting for all that was compared
@@ -129,16 +129,11 @@ def _value(parts: Parts) -> float:
 
 
 def _independent(one: Figure | None, other: Figure | None) -> Figure:
-    """Return one figure less another one of other units; "MOVER", see `cfsd.statistics.figures.mean_of`."""
+    """Return one figure less another one of other units."""
     assert one and other, "a figure without units"
-    value, unit = one.value - other.value, one.unit
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return figure_of(value, None, unit)
-    below, above = (
-        np.hypot(one.value - one.low, other.high - other.value),
-        np.hypot(one.high - one.value, other.value - other.low),
-    )
-    return figure_of(value, Interval(float(value - below), float(value + above)), unit)
+    low, high = (None if end is None else -end for end in (other.high, other.low))
+    turned = Figure(value=-other.value, low=low, high=high, unit=other.unit)
+    return mean_of([one, turned], one.unit).scaled(2, one.unit)
 
 
 def _every_seed(each: Sequence[Difference]) -> float | None:

@@ -113,7 +113,7 @@ def imagined_change(changes: Floats, reach: float) -> float:
 def mcnemar_p(up: int, down: int) -> float:
     """Return the two-sided p of the exact McNemar test; 1 where nothing changed."""
     fewer, more = sorted((up, down))
-    return 2 * float(special.betainc(more, fewer + 1, 0.5)) if fewer < more else 1.0
+    return min(1.0, 2 * float(special.betainc(more, fewer + 1, 0.5))) if fewer < more else 1.0
 
 
 def sign_flip_p(changes: Floats, *, seed: int) -> float:
