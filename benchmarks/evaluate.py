@@ -42,10 +42,12 @@ WRITE = {
     "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
+# in a file: an argument would not count where the file that is included says 0
+EXAMPLES = {"include": "plausibility.yaml", "task": "after_examples", "num_fewshot": 5}
 TASKS: dict[str, dict[str, Any]] = {
     "two sentences each": {"name": "agreement", "limit": 50},
     "one-word choices": {"name": "facts", "limit": 60},
-    "choices after 5 examples": {"name": "plausibility", "limit": 24, "num_fewshot": 5},
+    "choices after 5 examples": {"name": "after_examples", "limit": 24},
     "whole texts": {"name": "technical_english", "limit": 20},
     "24 written tokens": {"name": "written", "limit": 12},
 }
@@ -80,7 +82,8 @@ def main() -> None:
 def _benchmarks(folder: Path, *, few: bool) -> dict[str, dict[str, Any]]:
     """Write the benchmarks' files into one folder, and return what is to be scored."""
     shutil.copytree(BUNDLED, folder)
-    (folder / "written.yaml").write_text(yaml.safe_dump(WRITE))
+    for task in (WRITE, EXAMPLES):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
     return {name: {**task, "folder": str(folder), "limit": 4 if few else task["limit"]} for name, task in TASKS.items()}
 
 
