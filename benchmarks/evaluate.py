@@ -9,9 +9,7 @@ Float32, two threads. Every score must be the same. The making of the task is in
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +19,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from benchmarks._model import ROOT, environment, fetched
 from benchmarks._result import RESULTS, Worker, row, tell
 from cfsd.evaluate.benchmark_files import BUNDLED
 
-ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, "-m", "benchmarks._evaluate_run"]
-FETCH = [sys.executable, "-m", "benchmarks._sampling_run", "fetch"]
 THREADS = 2
 DEFAULT = "1"  # lm-eval's batch size
 BATCHES = ("8", "32", "64")
@@ -71,10 +68,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cfsd-evaluate-") as folder:
         data = Path(folder)
-        source = [str(given.model.absolute())] if given.model else []
-        command = [*FETCH, folder, *source]
-        done = subprocess.run(command, cwd=ROOT, env=_environment(data), check=True, stdout=subprocess.PIPE, text=True)
-        model = Path(done.stdout.splitlines()[-1])
+        model = fetched(data, given.model, THREADS)
         benchmarks = _benchmarks(data / "benchmarks", few=given.quick)
         _bench(model, benchmarks, 1 if given.quick else 3, data if given.quick else RESULTS, started)
 
@@ -85,12 +79,6 @@ def _benchmarks(folder: Path, *, few: bool) -> dict[str, dict[str, Any]]:
     for task in (WRITE, EXAMPLES):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
     return {name: {**task, "folder": str(folder), "limit": 4 if few else task["limit"]} for name, task in TASKS.items()}
-
-
-def _environment(data: Path) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "CFSD_HOME": str(data / "home"),
-    }  # fmt: skip
 
 
 def _bench(model: Path, tasks: dict[str, dict[str, Any]], rounds: int, results: Path, started: float) -> None:
@@ -115,7 +103,7 @@ def _bench(model: Path, tasks: dict[str, dict[str, Any]], rounds: int, results: 
 def _worker(stack: ExitStack, role: str, model: Path) -> Worker:
     log = stack.enter_context((model.parent / f"{role}.log").open("w"))  # what lm-eval says of each batch
     command = [*RUN, role, str(model)]
-    return stack.enter_context(Worker(role, command, cwd=ROOT, env=_environment(model.parent), stderr=log))
+    return stack.enter_context(Worker(role, command, cwd=ROOT, env=environment(model.parent, THREADS), stderr=log))
 
 
 def _contest(workers: dict[str, Worker], name: str, task: dict[str, Any], rounds: int) -> tuple[str, list[Score]]:

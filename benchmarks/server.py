@@ -10,9 +10,7 @@ whose answers are not read. Client and server share the cores, so that what the 
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,12 +18,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks._model import ROOT, environment, fetched
 from benchmarks._result import RESULTS, Worker, row, tell
 from benchmarks._vllm import vllm_server
 
-ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, "-m", "benchmarks._server_run"]
-FETCH = [sys.executable, "-m", "benchmarks._sampling_run", "fetch"]
+THREADS = 1  # of our client
 TOP = 64
 
 
@@ -55,18 +53,10 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cfsd-server-") as folder:
         data = Path(folder)
-        command = [*FETCH, folder, *([str(given.model.absolute())] if given.model else [])]
-        done = subprocess.run(command, cwd=ROOT, env=_environment(data), check=True, stdout=subprocess.PIPE, text=True)
-        model = Path(done.stdout.splitlines()[-1])
+        model = fetched(data, given.model, THREADS)
         with vllm_server(model, data / "vllm.log") as url:
             _say(started, "vLLM answers")
             _bench(model, url, data if given.quick else RESULTS, started, quick=given.quick)
-
-
-def _environment(data: Path) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CFSD_HOME": str(data / "home"),
-    }  # fmt: skip
 
 
 def _say(started: float, what: str) -> None:
@@ -76,7 +66,7 @@ def _say(started: float, what: str) -> None:
 def _bench(model: Path, url: str, results: Path, started: float, *, quick: bool) -> None:
     rounds, rows, measured = 1 if quick else 3, list[dict[str, Any]](), dict[str, Any]()
     with ExitStack() as stack:
-        place = {"cwd": ROOT, "env": _environment(model.parent)}
+        place = {"cwd": ROOT, "env": environment(model.parent, THREADS)}
         workers = {
             role: stack.enter_context(Worker(role, [*RUN, role, url, str(model)], **place)) for role in ("ours", "loop")
         }

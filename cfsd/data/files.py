@@ -13,7 +13,7 @@ from cfsd.data.paths import check_file, files_of
 from cfsd.data.records import Located, Said, whole_characters
 from cfsd.errors import BadInput
 from cfsd.machine import home
-from cfsd.store.digests import DigestMemory, sha256_of_file
+from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 READ_BY_CHECKS = 1 << 24  # bytes: files of so much are read whole by a check, of larger ones the first record
@@ -63,6 +63,11 @@ class Files(NamedTuple):
     def digests(self) -> dict[str, str]:
         """Return the sha256 of each file by its name within the folder, in order."""
         return {os.fsencode(name).decode("utf-8", "backslashreplace"): _sha256(p) for name, p in self.find().items()}
+
+    def content(self) -> str:
+        """Return the digest of what the files hold, in order; of their names only the endings count."""
+        digests = enumerate(self.digests().items())
+        return digest_of_files({f"{i}{Path(name).suffix}": digest for i, (name, digest) in digests})
 
     def is_one_file(self) -> bool:
         """Return whether one file is named as such."""

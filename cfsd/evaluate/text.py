@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveInt
@@ -12,7 +11,6 @@ from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Said, column_texts
 from cfsd.errors import BadInput
 from cfsd.spec import Spec
-from cfsd.store.digests import digest_of_files
 
 SETTING = "evaluate.texts"
 COLUMN = "text"
@@ -32,8 +30,7 @@ class Text(Spec):
 
     def _identity(self) -> dict[str, Any]:
         settings = {k: v for k, v in super()._identity().items() if k not in ("name", "path")}
-        digests = self.files().digests().items()
-        return settings | {"content": digest_of_files({f"{i}{Path(n).suffix}": d for i, (n, d) in enumerate(digests)})}
+        return settings | {"content": self.files().content()}
 
     def files(self) -> Files:
         """Return the files; in a folder those of other kinds are left out."""

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -14,7 +13,6 @@ from cfsd.data.records import NUMBERS, Located, Said, text_of
 from cfsd.data.shapes import CONTEXT, HEAD, Shape, listed
 from cfsd.errors import BadInput
 from cfsd.generate.spec import ProbeSpec
-from cfsd.store.digests import digest_of_files
 
 SETTING = "evaluate.prompts"
 TEXTS, CHATS = "prompt", ("messages", "conversations")  # the columns that are looked for
@@ -46,8 +44,7 @@ class Prompts(ProbeSpec):
 
     def _identity(self) -> dict[str, Any]:
         settings = {k: v for k, v in super()._identity().items() if k not in ("name", "path")}
-        digests = self.files().digests().items()
-        return settings | {"content": digest_of_files({f"{i}{Path(n).suffix}": d for i, (n, d) in enumerate(digests)})}
+        return settings | {"content": self.files().content()}
 
     def files(self) -> Files:
         """Return the files."""

@@ -5,21 +5,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from cfsd.statistics.figures import Figure
 from cfsd.statistics.intervals import is_above
 from cfsd.statistics.retention import retention_of
+from tests.statistics.test_forgetting import ends, right_and_wrong
 
 Floats = NDArray[np.float64]
-
-
-def right_and_wrong(both: int, lost: int, gained: int, neither: int) -> tuple[Floats, Floats]:
-    sizes = (both, lost, gained, neither)
-    return np.repeat([1.0, 1.0, 0.0, 0.0], sizes), np.repeat([1.0, 0.0, 1.0, 0.0], sizes)
-
-
-def ends(figure: Figure) -> tuple[float, float]:
-    assert figure.low is not None and figure.high is not None
-    return figure.low, figure.high
 
 
 def test_each_bound_is_a_quotient_that_the_paired_t_test_just_rules_out() -> None:
