@@ -24,11 +24,12 @@ from cfsd.errors import BadEnvironment
 from cfsd.machine import HOME_VARIABLE, home, without_password
 from cfsd.store.digests import write_json
 from cfsd.store.locks import held
+from flows._addresses import BACKEND_VARIABLE
 from flows._cli import Home, start
 from flows._environment import SERVERS, is_alive, mlflow_database, recorded_servers
 from flows._prefect_api import database_advice, prefect_lock
 from flows._servers import HOST, answers, log_of, start_server
-from tasks.record import mlflow_lock
+from tasks.record import mlflow_lock, unreachable
 
 ROOT = Path(__file__).parent.parent
 POOL = "gpu"
@@ -73,11 +74,15 @@ def _start_prefect(port: int) -> dict[str, Any]:
 
 
 def _start_mlflow(port: int) -> dict[str, Any]:
-    url, database = f"http://{HOST}:{port}", mlflow_database()
-    environment = _environment() | {"MLFLOW_TRACKING_URI": database}
-    artifacts = (home() / "mlartifacts").as_uri()
-    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
-               "--backend-store-uri", database, "--default-artifact-root", artifacts]  # fmt: skip
+    url, database = f"http://{HOST}:{port}", os.environ.get(BACKEND_VARIABLE) or mlflow_database()
+    if problem := unreachable(database):
+        raise BadEnvironment(
+            f"{BACKEND_VARIABLE} is {without_password(database)}, but nothing can be reached there: {problem}"
+        )
+    environment = _environment() | {"MLFLOW_TRACKING_URI": database, BACKEND_VARIABLE: database}
+    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    if not os.environ.get("MLFLOW_ARTIFACTS_DESTINATION"):  # which the server then serves itself
+        command += ["--default-artifact-root", (home() / "mlartifacts").as_uri()]
     with mlflow_lock():  # or its workers, and runs that begin now, race to create the tables
         _run(["mlflow", "db", "upgrade", database], environment)
         return _started("mlflow", command, url, f"{url}/health", environment)
@@ -115,9 +120,8 @@ def _started(
 def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise BadEnvironment(
-            f"{' '.join(command)} failed with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        shown, said = " ".join(map(without_password, command)), f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        raise BadEnvironment(f"{shown} failed with code {done.returncode}:\n{said}")
 
 
 def free_port(first: int, option: str = "--prefect-port") -> int:

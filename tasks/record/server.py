@@ -44,10 +44,19 @@ class Server(MlflowClient):
 
     @cached_property
     def experiment(self) -> str:
-        """Return the id of our experiment, which is made if it is missing."""
+        """Return the id of our experiment, which is made if it is missing; another machine may make it just then.
+
+        A server decides where its artifacts are; a database without one leaves them in the data folder.
+        """
+        own = None if self.tracking_uri.startswith("http") else (home() / "mlartifacts").as_uri()
         if known := self.get_experiment_by_name(EXPERIMENT):
             return str(known.experiment_id)
-        return str(self.create_experiment(EXPERIMENT, artifact_location=(home() / "mlartifacts").as_uri()))
+        try:
+            return str(self.create_experiment(EXPERIMENT, artifact_location=own))
+        except MlflowException:
+            if known := self.get_experiment_by_name(EXPERIMENT):
+                return str(known.experiment_id)
+            raise
 
     def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
         """Send records of a journal: `name`, `value`, `time` in seconds, `step`."""
