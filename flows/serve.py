@@ -1,6 +1,7 @@
 """The pages for a team: a Prefect server with a worker and the deployments, and MLflow, over one data folder.
 
     python -m flows.serve up | down | status
+    python -m flows.serve worker        a worker alone, for servers elsewhere: PREFECT_API_URL and MLFLOW_TRACKING_URI
 
 They listen on 127.0.0.1 only. Their URLs and process numbers are in servers.json of the data folder. The command
 lines find them there, so that their runs appear in the same pages.
@@ -15,7 +16,7 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import psutil
 import typer
@@ -33,6 +34,7 @@ from tasks.record import mlflow_lock, unreachable
 
 ROOT = Path(__file__).parent.parent
 POOL = "gpu"
+WORKER = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
 
 
 def up(prefect_port: int, mlflow_port: int) -> dict[str, dict[str, Any]]:
@@ -93,13 +95,30 @@ def _start_worker(running: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "PREFECT_API_URL": f"{running['prefect']['url']}/api",
         "MLFLOW_TRACKING_URI": str(running["mlflow"]["url"]),
     }
+    _deploy(environment)
+    return _started("worker", WORKER, "", "", environment)
+
+
+def become_worker() -> NoReturn:
+    """Make the work pool and the deployments at PREFECT_API_URL, and let this process be their worker.
+
+    Raises:
+        BadEnvironment: PREFECT_API_URL is not set, or its server refuses.
+    """
+    if not (url := os.environ.get("PREFECT_API_URL")):
+        raise BadEnvironment("a worker alone needs a server: set PREFECT_API_URL, or start both here: make up")
+    environment = _environment() | {"PREFECT_API_URL": url, "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}
+    _deploy(environment)
+    os.chdir(ROOT)
+    os.execve(sys.executable, [sys.executable, "-m", *WORKER], environment)
+
+
+def _deploy(environment: dict[str, str]) -> None:
     _run(["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"], environment)
     _run(
         ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
         environment,
     )
-    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-    return _started("worker", command, "", "", environment)
 
 
 def _environment() -> dict[str, str]:
@@ -190,10 +209,11 @@ class Action(StrEnum):
     up = "up"
     down = "down"
     status = "status"
+    worker = "worker"
 
 
 def serve_command(
-    action: Annotated[Action, typer.Argument(help="Start them, end them, or say which of them run")],
+    action: Annotated[Action, typer.Argument(help="Start them, end them, say which run; or be a worker")],
     prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
     home: Home = None,
@@ -208,6 +228,8 @@ def serve_command(
         print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
         print("end them with: make down")
         _say_what_goes_elsewhere(running)
+    elif action is Action.worker:
+        become_worker()
     elif action is Action.down:
         print(f"ended: {', '.join(down()) or 'nothing ran'}")
     else:
