@@ -81,7 +81,7 @@ class SharedStore:
         return cls(url) if url else None
 
     def check(self) -> None:
-        """Write its mark, which shows that a run can. Raises BadInput where it cannot; Away where it does not answer."""
+        """Write its mark, which shows that a run can. Raises BadInput where it cannot, Away where it is away."""
         try:
             with self._reached():
                 if self.scheme in LOCAL and not (above := Path(self.root).parent).is_dir():
@@ -231,8 +231,8 @@ def checked_url(url: str) -> str:
         raise BadInput(f"the shared store {shown!r} is no URL; give --store, or CFSD_STORE, one {EXAMPLES}")
     if "@" in parts.netloc or "?" in url or "::" in url:
         raise BadInput(
-            f"the shared store {shown!r} must have no user, password or query, and one protocol: credentials belong where the "
-            "protocol's library looks for them (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)"
+            f"the shared store {shown!r} must have no user, password or query, and one protocol: credentials belong "
+            "where the protocol's library looks for them (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)"
         )
     if any(ord(letter) < 32 for letter in url):
         raise BadInput(f"the shared store {shown!r} has a character that no name may have; give a URL {EXAMPLES}")
