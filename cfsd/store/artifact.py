@@ -235,6 +235,9 @@ class Store:
         if self.sharing is None or (not again and self.sharing.is_settled(folder)):
             return self.sharing is not None
         with self.lock(artifact.kind, artifact.key, say):
+            if self.find(artifact.kind, artifact.key) is None:
+                say(f"{artifact.kind} {artifact.key} is damaged and is not pushed; run its recipe again")
+                return False
             return self.sharing.push(folder, say, again=again)
 
     def _pushed(self, artifact: Artifact, say: Callable[[str], None], *, fresh: bool = False) -> Artifact:

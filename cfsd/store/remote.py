@@ -138,7 +138,11 @@ class SharedStore:
                 if replace or there.get(name) != path.stat().st_size:
                     self._make_folder(f"{own.place}/{name}")
                     self._fs().put_file(str(path), self._path(f"{own.place}/{name}"))
-        return self._publish(own, anew=first is not None)
+        published = self._publish(own, anew=first is not None)
+        if first and first.digest != own.digest:
+            with self._reached():
+                self._fs().rm(self._path(first.place), recursive=True)
+        return published
 
     def _publish(self, own: Realisation, *, anew: bool) -> Realisation:
         with self._reached():
@@ -232,7 +236,7 @@ def checked_url(url: str) -> str:
     if "@" in parts.netloc or "?" in url or "::" in url:
         raise BadInput(
             f"the shared store {shown!r} must have no user, password or query, and one protocol: credentials belong "
-            "where the protocol's library looks for them (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)"
+            "where the protocol's library looks for them, for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws"
         )
     if any(ord(letter) < 32 for letter in url):
         raise BadInput(f"the shared store {shown!r} has a character that no name may have; give a URL {EXAMPLES}")

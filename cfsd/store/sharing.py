@@ -56,7 +56,7 @@ class Sharing:
         try:
             draft.rename(folder)
         except OSError:  # another process did the same
-            shutil.rmtree(draft)
+            shutil.rmtree(draft, ignore_errors=True)
         return read_manifest(folder, known.key) is not None
 
     def bring(self, folder: Path, *, weights: bool = True) -> None:
@@ -130,7 +130,7 @@ class Sharing:
     def _pushed(self, own: Realisation, folder: Path, *, again: bool) -> Realisation:
         refused = _text(self._mark(own.kind, own.key, refused=True))
         first = self.remote.realisation(own.kind, own.key)
-        distrusted = first if first and (first.digest == refused or (again and first.digest == own.digest)) else None
+        distrusted = first if first and (again or first.digest == refused) else None
         first = self.remote.push(own, {n: folder / n for n in own.manifest["files"]}, replace=distrusted)
         self._mark(own.kind, own.key, refused=True).unlink(missing_ok=True)
         return first
