@@ -196,7 +196,7 @@ def _damaged(remote: SharedStore, known: Realisation) -> list[str]:
 
 @app.command("gc")
 def collect_command(
-    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Only what is at least as old")] = 0,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Only what is at least as old")] = 1,
     larger_than: Annotated[float, typer.Option(min=0, metavar="MIB", help="Only what is at least as large")] = 0,
     even_referenced: Annotated[
         bool, typer.Option("--even-referenced", help="Also what reports, or what was made from it, refer to")

@@ -30,7 +30,7 @@ S3, LOCAL = ("s3", "s3a"), ("file", "local")
 FLAT = (*S3, "gs", "gcs", "abfs", "abfss", "az")  # have no folders that could be made
 S3_OPTIONS = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 1}}}
 EXAMPLES = "such as s3://bucket/team or file:///mnt/team/store"
-FORBIDDEN = (PermissionError, NotImplementedError)
+FORBIDDEN = (PermissionError, NotImplementedError, NotADirectoryError, FileExistsError)
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
 
 
