@@ -43,6 +43,7 @@ ORDER = (
     {"comparison", "estimate", "target_sequence"},
     {"report"},
     {"baseline"},
+    {"__main__"},
 )
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
 FOUNDATION = {("statistics", "errors"), ("spec", "errors")}  # the first line's own

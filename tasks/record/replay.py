@@ -52,5 +52,5 @@ def _link_step(
     if replay and not server.search_runs([server.experiment], recorded, max_results=1):
         tags = step_tags(stage, artifact.key, "replayed") | {RECORDED: "all"}
         child = open_run(server, f"{stage} {artifact.key}", run_id, tags)
-        server.log_metrics(child, read_metrics(store.path(artifact)))
+        server.log_metrics(child, read_metrics(store.path(artifact, weights=False)))
         server.set_terminated(child, "FINISHED")
