@@ -85,7 +85,7 @@ def _start_mlflow(port: int) -> dict[str, Any]:
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     if not os.environ.get("MLFLOW_ARTIFACTS_DESTINATION"):  # which the server then serves itself
         command += ["--default-artifact-root", (home() / "mlartifacts").as_uri()]
-    with mlflow_lock():  # or its workers, and runs that begin now, race to create the tables
+    with mlflow_lock(database):  # or its workers, and runs that begin now, race to create the tables
         _run(["mlflow", "db", "upgrade", database], environment)
         return _started("mlflow", command, url, f"{url}/health", environment)
 
