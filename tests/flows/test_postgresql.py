@@ -1,9 +1,12 @@
 """Both servers over PostgreSQL, artifacts on object storage: the settings of compose.yaml on real servers."""
 
+import base64
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,9 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, _answers, _free_port
 
@@ -43,6 +48,7 @@ class Database:
         )
 
     def make(self, name: str) -> None:
+        self.ask("postgres", f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         self.ask("postgres", f"CREATE DATABASE {name}")
 
     def ask(self, database: str, statement: str) -> str:
@@ -92,6 +98,133 @@ def storage() -> Iterator[str]:
 
 
 ACCESS = {"aws_access_key_id": "cfsd", "aws_secret_access_key": "not-a-secret"}
+
+
+class Composed:
+    """The services of compose.yaml that run our image, as processes here: its commands and variables, on loopback."""
+
+    def __init__(self, home: Path, database: Database, storage: str) -> None:
+        self.services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+        self.given = {
+            "POSTGRES_PASSWORD": database.password, "MINIO_ROOT_USER": ACCESS["aws_access_key_id"],
+            "MINIO_ROOT_PASSWORD": ACCESS["aws_secret_access_key"], "PREFECT_LOGIN": f"team:{secrets.token_hex(8)}",
+        }  # fmt: skip
+        ports = {"4200": str(_free_port()), "5000": str(_free_port())}
+        self.places = {
+            "@postgres:5432": f"@127.0.0.1:{database.port}", "http://minio:9000": storage, "$$": "$",
+            **{f"http://{name}:{port}": f"http://127.0.0.1:{ports[port]}" for name, port in
+               (("prefect", "4200"), ("mlflow", "5000"))},
+            "0.0.0.0": "127.0.0.1", "4200": ports["4200"], "5000": ports["5000"],
+        }  # fmt: skip
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
+        self.home = home
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str) -> "subprocess.Popen[bytes]":
+        own = {k: self._here(v) for k, v in self.services[name]["environment"].items()}
+        bare = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_", "AWS_"))}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{bare['PATH']}"
+        image = {"CFSD_HOME": str(self.home), "PYTHONPATH": str(ROOT), "PATH": path}
+        own |= {"PREFECT_HOME": str(self.home / "prefect-server")} if "PREFECT_HOME" in own else {}
+        command = [self._here(word) for word in self.services[name]["command"]]
+        log = (self.home / f"{name}.log").open("wb")
+        self.running.append(subprocess.Popen(
+            command, cwd=ROOT, env=bare | image | own, stdout=log, stderr=log, start_new_session=True
+        ))  # fmt: skip
+        return self.running[-1]
+
+    def _here(self, text: str) -> str:
+        text = re.sub(r"\$\{(\w+)[^}]*\}", lambda m: self.given[m[1]], text)
+        for there, here in self.places.items():
+            text = text.replace(there, here)
+        return text
+
+    def wait(self, url: str) -> None:
+        end = time.monotonic() + 240
+        while not _answers(url):
+            assert self.running[-1].poll() is None and time.monotonic() < end, self.logs()
+            time.sleep(0.5)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        login = base64.b64encode(self.given["PREFECT_LOGIN"].encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(f"{self.prefect}/api/{path}", data, headers), timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def logs(self) -> str:
+        return "\n".join(f"{log.name}\n{log.read_text()[-3000:]}" for log in self.home.glob("*.log"))
+
+    def close(self) -> None:
+        for process in reversed(self.running):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self.running:
+            process.wait(60)
+
+
+def status(url: str, **headers: str) -> int:
+    try:
+        with urlopen(Request(url, headers=headers), timeout=60) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, storage: str, tmp_path: Path) -> None:
+    import boto3
+
+    database.make("prefect")
+    database.ask("postgres", "DROP DATABASE IF EXISTS mlflow WITH (FORCE)")
+    configs = yaml.safe_load((ROOT / "compose.yaml").read_text())["configs"]
+    database.ask("postgres", configs["databases"]["content"])
+    composed = Composed(tmp_path, database, storage)
+    try:
+        assert composed.start("buckets").wait(120) == 0, composed.logs()
+        composed.start("prefect")
+        composed.wait(f"{composed.prefect}/api/health")
+        composed.start("mlflow")
+        composed.wait(f"{composed.mlflow}/health")
+        assert status(f"{composed.prefect}/api/admin/version") == 401  # without the login
+        page = f"{composed.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
+        assert [status(page, Host=host) for host in ("mlflow:5000", "127.0.0.1:5000", "evil.org")] == [200, 200, 403]
+        composed.start("worker")
+        _completed(composed, {"recipe": SMALL_RECIPE, "machine": {"threads": 1}})
+        logs = composed.logs()
+        assert not any(secret in logs for name, secret in composed.given.items() if name != "MINIO_ROOT_USER"), logs
+    finally:
+        composed.close()
+    held = boto3.client("s3", endpoint_url=storage, region_name="us-east-1", **ACCESS)
+    kinds = {entry["Key"].split("/")[1] for entry in held.list_objects_v2(Bucket="store", Prefix="cfsd/")["Contents"]}
+    assert {"model", "corpus", "cfsd-store.json"} <= kinds
+    assert database.ask("mlflow", "SELECT count(*) FROM runs WHERE status <> 'FINISHED'") == "0"
+    run = database.ask("mlflow", "SELECT artifact_uri FROM runs WHERE name = 'in compose'")
+    assert run.startswith("mlflow-artifacts:/")
+    folder = run.removeprefix("mlflow-artifacts:/").strip("/")
+    assert held.list_objects_v2(Bucket="mlflow", Prefix=f"artifacts/{folder}/")["KeyCount"] > 0
+
+
+SMALL_RECIPE = {
+    "name": "in compose", "base": {"kind": "tiny"}, "probe": {"rows": 16, "length": 16},
+    "target": {"path": "deployments/recipes/tiny_target.jsonl", "held_out": 100},
+    "generate": {"rows": 16, "length": 16}, "train": {"learning_rate": 1e-3},
+}  # fmt: skip
+
+
+def _completed(composed: Composed, parameters: dict[str, Any]) -> None:
+    """Start the deployment `corpus`, which the worker makes, and wait for its flow run to complete."""
+    end = time.monotonic() + 400
+    while True:
+        assert composed.running[-1].poll() is None and time.monotonic() < end, composed.logs()
+        try:
+            deployment = composed.ask("deployments/name/corpus/corpus")
+            break
+        except HTTPError:
+            time.sleep(2)
+    run = composed.ask(f"deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+    while (state := composed.ask(f"flow_runs/{run['id']}")["state"])["type"] != "COMPLETED":
+        assert state["type"] not in ("FAILED", "CRASHED") and time.monotonic() < end, f"{state}\n{composed.logs()}"
+        time.sleep(1)
 
 
 def bare(home: Path, database: Database, **more: str) -> dict[str, str]:
