@@ -140,7 +140,7 @@ class Composed:
         return text
 
     def wait(self, url: str) -> None:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while not _answers(url):
             assert self.running[-1].poll() is None and time.monotonic() < end, self.logs()
             time.sleep(0.5)
@@ -160,7 +160,10 @@ class Composed:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self.running:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def status(url: str, **headers: str) -> int:
@@ -213,7 +216,7 @@ SMALL_RECIPE = {
 
 def _completed(composed: Composed, parameters: dict[str, Any]) -> None:
     """Start the deployment `corpus`, which the worker makes, and wait for its flow run to complete."""
-    end = time.monotonic() + 400
+    end = time.monotonic() + 600
     while True:
         assert composed.running[-1].poll() is None and time.monotonic() < end, composed.logs()
         try:
