@@ -91,20 +91,20 @@ def table_of(summary: dict[str, Any]) -> str:
 
 
 def figure_of(findings: list[dict[str, Any]]) -> str:
-    """Return a bar per figure, which GitHub draws: its worsening as a share of its margin."""
+    """Return a bar per figure, which GitHub draws: its worsening as a share of its margin, none where it got better."""
     shares = {f["name"]: f["worsening"] / f["margin"] for f in findings if f.get("margin")}
     if not shares:
         return ""
     names = ", ".join(json.dumps(re.sub(r'["\n]', " ", name)) for name in shares)
-    bars = ", ".join(f"{max(-SHOWN, min(SHOWN, share)):.2f}" for share in shares.values())
+    bars = ", ".join(f"{min(SHOWN, max(0, share)):.2f}" for share in shares.values())
     margin = ", ".join("1" for _ in shares)
     return "\n".join(
         [
             "```mermaid",
             "xychart-beta horizontal",
-            '  title "worse by, in margins; the line is the margin"',
+            '  title "worse by, in margins: the line is the margin, better is 0"',
             f"  x-axis [{names}]",
-            f"  y-axis {-SHOWN:g} --> {SHOWN:g}",
+            f"  y-axis 0 --> {SHOWN:g}",
             f"  bar [{bars}]",
             f"  line [{margin}]",
             "```",
