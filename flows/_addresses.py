@@ -90,7 +90,7 @@ def _check_driver(name: str, value: str) -> None:
     except (ImportError, SQLAlchemyError) as error:
         raise BadEnvironment(
             f"{name} is {without_password(value)!r}, whose driver is not installed: {error}; for PostgreSQL write "
-            "postgresql+psycopg2://user@host/database, which needs pip install 'cfsd[postgres]'"
+            f"postgresql+psycopg2://user@host/database, which needs pip install 'cfsd[postgres]', or unset {name}"
         ) from error
 
 

@@ -201,7 +201,7 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
     kinds = {entry["Key"].split("/")[1] for entry in held.list_objects_v2(Bucket="store", Prefix="cfsd/")["Contents"]}
     assert {"model", "corpus", "cfsd-store.json"} <= kinds
     assert database.ask("mlflow", "SELECT count(*) FROM runs WHERE status <> 'FINISHED'") == "0"
-    run = database.ask("mlflow", "SELECT artifact_uri FROM runs WHERE name = 'in compose'")
+    run = database.ask("mlflow", "SELECT artifact_uri FROM runs WHERE name = 'in compose: corpus'")
     assert run.startswith("mlflow-artifacts:/")
     folder = run.removeprefix("mlflow-artifacts:/").strip("/")
     assert held.list_objects_v2(Bucket="mlflow", Prefix=f"artifacts/{folder}/")["KeyCount"] > 0
