@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -192,6 +193,7 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
         page = f"{composed.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
         assert [status(page, Host=host) for host in ("mlflow:5000", "127.0.0.1:5000", "evil.org")] == [200, 200, 403]
         composed.start("worker")
+        _soon(composed, lambda: database.ask("prefect", SCHEDULED) != "0")  # the nightly gate
         _completed(composed, {"recipe": SMALL_RECIPE, "machine": {"threads": 1}})
         logs = composed.logs()
         assert not any(secret in logs for name, secret in composed.given.items() if name != "MINIO_ROOT_USER"), logs
@@ -207,6 +209,7 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
     assert held.list_objects_v2(Bucket="mlflow", Prefix=f"artifacts/{folder}/")["KeyCount"] > 0
 
 
+SCHEDULED = "SELECT count(*) FROM flow_run WHERE state_type = 'SCHEDULED' AND expected_start_time > now()"
 SMALL_RECIPE = {
     "name": "in compose", "base": {"kind": "tiny"}, "probe": {"rows": 16, "length": 16},
     "target": {"path": "deployments/recipes/tiny_target.jsonl", "held_out": 100},
@@ -216,18 +219,27 @@ SMALL_RECIPE = {
 
 def _completed(composed: Composed, parameters: dict[str, Any]) -> None:
     """Start the deployment `corpus`, which the worker makes, and wait for its flow run to complete."""
-    end = time.monotonic() + 600
-    while True:
-        assert composed.running[-1].poll() is None and time.monotonic() < end, composed.logs()
-        try:
-            deployment = composed.ask("deployments/name/corpus/corpus")
-            break
-        except HTTPError:
-            time.sleep(2)
+    deployment = _soon(composed, lambda: composed.ask("deployments/name/corpus/corpus"))
     run = composed.ask(f"deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-    while (state := composed.ask(f"flow_runs/{run['id']}")["state"])["type"] != "COMPLETED":
-        assert state["type"] not in ("FAILED", "CRASHED") and time.monotonic() < end, f"{state}\n{composed.logs()}"
+
+    def ended() -> Any:
+        state = composed.ask(f"flow_runs/{run['id']}")["state"]
+        assert state["type"] not in ("FAILED", "CRASHED"), f"{state}\n{composed.logs()}"
+        return state["type"] == "COMPLETED"
+
+    _soon(composed, ended)
+
+
+def _soon(composed: Composed, found: Callable[[], Any]) -> Any:
+    """Return what `found` returns as soon as it is something; a server that does not answer yet is asked again."""
+    end = time.monotonic() + 600
+    while time.monotonic() < end:
+        with suppress(OSError):
+            if what := found():
+                return what
+        assert composed.running[-1].poll() is None, composed.logs()
         time.sleep(1)
+    raise AssertionError(composed.logs())
 
 
 def bare(home: Path, database: Database, **more: str) -> dict[str, str]:
