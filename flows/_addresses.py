@@ -1,9 +1,9 @@
 """Addresses that the environment gives: of Prefect, MLflow and databases; what can be known without asking them."""
 
 import os
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from cfsd.errors import BadEnvironment
 from cfsd.machine import without_password
@@ -13,7 +13,6 @@ SERVICES = ("http", "https", "databricks", "databricks-uc", "uc")
 DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 BACKEND_VARIABLE = "MLFLOW_BACKEND_STORE_URI"  # MLflow's own, of its server
 PREFECT_DRIVERS = ("sqlite+aiosqlite", "postgresql+asyncpg")
-QUOTES_SINCE = (2, 1)  # the SQLAlchemy that takes %23 in a URL for # in a file's name
 
 
 def split(url: str) -> SplitResult | None:
@@ -27,17 +26,9 @@ def split(url: str) -> SplitResult | None:
 
 
 def sqlite_url(driver: str, file: Path) -> str:
-    """Return the URL of a SQLite file for SQLAlchemy, whatever characters its path has.
-
-    Raises:
-        BadEnvironment: An older SQLAlchemy cannot have this path in a URL.
-    """
+    """Return the URL of a SQLite file for SQLAlchemy, whatever characters its path has."""
     path = str(file)
-    if _quotes():
-        path = quote(path)
-    elif "?" in path:
-        raise BadEnvironment(f"the path {path} has a ? in it, which needs SQLAlchemy 2.1: pip install -U sqlalchemy")
-    return f"{driver}:///{path}"
+    return f"{driver}:///file:{quote(path)}?uri=true" if "?" in path else f"{driver}:///{path}"
 
 
 def check_addresses() -> None:
@@ -138,11 +129,7 @@ def _file_of(value: str) -> Path | None:
     path = value.partition("://")[2].partition("?")[0].removeprefix("/")
     if not path or path == ":memory:" or path.startswith("file:"):
         return None
-    return Path(unquote(path) if _quotes() else path)
-
-
-def _quotes() -> bool:
-    return tuple(int(part) for part in version("sqlalchemy").split(".")[:2]) >= QUOTES_SINCE
+    return Path(path)
 
 
 def _opens(file: Path) -> bool:
