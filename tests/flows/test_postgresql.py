@@ -136,9 +136,7 @@ class Composed:
 
     def _here(self, text: str) -> str:
         text = re.sub(r"\$\{(\w+)[^}]*\}", lambda m: self.given[m[1]], text)
-        for there, here in self.places.items():
-            text = text.replace(there, here)
-        return text
+        return re.sub("|".join(map(re.escape, self.places)), lambda m: self.places[m[0]], text)
 
     def wait(self, url: str) -> None:
         end = time.monotonic() + 400
