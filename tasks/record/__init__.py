@@ -6,8 +6,9 @@ Nothing here can lose work: artifacts hold their own metrics, from which an MLfl
 from tasks.record.client import console, mlflow_lock, say, tracked
 from tasks.record.conclusion import conclusion
 from tasks.record.live import step
+from tasks.record.pages import run_url
 from tasks.record.replay import keep_step
 from tasks.record.runs import Variant, comparison, flattened, variant
 
-__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "say", "step",
-           "tracked", "variant"]  # fmt: skip
+__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "run_url", "say",
+           "step", "tracked", "variant"]  # fmt: skip

@@ -17,6 +17,7 @@ from cfsd.recipe import Recipe
 from cfsd.report import recipe_text
 from cfsd.report.run_record import Step
 from tasks.record.client import say, tracked
+from tasks.record.pages import prefect_tags
 
 if TYPE_CHECKING:
     from tasks.record.server import Server
@@ -74,7 +75,7 @@ def open_run(server: "Server", name: str, parent: str | None, tags: dict[str, st
     _end_dead_runs(server)
     parents = {"mlflow.parentRunId": parent} if parent else {}
     source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.user": _user()}
-    run = server.create_run(server.experiment, run_name=name, tags={**tags, **parents, **source})
+    run = server.create_run(server.experiment, run_name=name, tags={**tags, **prefect_tags(), **parents, **source})
     return str(run.info.run_id)
 
 
