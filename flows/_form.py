@@ -5,7 +5,7 @@ the same recipe, the same keys and the same messages.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from prefect import flow
@@ -28,7 +28,14 @@ from flows.corpus import corpus
 from flows.mitigate import mitigate
 from flows.regress import regress
 
-Override = Annotated[str, Field(pattern=r"^\s*[A-Za-z_][\w.\-]*\s*=")]
+
+def _lines_of(field: str) -> str:
+    """Return the pattern of a text whose lines are FIELD=VALUE or empty."""
+    return rf"^([ \t]*({field}[ \t]*=[^\n]*)?(\n|$))*$"
+
+
+Settings = Annotated[str, Field(pattern=_lines_of(r"\w+"))]
+Overrides = Annotated[str, Field(pattern=_lines_of(f"({'|'.join(Recipe.model_fields)})[\\w.-]*"))]
 RecipeName = Annotated[str, Chosen("recipe")]
 ComparisonName = Annotated[str, Chosen("comparison")]
 SequenceName = Annotated[str, Chosen("sequence")]
@@ -121,9 +128,7 @@ class On(BaseModel):
         "auto", title="Device", description="auto takes CUDA if there is one"
     )
     threads: PositiveInt | None = Field(None, title="Threads", description="CPU threads per process; empty: all cores")
-    other: list[Override] = Field(
-        [], title="Other settings", description="One FIELD=VALUE an item, such as sampling_rows=64"
-    )
+    other: Settings = Field("", title="Other settings", description="One FIELD=VALUE a line, such as sampling_rows=64")
 
     def machine(self) -> Machine:
         """Return the machine that is described. Raises BadInput."""
@@ -146,13 +151,11 @@ def _override(field: str, value: Any) -> str:
     return f"{field}={json.dumps(value, ensure_ascii=False)}"  # JSON is YAML
 
 
-def _lines(items: list[str]) -> Iterator[str]:
-    """Yield the lines of the items: a list may be pasted into one of them."""
-    for item in items:
-        yield from filter(None, (line.strip() for line in item.splitlines()))
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def changes(content: dict[str, Any], name: str, data: Data, training: Training, overrides: list[str]) -> list[str]:
+def changes(content: dict[str, Any], name: str, data: Data, training: Training, overrides: str) -> list[str]:
     """Return what a form changes of the recipe `content`, as the command line takes it; free overrides come last."""
     named = [_override("name", name)] if name else []
     return [*named, *data.overrides(), *data.target_overrides(content), *training.overrides(), *_lines(overrides)]
@@ -175,7 +178,7 @@ def mitigate_form(
     name: str = "",
     data: Data = Data(),  # noqa: B008
     training: Training = Training(),  # noqa: B008
-    overrides: list[Override] = [],  # noqa: B006
+    overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
     """Fine-tune on a target, rehearsing the base's own text, and measure what was learned and forgotten.
@@ -185,7 +188,7 @@ def mitigate_form(
         name: What you call the run; empty: as the recipe
         data: What is trained, on what
         training: How it is trained
-        overrides: Any other field of the recipe, one FIELD=VALUE an item, such as generate.rows=500
+        overrides: Any other field of the recipe, one FIELD=VALUE a line, such as generate.rows=500
         machine: Where it runs
     """
     file = menu("recipe")[recipe]
@@ -200,7 +203,7 @@ def mitigate_form(
 def corpus_form(
     recipe: RecipeName,
     data: Data = Data(),  # noqa: B008
-    overrides: list[Override] = [],  # noqa: B006
+    overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
     """Make the rehearsal corpus of a recipe and a page that shows it; train nothing.
@@ -208,7 +211,7 @@ def corpus_form(
     Args:
         recipe: Where to start from: a file of deployments/recipes/ or of the data folder's recipes/
         data: The model that writes, and the target
-        overrides: Any other field of the recipe, one FIELD=VALUE an item, such as generate.rows=500
+        overrides: Any other field of the recipe, one FIELD=VALUE a line, such as generate.rows=500
         machine: Where it runs
     """
     file = menu("recipe")[recipe]
@@ -225,7 +228,7 @@ def compare_form(
     data: Data = Data(),  # noqa: B008
     training: Training = Training(),  # noqa: B008
     repeats: Repeats = Repeats(),  # noqa: B008
-    overrides: list[Override] = [],  # noqa: B006
+    overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
     """One recipe, several ways of training, one table and one figure.
@@ -235,7 +238,7 @@ def compare_form(
         data: What is trained, on what; the same in all variants
         training: How it is trained; where a variant says otherwise, the variant counts
         repeats: How often each variant is trained
-        overrides: Any other field of the recipe, one FIELD=VALUE an item, such as generate.rows=500
+        overrides: Any other field of the recipe, one FIELD=VALUE a line, such as generate.rows=500
         machine: Where it runs
     """
     file = menu("comparison")[recipe]
@@ -252,7 +255,7 @@ def compare_form(
 def continual_form(
     recipe: SequenceName,
     training: Training = Training(),  # noqa: B008
-    overrides: list[Override] = [],  # noqa: B006
+    overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
     """Train on one target after another, and score every model on every target.
@@ -260,7 +263,7 @@ def continual_form(
     Args:
         recipe: A recipe and its targets: a file of deployments/recipes/ or of the data folder's recipes/
         training: How each of them is trained
-        overrides: Any other field of the recipe, one FIELD=VALUE an item, such as generate.rows=500
+        overrides: Any other field of the recipe, one FIELD=VALUE a line, such as generate.rows=500
         machine: Where it runs
     """
     file = menu("sequence")[recipe]
@@ -278,7 +281,7 @@ def regress_form(
     baseline: str = "",
     seeds: PositiveInt | None = None,
     update_baseline: bool = False,
-    overrides: list[Override] = [],  # noqa: B006
+    overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
     """Does the recipe forget more, or learn less, than its baseline? The run's message is the verdict.
@@ -288,7 +291,7 @@ def regress_form(
         baseline: A baseline's JSON, or champion; empty: deployments/baselines/ has one with the recipe's name
         seeds: Runs with seeds of their own; empty: 2, for a baseline or a champion 5
         update_baseline: Make the recipe's present figures the new baseline, and judge nothing
-        overrides: Any other field of the recipe, one FIELD=VALUE an item
+        overrides: Any other field of the recipe, one FIELD=VALUE a line
         machine: Where it runs
     """
     file = menu("recipe")[recipe]

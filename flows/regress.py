@@ -28,6 +28,7 @@ from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.store.artifact import Store
 from flows._cli import Home, On, Set, machine_of, start
 from flows._conclude import conclude
+from flows._named import name_flow_run
 from flows._plan import checked
 from flows._temporary_server import prefect_server
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
@@ -44,7 +45,7 @@ class GotWorse(CfsdError):
     """The gate's FAIL; its text is the verdict."""
 
 
-@flow(name="regress", flow_run_name="{recipe.name}", validate_parameters=True)
+@flow(name="regress")
 def regress(
     recipe: Recipe,
     baseline: str | None = None,
@@ -58,6 +59,7 @@ def regress(
     `Cannot tell` where the verdict is open. `baseline` is a file or `champion`; what passes becomes the champion.
     With `update_baseline` the recipe's own figures become the baseline, and nothing is judged.
     """
+    name_flow_run(recipe, "gate")
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"

@@ -109,7 +109,7 @@ def _start_mlflow(port: int) -> dict[str, Any]:
 
 def _start_reports(port: int) -> dict[str, Any]:
     url = f"http://{HOST}:{port}"
-    return _started("reports", ["flows._reports", str(port)], url, f"{url}/health", _environment())
+    return _started("reports", ["flows._report_server", str(port)], url, f"{url}/health", _environment())
 
 
 def _start_worker(environment: dict[str, str]) -> dict[str, Any]:

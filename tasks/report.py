@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +40,25 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
     name = best(variants_of(summaries), comparisons).name
     beneath = (*remarks(summaries, comparisons), *warnings(summaries))
     lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
+    lines += ["", *_markdown_table(summaries)]
     figures = [headline(summary) for summary in summaries]
-    for summary, flat in zip(summaries, figures, strict=True):
-        lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
     table = json.loads(summary_frame(summaries).to_json(orient="records"))
     of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
     return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
+
+
+def _markdown_table(summaries: list[Summary]) -> list[str]:
+    """Return the figures as the terminal shows them, a column per variant."""
+    from cfsd.report.table import lines_of
+
+    names = ["base", *(summary.name for summary in summaries)]
+    rows = [[("&nbsp; " * line.is_part) + _cell(line.label), line.base, *line.cells] for line in lines_of(summaries)]
+    head = [["", *map(_cell, names)], ["---", *("--:" for _ in names)]]
+    return [f"| {' | '.join(cells)} |" for cells in (*head, *rows)]
+
+
+def _cell(text: str) -> str:
+    return escape(text, quote=False).replace("|", "&#124;")
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:

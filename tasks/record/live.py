@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cfsd.store.artifact import Draft
 from cfsd.store.journal import METRICS, PROGRESS
 from tasks.record.client import console, say, tracked
+from tasks.record.progress import progress_artifact
 from tasks.record.runs import RECORDED, current_variant, ended, open_run, step_tags
 
 POLL_SECONDS = 1.0
@@ -29,7 +30,12 @@ def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
         tags = step_tags(stage, key, "resumed" if draft.continued else "first")
         run_id = tracked(lambda server: open_run(server, f"{stage} {key}", variant.run_id, tags))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
-    with ended(run_id), _system_metrics(run_id), Follower(draft.folder, stage, console, _sender(run_id)):
+    with (
+        ended(run_id),
+        _system_metrics(run_id),
+        progress_artifact(stage, key) as tell,
+        Follower(draft.folder, stage, console, _sender(run_id), tell),
+    ):
         yield
     if run_id:
         tracked(lambda server: server.set_tag(run_id, RECORDED, "all"))
@@ -60,10 +66,11 @@ class Follower:
     """A thread that reads a draft's metrics.jsonl and progress.json until it is left."""
 
     def __init__(
-        self, folder: Path, stage: str, console: Console, send: Callable[[list[dict[str, Any]]], None]
-    ) -> None:
-        """Follow `folder`; `send` gets new metric records in order."""
-        self.folder, self.stage, self.console, self.send = folder, stage, console, send
+        self, folder: Path, stage: str, console: Console, send: Callable[[list[dict[str, Any]]], None],
+        tell: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Follow `folder`; `send` gets new metric records in order, `tell` how far the stage is, every second."""
+        self.folder, self.stage, self.console, self.send, self.tell = folder, stage, console, send, tell
         self.offset = 0
         self.said = time.monotonic()
         self.left = threading.Event()
@@ -94,6 +101,7 @@ class Follower:
                 if progress := self._progress():
                     bar.update(line, completed=progress["done"], total=progress["total"], unit=progress["unit"])
                     self._say(progress)
+                    self.tell(progress)
 
     def _progress(self) -> dict[str, Any] | None:
         try:
