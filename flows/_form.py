@@ -11,7 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from cfsd.comparison import Comparison, Varied
 from cfsd.machine import Machine
@@ -36,6 +45,7 @@ def _lines_of(field: str) -> str:
 
 Settings = Annotated[str, Field(pattern=_lines_of(r"\w+"))]
 Overrides = Annotated[str, Field(pattern=_lines_of(f"({'|'.join(Recipe.model_fields)})[\\w.-]*"))]
+AS_IN_RECIPE: Literal["as in the recipe"] = "as in the recipe"
 RecipeName = Annotated[str, Chosen("recipe")]
 ComparisonName = Annotated[str, Chosen("comparison")]
 SequenceName = Annotated[str, Chosen("sequence")]
@@ -55,6 +65,11 @@ class Group(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_without_null)
     sets: ClassVar[dict[str, str]] = {}  # field of the form -> dotted field of the recipe
+
+    @model_serializer(mode="wrap")
+    def _filled(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is empty: the form would send it back as null."""
+        return {name: value for name, value in content(self).items() if value is not None}
 
     def overrides(self) -> list[str]:
         """Return what is filled in, as FIELD=VALUE."""
@@ -78,8 +93,8 @@ class Data(Group):
         title="Target",
         description="What to fine-tune on: the path of a file, the name of a hub data set or of a reasoning-gym task",
     )
-    target_kind: Literal["file", "hub", "gym"] | None = Field(
-        None, title="Kind of target", description="What Target names; empty: the kind that the recipe has"
+    target_kind: Literal["as in the recipe", "file", "hub", "gym"] = Field(
+        AS_IN_RECIPE, title="Kind of target", description="What Target names"
     )
     prompt: str | None = Field(None, title="Prompt", description="A column of the target, or a template: Q: {question}")
     response: str | None = Field(None, title="Response", description="A column of the target, or a template: {answer}")
@@ -89,9 +104,10 @@ class Data(Group):
 
     def target_overrides(self, recipe: dict[str, Any]) -> list[str]:
         """Return how the target's place changes; `recipe` is the one in the file."""
+        given = None if self.target_kind == AS_IN_RECIPE else self.target_kind
         if not self.target:
-            return [f"target.kind={self.target_kind}"] if self.target_kind else []
-        kind = self.target_kind or (recipe.get("target") or {}).get("kind", "file")
+            return [f"target.kind={given}"] if given else []
+        kind = given or (recipe.get("target") or {}).get("kind", "file")
         place, other = ("path", "name") if kind == "file" else ("name", "path")
         return [f"target.kind={kind}", _override(f"target.{place}", self.target), f"target.{other}=null"]
 
@@ -119,10 +135,10 @@ class Training(Group):
     )
 
 
-class On(BaseModel):
+class On(Group):
     """Where it runs; nothing here changes what is estimated."""
 
-    model_config = ConfigDict(title="Machine", frozen=True, extra="forbid", json_schema_extra=_without_null)
+    model_config = ConfigDict(title="Machine")
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", title="Device", description="auto takes CUDA if there is one"
@@ -279,7 +295,7 @@ def continual_form(
 def regress_form(
     recipe: RecipeName,
     baseline: str = "",
-    seeds: PositiveInt | None = None,
+    seeds: NonNegativeInt = 0,
     update_baseline: bool = False,
     overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
@@ -289,7 +305,7 @@ def regress_form(
     Args:
         recipe: A file of deployments/recipes/ or of the data folder's recipes/
         baseline: A baseline's JSON, or champion; empty: deployments/baselines/ has one with the recipe's name
-        seeds: Runs with seeds of their own; empty: 2, for a baseline or a champion 5
+        seeds: Runs with seeds of their own; 0: 2, for a baseline or a champion 5
         update_baseline: Make the recipe's present figures the new baseline, and judge nothing
         overrides: Any other field of the recipe, one FIELD=VALUE a line
         machine: Where it runs
@@ -298,6 +314,6 @@ def regress_form(
 
     def work() -> State[Any]:
         loaded = Recipe.load(file, list(_lines(overrides)))
-        return regress.fn(loaded, baseline or None, seeds, update_baseline, machine.machine())
+        return regress.fn(loaded, baseline or None, seeds or None, update_baseline, machine.machine())
 
     return told(work)
