@@ -19,12 +19,13 @@ from tasks.report import print_figures, write_report
 
 
 class Result(NamedTuple):
-    """What a flow returns: its run records, their figures, the folder of the report, and how variants differ."""
+    """What a flow returns: run records, their figures, the report's folder, how variants differ, and the verdict."""
 
     run_records: list[RunRecord]
     summaries: list[Summary]
     folder: Path
     comparisons: Comparisons = NOTHING
+    verdict: str = ""
 
     def only(self) -> RunRecord:
         """Return the run record of a flow that runs one recipe."""
@@ -43,7 +44,7 @@ def conclude(
     links = link(title, folder, run_ids)
     text = "\n\n".join([report.text, *(f"[{words}]({address})" for words, address in links.items())])
     create_markdown_artifact(text, key=f"{slug(title)}-result", description=f"{title}: verdict and figures")
-    return Result(run_records, report.summaries, folder, report.comparisons)
+    return Result(run_records, report.summaries, folder, report.comparisons, report.verdict)
 
 
 def link(title: str, folder: Path, run_ids: Sequence[str | None]) -> dict[str, str]:

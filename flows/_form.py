@@ -185,7 +185,7 @@ def told(work: Callable[[], Result | State[Any]]) -> State[Any]:
         if (known := explained(error)) is None:
             raise
         return Failed(message=str(known), data=known)
-    return Completed(message=f"report: {result.folder}") if isinstance(result, Result) else result
+    return Completed(message=result.verdict or f"report: {result.folder}") if isinstance(result, Result) else result
 
 
 @flow(name="mitigate", flow_run_name="{recipe}")

@@ -1,10 +1,9 @@
 """Reports, made from artifacts alone. The libraries that read tables and draw figures are imported late."""
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -16,14 +15,14 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown."""
+    """What was written: figures, the whole run's by metric name, files, the same as Markdown, and the verdict."""
 
     summaries: list[Summary]
     comparisons: Comparisons
     figures: dict[str, float]
     files: list[Path]
-    table: list[dict[str, Any]]
     text: str
+    verdict: str = ""
 
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
@@ -31,20 +30,19 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
     from cfsd.report.differences import lines_against, metrics_of
     from cfsd.report.files import Kept, write_files
     from cfsd.report.summarise import headline
-    from cfsd.report.table import summary_frame
     from cfsd.report.verdict import best, remarks, two_sentences, variants_of, warnings
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
-    lines = [f"# {title}", "", " ".join(two_sentences(summaries, comparisons)), ""]
+    verdict = " ".join(two_sentences(summaries, comparisons))
+    lines = [f"# {title}", "", verdict, ""]
     name = best(variants_of(summaries), comparisons).name
     beneath = (*remarks(summaries, comparisons), *warnings(summaries))
     lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
     lines += ["", *_markdown_table(summaries)]
     figures = [headline(summary) for summary in summaries]
-    table = json.loads(summary_frame(summaries).to_json(orient="records"))
     of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
-    return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
+    return Report(summaries, comparisons, of_run, files, "\n".join(lines), verdict)
 
 
 def _markdown_table(summaries: list[Summary]) -> list[str]:
@@ -75,7 +73,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
     kept = Kept(title=title, run_records=tuple(run_records))
     remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], NOTHING, {}, files, [], described_sequence(title, remains))
+    return Report([], NOTHING, {}, files, described_sequence(title, remains))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
