@@ -38,7 +38,7 @@ def conclude(
     folder = report_folder(home(), title, run_records)
     report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, report.figures, report.files)
+        record.conclusion(run_id, report.figures, report.files, report=report)
     create_table_artifact(table=report.table, key=f"{slug(title)}-table")
     create_markdown_artifact(report.text, key=f"{slug(title)}-result")
     return Result(run_records, report.summaries, folder, report.comparisons)

@@ -15,7 +15,10 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown."""
+    """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown.
+
+    `text` is a title, the verdict and the table; `tags`: outcomes that are no numbers.
+    """
 
     summaries: list[Summary]
     comparisons: Comparisons
@@ -23,6 +26,8 @@ class Report(NamedTuple):
     files: list[Path]
     table: list[dict[str, Any]]
     text: str
+    run_records: list[RunRecord] = []
+    tags: dict[str, str] = {}
 
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
@@ -35,16 +40,22 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
-    lines = [f"# {title}", "", " ".join(two_sentences(summaries, comparisons)), ""]
     name = best(variants_of(summaries), comparisons).name
-    beneath = (*remarks(summaries, comparisons), *warnings(summaries))
-    lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
-    figures = [headline(summary) for summary in summaries]
-    for summary, flat in zip(summaries, figures, strict=True):
-        lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
+    beneath = (*lines_against(name, comparisons, only_found=False), *remarks(summaries, comparisons))
     table = json.loads(summary_frame(summaries).to_json(orient="records"))
-    of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
-    return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
+    said = [f"# {title}", " ".join(two_sentences(summaries, comparisons)), _as_markdown(table),
+            "\n".join(f"* {line}" for line in (*beneath, *warnings(summaries)))]  # fmt: skip
+    alone = summaries[0] if len(summaries) == 1 else None
+    figures = headline(alone) if alone else metrics_of(comparisons)
+    outcomes = {"budget_outcome": alone.budget["outcome"]} if alone and alone.budget else {}
+    text = "\n\n".join(part for part in said if part)
+    return Report(summaries, comparisons, figures, files, table, text, run_records, outcomes)
+
+
+def _as_markdown(table: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [[*table[0]], ["---"] * len(table[0]), *([str(cell) for cell in row.values()] for row in table)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
