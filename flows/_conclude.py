@@ -40,7 +40,7 @@ def conclude(
     folder = report_folder(home(), title, run_records)
     report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, report.figures, report.files)
+        record.conclusion(run_id, report.figures, report.files, report=report)
     links = link(title, folder, run_ids)
     text = "\n\n".join([report.text, *(f"[{words}]({address})" for words, address in links.items())])
     create_markdown_artifact(text, key=f"{slug(title)}-result", description=f"{title}: verdict and figures")

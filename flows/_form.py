@@ -31,11 +31,12 @@ from flows._cli import machine_of
 from flows._conclude import Result
 from flows._explained import explained
 from flows._menu import Chosen, menu
+from flows.approve import check_asked
 from flows.compare import compare
 from flows.continual import continual
 from flows.corpus import corpus
 from flows.mitigate import mitigate
-from flows.regress import regress
+from flows.regress import CHAMPION, regress
 
 
 def _lines_of(field: str) -> str:
@@ -297,6 +298,7 @@ def regress_form(
     baseline: str = "",
     seeds: NonNegativeInt = 0,
     update_baseline: bool = False,
+    approval: bool = False,
     overrides: Overrides = "",
     machine: On = On(),  # noqa: B008
 ) -> State[Any]:
@@ -307,6 +309,7 @@ def regress_form(
         baseline: A baseline's JSON, or champion; empty: deployments/baselines/ has one with the recipe's name
         seeds: Runs with seeds of their own; 0: 2, for a baseline or a champion 5
         update_baseline: Make the recipe's present figures the new baseline, and judge nothing
+        approval: With baseline champion: what passes becomes the champion once a person says so in these pages
         overrides: Any other field of the recipe, one FIELD=VALUE a line
         machine: Where it runs
     """

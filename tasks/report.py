@@ -15,7 +15,10 @@ from cfsd.store.artifact import Store
 
 
 class Report(NamedTuple):
-    """What was written: figures, the whole run's by metric name, files, the same as Markdown, and the verdict."""
+    """What was written: figures, the whole run's by metric name, files, and the same as Markdown.
+
+    `text` is a title, the verdict and the table; `tags`: outcomes that are no numbers.
+    """
 
     summaries: list[Summary]
     comparisons: Comparisons
@@ -23,6 +26,8 @@ class Report(NamedTuple):
     files: list[Path]
     text: str
     verdict: str = ""
+    run_records: list[RunRecord] = []
+    tags: dict[str, str] = {}
 
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
@@ -34,15 +39,15 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
-    verdict = " ".join(two_sentences(summaries, comparisons))
-    lines = [f"# {title}", "", verdict, ""]
-    name = best(variants_of(summaries), comparisons).name
-    beneath = (*remarks(summaries, comparisons), *warnings(summaries))
-    lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
-    lines += ["", *_markdown_table(summaries)]
-    figures = [headline(summary) for summary in summaries]
-    of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
-    return Report(summaries, comparisons, of_run, files, "\n".join(lines), verdict)
+    name, verdict = best(variants_of(summaries), comparisons).name, " ".join(two_sentences(summaries, comparisons))
+    beneath = (*lines_against(name, comparisons, only_found=False), *remarks(summaries, comparisons))
+    said = [f"# {title}", verdict, "\n".join(_markdown_table(summaries)),
+            "\n".join(f"* {line}" for line in (*beneath, *warnings(summaries)))]  # fmt: skip
+    alone = summaries[0] if len(summaries) == 1 else None
+    figures = headline(alone) if alone else metrics_of(comparisons)
+    outcomes = {"budget_outcome": alone.budget["outcome"]} if alone and alone.budget else {}
+    text = "\n\n".join(part for part in said if part)
+    return Report(summaries, comparisons, figures, files, text, verdict, run_records, outcomes)
 
 
 def _markdown_table(summaries: list[Summary]) -> list[str]:

@@ -7,8 +7,8 @@ from tasks.record.client import console, mlflow_lock, say, tracked
 from tasks.record.conclusion import conclusion
 from tasks.record.live import step
 from tasks.record.pages import run_url
-from tasks.record.replay import keep_step
-from tasks.record.runs import Variant, comparison, flattened, variant
+from tasks.record.parameters import flattened
+from tasks.record.variants import Variant, comparison, keep_step, variant
 
 __all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "run_url", "say",
            "step", "tracked", "variant"]  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,33 +12,46 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cfsd.store.artifact import Draft
+from cfsd.store.artifact import ERROR, LOG, Draft
 from cfsd.store.journal import METRICS, PROGRESS
 from tasks.record.client import console, say, tracked
 from tasks.record.progress import progress_artifact
-from tasks.record.runs import RECORDED, current_variant, ended, open_run, step_tags
+from tasks.record.runs import ended, open_step
+from tasks.record.step_run import StepRun
+from tasks.record.variants import current_variant
 
 POLL_SECONDS = 1.0
 SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn
 
 
 @contextmanager
-def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
+def step(stage: str, key: str, draft: Draft, inputs: Mapping[str, Any], *, gpu: bool) -> Iterator[None]:
     """Follow a stage that really executes: progress for people and, for GPU steps, a live child run."""
     variant, run_id = current_variant.get(), None
     if gpu and variant and variant.run_id:
-        tags = step_tags(stage, key, "resumed" if draft.continued else "first")
-        run_id = tracked(lambda server: open_run(server, f"{stage} {key}", variant.run_id, tags))
+        taken, attempt = StepRun(stage, key, inputs), "resumed" if draft.continued else "first"
+        run_id = tracked(lambda server: open_step(server, taken, str(variant.run_id), draft.store, attempt))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
     with (
         ended(run_id),
+        _why(run_id, draft.folder),
         _system_metrics(run_id),
         progress_artifact(stage, key) as tell,
         Follower(draft.folder, stage, console, _sender(run_id), tell),
     ):
         yield
-    if run_id:
-        tracked(lambda server: server.set_tag(run_id, RECORDED, "all"))
+
+
+@contextmanager
+def _why(run_id: str | None, folder: Path) -> Iterator[None]:
+    """Keep on the run of a step that fails what it wrote on that."""
+    try:
+        yield
+    except BaseException:
+        for name in (ERROR, LOG):
+            if run_id and (folder / name).is_file():
+                tracked(lambda server, path=str(folder / name): server.log_artifact(run_id, path))  # type: ignore[misc]
+        raise
 
 
 @contextmanager
