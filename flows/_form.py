@@ -316,7 +316,9 @@ def regress_form(
     file = menu("recipe")[recipe]
 
     def work() -> State[Any]:
-        loaded = Recipe.load(file, list(_lines(overrides)))
-        return regress.fn(loaded, baseline or None, seeds or None, update_baseline, machine.machine())
+        if approval:
+            check_asked(is_champion=baseline == CHAMPION)
+        loaded = Recipe.load(file, _lines(overrides))
+        return regress.fn(loaded, baseline or None, seeds or None, update_baseline, machine.machine(), approval)
 
     return told(work)
