@@ -26,14 +26,13 @@ from cfsd.store.digests import write_json
 from cfsd.store.locks import held
 from flows._cli import Home, start
 from flows._deployed import POOL_VARIABLE, deploy, make_pools, pool, run
-from flows._environment import SERVERS, is_alive, mlflow_database, recorded_servers
+from flows._environment import HEARTBEAT_SECONDS, SERVERS, is_alive, mlflow_database, recorded_servers
 from flows._menu import own_recipes, unreadable
 from flows._prefect_api import database_advice, prefect_lock
 from flows._servers import HOST, answers, log_of, start_server
 from tasks.record import mlflow_lock
 
 ROOT = Path(__file__).parent.parent
-HEARTBEAT_SECONDS = "30"  # the least that Prefect takes; three without one, and the run has crashed
 
 
 def up(ports: dict[str, int]) -> dict[str, dict[str, Any]]:
