@@ -26,7 +26,8 @@ from cfsd.estimate import (
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.sharing import check_shared_store
 from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
 from tasks._stage import Planned, planning
@@ -57,12 +58,14 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
     if _checked.get():
         yield []
         return
-    plans = [_check(recipe, machine, pipeline) for recipe in recipes]
-    token = _checked.set(True)
-    try:
-        yield plans
-    finally:
-        _checked.reset(token)
+    check_shared_store()
+    with Store(home()).in_use():
+        plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+        token = _checked.set(True)
+        try:
+            yield plans
+        finally:
+            _checked.reset(token)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from tasks.record.conclusion import conclusion
 from tasks.record.live import step
 from tasks.record.pages import experiment_url, run_url
 from tasks.record.parameters import flattened
+from tasks.record.reach import unreachable
 from tasks.record.variants import Variant, comparison, keep_step, variant
 
 __all__ = ["Variant", "comparison", "conclusion", "console", "experiment_url", "flattened", "keep_step",
-           "mlflow_lock", "run_url", "say", "step", "tracked", "variant"]  # fmt: skip
+           "mlflow_lock", "run_url", "say", "step", "tracked", "unreachable", "variant"]  # fmt: skip
