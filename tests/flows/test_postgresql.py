@@ -192,7 +192,7 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
         page = f"{composed.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
         assert [status(page, Host=host) for host in ("mlflow:5000", "127.0.0.1:5000", "evil.org")] == [200, 200, 403]
         composed.start("worker")
-        _completed(composed, {"recipe": SMALL_RECIPE, "machine": {"threads": 1}})
+        _completed(composed, {"recipe": "tiny", "overrides": SMALL, "machine": {"threads": 1}})
         logs = composed.logs()
         assert not any(secret in logs for name, secret in composed.given.items() if name != "MINIO_ROOT_USER"), logs
     finally:
@@ -207,11 +207,12 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
     assert held.list_objects_v2(Bucket="mlflow", Prefix=f"artifacts/{folder}/")["KeyCount"] > 0
 
 
-SMALL_RECIPE = {
-    "name": "in compose", "base": {"kind": "tiny"}, "probe": {"rows": 16, "length": 16},
-    "target": {"path": "deployments/recipes/tiny_target.jsonl", "held_out": 100},
-    "generate": {"rows": 16, "length": 16}, "train": {"learning_rate": 1e-3},
-}  # fmt: skip
+SMALL = """
+name=in compose
+probe={rows: 16, length: 16}
+generate={rows: 16, length: 16}
+evaluate.benchmarks=[]
+"""
 
 
 def _completed(composed: Composed, parameters: dict[str, Any]) -> None:
