@@ -59,12 +59,19 @@ def measure(
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
         sampled = sample_along(models[0], probe, evaluate.prompts, machine)
-        rows = prepare_target(models[0], target, machine) if target else None
+        rows = prepare_target(models[0], _fitting(target, models[1]), machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
         roles = {"base": models[0], "final": models[1], **roles_of(sampled)} | ({"target": rows} if rows else {})
         run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
         return conclude(name, [run_record], [variant.run_id])
+
+
+def _fitting(target: Target, tuned: Artifact) -> Target:
+    """Return the target without rows that are longer than TUNED attends to; the stage drops, counts and says them."""
+    context = tuned.metadata["context"]
+    most = min(target.max_length, context) if isinstance(context, int) else target.max_length
+    return target.model_copy(update={"max_length": most})
 
 
 def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Machine) -> Artifact:
