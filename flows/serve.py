@@ -108,7 +108,11 @@ def _start_mlflow(port: int) -> dict[str, Any]:
         raise BadEnvironment(
             f"{BACKEND_VARIABLE} is {without_password(database)}, but nothing can be reached there: {problem}"
         )
-    environment = _environment() | {"MLFLOW_TRACKING_URI": database, BACKEND_VARIABLE: database}
+    environment = _environment() | {
+        "MLFLOW_TRACKING_URI": database,
+        BACKEND_VARIABLE: database,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four processes for jobs that nothing here has
+    }
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     if not os.environ.get("MLFLOW_ARTIFACTS_DESTINATION"):  # which the server then serves itself
         command += ["--default-artifact-root", (home() / "mlartifacts").as_uri()]
