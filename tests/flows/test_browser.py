@@ -34,10 +34,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
+    sync_api.expect.set_options(timeout=240_000)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 820})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(240_000)
         yield page
         browser.close()
 
@@ -61,7 +62,7 @@ def open_form(page: Page, pages: Served) -> None:
     page.get_by_role("link", name="mitigate", exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
-    page.get_by_label("recipe", exact=True).click()
+    page.get_by_label("recipe").first.click()
     page.get_by_role("option", name="tiny", exact=True).click()
     page.get_by_label("Threads (Optional)").fill("1")
     page.get_by_label("Epochs (Optional)").fill("2")
