@@ -70,8 +70,9 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
 
 
 def _told(server: "Server", run_id: str, report: Report) -> str:
-    """Return the verdict, links and the table as Markdown."""
+    """Return the verdict, links and the table as Markdown; MLflow shows the first two lines of it unfolded."""
     links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
-    return "\n\n".join(part for part in (" · ".join(links), report.text) if part)
+    _, verdict, *rest = report.text.split("\n\n")
+    return "\n\n".join([verdict, *([" · ".join(links)] if links else []), *rest])
