@@ -59,7 +59,8 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
             data_sets = [data_set(Store(home()), role, a) for role, a in report.run_records[0].artifacts.items()]
             server.log_data_sets(run_id, [d for d in data_sets if d.context in INPUTS])
         tags = report.tags | {NOTE: _told(server, run_id, report)}
-        model = model_of(server, run_id, report)
+        if model := model_of(server, run_id, report):
+            server.link_model(run_id, model)
         note_scores(server, report)
     if verdict:
         known = server.get_run(run_id).data.tags.get(NOTE, "")

@@ -36,9 +36,10 @@ EXPERIMENT = "cfsd"
 COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`mean_forgetting`", "tags.`budget_outcome`",
            "metrics.`minutes`"]  # fmt: skip
 VIEW = {"searchFilter": "tags.`cfsd.kind` != 'step'", "selectedColumns": COLUMNS}
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"  # what the pages show under VIEW_KEY
 TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(VIEW),  # what the pages show under VIEW_KEY
+    VIEW_TAG: json.dumps(VIEW),
     "mlflow.note.content": "Each run is a variant of a recipe, and the runs below it are its steps.",
 }
 RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
@@ -96,7 +97,7 @@ class Server(MlflowClient):
         if known := self.get_experiment_by_name(EXPERIMENT):
             number = str(known.experiment_id)
             for name, value in TAGS.items():
-                if name not in known.tags:  # made by hand, or by an earlier version
+                if name not in known.tags or (name == VIEW_TAG and known.tags[name] != value):  # by an earlier version
                     self.set_experiment_tag(number, name, value)
             return number
         is_served = self.tracking_uri.startswith("http")  # a server knows where it keeps files
@@ -192,7 +193,7 @@ class Server(MlflowClient):
         )
         self._keep_files(made)
         self.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
-        self.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+        self.link_model(run_id, made.model_id)
         self.log_all(run_id, figures=figures, model=made.model_id)
 
     def _keep_files(self, model: LoggedModel) -> None:
@@ -202,6 +203,10 @@ class Server(MlflowClient):
         with TemporaryDirectory() as folder:
             get_external_mlflow_model_spec(model).save(f"{folder}/MLmodel")
             self.log_model_artifacts(model.model_id, folder)
+
+    def link_model(self, run_id: str, model: str) -> None:
+        """Show a logged model as what came of a run."""
+        self.log_outputs(run_id, [LoggedModelOutput(model, 0)])
 
     def model_of(self, artifact: Artifact) -> str | None:
         """Return the id of the logged model that stands for an artifact."""
