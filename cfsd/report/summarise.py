@@ -106,15 +106,16 @@ def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def headline(summary: Summary) -> dict[str, float]:
     """Return the figures that people compare, by the name of their metric in MLflow, with the bounds of intervals."""
-    figures = {measure.mlflow: figure_of(summary, measure.name) for measure in MEASURES if measure.mlflow}
-    figures |= {f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()}
+    measures = {measure.mlflow: figure_of(summary, measure.name) for measure in MEASURES if measure.mlflow}
+    figures = {f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()}
     figures |= {f"forgetting/{name}/prompts_kl": own["kl"] for name, own in summary.prompts.items()}
     figures |= {f"forgetting/{name}": b["forgetting"] for name, b in summary.benchmarks.items()}
-    flat = {f"target/{name}": value for name, value in summary.target.items()}
+    flat: dict[str, float] = {}
+    for name, figure in (measures | figures).items():
+        flat |= with_bounds(name, figure)
+    flat |= {f"target/{name}": value for name, value in summary.target.items()}
     for name, b in summary.benchmarks.items():
         flat |= {f"base/{name}/{b['metric']}": b["base"], f"eval/{name}/{b['metric']}": b["tuned"]}
-    for name, figure in figures.items():
-        flat |= with_bounds(name, figure)
     return flat | _of_training(summary)
 
 
@@ -122,7 +123,7 @@ def _of_training(summary: Summary) -> dict[str, float]:
     costs = summary.training or {}
     flat = {f"training/{name}": float(value) for name, value in costs.items()}
     if "seconds_of_all_steps" in costs:
-        flat["minutes"] = costs["seconds_of_all_steps"] / 60
+        flat["minutes"] = round(costs["seconds_of_all_steps"] / 60, 2)
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
         if watched["null_band"] is not None:

@@ -59,7 +59,8 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
             data_sets = [data_set(Store(home()), role, a) for role, a in report.run_records[0].artifacts.items()]
             server.log_data_sets(run_id, [d for d in data_sets if d.context in INPUTS])
         tags = report.tags | {NOTE: _told(server, run_id, report)}
-        model = model_of(server, run_id, report)
+        if model := model_of(server, run_id, report):
+            server.link_model(run_id, model)
         note_scores(server, report)
     if verdict:
         known = server.get_run(run_id).data.tags.get(NOTE, "")
@@ -70,8 +71,9 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
 
 
 def _told(server: "Server", run_id: str, report: Report) -> str:
-    """Return the verdict, links and the table as Markdown."""
+    """Return the verdict, links and the table as Markdown; MLflow shows the first two lines of it unfolded."""
     links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
-    return "\n\n".join(part for part in (" · ".join(links), report.text) if part)
+    _, verdict, *rest = report.text.split("\n\n")
+    return "\n\n".join([verdict, *([" · ".join(links)] if links else []), *rest])

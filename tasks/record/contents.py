@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ALL = "everything"  # of the tag RECORDED
 SAMPLE_ROWS, SCORE_ROWS = 20, 500  # of a corpus to read; of a table of scores
+FIRST = ("text", "prompt", "answer")  # columns to read, before those that say where it is from
 NOTE = "mlflow.note.content"
 TABLES = "mlflow.loggedArtifacts"  # by which MLflow's pages know a file for a table
 
@@ -74,8 +75,9 @@ def _tables(made: Path, kind: str) -> Iterator[tuple[str, Any]]:
     for name in names:
         file = pq.ParquetFile(next(iter(shards(made, name))))
         columns = [field.name for field in file.schema_arrow if not hasattr(field.type, "value_type")]
+        columns.sort(key=lambda column: column not in FIRST)
         batch = next(file.iter_batches(batch_size=limit, columns=columns), None)
-        yield name, pd.DataFrame(columns=columns) if batch is None else batch.to_pandas()
+        yield name, pd.DataFrame(columns=columns) if batch is None else batch.to_pandas()[columns]
 
 
 def _curves(store: Store, artifact: Artifact) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -33,11 +34,12 @@ from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
 COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`mean_forgetting`", "tags.`budget_outcome`",
-           "metrics.`minutes`", "attributes.`Source`", "attributes.`Dataset`"]  # fmt: skip
+           "metrics.`minutes`"]  # fmt: skip
 VIEW = {"searchFilter": "tags.`cfsd.kind` != 'step'", "selectedColumns": COLUMNS}
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"  # what the pages show under VIEW_KEY
 TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(VIEW),  # what the pages show under VIEW_KEY
+    VIEW_TAG: json.dumps(VIEW),
     "mlflow.note.content": "Each run is a variant of a recipe, and the runs below it are its steps.",
 }
 RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
@@ -73,6 +75,19 @@ def accepted(name: str) -> str:
     return "/".join(part if part.strip(".") else "_" for part in parts)
 
 
+def _memory() -> Path:
+    return home() / "store" / ".runs"
+
+
+def _remembered() -> dict[str, str]:
+    """Return the run that each step had last, by key."""
+    try:
+        lines = _memory().read_text().splitlines()
+    except OSError:
+        return {}
+    return dict(line.split() for line in lines if line.count(" ") == 1 and line.replace(" ", "").isalnum())
+
+
 class Server(MlflowClient):
     """A client of the tracking server that the environment names."""
 
@@ -85,7 +100,7 @@ class Server(MlflowClient):
         if known := self.get_experiment_by_name(EXPERIMENT):
             number = str(known.experiment_id)
             for name, value in TAGS.items():
-                if name not in known.tags:  # made by hand, or by an earlier version
+                if name not in known.tags or (name == VIEW_TAG and known.tags[name] != value):  # by an earlier version
                     self.set_experiment_tag(number, name, value)
             return number
         own = None if self.tracking_uri.startswith("http") else (home() / "mlartifacts").as_uri()
@@ -106,13 +121,29 @@ class Server(MlflowClient):
         if key not in self.steps:
             found = self.search_runs([self.experiment], f"tags.`cfsd.key` = '{key}' and attributes.status = 'FINISHED'")
             for run in sorted(found, key=lambda run: RECORDED in run.data.tags)[-1:]:
-                self.steps[key] = Known(run.info.run_id, run.data.tags)
+                self.know(key, run.info.run_id, run.data.tags)
         return self.steps.get(key)
+
+    def look_up(self, keys: Iterable[str]) -> None:
+        """Ask in one request for the runs that the data folder remembers of these steps.
+
+        The memory is only a hint: a run that is gone, or of another MLflow, is not found so, and `step` searches it.
+        """
+        remembered = {key: run for key, run in _remembered().items() if key in set(keys) - set(self.steps)}
+        if not remembered:
+            return
+        listed = ", ".join(f"'{run}'" for run in remembered.values())
+        for run in self.search_runs([self.experiment], f"attributes.run_id IN ({listed})"):
+            if run.info.status == "FINISHED":
+                self.steps[run.data.tags["cfsd.key"]] = Known(run.info.run_id, run.data.tags)
 
     def know(self, key: str, run_id: str, tags: Mapping[str, str]) -> None:
         """Remember a step's run and what was put on it just now."""
         known = self.steps.get(key)
         self.steps[key] = Known(run_id, {**(known.tags if known else {}), **tags})
+        if known is None:
+            with _memory().open("a") as file:  # short lines are appended whole, by several processes too
+                file.write(f"{key} {run_id}\n")
 
     def page(self, run_id: str, place: str = "") -> str:
         """Return the page of a run, or a place in it, as MLflow's own pages link to it, wherever they are served."""
@@ -170,7 +201,7 @@ class Server(MlflowClient):
         )
         self._keep_files(made)
         self.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
-        self.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+        self.link_model(run_id, made.model_id)
         self.log_all(run_id, figures=figures, model=made.model_id)
 
     def _keep_files(self, model: LoggedModel) -> None:
@@ -180,6 +211,10 @@ class Server(MlflowClient):
         with TemporaryDirectory() as folder:
             get_external_mlflow_model_spec(model).save(f"{folder}/MLmodel")
             self.log_model_artifacts(model.model_id, folder)
+
+    def link_model(self, run_id: str, model: str) -> None:
+        """Show a logged model as what came of a run."""
+        self.log_outputs(run_id, [LoggedModelOutput(model, 0)])
 
     def model_of(self, artifact: Artifact) -> str | None:
         """Return the id of the logged model that stands for an artifact."""

@@ -138,9 +138,10 @@ def run_of(server: "Server", variant: Variant, taken: Taken) -> str:
 
 def runs_of(server: "Server", variant: Variant) -> None:
     """See to it that every step of a variant that has a run of its own has it, with all that belongs to it."""
-    for taken in variant.taken:
-        if taken.has_run:
-            run_of(server, variant, taken)
+    due = [taken for taken in variant.taken if taken.has_run]
+    server.look_up([taken.run.key for taken in due])
+    for taken in due:
+        run_of(server, variant, taken)
 
 
 def _replayed(server: "Server", variant: Variant, taken: Taken, store: Store) -> str:
@@ -158,6 +159,7 @@ def _link_steps(server: "Server", variant: Variant) -> None:
 
     if variant.run_id is None:
         return
+    runs_of(server, variant)
     lines = [_line(server, variant, taken) for taken in variant.taken]
     told = [variant.told, "### Steps", "\n".join(lines)] if lines else [variant.told]
     tags = {name: text for taken in variant.taken for name, text in _tags(taken).items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -218,6 +219,18 @@ def test_two_variants_differ_in_what_was_set(twice: dict[str, Any]) -> None:
     text = Path(client(twice["first"]).download_artifacts(parent.info.run_id, "recipe.yaml")).read_text()
     assert Recipe.model_validate(yaml.safe_load(text)).digest() == parent.data.tags["cfsd.recipe"]
     assert {"target_gain", "probe_kl", "mean_forgetting", "minutes"} <= set(parent.data.metrics)
+
+
+def test_the_lines_of_the_documentation_find_the_variants(
+    twice: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "how-to" / "compare-in-mlflow.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    with recording_into(twice["second"], monkeypatch):
+        exec(lines, {})
+    printed = capsys.readouterr().out.splitlines()
+    gain = named(twice["second"])["variant"].data.metrics["target_gain"]
+    assert len(printed) == 3 and all(f"{gain:.6f}"[:6] in line and "mine" in line for line in printed[1:])
 
 
 def test_the_experiment_opens_on_training_runs(twice: dict[str, Any]) -> None:
