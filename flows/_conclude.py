@@ -42,17 +42,19 @@ def conclude(
     for run_id in run_ids:
         record.conclusion(run_id, report.figures, report.files, report=report)
     links = link(title, folder, run_ids)
-    text = "\n\n".join([report.text, *(f"[{words}]({address})" for words, address in links.items())])
-    create_markdown_artifact(text, key=f"{slug(title)}-result", description=f"{title}: verdict and figures")
+    beside = " · ".join(f"[{words}]({address})" for words, address in links.items())
+    said = "\n\n".join(filter(None, (report.verdict, beside)))  # on the run's own page, of which it is a card
+    create_markdown_artifact(f"{report.text}\n\n{beside}", key=f"{slug(title)}-result", description=said)
     return Result(run_records, report.summaries, folder, report.comparisons, report.verdict)
 
 
 def link(title: str, folder: Path, run_ids: Sequence[str | None]) -> dict[str, str]:
     """Put links to the report and to MLflow's run on the flow run, and return them; without a server there is none."""
-    places = {"report": report_url(folder), "MLflow": record.run_url(run_ids[0] if run_ids else None)}
+    places = {"report": report_url(folder), "run in MLflow": record.run_url(run_ids[0] if run_ids else None)}
     links = {words: address for words, address in places.items() if address}
     for words, address in links.items():
-        create_link_artifact(address, words, key=f"{slug(title)}-{slug(words)}", description=f"{title}: {words}")
+        key = f"{slug(title)}-{slug(words.rpartition(' ')[2])}"
+        create_link_artifact(address, words, key=key, description=f"[{words}]({address})")
     return links
 
 

@@ -81,6 +81,7 @@ def submit(page: Page, pages: Served) -> str:
 
 def test_a_wrong_value_is_said_beside_its_field_and_no_run_exists(page: Page, pages: Served, shot: Shot) -> None:
     open_form(page, pages)
+    shot("prefect-form")
     page.get_by_label("Learning rate (Optional)").fill("-1")
     page.get_by_role("button", name="Submit").click()
     sync_api.expect(page.get_by_text("-1 is less than or equal to the minimum of 0").first).to_be_visible()
@@ -110,10 +111,13 @@ def test_a_run_from_the_form_completes_and_leads_to_the_report(
     sync_api.expect(page.get_by_text("tiny-result")).to_be_visible()
     sync_api.expect(page.get_by_text("PROGRESS").first).to_be_visible()
     shot("prefect-run")
-    page.get_by_role("link", name="tiny-result").click()
+    [result] = [a for a in pages.api("/artifacts/filter", of_run(runs[0]["id"])) if a["key"] == "tiny-result"]
+    page.goto(f"{pages.url('prefect')}/v2/artifacts/artifact/{result['id']}")
     sync_api.expect(page.get_by_role("cell", name="target loss, nats/token")).to_be_visible()
     shot("prefect-result")
-    page.get_by_role("link", name="report", exact=True).first.click()
+    page.go_back()
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_role("link", name="report", exact=True).first.click()  # on the card
     sync_api.expect(page.get_by_role("heading", name="Figures")).to_be_visible()
     assert page.url.startswith(f"{pages.url('reports')}/reports/tiny-")
     shot("report")
@@ -153,6 +157,10 @@ def test_two_runs_compared_show_what_differs_and_nothing_else(
     [parameters] = re.findall(r"\nParameters\n+Show diff only\n(.*?)\nMetrics\n", text, re.DOTALL)
     name, *values = parameters.split("\t")
     assert name.strip() == "train.learning_rate" and {value.strip() for value in values} == {"0.002", "0.004"}
+
+
+def of_run(flow_run: str) -> dict[str, Any]:
+    return {"flow_runs": {"id": {"any_": [flow_run]}}}
 
 
 def open_variants(page: Page, pages: Served) -> None:
