@@ -106,20 +106,24 @@ def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def headline(summary: Summary) -> dict[str, float]:
     """Return the figures that people compare, by the name of their metric in MLflow, with the bounds of intervals."""
-    figures = {measure.mlflow: figure_of(summary, measure.name) for measure in MEASURES if measure.mlflow}
-    figures |= {f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()}
+    measures = {measure.mlflow: figure_of(summary, measure.name) for measure in MEASURES if measure.mlflow}
+    figures = {f"forgetting/{n}/nats_per_token": t["per_token"]["forgetting"] for n, t in summary.texts.items()}
     figures |= {f"forgetting/{name}/prompts_kl": own["kl"] for name, own in summary.prompts.items()}
     figures |= {f"forgetting/{name}": b["forgetting"] for name, b in summary.benchmarks.items()}
-    flat = {f"target/{name}": value for name, value in summary.target.items()}
+    flat: dict[str, float] = {}
+    for name, figure in (measures | figures).items():
+        flat |= with_bounds(name, figure)
+    flat |= {f"target/{name}": value for name, value in summary.target.items()}
     for name, b in summary.benchmarks.items():
         flat |= {f"base/{name}/{b['metric']}": b["base"], f"eval/{name}/{b['metric']}": b["tuned"]}
-    for name, figure in figures.items():
-        flat |= _with_bounds(name, figure)
     return flat | _of_training(summary)
 
 
 def _of_training(summary: Summary) -> dict[str, float]:
-    flat = {f"training/{name}": float(value) for name, value in (summary.training or {}).items()}
+    costs = summary.training or {}
+    flat = {f"training/{name}": float(value) for name, value in costs.items()}
+    if "seconds_of_all_steps" in costs:
+        flat["minutes"] = round(costs["seconds_of_all_steps"] / 60, 2)
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
         if watched["null_band"] is not None:
@@ -130,10 +134,11 @@ def _of_training(summary: Summary) -> dict[str, float]:
         elif isinstance(value, bool | int | float):
             flat[f"budget/{name}"] = float(value)
         elif isinstance(value, dict):
-            flat |= _with_bounds(f"budget/{name}", value)
+            flat |= with_bounds(f"budget/{name}", value)
     return flat
 
 
-def _with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
+def with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
+    """Return a figure and the ends of its interval by name, what is known of them."""
     parts = {"value": "", "low": "_low", "high": "_high"}
     return {f"{name}{end}": figure[part] for part, end in parts.items() if figure and figure[part] is not None}

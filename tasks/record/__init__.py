@@ -6,9 +6,10 @@ Nothing here can lose work: artifacts hold their own metrics, from which an MLfl
 from tasks.record.client import console, mlflow_lock, say, tracked
 from tasks.record.conclusion import conclusion
 from tasks.record.live import step
+from tasks.record.pages import experiment_url, run_url
+from tasks.record.parameters import flattened
 from tasks.record.reach import unreachable
-from tasks.record.replay import keep_step
-from tasks.record.runs import Variant, comparison, flattened, variant
+from tasks.record.variants import Variant, comparison, keep_step, variant
 
-__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "say", "step",
-           "tracked", "unreachable", "variant"]  # fmt: skip
+__all__ = ["Variant", "comparison", "conclusion", "console", "experiment_url", "flattened", "keep_step",
+           "mlflow_lock", "run_url", "say", "step", "tracked", "unreachable", "variant"]  # fmt: skip

@@ -192,7 +192,7 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
         assert [status(page, Host=host) for host in ("mlflow:5000", "127.0.0.1:5000", "evil.org")] == [200, 200, 403]
         composed.start("worker")
         _soon(composed, lambda: database.ask("prefect", SCHEDULED) != "0")  # the nightly gate
-        _completed(composed, {"recipe": SMALL_RECIPE, "machine": {"threads": 1}})
+        _completed(composed, {"recipe": "tiny", "overrides": LINES, "machine": {"threads": 1}})
         logs = composed.logs()
         assert not any(secret in logs for name, secret in composed.given.items() if name != "MINIO_ROOT_USER"), logs
     finally:
@@ -208,11 +208,12 @@ def test_what_compose_runs_does_a_flow_from_prefects_page(database: Database, st
 
 
 SCHEDULED = "SELECT count(*) FROM flow_run WHERE state_type = 'SCHEDULED' AND expected_start_time > now()"
-SMALL_RECIPE = {
-    "name": "in compose", "base": {"kind": "tiny"}, "probe": {"rows": 16, "length": 16},
-    "target": {"path": "deployments/recipes/tiny_target.jsonl", "held_out": 100},
-    "generate": {"rows": 16, "length": 16}, "train": {"learning_rate": 1e-3},
-}  # fmt: skip
+LINES = """
+name=in compose
+probe={rows: 16, length: 16}
+generate={rows: 16, length: 16}
+evaluate.benchmarks=[]
+"""
 
 
 def _completed(composed: Composed, parameters: dict[str, Any]) -> None:

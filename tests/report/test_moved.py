@@ -86,7 +86,7 @@ def test_prompts_and_the_reverse_are_figures_like_others(world: World, records: 
     figures = headline(summary)
     assert figures["forgetting/support/prompts_kl"] == own["kl"]["value"]
     assert figures["forgetting/support/prompts_kl_low"] == own["kl"]["low"]
-    assert figures["forgetting/reverse_kl"] == extra["reverse_kl"]["value"]
+    assert figures["reverse_kl"] == extra["reverse_kl"]["value"]
     frame = summary_frame([summary]).set_index("figure")
     assert frame.loc["support: divergence, nats/token", summary.name] == shown(own["kl"])
 
