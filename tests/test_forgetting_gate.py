@@ -209,6 +209,7 @@ def test_outside_a_pull_request_nothing_is_asked_of_github(tmp_path: Path, githu
 
 
 def test_github_away_does_not_change_the_verdict(tmp_path: Path, github: GitHub) -> None:
+    github.shutdown()
     github.server_close()
     run = Run(tmp_path, github)
     assert run(gate(tmp_path)) == 0 and "::notice::no comment was written (URLError)" in run.said
