@@ -57,10 +57,18 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
     if _checked.get():
         yield []
         return
+    machine.resolved_devices()
     plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+    with once_checked():
+        yield plans
+
+
+@contextmanager
+def once_checked() -> Iterator[None]:
+    """Check nothing within the block, because that was done before it."""
     token = _checked.set(True)
     try:
-        yield plans
+        yield
     finally:
         _checked.reset(token)
 

@@ -14,9 +14,10 @@ from cfsd.comparison import Comparison
 from cfsd.machine import Machine
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._parallel import run_variants
 from flows._plan import checked, print_plans
 from flows._temporary_server import prefect_server
-from flows.mitigate import mitigate, pipeline
+from flows.mitigate import pipeline
 from tasks import record
 
 
@@ -25,9 +26,7 @@ def compare(comparison: Comparison, machine: Machine = Machine()) -> Result:  # 
     """Run every variant of the recipe; what they share (base, probe, corpus, base scores) is made once."""
     title, recipes = comparison.recipe.name, comparison.recipes()
     with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
-        run_records = [
-            mitigate(recipe, machine).only().model_copy(update={"name": name}) for name, recipe in recipes.items()
-        ]
+        run_records = run_variants(recipes, machine, run_id)
         return conclude(title, run_records, [run_id], notes=comparison.notes())
 
 

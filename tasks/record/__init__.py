@@ -7,7 +7,7 @@ from tasks.record.client import console, mlflow_lock, say, tracked
 from tasks.record.conclusion import conclusion
 from tasks.record.live import step
 from tasks.record.replay import keep_step
-from tasks.record.runs import Variant, comparison, flattened, variant
+from tasks.record.runs import Variant, below, comparison, end_dead_runs, flattened, variant
 
-__all__ = ["Variant", "comparison", "conclusion", "console", "flattened", "keep_step", "mlflow_lock", "say", "step",
-           "tracked", "variant"]  # fmt: skip
+__all__ = ["Variant", "below", "comparison", "conclusion", "console", "end_dead_runs", "flattened", "keep_step",
+           "mlflow_lock", "say", "step", "tracked", "variant"]  # fmt: skip

@@ -48,6 +48,13 @@ def comparison(name: str) -> Iterator[str | None]:
 
 
 @contextmanager
+def below(comparison: str | None) -> Iterator[None]:
+    """Put the variants of this block below a comparison's run that another process opened."""
+    with _as_current(_comparison, comparison):
+        yield
+
+
+@contextmanager
 def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     """Open the MLflow parent run of one variant and collect the steps that are taken within."""
     tags = {"cfsd.kind": "variant"} | ({"cfsd.recipe": recipe.digest()} if recipe else {})
@@ -123,6 +130,11 @@ def _lock_of(run_id: str) -> Path:
     folder = home() / "store" / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"run-{run_id}.lock"
+
+
+def end_dead_runs() -> None:
+    """End the runs of killed processes now, not when the next run opens."""
+    tracked(_end_dead_runs)
 
 
 def _end_dead_runs(server: "Server") -> None:
