@@ -57,7 +57,8 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
     if _checked.get():
         yield []
         return
-    machine.resolved_devices()
+    if machine.devices:  # else it fits, and torch, which takes a second to import, need not say it
+        machine.resolved_devices()
     plans = [_check(recipe, machine, pipeline) for recipe in recipes]
     with once_checked():
         yield plans
