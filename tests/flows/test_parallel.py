@@ -123,9 +123,9 @@ def test_each_has_a_process_and_a_device_and_what_ends_one_spares_the_others(
     def study() -> Any:
         with Slots(2, Machine(), trial) as slots:
             good = slots.run(of("a", "b", "infinite", "c"), spared=(NotFinite,))
-            with pytest.raises(BadInput, match="^wrong: the value is wrong$"):
+            with pytest.raises(BadInput, match=r"^wrong: the value is wrong$"):
                 slots.run(of("wrong", "d", "e", "f"))
-            with pytest.raises(Crashed, match="^killed: its process ended with code -9 .* run the same command again"):
+            with pytest.raises(Crashed, match=r"^killed: its process ended with code -9 .* run the same command again"):
                 slots.run(of("killed", "g"))
             context = FlowRunContext.get()
             assert context and context.flow_run
