@@ -22,7 +22,7 @@ from uuid import UUID
 
 import httpx
 from filelock import FileLock, Timeout
-from prefect import Flow, Task
+from prefect import Flow, Task, flow
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TagsContext
 from prefect.exceptions import PrefectHTTPStatusError
@@ -38,7 +38,7 @@ from cfsd.report.run_record import RunRecord
 from cfsd.store.locks import held
 from flows._explained import CONTINUE
 from flows._variant_process import MARK, READY, Answer, Request
-from flows.mitigate import mitigate
+from flows.mitigate import mitigate, pipeline
 from tasks import record
 from tasks._stage import gpu_slots
 
@@ -63,12 +63,18 @@ def run_variants(recipes: Mapping[str, Recipe], machine: Machine, comparison: st
     return [made.model_copy(update={"name": name}) for name, made in found.items() if isinstance(made, RunRecord)]
 
 
+@flow(name="pipeline", flow_run_name="{recipe.name}", validate_parameters=False)
+def take(recipe: Recipe, machine: Machine) -> RunRecord:
+    """Take the whole pipeline of a recipe, without a report: what a study is made of."""
+    return pipeline(recipe, machine)
+
+
 class Slots:
     """Processes that run variants, each on a device of its own, for the time of a block."""
 
-    def __init__(self, count: int, machine: Machine, flow: Flow[Any, Any], comparison: str | None = None) -> None:
-        """Take up to `count` devices for `flow`, which takes a recipe and a machine."""
-        self.count, self.flow, self.comparison = count, flow, comparison
+    def __init__(self, count: int, machine: Machine, work: Flow[Any, Any], comparison: str | None = None) -> None:
+        """Take up to `count` devices for `work`, which takes a recipe and a machine."""
+        self.count, self.work, self.comparison = count, work, comparison
         self.machine, self.devices = machine.one_of(count), ExitStack()
         self.cuda = machine.resolved_device() == "cuda"
         if self.cuda and (slots := gpu_slots(machine)) < count:
@@ -91,8 +97,13 @@ class Slots:
         with self.devices:
             _end(self.processes, self._tell)
 
-    def run(self, recipes: Mapping[str, Recipe], spared: tuple[type[CfsdError], ...] = ()) -> dict[str, Found]:
+    def run(
+        self, recipes: Mapping[str, Recipe], spared: tuple[type[CfsdError], ...] = (),
+        told: Callable[[str, Found], None] = lambda _, __: None,
+    ) -> dict[str, Found]:  # fmt: skip
         """Return what each recipe led to, in order; an error of a kind in `spared` takes the place of a run record.
+
+        `told` gets each as it comes.
 
         Raises:
             CfsdError: The first other error, once the variants that were running have ended.
@@ -110,6 +121,7 @@ class Slots:
                 if content is None or not name:
                     continue
                 found[name], process.name = content, ""
+                told(name, content)
                 if isinstance(content, CfsdError):
                     self._tell(name, f"error: {content}")
                     first += [] if isinstance(content, spared) else [type(content)(f"{name}: {content}")]
@@ -120,8 +132,8 @@ class Slots:
         return {name: found[name] for name in recipes}
 
     def _request(self, name: str, recipe: Recipe) -> Request:
-        flow_run = subflow_run(self.flow, name, {"recipe": recipe, "machine": self.machine})
-        function = f"{self.flow.fn.__module__}:{self.flow.fn.__name__}"
+        flow_run = subflow_run(self.work, name, {"recipe": recipe, "machine": self.machine})
+        function = f"{self.work.fn.__module__}:{self.work.fn.__name__}"
         return Request(
             name=name, flow=function, flow_run=flow_run, recipe=recipe, machine=self.machine, comparison=self.comparison
         )
@@ -246,17 +258,17 @@ def _end(processes: Sequence[_Process], tell: Tell) -> None:
             process.end()
 
 
-def subflow_run(flow: Flow[Any, Any], name: str, parameters: dict[str, Any]) -> UUID:
-    """Return a new run of `flow` below the flow run at hand, for another process to take."""
+def subflow_run(work: Flow[Any, Any], name: str, parameters: dict[str, Any]) -> UUID:
+    """Return a new run of `work` below the flow run at hand, for another process to take."""
     above = FlowRunContext.get()
     assert above and above.flow_run, "variants stand below a comparison"
     with get_client(sync_client=True) as client:
-        task: Task[Any, Any] = Task(fn=flow.fn, name=flow.name)
+        task: Task[Any, Any] = Task(fn=work.fn, name=work.name)
         task_run = client.create_task_run(task, above.flow_run.id, dynamic_key=name, name=name, state=Pending())
         tags = TagsContext.get().current_tags
         return client.create_flow_run(
-            flow,
-            parameters=flow.serialize_parameters(parameters),
+            work,
+            parameters=work.serialize_parameters(parameters),
             parent_task_run_id=task_run.id,
             state=Pending(),
             tags=tags,

@@ -82,6 +82,13 @@ def test_devices_that_cannot_be_had_are_refused_before_anything_runs(
     assert not (home / "store" / "model").exists()
 
 
+def test_the_plan_says_between_what_times_it_takes() -> None:
+    from flows._plan import at_once
+
+    assert "on 3 at once between 5 minutes, if the work divides evenly, and 15," in at_once(900, 200, 3)
+    assert "between 7 minutes" in at_once(900, 400, 3), "no sooner than the longest variant"
+
+
 def test_two_comparisons_never_share_a_device(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from flows._parallel import claimed
 

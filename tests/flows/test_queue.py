@@ -122,7 +122,7 @@ def test_twenty_at_once_complete_and_make_nothing_twice(
     stages = Counter(stage for stage, _ in made)
     print(f"executed: {dict(stages)}; found in the store: {sum(1 for s in steps if s and s[3] == 'cached')}")
     assert set(made.values()) == {1}, "a stage was executed twice for one key"
-    shared = {stage: 1 for stage in ("fetch", "target", "probe", "generate", "filter", "mix", "check")}
+    shared = dict.fromkeys(("fetch", "target", "probe", "generate", "filter", "mix", "check"), 1)
     each = dict.fromkeys(("train", "evaluate-target-divergence", "evaluate-probe"), len(RATES))
     assert stages == shared | each | {"evaluate-target": 1 + len(RATES)}
 
