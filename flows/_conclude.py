@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from cfsd.machine import home
 from cfsd.report.compared import NOTHING, Comparisons
@@ -13,17 +13,19 @@ from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
 from flows._cli import console
+from flows._reports import report_url
 from tasks import record
 from tasks.report import print_figures, write_report
 
 
 class Result(NamedTuple):
-    """What a flow returns: its run records, their figures, the folder of the report, and how variants differ."""
+    """What a flow returns: run records, their figures, the report's folder, how variants differ, and the verdict."""
 
     run_records: list[RunRecord]
     summaries: list[Summary]
     folder: Path
     comparisons: Comparisons = NOTHING
+    verdict: str = ""
 
     def only(self) -> RunRecord:
         """Return the run record of a flow that runs one recipe."""
@@ -38,10 +40,20 @@ def conclude(
     folder = report_folder(home(), title, run_records)
     report = write_report(folder, title, run_records, notes)
     for run_id in run_ids:
-        record.conclusion(run_id, report.figures, report.files)
-    create_table_artifact(table=report.table, key=f"{slug(title)}-table")
-    create_markdown_artifact(report.text, key=f"{slug(title)}-result")
-    return Result(run_records, report.summaries, folder, report.comparisons)
+        record.conclusion(run_id, report.figures, report.files, report=report)
+    links = link(title, folder, run_ids)
+    text = "\n\n".join([report.text, *(f"[{words}]({address})" for words, address in links.items())])
+    create_markdown_artifact(text, key=f"{slug(title)}-result", description=f"{title}: verdict and figures")
+    return Result(run_records, report.summaries, folder, report.comparisons, report.verdict)
+
+
+def link(title: str, folder: Path, run_ids: Sequence[str | None]) -> dict[str, str]:
+    """Put links to the report and to MLflow's run on the flow run, and return them; without a server there is none."""
+    places = {"report": report_url(folder), "MLflow": record.run_url(run_ids[0] if run_ids else None)}
+    links = {words: address for words, address in places.items() if address}
+    for words, address in links.items():
+        create_link_artifact(address, words, key=f"{slug(title)}-{slug(words)}", description=f"{title}: {words}")
+    return links
 
 
 def show(result: Result) -> None:
@@ -54,5 +66,6 @@ def show_files(result: Result) -> None:
     """Print where the last model and the report are, how to open the pages and, last, the path of summary.json."""
     console.print(f"model    {Store(home()).path(result.run_records[-1].artifacts['final'])}")
     console.print(f"report   {result.folder / 'report.html'}")
-    console.print("compare runs in the browser (Prefect and MLflow): make up")
+    url = report_url(result.folder)
+    console.print(f"         {url}" if url else "compare runs in the browser (Prefect and MLflow): make up")
     print(result.folder / "summary.json", flush=True)

@@ -279,7 +279,7 @@ def crash(flow_run: UUID, why: str) -> None:
     """Tell Prefect, and MLflow, of a flow run whose process could not."""
     with suppress(httpx.HTTPError, PrefectHTTPStatusError), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run, CrashedState(message=why), force=True)
-    record.end_dead_runs()
+    record.tracked(record.end_dead_runs)
 
 
 def visible_gpus(machine: Machine) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from prefect.logging.handlers import APILogHandler
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_UI_ENABLED, temporary_settings
 
 from cfsd.process.child import end_with_parent
 from flows._prefect_api import check_api, database_advice, prefect_lock
@@ -36,7 +36,8 @@ def prefect_server() -> Iterator[None]:
         health = f"http://{HOST}:{port}/api/health"
         process = start_server("prefect", [__name__, str(number)], health, advice=database_advice(), pass_fds=(number,))
     try:
-        with temporary_settings({PREFECT_API_URL: f"http://{HOST}:{port}/api"}):
+        settings = {PREFECT_API_URL: f"http://{HOST}:{port}/api", PREFECT_SERVER_UI_ENABLED: False}  # gone at the end
+        with temporary_settings(settings):
             yield
     finally:
         APILogHandler().flush()  # or its thread complains that the server is gone

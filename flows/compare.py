@@ -14,6 +14,7 @@ from cfsd.comparison import Comparison
 from cfsd.machine import Machine
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._named import name_flow_run
 from flows._parallel import run_variants
 from flows._plan import checked, print_plans
 from flows._temporary_server import prefect_server
@@ -21,10 +22,11 @@ from flows.mitigate import pipeline
 from tasks import record
 
 
-@flow(name="compare", flow_run_name="{comparison.recipe.name}")
+@flow(name="compare")
 def compare(comparison: Comparison, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Run every variant of the recipe; what they share (base, probe, corpus, base scores) is made once."""
     title, recipes = comparison.recipe.name, comparison.recipes()
+    name_flow_run(comparison.recipe, f"{len(recipes)} trainings")
     with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
         run_records = run_variants(recipes, machine, run_id)
         return conclude(title, run_records, [run_id], notes=comparison.notes())

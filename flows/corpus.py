@@ -11,7 +11,8 @@ from cfsd.report.place import report_folder
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Store
 from flows._cli import console
-from flows._conclude import Result
+from flows._conclude import Result, link
+from flows._named import name_flow_run
 from flows._plan import checked
 from tasks import record
 from tasks.evaluate import check_benchmarks
@@ -43,14 +44,16 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     )  # fmt: skip
 
 
-@flow(name="corpus", flow_run_name="{recipe.name}", validate_parameters=True)
+@flow(name="corpus")
 def corpus(recipe: Recipe, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Make the rehearsal corpus of a recipe and a page that shows it; train nothing."""
     name = f"{recipe.name}: corpus"
+    name_flow_run(recipe, "corpus")
     with checked([recipe], machine, corpus_pipeline), record.variant(name, recipe) as variant:
         run_record = corpus_pipeline(recipe, machine).model_copy(update={"name": name, "steps": tuple(variant.steps)})
         folder = report_folder(home(), name, [run_record])
         record.conclusion(variant.run_id, {}, [write_corpus_page(folder, name, [run_record])])
+        link(name, folder, [variant.run_id])
     return Result([run_record], [], folder)
 
 

@@ -16,6 +16,7 @@ from cfsd.report.run_record import RunRecord, roles_of
 from cfsd.stages import FILTER, PROBE
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._named import name_flow_run
 from flows._plan import checked, print_plans
 from flows._temporary_server import prefect_server
 from flows.corpus import corpus, corpus_pipeline, show_corpus
@@ -60,9 +61,10 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})
 
 
-@flow(name="mitigate", flow_run_name="{recipe.name}", validate_parameters=True)
+@flow(name="mitigate")
 def mitigate(recipe: Recipe, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Fine-tune on the target, rehearsing the base model's own text, and measure what was learned and forgotten."""
+    name_flow_run(recipe)
     with checked([recipe], machine, pipeline), record.variant(recipe.name, recipe) as variant:
         run_record = pipeline(recipe, machine).model_copy(update={"steps": tuple(variant.steps)})
         return conclude(recipe.name, [run_record], [variant.run_id])

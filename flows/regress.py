@@ -6,7 +6,6 @@ python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +26,13 @@ from cfsd.report.run_record import RunRecord
 from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.store.artifact import Store
 from flows._cli import Home, On, Set, machine_of, start
-from flows._conclude import conclude
+from flows._conclude import Result, conclude
+from flows._named import name_flow_run
 from flows._parallel import run_variants
 from flows._plan import checked
 from flows._temporary_server import prefect_server
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
+from flows.approve import approve, check_asked
 from flows.mitigate import pipeline
 from tasks import record, registry
 
@@ -45,40 +46,45 @@ class GotWorse(CfsdError):
     """The gate's FAIL; its text is the verdict."""
 
 
-@flow(name="regress", flow_run_name="{recipe.name}", validate_parameters=True)
+@flow(name="regress")
 def regress(
     recipe: Recipe,
     baseline: str | None = None,
     seeds: Seeds | None = None,
     update_baseline: bool = False,
     machine: Machine = Machine(),  # noqa: B008
+    approval: bool = False,
 ) -> State[Any]:
     """Train the recipe with seeds that the baseline does not have, and judge every guarded figure.
 
     The state has the verdict as its message: Failed where something got worse, else Completed, with the name
-    `Cannot tell` where the verdict is open. `baseline` is a file or `champion`; what passes becomes the champion.
+    `Cannot tell` where the verdict is open. `baseline` is a file or `champion`; what passes becomes the champion, with
+    `approval` once a person says so in Prefect's pages (`flows.approve`).
     With `update_baseline` the recipe's own figures become the baseline, and nothing is judged.
     """
+    name_flow_run(recipe, "gate")
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with checked([recipe], machine, pipeline), record.comparison(title) as run_id:
         recipes = {f"{recipe.name} seed={number}": reseeded(recipe, number) for number in numbers}
         run_records = run_variants(recipes, machine, run_id)
-        conclude(title, run_records, [run_id])
+        result = conclude(title, run_records, [run_id])
         runs = [registry.guarded_figures(run_record) for run_record in run_records]
         seconds = [trained_seconds(run_record) for run_record in run_records]
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
-            sentence = _replace(made, baseline, recipe, run_records, run_id)
+            sentence = _replace(made, baseline, recipe, result, run_id)
             return _publish(title, run_records, run_id, sentence, listed(made))
         judgement = judge(guarded(known, runs))
         notes = warnings(known, recipe, seconds, runs[0])
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
             successor = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
-            notes.append(_promote(successor, recipe, run_records, run_id))
+            said = sentence_of(judgement, known)
+            version = _register(successor, recipe, result, run_id, said) if successor else None
+            notes.append(_succeed(recipe, version, enough=enough, approval=approval))
         body = table(judgement, known, recipe, notes)
         return _publish(title, run_records, run_id, sentence_of(judgement, known), body, judgement)
 
@@ -139,25 +145,32 @@ def trained_seconds(run_record: RunRecord) -> float:
     return float(Store(home()).manifest(run_record.artifacts["tuned"])["seconds"])
 
 
-def _replace(
-    made: Baseline, given: str | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None
-) -> str:
+def _replace(made: Baseline, given: str | None, recipe: Recipe, result: Result, run_id: str | None) -> str:
     """Put a new baseline into its file, or make its model the champion; return a sentence that says so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
         write_baseline(file := baseline_file(recipe, given), made)
         return f"{seeds} written to {file}"
-    return f"{seeds}: {_promote(made, recipe, run_records, run_id)}"
+    version = _register(made, recipe, result, run_id, f"first of its kind, {seeds}: nothing was judged")
+    return f"{seeds}: {_succeed(recipe, version, enough=True, approval=False)}"
 
 
-def _promote(made: Baseline | None, recipe: Recipe, run_records: Sequence[RunRecord], run_id: str | None) -> str:
-    """Make the model of the first fresh seed, not the best one, the champion; return a sentence that says so."""
-    if made is None:
+def _register(made: Baseline, recipe: Recipe, result: Result, run_id: str | None, verdict: str) -> int | None:
+    """Register the model of the first fresh seed, not of the best one, as the candidate; return its version."""
+    first = result.run_records[0]
+    card = (result.folder / f"model-card-{slug(first.name)}.md").read_text()
+    return registry.register(recipe.name, first.artifacts["final"], made, run_id, card=card, verdict=verdict)
+
+
+def _succeed(recipe: Recipe, version: int | None, *, enough: bool, approval: bool) -> str:
+    """Make a candidate the champion, with `approval` if a person says so; return a sentence on what came of it."""
+    if not enough:
         return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
-    version = registry.promote(recipe.name, run_records[0].artifacts["final"], made, run_id)
-    if version is None:
+    if version is not None and approval:
+        return approve(recipe.name, version)
+    if version is None or registry.promote(recipe.name, version) is None:
         return "the champion stays, because MLflow cannot be reached; the same command, all cached, moves it later"
-    return f"champion of {registry.model_name(recipe.name)!r} is version {version}, {run_records[0].name}"
+    return f"champion of {registry.model_name(recipe.name)!r} is version {version}"
 
 
 def _publish(
@@ -174,7 +187,7 @@ def _publish(
     files[0].write_text(f"# {title}\n\n{sentence}\n\n{body}\n")
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
-    record.conclusion(run_id, {}, files)
+    record.conclusion(run_id, {}, files, verdict=sentence)
     create_markdown_artifact(files[0].read_text(), key=f"{slug(title)}-verdict", description=sentence)
     record.say(f"{body}\n\n{sentence}")
     record.say(str(files[0]))
@@ -198,16 +211,22 @@ def regress_command(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Runs with seeds of their own; default: 2, for a baseline or a champion 5")
     ] = None,
+    approval: Annotated[
+        bool,
+        typer.Option("--approve", help="With --baseline champion: ask a person in Prefect's pages before it moves"),
+    ] = False,
     set_: Set = [],  # noqa: B006
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
     """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 3 cannot tell."""
     loaded, on = Recipe.load(recipe, set_), machine_of(machine)
+    if approval:
+        check_asked(is_champion=baseline == CHAMPION)
     known = known_baseline(loaded, baseline, needed=not update_baseline)
     fresh_seeds(known, baseline, seeds, update=update_baseline)
     with checked([loaded], on, pipeline), prefect_server():
-        state = regress(loaded, baseline, seeds, update_baseline, on, return_state=True)
+        state = regress(loaded, baseline, seeds, update_baseline, on, approval, return_state=True)
         try:
             state.result()
         except GotWorse:

@@ -1,4 +1,4 @@
-"""The pages for a team: a Prefect server with a worker and the deployments, and MLflow, over one data folder.
+"""The pages for a team: Prefect with a worker and the deployments, MLflow, and the reports, over one data folder.
 
     python -m flows.serve up | down | status
 
@@ -10,9 +10,9 @@ import errno
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,28 +25,34 @@ from cfsd.machine import HOME_VARIABLE, home, without_password
 from cfsd.store.digests import write_json
 from cfsd.store.locks import held
 from flows._cli import Home, start
+from flows._deployed import POOL_VARIABLE, deploy, make_pools, pool, run
 from flows._environment import SERVERS, is_alive, mlflow_database, recorded_servers
+from flows._menu import own_recipes, unreadable
 from flows._prefect_api import database_advice, prefect_lock
 from flows._servers import HOST, answers, log_of, start_server
 from tasks.record import mlflow_lock
 
 ROOT = Path(__file__).parent.parent
-POOL = "gpu"
+HEARTBEAT_SECONDS = "30"  # the least that Prefect takes; three without one, and the run has crashed
 
 
-def up(prefect_port: int, mlflow_port: int) -> dict[str, dict[str, Any]]:
-    """Start the servers that do not run yet and return the entries of all; where a port is taken, the next is tried."""
+def up(ports: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Start the servers that do not run yet and return the entries of all; where a port is taken, the next is tried.
+
+    `ports` are those of prefect, mlflow and reports. What runs is told the deployments and menus of now.
+    """
     with held(home() / ".serve.lock", f"waiting for another process that starts the servers of {home()}"):
         running = {name: entry for name, entry in recorded_servers().items() if is_alive(entry)}
-        if "prefect" not in running:
-            running["prefect"] = _start_prefect(free_port(prefect_port, "--prefect-port"))
-            _keep(running)
-        if "mlflow" not in running:
-            running["mlflow"] = _start_mlflow(free_port(mlflow_port, "--mlflow-port"))
-            _keep(running)
+        _start_pages(running, ports)
+        environment = _environment() | {
+            "PREFECT_API_URL": f"{running['prefect']['url']}/api",
+            "MLFLOW_TRACKING_URI": str(running["mlflow"]["url"]),
+        }
+        make_pools(environment["PREFECT_API_URL"])
         if "worker" not in running:
-            running["worker"] = _start_worker(running)
+            running["worker"] = _start_worker(environment)
             _keep(running)
+        deploy(environment)
         return running
 
 
@@ -65,11 +71,29 @@ def _keep(running: dict[str, dict[str, Any]]) -> None:
     write_json(home() / SERVERS, running)
 
 
+def _start_pages(running: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
+    """Start what has pages and does not run, all at once, and keep what has started also where another one fails."""
+    starts = {"prefect": _start_prefect, "mlflow": _start_mlflow, "reports": _start_reports}
+    missing = {name: free_port(ports[name], f"--{name}-port") for name in starts if name not in running}
+    with ThreadPoolExecutor() as threads:
+        started = {name: threads.submit(starts[name], port) for name, port in missing.items()}
+    for name, entry in started.items():
+        if entry.exception() is None:
+            running[name] = entry.result()
+    _keep(running)
+    for entry in started.values():
+        entry.result()
+
+
 def _start_prefect(port: int) -> dict[str, Any]:
     url = f"http://{HOST}:{port}"
     command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    pages = {
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # or its pages ask port 4200
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }
     with prefect_lock():
-        return _started("prefect", command, url, f"{url}/api/health", _environment(), database_advice())
+        return _started("prefect", command, url, f"{url}/api/health", _environment() | pages, database_advice())
 
 
 def _start_mlflow(port: int) -> dict[str, Any]:
@@ -79,29 +103,27 @@ def _start_mlflow(port: int) -> dict[str, Any]:
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
                "--backend-store-uri", database, "--default-artifact-root", artifacts]  # fmt: skip
     with mlflow_lock():  # or its workers, and runs that begin now, race to create the tables
-        _run(["mlflow", "db", "upgrade", database], environment)
+        run(["mlflow", "db", "upgrade", database], environment)
         return _started("mlflow", command, url, f"{url}/health", environment)
 
 
-def _start_worker(running: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    environment = _environment() | {
-        "PREFECT_API_URL": f"{running['prefect']['url']}/api",
-        "MLFLOW_TRACKING_URI": str(running["mlflow"]["url"]),
-    }
-    _run(["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"], environment)
-    _run(
-        ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
-        environment,
-    )
-    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-    return _started("worker", command, "", "", environment)
+def _start_reports(port: int) -> dict[str, Any]:
+    url = f"http://{HOST}:{port}"
+    return _started("reports", ["flows._report_server", str(port)], url, f"{url}/health", _environment())
+
+
+def _start_worker(environment: dict[str, str]) -> dict[str, Any]:
+    beating = environment | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT_SECONDS}
+    command = ["prefect", "worker", "start", "--pool", pool(), "--type", "process"]
+    return _started("worker", command, "", "", beating)
 
 
 def _environment() -> dict[str, str]:
     """Return this process' environment without the variables that would point the servers at themselves."""
     own = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"
-    return own | {"PATH": path, HOME_VARIABLE: str(home()), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    return own | {"PATH": path, HOME_VARIABLE: str(home()), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT),
+                  POOL_VARIABLE: pool()}  # fmt: skip
 
 
 def _started(
@@ -110,14 +132,6 @@ def _started(
     process = start_server(name, command, health, advice=advice, env=environment, cwd=ROOT)
     started = psutil.Process(process.pid).create_time()
     return {"url": url, "pid": process.pid, "started": started, "log": str(log_of(name))}
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise BadEnvironment(
-            f"{' '.join(command)} failed with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
 
 
 def free_port(first: int, option: str = "--prefect-port") -> int:
@@ -192,16 +206,18 @@ def serve_command(
     action: Annotated[Action, typer.Argument(help="Start them, end them, or say which of them run")],
     prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    reports_port: Annotated[int, typer.Option(min=1, max=65535)] = 5100,
     home: Home = None,
 ) -> None:
-    """Start or end the Prefect server, its worker and MLflow for a data folder."""
+    """Start or end the Prefect server, its worker, MLflow and the reports' pages for a data folder."""
     if action is Action.up:
-        running = up(prefect_port, mlflow_port)
-        print(
-            f"Prefect  {running['prefect']['url']}  deployments mitigate, corpus, compare; form under Run > Custom run"
-        )
+        running = up({"prefect": prefect_port, "mlflow": mlflow_port, "reports": reports_port})
+        print(f"Prefect  {running['prefect']['url']}  Deployments > mitigate > Run > Custom run: choose a recipe")
         print("         regress runs every night at 03:17 UTC; its verdict is the flow run's message")
         print(f"MLflow   {running['mlflow']['url']}  experiment cfsd")
+        print(f"reports  {running['reports']['url']}")
+        print(f"recipes of yours in the forms: {own_recipes()}/*.yaml, then make up again")
+        print("\n".join(unreadable()), end="")
         print("end them with: make down")
         _say_what_goes_elsewhere(running)
     elif action is Action.down:

@@ -42,7 +42,8 @@ def _code() -> list[list[Any]]:
 def remember(folder: Path, stamp: str, report: dict[str, Any]) -> None:
     """Keep the fields of a report beside its files."""
     found: Comparisons = report["comparisons"]
-    write_json(folder / MEMORY, {"stamp": stamp, **report} | {
+    plain = {name: value for name, value in report.items() if name != "run_records"}
+    write_json(folder / MEMORY, {"stamp": stamp, **plain} | {
         "summaries": [summary.model_dump(mode="json") for summary in report["summaries"]],
         "comparisons": [entry.model_dump(mode="json") for entry in found.entries],
         "matched": [entry.model_dump(mode="json") for entry in found.matched],
@@ -69,7 +70,8 @@ def remembered(folder: Path, stamp: str, run_records: Sequence[RunRecord]) -> di
     kept = json.loads((folder / RUN_RECORDS).read_bytes())
     kept["run_records"] = [run_record.model_dump(mode="json") for run_record in run_records]
     write_json(folder / RUN_RECORDS, kept)
-    return known | {"summaries": summaries, "comparisons": Comparisons(entries, matched), "files": files}
+    made = {"summaries": summaries, "comparisons": Comparisons(entries, matched), "files": files}
+    return known | made | {"run_records": list(run_records)}
 
 
 def _nothing_executed(summary: Summary, run_record: RunRecord) -> Summary:

@@ -54,13 +54,17 @@ def stage(
         def inputs_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
             return counted(open_signature, open_signature.bind(*args, **kwargs).arguments)
 
+        def named(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+            inputs = open_signature.bind(*args, **kwargs).arguments.items()
+            return {argument: value for argument, value in inputs if not isinstance(value, Machine)}
+
         def execute(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
             values = (*args, *kwargs.values())
             machine = next((value for value in values if isinstance(value, Machine)), Machine())
             key = key_of(name, *inputs_of(args, kwargs))
 
             def do(draft: Draft) -> None:
-                with record.step(name, key, draft, gpu=gpu), gpu_slot(machine, needed=gpu):
+                with record.step(name, key, draft, named(*args, **kwargs), gpu=gpu), gpu_slot(machine, needed=gpu):
                     work(draft, *args, **kwargs)
                 _say(name, draft.metadata)
 
@@ -92,7 +96,8 @@ def stage(
             )
             made = store.find(kind, key)
             assert made, "a stage that ended without an error leaves its artifact"
-            record.keep_step(name, store, made, executed=known is None and bool(result["executed"]), gpu=gpu)
+            executed = known is None and bool(result["executed"])
+            record.keep_step(name, store, made, named(*args, **kwargs), executed=executed, gpu=gpu)
             return made
 
         call.__doc__ = work.__doc__

@@ -1,9 +1,9 @@
 """Reports, made from artifacts alone. The libraries that read tables and draw figures are imported late."""
 
-import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -16,14 +16,19 @@ from tasks._report_memory import remember, remembered, stamp_of
 
 
 class Report(NamedTuple):
-    """What was written: figures, the whole run's by metric name, files, and the figures as table and Markdown."""
+    """What was written: figures, the whole run's by metric name, files, and the same as Markdown.
+
+    `text` is a title, the verdict and the table; `tags`: outcomes that are no numbers.
+    """
 
     summaries: list[Summary]
     comparisons: Comparisons
     figures: dict[str, float]
     files: list[Path]
-    table: list[dict[str, Any]]
     text: str
+    verdict: str = ""
+    run_records: list[RunRecord] = []
+    tags: dict[str, str] = {}
 
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
@@ -41,21 +46,33 @@ def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes:
     from cfsd.report.differences import lines_against, metrics_of
     from cfsd.report.files import Kept, write_files
     from cfsd.report.summarise import headline
-    from cfsd.report.table import summary_frame
     from cfsd.report.verdict import best, remarks, two_sentences, variants_of, warnings
 
     kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
-    lines = [f"# {title}", "", " ".join(two_sentences(summaries, comparisons)), ""]
-    name = best(variants_of(summaries), comparisons).name
-    beneath = (*remarks(summaries, comparisons), *warnings(summaries))
-    lines += [f"* {line}" for line in (*lines_against(name, comparisons, only_found=False), *beneath)]
-    figures = [headline(summary) for summary in summaries]
-    for summary, flat in zip(summaries, figures, strict=True):
-        lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
-    table = json.loads(summary_frame(summaries).to_json(orient="records"))
-    of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
-    return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
+    name, verdict = best(variants_of(summaries), comparisons).name, " ".join(two_sentences(summaries, comparisons))
+    beneath = (*lines_against(name, comparisons, only_found=False), *remarks(summaries, comparisons))
+    said = [f"# {title}", verdict, "\n".join(_markdown_table(summaries)),
+            "\n".join(f"* {line}" for line in (*beneath, *warnings(summaries)))]  # fmt: skip
+    alone = summaries[0] if len(summaries) == 1 else None
+    figures = headline(alone) if alone else metrics_of(comparisons)
+    outcomes = {"budget_outcome": alone.budget["outcome"]} if alone and alone.budget else {}
+    text = "\n\n".join(part for part in said if part)
+    return Report(summaries, comparisons, figures, files, text, verdict, run_records, outcomes)
+
+
+def _markdown_table(summaries: list[Summary]) -> list[str]:
+    """Return the figures as the terminal shows them, a column per variant."""
+    from cfsd.report.table import lines_of
+
+    names = ["base", *(summary.name for summary in summaries)]
+    rows = [[("&nbsp; " * line.is_part) + _cell(line.label), line.base, *line.cells] for line in lines_of(summaries)]
+    head = [["", *map(_cell, names)], ["---", *("--:" for _ in names)]]
+    return [f"| {' | '.join(cells)} |" for cells in (*head, *rows)]
+
+
+def _cell(text: str) -> str:
+    return escape(text, quote=False).replace("|", "&#124;")
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
@@ -72,7 +89,7 @@ def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measu
 
     kept = Kept(title=title, run_records=tuple(run_records))
     remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], NOTHING, {}, files, [], described_sequence(title, remains))
+    return Report([], NOTHING, {}, files, described_sequence(title, remains))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:

@@ -114,12 +114,15 @@ def headline(summary: Summary) -> dict[str, float]:
     for name, b in summary.benchmarks.items():
         flat |= {f"base/{name}/{b['metric']}": b["base"], f"eval/{name}/{b['metric']}": b["tuned"]}
     for name, figure in figures.items():
-        flat |= _with_bounds(name, figure)
+        flat |= with_bounds(name, figure)
     return flat | _of_training(summary)
 
 
 def _of_training(summary: Summary) -> dict[str, float]:
-    flat = {f"training/{name}": float(value) for name, value in (summary.training or {}).items()}
+    costs = summary.training or {}
+    flat = {f"training/{name}": float(value) for name, value in costs.items()}
+    if "seconds_of_all_steps" in costs:
+        flat["minutes"] = costs["seconds_of_all_steps"] / 60
     for name, watched in (summary.stability_gap or {}).items():
         flat |= {f"stability_gap/{name}": watched["gap"], f"worst/{name}": watched["worst"]}
         if watched["null_band"] is not None:
@@ -130,10 +133,11 @@ def _of_training(summary: Summary) -> dict[str, float]:
         elif isinstance(value, bool | int | float):
             flat[f"budget/{name}"] = float(value)
         elif isinstance(value, dict):
-            flat |= _with_bounds(f"budget/{name}", value)
+            flat |= with_bounds(f"budget/{name}", value)
     return flat
 
 
-def _with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
+def with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
+    """Return a figure and the ends of its interval by name, what is known of them."""
     parts = {"value": "", "low": "_low", "high": "_high"}
     return {f"{name}{end}": figure[part] for part, end in parts.items() if figure and figure[part] is not None}

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,27 +12,46 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cfsd.store.artifact import Draft
+from cfsd.store.artifact import ERROR, LOG, Draft
 from cfsd.store.journal import METRICS, PROGRESS
 from tasks.record.client import console, say, tracked
-from tasks.record.runs import RECORDED, current_variant, ended, open_run, step_tags
+from tasks.record.progress import progress_artifact
+from tasks.record.runs import ended, open_step
+from tasks.record.step_run import StepRun
+from tasks.record.variants import current_variant
 
 POLL_SECONDS = 1.0
 SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn
 
 
 @contextmanager
-def step(stage: str, key: str, draft: Draft, *, gpu: bool) -> Iterator[None]:
+def step(stage: str, key: str, draft: Draft, inputs: Mapping[str, Any], *, gpu: bool) -> Iterator[None]:
     """Follow a stage that really executes: progress for people and, for GPU steps, a live child run."""
     variant, run_id = current_variant.get(), None
     if gpu and variant and variant.run_id:
-        tags = step_tags(stage, key, "resumed" if draft.continued else "first")
-        run_id = tracked(lambda server: open_run(server, f"{stage} {key}", variant.run_id, tags))
+        taken, attempt = StepRun(stage, key, inputs), "resumed" if draft.continued else "first"
+        run_id = tracked(lambda server: open_step(server, taken, str(variant.run_id), draft.store, attempt))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
-    with ended(run_id), _system_metrics(run_id), Follower(draft.folder, stage, console, _sender(run_id)):
+    with (
+        ended(run_id),
+        _why(run_id, draft.folder),
+        _system_metrics(run_id),
+        progress_artifact(stage, key) as tell,
+        Follower(draft.folder, stage, console, _sender(run_id), tell),
+    ):
         yield
-    if run_id:
-        tracked(lambda server: server.set_tag(run_id, RECORDED, "all"))
+
+
+@contextmanager
+def _why(run_id: str | None, folder: Path) -> Iterator[None]:
+    """Keep on the run of a step that fails what it wrote on that."""
+    try:
+        yield
+    except BaseException:
+        for name in (ERROR, LOG):
+            if run_id and (folder / name).is_file():
+                tracked(lambda server, path=str(folder / name): server.log_artifact(run_id, path))  # type: ignore[misc]
+        raise
 
 
 @contextmanager
@@ -60,10 +79,11 @@ class Follower:
     """A thread that reads a draft's metrics.jsonl and progress.json until it is left."""
 
     def __init__(
-        self, folder: Path, stage: str, console: Console, send: Callable[[list[dict[str, Any]]], None]
-    ) -> None:
-        """Follow `folder`; `send` gets new metric records in order."""
-        self.folder, self.stage, self.console, self.send = folder, stage, console, send
+        self, folder: Path, stage: str, console: Console, send: Callable[[list[dict[str, Any]]], None],
+        tell: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Follow `folder`; `send` gets new metric records in order, `tell` how far the stage is, every second."""
+        self.folder, self.stage, self.console, self.send, self.tell = folder, stage, console, send, tell
         self.offset = 0
         self.said = time.monotonic()
         self.left = threading.Event()
@@ -94,6 +114,7 @@ class Follower:
                 if progress := self._progress():
                     bar.update(line, completed=progress["done"], total=progress["total"], unit=progress["unit"])
                     self._say(progress)
+                    self.tell(progress)
 
     def _progress(self) -> dict[str, Any] | None:
         try:

@@ -1,27 +1,53 @@
 """Our use of MLflow's client: one experiment, metrics in batches."""
 
+import json
 import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import mlflow.store.db.utils
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from cfsd.machine import home
+from cfsd.store.artifact import Artifact
+from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the experiment opens in the view for agents
+RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
+CONTEXT = "mlflow.data.context"
+TEXT_LENGTH = 8000  # MLflow cuts longer values of tags
+BATCH_NAMES = 100  # parameters or tags in one request
 BATCH = 1000  # metrics in one request
 PARAMETER_LENGTH = 6000  # MLflow refuses longer values
 DATABASE_ATTEMPTS = 4  # a second in all; MLflow's own ten take two minutes for a database that is away
 REFUSED = re.compile(r"[^/\w.\- :]")  # characters that a name of a metric or a parameter may not have
 FAILURES = (MlflowException, SQLAlchemyError, OSError)
+
+
+class Known(NamedTuple):
+    """A run of a step, and its tags."""
+
+    run_id: str
+    tags: Mapping[str, str]
 
 
 @cache
@@ -44,10 +70,37 @@ class Server(MlflowClient):
 
     @cached_property
     def experiment(self) -> str:
-        """Return the id of our experiment, which is made if it is missing."""
+        """Return the id of our experiment, which is made if it is missing and opens on training runs."""
         if known := self.get_experiment_by_name(EXPERIMENT):
-            return str(known.experiment_id)
-        return str(self.create_experiment(EXPERIMENT, artifact_location=(home() / "mlartifacts").as_uri()))
+            number = str(known.experiment_id)
+            for name, value in KIND.items():
+                if name not in known.tags:  # made by an earlier version
+                    self.set_experiment_tag(number, name, value)
+            return number
+        is_served = self.tracking_uri.startswith("http")  # a server knows where it keeps files
+        return str(self.create_experiment(EXPERIMENT, None if is_served else (home() / "mlartifacts").as_uri(), KIND))
+
+    @cached_property
+    def steps(self) -> dict[str, "Known"]:
+        """The runs of steps that this process has seen, by key."""
+        return {}
+
+    def step(self, key: str) -> "Known | None":
+        """Return the run of a step that ended well, the one with everything in it if there are several."""
+        if key not in self.steps:
+            found = self.search_runs([self.experiment], f"tags.`cfsd.key` = '{key}' and attributes.status = 'FINISHED'")
+            for run in sorted(found, key=lambda run: RECORDED in run.data.tags)[-1:]:
+                self.steps[key] = Known(run.info.run_id, run.data.tags)
+        return self.steps.get(key)
+
+    def know(self, key: str, run_id: str, tags: Mapping[str, str]) -> None:
+        """Remember a step's run and what was put on it just now."""
+        known = self.steps.get(key)
+        self.steps[key] = Known(run_id, {**(known.tags if known else {}), **tags})
+
+    def page(self, run_id: str) -> str:
+        """Return the page of a run, as its own pages link to it, wherever they are served."""
+        return f"#/experiments/{self.experiment}/runs/{run_id}"
 
     def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
         """Send records of a journal: `name`, `value`, `time` in seconds, `step`."""
@@ -55,15 +108,67 @@ class Server(MlflowClient):
         for first in range(0, len(metrics), BATCH):
             self.log_batch(run_id, metrics=metrics[first : first + BATCH])
 
-    def log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
-        """Send figures without a history."""
-        now = time.time()
-        self.log_metrics(run_id, ({"name": k, "value": v, "time": now, "step": 0} for k, v in figures.items()))
+    def log_all(
+        self,
+        run_id: str,
+        *,
+        figures: Mapping[str, float] | None = None,
+        parameters: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        model: str | None = None,
+    ) -> None:
+        """Send figures without a history, parameters and tags, cut to what MLflow takes, in as few requests as may be.
 
-    def log_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
-        """Send parameters, cut to what MLflow takes."""
-        named = {accepted(name): text[:PARAMETER_LENGTH] for name, text in parameters.items()}
-        self.log_batch(run_id, params=[Param(name, text) for name, text in named.items()])
+        The figures are also those of the logged model called `model`.
+        """
+        now = int(time.time() * 1000)
+        metrics = [Metric(accepted(k), v, now, 0, model_id=model) for k, v in (figures or {}).items()]
+        params = [Param(accepted(k), text[:PARAMETER_LENGTH]) for k, text in (parameters or {}).items()]
+        named = [RunTag(accepted(k), text[:TEXT_LENGTH]) for k, text in (tags or {}).items()]
+        for i in range(0, max(1, len(params), len(named)), BATCH_NAMES):
+            part = slice(i, i + BATCH_NAMES)
+            self.log_batch(run_id, metrics if i == 0 else (), params[part], named[part])
+
+    def log_data_sets(self, run_id: str, data_sets: Iterable[DataSet]) -> None:
+        """Send the inputs of a run."""
+        inputs = [
+            DatasetInput(
+                Dataset(d.name, d.digest, "local", json.dumps({"uri": d.address}), profile=json.dumps(d.numbers)),
+                [InputTag(CONTEXT, d.context)],
+            )
+            for d in data_sets
+        ]
+        if inputs:
+            self.log_inputs(run_id, inputs)
+
+    def log_model(
+        self, run_id: str, step: StepRun, model: Artifact, address: str, figures: Mapping[str, float]
+    ) -> None:
+        """Name the model that a run made: its settings and where it is. Weights stay where they are."""
+        if self.model_of(model):
+            return
+        tags = {"cfsd.key": model.key, "cfsd.content": model.content, "cfsd.address": address,
+                "mlflow.model.isExternal": "true"}  # fmt: skip
+        made = self.create_logged_model(
+            self.experiment, f"{model.kind}-{model.key}", run_id, tags, step.settings(), "causal language model"
+        )
+        self._keep_files(made)
+        self.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+        self.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+        self.log_all(run_id, figures=figures, model=made.model_id)
+
+    def _keep_files(self, model: LoggedModel) -> None:
+        """Give a model the one file without which it cannot be registered: it says that its weights are elsewhere."""
+        from mlflow.models.utils import get_external_mlflow_model_spec  # takes a second to import
+
+        with TemporaryDirectory() as folder:
+            get_external_mlflow_model_spec(model).save(f"{folder}/MLmodel")
+            self.log_model_artifacts(model.model_id, folder)
+
+    def model_of(self, artifact: Artifact) -> str | None:
+        """Return the id of the logged model that stands for an artifact."""
+        found = self.search_logged_models([self.experiment], f"tags.`cfsd.key` = '{artifact.key}'", max_results=1)
+        return found[0].model_id if found else None
 
     def monitor(self, run_id: str) -> SystemMetricsMonitor:
         """Return what sends the machine's load to a run between its `start` and `finish`."""

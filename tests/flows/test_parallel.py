@@ -270,7 +270,7 @@ def test_a_kill_or_ctrl_c_leaves_drafts_that_the_same_command_continues(
     assert not [p for p in psutil.process_iter() if str(home) in _command(p)]
     statuses = [run.info.status for run in runs(tmp_path / "data.db")]
     assert "RUNNING" not in statuses and "KILLED" in statuses
-    named = {"flow_runs": {"name": {"any_": [f"mine: {name}" for name in VARIANTS]}}}
+    named = {"flow_runs": {"name": {"like_": "mine: "}}}
     assert {r["state_type"] for r in ask(f"{server}/api/flow_runs/filter", named)} <= {
         "COMPLETED", "CRASHED", "CANCELLED", "FAILED",
     }  # fmt: skip

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
 
 from cfsd.recipe import Recipe
-from tasks.record import flattened
+from tasks.record import flattened, run_url
 from tasks.record.reach import unreachable
 from tasks.record.server import accepted
 from tests.conftest import ROOT, Run
@@ -61,6 +62,9 @@ def test_a_cached_run_is_replayed_into_a_server_that_never_saw_it(run: Run, reci
     ]
     assert curves[0] == curves[1] and len(curves[0]) == 8
     parent = live["variant"]
+    flow_run = parent.data.tags["cfsd.prefect_flow_run"]
+    assert {r.data.tags["cfsd.prefect_flow_run"] for r in live.values()} == {flow_run}
+    assert parent.data.tags["cfsd.prefect_url"].endswith(f"/runs/flow-run/{flow_run}")
     assert parent.data.metrics == replayed["variant"].data.metrics
     assert live["train"].data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.params["train.learning_rate"] == "0.001"
@@ -146,3 +150,20 @@ def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
                                  "executed": [], "cached": [], "corpus_warnings": [], "texts": {}, "answers": {},
                                  "evaluation_warnings": [], "prompts": {}})  # fmt: skip
     assert name not in headline(empty)
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("sqlite:///mlflow.db", None),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/abc"),
+        ("https://me:secret@team.example/mlflow/", "https://team.example/mlflow/#/experiments/7/runs/abc"),
+    ],
+)
+def test_the_page_of_a_run_is_known_where_a_server_shows_it(
+    uri: str, page: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr("tasks.record.pages.tracked", lambda action: action(SimpleNamespace(experiment="7")))
+    assert run_url("abc") == page
+    assert run_url(None) is None

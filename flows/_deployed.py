@@ -1,0 +1,67 @@
+"""What a Prefect server is told by `make up`: work pools, deployments with the menus of now, and automations."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from cfsd.errors import BadEnvironment
+
+ROOT = Path(__file__).parent.parent
+FILES = ROOT / "deployments"
+POOL_VARIABLE = "CFSD_POOL"
+POOLS = {"cpu": "Machines without a GPU", "gpu": "Machines with CUDA"}
+
+
+def pool() -> str:
+    """Return the work pool of this machine: cpu or gpu, or what the environment says. Raises BadEnvironment."""
+    given = os.environ.get(POOL_VARIABLE)
+    if given and given not in POOLS:
+        raise BadEnvironment(f"{POOL_VARIABLE} is {given!r}; give one of {', '.join(POOLS)}, or unset it")
+    return given or ("gpu" if shutil.which("nvidia-smi") else "cpu")
+
+
+def make_pools(url: str) -> None:
+    """Make the work pools that the Prefect API at `url` does not have."""
+    from prefect.workers.process import ProcessWorker  # seconds, which `status` and `down` do not need
+
+    template = ProcessWorker.get_default_base_job_template()
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        known = {pool.name for pool in client.read_work_pools()}
+        for name in sorted(POOLS.keys() - known):
+            made = WorkPoolCreate(name=name, type="process", description=POOLS[name], base_job_template=template)
+            client.create_work_pool(made)
+        _automate(client, FILES / "automations" / "zombies.yaml")
+
+
+def _automate(client: SyncPrefectClient, file: Path) -> None:
+    """Create the automation of a file, or bring the one of its name up to date."""
+    from prefect.events.schemas.automations import AutomationCore
+
+    wanted = AutomationCore.model_validate(yaml.safe_load(file.read_text()))
+    known = client.read_automations_by_name(wanted.name)
+    if known:
+        client.update_automation(known[0].id, wanted)
+    else:
+        client.create_automation(wanted)
+
+
+def deploy(environment: dict[str, str]) -> None:
+    """Deploy all of deployments/prefect.yaml to the server that `environment` names. Raises BadEnvironment."""
+    run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"], environment)
+
+
+def run(words: list[str], environment: dict[str, str]) -> None:
+    """Run `python -m WORDS` to its end. Raises BadEnvironment with what it wrote."""
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise BadEnvironment(
+            f"{' '.join(words)} failed with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
