@@ -213,7 +213,7 @@ def regress_command(
     ] = None,
     approval: Annotated[
         bool,
-        typer.Option("--approve", help="With --baseline champion: ask a person in Prefect's pages before it moves"),
+        typer.Option("--approve", help="With --baseline champion: a person is asked before it moves"),
     ] = False,
     set_: Set = [],  # noqa: B006
     machine: On = [],  # noqa: B006

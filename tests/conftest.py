@@ -204,8 +204,13 @@ def run(server: str, home: Path) -> Run:
 @pytest.fixture
 def recipe_file(tmp_path: Path, model_folder: Path) -> Path:
     """A user's own case: a model folder, a JSONL target, a ten-line recipe."""
-    rows = write_rows(tmp_path / "rows.jsonl")
-    file = tmp_path / "recipe.yaml"
+    return write_recipe(tmp_path, model_folder)
+
+
+def write_recipe(folder: Path, model_folder: Path) -> Path:
+    """Write a target and a recipe for it into `folder`; return the recipe's file."""
+    rows = write_rows(folder / "rows.jsonl")
+    file = folder / "recipe.yaml"
     file.write_text(
         f"""
 name: mine

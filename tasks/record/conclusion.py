@@ -58,7 +58,7 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
             runs_of(server, variant)
             data_sets = [data_set(Store(home()), role, a) for role, a in report.run_records[0].artifacts.items()]
             server.log_data_sets(run_id, [d for d in data_sets if d.context in INPUTS])
-        tags = report.tags | {NOTE: _told(server.page(run_id), report)}
+        tags = report.tags | {NOTE: _told(server, run_id, report)}
         model = model_of(server, run_id, report)
         note_scores(server, report)
     if verdict:
@@ -69,9 +69,9 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
     server.log_all(run_id, figures=figures, tags=tags, model=model)
 
 
-def _told(page: str, report: Report) -> str:
+def _told(server: "Server", run_id: str, report: Report) -> str:
     """Return the verdict, links and the table as Markdown."""
-    links = [f"[report]({page}/artifacts/{report.files[0].name})"] if report.files else []
+    links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
     return "\n\n".join(part for part in (" · ".join(links), report.text) if part)

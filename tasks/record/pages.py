@@ -9,15 +9,27 @@ from prefect.utilities.urls import url_for
 
 from tasks.record.client import VARIABLE, tracked
 
+PAGES = "?workflowType=machine_learning"  # without it MLflow's pages are those for agents, whatever the experiment is
+VIEW_KEY = "variants"
+
 
 def run_url(run_id: str | None) -> str | None:
     """Return the page of a run where an MLflow server is used; None for a database file and an MLflow that is away."""
+    return None if run_id is None else _page(f"runs/{run_id}{PAGES}")
+
+
+def experiment_url() -> str | None:
+    """Return the page that shows our variants with the figures that people compare; None as for `run_url`."""
+    return _page(f"runs{PAGES}&viewStateShareKey={VIEW_KEY}")
+
+
+def _page(rest: str) -> str | None:
     address = urlsplit(os.environ.get(VARIABLE, ""))
-    if run_id is None or address.scheme not in ("http", "https"):
+    if address.scheme not in ("http", "https"):
         return None
     experiment = tracked(lambda server: server.experiment)
     place = address._replace(netloc=address.netloc.rpartition("@")[2], path=address.path.rstrip("/"), query="")
-    return f"{place.geturl()}/#/experiments/{experiment}/runs/{run_id}" if experiment else None
+    return f"{place.geturl()}/#/experiments/{experiment}/{rest}" if experiment else None
 
 
 def prefect_tags() -> dict[str, str]:

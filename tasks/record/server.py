@@ -28,10 +28,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cfsd.machine import home
 from cfsd.store.artifact import Artifact
+from tasks.record.pages import PAGES, VIEW_KEY
 from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the experiment opens in the view for agents
+COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`mean_forgetting`", "tags.`budget_outcome`",
+           "metrics.`minutes`", "attributes.`Source`", "attributes.`Dataset`"]  # fmt: skip
+VIEW = {"searchFilter": "tags.`cfsd.kind` != 'step'", "selectedColumns": COLUMNS}
+TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(VIEW),  # what the pages show under VIEW_KEY
+    "mlflow.note.content": "Each run is a variant of a recipe, and the runs below it are its steps.",
+}
 RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
 CONTEXT = "mlflow.data.context"
 TEXT_LENGTH = 8000  # MLflow cuts longer values of tags
@@ -73,12 +81,12 @@ class Server(MlflowClient):
         """Return the id of our experiment, which is made if it is missing and opens on training runs."""
         if known := self.get_experiment_by_name(EXPERIMENT):
             number = str(known.experiment_id)
-            for name, value in KIND.items():
-                if name not in known.tags:  # made by an earlier version
+            for name, value in TAGS.items():
+                if name not in known.tags:  # made by hand, or by an earlier version
                     self.set_experiment_tag(number, name, value)
             return number
         is_served = self.tracking_uri.startswith("http")  # a server knows where it keeps files
-        return str(self.create_experiment(EXPERIMENT, None if is_served else (home() / "mlartifacts").as_uri(), KIND))
+        return str(self.create_experiment(EXPERIMENT, None if is_served else (home() / "mlartifacts").as_uri(), TAGS))
 
     @cached_property
     def steps(self) -> dict[str, "Known"]:
@@ -98,9 +106,9 @@ class Server(MlflowClient):
         known = self.steps.get(key)
         self.steps[key] = Known(run_id, {**(known.tags if known else {}), **tags})
 
-    def page(self, run_id: str) -> str:
-        """Return the page of a run, as its own pages link to it, wherever they are served."""
-        return f"#/experiments/{self.experiment}/runs/{run_id}"
+    def page(self, run_id: str, place: str = "") -> str:
+        """Return the page of a run, or a place in it, as MLflow's own pages link to it, wherever they are served."""
+        return f"#/experiments/{self.experiment}/runs/{run_id}{place}{PAGES}"
 
     def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
         """Send records of a journal: `name`, `value`, `time` in seconds, `step`."""

@@ -1,26 +1,37 @@
 """MLflow as people find it: live and replayed runs look alike, a dead server costs nothing, killed runs are ended."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
+import mlflow
+import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
 
+from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.store.artifact import Store
+from tasks.record import client as record_client
 from tasks.record import flattened, run_url
 from tasks.record.reach import unreachable
 from tasks.record.server import accepted
-from tests.conftest import ROOT, Run
+from tasks.record.server import server as record_server
+from tests.conftest import ROOT, Run, write_recipe
 
 ON = ["--machine", "threads=1"]
 
@@ -34,43 +45,188 @@ def runs(database: Path) -> list[Any]:
     return list(client(database).search_runs([experiment.experiment_id])) if experiment else []
 
 
-def kinds(database: Path) -> dict[str, dict[str, Any]]:
-    """Runs by stage, or by kind for those above."""
-    return {run.data.tags.get("cfsd.stage", run.data.tags["cfsd.kind"]): run for run in runs(database)}
+def named(database: Path) -> dict[str, Any]:
+    """Runs by name; what is above the steps by kind."""
+    tags = {run.info.run_id: run.data.tags for run in runs(database)}
+    is_step = {number: "cfsd.stage" in own for number, own in tags.items()}
+    return {
+        run.info.run_name if is_step[run.info.run_id] else run.data.tags["cfsd.kind"]: run for run in runs(database)
+    }
+
+
+def files_of(database: Path, run: Any) -> set[str]:
+    return {file.path for file in client(database).list_artifacts(run.info.run_id)}
+
+
+def table_of(database: Path, run: Any, name: str, folder: Path) -> Any:
+    return pd.read_json(client(database).download_artifacts(run.info.run_id, name, str(folder)), orient="split")
 
 
 def elsewhere(database: Path) -> dict[str, str]:
     return os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
 
 
-def test_a_cached_run_is_replayed_into_a_server_that_never_saw_it(run: Run, recipe_file: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "first.db", tmp_path / "second.db"
-    assert run("mitigate", recipe_file, *ON, env=elsewhere(first)).returncode == 0
-    assert run("mitigate", recipe_file, *ON, env=elsewhere(second)).returncode == 0
-    live, replayed = kinds(first), kinds(second)
-    assert set(live) == set(replayed) == {
-        "variant", "probe", "generate", "check", "train",
-        "evaluate-target", "evaluate-target-divergence", "evaluate-probe",
-    }  # fmt: skip
+STEPS = {
+    "probe", "generate", "check", "train", "evaluate tiny_rev · base", "evaluate tiny_rev · tuned",
+    "evaluate target · base", "evaluate target · tuned", "evaluate target divergence · tuned",
+    "evaluate probe · tuned",
+}  # fmt: skip
+SCORED = ["evaluate.benchmarks=[{name: tiny_rev, limit: 12}]"]
+
+
+@contextmanager
+def recording_into(database: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process use another MLflow."""
+    before = mlflow.get_tracking_uri()
+    patch.setattr(record_client, "_asked", [])
+    patch.setattr(record_client, "_away", [])
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    record_server.cache_clear()
+    yield
+    mlflow.set_tracking_uri(before)
+    record_server.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def twice(server: str, tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[dict[str, Any]]:
+    """One recipe run into two MLflow databases: live into the first, cached into the second, there twice."""
+    from flows.mitigate import mitigate
+
+    folder = tmp_path_factory.mktemp("twice")
+    recipe = Recipe.load(write_recipe(folder, model_folder), SCORED)
+    first, second = folder / "first.db", folder / "second.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFSD_HOME", str(folder / "data"))
+        for database in (first, second, second):
+            with recording_into(database, patch):
+                mitigate(recipe, Machine(device="cpu", threads=1))
+        yield {"first": first, "second": second, "home": folder / "data"}
+
+
+def test_a_cached_run_is_replayed_into_a_server_that_never_saw_it(twice: dict[str, Any]) -> None:
+    first, second = twice["first"], twice["second"]
+    live, replayed = named(first), named(second)
+    assert set(live) == set(replayed) == STEPS | {"variant"}
     assert live["train"].data.tags["attempt"] == "first" and replayed["train"].data.tags["attempt"] == "replayed"
-    for stage in set(live) - {"variant"}:
-        ours = {k: v for k, v in live[stage].data.metrics.items() if not k.startswith("system/")}
-        assert ours == replayed[stage].data.metrics != {}
+    for step in STEPS:
+        ours = {k: v for k, v in live[step].data.metrics.items() if not k.startswith("system/")}
+        assert ours == replayed[step].data.metrics != {}
+        assert live[step].data.params == replayed[step].data.params
+        assert inputs_of(live[step]) == inputs_of(replayed[step]) != {}
+        assert files_of(first, live[step]) == files_of(second, replayed[step]) >= {"manifest.json", "settings.json"}
     curves = [
         [(m.step, m.value) for m in client(db).get_metric_history(found["train"].info.run_id, "train/target_loss")]
         for db, found in ((first, live), (second, replayed))
     ]
     assert curves[0] == curves[1] and len(curves[0]) == 8
     parent = live["variant"]
+    assert parent.data.metrics == replayed["variant"].data.metrics
     flow_run = parent.data.tags["cfsd.prefect_flow_run"]
     assert {r.data.tags["cfsd.prefect_flow_run"] for r in live.values()} == {flow_run}
     assert parent.data.tags["cfsd.prefect_url"].endswith(f"/runs/flow-run/{flow_run}")
-    assert parent.data.metrics == replayed["variant"].data.metrics
     assert live["train"].data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.data.params["train.learning_rate"] == "0.001"
-    assert {f.path for f in client(first).list_artifacts(parent.info.run_id)} >= {"report.html", "summary.json"}
-    assert run("mitigate", recipe_file, *ON, env=elsewhere(second)).returncode == 0
-    assert len([r for r in runs(second) if r.data.tags.get("cfsd.stage") == "train"]) == 1
+    assert files_of(first, parent) >= {"report.html", "summary.json", "recipe.yaml"}
+
+
+def inputs_of(run: Any) -> dict[str, tuple[str, str]]:
+    """What a run read by context: kind and digest."""
+    return {i.tags[0].value: (i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
+
+
+def test_each_step_is_one_run_and_every_variant_links_to_it(twice: dict[str, Any]) -> None:
+    found = runs(twice["second"])
+    assert {r.info.status for r in found} == {"FINISHED"}
+    steps = [r for r in found if "cfsd.stage" in r.data.tags]
+    assert len(steps) == len(STEPS) == len({r.data.tags["cfsd.key"] for r in steps})
+    parents = [r for r in found if r.data.tags["cfsd.kind"] == "variant"]
+    assert len(parents) == 2
+    for parent in parents:
+        described = parent.data.tags["mlflow.note.content"]
+        assert "nats per token" in described and "| figure | base | mine |" in described
+        for step in steps:
+            page = f"#/experiments/{step.info.experiment_id}/runs/{step.info.run_id}?workflowType=machine_learning"
+            assert f"[{step.info.run_name}]({page}) `{step.data.tags['cfsd.key']}`, cached" in described
+
+
+def test_a_step_shows_what_it_was_given_and_what_it_made(twice: dict[str, Any], tmp_path: Path) -> None:
+    database = twice["first"]
+    found = named(database)
+    train = found["train"]
+    assert train.data.params["learning_rate"] == "0.001" and train.data.params["rehearsal.weight"] == "1.0"
+    manifest = json.loads(Path(client(database).download_artifacts(train.info.run_id, "manifest.json")).read_text())
+    assert manifest["key"] == train.data.tags["cfsd.key"]
+    assert files_of(database, train) >= {"metrics.jsonl", "log.txt", "curve-target.png", "curve-rehearsal-nll.png"}
+    (base,) = [i.dataset for i in train.inputs.dataset_inputs if i.tags[0].value == "base"]
+    place = Path(urlsplit(json.loads(base.source)["uri"]).path)
+    assert (
+        place.parent == Store(twice["home"]).root / "model"
+        and json.loads((place / "manifest.json").read_text())["content"] == base.digest
+    )
+
+    sampled = table_of(database, found["generate"], "table-corpus.json", tmp_path)
+    assert len(sampled) == 20 and {"text", "finish_reason"} <= set(sampled) and "token_ids" not in sampled
+    assert sampled["text"].str.len().max() > 1
+    assert "corpus.html" in files_of(database, found["generate"])
+    shown = json.loads(found["generate"].data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "table-corpus.json", "type": "table"}]
+    assert found["evaluate tiny_rev · tuned"].data.params["benchmark.limit"] == "12"
+    assert len(table_of(database, found["evaluate tiny_rev · tuned"], "table-scores.json", tmp_path)) == 12
+
+
+def test_scores_of_a_tuned_model_say_what_was_lost_against_the_base(twice: dict[str, Any], tmp_path: Path) -> None:
+    (file,) = (twice["home"] / "reports").glob("*/summary.json")
+    summary = json.loads(file.read_text())["variants"]["mine"]
+    lost = summary["benchmarks"]["tiny_rev"]
+    for database in (twice["first"], twice["second"]):
+        found = named(database)
+        scores = found["evaluate tiny_rev · tuned"].data
+        bounds = [scores.metrics[f"forgetting{end}"] for end in ("", "_low", "_high")]
+        assert bounds == [lost["forgetting"][end] for end in ("value", "low", "high")]
+        assert (scores.metrics["base"], scores.metrics["tuned"]) == (lost["base"], lost["tuned"])
+        assert scores.tags["cfsd.against"] == found["evaluate tiny_rev · base"].data.tags["cfsd.key"]
+        assert "forgetting" not in found["evaluate tiny_rev · base"].data.metrics
+        gain = found["evaluate target · tuned"].data.metrics
+        assert [gain["target_gain_low"], gain["target_gain_high"]] == [
+            summary["target_gain"][e] for e in ("low", "high")
+        ]
+        probe = found["evaluate probe · tuned"].data.metrics
+        assert probe["probe_kl_high"] == summary["probe_kl"]["high"]
+
+
+def test_the_model_is_a_logged_model_that_leads_to_the_store_and_holds_the_figures(twice: dict[str, Any]) -> None:
+    database = twice["second"]
+    found = named(database)
+    experiment = found["train"].info.experiment_id
+    (model,) = client(database).search_logged_models([experiment])
+    assert model.source_run_id == found["train"].info.run_id and str(model.status) == "READY"
+    assert [m.model_id for m in found["train"].outputs.model_outputs] == [model.model_id]
+    assert model.params["learning_rate"] == "0.001"
+    weights = Path(urlsplit(model.tags["cfsd.address"]).path)
+    assert (weights / "model.safetensors").is_file()
+    files = [file.path for file in client(database).list_logged_model_artifacts(model.model_id)]
+    assert files == ["MLmodel"]
+    gain = found["variant"].data.metrics["target_gain"]
+    assert gain in {metric.value for metric in model.metrics if metric.key == "target_gain"}
+
+
+def test_two_variants_differ_in_what_was_set(twice: dict[str, Any]) -> None:
+    parent = named(twice["first"])["variant"]
+    assert parent.data.params["base"] and parent.data.params["target"] == "rows.jsonl"
+    assert parent.data.params["train.learning_rate"] == "0.001" and parent.data.params["name"] == "mine"
+    assert "train.schedule" not in parent.data.params and "train.seed" not in parent.data.params
+    text = Path(client(twice["first"]).download_artifacts(parent.info.run_id, "recipe.yaml")).read_text()
+    assert Recipe.model_validate(yaml.safe_load(text)).digest() == parent.data.tags["cfsd.recipe"]
+    assert {"target_gain", "probe_kl", "mean_forgetting", "minutes"} <= set(parent.data.metrics)
+
+
+def test_the_experiment_opens_on_training_runs(twice: dict[str, Any]) -> None:
+    experiment = client(twice["first"]).get_experiment_by_name("cfsd")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(experiment.tags["mlflow.sharedViewState.variants"])
+    figures = {c.split("`")[1] for c in view["selectedColumns"] if c.startswith("metrics.")}
+    parents = client(twice["first"]).search_runs([experiment.experiment_id], view["searchFilter"])
+    assert [p.data.tags["cfsd.kind"] for p in parents] == ["variant"] and figures <= set(parents[0].data.metrics)
 
 
 def test_a_dead_mlflow_server_costs_nothing(run: Run, recipe_file: Path, tmp_path: Path) -> None:
@@ -80,7 +236,7 @@ def test_a_dead_mlflow_server_costs_nothing(run: Run, recipe_file: Path, tmp_pat
     assert done.stdout.count("MLflow cannot be reached at http://127.0.0.1:9 (MLFLOW_TRACKING_URI); the run goes") == 1
     later = tmp_path / "later.db"
     assert run("mitigate", recipe_file, *ON, env=elsewhere(later)).returncode == 0
-    assert kinds(later)["train"].data.metrics["train/target_loss"] > 0
+    assert named(later)["train"].data.metrics["train/target_loss"] > 0
 
 
 def test_runs_of_a_killed_process_are_ended_by_the_next(
@@ -140,7 +296,7 @@ def test_an_mlflow_that_never_answers_is_not_waited_for(monkeypatch: pytest.Monk
         assert unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}") == "no answer within 0 s"
 
 
-@pytest.mark.parametrize("name", ["forgetting/probe_kl", "target/gain"])
+@pytest.mark.parametrize("name", ["probe_kl", "target_gain", "minutes"])
 def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
     from cfsd.report.summarise import headline
     from cfsd.report.summary import Summary
@@ -156,8 +312,11 @@ def test_figures_that_were_not_measured_are_left_out(name: str) -> None:
     ("uri", "page"),
     [
         ("sqlite:///mlflow.db", None),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/abc"),
-        ("https://me:secret@team.example/mlflow/", "https://team.example/mlflow/#/experiments/7/runs/abc"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/abc?workflowType=machine_learning"),
+        (
+            "https://me:secret@team.example/mlflow/",
+            "https://team.example/mlflow/#/experiments/7/runs/abc?workflowType=machine_learning",
+        ),
     ],
 )
 def test_the_page_of_a_run_is_known_where_a_server_shows_it(

@@ -1,22 +1,30 @@
 """The champion in a real MLflow store: what is read back, that it moves once, and what a server that is away costs."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.flow_runs import resume_flow_run
 
 from cfsd.baseline.file import Baseline, baseline_of, with_margins
 from cfsd.errors import CfsdError
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact
+from flows.approve import Decision, approve, decide
 from tasks import record, registry
 from tasks.record import client
 from tasks.record.server import server
 from tests.baseline.test_baseline import runs
 from tests.conftest import ROOT
 
+CARD = "---\nlibrary_name: transformers\n---\n# A card\n\nIt lost nothing.\n"
 MODELS = [Artifact(kind="model", key=f"{number:016x}", content="c") for number in range(3)]
 
 
@@ -47,9 +55,64 @@ def made(recipe: Recipe, seed: int = 0) -> Baseline:
     return baseline_of(recipe, range(5), runs(5, seed), [10.0] * 5, replaces="")
 
 
-def promoted(recipe: Recipe, model: Artifact, figures: Baseline) -> int | None:
+def registered(recipe: Recipe, model: Artifact, figures: Baseline) -> int | None:
     with record.comparison("gate") as run_id:
-        return registry.promote(recipe.name, model, figures, run_id)
+        return registry.register(recipe.name, model, figures, run_id, card=CARD, verdict="PASS: all is well")
+
+
+def promoted(recipe: Recipe, model: Artifact, figures: Baseline) -> int | None:
+    version = registered(recipe, model, figures)
+    assert version is not None
+    return registry.promote(recipe.name, version)
+
+
+def aliases(recipe: Recipe) -> dict[str, int]:
+    (model,) = MlflowClient().search_registered_models(f"name = '{registry.model_name(recipe.name)}'")
+    return {alias: int(version) for alias, version in model.aliases.items()}
+
+
+def test_a_candidate_becomes_the_champion_when_a_person_says_so(recipe: Recipe, home: Path) -> None:
+    assert registry.candidate(recipe.name) is None
+    assert promoted(recipe, MODELS[0], made(recipe)) == 1
+    assert registered(recipe, MODELS[1], made(recipe, 1)) == 2
+    assert aliases(recipe) == {"candidate": 2, "champion": 1}
+    waiting = registry.candidate(recipe.name)
+    assert waiting and (waiting.version, waiting.verdict) == (2, "PASS: all is well")
+    refused = decide(recipe.name, 2, Decision(approve=False, by="ada", reason="too early"))
+    assert refused == "the champion stays: ada did not approve version 2: too early"
+    assert aliases(recipe)["champion"] == 1
+    assert "approved by ada" in decide(recipe.name, 2, Decision(approve=True, by="ada"))
+    assert aliases(recipe) == {"candidate": 2, "champion": 2}
+    version = MlflowClient().get_model_version(registry.model_name(recipe.name), "2")
+    assert version.tags["cfsd.approved_by"] == "ada" and version.tags["cfsd.verdict"] == "PASS: all is well"
+    assert version.tags["cfsd.recipe"] == recipe.digest()
+    assert version.description == f"model {MODELS[1].key} of the store\n\n# A card\n\nIt lost nothing."
+    folder = MlflowClient().download_artifacts(str(version.run_id), "champion")
+    assert (Path(folder) / "README.md").read_text() == CARD
+
+
+@pytest.mark.slow
+def test_a_flow_run_waits_for_the_person_who_approves(recipe: Recipe, home: Path, server: str) -> None:
+    assert promoted(recipe, MODELS[0], made(recipe)) == 1
+    assert registered(recipe, MODELS[1], made(recipe, 1)) == 2
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(approve, recipe.name, None, 120)
+        run = paused_run()
+        assert aliases(recipe)["champion"] == 1
+        resume_flow_run(run.id, run_input={"approve": True, "by": "ada", "reason": ""})
+        assert waiting.result(120) == f"champion of {registry.model_name(recipe.name)!r} is version 2, approved by ada"
+    assert aliases(recipe)["champion"] == 2
+    assert "nobody answered within 1 s" in approve(recipe.name, 2, 1)
+
+
+def paused_run() -> FlowRun:
+    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    end = time.monotonic() + 90
+    with get_client(sync_client=True) as client:
+        while not (found := client.read_flow_runs(flow_run_filter=FlowRunFilter(state=states))):
+            assert time.monotonic() < end
+            time.sleep(0.3)
+    return found[0]
 
 
 def test_the_champion_is_read_back_and_each_passed_model_is_a_version(recipe: Recipe, home: Path) -> None:
@@ -76,8 +139,11 @@ def test_a_server_that_is_away_is_told_from_a_missing_champion(recipe: Recipe, h
     figures = made(recipe)
     with pytest.raises(CfsdError, match="cannot be reached"):
         registry.champion(recipe.name)
-    assert registry.promote(recipe.name, MODELS[0], figures, "any") is None
-    assert registry.promote(recipe.name, MODELS[0], figures, None) is None
+    assert registry.register(recipe.name, MODELS[0], figures, "any") is None
+    assert registry.register(recipe.name, MODELS[0], figures, None) is None
+    assert registry.promote(recipe.name, 1) is None
+    with pytest.raises(CfsdError, match="cannot be reached"):
+        registry.candidate(recipe.name)
 
 
 def test_a_successor_is_judged_by_the_margins_that_were_agreed(recipe: Recipe) -> None:
