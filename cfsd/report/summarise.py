@@ -9,7 +9,7 @@ from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
 from cfsd.report.moved import bins_along
 from cfsd.report.run_record import RunRecord, Scores, Step
-from cfsd.report.summary import Fig, Summary, with_bounds
+from cfsd.report.summary import Summary, with_bounds
 from cfsd.report.training import stability_gap, training_of
 from cfsd.statistics.texts import text_forgetting
 from cfsd.statistics.units import figure_of_units
