@@ -64,7 +64,7 @@ bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=training
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.$(PART)
 
-up: $(DONE)  ## Prefect with a worker, and MLflow, on 127.0.0.1 over the data folder
+up: $(DONE)  ## Prefect with a worker, MLflow and the reports on 127.0.0.1 over the data folder; again: new menus
 	$(BIN)/python -m flows.serve up
 
 down: $(DONE)  ## End them

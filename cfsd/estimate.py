@@ -22,7 +22,7 @@ from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
-from cfsd.machine import Machine, home
+from cfsd.machine import Machine, home, room_for_a_copy
 from cfsd.model.folder import count_parameters
 from cfsd.model.token_counts import Count, token_count
 from cfsd.recipe import Recipe
@@ -272,7 +272,13 @@ def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:
 
 def _folder(recipe: Recipe, base: Artifact) -> Path | None:
     """Return where the model is, if it is on this machine."""
-    return Path(recipe.base.path) if recipe.base.path else Store(home()).path(base) if base.content else None
+    return (
+        Path(recipe.base.path)
+        if recipe.base.path
+        else Store(home()).path(base, weights=False)
+        if base.content
+        else None
+    )
 
 
 def rate_of(machine: Machine) -> float:
@@ -338,6 +344,8 @@ def _memory(stage: str, job: Job) -> float | None:
     vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
     if stage in DIVERGENCES:
         return divergence_memory(weights, vocabulary, machine) + 4 * weights * (copies - 2)
+    if stage in stages.SAMPLING and machine.resolved_device() == "cpu" and room_for_a_copy(4 * weights):
+        copies += 1  # laid out for the products of sampling: cfsd.generate.packed_weights
     return PROCESS_BYTES + 4 * (weights * copies + 2 * machine.micro_batch_tokens * vocabulary)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from cfsd.errors import BadInput
@@ -16,6 +17,8 @@ from cfsd.stages import SAMPLING, TRAIN
 HOME_VARIABLE = "CFSD_HOME"
 KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
+COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 def home() -> Path:
@@ -177,6 +180,13 @@ class Machine(BaseModel):
             "python": platform.python_version(),
             **{name: version(name) for name in COUNTED_PACKAGES},
         }
+
+
+def room_for_a_copy(size: float) -> bool:
+    """Say whether this machine, or this container, has the memory for a copy of weights of `size` bytes."""
+    whole = int(psutil.virtual_memory().total)
+    allowed = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.exists() else "max"
+    return COPY_SHARE * size <= (whole if allowed == "max" else min(whole, int(allowed)))
 
 
 def server_url(value: str) -> str:

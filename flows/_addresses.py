@@ -11,6 +11,7 @@ from cfsd.machine import without_password
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVICES = ("http", "https", "databricks", "databricks-uc", "uc")
 DATABASE_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+BACKEND_VARIABLE = "MLFLOW_BACKEND_STORE_URI"  # MLflow's own, of its server
 PREFECT_DRIVERS = ("sqlite+aiosqlite", "postgresql+asyncpg")
 QUOTES_SINCE = (2, 1)  # the SQLAlchemy that takes %23 in a URL for # in a file's name
 
@@ -43,6 +44,8 @@ def check_addresses() -> None:
     """Raise BadEnvironment for an address that can never lead anywhere, with its variable and what to do."""
     _check_prefect("PREFECT_API_URL")
     _check_mlflow("MLFLOW_TRACKING_URI")
+    if os.environ.get(BACKEND_VARIABLE):
+        _check_mlflow(BACKEND_VARIABLE)
     for name in DATABASE_VARIABLES:
         _check_database(name)
 
@@ -73,6 +76,22 @@ def _check_mlflow(name: str) -> None:
         raise BadEnvironment(f"{name} is {without_password(value)!r}, which is not a whole address; {advice}")
     if kind == "sqlite":
         _check_sqlite(name, value)
+    elif kind in DATABASES:
+        _check_driver(name, value)
+
+
+def _check_driver(name: str, value: str) -> None:
+    """Raise BadEnvironment where the package that speaks to a database is not installed."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(value).get_dialect().import_dbapi()
+    except (ImportError, SQLAlchemyError) as error:
+        raise BadEnvironment(
+            f"{name} is {without_password(value)!r}, whose driver is not installed: {error}; for PostgreSQL write "
+            f"postgresql+psycopg2://user@host/database, which needs pip install 'cfsd[postgres]', or unset {name}"
+        ) from error
 
 
 def _is_whole(value: str, kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import inspect
 import os
 import select
 import shlex
@@ -17,6 +18,7 @@ import typer
 from cfsd.errors import BadInput, CfsdError, Stopped
 from cfsd.machine import Machine, home
 from cfsd.overrides import override, parse_overrides, validated
+from cfsd.store.remote import SharedStore
 from flows._environment import check_environment
 from flows._explained import explained
 from tasks.record import console
@@ -34,6 +36,9 @@ On = Annotated[
     typer.Option("--machine", metavar="FIELD=VALUE", help="Change a field of the machine, as threads=1"),
 ]
 Home = Annotated[Path | None, typer.Option(help="Data folder; default: $CFSD_HOME, else ./data")]
+SHARED = typer.Option(
+    "--store", metavar="URL", help="Shared store, as s3://bucket/team; default: $CFSD_STORE, else none ('': none)"
+)
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would run and what is cached, and stop")]
 
 
@@ -46,9 +51,10 @@ def start(command: Callable[..., None]) -> None:
     """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM."""
 
     @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def guarded(*args: Any, store: str | None = None, **kwargs: Any) -> None:  # is in the environment already
         try:
             check_environment()
+            SharedStore.of_environment()  # is its URL one?
             command(*args, **kwargs)
         except (KeyboardInterrupt, Stopped):
             _last_words.extend(["stopped; what is finished is kept. To continue:", _same_command()])
@@ -61,6 +67,9 @@ def start(command: Callable[..., None]) -> None:
         except Exception as error:
             _end_with(explained(error), error)
 
+    own, shared = inspect.signature(command), inspect.Parameter("store", inspect.Parameter.KEYWORD_ONLY)
+    option = shared.replace(default=None, annotation=Annotated[str | None, SHARED])
+    guarded.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption acts as Ctrl-C
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)

@@ -12,6 +12,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cfsd.errors import BadEnvironment
+from cfsd.machine import without_password
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "deployments"
@@ -62,6 +63,5 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", *words]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise BadEnvironment(
-            f"{' '.join(words)} failed with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        shown, said = " ".join(map(without_password, words)), f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        raise BadEnvironment(f"{shown} failed with code {done.returncode}:\n{said}")

@@ -22,6 +22,8 @@ from flows._folders import check_data_folder, home_from_command_line, settle_use
 from flows._proxies import check_proxies, keep_loopback_from_proxies, leave_out_socks
 
 SERVERS = "servers.json"
+BEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+HEARTBEAT_SECONDS = "30"  # the least that Prefect takes; three without one, and a run has crashed
 OWN_DATABASE = ("HOST", "NAME", "DRIVER", "USER")  # PREFECT_SERVER_DATABASE_…: parts of a URL that Prefect makes
 
 
@@ -68,6 +70,7 @@ def _defaults() -> dict[str, str]:
     }
     if "prefect" in servers:
         defaults["PREFECT_API_URL"] = f"{servers['prefect']}/api"
+        defaults[BEAT] = HEARTBEAT_SECONDS
     if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # a server of our own asks its client for it
         defaults["PREFECT_API_AUTH_STRING"] = login
     return defaults | _prefect_database()

@@ -11,6 +11,7 @@ from cfsd.errors import BadEnvironment, BadInput
 from cfsd.machine import HOME_VARIABLE, expanded_user, home
 from cfsd.store.disk import full_disk
 from cfsd.store.locks import check_locks
+from cfsd.store.remote import STORE_VARIABLE
 
 TEMPORARY_BYTES = 32 << 20  # a temporary folder with less room is not used
 ELSEWHERE = "choose another data folder with --home, or with CFSD_HOME"
@@ -21,12 +22,22 @@ CACHES = {  # what libraries write below HOME, where HOME is there but cannot be
 
 
 def home_from_command_line() -> None:
-    """Put `--home` into the environment, where all that is imported later finds it. Raises BadInput."""
+    """Put `--home` and `--store` into the environment, where all that is imported later finds them. Raises BadInput."""
+    if (folder := _given("--home")) is not None:
+        os.environ[HOME_VARIABLE] = _absolute(folder)
+    if (url := _given("--store")) is not None:
+        os.environ[STORE_VARIABLE] = url
+
+
+def _given(option: str) -> str | None:
+    """Return the last value of an option on the command line."""
+    value = None
     for i, word in enumerate(sys.argv):
-        if word == "--home" and i + 1 < len(sys.argv):
-            os.environ[HOME_VARIABLE] = _absolute(sys.argv[i + 1])
-        elif word.startswith("--home="):
-            os.environ[HOME_VARIABLE] = _absolute(word.removeprefix("--home="))
+        if word == option and i + 1 < len(sys.argv):
+            value = sys.argv[i + 1]
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+    return value
 
 
 def _absolute(given: str) -> str:

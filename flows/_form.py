@@ -35,6 +35,7 @@ from flows.approve import check_asked
 from flows.compare import compare
 from flows.continual import continual
 from flows.corpus import corpus
+from flows.measure import asked_of, measure
 from flows.mitigate import mitigate
 from flows.regress import CHAMPION, regress
 
@@ -44,7 +45,7 @@ def _lines_of(field: str) -> str:
     return rf"^([ \t]*({field}[ \t]*=[^\n]*)?(\n|$))*$"
 
 
-Settings = Annotated[str, Field(pattern=_lines_of(r"\w+"))]
+Settings = Annotated[str, Field(pattern=_lines_of(r"[\w.-]+"))]
 Overrides = Annotated[str, Field(pattern=_lines_of(f"({'|'.join(Recipe.model_fields)})[\\w.-]*"))]
 AS_IN_RECIPE: Literal["as in the recipe"] = "as in the recipe"
 RecipeName = Annotated[str, Chosen("recipe")]
@@ -320,5 +321,36 @@ def regress_form(
             check_asked(is_champion=baseline == CHAMPION)
         loaded = Recipe.load(file, _lines(overrides))
         return regress.fn(loaded, baseline or None, seeds or None, update_baseline, machine.machine(), approval)
+
+    return told(work)
+
+
+@flow(name="measure")
+def measure_form(
+    base: str,
+    tuned: str,
+    benchmarks: str = "",
+    target: str = "",
+    overrides: Settings = "",
+    machine: On = On(),  # noqa: B008
+) -> State[Any]:
+    """What was lost between two models that exist already; trains nothing.
+
+    Args:
+        base: The model before: tiny, smollm2, a folder or org/name@revision
+        tuned: The model after, or the folder of an adapter, which is merged into base
+        benchmarks: Bundled or lm-eval tasks, one a line
+        target: A file with rows that tuned was not trained on; columns prompt and response
+        overrides: Fields of probe, evaluate and target, one FIELD=VALUE a line, such as probe.rows=64
+        machine: Where it runs
+    """
+
+    def work() -> Result:
+        asked, on = (
+            asked_of((base, tuned), _lines(benchmarks), target or None, (), _lines(overrides)),
+            machine.machine(),
+        )
+        asked.check(on)
+        return measure.fn(*asked, on)
 
     return told(work)

@@ -26,7 +26,8 @@ from cfsd.estimate import (
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.sharing import check_shared_store
 from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
 from tasks._stage import Planned, planning
@@ -59,9 +60,11 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
         return
     if machine.devices:  # else it fits, and torch, which takes a second to import, need not say it
         machine.resolved_devices()
-    plans = [_check(recipe, machine, pipeline) for recipe in recipes]
-    with once_checked():
-        yield plans
+    check_shared_store()
+    with Store(home()).in_use():
+        plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+        with once_checked():
+            yield plans
 
 
 @contextmanager

@@ -19,6 +19,7 @@ HOST = "127.0.0.1"
 START_SECONDS = 180
 PATIENCE_SECONDS = 15  # after which it is said that a server takes long
 STOP_SECONDS = 15
+SHARED_ATTEMPTS = 3  # to start a server over a database that others use too
 TAIL_LINES = 10
 _direct = build_opener(ProxyHandler({}))  # loopback is asked without a proxy
 
@@ -28,26 +29,30 @@ def start_server(
 ) -> "subprocess.Popen[bytes]":
     """Start `python -m WORDS` and return its process once the URL `health` answers, if there is one.
 
-    It writes into logs/NAME.log of the data folder; `place` is what else Popen takes. Raises BadEnvironment that shows
-    why it did not start, followed by `advice`.
+    It writes into logs/NAME.log of the data folder; `place` is what else Popen takes. With `advice`, which names a
+    database that others use too, one that ends is started again: another may have made the tables at the same time.
+    Raises BadEnvironment that shows why it did not start, followed by `advice`.
     """
     log = log_of(name)
-    with log.open("ab") as out:
-        written = out.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True, **place,
-        )  # fmt: skip
-    try:
-        if health:
-            _wait_until(lambda: answers(health), process, name)
-    except BaseException as error:
-        code = process.poll()
-        end(process)
-        if isinstance(error, TimeoutError):
-            raise BadEnvironment(_why(name, code, log, written) + advice) from None
-        raise
-    return process
+    for left in reversed(range(SHARED_ATTEMPTS if advice else 1)):
+        with log.open("ab") as out:
+            written = out.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True, **place,
+            )  # fmt: skip
+        try:
+            if health:
+                _wait_until(lambda: answers(health), process, name)
+            return process
+        except BaseException as error:
+            code = process.poll()
+            end(process)
+            if not isinstance(error, TimeoutError):
+                raise
+            if code is None or not left:
+                raise BadEnvironment(_why(name, code, log, written) + advice) from None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def log_of(name: str) -> Path:

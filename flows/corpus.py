@@ -65,5 +65,5 @@ def show_corpus(result: Result) -> None:
             k: f"{v:.4g}" if isinstance(v, float) else v for k, v in artifact.metadata.items() if v not in ("", {})
         }
         console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in metadata.items())}")
-        console.print(f"         {Store(home()).path(artifact)}")
+        console.print(f"         {Store(home()).whereabouts(artifact)}")
     print(result.folder / "corpus.html", flush=True)

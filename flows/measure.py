@@ -5,8 +5,9 @@ python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 TUNED may be the folder of an adapter, which is merged into BASE first.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from prefect import flow
@@ -24,6 +25,7 @@ from cfsd.report.run_record import RunRecord, roles_of
 from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._named import call_flow_run
 from flows._plan import planned
 from flows._temporary_server import prefect_server
 from tasks import record
@@ -47,6 +49,7 @@ def measure(
     adapter = Adapter.at(tuned.path)
     label = f"adapter {adapter.label()} merged into {base.label()}" if adapter else tuned.label()
     name = f"measure {adapter.label() if adapter else tuned.label()} against {base.label()}"
+    call_flow_run(name, [f"model:{tuned.label()}", f"base:{base.label()}"])
     with record.variant(name) as variant:
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
@@ -56,12 +59,19 @@ def measure(
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
         sampled = sample_along(models[0], probe, evaluate.prompts, machine)
-        rows = prepare_target(models[0], target, machine) if target else None
+        rows = prepare_target(models[0], _fitting(target, models[1]), machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
         roles = {"base": models[0], "final": models[1], **roles_of(sampled)} | ({"target": rows} if rows else {})
         run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
         return conclude(name, [run_record], [variant.run_id])
+
+
+def _fitting(target: Target, tuned: Artifact) -> Target:
+    """Return the target without rows that are longer than TUNED attends to; the stage drops, counts and says them."""
+    context = tuned.metadata["context"]
+    most = min(target.max_length, context) if isinstance(context, int) else target.max_length
+    return target.model_copy(update={"max_length": most})
 
 
 def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Machine) -> Artifact:
@@ -93,29 +103,53 @@ def measure_command(
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
-    own = {"target": {"path": str(target), "seed": 0, "measure_only": True}} if target else {}
-    settings = {"probe": {"seed": 0}, "evaluate": {"benchmarks": named}} | own
-    parts = override(settings, parse_overrides(set_))
+    on = machine_of(machine)
+    asked = asked_of((base, tuned), named, str(target) if target else None, prompts, set_)
+    asked.check(on)
+    with prefect_server():
+        result = measure(*asked, on)
+    show(result)
+
+
+class Asked(NamedTuple):
+    """What a measurement takes, as its flow does."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    target: Target | None
+    probe: ProbeSpec
+    evaluate: EvaluateSpec
+
+    def check(self, machine: Machine) -> None:
+        """Raise BadInput for errors detectable before anything is sampled."""
+        after = Adapter.at(self.tuned.path) or self.tuned
+        given: list[Checkpoint | Adapter | EvaluateSpec | Target | None] = [
+            self.base, after, self.evaluate, self.target
+        ]  # fmt: skip
+        for part in given:
+            if part:
+                part.check()
+            if isinstance(part, Checkpoint):
+                check_model(part)
+        with planned():
+            check_benchmarks(fetch_model(self.base, machine), self.evaluate, machine)
+
+
+def asked_of(
+    models: tuple[str, str], benchmarks: Sequence[Any], target: str | None, prompts: Sequence[str], changes: list[str]
+) -> Asked:
+    """Return what is measured, from texts of the command line or of a form. Raises BadInput."""
+    own = {"target": {"path": target, "seed": 0, "measure_only": True}} if target else {}
+    settings = {"probe": {"seed": 0}, "evaluate": {"benchmarks": list(benchmarks)}} | own
+    parts = override(settings, parse_overrides(changes))
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
     probe = validated(ProbeSpec, parts["probe"], "--set")
-    asked = {"prompts": [_named_prompts(file) | {"length": probe.length} for file in prompts]} if prompts else {}
-    measured = {**parts["evaluate"], **asked}
-    on, evaluate = machine_of(machine), validated(EvaluateSpec, measured, "--benchmark, --prompts")
-    models = [validated(Checkpoint, model, "measure") for model in (base, tuned)]
+    more = {"prompts": [_named_prompts(file) | {"length": probe.length} for file in prompts]} if prompts else {}
+    evaluate = validated(EvaluateSpec, {**parts["evaluate"], **more}, "--benchmark, --prompts")
+    base, tuned = (validated(Checkpoint, model, "measure") for model in models)
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
-    after = Adapter.at(models[1].path) or models[1]
-    given: list[Checkpoint | Adapter | EvaluateSpec | Target | None] = [models[0], after, evaluate, rows]
-    for part in given:
-        if part:
-            part.check()
-        if isinstance(part, Checkpoint):
-            check_model(part)
-    with planned():
-        check_benchmarks(fetch_model(models[0], on), evaluate, on)
-    with prefect_server():
-        result = measure(models[0], models[1], rows, probe, evaluate, on)
-    show(result)
+    return Asked(base, tuned, rows, probe, evaluate)
 
 
 def _named_prompts(given: str) -> dict[str, Any]:

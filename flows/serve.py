@@ -1,6 +1,7 @@
 """The pages for a team: Prefect with a worker and the deployments, MLflow, and the reports, over one data folder.
 
     python -m flows.serve up | down | status
+    python -m flows.serve worker        a worker alone, for servers elsewhere: PREFECT_API_URL and MLFLOW_TRACKING_URI
 
 They listen on 127.0.0.1 only. Their URLs and process numbers are in servers.json of the data folder. The command
 lines find them there, so that their runs appear in the same pages.
@@ -11,11 +12,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import psutil
 import typer
@@ -24,16 +26,16 @@ from cfsd.errors import BadEnvironment
 from cfsd.machine import HOME_VARIABLE, home, without_password
 from cfsd.store.digests import write_json
 from cfsd.store.locks import held
+from flows._addresses import BACKEND_VARIABLE
 from flows._cli import Home, start
 from flows._deployed import POOL_VARIABLE, deploy, make_pools, pool, run
-from flows._environment import SERVERS, is_alive, mlflow_database, recorded_servers
+from flows._environment import BEAT, HEARTBEAT_SECONDS, SERVERS, is_alive, mlflow_database, recorded_servers
 from flows._menu import own_recipes, unreadable
 from flows._prefect_api import database_advice, prefect_lock
 from flows._servers import HOST, answers, log_of, start_server
-from tasks.record import mlflow_lock
+from tasks.record import mlflow_lock, unreachable
 
 ROOT = Path(__file__).parent.parent
-HEARTBEAT_SECONDS = "30"  # the least that Prefect takes; three without one, and the run has crashed
 
 
 def up(ports: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -75,14 +77,18 @@ def _start_pages(running: dict[str, dict[str, Any]], ports: dict[str, int]) -> N
     """Start what has pages and does not run, all at once, and keep what has started also where another one fails."""
     starts = {"prefect": _start_prefect, "mlflow": _start_mlflow, "reports": _start_reports}
     missing = {name: free_port(ports[name], f"--{name}-port") for name in starts if name not in running}
+    writing = threading.Lock()
+
+    def begin(name: str) -> None:
+        entry = starts[name](missing[name])
+        with writing:  # at once: `down` must know of it also where the others are interrupted
+            running[name] = entry
+            _keep(running)
+
     with ThreadPoolExecutor() as threads:
-        started = {name: threads.submit(starts[name], port) for name, port in missing.items()}
-    for name, entry in started.items():
-        if entry.exception() is None:
-            running[name] = entry.result()
-    _keep(running)
-    for entry in started.values():
-        entry.result()
+        begun = [threads.submit(begin, name) for name in missing]
+    for each in begun:
+        each.result()
 
 
 def _start_prefect(port: int) -> dict[str, Any]:
@@ -97,12 +103,20 @@ def _start_prefect(port: int) -> dict[str, Any]:
 
 
 def _start_mlflow(port: int) -> dict[str, Any]:
-    url, database = f"http://{HOST}:{port}", mlflow_database()
-    environment = _environment() | {"MLFLOW_TRACKING_URI": database}
-    artifacts = (home() / "mlartifacts").as_uri()
-    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
-               "--backend-store-uri", database, "--default-artifact-root", artifacts]  # fmt: skip
-    with mlflow_lock():  # or its workers, and runs that begin now, race to create the tables
+    url, database = f"http://{HOST}:{port}", os.environ.get(BACKEND_VARIABLE) or mlflow_database()
+    if problem := unreachable(database):
+        raise BadEnvironment(
+            f"{BACKEND_VARIABLE} is {without_password(database)}, but nothing can be reached there: {problem}"
+        )
+    environment = _environment() | {
+        "MLFLOW_TRACKING_URI": database,
+        BACKEND_VARIABLE: database,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four processes for jobs that nothing here has
+    }
+    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    if not os.environ.get("MLFLOW_ARTIFACTS_DESTINATION"):  # which the server then serves itself
+        command += ["--default-artifact-root", (home() / "mlartifacts").as_uri()]
+    with mlflow_lock(database):  # or its workers, and runs that begin now, race to create the tables
         run(["mlflow", "db", "upgrade", database], environment)
         return _started("mlflow", command, url, f"{url}/health", environment)
 
@@ -113,9 +127,26 @@ def _start_reports(port: int) -> dict[str, Any]:
 
 
 def _start_worker(environment: dict[str, str]) -> dict[str, Any]:
-    beating = environment | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT_SECONDS}
-    command = ["prefect", "worker", "start", "--pool", pool(), "--type", "process"]
-    return _started("worker", command, "", "", beating)
+    return _started("worker", _worker(), "", "", environment | {BEAT: HEARTBEAT_SECONDS})
+
+
+def _worker() -> list[str]:
+    return ["prefect", "worker", "start", "--pool", pool(), "--type", "process"]
+
+
+def become_worker() -> NoReturn:
+    """Make the work pools and the deployments at PREFECT_API_URL, and let this process be their worker.
+
+    Raises:
+        BadEnvironment: PREFECT_API_URL is not set, or its server refuses.
+    """
+    if not (url := os.environ.get("PREFECT_API_URL")):
+        raise BadEnvironment("a worker alone needs a server: set PREFECT_API_URL, or start both here: make up")
+    environment = _environment() | {"PREFECT_API_URL": url, "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}
+    make_pools(url)
+    deploy(environment)
+    os.chdir(ROOT)
+    os.execve(sys.executable, [sys.executable, "-m", *_worker()], environment | {BEAT: HEARTBEAT_SECONDS})
 
 
 def _environment() -> dict[str, str]:
@@ -200,10 +231,11 @@ class Action(StrEnum):
     up = "up"
     down = "down"
     status = "status"
+    worker = "worker"
 
 
 def serve_command(
-    action: Annotated[Action, typer.Argument(help="Start them, end them, or say which of them run")],
+    action: Annotated[Action, typer.Argument(help="Start them, end them, say which run; or be a worker")],
     prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
     reports_port: Annotated[int, typer.Option(min=1, max=65535)] = 5100,
@@ -220,6 +252,8 @@ def serve_command(
         print("\n".join(unreadable()), end="")
         print("end them with: make down")
         _say_what_goes_elsewhere(running)
+    elif action is Action.worker:
+        become_worker()
     elif action is Action.down:
         print(f"ended: {', '.join(down()) or 'nothing ran'}")
     else:

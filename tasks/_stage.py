@@ -68,7 +68,10 @@ def stage(
                     work(draft, *args, **kwargs)
                 _say(name, draft.metadata)
 
-            made = Store(home()).make(kind, key, do, environment=machine.environment(name), say=record.say)
+            inputs = [value for value in values if isinstance(value, Artifact)]
+            made = Store(home()).make(
+                kind, key, do, environment=machine.environment(name), inputs=inputs, say=record.say
+            )
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
         def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:
@@ -97,6 +100,7 @@ def stage(
             made = store.find(kind, key)
             assert made, "a stage that ended without an error leaves its artifact"
             executed = known is None and bool(result["executed"])
+            store.share(made, record.say)  # what was made while the shared store was away, or before there was one
             record.keep_step(name, store, made, named(*args, **kwargs), executed=executed, gpu=gpu)
             return made
 

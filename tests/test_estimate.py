@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_memory import USABLE, ways_to_train
-from cfsd.estimate import divergence_memory, estimate, job_of
+from cfsd.estimate import KNOWN_SHAPES, divergence_memory, estimate, job_of
 from cfsd.machine import Machine
 from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
@@ -179,3 +179,18 @@ def test_a_divergence_over_a_wide_vocabulary_needs_what_is_planned(tmp_path: Pat
     planned = divergence_memory(shapes.parameters(), shapes.vocabulary, machine)
     print(f"{int(run.stdout) / 1e9:.2f} GB, planned {planned / 1e9:.2f}")
     assert 1 / FACTOR < planned / int(run.stdout) < FACTOR
+
+
+@pytest.mark.parametrize(("room", "copies"), [(True, 1), (False, 0)])
+def test_sampling_is_planned_with_the_copy_of_weights_that_it_lays_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool, copies: int
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    recipe = Recipe.model_validate({"name": "packed", "base": "smollm2", "target": {"path": str(rows)}})
+    unknown = Artifact(kind="model", key="", content="")
+    monkeypatch.setattr("cfsd.estimate.room_for_a_copy", lambda size: room)
+    job = job_of(recipe, unknown, unknown, Machine(device="cpu"))
+    scored = estimate("weigh", (), job, 1e11).memory  # one copy as well, and as many logits
+    weights = KNOWN_SHAPES["smollm2"].parameters()
+    planned = estimate("probe", (recipe.probe,), job, 1e11).memory
+    assert planned and scored and planned - scored == 4 * weights * copies

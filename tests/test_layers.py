@@ -43,12 +43,13 @@ ORDER = (
     {"comparison", "estimate", "target_sequence"},
     {"report"},
     {"baseline"},
+    {"__main__"},
 )
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
 FOUNDATION = {("statistics", "errors"), ("spec", "errors")}  # the first line's own
 OPTIONAL = {  # imported where they are needed: not installed everywhere, or slow and rarely needed
     "ray", "prefect_ray", "torch", "reasoning_gym", "pyarrow", "datasets", "mlflow", "prefect", "peft",
-    "huggingface_hub", "lm_eval",
+    "huggingface_hub", "lm_eval", "sqlalchemy",
 }  # fmt: skip
 
 

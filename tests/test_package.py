@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.processes
 
-PIPELINE = {"fastapi", "mlflow", "prefect", "typer"}
+PIPELINE = {"fastapi", "mlflow", "prefect"}
 EVERY_MODULE = f"""
 import importlib, pkgutil, sys
 for name in {sorted(PIPELINE)}:

@@ -95,6 +95,7 @@ class _Reading:
             yield self.recognised
         yield from self.of_files.sentences()
         yield from (f"{note}; rows: {count}" for note, count in self.notes.items())
+        yield from (f"rows left out: {count} {reason}" for reason, count in self.dropped.items())
 
     def rows(self) -> Iterator[Row]:
         records = islice(records_of(self.target, self.of_files), self.target.rows)

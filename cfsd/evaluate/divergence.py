@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cfsd.errors import BadInput
 from cfsd.evaluate.movement import Chunk, Movement
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.stage import load_models, per_token, size_of, write_result
@@ -109,9 +110,22 @@ def _along(
     def progress(done: int) -> None:
         draft.journal.progress(done, len(rows), "rows")
 
-    base_model, tuned_model = load_models([base, tuned], draft, machine)
     token_rows = [row["token_ids"] for row in rows]
+    check_fit(token_rows, {"the base": base, "the tuned model": tuned})
+    base_model, tuned_model = load_models([base, tuned], draft, machine)
     return divergences(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks, movement)
+
+
+def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> None:
+    """Raise BadInput when a row has more tokens than one of the models, by what they are called, attends to."""
+    longest = max(map(len, rows))
+    for name, model in models.items():
+        context = model.metadata.get("context")
+        if isinstance(context, int) and longest > context:
+            raise BadInput(
+                f"a row of {longest} tokens does not fit {name}, which attends to {context} tokens; give "
+                "shorter prompts, or a smaller `length` in evaluate.prompts"
+            )
 
 
 def divergences(

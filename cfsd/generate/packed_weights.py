@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-SHARE = 8  # the copy may take this part of the machine's memory; by all of it, not by what is free: free memory varies
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+from cfsd.machine import room_for_a_copy
 
 
 @contextmanager
@@ -23,7 +20,7 @@ def packed_weights(model: PreTrainedModel, rows: int) -> Iterator[None]:
     the output layer's are packed.
     """
     head, layers = model.get_output_embeddings(), _linear_layers(model)
-    if SHARE * sum(layer.weight.nbytes for layer in layers) > memory():
+    if not room_for_a_copy(sum(layer.weight.nbytes for layer in layers)):
         layers = [layer for layer in layers if layer is head]
     with ExitStack() as undo:
         for layer in layers:
@@ -31,13 +28,6 @@ def packed_weights(model: PreTrainedModel, rows: int) -> Iterator[None]:
             own.forward = partial(_product, torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows), layer.bias)
             undo.callback(delattr, layer, "forward")
         yield
-
-
-def memory() -> int:
-    """Return the bytes of memory that this machine, or this container, has."""
-    whole = int(psutil.virtual_memory().total)
-    allowed = LIMIT.read_text().strip() if LIMIT.exists() else "max"
-    return whole if allowed == "max" else min(whole, int(allowed))
 
 
 def _product(packed: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:

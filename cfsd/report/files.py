@@ -143,8 +143,8 @@ def check_store(store: Store, kept: Kept) -> None:
 
 def check_artifacts(store: Store, needed: Iterable[Artifact]) -> None:
     """Raise BadInput if an artifact is gone. Of models the weights are not needed, only manifest and metrics."""
-    places = {f"{artifact.kind} {artifact.key}": store.path(artifact) for artifact in needed}
-    gone = [name for name, place in places.items() if not (place / "manifest.json").is_file()]
+    named = {f"{artifact.kind} {artifact.key}": artifact for artifact in needed}
+    gone = [name for name, artifact in named.items() if not store.has_manifest(artifact)]
     if gone:
         more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise BadInput(

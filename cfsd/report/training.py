@@ -41,7 +41,7 @@ class Panel(NamedTuple):
 def metrics_of(store: Store, artifact: Artifact) -> dict[str, Series]:
     """Return each metric of the artifact's training by step, in order; values that are not numbers are left out."""
     metrics: dict[str, Series] = {}
-    for record in read_metrics(store.path(artifact)):
+    for record in read_metrics(store.path(artifact, weights=False)):
         if math.isfinite(record["value"]):
             metrics.setdefault(record["name"], {})[record["step"]] = record["value"]
     return {name: dict(sorted(series.items())) for name, series in metrics.items()}

@@ -2,28 +2,30 @@
 
 store/<kind>/<key>/manifest.json + payload        complete: verified, never changed
 store/<kind>/<key>.draft/                         being made; continued after a crash
+
+A second tier, where CFSD_STORE names one: see `cfsd.store.sharing`.
 """
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cfsd.errors import StoreError
 from cfsd.spec import Spec, digest_of
 from cfsd.store.digests import DigestMemory, digest_of_files, digest_of_rows, sha256_of_file, write_json
 from cfsd.store.journal import METRICS, PROGRESS, Journal
-from cfsd.store.locks import held
+from cfsd.store.locks import held, used
+from cfsd.store.manifest import MANIFEST, SCHEMA, read_json, read_manifest
+from cfsd.store.remote import SharedStore
+from cfsd.store.sharing import PARTIAL, Sharing
 
-MANIFEST = "manifest.json"
-SCHEMA = 2  # of the manifest; 1 called the metadata `facts`
 DRAFT = "draft.json"
 ERROR = "error.json"
 REQUEST = "request.json"
@@ -82,25 +84,71 @@ class Store:
     """Folders by kind and key. The store is the cache: what it does not hold does not exist."""
 
     def __init__(self, home: Path) -> None:
-        """Open the store of the data folder `home`."""
+        """Open the store of the data folder `home`, and the shared one of CFSD_STORE. Raises BadInput for its URL."""
         self.home = home.absolute()
         self.root = self.home / "store"
         self.memory = DigestMemory(self.home)
+        remote = SharedStore.of_environment()
+        self.sharing = Sharing(self.root, self.memory, remote) if remote else None
 
-    def path(self, artifact: Artifact) -> Path:
-        """Return the folder of `artifact`."""
+    def place(self, artifact: Artifact) -> Path:
+        """Return the folder of `artifact`, which may lack files that are in the shared store."""
         return self.root / artifact.kind / artifact.key
+
+    def whereabouts(self, artifact: Artifact) -> str:
+        """Return where people find `artifact`: its folder, and how to bring what is in the shared store alone."""
+        folder = self.place(artifact)
+        partial = (folder / PARTIAL).exists()
+        return f"{folder}{f' (in part; the rest: cfsd store pull {artifact.key})' if partial else ''}"
+
+    def has_manifest(self, artifact: Artifact) -> bool:
+        """Say whether `artifact` is known, here or in the shared store; its files may be gone or damaged."""
+        folder = self._known(artifact.kind, artifact.key)
+        return (folder / MANIFEST).is_file()
+
+    def path(self, artifact: Artifact, *, weights: bool = True) -> Path:
+        """Return the folder of `artifact`, after what is in the shared store alone was brought into it.
+
+        `weights` false: its safetensors files are not needed, and may stay there.
+
+        Raises:
+            StoreError: the shared store, where the rest is, does not answer, or is damaged there.
+        """
+        folder = self._known(artifact.kind, artifact.key)
+        if self.sharing and (folder / PARTIAL).exists():
+            with self.lock(artifact.kind, artifact.key):
+                self._check_content(artifact)
+                self.sharing.bring(folder, weights=weights)
+        return folder
+
+    def _known(self, kind: str, key: str) -> Path:
+        """Return the folder of an artifact, with the manifest of the shared store where it was not there."""
+        folder = self.root / kind / key
+        if self.sharing and not folder.exists():
+            self.sharing.discover(kind, key)
+        return folder
+
+    def _check_content(self, artifact: Artifact) -> None:
+        if (content := self.manifest(artifact)["content"]) != artifact.content:
+            raise StoreError(
+                f"{artifact.kind} {artifact.key} with content {artifact.content} is not here, and the shared store has "
+                f"another realisation, {content}; run the recipe again"
+            )
 
     def manifest(self, artifact: Artifact) -> dict[str, Any]:
         """Return what was recorded when `artifact` was made. Raises StoreError where that cannot be read."""
-        if (manifest := _manifest(self.path(artifact))) is None:
+        folder = self._known(artifact.kind, artifact.key)
+        if (manifest := read_manifest(folder)) is None:
             raise StoreError(self._remedy(artifact, [MANIFEST]))
         return manifest
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """Return the artifact, or None if it is absent or any of its files is missing or changed."""
-        folder = self.root / kind / key
-        manifest = _manifest(folder, key)
+        """Return the artifact, or None if it is absent or any of its files is missing or changed.
+
+        Of one that only the shared store has, the manifest is brought: see `path` for the rest.
+        """
+        folder = self._known(kind, key)
+        manifest = read_manifest(folder, key)
         if manifest is None or self.damage(folder, manifest):
             return None
         return Artifact(kind=kind, key=key, content=manifest["content"], metadata=manifest["metadata"])
@@ -108,23 +156,26 @@ class Store:
     def damage(self, folder: Path, manifest: dict[str, Any], *, full: bool = False) -> list[str]:
         """Return the names of the files that are missing or differ from the manifest.
 
-        `full` reads every byte; otherwise files of known size and mtime are trusted.
+        `full` reads every byte; otherwise files of known size and mtime are trusted. What is still in the shared store
+        is not missing.
         """
         read = sha256_of_file if full else self.memory.sha256
         files = manifest["files"].items()
+        if self.sharing and (folder / PARTIAL).exists():
+            files = [(name, sha) for name, sha in files if os.path.lexists(folder / name)]
         return [n for n, sha in files if not (folder / n).is_file() or read(folder / n) != sha]
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""
         folder = self.path(artifact)
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         if bad := [MANIFEST] if manifest is None else self.damage(folder, manifest, full=True):
             raise StoreError(self._remedy(artifact, bad))
 
     def _remedy(self, artifact: Artifact, bad: list[str]) -> str:
         return (
             f"{artifact.kind} {artifact.key} is damaged ({', '.join(bad)}); "
-            f"restore it, or delete the folder {self.path(artifact)} and run again"
+            f"restore it, or delete the folder {self.place(artifact)} and run again"
         )
 
     def make(
@@ -134,28 +185,73 @@ class Store:
         work: Callable[[Draft], None],
         *,
         environment: dict[str, JsonValue] | None = None,
+        inputs: Iterable[Artifact] = (),
         say: Callable[[str], None] = print,
     ) -> tuple[Artifact, bool]:
         """Return the artifact and whether `work` was executed for it.
 
         `work` runs under the key's lock, in the key's draft. An exception leaves the draft, which the
-        next call continues if `environment` (precision, sharding, package versions) is the same.
+        next call continues if `environment` (precision, sharding, package versions) is the same. `inputs` are what it
+        is made from, and recorded. What is complete is pushed to the shared store, where there is one: there the first
+        realisation of a key wins, and is returned.
         """
-        with self.lock(kind, key, say):
-            if artifact := self.find(kind, key):
-                return artifact, False
-            if (self.root / kind / key).exists():
-                say(f"{kind} {key} is damaged ({', '.join(self._damaged(kind, key))}): it is made again")
+        with self.in_use(), self.lock(kind, key, say):
+            if artifact := self.find(kind, key) or self._restored(kind, key, say):
+                return self._pushed(artifact, say), False
             waiting = self.root / kind / f"{key}.draft"
-            if (done := _manifest(waiting, key)) and not self.damage(waiting, done):
-                return self._put_in_place(waiting, kind, key), False
+            if (done := read_manifest(waiting, key)) and not self.damage(waiting, done):
+                return self._pushed(self._put_in_place(waiting, kind, key), say, fresh=True), False
             draft = self._open_draft(kind, key, environment or {}, say)
             started = time.time()
             work(draft)
-            return self._complete(draft, kind, key, environment or {}, time.time() - started), True
+            recorded = {
+                "environment": environment or {}, "seconds": round(time.time() - started, 3),
+                "inputs": [{"kind": i.kind, "key": i.key} for i in inputs],
+            }  # fmt: skip
+            return self._pushed(self._complete(draft, kind, key, recorded), say, fresh=True), True
+
+    def _restored(self, kind: str, key: str, say: Callable[[str], None]) -> Artifact | None:
+        """Say that what is here is damaged, and return it from the shared store if that has it."""
+        folder = self.root / kind / key
+        if not os.path.lexists(folder):
+            return None
+        what = f"{kind} {key} is damaged ({', '.join(self._damaged(kind, key))})"
+        if (folder / PARTIAL).exists() and not self.sharing:
+            what = f"of {kind} {key} a part is in a shared store only, and CFSD_STORE is not set"
+        if self.sharing:
+            _remove(folder)
+            if artifact := self.find(kind, key):
+                say(f"{what}: it is taken from the shared store {self.sharing.remote}")
+                return artifact
+        say(f"{what}: it is made again")
+        return None
+
+    def share(self, artifact: Artifact, say: Callable[[str], None] = print, *, again: bool = False) -> bool:
+        """Push a complete artifact to the shared store if it is not there yet, and return whether it is there now.
+
+        `again`: what is there is damaged, and is overwritten.
+        """
+        folder = self.place(artifact)
+        if self.sharing is None or (not again and self.sharing.is_settled(folder)):
+            return self.sharing is not None
+        with self.lock(artifact.kind, artifact.key, say):
+            if self.find(artifact.kind, artifact.key) is None:
+                say(f"{artifact.kind} {artifact.key} is damaged and is not pushed; run its recipe again")
+                return False
+            return self.sharing.push(folder, say, again=again)
+
+    def _pushed(self, artifact: Artifact, say: Callable[[str], None], *, fresh: bool = False) -> Artifact:
+        if self.sharing is None or self.sharing.is_settled(folder := self.place(artifact)):
+            return artifact
+        self.sharing.push(folder, say, fresh=fresh)
+        return self.find(artifact.kind, artifact.key) or artifact
+
+    def in_use(self) -> AbstractContextManager[bool]:
+        """Keep `cfsd store gc` from deleting anything for the block."""
+        return used(self.root / ".locks" / "in-use")
 
     def _damaged(self, kind: str, key: str) -> list[str]:
-        manifest = _manifest(folder := self.root / kind / key, key)
+        manifest = read_manifest(folder := self.root / kind / key, key)
         return [MANIFEST] if manifest is None else self.damage(folder, manifest)
 
     @contextmanager
@@ -169,7 +265,7 @@ class Store:
         folder = self.root / kind / f"{key}.draft"
         mark = folder / DRAFT
         continued = mark.exists()
-        if continued and _json(mark) != environment:
+        if continued and read_json(mark) != environment:
             say(f"{kind} {key} was begun with other versions or settings of the machine: it starts anew")
             continued = False
         if not continued:
@@ -178,16 +274,14 @@ class Store:
             write_json(mark, environment)
         return Draft(self, folder, continued=continued)
 
-    def _complete(
-        self, draft: Draft, kind: str, key: str, environment: dict[str, JsonValue], seconds: float
-    ) -> Artifact:
+    def _complete(self, draft: Draft, kind: str, key: str, recorded: dict[str, Any]) -> Artifact:
         files = {name: path for name, path in _files(draft.folder).items() if not _is_scratch(name)}
         stamps = {name: _synced(path) for name, path in files.items()}
         digests = {name: str(stamp[2]) for name, stamp in stamps.items()}
         manifest = {
             "schema": SCHEMA, "kind": kind, "key": key, "content": _content(files, digests), "metadata": draft.metadata,
-            "files": digests, "environment": environment,
-            "seconds": round(seconds, 3), "created": time.time(),
+            "files": digests, "sizes": {name: stamp[0] for name, stamp in stamps.items()}, **recorded,
+            "created": time.time(),
         }  # fmt: skip
         write_json(draft.folder / MANIFEST, manifest)
         place = (self.root / kind / key).relative_to(self.home)
@@ -209,44 +303,6 @@ class Store:
         artifact = self.find(kind, key)
         assert artifact, "the manifest was just written"
         return artifact
-
-
-class _Manifest(BaseModel):
-    """What a manifest holds; one that holds anything else is damaged."""
-
-    model_config = ConfigDict(strict=True)
-
-    schema_: Literal[1, 2] = Field(alias="schema")
-    kind: str
-    key: str
-    content: str
-    metadata: dict[str, Any]
-    files: dict[str, str]
-    environment: dict[str, Any]
-    seconds: float
-    created: float
-
-
-def _manifest(folder: Path, key: str = "") -> dict[str, Any] | None:
-    """Return the manifest in `folder`, None where there is none that can be used, or it is not that of `key`."""
-    manifest = _json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        return None
-    if manifest.get("schema") == 1:
-        manifest["metadata"] = manifest.pop("facts", None)
-    try:
-        kept = _Manifest.model_validate(manifest)
-    except ValidationError:
-        return None
-    return None if key and (kept.key, kept.kind) != (key, folder.parent.name) else manifest
-
-
-def _json(path: Path) -> Any:
-    """Return the value in a JSON file, None where there is no file, or half of one."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
-        return None
 
 
 def _remove(path: Path) -> None:

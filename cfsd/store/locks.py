@@ -29,6 +29,22 @@ def held(path: Path, waiting: str, say: Callable[[str], None] = print) -> Iterat
         lock.release()
 
 
+@contextmanager
+def used(path: Path, *, alone: bool = False) -> Iterator[bool]:
+    """Hold a lock that many share for the block, or `alone` hold it without any of them; yield whether that worked.
+
+    Whoever shares it waits for the one that holds it alone, who never waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def check_locks(folder: Path) -> None:
     """Raise BadEnvironment where the filesystem of `folder` has no locks, OSError where nothing can be written."""
     path = folder / ".locks-work"

@@ -39,7 +39,7 @@ def model_of(server: "Server", run_id: str, report: Report) -> str | None:
         return None
     (model,) = models.values()
     if (known := server.model_of(model)) is None:
-        address = Store(home()).path(model).as_uri()
+        address = Store(home()).place(model).as_uri()
         server.log_model(run_id, StepRun(MERGE, model.key, {}), model, address, {})
         known = server.model_of(model)
     return known

@@ -3,8 +3,8 @@
 import errno
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from prefect.exceptions import MissingContextError
@@ -31,6 +31,7 @@ console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
 REASON_LENGTH = 500
+MIGRATION = 0x63667364  # "cfsd": the number by which PostgreSQL knows our lock
 STATEMENT = re.compile(r"\[SQL:.*|\(raised as a result of Query[^)]*\)", re.DOTALL)  # what SQLAlchemy adds to a reason
 _asked: list[str] = []  # the experiment, once MLflow has answered
 _away: list[str] = []  # why this process does not ask MLflow any more
@@ -43,9 +44,23 @@ def say(line: str, style: str = "") -> None:
         get_run_logger().info(line)
 
 
-def mlflow_lock() -> AbstractContextManager[None]:
-    """Hold what only one process may do: make or migrate the tables of the data folder's MLflow database."""
-    return held(home() / ".mlflow.lock", f"waiting for another process that opens MLflow's database of {home()}", say)
+@contextmanager
+def mlflow_lock(database: str) -> Iterator[None]:
+    """Hold what only one process may do: make or migrate the tables of MLflow's database.
+
+    A lock of PostgreSQL's own keeps other machines out; MLflow's servers and other databases have none.
+    """
+    waiting = f"waiting for another process that opens MLflow's database of {home()}"
+    with ExitStack() as all_:
+        all_.enter_context(held(home() / ".mlflow.lock", waiting, say))
+        if database.startswith("postgresql"):
+            from sqlalchemy import NullPool, create_engine, text
+            from sqlalchemy.exc import SQLAlchemyError
+
+            with suppress(SQLAlchemyError):  # what comes next fails for the same reason, and says it
+                connection = all_.enter_context(create_engine(database, poolclass=NullPool).connect())
+                connection.execute(text(f"SELECT pg_advisory_lock({MIGRATION})"))
+        yield
 
 
 def tracked(action: "Callable[[Server], T]") -> T | None:
@@ -59,7 +74,7 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
 
     try:
         if not _asked:
-            with mlflow_lock():
+            with mlflow_lock(os.environ.get(VARIABLE, "")):
                 _asked.append(server().experiment)
         return action(server())
     except FAILURES as error:

@@ -41,7 +41,7 @@ def fill(server: "Server", run_id: str, store: Store, step: StepRun, artifact: A
         server.log_artifacts(run_id, place)
     numbers = {n: v for n in IN_BRIEF if isinstance(v := artifact.metadata.get(n), int | float)}
     if artifact.kind == "model":
-        server.log_model(run_id, step, artifact, store.path(artifact).as_uri(), numbers)
+        server.log_model(run_id, step, artifact, store.place(artifact).as_uri(), numbers)
     said = f"Made `{artifact.kind} {artifact.key}` in {seconds:,.1f} s; it is `store/{artifact.kind}/{artifact.key}`."
     tags = {NOTE: said, RECORDED: ALL} | ({TABLES: json.dumps(tables)} if tables else {})
     server.log_all(run_id, figures=numbers | {"seconds": seconds}, tags=tags)
@@ -49,7 +49,7 @@ def fill(server: "Server", run_id: str, store: Store, step: StepRun, artifact: A
 
 def write_contents(folder: Path, store: Store, step: StepRun, artifact: Artifact) -> None:
     """Write the files of a step's run into `folder`: manifest, settings, log, and what there is to look at."""
-    made = store.path(artifact)
+    made = store.path(artifact, weights=False)
     for name in (MANIFEST, METRICS, LOG):
         if (made / name).is_file():
             shutil.copyfile(made / name, folder / name)

@@ -81,15 +81,23 @@ class Server(MlflowClient):
 
     @cached_property
     def experiment(self) -> str:
-        """Return the id of our experiment, which is made if it is missing and opens on training runs."""
+        """Return the id of our experiment, which is made if it is missing; another machine may make it just then.
+
+        A server decides where its artifacts are; a database without one leaves them in the data folder.
+        """
         if known := self.get_experiment_by_name(EXPERIMENT):
             number = str(known.experiment_id)
             for name, value in TAGS.items():
                 if name not in known.tags:  # made by hand, or by an earlier version
                     self.set_experiment_tag(number, name, value)
             return number
-        is_served = self.tracking_uri.startswith("http")  # a server knows where it keeps files
-        return str(self.create_experiment(EXPERIMENT, None if is_served else (home() / "mlartifacts").as_uri(), TAGS))
+        own = None if self.tracking_uri.startswith("http") else (home() / "mlartifacts").as_uri()
+        try:
+            return str(self.create_experiment(EXPERIMENT, own, TAGS))
+        except MlflowException:
+            if known := self.get_experiment_by_name(EXPERIMENT):
+                return str(known.experiment_id)
+            raise
 
     @cached_property
     def steps(self) -> dict[str, "Known"]:

@@ -77,4 +77,4 @@ class StepRun(NamedTuple):
 def data_set(store: Store, context: str, artifact: Artifact) -> DataSet:
     """Return an artifact of the store as a data set."""
     numbers = {name: value for name, value in artifact.metadata.items() if isinstance(value, int | float)}
-    return DataSet(artifact.kind, context, artifact.content, store.path(artifact).as_uri(), numbers)
+    return DataSet(artifact.kind, context, artifact.content, store.place(artifact).as_uri(), numbers)

@@ -154,7 +154,7 @@ def _replayed(server: "Server", variant: Variant, taken: Taken, store: Store) ->
     """Return a new run for a step that MLflow never saw, dated as when the step was executed."""
     ended_at = float(store.manifest(taken.artifact)["created"])
     run_id = open_step(server, taken.run, str(variant.run_id), store, "replayed", ended_at - taken.seconds)
-    server.log_metrics(run_id, read_metrics(store.path(taken.artifact)))
+    server.log_metrics(run_id, read_metrics(store.path(taken.artifact, weights=False)))
     server.set_terminated(run_id, "FINISHED", int(ended_at * 1000))
     return run_id
 

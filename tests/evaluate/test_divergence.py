@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsd.evaluate.divergence import CHUNK, divergence, score_probe
+from cfsd.errors import BadInput
+from cfsd.evaluate.divergence import CHUNK, check_fit, divergence, score_probe
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import probe
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
-from cfsd.store.artifact import Store, key_of
+from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows
 from tests.conftest import fetched, save_model
 from tests.train.test_objective import LENGTH, START, TEXTS, entropy_and_kl, log_distribution, toy
@@ -105,3 +106,13 @@ def test_the_probe_score_is_the_mean_per_token(store: Store, model_folder: Path,
     assert made.metadata["probe_kl"] == pytest.approx(sum(record["kl"] for record in records) / tokens)
     for record in records:
         assert record["base_nll"] == pytest.approx(-sum(rows[record["row_id"]]["logprobs"][1:]), abs=1e-4)
+
+
+def test_a_row_that_one_model_does_not_attend_to_is_refused_by_its_name() -> None:
+    models = {
+        name: Artifact(kind="model", key=name, content=name, metadata={"context": context})
+        for name, context in (("the base", 9), ("the tuned model", 8))
+    }
+    check_fit([[0] * 8, [0]], models)
+    with pytest.raises(BadInput, match=r"a row of 9 tokens does not fit the tuned model, which attends to 8 tokens"):
+        check_fit([[0], [0] * 9], models)

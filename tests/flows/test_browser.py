@@ -4,6 +4,7 @@ CFSD_SCREENSHOTS=docs/how-to/images python -m pytest -m slow tests/flows/test_br
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,10 +34,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
+    sync_api.expect.set_options(timeout=240_000)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 820})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(240_000)
         yield page
         browser.close()
 
@@ -60,7 +62,7 @@ def open_form(page: Page, pages: Served) -> None:
     page.get_by_role("link", name="mitigate", exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
-    page.get_by_label("recipe", exact=True).click()
+    page.get_by_label("recipe").first.click()
     page.get_by_role("option", name="tiny", exact=True).click()
     page.get_by_label("Threads (Optional)").fill("1")
     page.get_by_label("Epochs (Optional)").fill("2")
@@ -115,3 +117,48 @@ def test_a_run_from_the_form_completes_and_leads_to_the_report(
     sync_api.expect(page.get_by_role("heading", name="Figures")).to_be_visible()
     assert page.url.startswith(f"{pages.url('reports')}/reports/tiny-")
     shot("report")
+
+
+def test_a_training_step_in_mlflow_is_worth_opening(
+    page: Page, pages: Served, runs: list[dict[str, Any]], shot: Shot
+) -> None:
+    open_variants(page, pages)
+    page.get_by_role("link", name="tiny", exact=True).last.click()  # the first of the two, which made the corpus, too
+    page.get_by_role("link", name=re.compile("^train")).first.click()
+    for words in ("Datasets", "Logged models", "Parameters"):
+        sync_api.expect(page.get_by_text(words).first).to_be_visible()
+    sync_api.expect(page.get_by_role("cell", name="learning_rate", exact=True)).to_be_visible()
+    text = page.inner_text("body")
+    assert re.search(r"Datasets\n+model \([0-9a-f]{16}\)", text) and not re.search(r"Logged models\n+—", text), text
+    shot("mlflow-training")
+    page.get_by_role("tab", name="Artifacts").click()
+    for file in ("manifest.json", "metrics.jsonl"):
+        sync_api.expect(page.get_by_text(file).first).to_be_visible()
+    shot("mlflow-training-artifacts")
+
+
+def test_two_runs_compared_show_what_differs_and_nothing_else(
+    page: Page, pages: Served, runs: list[dict[str, Any]], shot: Shot
+) -> None:
+    open_variants(page, pages)
+    boxes = page.get_by_label(re.compile("Press Space to toggle row selection"))
+    boxes.first.wait_for()
+    for number in (0, 1):
+        boxes.nth(number).check()
+    shot("mlflow-runs")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_text("Show diff only").first.click()
+    shot("mlflow-compare")
+    text = page.inner_text("body")
+    [parameters] = re.findall(r"\nParameters\n+Show diff only\n(.*?)\nMetrics\n", text, re.DOTALL)
+    name, *values = parameters.split("\t")
+    assert name.strip() == "train.learning_rate" and {value.strip() for value in values} == {"0.002", "0.004"}
+
+
+def open_variants(page: Page, pages: Served) -> None:
+    """Open the address that docs/how-to/compare-in-mlflow.md names."""
+    view = "workflowType=machine_learning&viewStateShareKey=variants"
+    page.goto(f"{pages.url('mlflow')}/#/experiments/1/runs?{view}")
+    page.get_by_role("link", name="tiny", exact=True).first.wait_for()
+    if (close := page.get_by_label("Close", exact=True)).count():
+        close.first.click()  # the assistant, which takes a third of the page

@@ -34,7 +34,7 @@ from flows._environment import check_prefect_settings, mlflow_database, recorded
 from flows._explained import explained
 from flows._folders import CACHES, check_data_folder, home_from_command_line, settle_user_folders
 from flows._proxies import check_proxies, keep_loopback_from_proxies, leave_out_socks
-from flows._servers import start_server
+from flows._servers import end, start_server
 from flows.serve import free_port
 from tests.conftest import ROOT
 
@@ -159,6 +159,9 @@ ADDRESSES = [
     ("MLFLOW_TRACKING_URI", "http://host:port", "is not a whole address"),
     ("MLFLOW_TRACKING_URI", "sqlite:mlflow.db", "is not a whole address"),
     ("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db", "/proc/none/mlflow.db cannot be written"),
+    ("MLFLOW_TRACKING_URI", "mysql+aiomysql://me:secret@host/db", "whose driver is not installed: No module named"),
+    ("MLFLOW_BACKEND_STORE_URI", "postgresql+odd://me:secret@host/db", "whose driver is not installed"),
+    ("MLFLOW_BACKEND_STORE_URI", "file:///tmp/runs", "a folder of files, which MLflow no longer takes"),
     ("PREFECT_API_DATABASE_CONNECTION_URL", "mysql://me:secret@host/db", "a database of Prefect begins with"),
     ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "sqlite:///prefect.db", "a database of Prefect begins with"),
     ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:////proc/none/p.db", "/proc/none/p.db cannot be"),
@@ -436,6 +439,20 @@ def test_a_server_that_does_not_start_shows_why(
     with pytest.raises(BadEnvironment, match=f"the server odd did not start: (?s:.*){message}") as refused:
         start_server("odd", ["odd_server"], "http://127.0.0.1:9/", advice="\nadvice", cwd=tmp_path)
     assert "earlier" not in str(refused.value) and str(refused.value).endswith("\nadvice")
+
+
+@pytest.mark.processes
+def test_a_server_over_a_database_of_others_is_started_again(tmp_path: Path, home: Path) -> None:
+    port = free_port(20000)
+    (tmp_path / "odd_server.py").write_text(
+        "import sys; from http.server import HTTPServer, SimpleHTTPRequestHandler as H; from pathlib import Path\n"
+        "tried = Path('tried'); tried.open('a').write('x')\n"
+        "if len(tried.read_text()) == 1: sys.exit('another makes the tables')\n"
+        f"HTTPServer(('127.0.0.1', {port}), H).serve_forever()\n"
+    )
+    process = start_server("odd", ["odd_server"], f"http://127.0.0.1:{port}/", advice="\nadvice", cwd=tmp_path)
+    end(process)
+    assert (tmp_path / "tried").read_text() == "xx"
 
 
 def test_a_port_in_use_is_named_with_who_uses_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from flows._form import (
     compare_form,
     continual_form,
     corpus_form,
+    measure_form,
     mitigate_form,
     regress_form,
     told,
@@ -29,7 +30,7 @@ from flows._form import (
 from flows._menu import SHIPPED, menu, unreadable
 from tests.conftest import ROOT
 
-FORMS: list[Flow[Any, Any]] = [mitigate_form, corpus_form, compare_form, continual_form, regress_form]
+FORMS: list[Flow[Any, Any]] = [mitigate_form, corpus_form, compare_form, continual_form, regress_form, measure_form]
 TINY = SHIPPED / "tiny.yaml"
 
 
@@ -110,11 +111,14 @@ def test_every_field_has_a_title_and_says_what_it_is(form: Flow[Any, Any]) -> No
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_what_the_page_sends_when_nothing_is_filled_in_is_valid(form: Flow[Any, Any]) -> None:
     schema = schema_of(form)
-    defaults = {name: field["default"] for name, field in schema["properties"].items() if name != "recipe"}
+    required = {
+        name: field.get("enum", ["tiny"])[0] for name, field in schema["properties"].items() if "default" not in field
+    }
+    defaults = {name: field["default"] for name, field in schema["properties"].items() if name not in required}
     assert "null" not in json.dumps(defaults)
     cleared = {"training": {"learning_rate": None, "epochs": None}} if "training" in defaults else {}
     for sent in (defaults, defaults | cleared):
-        parameters = sent | {"recipe": schema["properties"]["recipe"]["enum"][0]}
+        parameters = sent | required
         checked(parameters, form)
         form.validate_parameters(parameters)
 

@@ -17,6 +17,7 @@ from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
+from flows._menu import menu
 from tests.conftest import ROOT, Run
 
 CPU = Machine(device="cpu", threads=1)
@@ -121,7 +122,7 @@ def test_the_nightly_deployment_guards_the_shipped_recipe() -> None:
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     nightly = next(deployment for deployment in deployments if deployment["name"] == "regress")
     shipped = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
-    assert Recipe.model_validate(nightly["parameters"]["recipe"]) == shipped
+    assert Recipe.load(menu("recipe")[nightly["parameters"]["recipe"]]) == shipped
     assert [schedule["cron"] for schedule in nightly["schedules"]] == ["17 3 * * *"]
 
 
@@ -137,22 +138,24 @@ def test_the_deployment_on_a_real_server(recipe_file: Path, home: Path, server: 
     files = {name: tmp_path / f"{name}.json" for name in ("COMPLETED", "FAILED")}
     for file, scale in zip(files.values(), ({}, {"probe_kl": 0.01}), strict=True):
         write_baseline(file, baseline_like(recipe, home, scale))
-    environment = {**os.environ, "CFSD_HOME": str(home), "CFSD_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    (home / "recipes").mkdir(parents=True, exist_ok=True)
+    (home / "recipes" / "mine.yaml").write_text(recipe_file.read_text())
+    environment = {**os.environ, "CFSD_HOME": str(home), "CFSD_ROOT": str(ROOT), "CFSD_POOL": "cpu",
+                   "PYTHONPATH": str(ROOT)}  # fmt: skip
 
     def prefect(*words: str) -> None:
         command = [sys.executable, "-m", "prefect", *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+    prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
     prefect("--no-prompt", "deploy", "--name", "regress", "--prefect-file", "deployments/prefect.yaml")
     deployment = ask(f"{api}/deployments/name/regress/regress")
     assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["17 3 * * *"]
     for expected, file in files.items():
-        parameters = {"recipe": recipe.model_dump(mode="json"), "baseline": str(file), "seeds": 1,
-                      "machine": CPU.model_dump(mode="json")}  # fmt: skip
+        parameters = {"recipe": "mine", "baseline": str(file), "seeds": 1, "machine": {"device": "cpu", "threads": 1}}
         started = ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-        prefect("worker", "start", "--pool", "gpu", "--type", "process", "--run-once")
+        prefect("worker", "start", "--pool", "cpu", "--type", "process", "--run-once")
         state = ask(f"{api}/flow_runs/{started['id']}")["state"]
         assert state["type"] == expected, state
         assert state["message"].startswith("FAIL: got worse" if expected == "FAILED" else "PASS")

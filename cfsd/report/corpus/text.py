@@ -46,9 +46,9 @@ class Rejected(NamedTuple):
 
 def decoder(store: Store, base: Artifact | None) -> Decode | None:
     """Return the base's way from token ids to text; None where there is no tokenizer."""
-    if base is None or not any(store.path(base).glob("tokenizer*")):
+    if base is None or not any((folder := store.path(base, weights=False)).glob("tokenizer*")):
         return None
-    decode: Any = load_tokenizer(store.path(base)).decode
+    decode: Any = load_tokenizer(folder).decode
     return lambda token_ids: str(decode(token_ids))
 
 
