@@ -76,7 +76,8 @@ class Slots:
         """Take up to `count` devices for `work`, which takes a recipe and a machine."""
         self.count, self.work, self.comparison = count, work, comparison
         self.machine, self.devices = machine.one_of(count), ExitStack()
-        self.cuda = machine.resolved_device() == "cuda"
+        self.cuda, self.width = machine.resolved_device() == "cuda", 0
+        self.processes: list[_Process] = []
         if self.cuda and (slots := gpu_slots(machine)) < count:
             record.say(
                 f"Prefect's limit gpu has {slots} slot(s) for {count} devices, so stages on GPUs wait for each other; "
