@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -153,6 +154,38 @@ def test_each_has_a_process_and_a_device_and_what_ends_one_spares_the_others(
     assert gpu_slots(Machine()) == 2, "as many as the machine that made the limit sees"
     with get_client(sync_client=True) as client:
         client.delete_global_concurrency_limit_by_name(GPU_SLOT)
+
+
+def test_an_interrupt_stops_all_that_run_and_begins_no_other(server: str, home: Path, recipe_file: Path) -> None:
+    from prefect import flow
+    from prefect.context import FlowRunContext
+
+    from flows._parallel import Slots
+
+    above: list[Any] = []
+
+    def interrupt() -> None:
+        while len(list(home.glob("*.begun"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    @flow
+    def study() -> None:
+        context = FlowRunContext.get()
+        assert context and context.flow_run
+        above.append(context.flow_run.id)
+        names = [f"waits {number}" for number in range(3)]
+        with Slots(2, ONE, trial) as slots:
+            threading.Thread(target=interrupt, daemon=True).start()
+            slots.run({name: Recipe.load(recipe_file, [f"name={name}"]) for name in names})
+
+    with pytest.raises(KeyboardInterrupt):
+        study()
+    assert {file.name: file.read_text() for file in home.glob("*.stopped")} == {
+        "waits 0.stopped": "KeyboardInterrupt", "waits 1.stopped": "KeyboardInterrupt",
+    }  # fmt: skip
+    assert states(server, above[0]) == {"waits 0": "CRASHED", "waits 1": "CRASHED"}
+    assert not [p for p in psutil.Process().children() if "flows._variant_process" in p.cmdline()]
 
 
 # --- the real thing ------------------------------------------------------------------------------------------------
