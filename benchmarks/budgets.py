@@ -27,7 +27,7 @@ from benchmarks._methods_grid import (
     study_of,
     write_conflict,
 )
-from benchmarks._methods_run import Runner, in_one_flow
+from benchmarks._methods_run import Runner, changed_machine, in_one_flow
 from benchmarks.methods import Name
 from cfsd.errors import NotFinite
 from cfsd.machine import home
@@ -38,7 +38,7 @@ from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary
 from cfsd.report.table import shown, variant_of
 from cfsd.report.training import metrics_of
-from flows._cli import Home, start
+from flows._cli import Home, On, start
 
 SHARES = (0.125, 0.25, 0.5)
 MAX_TRIES, MAX_TIMES = 3, 8  # of larger probes, and how many times larger each
@@ -48,11 +48,13 @@ def budgets_command(
     name: Annotated[Name, typer.Argument(help="tiny: five string skills; demo: SmolLM2-135M")] = Name.tiny,
     seeds: Annotated[int, typer.Option(min=1, help="How often: the order of rows and the training differ")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One epoch: to try the script")] = False,
+    machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
     """Train with three budgets and say which were kept, which were used up and what they cost."""
     study = study_of(name, _folder())
     study = study.quick(_folder()) if quick else study
+    study = study._replace(machine=changed_machine(study.machine, machine))
     write_conflict(conflict_file(_folder()))
     in_one_flow(f"budgets-{study.name}", lambda: _study(study, seeds))
 
@@ -62,24 +64,22 @@ def _folder() -> Path:
 
 
 def _study(study: Study, seeds: int) -> None:
-    runner = Runner(seeds * (1 + len(SHARES)), study.machine)
     rows = []
-    for seed in range(seeds):
-        rows += _budgets_of(study, runner, seed)
-        _tell(study, rows)
+    with Runner(seeds * (1 + len(SHARES)), study.machine) as runner:
+        for seed in range(seeds):
+            rows += _budgets_of(study, runner, seed)
+            _tell(study, rows)
 
 
 def _budgets_of(study: Study, runner: Runner, seed: int) -> list[dict[str, Any]]:
-    plain = _measured(study, runner, study.budgets | NO_CORPUS, seed, PLAIN)
+    (plain,) = _measured(study, runner, {PLAIN: study.budgets | NO_CORPUS}, seed).values()
     moved = _summary(runner, plain, []).probe_kl
     assert moved
     print(f"{PLAIN}: probe_kl {shown(moved)}", flush=True)
-    run_records = {PLAIN: plain}
-    for share in SHARES:
-        label = f"budget {share:g} of {PLAIN}"
-        # rounded: the budget is in the key, and the last bits of a measured figure need not come again
-        budget = {"train.rehearsal.budget": float(f"{share * moved['value']:.4g}")}
-        run_records[label] = _measured(study, runner, STORED | study.budgets | budget, seed, label)
+    # rounded: the budget is in the key, and the last bits of a measured figure need not come again
+    budgets = {f"budget {share:g} of {PLAIN}": float(f"{share * moved['value']:.4g}") for share in SHARES}
+    wanted = {label: STORED | study.budgets | {"train.rehearsal.budget": nats} for label, nats in budgets.items()}
+    run_records = {PLAIN: plain} | _measured(study, runner, wanted, seed)
     summaries = {
         label: _summary(runner, run_record, list(run_records.values())) for label, run_record in run_records.items()
     }
@@ -92,20 +92,24 @@ def _budgets_of(study: Study, runner: Runner, seed: int) -> list[dict[str, Any]]
     return rows
 
 
-def _measured(study: Study, runner: Runner, changes: Changes, seed: int, label: str) -> RunRecord:
-    """Train once, and measure on ever larger probes until it is decided whether a budget, if there is one, was kept."""
+def _measured(study: Study, runner: Runner, wanted: dict[str, Changes], seed: int) -> dict[str, RunRecord]:
+    """Train each once, and measure on ever larger probes until it is decided whether its budget, if any, was kept."""
+    run_records = dict[str, RunRecord]()
     for attempt in range(1, MAX_TRIES + 1):
-        run_record = runner.run(study.recipe(changes, seed, f"{label} seed={seed}"))
-        if run_record is None:
-            raise NotFinite(f"{label}: no budget can be judged; lower train.learning_rate")
-        needs = (_summary(runner, run_record, []).budget or {}).get("needs")
-        if needs is None or attempt == MAX_TRIES:
-            return run_record
-        rows = math.ceil(changes["probe.rows"] * min(max(2.0, 1.2 * needs), MAX_TIMES))
-        print(f"{label}: the interval does not decide; the probe gets {rows} rows", flush=True)
-        changes = changes | {"probe.rows": rows}
-        runner.total += 1
-    raise AssertionError("the last attempt returns")
+        recipes = [study.recipe(changes, seed, f"{label} seed={seed}") for label, changes in wanted.items()]
+        for label, run_record in zip(list(wanted), runner.run_all(recipes), strict=True):
+            if run_record is None:
+                raise NotFinite(f"{label}: no budget can be judged; lower train.learning_rate")
+            run_records[label], changes = run_record, wanted.pop(label)
+            needs = (_summary(runner, run_record, []).budget or {}).get("needs")
+            if needs is not None and attempt < MAX_TRIES:
+                rows = math.ceil(changes["probe.rows"] * min(max(2.0, 1.2 * needs), MAX_TIMES))
+                print(f"{label}: the interval does not decide; the probe gets {rows} rows", flush=True)
+                wanted[label] = changes | {"probe.rows": rows}
+                runner.total += 1
+        if not wanted:
+            break
+    return run_records
 
 
 def _summary(runner: Runner, run_record: RunRecord, run_records: list[RunRecord]) -> Summary:

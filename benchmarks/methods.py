@@ -1,6 +1,7 @@
 """The study of methods: what each learns and forgets at the strength chosen for it, with intervals, time and memory.
 
 python -m benchmarks.methods tiny|demo [--home FOLDER] [--seeds N] [--strengths chosen.json] [--quick]
+    [--machine devices=4]
 make bench PART=methods
 
 Interrupted, the same command goes on: every run is cached in the data folder. Strengths are chosen by
@@ -18,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from benchmarks._methods_grid import PLAIN, Study, replay_file, study_of, write_documents
-from benchmarks._methods_run import Runner, in_one_flow
+from benchmarks._methods_run import Runner, changed_machine, in_one_flow
 from benchmarks._methods_table import (
     ENOUGH,
     EVEN,
@@ -41,9 +42,10 @@ from benchmarks._methods_table import (
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.recipe import Recipe
+from cfsd.report.run_record import RunRecord
 from cfsd.statistics.differences import DEFINITION, OF_SEEDS
 from cfsd.statistics.figures import Figure
-from flows._cli import Home, start
+from flows._cli import Home, On, start
 
 Tried = dict[str, dict[str, dict[str, Figure]]]  # method -> strength -> figure
 
@@ -73,11 +75,13 @@ def methods_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, one epoch, two seeds: to try the script")
     ] = False,
+    machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
     """Choose a strength for every method, report the chosen ones on other documents and seeds."""
     study = study_of(name, _folder(), seeds)
     study = study.quick(_folder()) if quick else study
+    study = study._replace(machine=changed_machine(study.machine, machine))
     given = _given(study, strengths) if strengths else None
     write_documents(study.documents(), replay_file(name, _folder()))
     for method, found in study.methods.items():
@@ -104,11 +108,12 @@ def _given(study: Study, path: Path) -> dict[str, Chosen]:
 
 
 def _study(study: Study, runner: Runner, given: dict[str, Chosen] | None) -> None:
-    tried = {} if given else _try_all(study, runner)
-    chosen = given or _choose_all(tried)
-    for method, choice in chosen.items():
-        print(f"{method}: {choice.strength}" + (" (less than 95 %)" if choice.reached is False else ""), flush=True)
-    results = [found for method, choice in chosen.items() if (found := _report(study, runner, method, choice))]
+    with runner:
+        tried = {} if given else _try_all(study, runner)
+        chosen = given or _choose_all(tried)
+        for method, choice in chosen.items():
+            print(f"{method}: {choice.strength}" + (" (less than 95 %)" if choice.reached is False else ""), flush=True)
+        results = _report_all(study, runner, chosen)
     _tell(study, results, {m: {s: figures_of(t) for s, t in strengths.items()} for m, strengths in tried.items()})
 
 
@@ -118,13 +123,13 @@ def _recipe(study: Study, method: str, strength: str, seed: int) -> Recipe:
 
 def _try_all(study: Study, runner: Runner) -> dict[str, dict[str, Tables]]:
     """Return what was measured of every strength on even documents with seed 0."""
-    tried: dict[str, dict[str, Tables]] = {}
-    for method, found in study.methods.items():
-        tried[method] = {}
-        for strength in found.strengths:
-            if run_record := runner.run(_recipe(study, method, strength, 0)):
-                tried[method][strength] = half(tables_of(runner.store, run_record), EVEN)
-                print(f"    {_brief(figures_of(tried[method][strength]))}", flush=True)
+    strengths = [(method, strength) for method, found in study.methods.items() for strength in found.strengths]
+    tried: dict[str, dict[str, Tables]] = {method: {} for method in study.methods}
+    made = runner.run_all([_recipe(study, method, strength, 0) for method, strength in strengths])
+    for (method, strength), run_record in zip(strengths, made, strict=True):
+        if run_record:
+            tables = tried[method][strength] = half(tables_of(runner.store, run_record), EVEN)
+            print(f"{method} {strength}: {_brief(figures_of(tables))}", flush=True)
     return tried
 
 
@@ -142,18 +147,22 @@ def _gain(tables: Tables) -> float:
     return figures_of(tables)["target_gain"].value
 
 
-def _report(study: Study, runner: Runner, method: str, choice: Chosen) -> Result | None:
-    """Return the figures of the chosen strength on odd documents with the other seeds."""
-    repeats: dict[int, Tables] = {}
-    costs = []
-    for seed in study.seeds:
-        if run_record := runner.run(_recipe(study, method, choice.strength, seed)):
-            repeats[seed] = half(tables_of(runner.store, run_record), ODD)
-            costs.append(runner.cost(run_record))
-    if not repeats:
-        return None
+def _report_all(study: Study, runner: Runner, chosen: dict[str, Chosen]) -> list[Result]:
+    """Return the figures of the chosen strengths on odd documents with the other seeds."""
+    repeats = [(method, seed) for method in chosen for seed in study.seeds]
+    made = runner.run_all([_recipe(study, method, chosen[method].strength, seed) for method, seed in repeats])
+    found: dict[str, dict[int, RunRecord]] = {method: {} for method in chosen}
+    for (method, seed), run_record in zip(repeats, made, strict=True):
+        if run_record:
+            found[method][seed] = run_record
+    return [_report(runner, method, chosen[method], of_seeds) for method, of_seeds in found.items() if of_seeds]
+
+
+def _report(runner: Runner, method: str, choice: Chosen, of_seeds: dict[int, RunRecord]) -> Result:
+    repeats = {seed: half(tables_of(runner.store, run_record), ODD) for seed, run_record in of_seeds.items()}
+    costs = [runner.cost(run_record) for run_record in of_seeds.values()]
     figures = over_seeds(list(repeats.values()))
-    print(f"    {_brief(figures)}", flush=True)
+    print(f"{method} {choice.strength}: {_brief(figures)}", flush=True)
     seeds = {seed: figures_of(tables) for seed, tables in repeats.items()}
     units = {seed: units_of(tables) for seed, tables in repeats.items()}
     seconds, memory = median(cost.seconds for cost in costs), max(cost.peak_memory for cost in costs)

@@ -50,6 +50,11 @@ class Machine(BaseModel):
     processes: PositiveInt | None = Field(
         None, description="Processes that sample, each with its own model; empty: one per GPU, or one on CPU"
     )
+    devices: PositiveInt | None = Field(
+        None,
+        description="Variants and seeds that run at once, each in a process of its own that sees one device; on CPU "
+        "cores are shared out equally; empty: one per visible GPU, or one on CPU",
+    )
     sampling_rows: PositiveInt = Field(128, description="Rows sampled together; also the rows of one shard")
     engine: Literal["torch", "server"] = Field(
         "torch", description="torch: our own decoding loop; server: an OpenAI-compatible one that serves the base"
@@ -105,9 +110,38 @@ class Machine(BaseModel):
         return self._one_per_gpu(self.training_processes)
 
     def _one_per_gpu(self, asked: int | None) -> int:
-        if asked or self.resolved_device() == "cpu":
-            return asked or 1
-        return int(_torch().cuda.device_count())
+        return asked or self.visible_devices()
+
+    def visible_devices(self) -> int:
+        """Return how many devices this process sees: its GPUs, or 1 on CPU."""
+        return 1 if self.resolved_device() == "cpu" else int(_torch().cuda.device_count())
+
+    def resolved_devices(self) -> int:
+        """Return how many variants run at once. Raises BadInput where they cannot have a device each."""
+        spread = self._spread()
+        if self.devices is None:
+            return 1 if spread else self.visible_devices()
+        if self.devices == 1 or self.resolved_device() == "cpu":
+            return self.devices
+        if self.devices > (there := self.visible_devices()):
+            raise BadInput(f"machine.devices is {self.devices}, but {there} GPU(s) are visible; set {there} or fewer")
+        if spread:
+            raise BadInput(
+                f"machine.devices is {self.devices}, so that each variant sees one GPU, but {spread} wants several; "
+                "leave that out, or set devices=1: one variant after the other on all GPUs"
+            )
+        return self.devices
+
+    def _spread(self) -> str:
+        """Return the field by which one variant takes several devices, empty where there is none."""
+        names = [name for name in ("processes", "training_processes") if (getattr(self, name) or 1) > 1]
+        names += ["cluster"] if self.cluster else []
+        names += ["sharding"] if self.sharding == "shard" else []
+        return ", ".join(f"machine.{name}={getattr(self, name)}" for name in names)
+
+    def one_of(self, devices: int) -> Self:
+        """Return this machine as a variant sees it that runs beside others on `devices`: one device, its threads."""
+        return self.model_copy(update={"devices": 1, "threads": self.resolved_threads(devices)})
 
     def resolved_sharding(self) -> Literal["replicate", "shard"]:
         """Return how the training processes divide the model. Raises BadInput where sharding would do nothing."""

@@ -62,6 +62,7 @@ def _defaults() -> dict[str, str]:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_DISABLE_TELEMETRY": "true",  # of DO_NOT_TRACK it takes no 1
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the flows print what matters
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "TQDM_DISABLE": "1",  # one progress bar at a time, ours
         "TOKENIZERS_PARALLELISM": "false",

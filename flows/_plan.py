@@ -58,14 +58,23 @@ def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> 
     if _checked.get():
         yield []
         return
+    if machine.devices:  # else it fits, and torch, which takes a second to import, need not say it
+        machine.resolved_devices()
     check_shared_store()
     with Store(home()).in_use():
         plans = [_check(recipe, machine, pipeline) for recipe in recipes]
-        token = _checked.set(True)
-        try:
+        with once_checked():
             yield plans
-        finally:
-            _checked.reset(token)
+
+
+@contextmanager
+def once_checked() -> Iterator[None]:
+    """Check nothing within the block, because that was done before it."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
 
 
 @contextmanager
@@ -107,14 +116,32 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
     first = Column("stage", overflow="fold"), Column("key", no_wrap=True)
     table = Table(*first, "state", "tokens", "memory", "time", title="plan", box=SIMPLE_HEAD)
-    rate, unknown, total = rate_of(machine), list[str](), COMMAND_SECONDS
-    for step, cost in costs(plans, machine, rate):
-        if not step.cached:
-            total += STAGE_SECONDS + (cost.seconds or 0)
-            unknown += [step.stage] if cost.seconds is None else []
+    devices = min(machine.resolved_devices(), len(plans))
+    own = machine.one_of(devices) if devices > 1 else machine
+    rate = rate_of(own)
+    found = list(costs(plans, own, rate))
+    for step, cost in found:
         table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)
-    console.print(_total(total, unknown, rate, machine))
+    total, unknown = seconds_of(found), [step.stage for step, cost in found if not step.cached and cost.seconds is None]
+    console.print(_total(total, unknown, rate, own))
+    if devices > 1:
+        longest = max(seconds_of(costs([plan], own, rate)) for plan in plans)
+        console.print(at_once(total, longest, devices))
+
+
+def seconds_of(found: Iterable[tuple[Planned, Estimate]]) -> float:
+    """Return what steps take one after the other, with the start of the command; of unknown ones only their start."""
+    return COMMAND_SECONDS + sum(STAGE_SECONDS + (cost.seconds or 0) for step, cost in found if not step.cached)
+
+
+def at_once(total: float, longest: float, devices: int) -> str:
+    """Return the bounds of what variants take on several devices; `longest`: the one that takes most, alone."""
+    least, most = (max(1, seconds / 60) for seconds in (max(total / devices, longest), total))
+    return (
+        f"that is one after the other on one device; on {devices} at once between {least:.0f} minutes, if the work "
+        f"divides evenly, and {most:.0f}, if every variant waits for what another one makes"
+    )
 
 
 def costs(plans: list[Plan], machine: Machine, rate: float) -> Iterator[tuple[Planned, Estimate]]:

@@ -15,9 +15,10 @@ from cfsd.machine import Machine
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._named import name_flow_run
+from flows._parallel import run_variants
 from flows._plan import checked, print_plans
 from flows._temporary_server import prefect_server
-from flows.mitigate import mitigate, pipeline
+from flows.mitigate import pipeline
 from tasks import record
 
 
@@ -27,9 +28,7 @@ def compare(comparison: Comparison, machine: Machine = Machine()) -> Result:  # 
     title, recipes = comparison.recipe.name, comparison.recipes()
     name_flow_run(comparison.recipe, f"{len(recipes)} trainings")
     with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
-        run_records = [
-            mitigate(recipe, machine).only().model_copy(update={"name": name}) for name, recipe in recipes.items()
-        ]
+        run_records = run_variants(recipes, machine, run_id)
         return conclude(title, run_records, [run_id], notes=comparison.notes())
 
 

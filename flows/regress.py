@@ -28,11 +28,12 @@ from cfsd.store.artifact import Store
 from flows._cli import Home, On, Set, machine_of, start
 from flows._conclude import Result, conclude
 from flows._named import name_flow_run
+from flows._parallel import run_variants
 from flows._plan import checked
 from flows._temporary_server import prefect_server
 from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
 from flows.approve import approve, check_asked
-from flows.mitigate import mitigate, pipeline
+from flows.mitigate import pipeline
 from tasks import record, registry
 
 BASELINES = Path("deployments") / "baselines"
@@ -66,8 +67,8 @@ def regress(
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
     with checked([recipe], machine, pipeline), record.comparison(title) as run_id:
-        runs_of = {f"{recipe.name} seed={number}": mitigate(reseeded(recipe, number), machine) for number in numbers}
-        run_records = [run.only().model_copy(update={"name": name}) for name, run in runs_of.items()]
+        recipes = {f"{recipe.name} seed={number}": reseeded(recipe, number) for number in numbers}
+        run_records = run_variants(recipes, machine, run_id)
         result = conclude(title, run_records, [run_id])
         runs = [registry.guarded_figures(run_record) for run_record in run_records]
         seconds = [trained_seconds(run_record) for run_record in run_records]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
@@ -12,6 +12,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from cfsd.errors import Crashed
 from cfsd.machine import Machine, home
@@ -151,11 +152,23 @@ def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
 
 
 def gpu_slot(machine: Machine, *, needed: bool) -> AbstractContextManager[None]:
-    """Hold one of the server's `gpu` slots while a stage computes on CUDA; the limit is made if it is missing."""
+    """Hold as many of the server's `gpu` slots as this process sees GPUs, while a stage computes on them."""
     if not needed or machine.resolved_device() != "cuda":
         return nullcontext()
+    slots = min(machine.visible_devices(), gpu_slots(machine))
+    return concurrency(GPU_SLOT, occupy=slots, strict=True, raise_on_lease_renewal_failure=False)
+
+
+def gpu_slots(machine: Machine) -> int:
+    """Return how many `gpu` slots the server has: as many as the machine that made the limit, the first to ask, sees.
+
+    Raise it where more machines come: `prefect gcl update gpu --limit 8`.
+    """
     with get_client(sync_client=True) as client:
-        known = {limit.name for limit in client.read_global_concurrency_limits(limit=200, offset=0)}
-        if GPU_SLOT not in known:
-            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=1))
-    return concurrency(GPU_SLOT, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
+        try:
+            return client.read_global_concurrency_limit_by_name(GPU_SLOT).limit
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # another process made it just now
+                wanted = GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=machine.visible_devices())
+                client.create_global_concurrency_limit(wanted)
+            return client.read_global_concurrency_limit_by_name(GPU_SLOT).limit

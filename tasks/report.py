@@ -12,6 +12,7 @@ from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
+from tasks._report_memory import remember, remembered, stamp_of
 
 
 class Report(NamedTuple):
@@ -31,7 +32,17 @@ class Report(NamedTuple):
 
 
 def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
-    """Write the page, summary.json, the figure and the model cards of `run_records`; see `cfsd.report.files`."""
+    """Write the page, summary.json, the figure and the model cards of `run_records`, unless they lie there already."""
+    stamp = stamp_of(title, notes, run_records)
+    if known := remembered(folder, stamp, run_records):
+        return Report(**known)
+    report = _write_report(folder, title, run_records, notes)
+    remember(folder, stamp, report._asdict())
+    return report
+
+
+def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
+    """Write all files and return what they say; see `cfsd.report.files`."""
     from cfsd.report.differences import lines_against, metrics_of
     from cfsd.report.files import Kept, write_files
     from cfsd.report.summarise import headline

@@ -13,7 +13,7 @@ from cfsd.report.comparisons import comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.model_card import has_card, model_card
-from cfsd.report.place import slug
+from cfsd.report.place import RUN_RECORDS, slug
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
@@ -22,7 +22,6 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.digests import write_json
 
 SCHEMA = 1
-RUN_RECORDS = "run_records.json"
 OLD_FILE = "trails.json"
 Part = TypeVar("Part", bound=BaseModel)
 OLD_ROLES = {"chosen": "selected_target", "kept": "filtered", "selected": "selected_corpus"}

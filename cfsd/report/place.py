@@ -7,6 +7,7 @@ from pathlib import Path
 from cfsd.report.run_record import RunRecord
 from cfsd.spec import digest_of
 
+RUN_RECORDS = "run_records.json"  # what a report is made from, beside it
 LONGEST = 100
 
 

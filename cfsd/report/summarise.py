@@ -9,7 +9,7 @@ from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
 from cfsd.report.moved import bins_along
 from cfsd.report.run_record import RunRecord, Scores, Step
-from cfsd.report.summary import Fig, Summary
+from cfsd.report.summary import Summary, with_bounds
 from cfsd.report.training import stability_gap, training_of
 from cfsd.statistics.texts import text_forgetting
 from cfsd.statistics.units import figure_of_units
@@ -136,9 +136,3 @@ def _of_training(summary: Summary) -> dict[str, float]:
         elif isinstance(value, dict):
             flat |= with_bounds(f"budget/{name}", value)
     return flat
-
-
-def with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
-    """Return a figure and the ends of its interval by name, what is known of them."""
-    parts = {"value": "", "low": "_low", "high": "_high"}
-    return {f"{name}{end}": figure[part] for part, end in parts.items() if figure and figure[part] is not None}

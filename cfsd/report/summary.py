@@ -13,6 +13,12 @@ SCHEMA = 2  # 1 had no comparisons
 Fig = dict[str, Any]  # value, low, high, unit: a `cfsd.statistics.figures.Figure` as JSON
 
 
+def with_bounds(name: str, figure: Fig | None) -> dict[str, Any]:
+    """Return a figure and the ends of its interval by name, what is known of them."""
+    parts = {"value": "", "low": "_low", "high": "_high"}
+    return {f"{name}{end}": figure[part] for part, end in parts.items() if figure and figure[part] is not None}
+
+
 class Summary(BaseModel):
     """The figures of one variant, with 95 % intervals. Signs: gain positive = learned, forgetting positive = worse.
 

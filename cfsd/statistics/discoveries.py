@@ -6,7 +6,7 @@ Twenty benchmarks that forgot nothing give one "finding" at 5 % by chance alone.
 import math
 from collections.abc import Iterable, Sequence
 
-from scipy import stats
+import scipy  # its `stats` takes 0.7 s to import, which happens where it is used
 
 from cfsd.statistics.figures import FRACTION
 from cfsd.statistics.forgetting import BenchmarkForgetting
@@ -36,7 +36,7 @@ def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForget
 
 def false_discovery(p_values: Sequence[float]) -> list[float]:
     """Return the p-values adjusted by Benjamini and Hochberg, in their order."""
-    return [float(p) for p in stats.false_discovery_control(p_values)] if p_values else []
+    return [float(p) for p in scipy.stats.false_discovery_control(p_values)] if p_values else []
 
 
 def change_of(entry: BenchmarkForgetting) -> str:

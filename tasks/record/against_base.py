@@ -11,8 +11,7 @@ import pandas as pd
 from cfsd.machine import home
 from cfsd.report.changed_answers import Changed, changed_answers
 from cfsd.report.run_record import RunRecord
-from cfsd.report.summarise import with_bounds
-from cfsd.report.summary import Fig, Summary
+from cfsd.report.summary import Fig, Summary, with_bounds
 from cfsd.stages import MERGE
 from cfsd.store.artifact import Artifact, Store
 from tasks.record.contents import TABLES

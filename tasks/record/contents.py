@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from cfsd.report.corpus.page import write_corpus_page
-from cfsd.report.figures.curves import curve_figures
 from cfsd.report.run_record import RunRecord
-from cfsd.report.training import panels_of
 from cfsd.stages import GENERATE, TRAIN
 from cfsd.store.artifact import LOG, MANIFEST, Artifact, Store
 from cfsd.store.digests import write_json
@@ -61,6 +58,8 @@ def write_contents(folder: Path, store: Store, step: StepRun, artifact: Artifact
     for name, rows in _tables(made, artifact.kind):
         rows.to_json(folder / f"table-{name}.json", orient="split", index=False)
     if step.stage == GENERATE and artifact.metadata.get("rows"):
+        from cfsd.report.corpus.page import write_corpus_page  # with transformers: a cached run does not come here
+
         roles = {"corpus": artifact, "base": step.inputs["base"]}
         write_corpus_page(folder / "corpus.html", store, f"corpus {artifact.key}", {"corpus": roles})
     if step.stage == TRAIN:
@@ -81,5 +80,8 @@ def _tables(made: Path, kind: str) -> Iterator[tuple[str, Any]]:
 
 
 def _curves(store: Store, artifact: Artifact) -> dict[str, Any]:
+    from cfsd.report.figures.curves import curve_figures
+    from cfsd.report.training import panels_of
+
     run_records = [RunRecord(name=TRAIN, artifacts={"tuned": artifact})]
     return curve_figures(panels_of(store, run_records), [TRAIN], {TRAIN: TRAIN})

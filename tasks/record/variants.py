@@ -66,6 +66,13 @@ def comparison(name: str) -> Iterator[str | None]:
 
 
 @contextmanager
+def below(comparison: str | None) -> Iterator[None]:
+    """Put the variants of this block below a comparison's run that another process opened."""
+    with _as_current(_comparison, comparison):
+        yield
+
+
+@contextmanager
 def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     """Open the MLflow parent run of one variant and collect the steps that are taken within."""
     tracked(end_dead_runs)
