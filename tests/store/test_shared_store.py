@@ -277,7 +277,7 @@ def test_a_shared_store_that_is_away_is_said_once_and_served_later(
         server.kill()
 
 
-FILES = 20
+FILES = 12
 
 
 def large(draft: Draft) -> None:
