@@ -132,7 +132,7 @@ class Sharing:
         first = self.remote.realisation(own.kind, own.key)
         distrusted = first if first and (again or first.digest == refused) else None
         first = self.remote.push(own, {n: folder / n for n in own.manifest["files"]}, replace=distrusted)
-        self._mark(own.kind, own.key, refused=True).unlink(missing_ok=True)
+        self.believe(own.kind, own.key)
         return first
 
     def _adopt(self, first: Realisation, folder: Path, say: Say) -> bool:
@@ -154,6 +154,10 @@ class Sharing:
             f"store {self.remote}, which came first, is used"
         )
         return True
+
+    def believe(self, kind: str, key: str) -> None:
+        """Try what was refused again: somebody may have mended it."""
+        self._mark(kind, key, refused=True).unlink(missing_ok=True)
 
     def _refuse(self, known: Realisation, bad: list[str]) -> None:
         self._write(self._mark(known.kind, known.key, refused=True), known.digest)
