@@ -199,6 +199,16 @@ def test_a_manifest_cannot_write_elsewhere(
     assert f"is damaged ({name})" in capsys.readouterr().out
 
 
+def test_names_in_a_listing_lead_nowhere_else(on_disk: Path, two: tuple[Store, Store]) -> None:
+    made, _ = two[0].make("thing", KEY, write())
+    marker = on_disk / "thing" / KEY / "manifest.json"
+    for odd in ("thing/short", f"thing/{KEY}.draft", f"a.b/{KEY}", f"-/{KEY}"):
+        (on_disk / odd).mkdir(parents=True)
+        (on_disk / odd / "manifest.json").write_bytes(marker.read_bytes())
+    remote_ = SharedStore.of_environment()
+    assert remote_ and list(remote_.listed()) == [(made.kind, made.key)]
+
+
 def test_of_two_that_make_one_key_at_once_the_first_wins(url: str, two: tuple[Store, Store]) -> None:
     one, other = two
     said: list[str] = []

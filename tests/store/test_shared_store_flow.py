@@ -51,6 +51,8 @@ def test_the_second_person_executes_nothing_and_brings_no_weights(
     assert [step.stage for step in second.steps if step.executed] == []
     assert second.artifacts == first.artifacts
     one, two = (Store(tmp_path / person / "data") for person in ("one", "two"))
+    corpus = first.artifacts["corpus"]
+    assert {"kind": "corpus", "key": corpus.key} in two.manifest(first.artifacts["filtered"])["inputs"]
     (page,) = two.home.glob("reports/*/corpus.html")
     assert page.read_text().count("<table") > 1
     assert has_weights(one, first.artifacts["base"]) and not has_weights(two, second.artifacts["base"])
