@@ -224,6 +224,20 @@ def test_of_two_that_make_one_key_at_once_the_first_wins(url: str, two: tuple[St
     other.verify(mine)
 
 
+def test_a_damaged_first_one_gives_way(on_disk: Path, two: tuple[Store, Store]) -> None:
+    one, other = two
+    said: list[str] = []
+
+    def meanwhile(draft: Draft) -> None:
+        one.make("thing", KEY, write("first"))
+        payload(on_disk, "part/*.txt").write_text("FIRST")
+        write("second")(draft)
+
+    mine, _ = other.make("thing", KEY, meanwhile, say=said.append)
+    assert (other.path(mine) / "part" / "ä b.txt").read_text() == "second" and not said
+    Store(on_disk.parent / "three").verify(mine)
+
+
 def test_equal_content_with_another_log_is_as_good(on_disk: Path, two: tuple[Store, Store]) -> None:
     one, other = two
     said: list[str] = []
