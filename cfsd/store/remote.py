@@ -163,9 +163,7 @@ class SharedStore:
         with self._reached():
             found = {tuple(name.split("/")): size for name, size in self._sizes("").items()}
         whole = {parts[:2] for parts in found if len(parts) == 3 and parts[2] == MANIFEST and _is_place(*parts[:2])}
-        return {  # type: ignore[misc]
-            place: sum(size for parts, size in found.items() if parts[:2] == place) for place in sorted(whole)
-        }
+        return {place: sum(size for parts, size in found.items() if parts[:2] == place) for place in sorted(whole)}
 
     def _read(self, name: str) -> bytes | None:
         try:
