@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,8 +163,10 @@ class SharedStore:
         """Return the bytes of every artifact, by kind and key."""
         with self._reached():
             found = {tuple(name.split("/")): size for name, size in self._sizes("").items()}
-        whole = {parts[:2] for parts in found if len(parts) == 3 and parts[2] == MANIFEST and _is_place(*parts[:2])}
-        return {place: sum(size for parts, size in found.items() if parts[:2] == place) for place in sorted(whole)}
+        total: dict[tuple[str, str], int] = defaultdict(int)
+        for (kind, key, *_), size in (parts for parts in found.items() if len(parts[0]) > 2):
+            total[kind, key] += size
+        return {place: total[place] for place in sorted(total) if (*place, MANIFEST) in found and _is_place(*place)}
 
     def _read(self, name: str) -> bytes | None:
         try:
