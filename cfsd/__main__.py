@@ -5,7 +5,9 @@ import sys
 import typer
 
 from cfsd.errors import BadInput, CfsdError
+from cfsd.machine import home
 from cfsd.store.command import app as store
+from cfsd.store.disk import full_disk
 
 INTERRUPTED = 130
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -23,9 +25,12 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except CfsdError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+    except (CfsdError, OSError) as error:
+        known = error if isinstance(error, CfsdError) else full_disk(error, home())
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(known, BadInput) else 1)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,7 @@ def pull_command(keys: Keys = None, home: Home = None, store: Shared = None) -> 
 
 
 def _pulled(store: Store, kind: str, key: str) -> bool:
+    _sharing(store).believe(kind, key)
     if (found := store.find(kind, key)) is None:
         _say(f"{kind} {key} is damaged: its recipe, run again, makes it anew")
         return False

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ def sha256_of_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("w") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.flush()

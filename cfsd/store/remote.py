@@ -9,7 +9,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +121,7 @@ class SharedStore:
 
     def bring(self, known: Realisation, name: str, to: Path) -> None:
         """Copy a file to `to`. Raises Damaged where it is gone."""
-        with self._reached():
+        with self._reached(writes_here=True):
             try:
                 self._fs().get_file(self._path(f"{known.place}/{name}"), str(to))
             except FileNotFoundError as error:
@@ -161,10 +163,10 @@ class SharedStore:
         """Return the bytes of every artifact, by kind and key."""
         with self._reached():
             found = {tuple(name.split("/")): size for name, size in self._sizes("").items()}
-        whole = {parts[:2] for parts in found if len(parts) == 3 and parts[2] == MANIFEST}
-        return {  # type: ignore[misc]
-            place: sum(size for parts, size in found.items() if parts[:2] == place) for place in sorted(whole)
-        }
+        total: dict[tuple[str, str], int] = defaultdict(int)
+        for (kind, key, *_), size in (parts for parts in found.items() if len(parts[0]) > 2):
+            total[kind, key] += size
+        return {place: total[place] for place in sorted(total) if (*place, MANIFEST) in found and _is_place(*place)}
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -209,7 +211,7 @@ class SharedStore:
         return fs
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _reached(self, *, writes_here: bool = False) -> Iterator[None]:
         """Raise Away for whatever a place that does not answer makes of the block, and ask it again in a minute."""
         if time.monotonic() < _away_until.get(self.url, 0):
             raise Away(f"the shared store {self} did not answer a moment ago")
@@ -218,8 +220,8 @@ class SharedStore:
         except CfsdError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise  # this machine's disk
+            if writes_here and isinstance(error, OSError) and error.errno in FULL:
+                raise
             _away_until[self.url] = time.monotonic() + AGAIN_SECONDS
             why = without_password(str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise Away(f"the shared store {self} does not answer ({type(error).__name__}: {why})") from error
@@ -245,6 +247,11 @@ def checked_url(url: str) -> str:
     elif parts.scheme in ("http", "https") or not parts.netloc:
         raise BadInput(f"the shared store {shown!r} cannot be written to; give a URL {EXAMPLES}")
     return url.rstrip("/")
+
+
+def _is_place(kind: str, key: str) -> bool:
+    """Say whether these are names as a store gives them, which lead nowhere else."""
+    return bool(re.fullmatch(r"[a-z][a-z_-]*", kind) and re.fullmatch(r"[0-9a-f]{16}", key))
 
 
 def _split(url: str) -> Any:

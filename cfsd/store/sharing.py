@@ -7,10 +7,10 @@ store/.shared/<shared store>/<kind>-<key>           the realisation of here that
 store/.shared/<shared store>/<kind>-<key>.refused   the damaged realisation of there that is not believed
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from uuid import uuid4
 
 from cfsd.errors import StoreError
 from cfsd.store.digests import DigestMemory, sha256_of_file
@@ -47,8 +47,7 @@ class Sharing:
         return self._place(known, self.root / kind / key)
 
     def _place(self, known: Realisation, folder: Path) -> bool:
-        draft = folder.with_name(f".{known.key}.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = folder.with_name(f".{known.key}.{uuid4().hex}")
         draft.mkdir(parents=True)
         (draft / PARTIAL).write_text(f"{self.remote}\n")
         (draft / MANIFEST).write_bytes(known.text)
@@ -114,38 +113,38 @@ class Sharing:
         self._announce("pushing", own, own.manifest["files"])
         try:
             first = self._pushed(own, folder, again=again)
+            if fresh and not _alike(first, own):
+                if self._adopt(first, folder, say):
+                    return True
+                first = self._pushed(own, folder)  # it was damaged
         except Away as away:
             tell_once(away, say)
             return False
-        if first.manifest["content"] == own.manifest["content"] or (fresh and self._adopt(first, folder, say)):
-            self._settle(first if first.digest == own.digest else own_realisation(folder) or own)
+        self._settle(own)
+        if _alike(first, own):
             return True
         say(
             f"{own.kind} {own.key} here is another realisation than that of the shared store {self.remote}, which came "
             "first: this data folder keeps its own, which is not pushed; what is made from it has keys of its own"
         )
-        self._settle(own)
         return False
 
-    def _pushed(self, own: Realisation, folder: Path, *, again: bool) -> Realisation:
+    def _pushed(self, own: Realisation, folder: Path, *, again: bool = False) -> Realisation:
         refused = _text(self._mark(own.kind, own.key, refused=True))
         first = self.remote.realisation(own.kind, own.key)
-        distrusted = first if first and (again or first.digest == refused) else None
+        distrusted = first if first and (again or first.digest == refused or self.remote.damage(first)) else None
         first = self.remote.push(own, {n: folder / n for n in own.manifest["files"]}, replace=distrusted)
-        self._mark(own.kind, own.key, refused=True).unlink(missing_ok=True)
+        self.believe(own.kind, own.key)
         return first
 
     def _adopt(self, first: Realisation, folder: Path, say: Say) -> bool:
         """Put another home's realisation in the place of a fresh one, once all of it is here."""
         taken = folder.with_name(f".{first.key}.taken")
         shutil.rmtree(taken, ignore_errors=True)
+        self._place(first, taken)
         try:
-            if self.remote.damage(first):
-                raise Damaged(f"{first.kind} {first.key} of the shared store {self.remote} is damaged")
-            self._place(first, taken)
             self.bring(taken)
-        except (Away, Damaged) as error:
-            say(str(error))
+        except Damaged:
             return False
         shutil.rmtree(folder)
         taken.rename(folder)
@@ -154,6 +153,10 @@ class Sharing:
             f"store {self.remote}, which came first, is used"
         )
         return True
+
+    def believe(self, kind: str, key: str) -> None:
+        """Try what was refused again: somebody may have mended it."""
+        self._mark(kind, key, refused=True).unlink(missing_ok=True)
 
     def _refuse(self, known: Realisation, bad: list[str]) -> None:
         self._write(self._mark(known.kind, known.key, refused=True), known.digest)
@@ -186,6 +189,11 @@ def own_realisation(folder: Path) -> Realisation | None:
     if (manifest := read_manifest(folder)) is None:
         return None
     return Realisation(manifest["kind"], manifest["key"], (folder / MANIFEST).read_bytes(), manifest)
+
+
+def _alike(first: Realisation, own: Realisation) -> bool:
+    """Say whether two realisations of a key hold the same payload; their logs may differ."""
+    return bool(first.manifest["content"] == own.manifest["content"])
 
 
 def check_shared_store() -> None:

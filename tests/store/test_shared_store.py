@@ -199,6 +199,16 @@ def test_a_manifest_cannot_write_elsewhere(
     assert f"is damaged ({name})" in capsys.readouterr().out
 
 
+def test_names_in_a_listing_lead_nowhere_else(on_disk: Path, two: tuple[Store, Store]) -> None:
+    made, _ = two[0].make("thing", KEY, write())
+    marker = on_disk / "thing" / KEY / "manifest.json"
+    for odd in ("thing/short", f"thing/{KEY}.draft", f"a.b/{KEY}", f"-/{KEY}"):
+        (on_disk / odd).mkdir(parents=True)
+        (on_disk / odd / "manifest.json").write_bytes(marker.read_bytes())
+    remote_ = SharedStore.of_environment()
+    assert remote_ and list(remote_.listed()) == [(made.kind, made.key)]
+
+
 def test_of_two_that_make_one_key_at_once_the_first_wins(url: str, two: tuple[Store, Store]) -> None:
     one, other = two
     said: list[str] = []
@@ -212,6 +222,20 @@ def test_of_two_that_make_one_key_at_once_the_first_wins(url: str, two: tuple[St
     assert executed and mine == first and (other.path(mine) / "part" / "ä b.txt").read_text() == "first"
     assert len(said) == 1 and "made elsewhere at the same time" in said[0]
     other.verify(mine)
+
+
+def test_a_damaged_first_one_gives_way(on_disk: Path, two: tuple[Store, Store]) -> None:
+    one, other = two
+    said: list[str] = []
+
+    def meanwhile(draft: Draft) -> None:
+        one.make("thing", KEY, write("first"))
+        payload(on_disk, "part/*.txt").write_text("FIRST")
+        write("second")(draft)
+
+    mine, _ = other.make("thing", KEY, meanwhile, say=said.append)
+    assert (other.path(mine) / "part" / "ä b.txt").read_text() == "second" and not said
+    Store(on_disk.parent / "three").verify(mine)
 
 
 def test_equal_content_with_another_log_is_as_good(on_disk: Path, two: tuple[Store, Store]) -> None:
@@ -277,7 +301,7 @@ def test_a_shared_store_that_is_away_is_said_once_and_served_later(
         server.kill()
 
 
-FILES = 20
+FILES = 12
 
 
 def large(draft: Draft) -> None:
