@@ -53,7 +53,9 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
 
 
 def _as_markdown(table: list[dict[str, Any]]) -> str:
-    """Return rows as a Markdown table."""
+    """Return rows as a Markdown table; nothing for no rows."""
+    if not table:
+        return ""
     lines = [[*table[0]], ["---"] * len(table[0]), *([str(cell) for cell in row.values()] for row in table)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -75,5 +75,5 @@ def _told(server: "Server", run_id: str, report: Report) -> str:
     links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
-    _, verdict, *rest = report.text.split("\n\n")
-    return "\n\n".join([verdict, *([" · ".join(links)] if links else []), *rest])
+    _, *parts = report.text.split("\n\n")
+    return "\n\n".join([*parts[:1], " · ".join(links), *parts[1:]])
