@@ -20,7 +20,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.target_sequence import Earlier, TargetSequence, trained_on
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, show_files
-from flows._plan import checked, print_plans
+from flows._plan import Pipeline, checked, print_plans
 from flows._temporary_server import prefect_server
 from flows.mitigate import mitigate, pipeline
 from tasks import record
@@ -50,18 +50,23 @@ def recipes_of(repeats: Sequence[TargetSequence]) -> list[Recipe]:
     return [recipe for repeat in repeats for recipe in repeat.recipes().values()]
 
 
-def in_turn(sequence: TargetSequence, machine: Machine) -> InTurn:
+def mitigated(recipe: Recipe, machine: Machine) -> RunRecord:
+    """Take one stage as a flow run of its own, with its own report."""
+    return mitigate(recipe, machine).only()
+
+
+def in_turn(sequence: TargetSequence, machine: Machine, train: Pipeline = mitigated) -> InTurn:
     """Train on the targets once, one after the other, and score every model on every target."""
-    run_records = stages(sequence, machine)
+    run_records = stages(sequence, machine, train)
     return InTurn(sequence.recipe.name, run_records, measured(run_records, sequence.recipe, machine))
 
 
-def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
+def stages(sequence: TargetSequence, machine: Machine, train: Pipeline) -> list[RunRecord]:
     """Train on each target, starting from the model of the one before."""
     run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
         on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe
-        run_records.append(mitigate(on, machine).only().model_copy(update={"name": name}))
+        run_records.append(train(on, machine).model_copy(update={"name": name}))
     return run_records
 
 
