@@ -10,6 +10,7 @@ from cfsd.errors import BadInput
 from cfsd.report.files import read_kept
 from cfsd.report.sequence.files import read_measured
 from cfsd.store.artifact import Store
+from cfsd.store.tables import read_rows
 from cfsd.target_sequence import TargetSequence
 from tests.conftest import Run
 
@@ -48,6 +49,36 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert measured and [len(row) for row in measured.scored] == [2, 2, 2]
     assert measured.probes[0] == first.after.probe  # the first stage's own base is the first base
     assert Store(home).path(second.artifacts["final"]).is_dir()
+
+
+def test_earlier_rows_are_rehearsed_by_divergence_in_every_repeat_and_the_page_says_so(
+    sequence_file: Path, run: Run, home: Path
+) -> None:
+    content = yaml.safe_load(sequence_file.read_text())
+    content["recipe"]["train"]["rehearsal"] = {"loss": "kl"}
+    content["recipe"]["generate"]["top_logprobs"] = 4
+    sequence_file.write_text(yaml.safe_dump(content))
+    words = [sequence_file, "--earlier", "rows", "--earlier-fraction", "0.4", "--seeds", "2", "--machine", "threads=1"]
+    done = run("continual", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1]).parent
+    way = "Of the rehearsal's tokens 40% are responses of the earlier targets' own training rows"
+    assert way in (folder / "report.html").read_text().replace("&#39;", "'") and way in done.stdout
+    found = json.loads((folder / "continual.json").read_text())
+    assert found["seeds"] == 2 and [len(row) for row in found["exact"]] == [2, 2, 2]
+    store, models = Store(home), []
+    for seed in (0, 1):
+        first, second = read_kept(folder / f"mine-seed-{seed}").run_records
+        shares = second.artifacts["corpus"].metadata["token_fractions"]
+        assert isinstance(shares, dict) and shares["earlier-rows 1"] == pytest.approx(0.4, abs=0.03)
+        train = {tuple(row["token_ids"]) for row in read_rows(store.path(first.artifacts["target"]), "train")}
+        rows = read_rows(store.path(second.artifacts["mixture"]), "mixture")
+        rehearsed = {tuple(row["token_ids"]) for row in rows if row["source"] == "earlier-rows 1"}
+        assert rehearsed and rehearsed <= train
+        models.append(second.artifacts["final"].content)
+    assert models[0] != models[1]
+    again = run("continual", *words)  # everything is there
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
 def test_a_wrong_stage_is_named_before_anything_runs(sequence_file: Path) -> None:
