@@ -19,7 +19,8 @@ SECOND = {"target.prompt": "{response}=", "target.response": "{prompt}", "train.
 
 @pytest.fixture
 def sequence_file(recipe_file: Path) -> Path:
-    content = {"recipe": yaml.safe_load(recipe_file.read_text()), "targets": {"first": {}, "second": SECOND}}
+    recipe = yaml.safe_load(recipe_file.read_text())
+    content = {"recipe": recipe, "targets": {"first": {}, "second": SECOND}, "earlier": "prompts"}
     file = recipe_file.with_name("sequence.yaml")
     file.write_text(yaml.safe_dump(content))
     return file
@@ -32,6 +33,8 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     first, second = read_kept(folder).run_records
     assert second.artifacts["base"].content == first.artifacts["final"].content
     assert second.artifacts["corpus"].content != first.artifacts["corpus"].content  # text of the model before
+    shares = second.artifacts["corpus"].metadata["token_fractions"]
+    assert isinstance(shares, dict) and shares["earlier-prompts 1"] == pytest.approx(0.5, abs=0.03)
     found = json.loads((folder / "continual.json").read_text())["targets"]
     scores = found["matrix"]
     assert found["targets"] == ["first", "second"] and [len(row) for row in scores] == [2, 2, 2]
@@ -43,6 +46,8 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert transfer["value"] == pytest.approx(scores[2][0] - scores[1][0], rel=1e-4, abs=1e-6)
     assert transfer["low"] <= transfer["value"] <= transfer["high"]
     assert "R[t, j]: held-out score of target j" in done.stdout
+    way = "Of the rehearsal's tokens 50% are what the model before each stage answers to the prompts of"
+    assert way in done.stdout and way.replace("'", "&#39;") in (folder / "report.html").read_text()
     report = (folder / "report.html").read_text()
     assert "Every model on every target: the R matrix" in report and "backward transfer" in report
     measured = read_measured(folder)
@@ -51,6 +56,7 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert Store(home).path(second.artifacts["final"]).is_dir()
 
 
+@pytest.mark.slow
 def test_earlier_rows_are_rehearsed_by_divergence_in_every_repeat_and_the_page_says_so(
     sequence_file: Path, run: Run, home: Path
 ) -> None:
