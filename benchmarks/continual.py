@@ -9,8 +9,9 @@ Interrupted, the same command goes on: every stage is cached in the data folder.
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
@@ -22,27 +23,14 @@ from cfsd.report.files import Kept
 from cfsd.report.run_record import RunRecord
 from cfsd.report.sequence.repeats import LINES, OverSeeds, described_repeats, write_repeats_files
 from cfsd.report.table import shown
-from cfsd.target_sequence import TargetSequence
+from cfsd.target_sequence import Earlier, TargetSequence
 from flows._cli import Home, start
 from flows.continual import in_turn
 
 SEQUENCE = Path("deployments/recipes/tiny-sequence.yaml")
 
 
-class Way(NamedTuple):
-    """One way of holding earlier targets: fields of the sequence, and changes of its recipe."""
-
-    given: dict[str, Any]
-    changes: tuple[str, ...] = ()
-
-
-LIKELIHOOD = ("train.rehearsal.loss=nll", "generate.top_logprobs=0")
-WAYS = {  # the recipe of tiny-sequence rehearses by divergence from the model before
-    "unprompted": Way({}),
-    "prompts": Way({"earlier": "prompts"}),
-    "rows": Way({"earlier": "rows"}),
-    "rows, by likelihood": Way({"earlier": "rows"}, LIKELIHOOD),
-}
+WAYS: tuple[Earlier, ...] = ("unprompted", "prompts", "rows")
 
 
 def continual_command(
@@ -51,7 +39,7 @@ def continual_command(
     home: Home = None,
 ) -> None:
     """Train in turn in every way with every seed, and print the R matrices and what is read from them."""
-    loaded = {n: TargetSequence.load(sequence, list(w.changes), seeds=seeds, **w.given) for n, w in WAYS.items()}
+    loaded = {way: TargetSequence.load(sequence, seeds=seeds, earlier=way) for way in WAYS}
     recipes = [recipe for way in loaded.values() for one in way.repeats() for recipe in one.recipes().values()]
     for recipe in recipes:
         recipe.check()  # before anything runs
@@ -59,7 +47,7 @@ def continual_command(
     in_one_flow("continual-ways", lambda: _study(loaded, runner))
 
 
-def _study(ways: dict[str, TargetSequence], runner: Runner) -> None:
+def _study(ways: Mapping[Earlier, TargetSequence], runner: Runner) -> None:
     found = {name: _over_seeds(name, way, runner) for name, way in ways.items()}
     pages = [described_repeats(name, [ways[name].way()], over) for name, over in found.items()]
     text = "\n\n".join([_table(found), *pages])
@@ -86,7 +74,7 @@ def _over_seeds(name: str, way: TargetSequence, runner: Runner) -> OverSeeds:
     return write_repeats_files(folder, runner.store, title, [way.way()], kept)[0]
 
 
-def _table(found: dict[str, OverSeeds]) -> str:
+def _table(found: Mapping[Earlier, OverSeeds]) -> str:
     """Return a row per figure, a column per way."""
     lines = [f"| | {' | '.join(found)} |", "|---" + "|--:" * len(found) + "|"]
     for name, line in LINES.items():
