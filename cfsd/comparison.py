@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from cfsd.errors import BadInput
 from cfsd.overrides import override, read_with_recipe, validated
 from cfsd.recipe import Recipe
-from cfsd.spec import seed_of
+from cfsd.spec import REPEAT, seed_of
 
 Varied = Literal["train", "mix", "corpus", "probe"]
 SECTIONS: dict[Varied, str] = {"train": "train", "mix": "mix", "corpus": "generate", "probe": "probe"}
@@ -20,9 +20,6 @@ WORDS: dict[Varied, str] = {  # as a reader is told
     "corpus": "the corpus",
     "probe": "the probe",
 }
-
-
-REPEAT = " seed="  # before the seed in a repeat's name
 
 
 class Comparison(BaseModel):

@@ -1,7 +1,7 @@
 """Recipe: everything that decides a result, loaded from YAML."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -9,7 +9,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
-from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.spec import EARLIER, GenerateSpec, ProbeSpec, check_context
 from cfsd.merge.spec import MergeSpec
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
@@ -24,10 +24,17 @@ from cfsd.train.spec import RehearsalSpec, TrainSpec
 class Recipe(Spec):
     """Base model, target, and how to get from one to the other without forgetting."""
 
+    neutral: ClassVar[dict[str, Any]] = {"earlier": ()}
+
     name: str = Field(description="What you call it in Prefect and MLflow; not part of any key")
     seed: NonNegativeInt = Field(0, description="Fills every seed of the parts that is left empty")
     base: Checkpoint = Field(description="The model to fine-tune: `tiny`, `smollm2`, `./folder`, `org/name@revision`")
     target: Target = Field(description="What to fine-tune on")
+    earlier: tuple[Target, ...] = Field(
+        (),
+        description="Targets that the base was trained on before, with the seeds they had then: what "
+        "`generate.source: earlier-prompts` and `earlier-rows` rehearse, their held-out rows never",
+    )
     probe: ProbeSpec = Field(ProbeSpec(), description="Held-out sample of the base, for measuring only")
     generate: GenerateSpec = Field(GenerateSpec(), description="The rehearsal corpus")
     filter: FilterSpec = Field(FilterSpec(), description="Which rows of the corpus to reject; default none")
@@ -51,10 +58,13 @@ class Recipe(Spec):
                 filled[name] = part.model_copy(update={"seed": seed})
             elif isinstance(part, dict) and part.get("seed") is None and (part or name != "target"):
                 filled[name] = {**part, "seed": seed}
+        if isinstance(earlier := filled.get("earlier"), list | tuple):
+            filled["earlier"] = [_seeded(known, seed) for known in earlier]
         return filled
 
     @model_validator(mode="after")
     def _training_has_what_it_reads(self) -> Self:
+        check_earlier(self.generate, self.earlier)
         check_rehearsal(self.generate, self.train)
         check_drawn_tokens(self.generate, self.filter, self.select, self.train.rehearsal)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
@@ -88,6 +98,8 @@ class Recipe(Spec):
         """Raise BadInput for errors detectable before running, without loading weights."""
         self.base.check()
         self.target.check()
+        for known in self.earlier:
+            known.check()
         if self.generate.replay:
             self.generate.replay.check()
         self.evaluate.check()
@@ -109,6 +121,25 @@ class Recipe(Spec):
         return validated(cls, overridden(read_yaml(Path(path)), overrides or []), str(path))
 
 
+def _seeded(target: Any, seed: Any) -> Any:
+    """Return an earlier target, given as such or as its fields, with `seed` where it has none."""
+    if isinstance(target, Target):
+        return target if target.seed is not None else target.model_copy(update={"seed": seed})
+    return {**target, "seed": seed} if isinstance(target, dict) and target.get("seed") is None else target
+
+
+def check_earlier(generate: GenerateSpec, earlier: tuple[Target, ...]) -> None:
+    """Raise ValueError where a source needs earlier targets and there are none, or they are given and not rehearsed."""
+    sources = [source for source in generate.sources() if source in EARLIER]
+    if sources and not earlier:
+        raise ValueError(f"generate.source {sources[0]} needs `earlier`, the targets that the base was trained on")
+    if earlier and not (sources and generate.rows):
+        raise ValueError(
+            f"`earlier` has {len(earlier)} targets, but nothing rehearses them: give one of {', '.join(EARLIER)} a "
+            "share in generate.fractions (with generate.source mixed and generate.rows above 0), or leave them out"
+        )
+
+
 def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
     """Raise ValueError when the corpus of `generate` does not hold what `train` reads."""
     rehearsal = train.rehearsal
@@ -121,9 +152,10 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
             "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
             "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
         )
-    if generate.rows and rehearsal.budget and "replay" in generate.sources():
+    given = [source for source in ("replay", "earlier-rows") if source in generate.sources()]
+    if generate.rows and rehearsal.budget and given:
         raise ValueError(
-            "train.rehearsal.budget needs text of the base's own: on source replay it is not what the probe "
+            f"train.rehearsal.budget needs text of the base's own: on source {given[0]} it is not what the probe "
             "measures; use another generate.source or set rehearsal.weight"
         )
     for name, pull in train.methods.pulls().items():

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 # Added to the probe's seed: these samples share no row with the probe or with each other.
 WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003
+REPEAT = " seed="  # before the seed in the name of a repeat
 
 
 def digest_of(value: Any) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from cfsd.comparison import Comparison
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.target_sequence import TargetSequence
 from flows.fields import Described, sections
 
 INTRODUCTION = """# Every field
@@ -21,6 +22,7 @@ file; `--set FIELD=VALUE` changes a field of it by its dotted name. Fields of th
 TITLES: dict[type[BaseModel], str] = {
     Recipe: "A recipe",
     Comparison: "A comparison: `python -m flows.compare`",
+    TargetSequence: "Several targets in turn: `python -m flows.continual`",
     Machine: "The machine: `--machine FIELD=VALUE`",
 }
 

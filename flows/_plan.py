@@ -30,7 +30,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.sharing import check_shared_store
 from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
-from tasks._stage import Planned, planning
+from tasks._stage import Planned, artifacts_in, planning
 from tasks.fetch import check_model
 
 Pipeline = Callable[[Recipe, Machine], RunRecord]
@@ -176,8 +176,6 @@ def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:
 
 def _state(step: Planned) -> str:
     if step.key is None:
-        waits = sorted(
-            {str(i.metadata.get("made_by")) for i in step.inputs if isinstance(i, Artifact) and not i.content}
-        )
+        waits = sorted({str(i.metadata.get("made_by")) for i in artifacts_in(step.inputs) if not i.content})
         return f"after {', '.join(waits)}"
     return "cached" if step.cached else "runs"

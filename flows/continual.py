@@ -1,6 +1,7 @@
 """Several targets in turn, each trained on the model before it: what is left of the earlier ones, and of the base?
 
 python -m flows.continual deployments/recipes/tiny-sequence.yaml
+python -m flows.continual deployments/recipes/tiny-sequence.yaml --earlier prompts --seeds 5
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,15 @@ from cfsd.recipe import Recipe
 from cfsd.report.place import report_folder
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.store.artifact import Artifact, Store
-from cfsd.target_sequence import TargetSequence, trained_on
-from flows._cli import Home, On, Set, machine_of, start
+from cfsd.target_sequence import Earlier, TargetSequence, trained_on
+from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, show_files
-from flows._plan import checked
+from flows._plan import Pipeline, checked, print_plans
 from flows._temporary_server import prefect_server
 from flows.mitigate import mitigate, pipeline
 from tasks import record
 from tasks.evaluate import Role, evaluate_probe, evaluate_target
-from tasks.report import write_sequence
+from tasks.report import InTurn, write_sequence
 
 ROLES: tuple[Role, Role] = ("base", "tuned")
 
@@ -32,24 +33,40 @@ ROLES: tuple[Role, Role] = ("base", "tuned")
 @flow(name="continual", flow_run_name="{sequence.recipe.name}")
 def continual(sequence: TargetSequence, machine: Machine = Machine()) -> Result:  # noqa: B008
     """Train on one target after another; every stage is a `mitigate` run, and every model is scored on every target."""
-    title = sequence.recipe.name
-    with checked(sequence.recipes().values(), machine, pipeline), record.comparison(title) as run_id:
-        run_records = stages(sequence, machine)
-        scores = measured(run_records, sequence.recipe, machine)
+    title, repeats = sequence.recipe.name, sequence.repeats()
+    with checked(recipes_of(repeats), machine, pipeline), record.comparison(title) as run_id:
+        done = [in_turn(repeat, machine) for repeat in repeats]
+        run_records = [run_record for one in done for run_record in one.run_records]
         folder = report_folder(home(), title, run_records)
-        report = write_sequence(folder, title, run_records, scores)
-        record.conclusion(run_id, {}, report.files)
+        report = write_sequence(folder, title, done, [sequence.way()])
+        record.conclusion(run_id, report.figures, report.files)
         create_markdown_artifact(report.text, key=f"{folder.name}-continual")
         record.say(report.text)
     return Result(run_records, [], folder)
 
 
-def stages(sequence: TargetSequence, machine: Machine) -> list[RunRecord]:
+def recipes_of(repeats: Sequence[TargetSequence]) -> list[Recipe]:
+    """Return the recipes of every stage of every repeat, all on the first base."""
+    return [recipe for repeat in repeats for recipe in repeat.recipes().values()]
+
+
+def mitigated(recipe: Recipe, machine: Machine) -> RunRecord:
+    """Take one stage as a flow run of its own, with its own report."""
+    return mitigate(recipe, machine).only()
+
+
+def in_turn(sequence: TargetSequence, machine: Machine, train: Pipeline = mitigated) -> InTurn:
+    """Train on the targets once, one after the other, and score every model on every target."""
+    run_records = stages(sequence, machine, train)
+    return InTurn(sequence.recipe.name, run_records, measured(run_records, sequence.recipe, machine))
+
+
+def stages(sequence: TargetSequence, machine: Machine, train: Pipeline) -> list[RunRecord]:
     """Train on each target, starting from the model of the one before."""
     run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
         on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe
-        run_records.append(mitigate(on, machine).only().model_copy(update={"name": name}))
+        run_records.append(train(on, machine).model_copy(update={"name": name}))
     return run_records
 
 
@@ -79,13 +96,33 @@ def continual_command(
     sequence: Annotated[Path, typer.Argument(help="A recipe and its targets in YAML")],
     set_: Set = [],  # noqa: B006
     machine: On = [],  # noqa: B006
+    earlier: Annotated[
+        Earlier | None, typer.Option(help="What holds the earlier targets; default: as the file says")
+    ] = None,
+    earlier_fraction: Annotated[
+        float | None, typer.Option(help="With prompts or rows: their share of the rehearsal's tokens")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repeats of the whole sequence, each with seeds of its own")
+    ] = None,
     home: Home = None,
+    plan: Plan = False,
 ) -> None:
     """Train on several targets in turn and say what is left of the earlier ones and of the base."""
-    loaded, on = TargetSequence.load(sequence, set_), machine_of(machine)
-    with checked(loaded.recipes().values(), on, pipeline), prefect_server():
-        result = continual(loaded, on)
-    show_files(result)
+    given = {"earlier": earlier, "earlier_fraction": earlier_fraction, "seeds": seeds}
+    loaded, on = TargetSequence.load(sequence, set_, **given), machine_of(machine)
+    with checked(recipes_of(loaded.repeats()), on, pipeline) as plans:
+        if plan:
+            print_plans(plans, on, console)
+            console.print("Each stage is planned on the first base, since the model before it is not there yet.")
+            return
+        with prefect_server():
+            result = continual(loaded, on)
+    if loaded.seeds == 1:
+        show_files(result)
+    else:
+        console.print(f"report   {result.folder / 'report.html'}")
+        print(result.folder / "continual.json", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     target = prepare_target(base, recipe.target, machine)
     selected_target = select_target(base, target, recipe.select, machine)
     recipe.check_target(selected_target)
-    corpus = generate_corpus(base, target, recipe.generate, machine)
+    earlier = tuple(prepare_target(base, known, machine) for known in recipe.earlier)
+    corpus = generate_corpus(base, target, recipe.generate, machine, earlier)
     filtered = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
     selected_corpus = select_corpus(base, filtered, recipe.select, machine)
     return RunRecord(

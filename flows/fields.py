@@ -28,9 +28,16 @@ class Described(NamedTuple):
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], list[Described]]]:
-    """Yield (dotted prefix, spec, fields) of `model` and of every spec in its fields, parents first."""
-    schema = model.model_json_schema()
-    inner = {name: list(_specs_in(field.annotation)) for name, field in model.model_fields.items()}
+    """Yield (dotted prefix, spec, fields) of `model` and of every spec in its fields, parents first.
+
+    A list of specs that a field before it holds already, as `earlier` of targets, is not described again.
+    """
+    schema, inner, known = model.model_json_schema(), dict[str, list[tuple[type[BaseModel], bool]]](), set[Any]()
+    for name, own in model.model_fields.items():
+        inner[name] = [
+            (spec, is_list) for spec, is_list in _specs_in(own.annotation) if not (is_list and spec in known)
+        ]
+        known.update(spec for spec, _ in inner[name])
     yield (
         prefix,
         model,

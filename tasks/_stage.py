@@ -1,7 +1,7 @@
 """One decorator for every stage: its key, the store first, the record, the retries. All caching is decided here."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec
@@ -118,8 +118,14 @@ def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[An
     return tuple(v for name, v in inputs.items() if name not in absent and not isinstance(v, Machine))
 
 
+def artifacts_in(inputs: Iterable[Any]) -> Iterator[Artifact]:
+    """Yield the artifacts among the inputs of a stage, those of a tuple one by one."""
+    for value in inputs:
+        yield from (part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Artifact))
+
+
 def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
-    known = all(value.content != UNKNOWN for value in inputs if isinstance(value, Artifact))
+    known = all(value.content != UNKNOWN for value in artifacts_in(inputs))
     key = key_of(name, *inputs) if known else None
     cached = Store(home()).find(kind, key) if key else None
     plan.append(Planned(name, key, cached is not None, inputs))

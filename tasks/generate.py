@@ -60,15 +60,20 @@ def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machin
     return sample_probe(base, spec.model_copy(update={"seed": seed_of(spec, CONTROL_SEEDS)}), machine)
 
 
-def generate_corpus(base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine) -> Artifact:
+def generate_corpus(
+    base: Artifact, target: Artifact, spec: GenerateSpec, machine: Machine, earlier: tuple[Artifact, ...] = ()
+) -> Artifact:  # fmt: skip
     """Sample the rehearsal corpus; the target is in its key only where its prompts are continued."""
-    return _generate(base, target if "contextual" in spec.sources() else None, spec, machine)
+    return _generate(base, target if "contextual" in spec.sources() else None, spec, machine, earlier or None)
 
 
 @stage(GENERATE, "corpus", gpu=True)
-def _generate(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> None:
+def _generate(
+    draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine,
+    earlier: tuple[Artifact, ...] | None = None,
+) -> None:  # fmt: skip
     """Sample or read the rows of every source; see `cfsd.generate.stage`."""
     from cfsd.generate.stage import generate
 
     with sampler_of(machine) as sampler:
-        generate(base, target, spec, draft, machine, sampler)
+        generate(base, target, spec, draft, machine, sampler, earlier or ())

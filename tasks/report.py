@@ -82,22 +82,41 @@ def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) ->
     return write_corpus_files(folder, Store(home()), Kept(title=title, run_records=tuple(run_records)))
 
 
-def write_sequence(folder: Path, title: str, run_records: list[RunRecord], measured: Measured) -> Report:
-    """Write the page of targets trained in turn; see `cfsd.report.sequence`."""
+class InTurn(NamedTuple):
+    """Targets that were trained in turn, once: the stages, and what was measured beside them."""
+
+    title: str
+    run_records: list[RunRecord]
+    measured: Measured
+
+
+def write_sequence(folder: Path, title: str, repeats: Sequence[InTurn], notes: Sequence[str]) -> Report:
+    """Write the page of targets trained in turn, and of several repeats one over all; see `cfsd.report.sequence`."""
     from cfsd.report.files import Kept
     from cfsd.report.sequence.files import described_sequence, write_sequence_files
+    from cfsd.report.sequence.repeats import described_repeats, write_repeats_files
 
-    kept = Kept(title=title, run_records=tuple(run_records))
-    remains, files = write_sequence_files(folder, Store(home()), kept, measured)
-    return Report([], NOTHING, {}, files, described_sequence(title, remains))
+    kept = [Kept(title=one.title, notes=tuple(notes), run_records=tuple(one.run_records)) for one in repeats]
+    if len(kept) == 1:
+        remains, files = write_sequence_files(folder, Store(home()), kept[0], repeats[0].measured)
+        return Report([], NOTHING, {}, files, described_sequence(title, notes, remains))
+    all_of_them = list(zip(kept, (one.measured for one in repeats), strict=True))
+    found, files = write_repeats_files(folder, Store(home()), title, notes, all_of_them)
+    figures = {name: figure.value for name, figure in found.figures.items()}
+    return Report([], NOTHING, figures, files, described_repeats(title, notes, found))
 
 
 def rewrite(folder: Path, to: Path) -> list[Path]:
     """Write the report in `folder` of any flow again, into `to`, and return the files. Raises BadInput."""
     from cfsd.report.files import only_corpora, read_kept, write_corpus_files, write_files
     from cfsd.report.sequence.files import read_measured, write_sequence_files
+    from cfsd.report.sequence.repeats import read_repeats, write_repeats_files
 
-    kept, store = read_kept(folder), Store(home())
+    store = Store(home())
+    if repeated := read_repeats(folder):
+        known, sequences = repeated
+        return write_repeats_files(to, store, known.title, known.notes, sequences)[1]
+    kept = read_kept(folder)
     if measured := read_measured(folder):
         return write_sequence_files(to, store, kept, measured)[1]
     return [write_corpus_files(to, store, kept)] if only_corpora(kept) else write_files(to, store, kept)[1]

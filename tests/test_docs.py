@@ -22,6 +22,7 @@ from cfsd.errors import BadInput
 from cfsd.filter.rules import Rows as FilterRows
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.target_sequence import TargetSequence
 from cfsd.train.methods import Methods
 from flows.fields import rows
 from tests.conftest import ROOT
@@ -57,7 +58,7 @@ def test_the_readme_can_be_scanned() -> None:
 
 def test_the_reference_has_every_field_of_recipe_comparison_and_machine() -> None:
     page = script("reference_fields").page()
-    for model in (Recipe, Comparison, Machine):
+    for model in (Recipe, Comparison, TargetSequence, Machine):
         for field in rows(model):
             assert f"| `{field.name.removeprefix('recipe.')}` |" in page, field.name
             assert field.kind and field.description, field

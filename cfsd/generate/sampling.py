@@ -52,10 +52,12 @@ class Rows(NamedTuple):
     eos_ids: Sequence[int]
     stream: str = ""  # of random numbers; rows of the same number in two streams are independent
     turns: Turns = Turns()
+    learned: Sequence[Sequence[bool] | None] = ()  # of whole rows: which tokens count; None: all but the first
 
     def part(self, first: int, last: int) -> "Rows":
         """Return the rows at places `first` to `last` - 1."""
-        return self._replace(ids=self.ids[first:last], prompts=self.prompts[first:last])
+        ids, prompts, learned = (values[first:last] for values in (self.ids, self.prompts, self.learned))
+        return self._replace(ids=ids, prompts=prompts, learned=learned)
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ class Shard:
     """The unit of work, of retry and of resume: rows first to last - 1 of one source."""
 
     index: int
-    source: str  # also names the stream of random numbers; "probe" is one too
+    source: str  # also names the stream of random numbers; "probe" is one too, "earlier-rows 2" of the second target
     first: int
     last: int
 
@@ -45,6 +45,7 @@ class ShardJob(BaseModel):
     spec: GenerateSpec
     machine: Machine
     prompts: Prompts | None = None
+    earlier: tuple[Artifact, ...] = ()  # targets that the base was trained on
 
 
 Look = Callable[[float], object]  # called while shards are made, with the number of rows that are under way

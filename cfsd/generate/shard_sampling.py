@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
@@ -17,11 +18,10 @@ from cfsd.generate.server.check import check_server
 from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.shard_job import SPAN, Look, Shard, ShardJob
-from cfsd.generate.sources import SOURCES, rows_of, tokenization_of
+from cfsd.generate.sources import SOURCES, rows_of, source_of, tokenization_of
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import tail_points
 from cfsd.generate.trial import check_sampling, slower_path
-from cfsd.model.distribution import Top
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring
 from cfsd.model.sample import Sample
@@ -66,7 +66,7 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
     """Write one shard. Raises NotFinite naming it, OutOfMemory, BadInput, or ServerGone."""
     rows, notes, tokenizer = rows_of(job, shard), {SPAN: shard.span()}, tokenization_of(job).tokenizer
     samples: Sequence[Sample | str]
-    if job.machine.engine == "torch" or not SOURCES[shard.source].is_sampled:
+    if job.machine.engine == "torch" or not source_of(shard.source).is_sampled:
         job.machine.settle(job.machine.resolved_processes())
         samples, parts = _within_memory(job, shard, rows, look)
         notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
@@ -106,8 +106,9 @@ def _within_memory(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> tuple
 
 def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sample]:
     where = f"shard {shard.index}"
-    if not SOURCES[shard.source].is_sampled:
-        return _scored(job, rows, dict(zip(rows.ids, rows.prompts, strict=True)), where)
+    if not source_of(shard.source).is_sampled:
+        scored = _scored(job, rows, dict(zip(rows.ids, rows.prompts, strict=True)), where)
+        return [_only(sample, learned) for sample, learned in zip(scored, rows.learned, strict=True)]
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     check_sampling(model)
     lengths = [len(prompt) for prompt in rows.prompts]
@@ -131,11 +132,17 @@ def _with_distributions(job: ShardJob, shard: Shard, rows: Rows, samples: Sequen
     texts = {row: s.token_ids for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
     scored = iter(_scored(job, rows, texts, f"shard {shard.index}"))
     whole = [(s, len(prompt)) for s, prompt in zip(samples, rows.prompts, strict=True)]
-    return [s if isinstance(s, str) else s._replace(top=_after(next(scored).top, given)) for s, given in whole]
+    return [
+        s if isinstance(s, str) else s._replace(top=_only(next(scored), np.arange(len(s.token_ids)) >= given).top)
+        for s, given in whole
+    ]
 
 
-def _after(top: Top | None, prompt_length: int) -> Top | None:
-    """Return `top` with nothing at the tokens of the prompt, which were not predicted."""
-    for values in top or ():
-        values[:prompt_length] = 0 if values.dtype.kind == "i" else np.nan
-    return top
+def _only(sample: Sample, learned: Sequence[bool] | NDArray[np.bool_] | None) -> Sample:
+    """Return `sample` with nothing at the tokens that are not `learned`, as at those of a prompt."""
+    if learned is None:
+        return sample
+    hidden_T = ~np.asarray(learned, bool)
+    for values in sample.top or ():
+        values[hidden_T] = 0 if values.dtype.kind == "i" else np.nan
+    return sample._replace(logprobs=[p if kept else None for p, kept in zip(sample.logprobs, learned, strict=True)])

@@ -6,11 +6,11 @@ A new source is a function here, its entry in SOURCES and its name in `cfsd.gene
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,21 +27,43 @@ from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.spec import seed_of
-from cfsd.store.artifact import Store
+from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import batches
 
 SAID = b"said"  # in the Parquet metadata of the starts
-STARTS = pa.schema([("token_ids", pa.list_(pa.int32()))])
+STARTS = pa.schema([("token_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_()))])
+
+
+class Start(NamedTuple):
+    """What a row begins with, or all of it; `learned[t]` says whether token t of a whole row counts, None: all do."""
+
+    token_ids: list[int]
+    learned: list[bool] | None = None
+
+
+class Asked(NamedTuple):
+    """The rows that are asked of a source which has a prompt for each.
+
+    It counts the prompts that it cannot use in `dropped`, by reason, and says what it read in one of several ways.
+    """
+
+    job: ShardJob
+    base: Tokenization
+    part: int  # which of the job's earlier targets, from 1; 0 for other sources
+    rows: int
+    dropped: Counter[str]
+    said: Said
+
+    def path(self, target: Artifact) -> Path:
+        """Return the folder of `target`."""
+        return Store(self.job.home).path(target)
 
 
 class SourceRows(NamedTuple):
-    """Where the rows of a source come from: one of a function for rows that begin alike and one for a prompt each.
-
-    The latter counts the prompts that it cannot use, by reason, and says what it read in one of several ways.
-    """
+    """Where the rows of a source come from: one of a function for rows that begin alike and one for a prompt each."""
 
     alike: Callable[[ShardJob, Tokenization, list[int]], Rows] | None = None  # gets the ids of the rows
-    each: Callable[[ShardJob, Tokenization, int, Counter[str], Said], Iterator[list[int]]] | None = None  # and number
+    each: Callable[[Asked], Iterator[Start]] | None = None
     is_sampled: bool = True  # False: `each` gives whole rows, which the base only scores
 
 
@@ -60,17 +82,17 @@ def write_starts(job: ShardJob, source: str, rows: int) -> dict[str, JsonValue]:
 
     Returns how many prompts left no room for a text, and what is to be said of documents.
     """
-    each, path = SOURCES[source].each, _starts_path(job, source)
+    each, path = source_of(source).each, _starts_path(job, source)
     if each is None:
         return {}
     if not path.exists() or pq.read_metadata(path).num_rows < rows:
         dropped, said = Counter[str](), Said()
-        starts = each(job, tokenization_of(job), rows, dropped, said)
+        starts = each(Asked(job, tokenization_of(job), int(source.partition(" ")[2] or 0), rows, dropped, said))
         notes = {DROPPED: json.dumps(dropped), SAID: json.dumps(said.sentences())}
         temporary, size = path.with_name(f"{path.name}.partial"), job.machine.sampling_rows
         with pq.ParquetWriter(temporary, STARTS.with_metadata(notes)) as writer:
             while group := list(islice(starts, size)):
-                writer.write_table(pa.table([group], schema=STARTS))
+                writer.write_table(pa.table([*map(list, zip(*group, strict=True))], schema=STARTS))
         temporary.replace(path)
     known = pq.read_schema(path).metadata or {}
     found = {"dropped_prompts": json.loads(known.get(DROPPED, b"{}")), "said": json.loads(known.get(SAID, b"[]"))}
@@ -79,11 +101,12 @@ def write_starts(job: ShardJob, source: str, rows: int) -> dict[str, JsonValue]:
 
 def rows_of(job: ShardJob, shard: Shard) -> Rows:
     """Return the rows of `shard`; `write_starts` comes first. Raises BadInput where a source does not fit the base."""
-    ids, base, alike = list(range(shard.first, shard.last)), tokenization_of(job), SOURCES[shard.source].alike
+    ids, base, alike = list(range(shard.first, shard.last)), tokenization_of(job), source_of(shard.source).alike
     if alike is not None:
         return alike(job, base, ids)._replace(stream=shard.source)
     group = pq.ParquetFile(_starts_path(job, shard.source)).read_row_group(shard.first // job.machine.sampling_rows)
-    return Rows(ids, group["token_ids"].to_pylist()[: len(ids)], base.eos_ids, shard.source)
+    starts = (group[name].to_pylist()[: len(ids)] for name in STARTS.names)
+    return Rows(ids, next(starts), base.eos_ids, shard.source, learned=next(starts))
 
 
 def _starts_path(job: ShardJob, source: str) -> Path:
@@ -110,15 +133,31 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids))
 
 
-def _contextual(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
-    if job.target is None:
+def _contextual(asked: Asked) -> Iterator[Start]:
+    if asked.job.target is None:
         raise BadInput("generate.source contextual needs a target, whose prompts the base goes on from")
-    return iter(contextual_starts(Store(job.home).path(job.target), rows, seed_of(job.spec), _room(job), dropped))
+    return _after_prompts(asked, asked.job.target)
 
 
-def _prompts(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
+def _earlier_prompts(asked: Asked) -> Iterator[Start]:
+    return _after_prompts(asked, asked.job.earlier[asked.part - 1])
+
+
+def _after_prompts(asked: Asked, target: Artifact) -> Iterator[Start]:
+    job, path = asked.job, asked.path(target)
+    return map(Start, contextual_starts(path, asked.rows, seed_of(job.spec), _room(job), asked.dropped))
+
+
+def _earlier_rows(asked: Asked) -> Iterator[Start]:
+    known = list(_training_rows(asked.path(asked.job.earlier[asked.part - 1])))
+    order = _seeded(range(len(known)), f"earlier-rows {seed_of(asked.job.spec)}")
+    return (known[order[row % len(order)]] for row in range(asked.rows))
+
+
+def _prompts(asked: Asked) -> Iterator[Start]:
+    job = asked.job
     assert job.prompts
-    return islice(prompt_rows(job.prompts, base, _room(job), dropped, said), rows)
+    return map(Start, islice(prompt_rows(job.prompts, asked.base, _room(job), asked.dropped, asked.said), asked.rows))
 
 
 def count_prompts(job: ShardJob) -> int:
@@ -127,9 +166,11 @@ def count_prompts(job: ShardJob) -> int:
     return len(prompt_rows(job.prompts, tokenization_of(job), _room(job), Counter(), Said()))
 
 
-def _replay(job: ShardJob, base: Tokenization, rows: int, dropped: Counter[str], said: Said) -> Iterator[list[int]]:
-    assert job.spec.replay
-    return replay_rows(job.spec.replay, base, rows=rows, length=job.spec.length, seed=seed_of(job.spec), said=said)
+def _replay(asked: Asked) -> Iterator[Start]:
+    spec = asked.job.spec
+    assert spec.replay
+    wanted: Any = {"rows": asked.rows, "length": spec.length, "seed": seed_of(spec)}
+    return map(Start, replay_rows(spec.replay, asked.base, said=asked.said, **wanted))
 
 
 def _room(job: ShardJob) -> int:
@@ -145,7 +186,14 @@ SOURCES = {
     "template": SourceRows(alike=_template),
     "contextual": SourceRows(each=_contextual),
     "replay": SourceRows(each=_replay, is_sampled=False),
+    "earlier-prompts": SourceRows(each=_earlier_prompts),
+    "earlier-rows": SourceRows(each=_earlier_rows, is_sampled=False),
 }
+
+
+def source_of(part: str) -> SourceRows:
+    """Return the source of a part of a corpus, such as `earlier-rows 2`."""
+    return SOURCES[part.partition(" ")[0]]
 
 
 def contextual_starts(
@@ -166,13 +214,21 @@ def contextual_starts(
             f"no prompt of the target leaves room for generate.length: at most {max_tokens} tokens fit, but "
             f"{shortest}; set a smaller generate.length, or another generate.source"
         )
-    order = random.Random(f"contextual {seed}").sample(fitting, len(fitting))[:rows]
+    order = _seeded(fitting, f"contextual {seed}")[:rows]
     wanted = set(order)
     prompts = {place: prompt for place, prompt in enumerate(_target_prompts(target)) if place in wanted}
     return [list(prompts[order[row % len(order)]]) for row in range(rows)]
 
 
 def _target_prompts(target: Path) -> Iterator[list[int]]:
+    for row in _training_rows(target):
+        yield row.token_ids[: (row.learned or []).index(True)]
+
+
+def _training_rows(target: Path) -> Iterator[Start]:
     for batch in batches(target, "train", ["token_ids", "supervised"]):
-        for token_ids, supervised in zip(*batch.to_pydict().values(), strict=True):
-            yield token_ids[: supervised.index(True)]
+        yield from map(Start, *batch.to_pydict().values())
+
+
+def _seeded(places: Sequence[int], seed: str) -> list[int]:
+    return random.Random(seed).sample(places, len(places))

@@ -9,7 +9,8 @@ from cfsd.errors import BadInput
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 
-Source = Literal["context-free", "template", "contextual", "replay"]
+Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
+EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
 SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 16
 
@@ -35,7 +36,8 @@ class GenerateSpec(Spec):
     source: Literal[Source, "mixed"] = Field(
         "context-free",
         description="context-free: from the start token alone, the method; template: after the chat template's text "
-        "before a user turn; contextual: after target prompts; replay: documents of yours; mixed: see fractions",
+        "before a user turn; contextual: after target prompts; replay: documents of yours; earlier-prompts: after the "
+        "prompts of `earlier` targets; earlier-rows: the rows of these themselves; mixed: see fractions",
     )
     fractions: dict[Source, float] = Field(
         {}, description="mixed only: each source's share of rows x length tokens, as {context-free: 0.5, replay: 0.5}"
@@ -81,6 +83,23 @@ class GenerateSpec(Spec):
     def sources(self) -> list[Source]:
         """Return the sources that rows come from, in a fixed order."""
         return sorted(self.fractions) if self.source == "mixed" else [self.source]
+
+    def parts(self, earlier: int) -> list[tuple[str, float | None]]:
+        """Return the parts of the corpus: each source with its share of the tokens, None where rows are counted.
+
+        A source of earlier targets is one part for each of the `earlier` targets, such as `earlier-prompts 2`, so that
+        all have an equal share. Raises BadInput where there is none.
+        """
+        found: list[tuple[str, float | None]] = []
+        for source in self.sources():
+            if source not in EARLIER:
+                found.append((source, self.fractions.get(source)))
+            elif not earlier:
+                raise BadInput(f"generate.source {source} needs `earlier`, the targets that the base was trained on")
+            else:
+                share = self.fractions.get(source, 1.0) / earlier
+                found += [(f"{source} {number}", share) for number in range(1, earlier + 1)]
+        return found
 
     def biases(self) -> list[str]:
         """Return which settings make the rows follow another distribution than the model's own."""

@@ -40,15 +40,16 @@ def generate(
     draft: Draft,
     machine: Machine,
     sampler: Sampler | None = None,
+    earlier: tuple[Artifact, ...] = (),
 ) -> None:
     """Write the `corpus` table shard by shard; finished shards are kept after any error.
 
-    `target` is needed by source contextual only. `sampler` works on shards elsewhere than on this machine; those
-    that it loses are asked for again.
+    `target` is needed by source contextual only, `earlier` targets by the sources named after them. `sampler` works on
+    shards elsewhere than on this machine; those that it loses are asked for again.
     """
-    job = _job(draft, base, target, spec, machine)
-    for position, source in enumerate(spec.sources()):
-        tokens = spec.fractions[source] * spec.rows * spec.length if spec.fractions else None
+    job = _job(draft, base, target, spec, machine).model_copy(update={"earlier": earlier})
+    for position, (source, share) in enumerate(spec.parts(len(earlier))):
+        tokens = None if share is None else share * spec.rows * spec.length
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
     draft.metadata |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from cfsd.comparison import REPEAT
 from cfsd.report.measures import MEASURES, Measure, figure_of
 from cfsd.report.summary import Fig, Summary
+from cfsd.spec import REPEAT
 from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting

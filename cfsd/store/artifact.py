@@ -47,7 +47,7 @@ class Artifact(BaseModel):
     metadata: dict[str, JsonValue] = {}
 
 
-Identified = Artifact | Spec | str | int | float | None | tuple[Spec, ...]
+Identified = Artifact | Spec | str | int | float | None | tuple[Spec, ...] | tuple[Artifact, ...]
 
 
 def key_of(stage: str, *inputs: Identified) -> str:
@@ -62,7 +62,7 @@ def _identity(value: Identified) -> JsonValue:
     if isinstance(value, Artifact):
         return f"{value.kind}:{value.content}"
     if isinstance(value, tuple):
-        return [part.digest() for part in value]
+        return [_identity(part) for part in value]
     return value.digest() if isinstance(value, Spec) else value
 
 

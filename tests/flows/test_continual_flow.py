@@ -10,6 +10,7 @@ from cfsd.errors import BadInput
 from cfsd.report.files import read_kept
 from cfsd.report.sequence.files import read_measured
 from cfsd.store.artifact import Store
+from cfsd.store.tables import read_rows
 from cfsd.target_sequence import TargetSequence
 from tests.conftest import Run
 
@@ -18,7 +19,8 @@ SECOND = {"target.prompt": "{response}=", "target.response": "{prompt}", "train.
 
 @pytest.fixture
 def sequence_file(recipe_file: Path) -> Path:
-    content = {"recipe": yaml.safe_load(recipe_file.read_text()), "targets": {"first": {}, "second": SECOND}}
+    recipe = yaml.safe_load(recipe_file.read_text())
+    content = {"recipe": recipe, "targets": {"first": {}, "second": SECOND}, "earlier": "prompts"}
     file = recipe_file.with_name("sequence.yaml")
     file.write_text(yaml.safe_dump(content))
     return file
@@ -31,6 +33,8 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     first, second = read_kept(folder).run_records
     assert second.artifacts["base"].content == first.artifacts["final"].content
     assert second.artifacts["corpus"].content != first.artifacts["corpus"].content  # text of the model before
+    shares = second.artifacts["corpus"].metadata["token_fractions"]
+    assert isinstance(shares, dict) and shares["earlier-prompts 1"] == pytest.approx(0.5, abs=0.03)
     found = json.loads((folder / "continual.json").read_text())["targets"]
     scores = found["matrix"]
     assert found["targets"] == ["first", "second"] and [len(row) for row in scores] == [2, 2, 2]
@@ -42,12 +46,45 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert transfer["value"] == pytest.approx(scores[2][0] - scores[1][0], rel=1e-4, abs=1e-6)
     assert transfer["low"] <= transfer["value"] <= transfer["high"]
     assert "R[t, j]: held-out score of target j" in done.stdout
+    way = "Of the rehearsal's tokens 50% are what the model before each stage answers to the prompts of"
+    assert way in done.stdout and way.replace("'", "&#39;") in (folder / "report.html").read_text()
     report = (folder / "report.html").read_text()
     assert "Every model on every target: the R matrix" in report and "backward transfer" in report
     measured = read_measured(folder)
     assert measured and [len(row) for row in measured.scored] == [2, 2, 2]
     assert measured.probes[0] == first.after.probe  # the first stage's own base is the first base
     assert Store(home).path(second.artifacts["final"]).is_dir()
+
+
+@pytest.mark.slow
+def test_earlier_rows_are_rehearsed_by_divergence_in_every_repeat_and_the_page_says_so(
+    sequence_file: Path, run: Run, home: Path
+) -> None:
+    content = yaml.safe_load(sequence_file.read_text())
+    content["recipe"]["train"]["rehearsal"] = {"loss": "kl"}
+    content["recipe"]["generate"]["top_logprobs"] = 4
+    sequence_file.write_text(yaml.safe_dump(content))
+    words = [sequence_file, "--earlier", "rows", "--earlier-fraction", "0.4", "--seeds", "2", "--machine", "threads=1"]
+    done = run("continual", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1]).parent
+    way = "Of the rehearsal's tokens 40% are responses of the earlier targets' own training rows"
+    assert way in (folder / "report.html").read_text().replace("&#39;", "'") and way in done.stdout
+    found = json.loads((folder / "continual.json").read_text())
+    assert found["seeds"] == 2 and [len(row) for row in found["exact"]] == [2, 2, 2]
+    store, models = Store(home), []
+    for seed in (0, 1):
+        first, second = read_kept(folder / f"mine-seed-{seed}").run_records
+        shares = second.artifacts["corpus"].metadata["token_fractions"]
+        assert isinstance(shares, dict) and shares["earlier-rows 1"] == pytest.approx(0.4, abs=0.03)
+        train = {tuple(row["token_ids"]) for row in read_rows(store.path(first.artifacts["target"]), "train")}
+        rows = read_rows(store.path(second.artifacts["mixture"]), "mixture")
+        rehearsed = {tuple(row["token_ids"]) for row in rows if row["source"] == "earlier-rows 1"}
+        assert rehearsed and rehearsed <= train
+        models.append(second.artifacts["final"].content)
+    assert models[0] != models[1]
+    again = run("continual", *words)  # everything is there
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
 def test_a_wrong_stage_is_named_before_anything_runs(sequence_file: Path) -> None:

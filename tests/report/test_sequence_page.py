@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cfsd.errors import BadInput
 from cfsd.report.files import RUN_RECORDS, Kept, read_kept
 from cfsd.report.run_record import Measured, RunRecord
+from cfsd.report.scores import table
 from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files, write_sequence_page
+from cfsd.report.sequence.repeats import over_repeats, read_repeats, write_repeats_files
 from cfsd.report.sequence.retention import WHOLE, Retention, gaps_of, retention_of
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summarise import summarise
@@ -174,3 +177,50 @@ def test_nothing_is_claimed_that_was_not_found(made: tuple[Retention, Path], wor
     learned, _ = learned_and_lost(some)
     assert learned.startswith("2 of 3 targets were learned, each at its own stage: held-out loss of “sums” 2.00")
     assert "“poems” was not found to be" in learned
+
+
+def repeats_of(world: World, seeds: int) -> list[tuple[Kept, Measured]]:
+    """Repeats whose last loss of the first target differs; the other figures are the same in each."""
+    made = []
+    for seed in range(seeds):
+        losses = [*LOSSES[:3], [1.0 + 0.2 * seed, *LOSSES[3][1:]]]
+        kept, measured = sequence(world, losses)
+        made.append((kept.model_copy(update={"title": f"In turn seed={seed}"}), measured))
+    return made
+
+
+def test_figures_over_seeds_have_intervals_of_rows_and_seeds(world: World) -> None:
+    repeats, retained = repeats_of(world, 5), []
+    for kept, measured in repeats:
+        stages = [summarise(world.store, run_record) for run_record in kept.run_records]
+        retained.append(retention_of(world.store, kept.run_records, stages, measured))
+    found = over_repeats(world.store, [measured for _, measured in repeats], retained)
+    last, figures = found.losses[3][0], found.figures
+    tables = [table(world.store, measured.scored[3][0], "responses") for _, measured in repeats]
+    losses = np.array([rows["nll"].sum() / rows["count"].sum() for rows in tables])
+    between = 2.776 * losses.std(ddof=1) / 5**0.5  # t of 4 degrees of freedom times the standard error
+    assert found.seeds == 5 and last.value == pytest.approx(losses.mean(), rel=1e-4)
+    assert last.low and last.high and between < last.value - last.low < 1.5 * between > last.high - last.value > between
+    assert figures["final_exact"].value == pytest.approx((3 + 15 + 19) / 60)
+    transfers = [retention.losses.backward_transfer for retention in retained]
+    assert figures["backward_transfer"].value == pytest.approx(np.mean([t.value for t in transfers if t]))
+    assert figures["backward_transfer_exact"].value == pytest.approx(-(15 + 2) / 20 / 2)
+    assert figures["probe_kl"].value == pytest.approx(0.3, rel=0.1)
+
+
+def test_the_page_over_seeds_says_the_way_and_is_made_again_from_its_folder(world: World, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    notes = ["Held by their prompts & rows."]
+    write_repeats_files(first, world.store, "In turn", notes, repeats_of(world, 2))
+    page = Page((first / "report.html").read_text())
+    assert notes[0] in page.words and "repeated with 2 seeds" in page.words
+    assert notes[0] in (first / "continual.md").read_text()
+    links = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
+    assert links == ["in-turn-seed-0/report.html", "in-turn-seed-1/report.html"]
+    assert all((first / str(link)).is_file() for link in links)
+    assert "95.0 % exact" in page.part("Every model on every target", "Seed by seed")  # 19 of 20; no interval of two
+    known = read_repeats(first)
+    assert known and read_repeats(first / "in-turn-seed-0") is None
+    write_repeats_files(second, world.store, known[0].title, known[0].notes, known[1])
+    names = {str(path.relative_to(first)) for path in first.rglob("*") if path.is_file()}
+    assert {n: (second / n).read_bytes() for n in names} == {n: (first / n).read_bytes() for n in names}

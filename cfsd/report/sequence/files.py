@@ -1,5 +1,6 @@
 """The report folder of several targets in turn: page, pictures and figures, from the artifacts of a store alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
     page, picture, text, figures = (folder / n for n in ("report.html", "matrix.png", "continual.md", "continual.json"))
     write_sequence_page(page, store, kept, stages, measured, retention)
     matrix_figure(retention.losses, losses=True).savefig(picture, dpi=150)
-    text.write_text(described_sequence(kept.title, retention))
+    text.write_text(described_sequence(kept.title, kept.notes, retention))
     write_json(figures, _figures(retention))
     return retention, [page, *numbers, picture, text, figures]
 
@@ -119,8 +120,8 @@ def _figures(retention: Retention) -> dict[str, Any]:
     }
 
 
-def described_sequence(title: str, retention: Retention) -> str:
+def described_sequence(title: str, notes: Sequence[str], retention: Retention) -> str:
     """Return the figures as Markdown, each with its definition, after the two sentences."""
     texts = [described(retention.losses), described(retention.exact), *map(described, retention.benchmarks)]
     since = [summary.model_dump() for summary in retention.since_base]
-    return rendered("continual.md.j2", **_contents(title, retention), described=texts, since_base=since)
+    return rendered("continual.md.j2", **_contents(title, retention), notes=notes, described=texts, since_base=since)
