@@ -6,19 +6,15 @@ that stage and not a whole run. What is left to other files is named in the tabl
 
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from tests.conftest import ROOT, WORLD, save_model, write_rows
-from tests.faults.runs import ON, Case, Ended
+from tests.conftest import save_model, write_rows
+from tests.faults.runs import Case, Ended
 
 pytestmark = pytest.mark.processes
 
