@@ -27,7 +27,7 @@ MAX_WORDS = 300  # characters of a foreign message
 
 @contextmanager
 def own_rules(definition: Definition) -> Iterator[None]:
-    """Read the benchmark's modules anew and fetch no metric; templates run no code and print no missing value as `None`.
+    """Read its modules anew, fetch no metric; templates run no code and print no missing value as `None`.
 
     Differs: lm-eval keeps a module whose own file is unchanged, though one that it imports or reads has changed.
     """
