@@ -22,6 +22,15 @@ _fork.set_forkserver_preload(
      "tasks.record.server"]
 )  # fmt: skip
 ON = ["--machine", "threads=1", "--machine", "device=cpu"]
+RECIPE = """name: mine
+base: {model}
+target: {{path: {rows}, held_out: 8}}
+probe: {{rows: 16, length: 16}}
+generate: {{rows: 16, length: 16}}
+mix: {{target_rows: 8, rehearsal_tokens: 64}}
+train: {{learning_rate: 1.0e-3, epochs: 1}}
+merge: {{alpha: 0.5}}
+"""
 Hook = Callable[[], None]
 
 
@@ -88,6 +97,37 @@ def pause(stage: str, sign: Path) -> None:
     record.step = paused
 
 
+def fail(stage: str) -> None:
+    """Make `stage` end with an error that nobody expected."""
+    from tasks import record
+
+    step = record.step
+
+    @contextmanager
+    def failing(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with step(name, *args, **kwargs):
+            if name == stage:
+                raise RuntimeError("planted failure")
+            yield
+
+    record.step = failing
+
+
+def use_prefect(url: str = "", login: str = "") -> None:
+    """Let Prefect's client use a server or a login, as the environment does that it is imported in."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    given = {PREFECT_API_URL: f"{url}/api"} if url else {}
+    temporary_settings(given | ({PREFECT_API_AUTH_STRING: login} if login else {})).__enter__()
+
+
+def both(*hooks: Hook | None) -> None:
+    """Call hooks in turn."""
+    for hook in hooks:
+        if hook:
+            hook()
+
+
 class Case:
     """A recipe and its data folder, in which everything is made already or, in a copy, all but some stages' results."""
 
@@ -113,7 +153,7 @@ class Case:
     def start(self, *words: str, before: Hook | None = None, **environment: str) -> Run:
         """Start a run."""
         log = self.folder / f"log-{time.monotonic_ns()}.txt"
-        own = self.environment | {"CFSD_HOME": str(self.home)} | environment
+        own = os.environ | self.environment | {"CFSD_HOME": str(self.home)} | environment
         return Run(log, [str(self.recipe), "--home", str(self.home), *ON, *words], own, before)
 
     def run(self, *words: str, before: Hook | None = None, **environment: str) -> Ended:
@@ -124,7 +164,7 @@ class Case:
     def paused_in(self, stage: str, before: Hook | None = None) -> Iterator[Run]:
         """Start a run and hold it in `stage` for the block."""
         sign = self.folder / f"paused-{stage}"
-        run = self.start(before=partial(_both, before, partial(pause, stage, sign)))
+        run = self.start(before=partial(both, before, partial(pause, stage, sign)))
         wait_for(lambda: sign.exists() or not run.process.is_alive())
         assert sign.exists(), run.wait().out
         yield run
@@ -140,10 +180,13 @@ class Case:
         return found
 
 
-def _both(*hooks: Hook | None) -> None:
-    for hook in hooks:
-        if hook:
-            hook()
+def case_in(folder: Path, environment: dict[str, str]) -> Case:
+    """Write a model, rows and a recipe into `folder` and return the case, in which nothing was made yet."""
+    from tests.conftest import save_model, write_rows  # late: it settles an environment of its own where it is imported
+
+    rows, model = write_rows(folder / "rows.jsonl"), save_model(folder / "model")
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=model, rows=rows))
+    return Case(folder, folder / "recipe.yaml", environment)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

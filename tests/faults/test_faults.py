@@ -4,42 +4,27 @@ A case copies the data folder of a run that nobody disturbed, without what the s
 that stage and not a whole run. What is left to other files is named in the table of tests/faults/table.py.
 """
 
+import errno
+import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from tests.conftest import save_model, write_rows
-from tests.faults.runs import Case, Ended
+from tests.conftest import ROOT
+from tests.faults.runs import ON, Case, Ended
 
 pytestmark = pytest.mark.processes
 
-RECIPE = """name: mine
-base: {model}
-target: {{path: {rows}, held_out: 8}}
-probe: {{rows: 16, length: 16}}
-generate: {{rows: 16, length: 16}}
-mix: {{target_rows: 8, rehearsal_tokens: 64}}
-train: {{learning_rate: 1.0e-3, epochs: 1}}
-merge: {{alpha: 0.5}}
-"""
 STAGES = ("fetch", "target", "generate", "filter", "probe", "mix", "check", "train", "merge", "evaluate-probe")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, server: str) -> Case:
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    rows, model = write_rows(folder / "rows.jsonl"), save_model(folder / "model")
-    (folder / "recipe.yaml").write_text(RECIPE.format(model=model, rows=rows))
-    case = Case(folder, folder / "recipe.yaml", {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"})
-    ended = case.run()
-    assert ended.code == 0, ended.out
-    return case
 
 
 def assert_nothing_is_lost(case: Case, undisturbed: Case) -> Ended:
@@ -133,4 +118,119 @@ def test_damaged_artifacts_are_made_again_and_no_others(undisturbed: Case, tmp_p
     for place in places:
         said = f"{place.parent.name} {place.name} is damaged"
         assert (said in ended.out) == (places[place] is not shutil.rmtree), ended.out
+    assert_nothing_is_lost(case, undisturbed)
+
+
+# what happens to the machine
+
+
+@contextmanager
+def mounted(*words: str) -> Iterator[None]:
+    """Mount something for the block; skip where this user may not."""
+    done = subprocess.run(["mount", *words], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mount needs root: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", words[-1]], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Write until not a byte more fits, and return the file."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as out:
+        for size in (1 << 16, 1):
+            try:
+                while out.write(b"\0" * size):
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full_from", "first"), [("mix", "mix"), ("check", "train"), ("probe", "probe")])
+def test_a_full_disk_ends_the_run_with_one_message_and_costs_that_stage(
+    full_from: str, first: str, undisturbed: Case, tmp_path: Path
+) -> None:
+    """The disk is full from within a stage on: its artifact cannot be completed, or what the next one writes."""
+    case = undisturbed.copy(tmp_path, *{full_from, first})
+    size = sum(file.stat().st_size for file in case.home.rglob("*") if file.is_file())
+    moved = tmp_path / "moved"
+    case.home.rename(moved)
+    case.home.mkdir()
+    with mounted("-t", "tmpfs", "-o", f"size={size + (16 << 20)}", "tmpfs", str(case.home)):
+        shutil.copytree(moved, case.home, symlinks=True, dirs_exist_ok=True)
+        with case.paused_in(full_from) as run:
+            filler = fill(case.home)
+        ended = run.wait()
+        assert ended.code == 2, ended.out
+        assert f"error: the disk of {case.home}" in ended.out.splitlines()[-1] and "is full (0.0 MiB free)" in ended.out
+        filler.unlink()
+        assert_nothing_is_lost(case, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_written_is_named_and_stays_as_it_is(undisturbed: Case, tmp_path: Path) -> None:
+    case = undisturbed.copy(tmp_path, "mix")
+    store = str(case.home / "store")
+    before = case.state()
+    with mounted("--bind", store, store):
+        subprocess.run(["mount", "-o", "remount,ro,bind", store], check=True)
+        ended = case.run()
+    assert ended.code == 2, ended.out
+    assert "Read-only file system" in ended.out.splitlines()[-1] and store in ended.out.splitlines()[-1]
+    assert "Traceback" not in ended.out
+    assert case.state() == before
+    assert_nothing_is_lost(case, undisturbed)
+
+
+TEN_YEARS = 315_360_000
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *t) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int done = real(id, t);
+    if (id == CLOCK_REALTIME) t->tv_sec -= SECONDS;
+    return done;
+}
+int gettimeofday(struct timeval *t, void *zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    t->tv_sec = now.tv_sec; t->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *t) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (t) *t = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+@pytest.mark.slow
+def test_another_clock_and_another_hash_seed_change_no_key_and_no_content(undisturbed: Case, tmp_path: Path) -> None:
+    """The clock of the run and of its children is ten years back, by a library that answers before the kernel does."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("there is no C compiler to make a clock with")
+    (tmp_path / "clock.c").write_text(CLOCK)
+    library = str(tmp_path / "clock.so")
+    words = [compiler, "-shared", "-fPIC", f"-DSECONDS={TEN_YEARS}", "-o", library, str(tmp_path / "clock.c"), "-ldl"]
+    subprocess.run(words, check=True)
+    case = Case(tmp_path, undisturbed.recipe, {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"})
+    changed = {"LD_PRELOAD": library, "PYTHONHASHSEED": "12345", "CFSD_HOME": str(case.home)}
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.mitigate", str(case.recipe), *ON], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | case.environment | changed, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = [json.loads(manifest.read_text())["created"] for manifest in case.home.glob("store/*/*/manifest.json")]
+    assert max(made) < time.time() - TEN_YEARS + 3600
     assert_nothing_is_lost(case, undisturbed)
