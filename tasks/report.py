@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cfsd.machine import home
 from cfsd.report.compared import NOTHING, Comparisons
+from cfsd.report.markdown import inert
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
@@ -44,7 +45,7 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
         lines += ["", f"## {summary.name}", *(f"* {name}: {value:.4g}" for name, value in flat.items())]
     table = json.loads(summary_frame(summaries).to_json(orient="records"))
     of_run = figures[0] if len(summaries) == 1 else metrics_of(comparisons)
-    return Report(summaries, comparisons, of_run, files, table, "\n".join(lines))
+    return Report(summaries, comparisons, of_run, files, table, inert("\n".join(lines)))
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:

@@ -1,14 +1,13 @@
 """Pages: how a template beside this file becomes one file that loads nothing from anywhere."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cfsd.report.markdown import fenced, plain
 from cfsd.report.table import number, shown
 
-MARKUP = re.compile(r"\\|<(?=[A-Za-z/!?])|\](?=[(\[:])|(?<=:)/(?=/)|(?<=www)\.")  # HTML, links, images, bare addresses
 MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
@@ -26,7 +25,7 @@ def rendered(template: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": _cell,
-        "token": _token, "plain": plain, "fenced": _fenced,
+        "token": _token, "plain": plain, "fenced": fenced,
     }  # fmt: skip
     return environment.get_template(template).render(**values)
 
@@ -50,18 +49,6 @@ def _whole(count: int) -> str:
     return f"{count:,}"
 
 
-def plain(text: str) -> str:
-    """Return `text`, which a model or a user may have written, as one line that Markdown shows and does not obey."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
 def _cell(text: str) -> str:
     """Return `text` so that it stays in one cell of a Markdown table."""
     return plain(text).replace("|", "\\|")
-
-
-def _fenced(text: str, language: str = "") -> str:
-    """Return `text` as a block of code in Markdown, whose fence is longer than any within it."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -132,15 +132,6 @@ def recipe(served: Served, tmp_path: Path) -> dict[str, Any]:
             "target": {"path": str(rows), "held_out": 8}, "train": {"epochs": epochs}, **LONG}  # fmt: skip
 
 
-def test_all_that_make_up_starts_listens_on_loopback_alone(served: Served) -> None:
-    listening = []
-    for entry in served.entries().values():
-        process = psutil.Process(entry["pid"])
-        for one in (process, *process.children(recursive=True)):
-            listening += [c.laddr.ip for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert len(listening) >= 2 and set(listening) <= {"127.0.0.1", "::1"}
-
-
 def completes(served: Served, recipe: dict[str, Any], before: dict[str, int], draft: Path) -> None:
     """Run the recipe again: it completes, continues the draft and makes nothing that was finished."""
     assert served.end(served.begin(recipe)) == "COMPLETED"

@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+import tasks.report
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import size_of_benchmark
 from cfsd.recipe import Recipe
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.files import Kept, write_corpus_files, write_files, write_numbers
+from cfsd.report.markdown import inert, plain
 from cfsd.report.model_card import model_card
 from cfsd.report.place import report_folder
-from cfsd.report.rendering import plain, rendered
+from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
 from tests.conftest import ROOT, save_model
@@ -171,6 +173,7 @@ def acting(text: str) -> list[str]:
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
 def test_markdown_shows_what_people_and_models_wrote_and_does_not_obey_it(text: str) -> None:
     assert acting(f"# {plain(text)}\n\n* {plain(text)}\n") == []
+    assert acting(inert(f"# {text}\n\n* {text}\n")) == []
 
 
 def test_a_model_card_shows_names_and_does_not_obey_them(hostile: tuple[World, list[RunRecord]]) -> None:
@@ -179,6 +182,15 @@ def test_a_model_card_shows_names_and_does_not_obey_them(hostile: tuple[World, l
         summary = summarise(world.store, run_record, run_records)
         card = model_card(world.store, run_record, summary, comparisons_of(world.store, run_records))
         assert acting(card.split("\n---\n", 1)[1]) == []
+
+
+def test_the_text_for_prefect_and_mlflow_shows_names_and_does_not_obey_them(
+    hostile: tuple[World, list[RunRecord]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    world, run_records = hostile
+    monkeypatch.setenv("CFSD_HOME", str(world.store.home))
+    report = tasks.report.write_report(tmp_path / "report", HOSTILE, run_records, [HOSTILE])
+    assert "script" in report.text and acting(report.text) == []
 
 
 def test_a_figure_that_is_no_markup_stays_as_it_is() -> None:

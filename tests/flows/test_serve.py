@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import yaml
 
@@ -114,6 +115,14 @@ def test_the_form_refuses_a_bad_value_before_a_run_exists(pages: dict[str, Any],
     with pytest.raises(HTTPError) as refused:
         ask(f"{pages['prefect']}/deployments/{deployment['id']}/create_flow_run", {"parameters": {"recipe": recipe}})
     assert refused.value.code in (409, 422)
+
+
+def test_all_that_make_up_starts_listens_on_loopback_alone(pages: dict[str, Any]) -> None:
+    servers = json.loads((pages["home"] / "servers.json").read_text())
+    started = [psutil.Process(entry["pid"]) for entry in servers.values() if entry["pid"]]
+    everyone = [one for process in started for one in (process, *process.children(recursive=True))]
+    listening = [c for one in everyone for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"} and len(listening) >= 2
 
 
 def test_the_command_line_uses_the_servers_of_its_home(pages: dict[str, Any], recipe_file: Path) -> None:
