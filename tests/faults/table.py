@@ -112,6 +112,7 @@ TABLE: dict[str, list[Row]] = {
         Row("a chat template that reaches for Python", "it is refused in a sandbox", f"{FAULTS}test_untrusted.py::test_a_chat_template_reaches_nothing_but_its_messages"),
         Row("YAML with a tag that makes an object", "it is no valid YAML", f"{FAULTS}test_untrusted.py::test_a_tag_in_yaml_makes_no_object"),
         Row("names such as `../../outside` or `/tmp/outside` of recipes and variants", "no file is written outside of the report's folder", f"{FAULTS}test_untrusted.py::test_no_name_leads_out_of_the_data_folder"),
+        Row("a name with characters that move a terminal's cursor", "the recipe is refused", f"{FAULTS}test_untrusted.py::test_a_name_that_a_terminal_would_obey_is_refused"),
         Row("a benchmark named by a path", "there is no such benchmark", f"{FAULTS}test_untrusted.py::test_a_benchmark_is_looked_for_by_name_and_never_by_path"),
         Row("a manifest in a shared store that names a file elsewhere", "it is refused", f"{STORE}test_shared_store.py::test_a_manifest_cannot_write_elsewhere"),
         Row("scripts, images and links in rows, answers and names", "a browser shows them and neither runs nor loads anything", f"{FAULTS}test_untrusted.py::test_a_browser_shows_what_people_and_models_wrote_and_runs_none_of_it"),

@@ -34,18 +34,17 @@ class Served:
     """A data folder with Prefect, a worker and MLflow running over it."""
 
     def __init__(self, folder: Path) -> None:
-        """Start them on free ports."""
+        """Choose free ports."""
         self.folder, self.home = folder, folder / "data"
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
         self.environment = kept | PLANTED | {"CFSD_HOME": str(self.home)}
         self.ports = ["--prefect-port", str(free()), "--mlflow-port", str(free())]
-        self.serve("up", *self.ports)
 
     def serve(self, *words: str) -> None:
         """Run `python -m flows.serve`."""
         done = subprocess.run(
             [sys.executable, "-m", "flows.serve", *words], cwd=ROOT, env=self.environment, capture_output=True,
-            text=True, timeout=300,
+            text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -114,9 +113,12 @@ def free() -> int:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Servers for all tests of this file."""
     place = Served(tmp_path_factory.mktemp("served"))
-    yield place
-    entries = place.entries()
-    place.serve("down")
+    try:
+        place.serve("up", *place.ports)
+        yield place
+        entries = place.entries()
+    finally:
+        place.serve("down")
     assert not any(is_alive(entry) for entry in entries.values())
 
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import tasks.report
+from cfsd.comparison import Comparison
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import size_of_benchmark
+from cfsd.overrides import override, read_yaml, validated
 from cfsd.recipe import Recipe
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.files import Kept, write_corpus_files, write_files, write_numbers
@@ -128,6 +130,15 @@ def test_no_pickle_no_code_of_others_and_no_archive_is_read() -> None:
             assert "Sandboxed" in name or any(word.startswith("autoescape=") for word in words), f"{file}: {name}"
 
 
+@pytest.mark.parametrize("letter", ["\x1b", "\n", "\0", "\x9b", "\ud800"])
+def test_a_name_that_a_terminal_would_obey_is_refused(letter: str) -> None:
+    tiny = ROOT / "deployments" / "recipes" / "tiny.yaml"
+    with pytest.raises(BadInput, match="instead of showing: take it out"):
+        validated(Recipe, override(read_yaml(tiny), {"name": f"a{letter}[2Jb"}), "test")
+    with pytest.raises(BadInput, match="instead of showing: take it out"):
+        Comparison(recipe=Recipe.load(tiny), variants={f"a{letter}b": {}}).recipes()
+
+
 # nothing escapes its folder
 
 NAMES = ("../../../outside", "/tmp/outside", "..", "a/../../b", "~root", "a\0b", "a\nb", "con|x?*", "ü" * 300, " ", "")
@@ -203,18 +214,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[RunRe
     """Variants whose names, rows, answers, benchmarks and texts attack whoever reads them."""
     world = World(tmp_path_factory.mktemp("hostile"), text=HOSTILE)
     tricks = (HOSTILE, f"second\n```\n{HOSTILE}\n\n[a]: http://x.y\n")
-    return world, [attacking(world.trained(name, right=60 - i, loss=0.5, kl=0.1)) for i, name in enumerate(tricks)]
+    return world, [
+        attacking(world.trained(f"variant {i}", right=60 - i, loss=0.5, kl=0.1), name) for i, name in enumerate(tricks)
+    ]
 
 
-def attacking(run_record: RunRecord) -> RunRecord:
+def attacking(run_record: RunRecord, name: str) -> RunRecord:
     """Return the run record with hostile names in place of its own."""
     assert run_record.recipe
-    named = run_record.recipe.model_copy(update={"name": HOSTILE})
+    named = run_record.recipe.model_copy(update={"name": name})
     sides = {
-        name: side.model_copy(update={"benchmarks": {f"{HOSTILE} {b}": a for b, a in side.benchmarks.items()}})
-        for name, side in (("before", run_record.before), ("after", run_record.after))
+        role: side.model_copy(update={"benchmarks": {f"{HOSTILE} {b}": a for b, a in side.benchmarks.items()}})
+        for role, side in (("before", run_record.before), ("after", run_record.after))
     }
-    return run_record.model_copy(update={"recipe": named, **sides})
+    return run_record.model_copy(update={"name": name, "recipe": named, **sides})
 
 
 @pytest.fixture(scope="module")
