@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,9 +86,11 @@ def step_tags(stage: str, key: str, attempt: str) -> dict[str, str]:
 @contextmanager
 def ended(run_id: str | None) -> Iterator[None]:
     """Hold the run's lock and end the run as it ends here."""
-    with FileLock(_lock_of(run_id)) if run_id else nullcontext():
+    with ExitStack() as held:
         status = "FINISHED"
         try:
+            if run_id:
+                held.enter_context(FileLock(_lock_of(run_id)))  # fails where the store cannot be written
             yield
         except Exception:
             status = "FAILED"

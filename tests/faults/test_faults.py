@@ -20,7 +20,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from tests.conftest import ROOT
-from tests.faults.runs import ON, Case, Ended
+from tests.faults.runs import ON, Case, Ended, wait_for
 
 pytestmark = pytest.mark.processes
 
@@ -149,20 +149,31 @@ def fill(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("full_from", "first"), [("mix", "mix"), ("check", "train"), ("probe", "probe")])
-def test_a_full_disk_ends_the_run_with_one_message_and_costs_that_stage(
-    full_from: str, first: str, undisturbed: Case, tmp_path: Path
-) -> None:
-    """The disk is full from within a stage on: its artifact cannot be completed, or what the next one writes."""
-    case = undisturbed.copy(tmp_path, *{full_from, first})
+@contextmanager
+def on_a_disk_of_its_own(case: Case) -> Iterator[None]:
+    """Move the data folder of a case onto a small disk for the block."""
     size = sum(file.stat().st_size for file in case.home.rglob("*") if file.is_file())
-    moved = tmp_path / "moved"
-    case.home.rename(moved)
+    aside = case.home.rename(case.folder / "aside")
     case.home.mkdir()
     with mounted("-t", "tmpfs", "-o", f"size={size + (16 << 20)}", "tmpfs", str(case.home)):
-        shutil.copytree(moved, case.home, symlinks=True, dirs_exist_ok=True)
-        with case.paused_in(full_from) as run:
+        shutil.copytree(aside, case.home, symlinks=True, dirs_exist_ok=True)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["mix", "train"])
+def test_a_disk_that_fills_up_in_a_stage_is_named_and_costs_that_stage(
+    stage: str, undisturbed: Case, tmp_path: Path
+) -> None:
+    """`mix` cannot complete its artifact; a training, in a process of its own, cannot write what it has done."""
+    case = undisturbed.copy(tmp_path, stage)
+    with on_a_disk_of_its_own(case):
+        if stage == "mix":
+            with case.paused_in(stage) as run:
+                filler = fill(case.home)
+        else:
+            run = case.start()
+            wait_for(lambda: bool(list(case.home.glob("store/model/*.draft/request.json"))))
             filler = fill(case.home)
         ended = run.wait()
         assert ended.code == 2, ended.out
