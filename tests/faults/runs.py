@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ _fork.set_forkserver_preload(
     ["tests.faults.runs", "flows.mitigate", "cfsd.evaluate.stage", "cfsd.generate.stage", "cfsd.report.files",
      "tasks.record.server"]
 )  # fmt: skip
+_settled = ExitStack()  # as long as the process lives
 ON = ["--machine", "threads=1", "--machine", "device=cpu"]
 RECIPE = """name: mine
 base: {model}
@@ -118,7 +119,7 @@ def use_prefect(url: str = "", login: str = "") -> None:
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     given = {PREFECT_API_URL: f"{url}/api"} if url else {}
-    temporary_settings(given | ({PREFECT_API_AUTH_STRING: login} if login else {})).__enter__()
+    _settled.enter_context(temporary_settings(given | ({PREFECT_API_AUTH_STRING: login} if login else {})))
 
 
 def both(*hooks: Hook | None) -> None:
