@@ -206,8 +206,8 @@ def server_url(value: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return `url` as it may be printed: what stands between :// and @ is left out, and so is a query."""
-    return re.sub(r"\?.*", "?***", re.sub(r"(://|^)[^/\s]*@", r"\1***@", url))
+    """Return `url`, or a message with one, as it may be printed: without what is between :// and @, or a query."""
+    return re.sub(r"\?\S+", "?***", re.sub(r"(://|^)[^/\s]*@", r"\1***@", url))
 
 
 def _torch() -> Any:

@@ -1,9 +1,10 @@
 """Recipe: everything that decides a result, loaded from YAML."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
@@ -61,6 +62,15 @@ class Recipe(Spec):
         if isinstance(earlier := filled.get("earlier"), list | tuple):
             filled["earlier"] = [_seeded(known, seed) for known in earlier]
         return filled
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_line(cls, name: str) -> str:
+        if odd := [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs")]:
+            raise ValueError(
+                f"{name!r} has {odd[0]!r} in it, which a terminal or a page would obey instead of showing: take it out"
+            )
+        return name
 
     @model_validator(mode="after")
     def _training_has_what_it_reads(self) -> Self:

@@ -31,7 +31,7 @@ def explained(error: BaseException) -> CfsdError | None:
         return full
     if isinstance(error, httpx.TransportError | PrefectHTTPStatusError):
         url = without_password(str(PREFECT_API_URL.value() or "")) or f"(its log is {home() / 'logs' / 'prefect.log'})"
-        return BadEnvironment(f"Prefect's server {url} failed: {_first_line(error)}; {CONTINUE}")
+        return BadEnvironment(f"Prefect's server {url} failed: {without_password(_first_line(error))}; {CONTINUE}")
     if isinstance(error, ConnectionError):
         return BadEnvironment(f"a connection failed: {error}; {CONTINUE}")
     return _of_the_system(error) if isinstance(error, OSError) else None

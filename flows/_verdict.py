@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from cfsd.baseline.file import Baseline, BaselineFigure, Measured, other_documents, provenance
 from cfsd.recipe import Recipe
+from cfsd.report.markdown import inert
 from cfsd.stages import GENERATE, MIX, SELECT, TRAIN
 from cfsd.statistics.gate import Finding, Judgement, logarithms
 from tasks import record
@@ -105,19 +106,21 @@ def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence
         for f in judgement.findings
     ]
     now = provenance(recipe)
-    return "\n".join(
-        [
-            "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            *(f"* {note}" for note in notes),
-            f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
-            f"* now: commit {now.commit}, recipe {now.recipe_digest}",
-            "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline "
-            "would be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the "
-            "baseline's geometric mean.",
-        ]
+    return inert(
+        "\n".join(
+            [
+                "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
+                "|---|---|---|---|---|---|---|---|",
+                *rows,
+                "",
+                *(f"* {note}" for note in notes),
+                f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
+                f"* now: commit {now.commit}, recipe {now.recipe_digest}",
+                "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline "
+                "would be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the "
+                "baseline's geometric mean.",
+            ]
+        )
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cfsd.machine import home
 from cfsd.report.compared import NOTHING, Comparisons
+from cfsd.report.markdown import inert
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
@@ -57,8 +58,8 @@ def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes:
     alone = summaries[0] if len(summaries) == 1 else None
     figures = headline(alone) if alone else metrics_of(comparisons)
     outcomes = {"budget_outcome": alone.budget["outcome"]} if alone and alone.budget else {}
-    text = "\n\n".join(part for part in said if part)
-    return Report(summaries, comparisons, figures, files, text, verdict, run_records, outcomes)
+    text = inert("\n\n".join(part for part in said if part))
+    return Report(summaries, comparisons, figures, files, text, inert(verdict), run_records, outcomes)
 
 
 def _markdown_table(summaries: list[Summary]) -> list[str]:

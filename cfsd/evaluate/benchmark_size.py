@@ -7,7 +7,8 @@ from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateError
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Said
@@ -18,7 +19,7 @@ from cfsd.evaluate.benchmark_settings import length_limit
 
 LOOKED_AT = 200  # documents whose texts are counted
 UNSEEN = 200.0  # tokens of a document that is on the hub, its choices included: a guess
-_templates = Environment()
+_templates = SandboxedEnvironment()  # a recipe may come from anywhere, and is planned before anybody reads it
 
 Document = dict[str, Any]
 

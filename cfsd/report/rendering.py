@@ -5,6 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cfsd.report.markdown import fenced, plain
 from cfsd.report.table import number, shown
 
 MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
@@ -24,7 +25,7 @@ def rendered(template: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": _cell,
-        "token": _token,
+        "token": _token, "plain": plain, "fenced": fenced,
     }  # fmt: skip
     return environment.get_template(template).render(**values)
 
@@ -50,4 +51,4 @@ def _whole(count: int) -> str:
 
 def _cell(text: str) -> str:
     """Return `text` so that it stays in one cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return plain(text).replace("|", "\\|")

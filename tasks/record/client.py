@@ -85,4 +85,4 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
 def _gone(reason: str) -> None:
     _away.append(reason)
     where = f" at {without_password(uri)} ({VARIABLE})" if (uri := os.environ.get(VARIABLE)) else ""
-    say(f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. {reason}")
+    say(f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. {without_password(reason)}")

@@ -4,7 +4,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +42,11 @@ def open_step(
 @contextmanager
 def ended(run_id: str | None) -> Iterator[None]:
     """Hold the run's lock and end the run as it ends here."""
-    with FileLock(_lock_of(run_id)) if run_id else nullcontext():
+    with ExitStack() as held:
         status = "FINISHED"
         try:
+            if run_id:
+                held.enter_context(FileLock(_lock_of(run_id)))  # fails where the store cannot be written
             yield
         except Exception:
             status = "FAILED"

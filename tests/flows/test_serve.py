@@ -10,6 +10,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 import yaml
 
@@ -109,6 +110,13 @@ def test_a_form_refuses_a_bad_value_before_a_run_exists(
     with pytest.raises(HTTPError) as refused:
         pages.start(deployment, parameters)
     assert refused.value.code == 409
+
+
+def test_all_that_make_up_starts_listens_on_loopback_alone(pages: Served) -> None:
+    started = [psutil.Process(entry["pid"]) for entry in pages.servers.values() if entry["pid"]]
+    everyone = [one for process in started for one in (process, *process.children(recursive=True))]
+    listening = [c for one in everyone for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"} and len(listening) >= 3
 
 
 def test_what_a_form_cannot_check_ends_the_run_with_the_message_of_the_command_line(pages: Served) -> None:

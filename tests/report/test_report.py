@@ -233,7 +233,7 @@ def test_one_variant_shows_every_part_with_its_numbers(world: World, tmp_path: P
 
 def test_the_page_loads_nothing_and_runs_nothing(three: tuple[Page, str]) -> None:
     page, source = three
-    assert "http" not in source and "@import" not in source
+    assert not re.search(r"https?:", source) and "@import" not in source
     assert {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed"} == set()
     references = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "xlink:href", "src")]
     assert references and all(str(reference).startswith("#") for reference in references)

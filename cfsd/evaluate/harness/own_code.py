@@ -12,6 +12,8 @@ import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.utils
 from datasets.exceptions import DatasetsError
+from jinja2 import BaseLoader, Environment
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.registry import aggregation_registry, metric_registry
 
 from cfsd.errors import BadInput
@@ -25,7 +27,7 @@ MAX_WORDS = 300  # characters of a foreign message
 
 @contextmanager
 def own_rules(definition: Definition) -> Iterator[None]:
-    """Read the benchmark's modules anew, fetch no metric, and let no template print a missing value as `None`.
+    """Read its modules anew, fetch no metric; templates run no code and print no missing value as `None`.
 
     Differs: lm-eval keeps a module whose own file is unchanged, though one that it imports or reads has changed.
     """
@@ -37,7 +39,7 @@ def own_rules(definition: Definition) -> Iterator[None]:
     places = _places(definition)
     choices = task.ConfigurableTask.doc_to_choice
     task.get_metric, task.get_aggregation = _metric, _aggregation
-    utils.env = utils.env.overlay(finalize=printed)
+    utils.env = _sandbox(utils.env)
     task.ConfigurableTask.doc_to_choice = whole_choices(choices)
     _forget(places)
     try:
@@ -48,6 +50,15 @@ def own_rules(definition: Definition) -> Iterator[None]:
         task.ConfigurableTask.doc_to_choice = choices
         sys.path[:] = path
         _forget(places)
+
+
+def _sandbox(env: Environment) -> Environment:
+    """Return lm-eval's `env` for templates that may come from anywhere: they reach the document and nothing else."""
+    sandbox = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline, finalize=printed
+    )
+    sandbox.filters |= env.filters
+    return sandbox
 
 
 def _forget(places: set[str]) -> None:
