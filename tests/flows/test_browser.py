@@ -117,7 +117,10 @@ def test_a_run_from_the_form_completes_and_leads_to_the_report(
     shot("prefect-result")
     page.go_back()
     page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_role("link", name="report", exact=True).first.click()  # on the card
+    page.get_by_role("link", name="tiny-result").first.click()
+    page.wait_for_url("**/artifacts/key/tiny-result")
+    page.get_by_role("link", name="report", exact=True).first.click()
+    page.wait_for_url("**/reports/**")
     sync_api.expect(page.get_by_role("heading", name="Figures")).to_be_visible()
     assert page.url.startswith(f"{pages.url('reports')}/reports/tiny-")
     shot("report")
