@@ -117,7 +117,10 @@ def test_a_run_from_the_form_completes_and_leads_to_the_report(
     shot("prefect-result")
     page.go_back()
     page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_role("link", name="report", exact=True).first.click()  # on the card
+    page.get_by_role("link", name="tiny-result").first.click()
+    page.wait_for_url("**/artifacts/key/tiny-result")
+    page.get_by_role("link", name="report", exact=True).first.click()
+    page.wait_for_url("**/reports/**")
     sync_api.expect(page.get_by_role("heading", name="Figures")).to_be_visible()
     assert page.url.startswith(f"{pages.url('reports')}/reports/tiny-")
     shot("report")
@@ -128,7 +131,10 @@ def test_a_training_step_in_mlflow_is_worth_opening(
 ) -> None:
     open_variants(page, pages)
     page.get_by_role("link", name="tiny", exact=True).last.click()  # the first of the two, which made the corpus, too
-    page.get_by_role("link", name=re.compile("^train")).first.click()
+    training = page.get_by_role("link", name="train", exact=True)
+    sync_api.expect(training).to_have_count(2)  # in the description, which opens a tab of its own, and below it
+    training.last.click()
+    sync_api.expect(page.get_by_text("Parent run", exact=True)).to_be_visible()
     for words in ("Datasets", "Logged models", "Parameters"):
         sync_api.expect(page.get_by_text(words).first).to_be_visible()
     sync_api.expect(page.get_by_role("cell", name="learning_rate", exact=True)).to_be_visible()
