@@ -71,7 +71,7 @@ def remembered(folder: Path, stamp: str, run_records: Sequence[RunRecord]) -> di
     kept["run_records"] = [run_record.model_dump(mode="json") for run_record in run_records]
     write_json(folder / RUN_RECORDS, kept)
     made = {"summaries": summaries, "comparisons": Comparisons(entries, matched), "files": files}
-    return known | made | {"run_records": list(run_records)}
+    return {**known, **made, "run_records": list(run_records)}
 
 
 def _nothing_executed(summary: Summary, run_record: RunRecord) -> Summary:
