@@ -114,12 +114,11 @@ def fail(stage: str) -> None:
     record.step = failing
 
 
-def use_prefect(url: str = "", login: str = "") -> None:
-    """Let Prefect's client use a server or a login, as the environment does that it is imported in."""
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+def use_login(login: str) -> None:
+    """Give Prefect's client a login, as the environment does that it is imported in."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
-    given = {PREFECT_API_URL: f"{url}/api"} if url else {}
-    _settled.enter_context(temporary_settings(given | ({PREFECT_API_AUTH_STRING: login} if login else {})))
+    _settled.enter_context(temporary_settings({PREFECT_API_AUTH_STRING: login}))
 
 
 def both(*hooks: Hook | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WORLD
-from tests.faults.runs import Case, both, fail, use_prefect
+from tests.faults.runs import Case, both, fail, use_login
 
 pytestmark = pytest.mark.processes
 
@@ -64,18 +64,18 @@ def server_that_dies() -> int:
 
 def test_no_secret_is_written_anywhere(undisturbed: Case, tmp_path: Path) -> None:
     case = undisturbed.copy(tmp_path, "probe", "train")
-    use_login = partial(use_prefect, login=PLANTED["PREFECT_API_AUTH_STRING"])
+    login = partial(use_login, PLANTED["PREFECT_API_AUTH_STRING"])
     database = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    out = [case.run(before=use_login, **PLANTED, **database)]
+    out = [case.run(before=login, **PLANTED, **database)]
     assert out[0].code == 0, out[0].out
     address = {"MLFLOW_TRACKING_URI": f"http://me:{PASSWORD}@127.0.0.1:{server_that_dies()}",
                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # fmt: skip
     out.append(
-        case.run("--set", "probe.rows=8", before=partial(both, use_login, partial(fail, "probe")), **PLANTED, **address)
+        case.run("--set", "probe.rows=8", before=partial(both, login, partial(fail, "probe")), **PLANTED, **address)
     )
     assert out[1].code == 1 and "planted failure" in out[1].out
     assert out[1].out.count("MLflow cannot be reached at http://***@127.0.0.1") == 1
     server = ["--machine", "engine=server", "--machine", f"base_url=http://me:{PASSWORD}@127.0.0.1:9/v1"]
-    out.append(case.run(*server, before=use_login, **PLANTED, **database))
+    out.append(case.run(*server, before=login, **PLANTED, **database))
     assert out[2].code == 2 and "without user or query" in out[2].out
     assert leaks(tmp_path, WORLD / "prefect") == []

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -20,7 +19,7 @@ from mlflow import MlflowClient
 
 from flows._environment import is_alive
 from tests.conftest import ROOT, save_model, write_rows
-from tests.faults.runs import Case, case_in, use_prefect, wait_for
+from tests.faults.runs import Case, case_in, wait_for
 from tests.faults.test_faults import running
 from tests.faults.test_secrets import PLANTED, leaks
 
@@ -253,24 +252,25 @@ def client_of(case: Case) -> MlflowClient:
 
 
 @pytest.mark.parametrize("when", ["start", "middle", "end"])
-def test_an_mlflow_that_is_down_is_filled_by_the_next_run(when: str, served: Served, tmp_path: Path) -> None:
+def test_an_mlflow_that_is_down_is_filled_by_the_next_run(
+    when: str, served: Served, server: str, tmp_path: Path
+) -> None:
     door = Door(int(served.entries()["mlflow"]["url"].rpartition(":")[2]))
     url = f"http://127.0.0.1:{door.here}"
     place = {"MLFLOW_TRACKING_URI": url, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     case = case_in(tmp_path, place)
-    before = partial(use_prefect, served.entries()["prefect"]["url"], PLANTED["PREFECT_API_AUTH_STRING"])
     if when == "start":
         door.shut()
-        ended = case.run(before=before)
+        ended = case.run()
     else:
-        with case.paused_in({"middle": "probe", "end": "evaluate-probe"}[when], before) as run:
+        with case.paused_in({"middle": "probe", "end": "evaluate-probe"}[when]) as run:
             door.shut()
         ended = run.wait()
     assert ended.code == 0, ended.out
     assert ended.out.count("MLflow cannot be reached") == 1
     made = case.state()
     door.open()
-    ended = case.run(before=before)
+    ended = case.run()
     assert ended.code == 0, ended.out
     assert case.state() == made
     assert not running(case)
