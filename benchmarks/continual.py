@@ -43,8 +43,8 @@ def continual_command(
     recipes = [recipe for way in loaded.values() for one in way.repeats() for recipe in one.recipes().values()]
     for recipe in recipes:
         recipe.check()  # before anything runs
-    runner = Runner(len(recipes), Machine(threads=1, checkpoint_steps=10_000))
-    in_one_flow("continual-ways", lambda: _study(loaded, runner))
+    with Runner(len(recipes), Machine(threads=1, checkpoint_steps=10_000, devices=1)) as runner:
+        in_one_flow("continual-ways", lambda: _study(loaded, runner))
 
 
 def _study(ways: Mapping[Earlier, TargetSequence], runner: Runner) -> None:
@@ -64,7 +64,8 @@ def _over_seeds(name: str, way: TargetSequence, runner: Runner) -> OverSeeds:
     """Take every repeat of one way, and write its pages into the data folder."""
 
     def train(recipe: Recipe, machine: Machine) -> RunRecord:
-        if (run_record := runner.run(recipe)) is None:
+        (run_record,) = runner.run_all([recipe])
+        if run_record is None:
             raise SystemExit(f"{name}: {recipe.name} met numbers that are not finite")
         return run_record
 

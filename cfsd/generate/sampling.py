@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
     def part(self, first: int, last: int) -> "Rows":
         """Return the rows at places `first` to `last` - 1."""
-        ids, prompts, learned = (values[first:last] for values in (self.ids, self.prompts, self.learned))
-        return self._replace(ids=ids, prompts=prompts, learned=learned)
+        place = slice(first, last)
+        return self._replace(ids=self.ids[place], prompts=self.prompts[place], learned=self.learned[place])
 
 
 @torch.inference_mode()
