@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
     def part(self, first: int, last: int) -> "Rows":
         """Return the rows at places `first` to `last` - 1."""
-        ids, prompts, learned = (values[first:last] for values in (self.ids, self.prompts, self.learned))
-        return self._replace(ids=ids, prompts=prompts, learned=learned)
+        part = slice(first, last)
+        return self._replace(ids=self.ids[part], prompts=self.prompts[part], learned=self.learned[part])
 
 
 @torch.inference_mode()
