@@ -48,14 +48,17 @@ def continual_command(
 
 
 def _study(ways: Mapping[Earlier, TargetSequence], runner: Runner) -> None:
-    found = {name: _over_seeds(name, way, runner) for name, way in ways.items()}
+    _tell(ways, {name: _over_seeds(name, way, runner) for name, way in ways.items()}, runner.machine)
+
+
+def _tell(ways: Mapping[Earlier, TargetSequence], found: Mapping[Earlier, OverSeeds], machine: Machine) -> None:
     pages = [described_repeats(name, [ways[name].way()], over) for name, over in found.items()]
     text = "\n\n".join([_table(found), *pages])
     print(f"\n{text}", flush=True)
     file = RESULTS / "continual.json"
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": runner.machine.threads}
+    where = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": machine.threads}
     content = {name: over.model_dump(mode="json") for name, over in found.items()}
-    file.write_text(json.dumps({"part": "continual", "machine": machine, "ways": content}, indent=1) + "\n")
+    file.write_text(json.dumps({"part": "continual", "machine": where, "ways": content}, indent=1) + "\n")
     file.with_suffix(".md").write_text(text + "\n")
     print(file, flush=True)
 

@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
     def part(self, first: int, last: int) -> "Rows":
         """Return the rows at places `first` to `last` - 1."""
-        place = slice(first, last)
-        return self._replace(ids=self.ids[place], prompts=self.prompts[place], learned=self.learned[place])
+        part = slice(first, last)
+        return self._replace(ids=self.ids[part], prompts=self.prompts[part], learned=self.learned[part])
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.intervals import Floats, Interval, bootstrap_ratio, paired_share_bounds
+from cfsd.statistics.intervals import Floats, Interval, Z, bootstrap_ratio, paired_share_bounds
 
 NATS = "nats/token"
 FRACTION = "fraction"
@@ -64,6 +64,14 @@ def paired_share_difference(base: ArrayLike, tuned: ArrayLike) -> Figure:
     if not (all_zero_or_one(before) and all_zero_or_one(after)):
         raise ValueError("values other than 0 and 1 in base or tuned; shares are of documents right or wrong")
     return share_difference(after > before, after < before, FRACTION)
+
+
+def share_of(right: NDArray[np.bool_]) -> Figure:
+    """Return the share of documents that are right, with Wilson's interval, which stays within 0 and 1."""
+    total, share = len(right), float(right.mean())
+    middle, spread = share + Z**2 / (2 * total), Z * math.sqrt(share * (1 - share) / total + (Z / total / 2) ** 2)
+    low, high = ((middle + side * spread) / (1 + Z**2 / total) for side in (-1, 1))
+    return figure_of(share, Interval(low, high), FRACTION)
 
 
 def share_difference(up: NDArray[np.bool_], down: NDArray[np.bool_], unit: str) -> Figure:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy import stats
 
-from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference
+from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference, share_of
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
 from cfsd.statistics.intervals import sign_flip_p
 from cfsd.statistics.pairing import paired_by_document
@@ -366,3 +366,11 @@ def test_measures_that_contradict_themselves_are_refused() -> None:
         Measure(metric="ppl", higher_is_better=True, chance=None, kind="perplexity")
     with pytest.raises(ValidationError, match="less than 1"):
         Measure(metric="acc", higher_is_better=True, chance=25, kind="binary")
+
+
+@pytest.mark.parametrize(
+    ("right", "low", "high"), [(3, 0.01026, 0.08452), (0, 0.0, 0.03699), (100, 0.96301, 1.0), (50, 0.40383, 0.59617)]
+)
+def test_a_share_has_wilsons_interval(right: int, low: float, high: float) -> None:
+    figure = share_of(np.arange(100) < right)  # bounds as statsmodels' proportion_confint(method="wilson") gives them
+    assert (figure.value, figure.low, figure.high) == pytest.approx((right / 100, low, high), abs=1e-5)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cfsd.report.files import SCHEMA, Kept, read_kept, read_part
@@ -16,7 +15,7 @@ from cfsd.report.sequence.drawing import stages_of
 from cfsd.report.sequence.files import read_measured, write_sequence_files
 from cfsd.report.sequence.retention import Retention
 from cfsd.report.table import POINTS
-from cfsd.statistics.figures import FRACTION, NATS, Figure, mean_of, mean_per_token, paired_share_difference
+from cfsd.statistics.figures import FRACTION, NATS, Figure, mean_of, mean_per_token, share_of
 from cfsd.statistics.seeds import DEFINITION, over_seeds
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.digests import write_json
@@ -70,15 +69,23 @@ def over_repeats(store: Store, measured: Sequence[Measured], retained: Sequence[
     return OverSeeds(
         targets=retained[0].losses.targets,
         seeds=len(retained),
-        losses=_over([seed.losses for seed in cells]),
-        exact=_over([seed.exact for seed in cells]),
-        figures={name: over_seeds([seed[name] for seed in each]) for name in shared},
+        losses=_over([seed.losses for seed in cells], is_share=False),
+        exact=_over([seed.exact for seed in cells], is_share=True),
+        figures={name: _mean([seed[name] for seed in each], is_share=name == "final_exact") for name in shared},
     )
 
 
-def _over(matrices: Sequence[list[list[Figure]]]) -> tuple[Row, ...]:
+def _over(matrices: Sequence[list[list[Figure]]], *, is_share: bool) -> tuple[Row, ...]:
     rows = zip(*matrices, strict=True)
-    return tuple(tuple(over_seeds(cell) for cell in zip(*row, strict=True)) for row in rows)
+    return tuple(tuple(_mean(cell, is_share=is_share) for cell in zip(*row, strict=True)) for row in rows)
+
+
+def _mean(seeds: Sequence[Figure], *, is_share: bool) -> Figure:
+    """Return the figure over seeds; the interval of a share ends at 0 and 1."""
+    found = over_seeds(seeds)
+    if not is_share or found.low is None or found.high is None:
+        return found
+    return found.model_copy(update={"low": max(found.low, 0.0), "high": min(found.high, 1.0)})
 
 
 def _cells(store: Store, measured: Measured) -> Cells:
@@ -90,7 +97,7 @@ def _cell(store: Store, scores: Artifact) -> tuple[Figure, Figure]:
     responses = table(store, scores, "responses")
     is_exact = (responses["correct"] == responses["count"]).to_numpy()
     loss = mean_per_token(responses["nll"].to_numpy(), responses["count"].to_numpy(), seed=0)
-    return loss, paired_share_difference(np.zeros_like(is_exact), is_exact)
+    return loss, share_of(is_exact)
 
 
 def _figures(cells: Cells, retention: Retention) -> dict[str, Figure]:
