@@ -47,7 +47,7 @@ def _upload(server: "Server", run_id: str, files: Sequence[Path]) -> None:
 
 
 def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], report: Report | None, verdict: str) -> None:
-    from tasks.record.contents import NOTE
+    from tasks.record.contents import NOTE, described
 
     tags, model = dict[str, str](), None
     variant = current_variant.get()
@@ -64,7 +64,7 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
         note_scores(server, report)
     if verdict:
         known = server.get_run(run_id).data.tags.get(NOTE, "")
-        tags |= {"cfsd.verdict": verdict, NOTE: f"**{verdict}**\n\n{known}"}
+        tags |= {"cfsd.verdict": verdict, NOTE: described(f"**{verdict}**", known)}
     if variant and variant.run_id == run_id:
         variant.told = tags.pop(NOTE, "")  # goes above its steps
     server.log_all(run_id, figures=figures, tags=tags, model=model)
@@ -75,5 +75,7 @@ def _told(server: "Server", run_id: str, report: Report) -> str:
     links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
-    _, verdict, *rest = report.text.split("\n\n")
-    return "\n\n".join([verdict, *([" · ".join(links)] if links else []), *rest])
+    from tasks.record.contents import described
+
+    _, *parts = report.text.split("\n\n")
+    return described(*parts[:1], " · ".join(links), *parts[1:])

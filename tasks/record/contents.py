@@ -19,7 +19,7 @@ from cfsd.store.artifact import LOG, MANIFEST, Artifact, Store
 from cfsd.store.digests import write_json
 from cfsd.store.journal import METRICS
 from cfsd.store.tables import shards
-from tasks.record.server import RECORDED
+from tasks.record.server import RECORDED, TEXT_LENGTH
 from tasks.record.step_run import IN_BRIEF, StepRun
 
 if TYPE_CHECKING:
@@ -49,6 +49,15 @@ def fill(server: "Server", run_id: str, store: Store, step: StepRun, artifact: A
     said = f"Made `{artifact.kind} {artifact.key}` in {seconds:,.1f} s; it is `store/{artifact.kind}/{artifact.key}`."
     tags = {NOTE: said, RECORDED: ALL} | ({TABLES: json.dumps(tables)} if tables else {})
     server.log_all(run_id, figures=numbers | {"seconds": seconds}, tags=tags)
+
+
+def described(*parts: str) -> str:
+    """Return Markdown that MLflow takes whole: too long, it goes without tables, which the report has as well."""
+    text = "\n\n".join(part for part in parts if part)
+    if len(text) <= TEXT_LENGTH:
+        return text
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    return "\n".join(["The table is in the report.", "", *lines]) if len(lines) < len(text.splitlines()) else text
 
 
 def write_contents(folder: Path, store: Store, step: StepRun, artifact: Artifact) -> None:

@@ -155,20 +155,20 @@ def _replayed(server: "Server", variant: Variant, taken: Taken, store: Store) ->
 
 def _link_steps(server: "Server", variant: Variant) -> None:
     """Put on the variant's run which artifact each step gave, and links to the runs that made them."""
-    from tasks.record.contents import NOTE
+    from tasks.record.contents import NOTE, described
 
     if variant.run_id is None:
         return
     runs_of(server, variant)
     lines = [_line(server, variant, taken) for taken in variant.taken]
-    told = [variant.told, "### Steps", "\n".join(lines)] if lines else [variant.told]
+    told = described(variant.told, *(["### Steps", "\n".join(lines)] if lines else []))
     tags = {name: text for taken in variant.taken for name, text in _tags(taken).items()}
     figures = {
         f"{t.run.stage}/{name}": value
         for t in variant.taken if t.run.stage in (GENERATE, FILTER, SELECT, MIX)
         for name, value in t.artifact.metadata.items() if isinstance(value, int | float)
     }  # fmt: skip
-    server.log_all(variant.run_id, figures=figures, tags=tags | {NOTE: "\n\n".join(told)})
+    server.log_all(variant.run_id, figures=figures, tags=tags | {NOTE: told})
 
 
 def _line(server: "Server", variant: Variant, taken: Taken) -> str:

@@ -29,6 +29,7 @@ from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
 from tasks.record import client as record_client
 from tasks.record import flattened, run_url
+from tasks.record.contents import described
 from tasks.record.reach import unreachable
 from tasks.record.server import accepted
 from tasks.record.server import server as record_server
@@ -219,6 +220,12 @@ def test_two_variants_differ_in_what_was_set(twice: dict[str, Any]) -> None:
     text = Path(client(twice["first"]).download_artifacts(parent.info.run_id, "recipe.yaml")).read_text()
     assert Recipe.model_validate(yaml.safe_load(text)).digest() == parent.data.tags["cfsd.recipe"]
     assert {"target_gain", "probe_kl", "mean_forgetting", "minutes"} <= set(parent.data.metrics)
+
+
+def test_a_description_too_long_for_mlflow_loses_its_table_and_no_link() -> None:
+    table, steps = "\n".join(["| a | b |"] * 1000), "* [train](#/experiments/1/runs/2)"
+    assert described("A verdict.", table, steps) == f"The table is in the report.\n\nA verdict.\n\n\n{steps}"
+    assert described("A verdict.", "", "| a | b |", steps) == f"A verdict.\n\n| a | b |\n\n{steps}"
 
 
 def test_the_lines_of_the_documentation_find_the_variants(
