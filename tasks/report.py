@@ -63,11 +63,13 @@ def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes:
 
 
 def _markdown_table(summaries: list[Summary]) -> list[str]:
-    """Return the figures as the terminal shows them, a column per variant."""
+    """Return the figures as the terminal shows them, a column per variant; nothing for no figures."""
     from cfsd.report.table import lines_of
 
     names = ["base", *(summary.name for summary in summaries)]
     rows = [[("&nbsp; " * line.is_part) + _cell(line.label), line.base, *line.cells] for line in lines_of(summaries)]
+    if not rows:
+        return []
     head = [["", *map(_cell, names)], ["---", *("--:" for _ in names)]]
     return [f"| {' | '.join(cells)} |" for cells in (*head, *rows)]
 
