@@ -48,8 +48,10 @@ def contents(case: Case) -> dict[str, str]:
 
 def running(case: Case) -> list[str]:
     client = MlflowClient(case.environment["MLFLOW_TRACKING_URI"])
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return [run.info.run_name for run in client.search_runs(experiments, "attributes.status = 'RUNNING'")]
+    experiment = client.get_experiment_by_name("cfsd")
+    assert experiment
+    found = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+    return [str(run.info.run_name) for run in found]
 
 
 # what ends a run

@@ -275,8 +275,10 @@ def test_an_mlflow_that_is_down_is_filled_by_the_next_run(
     assert case.state() == made
     assert not running(case)
     client = client_of(case)
-    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "cfsd"]
-    recorded = [run.data.tags for run in client.search_runs([experiment], "tags.`cfsd.recorded` = 'all'")]
+    experiment = client.get_experiment_by_name("cfsd")
+    assert experiment
+    found = client.search_runs([experiment.experiment_id], "tags.`cfsd.recorded` = 'all'")
+    recorded = [run.data.tags for run in found]
     keys = {tags["cfsd.key"] for tags in recorded}
     for stage in ("probe", "generate", "train", "evaluate-target", "evaluate-probe"):
         assert case.place(stage).name in keys, stage
