@@ -15,9 +15,10 @@ from cfsd.report.figures.curves import curve_figures
 from cfsd.report.run_record import RunRecord
 from cfsd.report.training import panels_of
 from cfsd.stages import GENERATE, TRAIN
-from cfsd.store.artifact import LOG, MANIFEST, Artifact, Store
+from cfsd.store.artifact import LOG, Artifact, Store
 from cfsd.store.digests import write_json
 from cfsd.store.journal import METRICS
+from cfsd.store.manifest import MANIFEST
 from cfsd.store.tables import shards
 from tasks.record.server import RECORDED, TEXT_LENGTH
 from tasks.record.step_run import IN_BRIEF, StepRun
