@@ -143,7 +143,7 @@ def test_the_command_line_uses_the_servers_of_its_home_and_shares_the_work_of_th
     done = subprocess.run([*command, *changes], cwd=ROOT, env=pages.env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(Path(done.stdout.splitlines()[-1]).read_text())
-    [variant] = summary["variants"]
+    [variant] = summary["variants"].values()
     assert variant["executed"] == []
     assert f"{pages.url('reports')}/reports/from-the-shell-" in done.stdout
     assert len(mlflow_runs(pages, "from-the-shell")) == 1

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -101,7 +102,7 @@ def test_a_run_that_died_with_its_worker_crashes_and_the_next_one_runs(pages: Se
 def test_the_example_of_a_notification_is_an_automation_that_is_off(pages: Served) -> None:
     file = FILES / "automations" / "failed-gate.yaml"
     environment = pages.env | {"PREFECT_API_URL": f"{pages.url('prefect')}/api"}
-    command = ["prefect", "--no-prompt", "automation", "create", "--from-file", str(file)]
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "automation", "create", "--from-file", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     enabled = {automation["name"]: automation["enabled"] for automation in pages.api("/automations/filter", {})}
