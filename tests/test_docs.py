@@ -89,7 +89,7 @@ def test_links_outside_the_site_lead_somewhere(page: Path) -> None:
 
 def known_fields() -> set[str]:
     names = {part for model in (Recipe, Comparison, Machine) for field in rows(model) for part in _parts(field.name)}
-    return names | {"name", "seeds", "targets"}
+    return names | {"name", "seeds", "targets"} | {f"earlier.{name}" for name in Target.model_fields}
 
 
 def _parts(name: str) -> list[str]:
