@@ -1,6 +1,8 @@
 """Addresses of pages: a run's in MLflow, the flow run's in Prefect. None where nobody serves such a page."""
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from prefect.context import FlowRunContext, TaskRunContext
@@ -9,27 +11,27 @@ from prefect.utilities.urls import url_for
 
 from tasks.record.client import VARIABLE, tracked
 
-PAGES = "?workflowType=machine_learning"  # without it MLflow's pages are those for agents, whatever the experiment is
-VIEW_KEY = "variants"
+if TYPE_CHECKING:
+    from tasks.record.server import Server
 
 
 def run_url(run_id: str | None) -> str | None:
     """Return the page of a run where an MLflow server is used; None for a database file and an MLflow that is away."""
-    return None if run_id is None else _page(f"runs/{run_id}{PAGES}")
+    return None if run_id is None else _url(lambda server: server.page(run_id))
 
 
 def experiment_url() -> str | None:
     """Return the page that shows our variants with the figures that people compare; None as for `run_url`."""
-    return _page(f"runs{PAGES}&viewStateShareKey={VIEW_KEY}")
+    return _url(lambda server: server.page())
 
 
-def _page(rest: str) -> str | None:
+def _url(page: "Callable[[Server], str]") -> str | None:
     address = urlsplit(os.environ.get(VARIABLE, ""))
     if address.scheme not in ("http", "https"):
         return None
-    experiment = tracked(lambda server: server.experiment)
     place = address._replace(netloc=address.netloc.rpartition("@")[2], path=address.path.rstrip("/"), query="")
-    return f"{place.geturl()}/#/experiments/{experiment}/{rest}" if experiment else None
+    found = tracked(page)
+    return f"{place.geturl()}/{found}" if found else None
 
 
 def prefect_tags() -> dict[str, str]:

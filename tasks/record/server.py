@@ -29,10 +29,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cfsd.machine import home
 from cfsd.store.artifact import Artifact
-from tasks.record.pages import PAGES, VIEW_KEY
 from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
+PAGES = "?workflowType=machine_learning"  # without it MLflow's pages are those for agents, whatever the experiment is
+VIEW_KEY = "variants"
 COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`mean_forgetting`", "tags.`budget_outcome`",
            "metrics.`minutes`"]  # fmt: skip
 VIEW = {"searchFilter": "tags.`cfsd.kind` != 'step'", "selectedColumns": COLUMNS}
@@ -137,9 +138,10 @@ class Server(MlflowClient):
             with _memory().open("a") as file:  # short lines are appended whole, by several processes too
                 file.write(f"{key} {run_id}\n")
 
-    def page(self, run_id: str, place: str = "") -> str:
-        """Return the page of a run, or a place in it, as MLflow's own pages link to it, wherever they are served."""
-        return f"#/experiments/{self.experiment}/runs/{run_id}{place}{PAGES}"
+    def page(self, run_id: str = "", place: str = "") -> str:
+        """Return the page of a run, a place in it, or that of all variants, as MLflow's own pages link to it."""
+        pages = f"#/experiments/{self.experiment}/runs"
+        return f"{pages}/{run_id}{place}{PAGES}" if run_id else f"{pages}{PAGES}&viewStateShareKey={VIEW_KEY}"
 
     def log_metrics(self, run_id: str, records: Iterable[dict[str, Any]]) -> None:
         """Send records of a journal: `name`, `value`, `time` in seconds, `step`."""

@@ -121,7 +121,8 @@ def _in_brief(metadata: Mapping[str, Any]) -> str:
 
 def run_of(server: "Server", variant: Variant, taken: Taken) -> str:
     """Return the run of a step, the only one that holds all of it; what is missing of it is added from the artifact."""
-    from tasks.record.contents import ALL, RECORDED, fill
+    from tasks.record.contents import ALL, fill
+    from tasks.record.server import RECORDED
 
     key, store = taken.run.key, Store(home())
     if (known := server.step(key)) and known.tags.get(RECORDED) == ALL:

@@ -31,7 +31,7 @@ from tasks.record import client as record_client
 from tasks.record import flattened, run_url
 from tasks.record.contents import described
 from tasks.record.reach import unreachable
-from tasks.record.server import accepted
+from tasks.record.server import Server, accepted
 from tasks.record.server import server as record_server
 from tests.conftest import ROOT, Run, write_recipe
 
@@ -343,6 +343,9 @@ def test_the_page_of_a_run_is_known_where_a_server_shows_it(
     uri: str, page: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr("tasks.record.pages.tracked", lambda action: action(SimpleNamespace(experiment="7")))
+    ours: Any = SimpleNamespace(experiment="7")
+    monkeypatch.setattr(
+        "tasks.record.pages.tracked", lambda action: action(SimpleNamespace(page=lambda run: Server.page(ours, run)))
+    )
     assert run_url("abc") == page
     assert run_url(None) is None
