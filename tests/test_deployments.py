@@ -71,14 +71,19 @@ def test_what_the_dockerfile_copies_is_there_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "code", "index"), [("cpu", 0, "/whl/cpu"), ("cuda", 0, "none"), ("tpu", 2, "must be cpu or cuda")]
+    ("accelerator", "code", "index"),
+    [("cpu", 0, "index=https://wheels.example/cpu"), ("cuda", 0, "index=none"), ("tpu", 2, "must be cpu or cuda")],
 )
 def test_the_build_argument_chooses_torch(tmp_path: Path, accelerator: str, code: int, index: str) -> None:
     (step,) = (rest for word, rest in dockerfile() if word == "RUN" and "pip install" in rest)
     pip = tmp_path / "pip"
     pip.write_text('#!/bin/sh\necho "$* index=${PIP_EXTRA_INDEX_URL:-none}"\n')
     pip.chmod(0o755)
-    place = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ACCELERATOR": accelerator}
+    place = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "ACCELERATOR": accelerator,
+        "CPU_WHEELS": "https://wheels.example/cpu",
+    }
     done = subprocess.run(["sh", "-c", step], env=place, capture_output=True, text=True)
     assert done.returncode == code and index in done.stdout + done.stderr
     assert done.stdout.count("install") == (2 if code == 0 else 0)
