@@ -157,7 +157,7 @@ class _Process:
         os.close(theirs)
         assert self.process.stdin and self.process.stdout
         self.requests: IO[bytes] = self.process.stdin
-        self.output, self.answers = _Lines(self.process.stdout.fileno()), _Lines(answers)
+        self.output, self.answers = _Lines(self.process.stdout), _Lines(os.fdopen(answers, "rb"))
         self.name, self.said, self.flow_run = "", "", UUID(int=0)
         self.ready = False
 
@@ -201,7 +201,7 @@ class _Process:
         if self.process.wait() == -signal.SIGKILL and self.name:
             crash(self.flow_run, "its process was ended")
         for pipe in (self.output, self.answers):
-            os.close(pipe.number)
+            pipe.file.close()
 
     def _lost(self) -> Crashed:
         """Return the error of a process that ended without an answer; its flow run crashed with it."""
@@ -215,20 +215,20 @@ class _Process:
 class _Lines:
     """Whole lines out of a pipe, as they come."""
 
-    def __init__(self, number: int) -> None:
-        """Read the open file `number`."""
-        os.set_blocking(number, False)
-        self.number, self.rest, self.open = number, b"", True
+    def __init__(self, file: IO[bytes]) -> None:
+        """Read `file`. It alone closes its descriptor: closed by number, it would close another file's once more."""
+        os.set_blocking(file.fileno(), False)
+        self.file, self.rest, self.open = file, b"", True
 
     def fileno(self) -> int:
         """Return the number of the open file."""
-        return self.number
+        return self.file.fileno()
 
     def read(self) -> list[str]:
         """Return the lines that have come; `open` is False once there are no more."""
         with suppress(BlockingIOError):
             while self.open:
-                part = os.read(self.number, 1 << 16)
+                part = os.read(self.fileno(), 1 << 16)
                 self.rest, self.open = self.rest + part, bool(part)
         *lines, self.rest = self.rest.split(b"\n") if self.open else [*self.rest.splitlines(), b""]
         return [line.decode(errors="replace") for line in lines]

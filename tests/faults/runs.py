@@ -48,6 +48,7 @@ class Run:
     def __init__(self, log: Path, words: list[str], environment: dict[str, str], before: Hook | None = None) -> None:
         """Start it; `before` is called in its process first, and may plant a fault there."""
         self.log = log
+        log.touch()  # it is read before the process has got so far
         self.process = _fork.Process(target=_main, args=(log, words, environment, before))
         self.process.start()
 

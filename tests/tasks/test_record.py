@@ -145,7 +145,7 @@ def test_each_step_is_one_run_and_every_variant_links_to_it(twice: dict[str, Any
     assert len(parents) == 2
     for parent in parents:
         described = parent.data.tags["mlflow.note.content"]
-        assert "nats per token" in described and "| figure | base | mine |" in described
+        assert "nats per token" in described and "|  | base | mine |" in described
         for step in steps:
             page = f"#/experiments/{step.info.experiment_id}/runs/{step.info.run_id}?workflowType=machine_learning"
             assert f"[{step.info.run_name}]({page}) `{step.data.tags['cfsd.key']}`, cached" in described
