@@ -68,9 +68,8 @@ def stage(
                     work(draft, *args, **kwargs)
                 _say(name, draft.metadata)
 
-            inputs = [value for value in values if isinstance(value, Artifact)]
             made = Store(home()).make(
-                kind, key, do, environment=machine.environment(name), inputs=inputs, say=record.say
+                kind, key, do, environment=machine.environment(name), inputs=artifacts_in(values), say=record.say
             )
             return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
 
