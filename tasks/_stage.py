@@ -92,10 +92,9 @@ def stage(
             if (plan := planning.get()) is not None:
                 return _planned(plan, name, kind, inputs_of(args, kwargs))
             store, key = Store(home()), key_of(name, *inputs_of(args, kwargs))
-            known = store.find(kind, key)
-            result = prefect_task.with_options(refresh_cache=known is None, task_run_name=f"{name} {key}")(
-                *args, **kwargs
-            )
+            known, called = store.find(kind, key), record.StepRun(name, key, named(*args, **kwargs)).name()
+            run_name = f"{called} {key}".replace("{", "{{").replace("}", "}}")  # Prefect reads it as a template
+            result = prefect_task.with_options(refresh_cache=known is None, task_run_name=run_name)(*args, **kwargs)
             made = store.find(kind, key)
             assert made, "a stage that ended without an error leaves its artifact"
             executed = known is None and bool(result["executed"])

@@ -60,6 +60,9 @@ def test_a_recipe_by_name_completes_and_shows_in_prefect_mlflow_and_the_reports(
     assert run["state"]["message"].startswith("“from the form” ")
     assert run["name"] == "from the form (model on rows.jsonl)"
     assert {"cfsd", "model:model", "target:rows.jsonl"} <= set(run["tags"])
+    tasks = pages.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    named = {task["name"].rpartition(" ")[0] for task in tasks}
+    assert {"train", "probe", "evaluate target · base", "evaluate target · tuned"} <= named
     found = mlflow_runs(pages, "from the form")
     assert len(found) == 1 and found[0]["info"]["status"] == "FINISHED"
     params = {p["key"]: p["value"] for p in found[0]["data"]["params"]}

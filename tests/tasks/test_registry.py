@@ -28,6 +28,19 @@ CARD = "---\nlibrary_name: transformers\n---\n# A card\n\nIt lost nothing.\n"
 MODELS = [Artifact(kind="model", key=f"{number:016x}", content="c") for number in range(3)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A database of its own, asked anew: whether one was away before is remembered by the process."""
+    there, uri = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(client.VARIABLE, uri)
+        for memory in ("_asked", "_away"):
+            patch.setattr(client, memory, [])
+        _ask(uri)
+        yield
+    _ask(there)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """A recipe whose model nobody has registered, and whose name MLflow takes neither slash nor colon of."""
