@@ -272,13 +272,9 @@ def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:
 
 def _folder(recipe: Recipe, base: Artifact) -> Path | None:
     """Return where the model is, if it is on this machine."""
-    return (
-        Path(recipe.base.path)
-        if recipe.base.path
-        else Store(home()).path(base, weights=False)
-        if base.content
-        else None
-    )
+    if recipe.base.path:
+        return Path(recipe.base.path)
+    return Store(home()).path(base, weights=False) if base.content else None
 
 
 def rate_of(machine: Machine) -> float:

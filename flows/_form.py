@@ -346,10 +346,8 @@ def measure_form(
     """
 
     def work() -> Result:
-        asked, on = (
-            asked_of((base, tuned), _lines(benchmarks), target or None, (), _lines(overrides)),
-            machine.machine(),
-        )
+        asked = asked_of((base, tuned), _lines(benchmarks), target or None, (), _lines(overrides))
+        on = machine.machine()
         asked.check(on)
         return measure.fn(*asked, on)
 
