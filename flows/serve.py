@@ -111,7 +111,7 @@ def _start_mlflow(port: int) -> dict[str, Any]:
     environment = _environment() | {
         "MLFLOW_TRACKING_URI": database,
         BACKEND_VARIABLE: database,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four processes for jobs that nothing here has
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for jobs that nothing here has
     }
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     if not os.environ.get("MLFLOW_ARTIFACTS_DESTINATION"):  # which the server then serves itself

@@ -35,7 +35,10 @@ def mlflow_server(home: Path) -> Iterator[str]:
     url, log = f"http://127.0.0.1:{(port := _free_port())}", (home / "mlflow.log").open("w")
     words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
              "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True)
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], stdout=log, stderr=log, env=environment, start_new_session=True
+    )
     end = time.monotonic() + 300
     while not answers(f"{url}/health"):
         assert process.poll() is None and time.monotonic() < end, (home / "mlflow.log").read_text()
