@@ -118,8 +118,8 @@ def sample_control(
     for name, control in controls.items():
         if control.content and control.metadata.get("unanswered") == control.metadata["rows"]:
             raise BadInput(
-                f"none of {control.metadata['rows']} chats has an answer within {others[name].length} tokens, by which a "
-                "budget of chats could be kept; raise probe.length, or give the budget as {unprompted: nats}"
+                f"none of {control.metadata['rows']} chats has an answer within {others[name].length} tokens, by which "
+                "a budget of chats could be kept; raise probe.length, or give the budget as {unprompted: nats}"
             )
     return controls
 

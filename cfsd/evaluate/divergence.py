@@ -75,16 +75,14 @@ def score_chats(base: Artifact, tuned: Artifact, chats: Artifact, draft: Draft, 
 
 def counted_rows(sampled: Path) -> list[Counted]:
     """Return the rows in which there is something to measure, with the mask of these tokens: of chats, the answers'."""
-    rows = read_rows(sampled, "corpus", ["row_id", "token_ids", "logprobs"])
     answers = {row["row_id"]: row["answer"] for row in read_rows(sampled, "turns")}
-    found = [
-        (
-            row["token_ids"],
-            [p is not None and t >= answers.get(row["row_id"], 0) for t, p in enumerate(row["logprobs"])],
-        )
-        for row in rows
-    ]
-    return [(row, mask) for row, mask in found if any(mask)]
+    counted = []
+    for row in read_rows(sampled, "corpus", ["row_id", "token_ids", "logprobs"]):
+        begin = answers.get(row["row_id"], 0)
+        mask = [logprob is not None and place >= begin for place, logprob in enumerate(row["logprobs"])]
+        if any(mask):
+            counted.append((row["token_ids"], mask))
+    return counted
 
 
 def score_along(

@@ -44,7 +44,7 @@ class Scores(BaseModel):
 
 
 def role_of(mode: str) -> str:
-    """Return the role of what a mode's divergence is measured along: probe, chat, or answers to the prompts of a name."""
+    """Return the role of what a mode's divergence is measured along: probe, chat, or answers to prompts so called."""
     return {UNPROMPTED: PROBE, CHAT: CHAT}.get(mode, f"answers {mode}")
 
 

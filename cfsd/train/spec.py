@@ -17,6 +17,7 @@ from pydantic import (
 from cfsd.budget import STEERED_TO, Budget
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
@@ -87,7 +88,7 @@ class RehearsalSpec(Spec):
     @field_validator("budget")
     @classmethod
     def _can_be_steered(cls, budget: Budget | None) -> Budget | None:
-        if isinstance(budget, dict) and "unprompted" not in budget:
+        if isinstance(budget, dict) and UNPROMPTED not in budget:
             raise ValueError(
                 f"a budget for {', '.join(budget)} alone cannot steer lambda, which is read off the rehearsal: add "
                 "unprompted, or give it as merge.budget"
@@ -96,7 +97,7 @@ class RehearsalSpec(Spec):
 
     def steered_to(self) -> float | None:
         """Return the budget that lambda is steered by: that of text without a prompt. None: lambda is not steered."""
-        return self.budget["unprompted"] if isinstance(self.budget, dict) else self.budget
+        return self.budget[UNPROMPTED] if isinstance(self.budget, dict) else self.budget
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -178,8 +179,8 @@ class TrainSpec(Spec):
         if self.watch.stop_above and self.watch.stop_above < steered_to:
             raise ValueError(
                 f"watch.stop_above {self.watch.stop_above} is below what lambda is steered to, {steered_to:.3g} for "
-                f"the rehearsal.budget of {self.rehearsal.steered_to()}: training would end early; raise it or leave it "
-                "out"
+                f"the rehearsal.budget of {self.rehearsal.steered_to()}: training would end early; raise it or leave "
+                "it out"
             )
         return self
 
