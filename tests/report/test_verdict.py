@@ -21,11 +21,6 @@ UNSEEN = "with 100 documents each, losses under 10 points may stay invisible"
 
 # of the intervals of differences
 HALVES = {"target_gain": 0.05, "probe_kl": 0.002, "chat_kl": 0.002, "mean_forgetting": 0.01}
-    "target_gain": 0.05,
-    "probe_kl": 0.002,
-    "chat_kl": 0.002,
-    "mean_forgetting": 0.01,
-}  # of the intervals of differences
 
 
 def with_benchmarks(one: Summary, **benchmarks: Any) -> Summary:
