@@ -21,8 +21,10 @@ from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
+from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home, room_for_a_copy
+from cfsd.merge.spec import MergeSpec
 from cfsd.model.folder import count_parameters
 from cfsd.model.token_counts import Count, token_count
 from cfsd.recipe import Recipe
@@ -129,7 +131,7 @@ def _read(job: Job, tokens: float, models: int = 1, logits: float = 0) -> Work:
 
 
 def _sampled(job: Job, inputs: Inputs) -> Work | None:
-    spec = next(value for value in inputs if isinstance(value, ProbeSpec | GenerateSpec))
+    spec = next(value for value in inputs if isinstance(value, ProbeSpec | Prompts | GenerateSpec))
     if job.machine.engine == "server":
         return None if spec.rows else Work()
     if isinstance(spec, GenerateSpec) and spec.source == "replay":
@@ -144,13 +146,17 @@ def _probe(job: Job, inputs: Inputs) -> Work:
 
 
 def _answers(job: Job, inputs: Inputs) -> Work:
-    sets = job.recipe.evaluate.prompts  # on average: the stage does not say which set it is
+    sets = job.recipe.probe.own_prompts()  # on average: the stage does not say which set it is
     tokens = sum(prompts.rows * prompts.length for prompts in sets) / max(1, len(sets))
     return _read(job, tokens, 2, tokens)
 
 
 def _budget(job: Job, inputs: Inputs) -> Work:
-    work = _probe(job, inputs)
+    (spec,) = (value for value in inputs if isinstance(value, MergeSpec))
+    tokens = (
+        job.recipe.probe.rows * job.recipe.probe.length * (len(spec.budget) if isinstance(spec.budget, dict) else 1)
+    )
+    work = _read(job, tokens, 2, tokens)
     return work._replace(passes=TRIES, calls=TRIES * work.calls, logits=TRIES * work.logits, moved=2 + TRIES)
 
 
@@ -225,6 +231,7 @@ def _fetched(job: Job, inputs: Inputs) -> Work | None:
 STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.FETCH: _fetched,
     stages.PROBE: _sampled,
+    stages.CHAT: _sampled,
     stages.PROMPTS: _sampled,
     stages.GENERATE: _sampled,
     stages.WEIGH: lambda job, inputs: _read(job, _trained_rows(job)[1]),
@@ -237,19 +244,20 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.EVALUATE_TARGET: lambda job, inputs: _read(job, job.held_out()),
     stages.EVALUATE_TARGET_DIVERGENCE: lambda job, inputs: _read(job, job.held_out(), 2),
     stages.EVALUATE_PROBE: _probe,
+    stages.EVALUATE_CHAT: _probe,
     stages.EVALUATE_PROMPTS: _answers,
 } | {
     name: lambda job, inputs: Work() for name in (stages.TARGET, stages.FILTER, stages.SELECT, stages.MIX, stages.CHECK)
 }
+DIVERGENCES = (
+    stages.BUDGET, stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_CHAT,
+    stages.EVALUATE_PROMPTS,
+)  # fmt: skip
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
-    stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
-    **dict.fromkeys((stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS), 2),
-    **dict.fromkeys((stages.PROBE, stages.PROMPTS, stages.GENERATE, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
+    **dict.fromkeys(DIVERGENCES, 2), stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
+    **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET), 1),
 }  # fmt: skip
-DIVERGENCES = (
-    stages.BUDGET, stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS,
-)  # fmt: skip
 
 
 def parameters_of(recipe: Recipe, base: Artifact) -> float | None:

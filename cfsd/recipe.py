@@ -1,17 +1,19 @@
 """Recipe: everything that decides a result, loaded from YAML."""
 
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
+from cfsd.budget import Budget
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
 from cfsd.generate.spec import EARLIER, GenerateSpec, ProbeSpec, check_context
-from cfsd.merge.spec import MergeSpec
+from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import overridden, read_yaml, validated
@@ -90,13 +92,17 @@ class Recipe(Spec):
         """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
         return bends(self.generate, self.filter, self.select)
 
-    def budget(self) -> float | None:
+    def budget(self) -> Budget | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
         return self.merge.budget or self.train.rehearsal.budget
 
-    def merging(self) -> MergeSpec:
-        """Return `merge` with the budget that it keeps."""
-        return self.merge.model_copy(update={"budget": self.budget()})
+    def budgets(self, modes: Collection[str]) -> dict[str, float]:
+        """Return the budget of each of the measured `modes` that has one."""
+        return budgets_of(self.budget(), modes)
+
+    def check_modes(self, modes: Collection[str]) -> None:
+        """Raise BadInput where a budget is that of a mode which is not measured, once the `modes` are known."""
+        check_budgeted(self.budget(), modes)
 
     def is_plain(self) -> bool:
         """Say whether the base is fine-tuned on the target with nothing against forgetting."""
@@ -112,11 +118,12 @@ class Recipe(Spec):
             known.check()
         if self.generate.replay:
             self.generate.replay.check()
+        self.probe.check()
         self.evaluate.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for errors detectable once the base is known, before anything is sampled."""
-        check_context(base, self.probe, "probe")
+        self.probe.check_base(base)
         check_context(base, self.generate, "generate")
         self.evaluate.check_base(base)
 

@@ -4,6 +4,7 @@ FETCH = "fetch"
 MERGE_ADAPTER = "merge-adapter"
 TARGET = "target"
 PROBE = "probe"
+CHAT = "chat"
 PROMPTS = "prompts"
 GENERATE = "generate"
 FILTER = "filter"
@@ -20,7 +21,8 @@ EVALUATE = "evaluate"
 EVALUATE_TEXT = "evaluate-text"
 EVALUATE_TARGET = "evaluate-target"
 EVALUATE_PROBE = "evaluate-probe"
+EVALUATE_CHAT = "evaluate-chat"
 EVALUATE_PROMPTS = "evaluate-prompts"
 EVALUATE_TARGET_DIVERGENCE = "evaluate-target-divergence"
 
-SAMPLING = (PROBE, PROMPTS, GENERATE)  # their work is divided into shards
+SAMPLING = (PROBE, CHAT, PROMPTS, GENERATE)  # their work is divided into shards

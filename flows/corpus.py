@@ -18,7 +18,7 @@ from tasks import record
 from tasks.evaluate import check_benchmarks
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
-from tasks.generate import generate_corpus
+from tasks.generate import check_modes, generate_corpus
 from tasks.report import write_corpus_page
 from tasks.select import select_corpus, select_target
 from tasks.target import prepare_target
@@ -28,6 +28,9 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     """Take the steps up to the rows that will be rehearsed."""
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
+    modes = check_modes(base, recipe.probe)
+    if base.content:
+        recipe.check_modes(modes)
     check_benchmarks(base, recipe.evaluate, machine)
     target = prepare_target(base, recipe.target, machine)
     selected_target = select_target(base, target, recipe.select, machine)

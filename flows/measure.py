@@ -32,7 +32,7 @@ from tasks import record
 from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
-from tasks.generate import sample_along
+from tasks.generate import check_modes, sample_along
 from tasks.target import prepare_target
 
 
@@ -56,9 +56,11 @@ def measure(
         check_comparable(*models)
         for model in models:  # TUNED may attend to fewer tokens than BASE
             check_context(model, probe, "probe")
+        probe.check_base(models[0])
+        check_modes(models[0], probe)
         evaluate.check_base(models[0])
         check_benchmarks(models[0], evaluate, machine)
-        sampled = sample_along(models[0], probe, evaluate.prompts, machine)
+        sampled = sample_along(models[0], probe, machine)
         rows = prepare_target(models[0], _fitting(target, models[1]), machine) if target else None
         before = evaluate_base(models[0], rows, evaluate, machine)
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
@@ -123,8 +125,8 @@ class Asked(NamedTuple):
     def check(self, machine: Machine) -> None:
         """Raise BadInput for errors detectable before anything is sampled."""
         after = Adapter.at(self.tuned.path) or self.tuned
-        given: list[Checkpoint | Adapter | EvaluateSpec | Target | None] = [
-            self.base, after, self.evaluate, self.target
+        given: list[Checkpoint | Adapter | ProbeSpec | EvaluateSpec | Target | None] = [
+            self.base, after, self.probe, self.evaluate, self.target
         ]  # fmt: skip
         for part in given:
             if part:
@@ -144,9 +146,9 @@ def asked_of(
     parts = override(settings, parse_overrides(changes))
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
-    probe = validated(ProbeSpec, parts["probe"], "--set")
-    more = {"prompts": [_named_prompts(file) | {"length": probe.length} for file in prompts]} if prompts else {}
-    evaluate = validated(EvaluateSpec, {**parts["evaluate"], **more}, "--benchmark, --prompts")
+    own = {"modes": [*parts["probe"].get("modes", ["auto"]), *map(_named_prompts, prompts)]} if prompts else {}
+    probe = validated(ProbeSpec, {**parts["probe"], **own}, "--set, --prompts")
+    evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     base, tuned = (validated(Checkpoint, model, "measure") for model in models)
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None
     return Asked(base, tuned, rows, probe, evaluate)
@@ -155,7 +157,7 @@ def asked_of(
 def _named_prompts(given: str) -> dict[str, Any]:
     """Return the settings of NAME=FILE, or of FILE, whose name without endings is then the prompts' too."""
     name, _, path = given.partition("=") if "=" in given else ("", "", given)
-    return {"name": name or Path(path).name.partition(".")[0], "path": path}
+    return {"name": name or Path(path).name.partition(".")[0], "prompts": path}
 
 
 def _benchmarks_in(folder: Path) -> list[dict[str, str]]:

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from prefect import flow
 
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.report.run_record import RunRecord, roles_of
-from cfsd.stages import FILTER, PROBE
+from cfsd.report.run_record import RunRecord, controls_of, roles_of
+from cfsd.stages import FILTER
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._named import name_flow_run
@@ -41,22 +42,23 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     base, target, selected_target, rehearsed = (
         run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
     )
-    sampled = sample_along(base, recipe.probe, recipe.evaluate.prompts, machine)
-    probe = sampled[PROBE]
+    sampled = sample_along(base, recipe.probe, machine)
+    probe = sampled[UNPROMPTED]
     losses = weigh_target(base, selected_target, recipe.mix, machine)
     mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
     corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
     watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
-    merging = recipe.merging()
-    control = sample_control(base, recipe.probe, merging.budget, machine)
+    budgets = recipe.budgets(sampled)
+    merging = recipe.merge.keeping(budgets)
+    controls = sample_control(base, recipe.probe, budgets, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
     tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
-    fitted = fit_alpha(base, tuned, control, merging, machine)
+    fitted = fit_alpha(base, tuned, controls, merging, machine)
     final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, sampled, recipe.evaluate, machine)
-    made = {**roles_of(sampled), "mixture": mixture, "tuned": tuned, "final": final}
-    optional = {"checked": corpus_check, "control": control, "fitted": fitted}
+    made = {**roles_of(sampled), **controls_of(controls), "mixture": mixture, "tuned": tuned, "final": final}
+    optional = {"checked": corpus_check, "fitted": fitted}
     made |= {role: artifact for role, artifact in optional.items() if artifact}
     return run_record.model_copy(update={"artifacts": run_record.artifacts | made, "before": before, "after": after})
 

@@ -18,11 +18,13 @@ from pydantic import Field
 
 from cfsd.baseline.file import Baseline, baseline_of, guarded, read_baseline, with_margins, write_baseline
 from cfsd.errors import BadInput, CfsdError
+from cfsd.generate.spec import AUTO
 from cfsd.machine import Machine, home
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
 from cfsd.report.place import report_folder, slug
 from cfsd.report.run_record import RunRecord
+from cfsd.stages import CHAT
 from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.store.artifact import Store
 from flows._cli import Home, On, Set, machine_of, start
@@ -107,7 +109,8 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
         known = read_baseline(file) if needed or file.is_file() else None
     if known and needed:
         benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
-        known.check_measured({"target_gain", "probe_kl"} | benchmarks)
+        chats = {"chat_kl"} if {AUTO, CHAT} & {mode.name for mode in recipe.probe.modes} else set()
+        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks)
     return known
 
 

@@ -6,16 +6,18 @@ from typing import Literal
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.spec import AlongSpec, EvaluateSpec
 from cfsd.evaluate.text import Text
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.report.run_record import Scores
 from cfsd.stages import (
+    CHAT,
     EVALUATE,
+    EVALUATE_CHAT,
     EVALUATE_PROBE,
     EVALUATE_PROMPTS,
     EVALUATE_TARGET,
     EVALUATE_TARGET_DIVERGENCE,
     EVALUATE_TEXT,
-    PROBE,
 )
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
@@ -58,16 +60,18 @@ def evaluate_tuned(
 ) -> Scores:  # fmt: skip
     """Return the scores of the model after, and its divergence from the one before.
 
-    `sampled`: what it is measured along, the probe and answers, as `tasks.generate.sample_along` returns it.
+    `sampled`: what it is measured along in each mode, as `tasks.generate.sample_along` returns it.
     """
     scores = _scores(tuned, target, spec, "tuned", machine)
     divergence = evaluate_target_divergence(base, tuned, target, spec.held_out_rows, machine) if target else None
-    probed = evaluate_probe(base, tuned, sampled[PROBE], machine)
-    prompts = {
-        name: evaluate_prompts(base, tuned, answers, machine)
-        for name, answers in sampled.items() if name != PROBE
-    }  # fmt: skip
-    return scores.model_copy(update={"probe": probed, "target_divergence": divergence, "prompts": prompts})
+    along = {name: _evaluate_along(name, base, tuned, rows, machine) for name, rows in sampled.items()}
+    probed, chat = along.pop(UNPROMPTED), along.pop(CHAT, None)
+    return scores.model_copy(update={"probe": probed, "chat": chat, "prompts": along, "target_divergence": divergence})
+
+
+def _evaluate_along(mode: str, base: Artifact, tuned: Artifact, sampled: Artifact, machine: Machine) -> Artifact:
+    own = {UNPROMPTED: evaluate_probe, CHAT: evaluate_chats}
+    return own.get(mode, evaluate_prompts)(base, tuned, sampled, machine)
 
 
 def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine) -> Scores:
@@ -115,6 +119,21 @@ def evaluate_probe(base: Artifact, tuned: Artifact, probe: Artifact, machine: Ma
 def evaluate_prompts(base: Artifact, tuned: Artifact, answers: Artifact, machine: Machine) -> Artifact:
     """Measure the divergence along the base's answers to prompts."""
     return _evaluate_prompts(base, tuned, answers, AlongSpec(), machine)
+
+
+def evaluate_chats(base: Artifact, tuned: Artifact, chats: Artifact, machine: Machine) -> Artifact:
+    """Measure the divergence along the turns of chats that the base sampled."""
+    return _evaluate_chats(base, tuned, chats, AlongSpec(), machine)
+
+
+@stage(EVALUATE_CHAT, "scores", gpu=True)
+def _evaluate_chats(
+    draft: Draft, base: Artifact, tuned: Artifact, chats: Artifact, spec: AlongSpec, machine: Machine
+) -> None:
+    """Measure the divergence along the turns of chats; see `cfsd.evaluate.divergence`."""
+    from cfsd.evaluate.divergence import score_chats
+
+    score_chats(base, tuned, chats, draft, machine)
 
 
 @stage(EVALUATE_PROBE, "scores", gpu=True)

@@ -1,16 +1,21 @@
 """Sample from the base model: the rehearsal corpus, and the probe by which forgetting is measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
+from cfsd.errors import BadInput
 from cfsd.generate.prompts import Prompts
-from cfsd.generate.spec import GenerateSpec, ProbeSpec
-from cfsd.machine import Machine
+from cfsd.generate.spec import AUTO, UNPROMPTED, GenerateSpec, ProbeSpec
+from cfsd.machine import Machine, home
+from cfsd.model.folder import has_chat_template
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
-from cfsd.stages import GENERATE, PROBE, PROMPTS
-from cfsd.store.artifact import Artifact, Draft
+from cfsd.stages import CHAT, GENERATE, PROBE, PROMPTS
+from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.train.spec import WatchSpec
+from tasks import record
 from tasks._cluster import sampler_of
-from tasks._stage import stage
+from tasks._stage import planning, stage
+
+Say = Callable[[str], object]
 
 
 @stage(PROBE, "corpus", gpu=True)
@@ -22,6 +27,15 @@ def sample_probe(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine
         probe(base, spec, draft, machine, sampler)
 
 
+@stage(CHAT, "corpus", gpu=True)
+def sample_chats(draft: Draft, base: Artifact, spec: ProbeSpec, machine: Machine) -> None:
+    """Sample chats, the user's turn and the answer, for measuring only; see `cfsd.generate.stage`."""
+    from cfsd.generate.stage import chat
+
+    with sampler_of(machine) as sampler:
+        chat(base, spec, draft, machine, sampler)
+
+
 @stage(PROMPTS, "corpus", gpu=True)
 def sample_answers(draft: Draft, base: Artifact, prompts: Prompts, machine: Machine) -> None:
     """Let the base answer the user's prompts, for measuring only; see `cfsd.generate.stage`."""
@@ -31,12 +45,52 @@ def sample_answers(draft: Draft, base: Artifact, prompts: Prompts, machine: Mach
         answers(base, prompts, draft, machine, sampler)
 
 
-def sample_along(
-    base: Artifact, probe: ProbeSpec, prompts: Sequence[Prompts], machine: Machine
-) -> dict[str, Artifact]:  # fmt: skip
-    """Sample all that divergences are measured along, by name: the probe, and the answers to each set of prompts."""
-    answers = {own.name: sample_answers(base, own, machine) for own in prompts}
-    return {PROBE: sample_probe(base, probe, machine)} | answers
+def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dict[str, ProbeSpec | Prompts]:
+    """Return the settings of every mode's sample by the mode's name, and say what `auto` stands for with this base.
+
+    A plan of a base that is not fetched yet has only the modes that are named.
+
+    Raises:
+        BadInput: The base cannot have a mode that the user named.
+    """
+    found: dict[str, ProbeSpec | Prompts] = {}
+    for mode in probe.modes:
+        own = probe.of(mode)
+        found[UNPROMPTED if mode.name == AUTO else mode.name] = own
+        if mode.name == CHAT and base.content:
+            _check_chat(base, own)
+        if mode.name == AUTO and base.content and has_chat_template(Store(home()).path(base, weights=False)):
+            try:
+                _check_chat(base, own)
+            except BadInput as error:
+                say(f"probe: text without a prompt is measured, chats are not: {error}")
+            else:
+                found[CHAT] = own
+                say("probe: text without a prompt and chats are measured, as the base has a chat template")
+    return found
+
+
+def _check_chat(base: Artifact, spec: ProbeSpec | Prompts) -> None:
+    from cfsd.generate.sources import check_chat
+
+    assert isinstance(spec, ProbeSpec)
+    check_chat(base, spec, Store(home()))
+
+
+def check_modes(base: Artifact, probe: ProbeSpec) -> tuple[str, ...]:
+    """Return the modes that are measured with this base, and say what `auto` stands for. Raises BadInput."""
+    return tuple(modes_of(base, probe, record.say if planning.get() is None else lambda _: None))
+
+
+def sample_along(base: Artifact, probe: ProbeSpec, machine: Machine) -> dict[str, Artifact]:
+    """Sample all that divergences are measured along, by the name of the mode."""
+    return {name: _sampled(base, name, own, machine) for name, own in modes_of(base, probe).items()}
+
+
+def _sampled(base: Artifact, mode: str, spec: ProbeSpec | Prompts, machine: Machine) -> Artifact:
+    if isinstance(spec, Prompts):
+        return sample_answers(base, spec, machine)
+    return (sample_chats if mode == CHAT else sample_probe)(base, spec, machine)
 
 
 def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: Machine) -> Artifact | None:
@@ -46,18 +100,28 @@ def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: M
     """
     if not watch.every:
         return None
-    other = spec.model_copy(update={"rows": watch.rows, "seed": seed_of(spec, WATCHED_SEEDS)})
-    return sample_probe(base, other, machine)
+    return sample_probe(
+        base, ProbeSpec(rows=watch.rows, length=spec.length, seed=seed_of(spec, WATCHED_SEEDS)), machine
+    )
 
 
-def sample_control(base: Artifact, spec: ProbeSpec, budget: float | None, machine: Machine) -> Artifact | None:
-    """Sample what decides which alpha keeps the budget: as many rows as the probe has, but others.
+def sample_control(
+    base: Artifact, probe: ProbeSpec, budgets: Mapping[str, float], machine: Machine
+) -> dict[str, Artifact]:  # fmt: skip
+    """Sample what decides which alpha keeps the budgets, by mode: as many rows as are judged by, but others.
 
-    The probe judges whether the budget was kept, so it must not decide alpha.
+    The probe judges whether a budget was kept, so it must not decide alpha.
     """
-    if budget is None:
-        return None
-    return sample_probe(base, spec.model_copy(update={"seed": seed_of(spec, CONTROL_SEEDS)}), machine)
+    modes = modes_of(base, probe)
+    others = {name: modes[name].model_copy(update={"seed": seed_of(modes[name], CONTROL_SEEDS)}) for name in budgets}
+    controls = {name: _sampled(base, name, own, machine) for name, own in others.items()}
+    for name, control in controls.items():
+        if control.content and control.metadata.get("unanswered") == control.metadata["rows"]:
+            raise BadInput(
+                f"none of {control.metadata['rows']} chats has an answer within {others[name].length} tokens, by which "
+                "a budget of chats could be kept; raise probe.length, or give the budget as {unprompted: nats}"
+            )
+    return controls
 
 
 def generate_corpus(

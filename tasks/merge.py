@@ -1,5 +1,6 @@
 """Interpolate between base and tuned, with a given weight or the largest that keeps a budget of divergence."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from cfsd.machine import Machine
@@ -10,20 +11,27 @@ from tasks._stage import inherited, stage
 
 
 def fit_alpha(
-    base: Artifact, tuned: Artifact, control: Artifact | None, spec: MergeSpec, machine: Machine
+    base: Artifact, tuned: Artifact, controls: Mapping[str, Artifact], spec: MergeSpec, machine: Machine
 ) -> Artifact | None:
-    """Return the largest alpha that keeps the budget, in the metadata of its artifact; None without a budget."""
-    return _fit_alpha(base, tuned, control, spec, machine) if control else None
+    """Return the largest alpha that keeps every budget, in the metadata of its artifact; None without a budget.
+
+    `controls`: the sample of each mode that has a budget, in the order of the modes.
+    """
+    if not controls:
+        return None
+    first, *further = controls.values()
+    return _fit_alpha(base, tuned, first, spec, machine, tuple(further) or None)
 
 
 @stage(BUDGET, "scores", gpu=True)
 def _fit_alpha(
-    draft: Draft, base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, machine: Machine
-) -> None:
-    """Find the largest alpha that keeps the budget; see `cfsd.merge.budget`."""
+    draft: Draft, base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, machine: Machine,
+    further: tuple[Artifact, ...] | None = None,
+) -> None:  # fmt: skip
+    """Find the largest alpha that keeps every budget; see `cfsd.merge.budget`."""
     from cfsd.merge.budget import keep_budget
 
-    keep_budget(base, tuned, control, spec, draft, machine)
+    keep_budget(base, tuned, (control, *(further or ())), spec, draft, machine)
 
 
 def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> Artifact:

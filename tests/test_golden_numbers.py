@@ -134,7 +134,7 @@ class Numbers:
     def merged_to_a_budget(self) -> dict[str, Any]:
         tuned, spec = self.trained("nll"), MergeSpec(budget=0.01)
         found = self.make(
-            "scores", f"alpha {self.count}", lambda d: keep_budget(self.base, tuned, self.probe, spec, d, MACHINE)
+            "scores", f"alpha {self.count}", lambda d: keep_budget(self.base, tuned, (self.probe,), spec, d, MACHINE)
         )
         return {name: [found.metadata[name]] for name in ("alpha", "control_kl", "control_kl_at_most")}
 

@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfsd.baseline.file import Measured
-from cfsd.report.run_record import RunRecord
+from cfsd.generate.spec import UNPROMPTED
+from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.scores import first_scores, loss_fall, metric_of, response_pair, table
 from cfsd.spec import digest_of
+from cfsd.stages import CHAT
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.forgetting import chance_correction, worsening
 from cfsd.statistics.pairing import paired_by_document
@@ -17,18 +19,19 @@ from cfsd.store.tables import read_rows
 
 
 def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
-    """Return the guarded figures of one run by name: target_gain, probe_kl, forgetting of every benchmark."""
+    """Return the guarded figures of one run by name: target_gain, probe_kl, chat_kl, forgetting of every benchmark."""
     before, after, figures = run_record.before, run_record.after, {}
     if before.target and after.target:
         gains, counts = loss_fall(*response_pair(store, before.target, after.target))
         rows = run_record.artifacts["target"].content  # not of the scores: their last bits are another machine's
         figures["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(rows, counts))
-    if after.probe:
-        kl = table(store, after.probe, "divergence")
-        counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
-        place = store.path(run_record.artifacts["probe"])
-        probe = read_rows(place, "corpus", ["token_ids"])  # without its floats, for the same reason
-        figures["probe_kl"] = Measured(NATS, False, False, sums, counts, _digest(probe, counts))
+    for name, scores, mode in (("probe_kl", after.probe, UNPROMPTED), ("chat_kl", after.chat, CHAT)):
+        if scores and scores.metadata["rows"]:  # of chats without an answer there is no figure
+            kl = table(store, scores, "divergence")
+            counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
+            place = store.path(run_record.artifacts[role_of(mode)])
+            sampled = read_rows(place, "corpus", ["token_ids"])  # without its floats, for the same reason
+            figures[name] = Measured(NATS, False, False, sums, counts, _digest(sampled, counts))
     return figures | {f"forgetting/{name}": _benchmark(store, run_record, name) for name in before.benchmarks}
 
 

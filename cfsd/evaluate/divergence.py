@@ -4,8 +4,10 @@ Source: Shenfeld, Pari, Agrawal 2025, arXiv:2509.04259: the forward KL on the ne
 along held-out responses of the target, not along the model's own. B rows, T tokens, N supervised tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.tables import DIVERGENCE, MOVED_POSITIONS, MOVED_TOKENS, read_rows, table_of, write_shard
 
 Masks = list[list[bool]] | None  # which tokens of each row count; None: all but the first
+Counted = tuple[list[int], list[bool]]  # a row and which of its tokens count
 DECILES = 10
 Look = Callable[[Sequence[int], Sequence[int], Chunk], None]  # gets rows and places of a chunk's positions
 
@@ -56,29 +59,77 @@ def score_prompts(base: Artifact, tuned: Artifact, answers: Artifact, draft: Dra
     draft.journal.metrics(0, {f"forgetting/{name}/prompts_kl": kl, f"forgetting/{name}/prompts_reverse_kl": reverse})
 
 
+def score_chats(base: Artifact, tuned: Artifact, chats: Artifact, draft: Draft, machine: Machine) -> None:
+    """Write the divergence along the answers of chats, as `score_probe` does along the probe.
+
+    That along the users' turns is the table `user_turns`, a row per chat; a chat without an answer is in that alone.
+    """
+    answers = {row["row_id"]: row["answer"] for row in read_rows(draft.store.path(chats), "turns")}
+    kl, _, reverse = score_along(base, tuned, chats, draft, machine, answers)
+    (of_users,) = per_token(read_rows(draft.folder, "user_turns"), "kl")
+    figures = {"chat_kl": kl, "chat_reverse_kl": reverse, "chat_user_kl": of_users}
+    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    draft.metadata |= known | {"unanswered": chats.metadata["unanswered"]}
+    draft.journal.metrics(0, {f"forgetting/{name}": value for name, value in known.items()})
+
+
+def counted_rows(sampled: Path) -> list[Counted]:
+    """Return the rows in which there is something to measure, with the mask of these tokens: of chats, the answers'."""
+    answers = {row["row_id"]: row["answer"] for row in read_rows(sampled, "turns")}
+    counted = []
+    for row in read_rows(sampled, "corpus", ["row_id", "token_ids", "logprobs"]):
+        begin = answers.get(row["row_id"], 0)
+        mask = [logprob is not None and place >= begin for place, logprob in enumerate(row["logprobs"])]
+        if any(mask):
+            counted.append((row["token_ids"], mask))
+    return counted
+
+
 def score_along(
-    base: Artifact, tuned: Artifact, sampled: Artifact, draft: Draft, machine: Machine
+    base: Artifact, tuned: Artifact, sampled: Artifact, draft: Draft, machine: Machine,
+    answers: Mapping[int, int] | None = None,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Return KL(base || tuned), its sampled form and KL(tuned || base) along tokens that the base sampled, per token.
 
     Writes `divergence`, a row per sequence, and `moved_positions` and `moved_tokens`, what moved most. The deciles of
-    the base's entropy at these tokens are metadata, as edges in nats.
+    the base's entropy at these tokens are metadata, as edges in nats. With `answers`, where the answer of each row
+    begins, all of this is of answers, and the divergence along the users' turns is `user_turns`; nan without answers.
     """
     rows = read_rows(draft.store.path(sampled), "corpus", ["row_id", "token_ids", "logprobs"])
     rows.sort(key=lambda row: row["row_id"])
     masks = [[logprob is not None for logprob in row["logprobs"]] for row in rows]
-    movement = Movement([row["token_ids"] for row in rows])
-    parts = _along(base, tuned, rows, masks, draft, machine, movement)
-    records = [_record(*given) for given in zip(rows, parts, movement.by_row(), strict=True)]
-    tokenizer = load_tokenizer(draft.store.path(base))
-    positions = movement.positions(tokenizer, [row["row_id"] for row in rows])
-    write_shard(draft.folder, "moved_positions", 0, table_of(MOVED_POSITIONS, positions))
-    write_shard(draft.folder, "moved_tokens", 0, table_of(MOVED_TOKENS, movement.tokens(tokenizer)))
-    entropies = np.concatenate([record["token_entropy"] for record in records])
-    metadata = size_of(records) | {"entropy_edges": quantile_edges(entropies, DECILES).tolist()}
+    begin = [answers[row["row_id"]] if answers else 0 for row in rows]
+    movement = Movement([row["token_ids"] for row in rows], begin)
+    nats = _along(base, tuned, rows, masks, draft, machine, movement)
+    firsts = [sum(mask[:place]) for mask, place in zip(masks, begin, strict=True)]  # of each row's counted tokens
+    if answers:
+        turns = [_of_user(row, part_N3[:first]) for row, part_N3, first in zip(rows, nats, firsts, strict=True)]
+        write_shard(draft.folder, "user_turns", 0, pa.Table.from_pylist(turns))
+    records = [
+        _record(row, _sums(part_N3[first:]), values)
+        for row, part_N3, first, values in zip(rows, nats, firsts, movement.by_row(), strict=True)
+        if first < len(part_N3)
+    ]
+    return _write_along(records, movement, [row["row_id"] for row in rows], base, draft)
+
+
+def _write_along(
+    records: list[dict[str, Any]], movement: Movement, ids: list[int], base: Artifact, draft: Draft
+) -> tuple[float, float, float]:
+    metadata: dict[str, Any] = size_of(records)
+    if records:
+        tokenizer = load_tokenizer(draft.store.path(base))
+        write_shard(draft.folder, "moved_positions", 0, table_of(MOVED_POSITIONS, movement.positions(tokenizer, ids)))
+        write_shard(draft.folder, "moved_tokens", 0, table_of(MOVED_TOKENS, movement.tokens(tokenizer)))
+        entropies = np.concatenate([record["token_entropy"] for record in records])
+        metadata["entropy_edges"] = quantile_edges(entropies, DECILES).tolist()
     write_result(draft, "divergence", table_of(DIVERGENCE, records), metadata, {})
-    kl, drawn, reverse = per_token(records, "kl", "sampled", "reverse_kl")
+    kl, drawn, reverse = per_token(records, "kl", "sampled", "reverse_kl") if records else (math.nan,) * 3
     return kl, drawn, reverse
+
+
+def _of_user(row: dict[str, Any], part_N3: Tensor) -> dict[str, Any]:
+    return {"row_id": row["row_id"], "kl": _sums(part_N3).kl, "count": len(part_N3)}
 
 
 def _record(row: dict[str, Any], part: "Divergence", values_T3: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -92,7 +143,7 @@ def score_target_divergence(
 ) -> None:
     """Write KL(base || tuned) on each held-out response as the `divergence` table, and its mean as metadata."""
     rows = read_rows(draft.store.path(target), "held_out")[:max_rows]
-    parts = _along(base, tuned, rows, [row["supervised"] for row in rows], draft, machine)
+    parts = map(_sums, _along(base, tuned, rows, [row["supervised"] for row in rows], draft, machine))
     records: list[dict[str, Any]] = [
         {"row_id": row["row_id"], "kl": part.kl, "count": part.num_tokens}
         for row, part in zip(rows, parts, strict=True)
@@ -106,14 +157,14 @@ def score_target_divergence(
 def _along(
     base: Artifact, tuned: Artifact, rows: list[dict[str, Any]], masks: Masks, draft: Draft, machine: Machine,
     movement: Movement | None = None,
-) -> list[Divergence]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     def progress(done: int) -> None:
         draft.journal.progress(done, len(rows), "rows")
 
     token_rows = [row["token_ids"] for row in rows]
     check_fit(token_rows, {"the base": base, "the tuned model": tuned})
     base_model, tuned_model = load_models([base, tuned], draft, machine)
-    return divergences(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks, movement)
+    return _in_batches(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks, movement)
 
 
 def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> None:
@@ -124,7 +175,7 @@ def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> Non
         if isinstance(context, int) and longest > context:
             raise BadInput(
                 f"a row of {longest} tokens does not fit {name}, which attends to {context} tokens; give "
-                "shorter prompts, or a smaller `length` in evaluate.prompts"
+                "shorter prompts, or a smaller `length` in probe.modes"
             )
 
 
@@ -136,11 +187,18 @@ def divergences(
 
     `movement` takes in every position.
     """
-    measured: dict[int, Divergence] = {}
+    return [*map(_sums, _in_batches(base, tuned, rows, max_tokens, on_progress, masks, movement))]
+
+
+def _in_batches(
+    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], max_tokens: int,
+    on_progress: Callable[[int], None], masks: Masks, movement: Movement | None,
+) -> list[Tensor]:  # fmt: skip
+    measured: dict[int, Tensor] = {}
     for group in arrange([len(row) for row in rows], max_tokens):
         of_group = [masks[i] for i in group] if masks else None
         look = partial(_place, group, movement) if movement else None
-        measured |= zip(group, divergence(base, tuned, [rows[i] for i in group], of_group, look), strict=True)
+        measured |= zip(group, token_nats(base, tuned, [rows[i] for i in group], of_group, look), strict=True)
         on_progress(len(measured))
     return [measured[i] for i in range(len(rows))]
 
@@ -149,14 +207,29 @@ def _place(group: list[int], movement: Movement, row_N: Sequence[int], place_N: 
     movement.add([group[row] for row in row_N], place_N, chunk)
 
 
-@torch.inference_mode()
 def divergence(
-    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None, look: Look | None = None
+    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None
 ) -> list[Divergence]:
     """Return KL(base || tuned) along each row of `rows`, at every token but the first, or at those of its mask.
 
     `kl` sums over the whole vocabulary at each position, `sampled` takes the token of the row; on rows
-    that the base sampled their expectations are equal. `look` sees the positions, chunk by chunk in order.
+    that the base sampled their expectations are equal.
+    """
+    return [*map(_sums, token_nats(base, tuned, rows, masks))]
+
+
+def _sums(nats_N3: Tensor) -> Divergence:
+    kl, base_nats, tuned_nats = nats_N3.sum(0).tolist()
+    return Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, len(nats_N3))
+
+
+@torch.inference_mode()
+def token_nats(
+    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None, look: Look | None = None
+) -> list[Tensor]:
+    """Return of each row, at its counted tokens, N x 3: the divergence, and log p of the token by base and tuned.
+
+    `look` sees the positions, chunk by chunk in order.
     """
     token_ids_BT = pad(rows).to(base.device)
     counted_BT = pad(masks or [[True] * len(row) for row in rows], torch.bool)[:, 1:].to(base.device)
@@ -175,12 +248,7 @@ def divergence(
         parts.append(torch.stack([chunk.kl_N, *of_next], dim=-1))
         if look:
             look(places_C2[:, 0].tolist(), (places_C2[:, 1] + 1).tolist(), chunk)
-    counts = counted_BT.sum(1).tolist()
-    sums = [part.sum(0).tolist() for part in torch.cat(parts).double().cpu().split(counts)]
-    return [
-        Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, count)
-        for (kl, base_nats, tuned_nats), count in zip(sums, counts, strict=True)
-    ]
+    return [*torch.cat(parts).double().cpu().split(counted_BT.sum(1).tolist())]
 
 
 def _chunk(base_NV: Tensor, tuned_NV: Tensor) -> Chunk:

@@ -47,15 +47,21 @@ class Position(NamedTuple):
 class Movement:
     """Each position's divergences and entropy, sums per token of the vocabulary, and the positions that moved most."""
 
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
-        """Begin with nothing seen of `rows`."""
-        self.rows = rows
+    def __init__(self, rows: Sequence[Sequence[int]], begin: Sequence[int] = ()) -> None:
+        """Begin with nothing seen of `rows`; in each, what is before the place in `begin` will not be looked at."""
+        self.rows, self.begin = rows, begin
         self.seen: list[tuple[NDArray[np.int64], Floats]] = []
         self.sums_3V: Tensor | None = None  # over positions, of p*, of p and of p* (log p* - log p)
         self.largest: dict[tuple[int, ...], Position] = {}  # by the tokens before: some rows begin alike
 
     def add(self, row_N: Sequence[int], place_N: Sequence[int], chunk: Chunk) -> None:
         """Take in the positions of a chunk, which predict tokens `place_N` of rows `row_N`, in order."""
+        if any(self.begin):
+            seen = [n for n, (row, place) in enumerate(zip(row_N, place_N, strict=True)) if place >= self.begin[row]]
+            row_N, place_N = ([of[n] for n in seen] for of in (row_N, place_N))
+            chunk = Chunk(*(part[seen] for part in chunk))
+        if not row_N:
+            return
         tuned_probs_NV = chunk.tuned_NV.exp()
         reverse_N = -torch.linalg.vecdot(tuned_probs_NV, chunk.gap_NV)
         entropy_N = -torch.linalg.vecdot(chunk.probs_NV, chunk.base_NV)
@@ -94,6 +100,8 @@ class Movement:
 
     def by_row(self) -> list[Floats]:
         """Return for each row, in the order of its counted tokens: divergence, reverse divergence, base's entropy."""
+        if not self.seen:
+            return [np.zeros((0, 3), np.float32) for _ in self.rows]
         row_N, values_N3 = (np.concatenate(parts) for parts in zip(*self.seen, strict=True))
         order = np.argsort(row_N, kind="stable")
         ends = np.cumsum(np.bincount(row_N, minlength=len(self.rows)))[:-1]

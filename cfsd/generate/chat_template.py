@@ -10,6 +10,7 @@ from cfsd.errors import BadInput
 
 CONTENT = "Xqzcontentqzx"  # marks the place of a user's words; no template writes or changes it
 OTHER_SOURCES = "set generate.source to context-free, or take a model tuned for chats"
+NO_CHATS = "leave chat out of probe.modes (as [unprompted])"
 
 
 class Turn(NamedTuple):
@@ -50,9 +51,26 @@ def template_start(tokenizer: PreTrainedTokenizerBase) -> Turn:
     return Turn(prefix, [], None) if end is None else Turn(prefix, whole[end + 1 :], whole[end])
 
 
+def chat_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[Turn, int]:
+    """Return what the chat template writes around a user's turn, and the token that ends it, for the mode chat.
+
+    Raises BadInput also where plain text ends the turn: then nothing tells which tokens are the answer's.
+    """
+    try:
+        turn = template_start(tokenizer)
+    except BadInput as error:
+        raise BadInput(f"probe.modes: {str(error).replace(OTHER_SOURCES, NO_CHATS)}") from error
+    if turn.end_id is None:
+        raise BadInput(
+            "probe.modes: this model's chat template ends a user's turn with plain text, so that nothing tells where "
+            f"the answer begins; {NO_CHATS}"
+        )
+    return turn, turn.end_id
+
+
 def _around_content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not tokenizer.chat_template:
-        raise BadInput(f"generate.source is template, but this model has no chat template; {OTHER_SOURCES}")
+        raise BadInput(f"this model has no chat template for rows to begin with; {OTHER_SOURCES}")
     try:
         text: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": CONTENT}], chat_template=dated_template(tokenizer),

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from cfsd.data.conversation import Conversation, conversation_of
 from cfsd.data.files import Files
 from cfsd.data.records import NUMBERS, Located, Said, text_of
 from cfsd.data.shapes import CONTEXT, HEAD, Shape, listed
 from cfsd.errors import BadInput
-from cfsd.generate.spec import ProbeSpec
+from cfsd.spec import Spec
 
-SETTING = "evaluate.prompts"
+SETTING = "probe.modes"
 TEXTS, CHATS = "prompt", ("messages", "conversations")  # the columns that are looked for
 ANSWERED = "the assistant's last turns are left out: the base writes its own answer"
 NO_TURN = "without a turn to be answered"
@@ -29,18 +29,15 @@ class Prompt(NamedTuple):
     content: str | Conversation
 
 
-class Prompts(ProbeSpec):
+class Prompts(Spec):
     """Prompts of the user's own: what is sampled to be measured along is the base's answers, not free text."""
 
-    name: str = Field(pattern=r"^[\w .:-]+$", description="What the prompts are called in the results")
-    path: str = Field(
-        description="JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed too; a folder or a pattern: records with "
-        "`prompt`, a text or a chat, or with `messages`; chats are written by the base's chat template"
-    )
-    column: str | None = Field(None, description="Where the prompts are; empty: `prompt`, `messages`, `conversations`")
-    rows: PositiveInt = Field(256, description="The first N prompts, or as many as there are")
-    length: PositiveInt = Field(128, description="Most tokens of an answer; it may end before by itself")
-    seed: NonNegativeInt | None = Field(0, description="Of the answers' random numbers, which no corpus uses")
+    name: str
+    path: str
+    column: str | None = None
+    rows: PositiveInt = 256  # the first N prompts, or as many as there are
+    length: PositiveInt = 128  # most tokens of an answer
+    seed: NonNegativeInt | None = 0  # of the answers' random numbers, which no corpus uses
 
     def _identity(self) -> dict[str, Any]:
         settings = {k: v for k, v in super()._identity().items() if k not in ("name", "path")}

@@ -20,11 +20,12 @@ from pydantic import JsonValue
 from cfsd.data.corpus_table import DROPPED
 from cfsd.data.records import Said
 from cfsd.errors import BadInput
-from cfsd.generate.chat_template import template_start
+from cfsd.generate.chat_template import chat_turn, template_start
 from cfsd.generate.prompt_rows import prompt_rows
 from cfsd.generate.replay_rows import replay_rows
 from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
+from cfsd.generate.spec import ProbeSpec
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.spec import seed_of
 from cfsd.store.artifact import Artifact, Store
@@ -121,16 +122,40 @@ def _context_free(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
 
 
 def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
-    turn, room = template_start(base.tokenizer), _room(job)
-    if len(turn.prefix_ids) > room:
-        raise BadInput(
-            f"the chat template's {len(turn.prefix_ids)} tokens and generate.length {job.spec.length} do not fit "
-            f"the base model; set generate.length to at most {job.spec.length + room - len(turn.prefix_ids)}"
-        )
+    turn = template_start(base.tokenizer)
+    check_template_fits(turn.prefix_ids, job.base, job.spec.length, "generate.length")
     prompts = [turn.prefix_ids] * len(ids)
     if turn.end_id is None:
         return Rows(ids, prompts, base.eos_ids)
     return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids))
+
+
+def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, setting: str) -> None:
+    """Raise BadInput where the base does not attend to the template's `prefix` and `length` tokens after it."""
+    context = base.metadata.get("context")
+    if isinstance(context, int) and len(prefix) + length > context:
+        raise BadInput(
+            f"the chat template's {len(prefix)} tokens and {setting} {length} do not fit "
+            f"the base model; set {setting} to at most {context - len(prefix)}"
+        )
+
+
+def check_chat(base: Artifact, spec: ProbeSpec, store: Store) -> None:
+    """Raise BadInput where the base cannot write both turns of a chat of `spec.length` tokens."""
+    turn, _ = chat_turn(_tokenization(store.path(base), base.content).tokenizer)
+    check_template_fits(turn.prefix_ids, base, spec.length, "probe.length")
+
+
+def answer_places(rows: Sequence[Sequence[int]], base: Tokenization) -> list[int]:
+    """Return the place of the answer's first token in each row of mode chat, the row's length where there is none.
+
+    The user's turn ends, as for the sampler, with the first sampled token that is an end; then the template opens the
+    assistant's, and what follows was sampled again.
+    """
+    turn, end_id = chat_turn(base.tokenizer)
+    ends, first = {*base.eos_ids, end_id}, len(turn.prefix_ids)
+    of_user = [next((t for t in range(first, len(row)) if row[t] in ends), len(row)) for row in rows]
+    return [min(len(row), end + 1 + len(turn.between_ids)) for row, end in zip(rows, of_user, strict=True)]
 
 
 def _contextual(asked: Asked) -> Iterator[Start]:
@@ -181,6 +206,7 @@ def _room(job: ShardJob) -> int:
 
 SOURCES = {
     "probe": SourceRows(alike=_context_free),
+    "chat": SourceRows(alike=_template),
     "prompts": SourceRows(each=_prompts),
     "context-free": SourceRows(alike=_context_free),
     "template": SourceRows(alike=_template),

@@ -2,25 +2,129 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cfsd.data.replay import Replay
 from cfsd.errors import BadInput
-from cfsd.spec import Spec
-from cfsd.store.artifact import Artifact
+from cfsd.generate.prompts import Prompts
+from cfsd.machine import home
+from cfsd.model.folder import has_chat_template
+from cfsd.spec import Spec, seed_of
+from cfsd.stages import CHAT, PROBE
+from cfsd.store.artifact import Artifact, Store
 
 Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
 EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
 SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 16
+UNPROMPTED, AUTO = "unprompted", "auto"
+BUILT_IN = (UNPROMPTED, CHAT, AUTO)  # modes of the probe; others are names of the user's own prompts
+
+
+class Mode(Spec):
+    """A way of using the model, in which its divergence is measured along what the base samples."""
+
+    name: str = Field(
+        pattern=r"^[\w .:-]+$",
+        description="unprompted: text after the start token alone; chat: a user's turn and the answer to it, both "
+        "sampled, by the base's chat template; auto: unprompted, and chat where the base has a template; any other "
+        "name: what `prompts` are called in the results",
+    )
+    prompts: str | None = Field(
+        None,
+        description="Prompts of yours, which the base answers: JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed "
+        "too; a folder or a pattern: records with `prompt`, a text or a chat, or with `messages`; chats are written by "
+        "the base's chat template",
+    )
+    column: str | None = Field(None, description="Where the prompts are; empty: `prompt`, `messages`, `conversations`")
+    rows: PositiveInt | None = Field(
+        None, description="Sequences, of prompts the first N or as many as there are; empty: the probe's"
+    )
+    length: PositiveInt | None = Field(
+        None, description="Most tokens sampled per sequence, in a chat of both turns; empty: the probe's"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.prompts is None and self.name not in BUILT_IN:
+            raise ValueError(
+                f"mode {self.name!r} is unknown; allowed: {', '.join(BUILT_IN)}, or a name of yours with `prompts`"
+            )
+        if self.prompts is not None and self.name in (*BUILT_IN, PROBE):
+            raise ValueError(f"prompts cannot be called {self.name}: choose another name")
+        if self.column and not self.prompts:
+            raise ValueError(f"column {self.column!r} belongs to `prompts`, of which mode {self.name} has none")
+        if self.name in (AUTO, UNPROMPTED) and (self.rows or self.length):
+            raise ValueError(f"mode {self.name} has the probe's rows and length: set probe.rows and probe.length")
+        return self
 
 
 class ProbeSpec(Spec):
     """The held-out sample by which forgetting is measured without a benchmark; never trained on."""
 
+    neutral: ClassVar[dict[str, Any]] = {"modes": (Mode(name=AUTO),)}
+
     rows: PositiveInt = Field(256, description="Sequences; the interval narrows with their square root")
     length: PositiveInt = Field(128, description="Most tokens sampled per sequence, after the start token")
     seed: NonNegativeInt | None = Field(None, description="Empty: the recipe's")
+    modes: tuple[Mode, ...] = Field(
+        (Mode(name=AUTO),),
+        description="Ways of using the model, each with a sample and a divergence of its own: unprompted, chat, auto, "
+        "or {name, prompts, …} for prompts of yours",
+    )
+
+    @field_validator("modes")
+    @classmethod
+    def _named_once(cls, modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        names = [mode.name for mode in modes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"modes named twice: {', '.join(twice)}; results are stored by name")
+        if AUTO in names and {UNPROMPTED, CHAT} & set(names):
+            raise ValueError(f"modes {', '.join(names)}: auto stands for unprompted and chat; leave it or them out")
+        if not {AUTO, UNPROMPTED} & set(names):
+            raise ValueError(
+                f"modes {', '.join(names) or 'are empty'}: add unprompted, by which a corpus is checked too, or auto"
+            )
+        return modes
+
+    def _identity(self) -> dict[str, Any]:
+        identity = super()._identity()
+        if "modes" in identity:  # of prompts their content counts, not their name or place
+            identity["modes"] = [["" if mode.prompts else mode.name, self.of(mode).digest()] for mode in self.modes]
+        return identity
+
+    def check(self) -> None:
+        """Raise BadInput for errors detectable before running, without a model."""
+        for prompts in self.own_prompts():
+            prompts.check()
+
+    def check_base(self, base: Artifact) -> None:
+        """Raise BadInput if the base, once it is in the store, lacks the chat template or context that a mode needs."""
+        check_context(base, self, "probe")
+        lacks = bool(base.content) and not has_chat_template(Store(home()).path(base, weights=False))
+        for mode in self.modes:
+            check_context(base, self.of(mode), f"probe.modes[{mode.name}]")
+            if lacks and mode.name == CHAT:
+                raise BadInput("probe.modes names chat, but the base has no chat template; leave chat out")
+        for prompts in self.own_prompts() if lacks else ():
+            if prompts.are_chats():
+                raise prompts.lacks_template()
+
+    def own_prompts(self) -> list[Prompts]:
+        """Return the sets of the user's own prompts."""
+        return [prompts for mode in self.modes if isinstance(prompts := self.of(mode), Prompts)]
+
+    def of(self, mode: Mode) -> "ProbeSpec | Prompts":
+        """Return the settings of one mode's sample, with the probe's where the mode has none."""
+        sizes: dict[str, Any] = {"rows": mode.rows or self.rows, "length": mode.length or self.length}
+        if mode.prompts is None:
+            return ProbeSpec(**sizes, seed=self.seed)
+        return Prompts(name=mode.name, path=mode.prompts, column=mode.column, **sizes, seed=seed_of(self))
 
 
 class GenerateSpec(Spec):
@@ -107,7 +211,7 @@ class GenerateSpec(Spec):
         return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
 
 
-def check_context(base: Artifact, spec: ProbeSpec | GenerateSpec, name: str) -> None:
+def check_context(base: Artifact, spec: ProbeSpec | Prompts | GenerateSpec, name: str) -> None:
     """Raise BadInput when `recipe.<name>` asks for longer rows, or more stored tokens, than the base has."""
     context, why = base.metadata.get("context"), base.metadata.get("context_why", "")
     if spec.rows and isinstance(context, int) and spec.length + 1 > context:

@@ -22,14 +22,20 @@ from cfsd.errors import BadInput, Crashed
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.shard_job import Sampler, Shard, ShardJob
 from cfsd.generate.shard_sampling import check_engine, sample_shard
-from cfsd.generate.sources import count_prompts, write_starts
+from cfsd.generate.sources import answer_places, check_chat, count_prompts, tokenization_of, write_starts
 from cfsd.generate.spec import SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
 from cfsd.generate.workers import sample_in_workers
 from cfsd.machine import Machine
+from cfsd.stages import CHAT
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.journal import Journal
-from cfsd.store.tables import shard_path, write_shard
+from cfsd.store.tables import TURNS, read_rows, shard_path, table_of, write_shard
 
+SAMPLED_HERE = "a server samples one turn only, so that chats are sampled here, by the base itself"
+UNANSWERED = (
+    "in {unanswered} of {rows} chats the user's turn did not end within {length} tokens, or just there, so that they "
+    "have no answer; a larger probe.length, or length of the mode, leaves fewer"
+)
 ATTEMPTS = 3  # at lost shards, before giving up
 
 
@@ -61,6 +67,27 @@ def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampl
     job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     sample_source(job, "probe", 0, None, draft, sampler)
     draft.metadata |= corpus_metadata(draft.folder)
+
+
+def chat(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:
+    """Write chats as a `corpus` table, whose user's turn and answer the base sampled, and `turns`: where answers begin.
+
+    Log-probabilities are null at the template's tokens. A server samples one turn only, so rows are sampled here.
+    Raises BadInput where the base has no chat template to cut.
+    """
+    check_chat(base, spec, draft.store)
+    here = machine.model_copy(update={"engine": "torch"})
+    job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), here)
+    sample_source(job, CHAT, 0, None, draft, sampler)
+    rows = read_rows(draft.folder, "corpus", ["row_id", "token_ids"])
+    places = answer_places([row["token_ids"] for row in rows], tokenization_of(job))
+    turns = [{"row_id": row["row_id"], "answer": place} for row, place in zip(rows, places, strict=True)]
+    write_shard(draft.folder, "turns", 0, table_of(TURNS, turns))
+    unanswered = sum(place == len(row["token_ids"]) for row, place in zip(rows, places, strict=True))
+    said: Any = draft.metadata.get("said", [])
+    said = [*said, *([SAMPLED_HERE] if machine.engine == "server" else [])]
+    said += [UNANSWERED.format(unanswered=unanswered, rows=len(rows), length=spec.length)] if unanswered else []
+    draft.metadata |= corpus_metadata(draft.folder) | {"unanswered": unanswered, "said": said}
 
 
 def answers(

@@ -1,16 +1,17 @@
 """The weight of the tuned model with which the merged one keeps a budget of divergence."""
 
 import math
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cfsd.budget import MERGED_TO
 from cfsd.errors import NotFinite
-from cfsd.evaluate.divergence import divergences
+from cfsd.evaluate.divergence import Counted, counted_rows, divergences
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
 from cfsd.merge.stage import interpolated
@@ -20,7 +21,6 @@ from cfsd.model.rounding import exact_folder
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
 from cfsd.store.journal import Journal
-from cfsd.store.tables import read_rows
 
 CLOSE = 0.03  # of the aim: finer than a control sample can distinguish
 MAX_TRIES = 10
@@ -67,48 +67,70 @@ def _power(one: Tried, other: Tried) -> float:
 
 
 def keep_budget(
-    base: Artifact, tuned: Artifact, control: Artifact, spec: MergeSpec, draft: Draft, machine: Machine
+    base: Artifact, tuned: Artifact, controls: Sequence[Artifact], spec: MergeSpec, draft: Draft, machine: Machine
 ) -> None:
-    """Write as metadata the largest alpha up to the spec's whose divergence along `control` is within its budget.
+    """Write as metadata the largest alpha up to the spec's whose divergence along every control is within its budget.
 
-    `control` was sampled by the base, and is neither trained on nor judged by: the verdict is the probe's.
-    Raises NotFinite where the divergence is not finite.
+    The `controls`, in the order of the spec's budgets, were sampled by the base, and are neither trained on nor judged
+    by: the verdict is the probe's. Raises NotFinite where a divergence is not finite.
     """
     assert spec.budget
-    rows = [row["token_ids"] for row in read_rows(draft.store.path(control), "corpus", ["token_ids"])]
+    budgets = spec.budget if isinstance(spec.budget, dict) else {UNPROMPTED: spec.budget}
+    rows = {mode: counted_rows(draft.store.path(own)) for mode, own in zip(budgets, controls, strict=True)}
     draft.journal.cut_back(-1)  # what an attempt tried that was cut short is tried again
     machine.settle()
     release_models()
-    measure = _divergence_at(draft.store.path(base), draft.store.path(tuned), rows, draft.journal, machine)
-    tried = largest_alpha(measure, spec.alpha, spec.budget)
-    last = tried[-1]
-    metadata = {"alpha": last.alpha, "control_kl": last.nats, "control_kl_at_most": tried[0].nats, "rows": len(rows)}
+    measure = _divergences_at(draft.store.path(base), draft.store.path(tuned), rows, draft.journal, machine)
+    found: dict[float, dict[str, float]] = {0.0: dict.fromkeys(rows, 0.0)}
+    unit = next(iter(budgets.values()))
+
+    def worst(alpha: float) -> float:
+        """Return the divergence of the mode that uses most of its budget, on the scale of the first one's."""
+        found[alpha] = measure(alpha)
+        return max(nats * (unit / budgets[mode]) for mode, nats in found[alpha].items())
+
+    tried = largest_alpha(worst, spec.alpha, unit)
+    first, last = (found[tried[place].alpha] for place in (0, -1))
+    metadata: dict[str, Any] = {
+        "alpha": tried[-1].alpha, "control_kl": last.get(UNPROMPTED), "control_kl_at_most": first.get(UNPROMPTED),
+        "rows": sum(map(len, rows.values())),
+    }  # fmt: skip
+    if set(budgets) != {UNPROMPTED}:
+        metadata |= {"control_kls": last, "control_kls_at_most": first}
     write_json(draft.folder / "alpha.json", metadata)
     draft.metadata |= metadata
 
 
-def _divergence_at(
-    base: Path, tuned: Path, rows: list[list[int]], journal: Journal, machine: Machine
-) -> Callable[[float], float]:
-    """Return the divergence from the base as a function of alpha, in the precision of the saved and measured model."""
+def _divergences_at(
+    base: Path, tuned: Path, rows: Mapping[str, list[Counted]], journal: Journal, machine: Machine
+) -> Callable[[float], dict[str, float]]:
+    """Return the modes' divergences from the base as a function of alpha, in the precision of the saved model."""
     exact = (load_model(folder, "cpu", "float32") for folder in (base, exact_folder(tuned)))
     ends = [dict(model.named_parameters()) for model in exact]
     device = machine.resolved_device()
     base_model, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in (base, tuned))
     saved_as, tries = getattr(torch, stored_precision(base)), count()
+    total = sum(map(len, rows.values()))
 
-    def measure(alpha: float) -> float:
+    def along(mode: str, alpha: float, before: int) -> float:
         def progress(done: int) -> None:
-            journal.progress(done, len(rows), f"rows at alpha {alpha:.2f}")
+            journal.progress(before + done, total, f"rows at alpha {alpha:.2f}")
 
-        with torch.no_grad():
-            for name, parameter in merged.named_parameters():
-                parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(saved_as))
-        parts = divergences(base_model, merged, rows, machine.micro_batch_tokens, progress)
+        token_rows, masks = ([*of] for of in zip(*rows[mode], strict=True))
+        parts = divergences(base_model, merged, token_rows, machine.micro_batch_tokens, progress, masks)
         nats = sum(part.kl for part in parts) / sum(part.num_tokens for part in parts)
         if not math.isfinite(nats):
             raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
-        journal.metrics(next(tries), {"budget/alpha": alpha, "budget/control_kl": nats})
+        return nats
+
+    def measure(alpha: float) -> dict[str, float]:
+        with torch.no_grad():
+            for name, parameter in merged.named_parameters():
+                parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(saved_as))
+        before = accumulate((len(own) for own in rows.values()), initial=0)
+        nats = {mode: along(mode, alpha, done) for mode, done in zip(rows, before, strict=False)}
+        named = {f"budget/control_kl{'' if mode == UNPROMPTED else f'/{mode}'}": kl for mode, kl in nats.items()}
+        journal.metrics(next(tries), {"budget/alpha": alpha} | named)
         return nats
 
     return measure

@@ -27,6 +27,14 @@ ROUNDED_AWAY = 0.1  # the share of a training that the number format may take ba
 MAX_NAMED = 4  # files or tensors in one message
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Say whether the tokenizer in `folder` has a chat template."""
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (
+        settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    )
+
+
 def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
     """Return the files that make the model in `folder`, by name; `weights` false: they are not there yet.
 

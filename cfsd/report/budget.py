@@ -1,14 +1,15 @@
 """A budget of divergence: was it kept, was it used up, and what did it cost on the target?
 
 Source: CFSD's own rule: kept is a divergence of at most 1.1 x the budget, used up ("tight") of at least 0.8 x; with the
-weight of rehearsal at its floor the budget did not bind. The probe alone judges, by its whole interval; training never
-saw it. How often each claim is wrong: docs/how-to/budget.md.
+weight of rehearsal at its floor the budget did not bind. The probe alone judges, each mode by its whole interval;
+training never saw it. How often each claim is wrong: docs/how-to/budget.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from cfsd.budget import KEPT_UP_TO, USED_UP_FROM
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.recipe import Recipe
 from cfsd.report.recipe_text import flattened
 from cfsd.report.run_record import RunRecord
@@ -24,40 +25,52 @@ NEAR = 1.001  # the controller works in logarithms
 
 
 def budget_of(
-    store: Store, run_record: RunRecord, run_records: Sequence[RunRecord], probe_kl: Fig | None
+    store: Store, run_record: RunRecord, run_records: Sequence[RunRecord], measured: Mapping[str, Fig | None]
 ) -> dict[str, Any] | None:
     """Return the budget of `run_record` and what became of it, or None if it had none; fields in docs/summary.md.
 
-    The cost is counted against the plain fine-tuning variant in `run_records` that differs least from this one.
+    `measured`: the divergence in each mode. Of several modes with a budget, the fields are those of the one that
+    decides the `outcome`: all are kept, or one is exceeded, or of one it cannot be told. The cost is counted against
+    the plain fine-tuning variant in `run_records` that differs least from this one.
     """
-    budget = run_record.budget()
-    if budget is None:
+    budgets = run_record.budgets()
+    if not budgets:
         return None
     training: Any = run_record.artifacts["tuned"].metadata
     weight = training.get("final_weight") or last_weight(store, run_record)
     plain = plain_variant(run_record, run_records)
     cost = _cost(store, run_record, plain) if plain else None
     merged: Any = run_record.artifacts["fitted"].metadata if "fitted" in run_record.artifacts else {}
-    before = merged.get("control_kl_at_most")
+    before = merged.get("control_kls_at_most") or {UNPROMPTED: merged.get("control_kl_at_most")}
+    modes = {
+        mode: {"nats": nats, **judge(measured.get(mode), nats, weight)}
+        | {"ratio_before_merging": None if before.get(mode) is None else before[mode] / nats}
+        for mode, nats in budgets.items()
+    }
     return {
-        "nats": budget,
-        **judge(probe_kl, budget, weight),
+        **max(modes.values(), key=_decides),
+        **({} if set(modes) == {UNPROMPTED} else {"modes": modes}),
         "final_weight": weight,
         "divergence_estimate": training.get("divergence_estimate"),
         "alpha": merged.get("alpha"),
-        "ratio_before_merging": None if before is None else before / budget,
         "plain": plain.name if plain and cost else None,
         "target_gain_cost": cost,
     }
 
 
-def judge(probe_kl: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
+def _decides(judged: dict[str, Any]) -> tuple[int, float]:
+    """Order modes by what the outcome of all is: exceeded before what cannot be told before kept, then by the ratio."""
+    order: tuple[Outcome, ...] = ("kept", "cannot tell", "exceeded")
+    return order.index(judged["outcome"]), judged["ratio"]["value"] if judged["ratio"] else 0.0
+
+
+def judge(divergence: Fig | None, budget: float, weight: float | None) -> dict[str, Any]:
     """Return `outcome`, `tight` (None where the interval leaves that open), `binding`, `ratio` to the budget, `needs`.
 
     The whole interval decides: where it holds a limit, that limit is not judged. `needs` is how many times as many
     rows of the probe would decide the outcome if the value stayed; None where it is decided or no interval is known.
     """
-    ratio = _ratio(probe_kl, budget)
+    ratio = _ratio(divergence, budget)
     outcomes: dict[bool | None, Outcome] = {False: "kept", True: "exceeded", None: "cannot tell"}
     return {
         "outcome": outcomes[_is_above(ratio, KEPT_UP_TO)],

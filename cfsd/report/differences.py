@@ -24,6 +24,7 @@ class Quantity(NamedTuple):
 QUANTITIES = {
     "target_gain": Quantity("target gain", "learned more", "learned less", 1),
     "probe_kl": Quantity("probe_kl", "moved further", "moved less"),
+    "chat_kl": Quantity("chat_kl", "moved further in chats", "moved less in chats"),
     "mean_forgetting": Quantity("mean forgetting", "lost more", "lost less", -1),
 }
 

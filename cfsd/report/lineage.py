@@ -59,6 +59,7 @@ def _scores_of(scores: Scores, role: str) -> Iterator[dict[str, Any]]:
         *scores.benchmarks.items(),
         ("held-out target rows", scores.target),
         ("the probe, against the base", scores.probe),
+        ("chats, against the base", scores.chat),
         ("held-out target rows, against the base", scores.target_divergence),
         *scores.texts.items(),
         *((f"the answers to {name}, against the base", artifact) for name, artifact in scores.prompts.items()),

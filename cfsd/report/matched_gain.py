@@ -9,7 +9,8 @@ from cfsd.statistics.units import Units
 
 GAIN = "target_gain"
 Figures = Mapping[str, list[Units]]  # measure -> its parts
-COSTS = {"probe_kl": True, "mean_forgetting": False}  # measure -> whether it is interpolated in its logarithm
+# measure -> whether it is interpolated in its logarithm
+COSTS = {"probe_kl": True, "chat_kl": True, "mean_forgetting": False}
 
 
 def matched_gains(measured: Mapping[str, Figures], questions: Mapping[str, object]) -> list[MatchedGain]:

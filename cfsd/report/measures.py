@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cfsd.report.run_record import RunRecord, role_of
 from cfsd.report.scores import accuracy_units, first_scores, gain_units, metric_of, response_pair, table
 from cfsd.report.summary import Summary
+from cfsd.stages import CHAT
 from cfsd.statistics.discoveries import controlled, detectable_mean
 from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import (
@@ -84,17 +85,21 @@ class ScoreTables:
         units = units_of(*self.responses)
         return [units._replace(names=self._named("target", units.names))]
 
-    def per_row(self, artifact: Artifact | None, column: str, rows_of: str = "probe") -> list[Units]:
-        """Return a column of a divergence table, row by row, in nats; nothing without an artifact.
+    def per_row(
+        self, artifact: Artifact | None, column: str, rows_of: str = "probe", along: str = "divergence"
+    ) -> list[Units]:
+        """Return a column of the divergence table called `along`, row by row, in nats; nothing without an artifact.
 
         `rows_of` is the role of the artifact whose rows were measured; another artifact's are other rows.
         """
         if artifact is None:
             return []
-        rows = table(self.store, artifact, "divergence")
+        rows = table(self.store, artifact, along)
         if column not in rows or rows[column].isna().any():  # measured by a version that had no such figure
             return []
         sums, counts = (rows[name].to_numpy(float) for name in (column, "count"))
+        if not counts.sum():  # chats without an answer
+            return []
         return [Units(self._named(rows_of, rows["row_id"]), sums, counts)]
 
     def _named(self, rows_of: str, rows: Iterable[object]) -> tuple[str, ...]:
@@ -158,6 +163,18 @@ MEASURES = [
         units=lambda m: m.per_row(m.after.probe, "kl"),
         mlflow="probe_kl",
         label="probe_kl, nats/token",
+    ),
+    Measure(
+        "chat_kl",
+        units=lambda m: m.per_row(m.after.chat, "kl", rows_of=role_of(CHAT)),
+        mlflow="chat_kl",
+        label="chat_kl, nats/token",
+    ),
+    Measure(
+        "chat_user_kl",
+        units=lambda m: m.per_row(m.after.chat, "kl", rows_of=role_of(CHAT), along="user_turns"),
+        mlflow="chat_user_kl",
+        label="chat_user_kl, nats/token",
     ),
     Measure("probe_kl_sampled", units=lambda m: m.per_row(m.after.probe, "sampled")),
     Measure(

@@ -8,7 +8,7 @@ import numpy as np
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import table
 from cfsd.report.summary import Summary
-from cfsd.stages import PROBE
+from cfsd.stages import CHAT, PROBE
 from cfsd.statistics.bins import Bin, bins_of, doubling_edges
 from cfsd.store.artifact import Artifact, Store
 
@@ -18,7 +18,7 @@ POSITIONS, TOKENS = "moved_positions", "moved_tokens"
 class Moved(NamedTuple):
     """What one section of the page shows: along what was measured, and per variant its bins and what moved most."""
 
-    name: str  # the probe, or the name of prompts
+    name: str  # the probe, chat, or the name of prompts
     bins: dict[str, dict[str, list[dict[str, Any]]]]  # variant -> by_position, by_entropy
     positions: dict[str, list[dict[str, Any]]]
     tokens: dict[str, list[dict[str, Any]]]
@@ -53,11 +53,12 @@ def _as_json(bins: Iterable[Bin]) -> list[dict[str, Any]]:
 
 
 def sections_of(store: Store, run_records: Sequence[RunRecord], summaries: Sequence[Summary]) -> list[Moved]:
-    """Return what the page shows of the probe and of each set of prompts; nothing where nothing was measured."""
+    """Return what the page shows of each mode of the probe; nothing where nothing was measured."""
     found: dict[str, Moved] = {}
     for run_record, summary in zip(run_records, summaries, strict=True):
-        measured = {PROBE: run_record.after.probe} | run_record.after.prompts
-        binned = {PROBE: summary.moved} | {name: own["moved"] for name, own in summary.prompts.items()}
+        measured = {PROBE: run_record.after.probe, CHAT: run_record.after.chat} | run_record.after.prompts
+        along = {CHAT: summary.chats or {}} | summary.prompts
+        binned = {PROBE: summary.moved} | {name: own.get("moved") for name, own in along.items()}
         for name, scores in measured.items():
             if scores is not None and (bins := binned.get(name)):
                 section = found.setdefault(name, Moved(name, {}, {}, {}))

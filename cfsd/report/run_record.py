@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.recipe import Recipe
-from cfsd.stages import PROBE
+from cfsd.stages import CHAT, PROBE
 from cfsd.store.artifact import Artifact
 
 
@@ -31,31 +32,37 @@ class Scores(BaseModel):
     probe: Artifact | None = None  # divergence from the base; the tuned model only
     texts: dict[str, Artifact] = {}
     prompts: dict[str, Artifact] = {}  # divergence from the base along its answers; the tuned model only
+    chat: Artifact | None = None  # divergence along chats that the base sampled; the tuned model only
     target_divergence: Artifact | None = None  # the tuned model only
     further: dict[str, Artifact] = {}  # by name: measurements that have no field of their own
 
     def artifacts(self) -> list[Artifact]:
         """Return every table of scores."""
-        others = (self.target, self.probe, self.target_divergence)
+        others = (self.target, self.probe, self.chat, self.target_divergence)
         named = (self.benchmarks, self.texts, self.prompts, self.further)
         return [*(scores for part in named for scores in part.values()), *(scores for scores in others if scores)]
 
 
-def role_of(sampled: str) -> str:
-    """Return the role of what divergences are measured along: the probe, or the answers to the prompts called so."""
-    return sampled if sampled == PROBE else f"answers {sampled}"
+def role_of(mode: str) -> str:
+    """Return the role of what a mode's divergence is measured along: probe, chat, or answers to prompts so called."""
+    return {UNPROMPTED: PROBE, CHAT: CHAT}.get(mode, f"answers {mode}")
 
 
 def roles_of(sampled: Mapping[str, Artifact]) -> dict[str, Artifact]:
     """Return what divergences are measured along by role."""
-    return {role_of(name): artifact for name, artifact in sampled.items()}
+    return {role_of(mode): artifact for mode, artifact in sampled.items()}
+
+
+def controls_of(sampled: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Return the control samples of the modes by role: `control`, `control chat`, …."""
+    return {"control" if mode == UNPROMPTED else f"control {mode}": artifact for mode, artifact in sampled.items()}
 
 
 class RunRecord(BaseModel):
     """Every artifact of one variant: enough to make its summary and report again.
 
-    `artifacts` by role: base, target, selected_target, probe, corpus, filtered, selected_corpus, mixture, tuned, final,
-    and the base's answers to each set of prompts, see `role_of`.
+    `artifacts` by role: base, target, selected_target, corpus, filtered, selected_corpus, mixture, tuned, final, and
+    what the base sampled in each mode, see `role_of`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,9 +84,10 @@ class RunRecord(BaseModel):
         """Return the artifacts by role and those of the steps; some are in both."""
         return [*self.artifacts.values(), *(step.artifact for step in self.steps)]
 
-    def budget(self) -> float | None:
-        """Return the divergence, in nats per token, that the trained model was to keep to; None without a budget."""
-        return self.recipe.budget() if self.recipe and "tuned" in self.artifacts else None
+    def budgets(self) -> dict[str, float]:
+        """Return the divergence, in nats per token, that the trained model was to keep to in each mode that has one."""
+        modes = [UNPROMPTED, *([CHAT] if self.after.chat else []), *self.after.prompts]
+        return self.recipe.budgets(modes) if self.recipe and "tuned" in self.artifacts else {}
 
 
 class Measured(BaseModel):

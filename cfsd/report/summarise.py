@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cfsd.evaluate.corpus_check import warnings_of
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.report.budget import budget_of
 from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
@@ -11,6 +12,7 @@ from cfsd.report.moved import bins_along
 from cfsd.report.run_record import RunRecord, Scores, Step
 from cfsd.report.summary import Summary, with_bounds
 from cfsd.report.training import stability_gap, training_of
+from cfsd.stages import CHAT
 from cfsd.statistics.texts import text_forgetting
 from cfsd.statistics.units import figure_of_units
 from cfsd.store.artifact import Artifact, Store
@@ -34,6 +36,7 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         target=_target_means(before, after),
         texts={name: text_forgetting(name, *sides) for name, sides in tables.texts.items()},
         prompts=_prompts(store, after, tables),
+        chats=_chats(store, after.chat),
         moved=bins_along(store, after.probe),
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in tables.benchmarks},
         **answers_of(before.benchmarks, after.benchmarks),
@@ -44,7 +47,13 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         executed=[f"{step.stage} {step.artifact.key}" for step in run_record.steps if step.executed],
         cached=[f"{step.stage} {step.artifact.key}" for step in run_record.steps if not step.executed],
     )
-    return summary.model_copy(update={"budget": budget_of(store, run_record, run_records, summary.probe_kl)})
+    measured = {UNPROMPTED: summary.probe_kl, CHAT: summary.chat_kl} | {n: o["kl"] for n, o in summary.prompts.items()}
+    return summary.model_copy(update={"budget": budget_of(store, run_record, run_records, measured)})
+
+
+def _chats(store: Store, scores: Artifact | None) -> dict[str, Any] | None:
+    sizes = {size: scores.metadata[size] for size in ("rows", "tokens", "unanswered")} if scores else {}
+    return sizes | {"moved": bins_along(store, scores)} if scores else None
 
 
 def _prompts(store: Store, after: Scores, tables: ScoreTables) -> dict[str, dict[str, Any]]:
@@ -133,6 +142,9 @@ def _of_training(summary: Summary) -> dict[str, float]:
             flat["budget/kept"] = float(value == "kept")
         elif isinstance(value, bool | int | float):
             flat[f"budget/{name}"] = float(value)
+        elif name == "modes":
+            for mode, own in value.items():
+                flat |= with_bounds(f"budget/{mode}/ratio", own["ratio"]) | {f"budget/{mode}/nats": own["nats"]}
         elif isinstance(value, dict):
             flat |= with_bounds(f"budget/{name}", value)
     return flat

@@ -36,11 +36,13 @@ class Summary(BaseModel):
     probe_kl_sampled: Fig | None
     mean_forgetting: Fig | None
     benchmarks: dict[str, dict[str, Any]]
+    chat_kl: Fig | None = None  # KL(base || tuned) along answers of chats that the base sampled
     target_divergence: Fig | None = None  # KL(base || tuned) on held-out responses, given their prompts
     answers: dict[str, dict[str, dict[str, Any]]] = {}  # per benchmark with written ones and role: how they ended
     evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
     prompts: dict[str, dict[str, Any]] = {}  # the user's own: rows, tokens, kl, reverse_kl, moved
+    chats: dict[str, Any] | None = None  # rows with an answer, tokens of answers, unanswered rows, moved
     moved: dict[str, Any] | None = None  # divergence on the probe by_position and by_entropy of the base
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one

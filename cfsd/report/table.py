@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.report.measures import MEASURES, Measure, figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.spec import REPEAT
+from cfsd.stages import CHAT
 from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
@@ -176,16 +178,28 @@ def _detectable(drop: float | None, unit: Unit) -> str:
 
 
 def _budgets(budgets: list[dict[str, Any]]) -> list[Line]:
-    nats = [number(b["nats"]) if b else "" for b in budgets]
-    outcomes = [", ".join(_outcome(b)) for b in budgets]
-    marks = ["worse" if b.get("outcome") == "exceeded" else "" for b in budgets]
+    modes = [modes_of(budget) for budget in budgets]
+    named = dict.fromkeys(mode for own in modes for mode in own)
     alphas = ["" if (alpha := b.get("alpha")) is None else number(alpha) for b in budgets]
     return [
-        Line("budget of probe_kl, nats/token", "", nats),
-        _figures("used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
-        Line("outcome", "", outcomes, marks, is_part=True),
+        *(line for mode in named for line in _budget(mode, [own.get(mode, {}) for own in modes])),
         Line("merged at alpha", "", alphas, is_part=True),
         _figures("gain given up, nats/token", [b.get("target_gain_cost") for b in budgets], better=-1),
+    ]
+
+
+def modes_of(budget: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a summary says of the budget of each mode; where it has no `modes`, it is that of unprompted text."""
+    return budget.get("modes") or ({UNPROMPTED: budget} if budget else {})
+
+
+def _budget(mode: str, budgets: list[dict[str, Any]]) -> list[Line]:
+    measure = {UNPROMPTED: "probe_kl", CHAT: "chat_kl"}.get(mode, mode)
+    marks = ["worse" if b.get("outcome") == "exceeded" else "" for b in budgets]
+    return [
+        Line(f"budget of {measure}, nats/token", "", [number(b["nats"]) if b else "" for b in budgets]),
+        _figures("used, % of the budget", [b.get("ratio") for b in budgets], POINTS),
+        Line("outcome", "", [", ".join(_outcome(b)) for b in budgets], marks, is_part=True),
     ]
 
 

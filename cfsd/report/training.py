@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.report.run_record import RunRecord
 from cfsd.report.table import POINTS, sweep_of
 from cfsd.statistics.figures import FRACTION, NATS
@@ -165,7 +166,7 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
     named = names_of_models(run_records)
     first = {run_record.name: run_record for run_record in run_records if run_record.name in named}
     metrics = {name: metrics_of(store, run_record.artifacts["tuned"]) for name, run_record in first.items()}
-    budgets = {name: budget for name, run_record in first.items() if (budget := run_record.budget())}
+    budgets = {name: budget for name, run_record in first.items() if (budget := run_record.budgets().get(UNPROMPTED))}
     forms = {name: _form(run_record) for name, run_record in first.items()}
 
     def lines(metric: str, factor: float = 1, form: str = "") -> dict[str, Line]:

@@ -8,11 +8,22 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.model.folder import ROUNDED_AWAY
 from cfsd.report.compared import NOTHING, Compared, Comparisons
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, change_of_score, forgotten_of, number, shown, unit_called, unit_of, variant_of
+from cfsd.report.table import (
+    POINTS,
+    change_of_score,
+    forgotten_of,
+    modes_of,
+    number,
+    shown,
+    unit_called,
+    unit_of,
+    variant_of,
+)
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import Figure
@@ -58,7 +69,7 @@ OUTCOMES = {
     "exceeded": "exceeded",
     "cannot tell": "kept or exceeded (the probe's interval is too wide to say)",
 }
-COMPARED = ("target_gain", "probe_kl", "mean_forgetting")
+COMPARED = ("target_gain", "probe_kl", "chat_kl", "mean_forgetting")
 PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth", "a seventh", "an eighth", "a ninth", "a tenth")
 MOST_ROWS = 100  # times as many, that are still proposed
 HARDLY = " with hardly any rehearsal"
@@ -71,6 +82,7 @@ class Variant(NamedTuple):
     repeats: list[Summary]
     gain: Fig | None
     moved: Fig | None
+    in_chats: Fig | None
     lost: Fig | None
 
 
@@ -157,13 +169,13 @@ def _alone(variant: Variant) -> Iterator[str]:
         yield LEARNED[side_of(gain)].format(shown(gain))
     if moved := variant.moved:
         by = "did not move" if moved["value"] <= UNMOVED else f"moved {shown(moved)} nats per token"
-        yield f"{by} from the base"
+        yield f"{by} from the base" + (f" and {shown(variant.in_chats)} in chats" if variant.in_chats else "")
 
 
 def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: Variant) -> Iterator[str]:
     """Yield what `one` is to `other`, and which of the further variants are not distinguishable from it."""
     named = f"“{other.name}”"
-    gain, moved, lost = (comparisons.of(one.name, other.name, measure) for measure in COMPARED)
+    gain, moved, in_chats, lost = (comparisons.of(one.name, other.name, measure) for measure in COMPARED)
     if gain:
         if gain.sign() == 0 and one.gain and side_of(one.gain) != 1:
             yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
@@ -172,6 +184,9 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
         unmoved = min(one.moved["value"], other.moved["value"]) <= UNMOVED
         against = "" if gain else f" {'of' if unmoved else 'than' if moved.sign() == 0 else 'as'} {named}"
         yield f"{_distance(one.moved, other.moved, moved)}{against} (difference {shown(moved.figure())} nats per token)"
+    if in_chats and one.in_chats and other.in_chats:
+        by = _distance(one.in_chats, other.in_chats, in_chats)
+        yield f"in chats {by} (difference {shown(in_chats.figure())} nats per token)"
     if lost and lost.sign():
         yield f"{LOST_THAN[lost.sign() or 1]} ({shown(lost.figure(), POINTS)} points)"
     alike = [v.name for v in further if _alike(comparisons, one, v)]
@@ -293,10 +308,32 @@ def budget_lines(summaries: list[Summary]) -> list[str]:
 
 
 def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
+    modes, of = list(modes_of(budgets[0])), f"Budget of “{name}”, "
+    for mode in modes:
+        yield from _of_mode(of + ("" if modes == [UNPROMPTED] else f"{mode}, "), [modes_of(b)[mode] for b in budgets])
+        of = ""
+    if len(budgets) > 1:
+        return
+    (budget,) = budgets
+    if budget["final_weight"] is not None:
+        yield f"λ was {number(budget['final_weight'])} at the end"
+    before = {mode: own.get("ratio_before_merging") or 0 for mode, own in modes_of(budget).items()}
+    if max(before.values()) > 1:
+        was = joined([f"{number(ratio * POINTS)} %" for ratio in before.values()])
+        what = "it" if len(before) == 1 else "them"
+        yield f"merging with the base at alpha {number(budget['alpha'])} brought {what} down from {was}"
+    if cost := budget["target_gain_cost"]:
+        nats, gain = f"{shown(cost)} nats per token", f"the gain of “{budget['plain']}”"
+        sure = side_of(cost) == 1
+        yield f"it gave up {nats} of {gain}" if sure else f"it is not shown to have given up any of {gain} ({nats})"
+
+
+def _of_mode(whose: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what became of one mode's budget; the outcomes of repeats are counted."""
     outcomes, several = [_outcome(budget) for budget in budgets], f" of {len(budgets)} seeds"
     counts = {words: outcomes.count(words) for words in dict.fromkeys(outcomes)}
     said = [f"{words} in {count}{several}" if len(budgets) > 1 else words for words, count in counts.items()]
-    yield f"Budget of “{name}”, {number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
+    yield f"{whose}{number(budgets[0]['nats'])} nats per token: {', '.join(said)}"
     if len(budgets) > 1:
         return
     (budget,) = budgets
@@ -305,15 +342,6 @@ def _budget(name: str, budgets: list[dict[str, Any]]) -> Iterator[str]:
     if needs := budget["needs"]:
         more = f"about {math.ceil(max(2.0, needs))} times as many probe.rows would tell"
         yield more if needs <= MOST_ROWS else "it lies at the limit, so that no larger probe.rows would soon tell"
-    if budget["final_weight"] is not None:
-        yield f"λ was {number(budget['final_weight'])} at the end"
-    if (before := budget.get("ratio_before_merging") or 0) > 1:
-        was = f"{number(before * POINTS)} %"
-        yield f"merging with the base at alpha {number(budget['alpha'])} brought it down from {was}"
-    if cost := budget["target_gain_cost"]:
-        nats, gain = f"{shown(cost)} nats per token", f"the gain of “{budget['plain']}”"
-        sure = side_of(cost) == 1
-        yield f"it gave up {nats} of {gain}" if sure else f"it is not shown to have given up any of {gain} ({nats})"
 
 
 def _outcome(budget: dict[str, Any]) -> str:

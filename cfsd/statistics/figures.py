@@ -11,7 +11,8 @@ from cfsd.statistics.intervals import Floats, Interval, Z, bootstrap_ratio, pair
 
 NATS = "nats/token"
 FRACTION = "fraction"
-SKEWED = frozenset({"probe_kl", "target_divergence"})  # divergences: above 0, and seeds scatter by factors
+# divergences: above 0, and seeds scatter by factors
+SKEWED = frozenset({"probe_kl", "chat_kl", "chat_user_kl", "target_divergence"})
 OVERFLOW = 700.0  # nats; exp of more is infinite in float64
 
 

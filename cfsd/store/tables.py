@@ -29,6 +29,7 @@ CORPUS = pa.schema(
         ("text", pa.string()),  # for reading only, never tokenised again
     ]
 )
+TURNS = pa.schema([("row_id", pa.int64()), ("answer", pa.int64())])  # of chats: the place of the answer's first token
 NARROW_IDS = 1 << 16  # vocabularies up to here have their ids in two bytes
 SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20  # a shard ends with the rows that reach either
 TARGET = pa.schema(

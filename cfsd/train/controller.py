@@ -20,7 +20,8 @@ class Controller:
 
     With e = log(estimate / (STEERED_TO x budget)), between BELOW and ABOVE: log lambda = sum of rate x e over
     the steps + GAIN x e. The estimate is a moving mean, weighted by tokens, of the divergence before the update
-    on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict.
+    on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict. The budget
+    is that of text without a prompt: of other modes nothing is seen while training, so merging alone keeps theirs.
 
     The sum alone follows too late: it winds down while the divergence is still small, lets it overshoot, and has
     brought it far below the budget when the learning rate ends. Measured on `tiny`: docs/decisions/0010.
@@ -28,14 +29,14 @@ class Controller:
 
     def __init__(self, spec: RehearsalSpec, steps: int) -> None:
         """Start at `spec.weight` for a training of `steps`."""
-        self.spec, self.steps = spec, steps
+        self.spec, self.steps, self.budget = spec, steps, spec.steered_to()
         self.log_weight = math.log(spec.weight) if spec.weight else -math.inf
         self.log_error = 0.0
         self.nats, self.tokens = 0.0, 0.0
 
     def weight(self, step: int) -> float:
         """Return lambda for step `step`, counted from 0."""
-        if self.spec.budget:
+        if self.budget:
             return math.exp(_within(self.log_weight + GAIN * self.log_error))
         if not self.spec.final_weight:
             return self.spec.weight
@@ -52,8 +53,8 @@ class Controller:
         if not tokens:
             return
         self.nats, self.tokens = HORIZON * self.nats + nats, HORIZON * self.tokens + tokens
-        if self.spec.budget:
-            estimate, aim = self.nats / self.tokens, STEERED_TO * self.spec.budget
+        if self.budget:
+            estimate, aim = self.nats / self.tokens, STEERED_TO * self.budget
             self.log_error = min(max(math.log(estimate / aim) if estimate > 0 else BELOW, BELOW), ABOVE)
             self.log_weight = _within(self.log_weight + self.spec.budget_rate * self.log_error)
 

@@ -14,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from cfsd.budget import STEERED_TO
+from cfsd.budget import STEERED_TO, Budget
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
@@ -70,8 +71,10 @@ class RehearsalSpec(Spec):
         description="kl, stored: tokens outside the top by samples of them (generate.tail_samples; unbiased) or as one "
         "event (a lower bound)",
     )
-    budget: PositiveFloat | None = Field(
-        None, description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it"
+    budget: Budget | None = Field(
+        None,
+        description="Divergence that is accepted, in nats per token: lambda is steered there, merging keeps it; a "
+        "number for unprompted and chat, or {unprompted: nats, chat: nats, …}, whose first steers lambda",
     )
     budget_rate: PositiveFloat = Field(
         0.2, description="How fast lambda follows: what each step adds to its logarithm at e times the budget"
@@ -81,6 +84,20 @@ class RehearsalSpec(Spec):
         description="cycle: all rows in turn, again and again; once: the first epoch's rows in every epoch; "
         "fresh: no row twice",
     )
+
+    @field_validator("budget")
+    @classmethod
+    def _can_be_steered(cls, budget: Budget | None) -> Budget | None:
+        if isinstance(budget, dict) and UNPROMPTED not in budget:
+            raise ValueError(
+                f"a budget for {', '.join(budget)} alone cannot steer lambda, which is read off the rehearsal: add "
+                "unprompted, or give it as merge.budget"
+            )
+        return budget
+
+    def steered_to(self) -> float | None:
+        """Return the budget that lambda is steered by: that of text without a prompt. None: lambda is not steered."""
+        return self.budget[UNPROMPTED] if isinstance(self.budget, dict) else self.budget
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -98,7 +115,8 @@ class RehearsalSpec(Spec):
         return self
 
     def _identity(self) -> dict[str, Any]:
-        return super()._identity() | ({"steering": self.steering} if self.budget else {})
+        steered = {"steering": self.steering, "budget": self.steered_to()} if self.budget else {}
+        return super()._identity() | steered  # what is merged for other modes' sake is not training's
 
     def reads_corpus(self) -> bool:
         """Say whether the training reads what is stored with the corpus: distributions or log-probabilities."""
@@ -157,11 +175,12 @@ class TrainSpec(Spec):
                 f"dropout 0 turns all dropout off, but methods.lora.dropout is {self.methods.lora.dropout}; "
                 "set that to 0 as well, or leave train.dropout empty"
             )
-        steered_to = STEERED_TO * (self.rehearsal.budget or 0)
+        steered_to = STEERED_TO * (self.rehearsal.steered_to() or 0)
         if self.watch.stop_above and self.watch.stop_above < steered_to:
             raise ValueError(
                 f"watch.stop_above {self.watch.stop_above} is below what lambda is steered to, {steered_to:.3g} for "
-                f"the rehearsal.budget of {self.rehearsal.budget}: training would end early; raise it or leave it out"
+                f"the rehearsal.budget of {self.rehearsal.steered_to()}: training would end early; raise it or leave "
+                "it out"
             )
         return self
 

@@ -218,7 +218,7 @@ def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> 
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metadata = data.metadata(trainer.state.global_step) | {"continued_from_step": continued_from, "peak_memory": peak}
     controller = trainer.controller
-    if budget := trainer.spec.rehearsal.budget:
+    if budget := trainer.spec.rehearsal.steered_to():
         metadata |= {"budget": budget, "final_weight": controller.weight(len(data))}
         metadata |= {"divergence_estimate": controller.estimate}
     if trainer.recorder.stopped_at is not None:

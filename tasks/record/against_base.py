@@ -10,6 +10,7 @@ import pandas as pd
 
 from cfsd.machine import home
 from cfsd.report.changed_answers import Changed, changed_answers
+from cfsd.report.measures import figure_of
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Fig, Summary, with_bounds
 from cfsd.stages import MERGE
@@ -78,6 +79,7 @@ def findings(run_record: RunRecord, summary: Summary) -> Iterator[Finding]:
         yield Finding(after.prompts[name], base, with_bounds("kl", prompts["kl"]))
     alone: list[tuple[Artifact | None, str, dict[str, Fig | None]]] = [
         (after.probe, base, {"probe_kl": summary.probe_kl}),
+        (after.chat, base, {name: figure_of(summary, name) for name in ("chat_kl", "chat_user_kl")}),
         (after.target_divergence, base, {"target_divergence": summary.target_divergence}),
         (after.target, before.target.key if before.target else base,
          {"target_gain": summary.target_gain, "target_accuracy_gain": summary.target_accuracy_gain}),

@@ -4,13 +4,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, Spec
-from cfsd.stages import EVALUATE_PROBE, EVALUATE_PROMPTS, EVALUATE_TARGET_DIVERGENCE, PROBE
+from cfsd.stages import (
+    CHAT,
+    EVALUATE_CHAT,
+    EVALUATE_PROBE,
+    EVALUATE_PROMPTS,
+    EVALUATE_TARGET_DIVERGENCE,
+    PROBE,
+    PROMPTS,
+)
 from cfsd.store.artifact import Artifact, Store
 from tasks.record.parameters import flattened
 
-AGAINST_BASE = (EVALUATE_PROBE, EVALUATE_PROMPTS, EVALUATE_TARGET_DIVERGENCE)  # measure the tuned model only
+# measure the tuned model only
+AGAINST_BASE = (EVALUATE_PROBE, EVALUATE_CHAT, EVALUATE_PROMPTS, EVALUATE_TARGET_DIVERGENCE)
 # what of an artifact's metadata is said in a line and is a figure of its run
-IN_BRIEF = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "kl", "parameters")
+IN_BRIEF = ("rows", "tokens", "steps", "train_rows", "score", "loss", "accuracy", "probe_kl", "chat_kl", "kl",
+            "parameters")  # fmt: skip
 SPEC = "spec"  # the argument of a stage's own settings, which are parameters without a prefix
 
 
@@ -39,6 +49,8 @@ class StepRun(NamedTuple):
 
     def _noun(self) -> str:
         seed = getattr(self.inputs.get(SPEC), "seed", None) or 0
+        if self.stage in (CHAT, PROMPTS) and seed >= CONTROL_SEEDS:
+            return f"control {self.stage}"
         if self.stage == PROBE and seed >= WATCHED_SEEDS:
             return "control sample" if seed >= CONTROL_SEEDS else "watched sample"
         return self.stage.replace("-", " ")

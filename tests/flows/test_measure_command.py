@@ -11,4 +11,4 @@ from flows.measure import _named_prompts
     ("mine=split=train/support.jsonl", "mine", "split=train/support.jsonl"),
 ])  # fmt: skip
 def test_prompts_are_a_file_or_a_name_and_a_file(given: str, name: str, path: str) -> None:
-    assert _named_prompts(given) == {"name": name, "path": path}
+    assert _named_prompts(given) == {"name": name, "prompts": path}

@@ -37,6 +37,12 @@ def prompts_of(path: Path, **settings: Any) -> Prompts:
     return Prompts(**{"name": "support", "path": str(path), "length": 6} | settings)
 
 
+def probe_with(path: Path, rows: int = 256, **mode: Any) -> ProbeSpec:
+    """Return a probe that measures along answers to the prompts in `path`, too."""
+    own = {"name": "support", "prompts": str(path)} | mode
+    return ProbeSpec.model_validate({"rows": rows, "length": 24, "modes": ["auto", own]})
+
+
 def texts(folder: Path, **settings: Any) -> Prompts:
     return prompts_of(write(folder / "prompts.jsonl", [{"prompt": word} for word in WORDS]), **settings)
 
@@ -99,7 +105,7 @@ def test_more_prompts_than_asked_for_are_said(tmp_path: Path, plain: Tokenizatio
 
 
 @pytest.mark.parametrize(("records", "message"), [
-    ([], "is empty; fix evaluate"),
+    ([], "is empty; fix probe"),
     ([{"prompt": ""}], "holds no prompt"),
     ([{"question": "a"}], "has no column 'prompt' or 'messages'; its columns are 'question'; set `column`"),
     ([{"prompt": "a", "system": "be kind"}], "has a column 'system', for which a prompt of plain text has no place"),
@@ -108,31 +114,33 @@ def test_more_prompts_than_asked_for_are_said(tmp_path: Path, plain: Tokenizatio
     ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "line 2 needs `role` and `content`"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused_before_anything_runs(tmp_path: Path, records: Any, message: str) -> None:
-    spec = EvaluateSpec(prompts=(prompts_of(write(tmp_path / "p.jsonl", records)),))
+    spec = probe_with(write(tmp_path / "p.jsonl", records))
     with pytest.raises(BadInput, match=message):
         spec.check()
 
 
 def test_a_missing_file_and_unusable_prompts_are_refused(tmp_path: Path, plain: Tokenization) -> None:
-    with pytest.raises(BadInput, match=r"fix evaluate\.prompts"):
+    with pytest.raises(BadInput, match=r"fix probe\.modes"):
         prompts_of(tmp_path / "none.jsonl").check()
     with pytest.raises(BadInput, match=r"none can be answered .*3 longer than 0 tokens"):
         rows_of(texts(tmp_path), plain, max_tokens=0)
 
 
 def test_chats_need_a_chat_template_and_answers_a_context(base: Artifact, home: Path, tmp_path: Path) -> None:
-    chats = prompts_of(write(tmp_path / "chats.jsonl", [{"messages": CHAT}]))
+    chats = write(tmp_path / "chats.jsonl", [{"messages": CHAT}])
     with pytest.raises(BadInput, match="prompts support are chats, but the base has no chat template"):
-        EvaluateSpec(prompts=(chats,)).check_base(base)
-    with pytest.raises(BadInput, match="length 500 and the start token do not fit"):
-        EvaluateSpec(prompts=(texts(tmp_path, length=500),)).check_base(base)
+        probe_with(chats, rows=8, length=9).check_base(base)
+    with pytest.raises(BadInput, match=r"length 500 and the start token do not fit.* set probe\.modes\[support\]\.len"):
+        probe_with(Path(texts(tmp_path).path), rows=8, length=500).check_base(base)
 
 
 def test_names_are_of_one_set_each_and_not_the_probes(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="prompts cannot be called probe"):
-        EvaluateSpec(prompts=(texts(tmp_path, name="probe"),))
+    support = {"name": "support", "prompts": texts(tmp_path).path}
     with pytest.raises(ValidationError, match="named twice: support"):
-        EvaluateSpec(prompts=(texts(tmp_path), texts(tmp_path)))
+        ProbeSpec.model_validate({"modes": ["auto", support, support]})
+    with pytest.raises(ValidationError, match=r"add \{name, prompts: FILE\} to probe\.modes"):
+        EvaluateSpec.model_validate({"prompts": [{"name": "support", "path": "p.jsonl"}]})
+    assert EvaluateSpec.model_validate({"prompts": []}) == EvaluateSpec(), "as older records have it"
 
 
 def test_the_key_is_of_content_and_settings_not_of_name_or_place(tmp_path: Path) -> None:
@@ -142,7 +150,6 @@ def test_the_key_is_of_content_and_settings_not_of_name_or_place(tmp_path: Path)
     assert {texts(tmp_path, seed=1).digest(), texts(tmp_path, length=7).digest()}.isdisjoint({known})
     write(tmp_path / "prompts.jsonl", [{"prompt": "another"}])
     assert prompts_of(tmp_path / "prompts.jsonl").digest() != known
-    assert EvaluateSpec().digest() == EvaluateSpec(prompts=()).digest()
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 def test_every_source_of_the_spec_has_rows() -> None:
-    assert set(SOURCES) == {"probe", "prompts", *get_args(Source)}
+    assert set(SOURCES) == {"probe", "chat", "prompts", *get_args(Source)}
     assert all((source.alike is None) != (source.each is None) for source in SOURCES.values())
 
 

@@ -19,7 +19,8 @@ BARE = {"value": 0.3, "low": None, "high": None, "unit": "fraction"}
 UNSEEN = "with 100 documents each, losses under 10 points may stay invisible"
 
 
-HALVES = {"target_gain": 0.05, "probe_kl": 0.002, "mean_forgetting": 0.01}  # of the intervals of differences
+# of the intervals of differences
+HALVES = {"target_gain": 0.05, "probe_kl": 0.002, "chat_kl": 0.002, "mean_forgetting": 0.01}
 
 
 def with_benchmarks(one: Summary, **benchmarks: Any) -> Summary:
@@ -30,7 +31,7 @@ def paired(summaries: list[Summary], **halves: float | None) -> Comparisons:
     """The differences of all variants with intervals of HALVES or `halves`; None: too few units to say."""
     found = []
     for one, other in combinations(variants_of(summaries), 2):
-        for measure, of_variant in zip(COMPARED, ("gain", "moved", "lost"), strict=True):
+        for measure, of_variant in zip(COMPARED, ("gain", "moved", "in_chats", "lost"), strict=True):
             ours, theirs, half = getattr(one, of_variant), getattr(other, of_variant), (HALVES | halves)[measure]
             if ours is None or theirs is None:
                 continue

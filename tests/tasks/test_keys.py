@@ -87,7 +87,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "train with a Fisher matrix": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, None, TARGET, MEASURED, TRAIN, ON),
     "train watched": lambda: train_model(BASE, MIXTURE, CORPUS, None, PROBE, TARGET, MEASURED, WATCHING, ON),
     "train watched, Fisher": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, PROBE, TARGET, MEASURED, TRAIN, ON),
-    "budget": lambda: fit_alpha(BASE, TUNED, PROBE, MergeSpec(budget=0.1), ON),
+    "budget": lambda: fit_alpha(BASE, TUNED, {"unprompted": PROBE}, MergeSpec(budget=0.1), ON),
     "merge": lambda: merge_model(BASE, TUNED, MergeSpec(alpha=0.5), ON),
     "evaluate": lambda: evaluate_benchmark(BASE, Benchmark(name="facts"), "base", ON),
     "evaluate-target": lambda: evaluate_target(BASE, TARGET, 5, "tuned", ON),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from cfsd.report.figures.labels import Point, interval, write_names
+from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, change_of_score, sweep_of, unit_of, variant_of
 
@@ -27,6 +28,8 @@ WIDTH = 4.8  # inches
 LONGEST_NAME = 30
 MAX_NAMED = 6  # points of a sweep that are named; of more, about so many, evenly
 QUANTITIES = {"mean_forgetting": "mean forgetting, points", "probe_kl": "probe_kl, nats per token"}
+LABELS = QUANTITIES | {"chat_kl": "chat_kl, nats per token"}
+BOTH = "divergence, nats per token\n(filled: probe_kl, hollow: chat_kl; up: worse)"
 
 
 class Style(NamedTuple):
@@ -49,7 +52,7 @@ def frontier_figure(
     """Return the frontier: learned (x) against what it cost (y); a panel per quantity, a point per variant.
 
     Without `base`, at 0 and 0, many variants that all learned have room. `height` is in inches. A quantity that no
-    variant has together with a target gain is left out.
+    variant has together with a target gain is left out. The panel of probe_kl has chat_kl in it, as hollow markers.
     """
     panels = {name: points for name in quantities if (points := frontier_points(summaries, name))}
     figure = Figure((WIDTH * max(1, len(panels)), height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
@@ -58,14 +61,16 @@ def frontier_figure(
         figure.text(0.5, 0.5, "no variant has both a gain and a cost", ha="center", color=INK, size=SIZE)
         return figure
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _draw_frontier(axes, points, look, QUANTITIES[name], base=base)
+        hollow = frontier_points(summaries, "chat_kl") if name == "probe_kl" else []
+        label = BOTH if hollow else f"{QUANTITIES[name]} (up: worse)"
+        _draw_frontier(axes, points, look, label, base=base, hollow=hollow)
     return figure
 
 
 def frontier_points(summaries: list[Summary], quantity: str) -> list[Point]:
     """Return the variants that have both a target gain and `quantity`."""
     factor = POINTS if quantity == "mean_forgetting" else 1
-    pairs = [(s.name, s.target_gain, getattr(s, quantity)) for s in summaries]
+    pairs = [(s.name, s.target_gain, figure_of(s, quantity)) for s in summaries]
     return [Point(name, x, scaled(y, factor)) for name, x, y in pairs if x is not None and y is not None]
 
 
@@ -79,8 +84,10 @@ def certain(value: float) -> Fig:
     return {"value": value, "low": None, "high": None}
 
 
-def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], label: str, *, base: bool) -> None:
-    plain_axes(axes, "target gain, nats per token (right: learned more)", f"{label} (up: worse)")
+def _draw_frontier(
+    axes: Axes, points: list[Point], look: dict[str, Style], label: str, *, base: bool, hollow: Sequence[Point] = ()
+) -> None:
+    plain_axes(axes, "target gain, nats per token (right: learned more)", label)
     axes.axhline(0, color=LINE, lw=1, zorder=0)
     if base:
         axes.axvline(0, color=LINE, lw=1, zorder=0)
@@ -93,9 +100,13 @@ def _draw_frontier(axes: Axes, points: list[Point], look: dict[str, Style], labe
         small |= {point.name for point in sweep if len(sweep) > MAX_NAMED}
     for point in points:
         errorbar(axes, point.x, point.y, look[point.name], small=point.name in small)
+    for point in hollow:
+        errorbar(axes, point.x, point.y, look[point.name], small=point.name in small, mfc="none")
     axes.margins(0.16)
     origin = [Point("base", certain(0.0), certain(0.0))] if base else []
-    write_names(axes, [*origin, *(p._replace(name=texts[p.name]) for p in points)], size=SIZE, color=INK)
+    nameless = [point._replace(name="") for point in hollow]
+    named = [*origin, *(p._replace(name=texts[p.name]) for p in points), *nameless]
+    write_names(axes, named, size=SIZE, color=INK)
 
 
 def _sweeps(points: list[Point]) -> list[list[Point]]:
@@ -117,10 +128,10 @@ def _sweep_texts(sweep: list[Point]) -> dict[str, str]:
     return texts | {sweep[0].name: short(sweep[0].name)}
 
 
-def errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False) -> None:
-    """Draw one figure against another, with the intervals that they have."""
+def errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False, **marker: Any) -> None:
+    """Draw one figure against another, with the intervals that they have; `marker` is matplotlib's."""
     size = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
-    look: Any = {"fmt": style.marker, "color": style.color} | size
+    look: Any = {"fmt": style.marker, "color": style.color} | size | marker
     axes.errorbar(x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), **look)
 
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from cfsd.report.figures.frontier import (
+    LABELS,
     LINE,
-    QUANTITIES,
     WIDTH,
     Style,
     certain,
@@ -41,7 +41,7 @@ def matched_figure(summaries: list[Summary], matched: MatchedGain) -> Figure:
     rows = -(-len(methods) // COLUMNS)
     figure = Figure((WIDTH * 1.4, HEIGHT + LEGEND_ROW * rows), layout="constrained")
     axes = figure.subplots()
-    plain_axes(axes, "target gain, nats per token", f"{QUANTITIES[matched.measure]} (up: worse)")
+    plain_axes(axes, "target gain, nats per token", f"{LABELS[matched.measure]} (up: worse)")
     if matched.logarithmic and all(point.y["value"] > 0 for point in points):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
