@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-QUOTES = "\"'“”‘’«»"
+QUOTES = "\"'“”\u2018\u2019«»"
 ABBREVIATIONS = "".join(rf"(?<!\b{word}\.)" for word in ("Mr", "Mrs", "Ms", "Dr", "St"))
 SENTENCE_END = re.compile(rf"(?:(?<=[.!?])|(?<=[.!?][{QUOTES})])){ABBREVIATIONS}\s+|\n+")
 BULLET, NUMBERED = re.compile(r"\s*[-*•]\s+\S"), re.compile(r"\s*(\d+)[.)]\s+\S")
@@ -145,7 +145,7 @@ def is_json(text: str, keys: str) -> bool:
 
 def is_in_language(text: str, language: str) -> bool:
     """Return whether more of the common words of `language` than of any other occur in the text, and two at least."""
-    found = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower().replace("’", "'"))
+    found = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower().replace("\u2019", "'"))
     counts = {name: sum(word in common.split() for word in found) for name, common in COMMON.items()}
     own = counts.pop(language)
     return own >= 2 and own > max(counts.values())
