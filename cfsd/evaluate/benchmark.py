@@ -33,7 +33,9 @@ class Benchmark(Spec):
     num_fewshot: NonNegativeInt | None = Field(None, description="examples in the prompt; empty: as in its YAML")
     metric: str | None = Field(None, description="empty: acc, else exact_match, else the first listed")
     chance: float | None = Field(None, ge=0, lt=1, description="score of guessing; empty: from the choices")
-    chat_template: bool = Field(False, description="put prompts and examples into the model's chat template")
+    chat_template: bool = Field(
+        False, description="put prompts and examples into the model's chat template; a YAML's metadata may say so too"
+    )
     thinking_end: str | None = Field(
         None, min_length=1, description="where reasoning ends, as `</think>`: the answer is what follows the last one"
     )
@@ -135,12 +137,22 @@ class Benchmark(Spec):
                 f"context of {context}; set its max_gen_toks lower"
             )
 
+    def is_chat(self) -> bool:
+        """Return whether prompts go into the model's chat template, as set here or in the metadata of its YAML."""
+        return self.chat_template or bool(self._metadata().get("chat_template"))
+
     def lacks_template(self) -> BadInput:
-        """Return the error of a model without a chat template where `chat_template` is on."""
+        """Return the error of a model without a chat template where one is needed."""
+        other = self._metadata().get("completion")
+        remedy = f"take {other}, its form for models without one" if other else "turn it off"
         return BadInput(
-            f"benchmark {self.name}: chat_template is on, but the model's tokenizer has no chat template; turn it "
-            "off, or measure a model that has one"
+            f"benchmark {self.name}: chat_template is on, but the model's tokenizer has no chat template; {remedy}, or "
+            "measure a model that has one"
         )
+
+    def _metadata(self) -> dict[str, Any]:
+        metadata = self.find().config.get("metadata")
+        return metadata if isinstance(metadata, dict) else {}
 
     def find(self) -> Definition:
         """Return the definition of this benchmark.

@@ -56,7 +56,7 @@ class EvaluateSpec(Spec):
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
-        templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
+        templated = [benchmark for benchmark in self.benchmarks if benchmark.is_chat()]
         if templated and base.content and not has_chat_template(Store(home()).path(base, weights=False)):
             raise templated[0].lacks_template()
         context = base.metadata.get("context")

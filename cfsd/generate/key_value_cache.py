@@ -38,6 +38,16 @@ class PreallocatedLayer(DynamicLayer):
         self.all_values[:, :, before : self.used] = value_states
         return self._show()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Hold each row `repeats` times."""
+        held = []
+        for states in (self.all_keys, self.all_values):
+            wider = states.new_empty(repeats * len(states), *states.shape[1:])
+            wider[:, :, : self.used] = states[:, :, : self.used].repeat_interleave(repeats, dim=0)
+            held.append(wider)
+        self.all_keys, self.all_values = held
+        self._show()
+
     def _show(self) -> tuple[Tensor, Tensor]:
         self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
         return self.keys, self.values

@@ -19,9 +19,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache
 
 from cfsd.errors import NotFinite
+from cfsd.generate.decoding import decode
 from cfsd.generate.grouped_attention import grouped_attention
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.packed_weights import packed_weights
@@ -31,8 +31,6 @@ from cfsd.model.distribution import Distribution, Top, distribution_of, likelies
 from cfsd.model.inversion import sample_token
 from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
-
-COMPACT_BELOW = 0.75  # rows that ended are carried along until this share is left: compacting copies the cache
 
 log = logging.getLogger(__name__)
 
@@ -84,26 +82,8 @@ def sample(
         if cache is None:
             _with_generate(model, batch, on_step)
         else:
-            _decode(model, batch, cache, on_step)
+            decode(model, batch, cache, on_step)
     return batch.samples()
-
-
-def _decode(model: PreTrainedModel, batch: "Batch", cache: Cache, on_step: Callable[[int], object]) -> None:
-    new_BT, step = batch.tokens[:, : batch.common], 0
-    while True:
-        logits_BV = model(input_ids=new_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        last_B = batch.take(distribution_of(logits_BV))
-        step += 1
-        on_step(step)
-        going_B = ~batch.ended[batch.alive]
-        count = int(going_B.sum())
-        if count == 0:
-            return
-        if count < COMPACT_BELOW * len(going_B):
-            left = going_B.nonzero()[:, 0]
-            cache.batch_select_indices(left)
-            batch.alive, last_B = batch.alive[left], last_B[left]
-        new_BT = last_B[:, None]
 
 
 class Batch:
@@ -118,7 +98,7 @@ class Batch:
         self.uniform, device = uniform_BT, uniform_BT.device
         lengths = [len(prompt) for prompt in rows.prompts]
         self.capacity, self.common, self.at = max(lengths) + spec.length, min(lengths), min(lengths)
-        count = len(lengths)
+        self.shared, count = 0, len(lengths)
         tokens = np.zeros((count, self.capacity), dtype=np.int64)
         for row, prompt in enumerate(rows.prompts):
             tokens[row, : len(prompt)] = prompt
@@ -145,11 +125,12 @@ class Batch:
         self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
 
-    def take(self, distribution: Distribution) -> Tensor:
+    def take(self, logits_BV: Tensor) -> Tensor:
         """Write and return the next token of every living row: its prompt's while that lasts, else a sampled one.
 
         Raises NotFinite.
         """
+        distribution = distribution_of(logits_BV)
         if not distribution.finite():
             raise NotFinite(f"the base model's logits are not finite at token {self.at} of {self.where}")
         alive, at = self.alive, self.at
@@ -223,7 +204,7 @@ def _with_generate(model: PreTrainedModel, batch: "Batch", on_step: Callable[[in
 
     class OneChoice(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-            token_B = batch.take(distribution_of(scores))
+            token_B = batch.take(scores)
             on_step(batch.at - batch.common)
             return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 

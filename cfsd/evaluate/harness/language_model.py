@@ -11,6 +11,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import length_limit
 from cfsd.evaluate.harness.batch_sizes import Batches
+from cfsd.evaluate.harness.greedy import is_greedy, stop_check, write
 from cfsd.evaluate.harness.likelihoods import Request, can_share, likelihoods, rows_of
 from cfsd.evaluate.harness.window import Window
 from cfsd.evaluate.harness.written_answers import Answers
@@ -105,13 +106,32 @@ class BatchedModel(HFLM):  # type: ignore[misc]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         self.answers.begin(max_length - context.shape[1], stop)
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         if self.benchmark.thinking_end is not None:  # stop sequences are for what follows the reasoning
-            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+            stop = [end]
+        if (written := self._written(context, [text for text in stop if text != end], **settings)) is not None:
+            return written
         try:
             generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
         except (TypeError, ValueError) as error:  # of settings that do not go together, or with this model
             raise BadInput(f"benchmark {self.benchmark.name}: its generation_kwargs do not work ({error})") from error
         return generated
+
+    def _written(
+        self, context: torch.Tensor, stop: list[str], attention_mask: torch.Tensor, **settings: Any
+    ) -> torch.Tensor | None:
+        """Return padded prompts and greedy answers, None where the settings or the model ask for `generate`."""
+        if self.mixed_precision_dtype is not None or not is_greedy(self.model, settings):
+            return None
+        prompts = [row[kept].tolist() for row, kept in zip(context, attention_mask.bool(), strict=True)]
+        is_over = stop_check(self.tokenizer.decode, stop)
+        answers = write(self.model, prompts, self.answers.limit, self.answers.eos_ids, is_over)
+        if answers is None:
+            return None
+        padding = self.tokenizer.pad_token_id
+        longest = max(map(len, answers))
+        padded = [[*answer, *[padding] * (longest - len(answer))] for answer in answers]
+        return torch.cat([context, context.new_tensor(padded)], dim=1)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """Return the answer in what the model wrote (lm-eval decodes no other lists), or the text of one token."""

@@ -16,7 +16,7 @@ COLUMNS = ["benchmark", "filter", "doc_id", "doc_hash", "metric", "value", "coun
 MEANS = ("mean", "nanmean")
 PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
 CHOICE_ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-ZERO_OR_ONE = (*CHOICE_ACCURACIES, "exact_match")
+ZERO_OR_ONE = (*CHOICE_ACCURACIES, "exact_match", "prompt_level_strict_acc", "prompt_level_loose_acc")
 
 
 def primary_metric(benchmark: Benchmark, task: Any, results: dict[str, Any]) -> str:

@@ -92,12 +92,12 @@ def score(
         checked = CheckedTask(benchmark, task)
         results = evaluate(
             lm, {"tasks": {benchmark.name: task}}, limit=benchmark.limit, bootstrap_iters=0,
-            apply_chat_template=benchmark.chat_template, fewshot_as_multiturn=benchmark.chat_template,
+            apply_chat_template=benchmark.is_chat(), fewshot_as_multiturn=benchmark.is_chat(),
         )  # fmt: skip
         metric = primary_metric(benchmark, task, results["results"][benchmark.name])
         rows = table(benchmark, lm, task, metric, results["samples"][benchmark.name])
         known = metadata(benchmark, task, metric, rows, results) | lm.answers.metadata()
-        known |= {"chat_template": True} if benchmark.chat_template else {}
+        known |= {"chat_template": True} if benchmark.is_chat() else {}
         remarks = [*lm.window.said(), *checked.said()]
         known |= {"remarks": remarks} if remarks else {}
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
@@ -105,10 +105,10 @@ def score(
 
 def _own(tokenizer: Any, benchmark: Benchmark) -> Any:
     """Return a tokenizer that may be changed in place: HFLM adds a padding token where there is none."""
-    if tokenizer.pad_token_id is not None and not benchmark.chat_template:
+    if tokenizer.pad_token_id is not None and not benchmark.is_chat():
         return tokenizer
     own = copy.deepcopy(tokenizer)
-    if benchmark.chat_template:
+    if benchmark.is_chat():
         try:
             own.chat_template = dated_template(tokenizer)
         except ValueError as error:
