@@ -22,5 +22,6 @@ EVALUATE_TARGET = "evaluate-target"
 EVALUATE_PROBE = "evaluate-probe"
 EVALUATE_PROMPTS = "evaluate-prompts"
 EVALUATE_TARGET_DIVERGENCE = "evaluate-target-divergence"
+SHOW = "show"
 
 SAMPLING = (PROBE, PROMPTS, GENERATE)  # their work is divided into shards

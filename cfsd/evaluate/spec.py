@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.show import Show
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import check_context
@@ -22,7 +23,7 @@ CHUNK = 32  # positions whose full distributions are in memory at once: of more,
 class EvaluateSpec(Spec):
     """What is measured on base and tuned model."""
 
-    neutral: ClassVar[dict[str, Any]] = {"texts": (), "prompts": ()}
+    neutral: ClassVar[dict[str, Any]] = {"texts": (), "prompts": (), "show": Show()}
 
     benchmarks: tuple[Benchmark, ...] = Field(
         (), description="Names of bundled or lm-eval tasks, {name, folder, limit, …} for your own YAML, or {task: {…}}"
@@ -34,6 +35,9 @@ class EvaluateSpec(Spec):
         (), description="Your own prompts, {name, path, …}: the base answers them, and the divergence along its "
         "answers is measured",
     )  # fmt: skip
+    show: Show = Field(
+        Show(), description="Prompts whose answers the report opens with, of base and tuned: a file, or `none`"
+    )
 
     @field_validator("benchmarks", "texts", "prompts")
     @classmethod
@@ -59,11 +63,13 @@ class EvaluateSpec(Spec):
             text.check()
         for prompts in self.prompts:
             prompts.check()
+        self.show.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
         templated = [benchmark for benchmark in self.benchmarks if benchmark.chat_template]
-        chats = [prompts for prompts in self.prompts if prompts.are_chats()]
+        shown = [self.show.prompts()] if self.show.has_own() else []
+        chats = [prompts for prompts in (*self.prompts, *shown) if prompts.are_chats()]
         if (templated or chats) and base.content and not _has_chat_template(Store(home()).path(base, weights=False)):
             raise (templated or chats)[0].lacks_template()
         for prompts in self.prompts:
