@@ -19,6 +19,7 @@ from cfsd.data.target import Target
 from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
+from cfsd.evaluate.show import Show
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
@@ -149,6 +150,12 @@ def _answers(job: Job, inputs: Inputs) -> Work:
     return _read(job, tokens, 2, tokens)
 
 
+def _shown(job: Job, inputs: Inputs) -> Work:
+    spec = next(value for value in inputs if isinstance(value, Show))
+    rows = spec.rows + spec.unprompted + spec.target
+    return Work(rows * spec.length, calls=2 * spec.length, decoded=True, moved=1)  # greedy and sampled ones apart
+
+
 def _budget(job: Job, inputs: Inputs) -> Work:
     work = _probe(job, inputs)
     return work._replace(passes=TRIES, calls=TRIES * work.calls, logits=TRIES * work.logits, moved=2 + TRIES)
@@ -238,6 +245,7 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.EVALUATE_TARGET_DIVERGENCE: lambda job, inputs: _read(job, job.held_out(), 2),
     stages.EVALUATE_PROBE: _probe,
     stages.EVALUATE_PROMPTS: _answers,
+    stages.SHOW: _shown,
 } | {
     name: lambda job, inputs: Work() for name in (stages.TARGET, stages.FILTER, stages.SELECT, stages.MIX, stages.CHECK)
 }
@@ -245,7 +253,7 @@ COPIES = {  # of the weights, with gradients and moments; of training `cfsd.trai
     stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
     **dict.fromkeys((stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS), 2),
     **dict.fromkeys((stages.PROBE, stages.PROMPTS, stages.GENERATE, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
-    **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET), 1),
+    **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
 }  # fmt: skip
 DIVERGENCES = (
     stages.BUDGET, stages.EVALUATE_TARGET_DIVERGENCE, stages.EVALUATE_PROBE, stages.EVALUATE_PROMPTS,

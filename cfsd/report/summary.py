@@ -42,6 +42,7 @@ class Summary(BaseModel):
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
     prompts: dict[str, dict[str, Any]] = {}  # the user's own: rows, tokens, kl, reverse_kl, moved
     moved: dict[str, Any] | None = None  # divergence on the probe by_position and by_entropy of the base
+    shown: dict[str, Any] | None = None  # answers to read: rows, as_base, and the artifacts base and tuned
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
     stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap
