@@ -14,7 +14,8 @@ WORD = re.compile(r"\s*\S+")
 KINDS = {
     "chat": "asked", "text": "to be continued", "target": "held-out row of the target", "unprompted": "unprompted",
 }  # fmt: skip
-AS_BASE, SHORTER, NO_ROOM = "as the base, word for word", "ends here, where the base goes on", "no room for an answer"
+AS_BASE, AS_EXPECTED = "as the base, word for word", "as expected"
+SHORTER, AT_ONCE, NO_ROOM = "ends here, where the base goes on", "ends at once", "no room for an answer"
 
 
 class Answer(NamedTuple):
@@ -102,12 +103,15 @@ def _rows(store: Store, scores: Artifact) -> list[dict[str, Any]]:
 def _answer(base: dict[str, Any] | None, own: dict[str, Any], artifact: Artifact) -> Answer:
     cut = f"cut at {artifact.metadata['length']} tokens"
     note = {"length": cut, "context": NO_ROOM}.get(own["finish_reason"], "")
+    if own["expected"] and own["answer"].strip() == own["expected"].strip():
+        note = AS_EXPECTED
     if base is None:
         return Answer("", "", own["answer"], note)
     if list(own["answer_ids"]) == list(base["answer_ids"]):
-        return Answer(own["answer"], "", "", AS_BASE)
+        return Answer(own["answer"], "", "", f"{AS_BASE}; {note}" if note else AS_BASE)
     words, known = WORD.findall(own["answer"]), WORD.findall(base["answer"])
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(words, known, strict=False))))
-    same, first = "".join(words[:shared]), "".join(words[shared : shared + 1])
-    note = note or ("" if first else SHORTER)
-    return Answer(same, first, own["answer"][len(same) + len(first) :], note)
+    same, other = "".join(words[:shared]), "".join(words[shared : shared + 1])
+    first = other.lstrip()
+    note = note or ("" if first else SHORTER if same else AT_ONCE)
+    return Answer(same + other.removesuffix(first), first, own["answer"][len(same) + len(other) :], note)

@@ -1,7 +1,7 @@
 """The picture of what models answered: a prompt to a row, a model to a column, as text."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ SIZE, LINE_INCHES, GAP = 9, 0.163, 0.16  # of text in points; of a line of it, a
 HEAD, LEFT, PROMPT, COLUMN = 0.34, 0.1, 1.75, 2.8  # inches
 LETTERS = 15  # of text to an inch, so few that wide ones fit
 MAX_COLUMNS, MAX_LINES = 4, 7
-TAKEN = {"chat": 4, "text": 4, "target": 1, "unprompted": 1}  # prompts of each kind
+MAX_ROWS = 6
 QUIET = "#59636e"
 
 
@@ -44,27 +44,33 @@ def shown_figure(section: Section) -> Figure:
     return figure
 
 
-def _taken(items: Sequence[Item]) -> Iterator[Item]:
-    for kind, most in TAKEN.items():
-        yield from [item for item in items if item.kind == kind][:most]
+def _taken(items: Sequence[Item]) -> list[Item]:
+    """Return at most MAX_ROWS of the prompts, in their order, of every kind one at least."""
+    by_kind = [[item for item in items if item.kind == kind] for kind in dict.fromkeys(item.kind for item in items)]
+    first = [item for of_kind in by_kind for item in of_kind[:1]]
+    taken = [*first, *(item for of_kind in by_kind for item in of_kind[1:])][:MAX_ROWS]
+    return [item for item in items if any(item is other for other in taken)]
 
 
 def _cells(item: Item, names: Sequence[str]) -> list[list[str]]:
     expected = f"(expected: {item.expected})" if item.expected else ""
-    prompt = _wrapped(" ".join(filter(None, (item.prompt or f"({item.label()})", expected))), PROMPT)
+    prompt = _wrapped(" ".join(filter(None, (item.prompt or f"({item.label()})", expected))), PROMPT, last=4)
     return [prompt, *(_answer(item.answers[name]) for name in names)]
 
 
 def _answer(answer: Answer) -> list[str]:
-    return [AS_BASE] if answer.note == AS_BASE else _wrapped(answer.text() or "(nothing)", COLUMN)
+    return [AS_BASE] if answer.note.startswith(AS_BASE) else _wrapped(answer.text() or "(nothing)", COLUMN)
 
 
-def _wrapped(text: str, inches: float) -> list[str]:
-    """Return the lines of `text` that fit into `inches`; the last of too many ends in an ellipsis."""
+def _wrapped(text: str, inches: float, last: int = 0) -> list[str]:
+    """Return the lines of `text` that fit into `inches`; of too many the first ones, and the `last`."""
     letters = int((inches - 0.15) * LETTERS)
     paragraphs = [line for line in _drawable(text).splitlines() if line.strip()]
     lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, letters)]
-    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], f"{lines[MAX_LINES - 1][: letters - 2]} …"]
+    if len(lines) <= MAX_LINES:
+        return lines
+    first = MAX_LINES - last
+    return [*lines[: first - 1], f"{lines[first - 1][: letters - 2]} …", *lines[len(lines) - last :]]
 
 
 def _drawable(text: str) -> str:
