@@ -89,6 +89,6 @@ class ShownPrompts(Prompts):
             yield from super()._records(said)
             return
         for place, record in self.files().records(said):
-            for number, line in enumerate(str(record[TEXTS]).splitlines(), 1):
+            for number, line in enumerate(str(record[TEXTS]).split("\n"), 1):
                 if line.strip():
                     yield Located(f"{place} line {number}", {TEXTS: line.strip()})
