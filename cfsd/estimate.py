@@ -19,6 +19,7 @@ from cfsd.data.target import Target
 from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
+from cfsd.evaluate.show import Show
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
@@ -50,6 +51,7 @@ KNOWN_SHAPES = {
     "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=99),
 }
 USUAL_LAYERS = 24  # of a model whose shapes are unknown
+EVERYDAY = 6  # prompts of ours that are shown
 TRIES = 3  # of alpha, until the budget is met: docs/decisions/0015
 Metadata = Mapping[str, Any]  # of the target
 Inputs = tuple[Any, ...]
@@ -151,6 +153,12 @@ def _answers(job: Job, inputs: Inputs) -> Work:
     return _read(job, tokens, 2, tokens)
 
 
+def _shown(job: Job, inputs: Inputs) -> Work:
+    spec = next(value for value in inputs if isinstance(value, Show))
+    rows = (spec.rows if spec.path else min(spec.rows, EVERYDAY)) + spec.unprompted + spec.target
+    return Work(rows * spec.length, calls=2 * spec.length, decoded=True, moved=1)  # greedy and sampled ones apart
+
+
 def _budget(job: Job, inputs: Inputs) -> Work:
     (spec,) = (value for value in inputs if isinstance(value, MergeSpec))
     tokens = (
@@ -246,6 +254,7 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.EVALUATE_PROBE: _probe,
     stages.EVALUATE_CHAT: _probe,
     stages.EVALUATE_PROMPTS: _answers,
+    stages.SHOW: _shown,
 } | {
     name: lambda job, inputs: Work() for name in (stages.TARGET, stages.FILTER, stages.SELECT, stages.MIX, stages.CHECK)
 }
@@ -256,7 +265,7 @@ DIVERGENCES = (
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
     **dict.fromkeys(DIVERGENCES, 2), stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
     **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
-    **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET), 1),
+    **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
 }  # fmt: skip
 
 

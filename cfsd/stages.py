@@ -24,5 +24,6 @@ EVALUATE_PROBE = "evaluate-probe"
 EVALUATE_CHAT = "evaluate-chat"
 EVALUATE_PROMPTS = "evaluate-prompts"
 EVALUATE_TARGET_DIVERGENCE = "evaluate-target-divergence"
+SHOW = "show"
 
 SAMPLING = (PROBE, CHAT, PROMPTS, GENERATE)  # their work is divided into shards

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.show import OFF, Show
 from cfsd.evaluate.spec import AlongSpec, EvaluateSpec
 from cfsd.evaluate.text import Text
 from cfsd.generate.spec import UNPROMPTED
@@ -18,6 +19,7 @@ from cfsd.stages import (
     EVALUATE_TARGET,
     EVALUATE_TARGET_DIVERGENCE,
     EVALUATE_TEXT,
+    SHOW,
 )
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
@@ -29,16 +31,20 @@ Role = Literal["base", "tuned"]
 
 
 def check_benchmarks(base: Artifact, spec: EvaluateSpec, machine: Machine) -> None:
-    """Check each benchmark that is going to be scored, documents included, before anything is sampled.
+    """Check the prompts that are shown, and each benchmark that is going to be scored, documents included.
 
     A plan leaves out lm-eval's own, whose data it would have to download.
 
-    Raises: BadInput; see `cfsd.evaluate.harness.check`.
+    Raises: BadInput, before anything is sampled; see `cfsd.evaluate.harness.check`.
     """
+    if base.content and spec.show.has_own():
+        from cfsd.evaluate.answers import check_own
+
+        check_own(base, spec.show)
     is_plan, steps = planning.get() is not None, list[Planned]()
     token = planning.set(steps)
     try:
-        evaluate_base(base, None, spec.model_copy(update={"texts": ()}), machine)
+        evaluate_base(base, None, spec.model_copy(update={"texts": (), "show": Show.model_validate(OFF)}), machine)
     finally:
         planning.reset(token)
     due = [b for b, step in zip(spec.benchmarks, steps, strict=True) if not step.cached and b.needs_check()]
@@ -51,7 +57,7 @@ def check_benchmarks(base: Artifact, spec: EvaluateSpec, machine: Machine) -> No
 
 def evaluate_base(base: Artifact, target: Artifact | None, spec: EvaluateSpec, machine: Machine) -> Scores:
     """Return the scores of the model before."""
-    return _scores(base, target, spec, "base", machine)
+    return _scores(base, base, target, spec, "base", machine)
 
 
 def evaluate_tuned(
@@ -62,7 +68,7 @@ def evaluate_tuned(
 
     `sampled`: what it is measured along in each mode, as `tasks.generate.sample_along` returns it.
     """
-    scores = _scores(tuned, target, spec, "tuned", machine)
+    scores = _scores(base, tuned, target, spec, "tuned", machine)
     divergence = evaluate_target_divergence(base, tuned, target, spec.held_out_rows, machine) if target else None
     along = {name: _evaluate_along(name, base, tuned, rows, machine) for name, rows in sampled.items()}
     probed, chat = along.pop(UNPROMPTED), along.pop(CHAT, None)
@@ -74,11 +80,14 @@ def _evaluate_along(mode: str, base: Artifact, tuned: Artifact, sampled: Artifac
     return own.get(mode, evaluate_prompts)(base, tuned, sampled, machine)
 
 
-def _scores(model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine) -> Scores:
+def _scores(
+    base: Artifact, model: Artifact, target: Artifact | None, spec: EvaluateSpec, role: Role, machine: Machine
+) -> Scores:  # fmt: skip
     return Scores(
         benchmarks={b.name: evaluate_benchmark(model, b, role, machine) for b in spec.benchmarks},
         texts={t.name: evaluate_text(model, t, role, machine) for t in spec.texts},
         target=evaluate_target(model, target, spec.held_out_rows, role, machine) if target else None,
+        shown=show_answers(base, model, target, spec.show, role, machine) if spec.show.is_on() else None,
     )
 
 
@@ -109,6 +118,24 @@ def evaluate_target(
     from cfsd.evaluate.stage import score_target
 
     score_target(model, target, max_rows, draft, machine)
+
+
+def show_answers(
+    base: Artifact, model: Artifact, target: Artifact | None, spec: Show, role: Role, machine: Machine
+) -> Artifact:  # fmt: skip
+    """Let a model answer the prompts that people read; the target is in the key only where its rows are shown."""
+    return _show(base, model, spec, role, machine, target if spec.target else None)
+
+
+@stage(SHOW, "scores", gpu=True)
+def _show(
+    draft: Draft, base: Artifact, model: Artifact, spec: Show, role: Role, machine: Machine,
+    target: Artifact | None = None,
+) -> None:  # fmt: skip
+    """Answer the prompts that people read; see `cfsd.evaluate.answers`."""
+    from cfsd.evaluate.answers import show
+
+    show(base, model, target, spec, draft, machine)
 
 
 def evaluate_probe(base: Artifact, tuned: Artifact, probe: Artifact, machine: Machine) -> Artifact:

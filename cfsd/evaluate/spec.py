@@ -6,7 +6,9 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.show import Show
 from cfsd.evaluate.text import Text
+from cfsd.generate.prompts import Prompts
 from cfsd.machine import home
 from cfsd.model.folder import has_chat_template
 from cfsd.spec import Spec
@@ -18,13 +20,17 @@ CHUNK = 32  # positions whose full distributions are in memory at once: of more,
 class EvaluateSpec(Spec):
     """What is measured on base and tuned model."""
 
-    neutral: ClassVar[dict[str, Any]] = {"texts": ()}
+    neutral: ClassVar[dict[str, Any]] = {"texts": (), "show": Show()}
 
     benchmarks: tuple[Benchmark, ...] = Field(
         (), description="Names of bundled or lm-eval tasks, {name, folder, limit, …} for your own YAML, or {task: {…}}"
     )
     held_out_rows: PositiveInt | None = Field(None, description="Most held-out target rows to score; empty: all")
     texts: tuple[Text, ...] = Field((), description="Your own texts, {name, path, …}: their perplexity is measured")
+
+    show: Show = Field(
+        Show(), description="Prompts whose answers the report opens with, of base and tuned: a file, or `none`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -53,10 +59,13 @@ class EvaluateSpec(Spec):
             benchmark.check()
         for text in self.texts:
             text.check()
+        self.show.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
-        templated = [benchmark for benchmark in self.benchmarks if benchmark.is_chat()]
+        templated: list[Benchmark | Prompts] = [benchmark for benchmark in self.benchmarks if benchmark.is_chat()]
+        if self.show.has_own() and (shown := self.show.prompts()).are_chats():
+            templated.append(shown)
         if templated and base.content and not has_chat_template(Store(home()).path(base, weights=False)):
             raise templated[0].lacks_template()
         context = base.metadata.get("context")

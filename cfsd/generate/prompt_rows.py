@@ -29,7 +29,7 @@ def prompt_rows(
             said.add(PLAIN, prompt.place)
         if any(map(special.search, _texts(prompt))):
             said.add(SPECIAL, prompt.place)
-        ids = _tokens(prompt, base)
+        ids = tokens_of(prompt, base)
         if not ids:
             dropped[NO_TOKEN] += 1
         elif len(ids) > max_tokens:
@@ -53,7 +53,8 @@ def _texts(prompt: Prompt) -> list[str]:
     return [str(message.get("content", "")) for message in prompt.content.messages]
 
 
-def _tokens(prompt: Prompt, base: Tokenization) -> list[int]:
+def tokens_of(prompt: Prompt, base: Tokenization) -> list[int]:
+    """Return the tokens of a prompt; empty where the tokenizer has none for it. Raises BadInput."""
     if isinstance(prompt.content, Conversation):
         rendering = Rendering(base.tokenizer, prompt.content)
         return _encoded(prompt.place, rendering.render(rendering.messages, open_turn=True), base)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -32,6 +32,8 @@ class Prompt(NamedTuple):
 class Prompts(Spec):
     """Prompts of the user's own: what is sampled to be measured along is the base's answers, not free text."""
 
+    setting: ClassVar[str] = SETTING  # where they are given, in messages
+
     name: str
     path: str
     column: str | None = None
@@ -45,12 +47,12 @@ class Prompts(Spec):
 
     def files(self) -> Files:
         """Return the files."""
-        return Files(self.path, f"prompts {self.name}", SETTING)
+        return Files(self.path, f"prompts {self.name}", self.setting)
 
     def check(self) -> None:
         """Raise BadInput if there is no prompt to be had; reads all of small files, of others the first rows."""
         if self.files().first_of(self.read(Said(), Counter())) is None:
-            raise BadInput(f"prompts {self.name}: {self.path!r} holds no prompt; fix {SETTING}")
+            raise BadInput(f"prompts {self.name}: {self.path!r} holds no prompt; fix {self.setting}")
 
     def lacks_template(self) -> BadInput:
         """Return the error of chats for a base without a chat template."""
@@ -76,7 +78,7 @@ class Prompts(Spec):
         of_chats = _holds_chats(head, column)
         for number, located in enumerate(chain(head, records)):
             if number == self.rows:
-                said.add(f"the first {self.rows} prompts are taken, as {SETTING} rows says", repr(self.path))
+                said.add(f"the first {self.rows} prompts are taken, as {self.setting} rows says", repr(self.path))
                 return
             row = Located(f"prompts {self.name} {located.place}", located.record)
             content = _chat(row, column, said) if of_chats else _text(row, column, said)
@@ -96,7 +98,7 @@ class Prompts(Spec):
         needed = repr(self.column) if self.column else f"{TEXTS!r} or {CHATS[0]!r}"
         raise BadInput(
             f"prompts {self.name} {head[0].place} has no column {needed}; its columns are "
-            f"{', '.join(map(repr, known)) or 'none'}; set `column` in {SETTING}"
+            f"{', '.join(map(repr, known)) or 'none'}; set `column` in {self.setting}"
         )
 
 

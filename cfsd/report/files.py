@@ -12,10 +12,12 @@ from cfsd.report.compared import Comparisons
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
+from cfsd.report.figures.shown import shown_figure
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.place import RUN_RECORDS, slug
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord
+from cfsd.report.shown import shown_answers
 from cfsd.report.summarise import summarise
 from cfsd.report.summary import Summary, write_summary
 from cfsd.store.artifact import Artifact, Store
@@ -97,7 +99,11 @@ def write_files(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[P
     page, frontier = folder / "report.html", folder / "frontier.png"
     write_report(page, store, kept.title, list(kept.run_records), *found, notes=kept.notes)
     frontier_figure(found.summaries).savefig(frontier, dpi=150)
-    return found, [page, numbers, frontier, *cards]
+    pictures = [frontier]
+    if sections := shown_answers(store, kept.run_records):
+        pictures.append(folder / "answers.png")
+        shown_figure(sections[0]).savefig(pictures[-1], dpi=150)
+    return found, [page, numbers, *pictures, *cards]
 
 
 def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:

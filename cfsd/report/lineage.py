@@ -63,6 +63,7 @@ def _scores_of(scores: Scores, role: str) -> Iterator[dict[str, Any]]:
         ("held-out target rows, against the base", scores.target_divergence),
         *scores.texts.items(),
         *((f"the answers to {name}, against the base", artifact) for name, artifact in scores.prompts.items()),
+        ("prompts to be read", scores.shown),
     ]
     yield from (_described(artifact, f"{role} on {name}") for name, artifact in measured if artifact)
 

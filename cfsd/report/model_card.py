@@ -14,6 +14,7 @@ from cfsd.report.provenance import versions_of
 from cfsd.report.recipe_text import readable_yaml
 from cfsd.report.rendering import rendered
 from cfsd.report.run_record import RunRecord
+from cfsd.report.shown import shown_answers
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, number, unit_of, variant_of
 from cfsd.report.verdict import verdict, warnings
@@ -47,6 +48,7 @@ def model_card(store: Store, run_record: RunRecord, summary: Summary, comparison
         measures=[(m, figure) for m in MEASURES if m.label and (figure := figure_of(summary, m.name))],
         benchmarks=[(entry, summary.benchmarks[entry.benchmark], finding(entry)) for entry in forgotten_of(summary)],
         unit_of=unit_of,
+        answered=[item for section in shown_answers(store, [run_record]) for item in section.items],
         control=DEFINITION,
         how_compared=differences.DEFINITION,
         training=_training(run_record, summary),

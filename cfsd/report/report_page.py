@@ -15,6 +15,7 @@ from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
 from cfsd.report.run_record import RunRecord
+from cfsd.report.shown import shown_answers
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, lines_of
 from cfsd.report.training import names_of_models, panels_of
@@ -44,6 +45,7 @@ def write_report(
         notes=[*remarks(summaries, comparisons), *notes],
         warnings=warnings(summaries),
         summaries=summaries,
+        shown=shown_answers(store, run_records),
         lines=lines_of(summaries),
         findings={s.name: {entry.benchmark: finding(entry) for entry in forgotten_of(s)} for s in summaries},
         control=DEFINITION,

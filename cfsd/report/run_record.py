@@ -34,11 +34,12 @@ class Scores(BaseModel):
     prompts: dict[str, Artifact] = {}  # divergence from the base along its answers; the tuned model only
     chat: Artifact | None = None  # divergence along chats that the base sampled; the tuned model only
     target_divergence: Artifact | None = None  # the tuned model only
+    shown: Artifact | None = None  # answers for people to read
     further: dict[str, Artifact] = {}  # by name: measurements that have no field of their own
 
     def artifacts(self) -> list[Artifact]:
         """Return every table of scores."""
-        others = (self.target, self.probe, self.chat, self.target_divergence)
+        others = (self.target, self.probe, self.chat, self.target_divergence, self.shown)
         named = (self.benchmarks, self.texts, self.prompts, self.further)
         return [*(scores for part in named for scores in part.values()), *(scores for scores in others if scores)]
 

@@ -10,6 +10,7 @@ from cfsd.report.corpus.view import corpus_warnings
 from cfsd.report.measures import MEASURES, ScoreTables, figure_of
 from cfsd.report.moved import bins_along
 from cfsd.report.run_record import RunRecord, Scores, Step
+from cfsd.report.shown import counted
 from cfsd.report.summary import Summary, with_bounds
 from cfsd.report.training import stability_gap, training_of
 from cfsd.stages import CHAT
@@ -40,6 +41,7 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         moved=bins_along(store, after.probe),
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in tables.benchmarks},
         **answers_of(before.benchmarks, after.benchmarks),
+        shown=counted(store, before, after),
         corpus_warnings=_corpus_warnings(run_record),
         stability_gap=stability_gap(store, run_record),
         training=training_of(store, run_record),

@@ -44,6 +44,7 @@ class Summary(BaseModel):
     prompts: dict[str, dict[str, Any]] = {}  # the user's own: rows, tokens, kl, reverse_kl, moved
     chats: dict[str, Any] | None = None  # rows with an answer, tokens of answers, unanswered rows, moved
     moved: dict[str, Any] | None = None  # divergence on the probe by_position and by_entropy of the base
+    shown: dict[str, Any] | None = None  # answers to read: rows, as_base, and the artifacts base and tuned
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base
     budget: dict[str, Any] | None = None  # was the budget of divergence met; None without one
     stability_gap: dict[str, dict[str, Any]] | None = None  # per watched measure: start, worst, final, gap

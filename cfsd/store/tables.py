@@ -108,6 +108,19 @@ RESPONSES = pa.schema(
         ("response", pa.string()),
     ]
 )
+SHOWN = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("kind", pa.string()),  # chat | text | target | unprompted
+        ("prompt", pa.string()),  # as people read it
+        ("answer", pa.string()),
+        ("expected", pa.string()),  # of held-out target rows
+        ("finish_reason", pa.string()),  # eos | length | context: the model attends to too few tokens to answer
+        ("temperature", pa.float64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+    ]
+)
 
 
 def corpus_schema(top_logprobs: int, vocabulary: int, tail_samples: int = 0) -> pa.Schema:

@@ -12,6 +12,7 @@ from cfsd.machine import home
 from cfsd.report.changed_answers import Changed, changed_answers
 from cfsd.report.measures import figure_of
 from cfsd.report.run_record import RunRecord
+from cfsd.report.shown import shown_answers
 from cfsd.report.summary import Fig, Summary, with_bounds
 from cfsd.stages import MERGE
 from cfsd.store.artifact import Artifact, Store
@@ -89,13 +90,29 @@ def findings(run_record: RunRecord, summary: Summary) -> Iterator[Finding]:
             yield Finding(scores, against, {k: v for n, f in figures_of.items() for k, v in with_bounds(n, f).items()})
 
 
+def log_shown(server: "Server", run_id: str, report: Report) -> dict[str, str]:
+    """Send what base and variants answered to the same prompts as a table, a column per model; return as below."""
+    sections = shown_answers(Store(home()), report.run_records)
+    rows = [
+        {"prompt": item.prompt or f"({item.label()})", "expected": item.expected}
+        | {name or "base": answer.text() for name, answer in item.answers.items()}
+        for section in sections for item in section.items
+    ]  # fmt: skip
+    return _log_table(server, run_id, "table-answers.json", rows) if rows else {}
+
+
 def _log_answers(server: "Server", run_id: str, changed: Changed) -> dict[str, str]:
-    """Send the answers that changed as a table; return the tag by which the pages know the tables of the run."""
-    name = "table-changed-answers.json"
+    return _log_table(server, run_id, "table-changed-answers.json", list(_rows(changed)), "table-scores.json")
+
+
+def _log_table(
+    server: "Server", run_id: str, name: str, rows: list[dict[str, Any]], *beside: str
+) -> dict[str, str]:  # fmt: skip
+    """Send rows as a table; return the tag by which the pages know the tables of the run, those `beside` it too."""
     with TemporaryDirectory() as folder:
-        pd.DataFrame(_rows(changed)).to_json(Path(folder) / name, orient="split", index=False)
+        pd.DataFrame(rows).to_json(Path(folder) / name, orient="split", index=False)
         server.log_artifacts(run_id, folder)
-    return {TABLES: json.dumps([{"path": path, "type": "table"} for path in (name, "table-scores.json")])}
+    return {TABLES: json.dumps([{"path": path, "type": "table"} for path in (name, *beside)])}
 
 
 def _rows(changed: Changed) -> Iterator[dict[str, Any]]:

@@ -52,13 +52,13 @@ def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], repor
     tags, model = dict[str, str](), None
     variant = current_variant.get()
     if report:
-        from tasks.record.against_base import model_of, note_scores
+        from tasks.record.against_base import log_shown, model_of, note_scores
 
         if variant and variant.run_id == run_id:
             runs_of(server, variant)
             data_sets = [data_set(Store(home()), role, a) for role, a in report.run_records[0].artifacts.items()]
             server.log_data_sets(run_id, [d for d in data_sets if d.context in INPUTS])
-        tags = report.tags | {NOTE: _told(server, run_id, report)}
+        tags = report.tags | log_shown(server, run_id, report) | {NOTE: _told(server, run_id, report)}
         if model := model_of(server, run_id, report):
             server.link_model(run_id, model)
         note_scores(server, report)

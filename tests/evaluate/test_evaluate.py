@@ -58,10 +58,11 @@ def test_the_base_is_measured_once_whatever_the_recipe(recipe: Recipe, tmp_path:
 
 def test_the_tuned_model_is_compared_on_target_and_probe(recipe: Recipe) -> None:
     steps = [step.stage for step in walk(recipe, CPU, pipeline).steps]
-    assert steps[-5:] == [
+    assert steps[-6:] == [
         "evaluate",
         "evaluate-text",
         "evaluate-target",
+        "show",
         "evaluate-target-divergence",
         "evaluate-probe",
     ]

@@ -37,8 +37,8 @@ def test_variants_share_what_they_can(run: Run, comparison_file: Path, tmp_path:
     summary = summary_of(done)
     assert summary["schema"] == 2 and list(summary["variants"]) == ["finetune", "rehearse", "strong"]
     stages = {n: [label.split()[0] for label in v["executed"]] for n, v in summary["variants"].items()}
-    measured = ["evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
-    first = ["fetch", "target", "generate", "filter", "probe", "mix", "evaluate-target", "train"]
+    measured = ["evaluate-target", "show", "evaluate-target-divergence", "evaluate-probe"]
+    first = ["fetch", "target", "generate", "filter", "probe", "mix", "evaluate-target", "show", "train"]
     assert stages["finetune"] == first + measured
     assert stages["rehearse"] == ["generate", "filter", "mix", "check", "train", *measured]
     assert stages["strong"] == ["train", *measured]
@@ -75,7 +75,7 @@ def test_seeds_repeat_training_on_one_corpus(run: Run, comparison_file: Path, ho
     summary = summary_of(done)
     assert list(summary["variants"])[:2] == ["finetune seed=0", "finetune seed=1"]
     assert [label.split()[0] for label in summary["variants"]["rehearse seed=1"]["executed"]] == [
-        "mix", "check", "train", "evaluate-target", "evaluate-target-divergence", "evaluate-probe",
+        "mix", "check", "train", "evaluate-target", "show", "evaluate-target-divergence", "evaluate-probe",
     ]  # fmt: skip
     two = [summary["variants"][f"rehearse seed={seed}"]["probe_kl"]["value"] for seed in (0, 1)]
     assert two[0] != two[1]

@@ -12,7 +12,7 @@ from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Store
 
-MEASURED_AFTER = ["evaluate", "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
+MEASURED_AFTER = ["evaluate", "evaluate-target", "show", "evaluate-target-divergence", "evaluate-probe"]
 CPU = Machine(device="cpu", threads=1)
 
 
@@ -58,7 +58,7 @@ def test_only_what_depends_on_a_change_runs_again(
 ) -> None:
     first = executed(flow(recipe))
     assert first == ["fetch", "target", "generate", "filter", "probe", "mix", "check",
-                     "evaluate", "evaluate-target", "train", *MEASURED_AFTER]  # fmt: skip
+                     "evaluate", "evaluate-target", "show", "train", *MEASURED_AFTER]  # fmt: skip
     assert executed(flow(recipe)) == []
     assert executed(flow(changed(recipe, name="renamed"), CPU.model_copy(update={"sampling_rows": 7}))) == []
     assert executed(flow(changed(recipe, train__learning_rate=3e-4))) == ["train", *MEASURED_AFTER]

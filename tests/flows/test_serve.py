@@ -71,8 +71,8 @@ def test_a_recipe_by_name_completes_and_shows_in_prefect_mlflow_and_the_reports(
     assert {"target_gain", "probe_kl", "probe_kl_low"} <= metrics
     children = mlflow_runs_below(pages, found[0]["info"]["run_id"])
     stages = {tag["value"] for child in children for tag in child["data"]["tags"] if tag["key"] == "cfsd.stage"}
-    assert stages == {"probe", "generate", "check", "train", "evaluate-target", "evaluate-target-divergence",
-                      "evaluate-probe"}  # fmt: skip
+    assert stages == {"probe", "generate", "check", "train", "evaluate-target", "show",
+                      "evaluate-target-divergence", "evaluate-probe"}  # fmt: skip
     train = next(c for c in children if c["info"]["run_name"] == "train")
     assert {"train/target_loss", "train/rehearsal_loss", "train/rehearsal_weight"} <= {
         m["key"] for m in train["data"]["metrics"]

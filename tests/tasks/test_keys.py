@@ -9,6 +9,7 @@ import pytest
 
 from cfsd.data.target import Target
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.show import Show
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
 from cfsd.generate.prompts import Prompts
@@ -29,6 +30,7 @@ from tasks.evaluate import (
     evaluate_prompts,
     evaluate_target,
     evaluate_target_divergence,
+    show_answers,
 )
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
@@ -95,6 +97,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "evaluate-probe": lambda: evaluate_probe(BASE, TUNED, PROBE, ON),
     "evaluate-prompts": lambda: evaluate_prompts(BASE, TUNED, PROBE, ON),
     "evaluate-target-divergence": lambda: evaluate_target_divergence(BASE, TUNED, TARGET, None, ON),
+    "show": lambda: show_answers(BASE, TUNED, TARGET, Show(), "tuned", ON),
+    "show without the target's": lambda: show_answers(BASE, BASE, TARGET, Show(target=0), "base", ON),
 }  # fmt: skip
 
 KEYS = {  # computed by commit c7c18a9; but fetch, target, train and evaluate-probe: their versions were raised since
@@ -127,6 +131,8 @@ KEYS = {  # computed by commit c7c18a9; but fetch, target, train and evaluate-pr
     "evaluate-probe": ["evaluate-probe 4a57a8538bc01100"],
     "evaluate-prompts": ["evaluate-prompts 5e4c9f0b548130df"],
     "evaluate-target-divergence": ["evaluate-target-divergence 4e38dbd243509bfa"],
+    "show": ["show 0"],
+    "show without the target's": ["show 1"],
 }
 
 

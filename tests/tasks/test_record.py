@@ -71,7 +71,7 @@ def elsewhere(database: Path) -> dict[str, str]:
 STEPS = {
     "probe", "generate", "check", "train", "evaluate tiny_rev · base", "evaluate tiny_rev · tuned",
     "evaluate target · base", "evaluate target · tuned", "evaluate target divergence · tuned",
-    "evaluate probe · tuned",
+    "evaluate probe · tuned", "show · base", "show · tuned",
 }  # fmt: skip
 SCORED = ["evaluate.benchmarks=[{name: tiny_rev, limit: 12}]"]
 
@@ -174,6 +174,19 @@ def test_a_step_shows_what_it_was_given_and_what_it_made(twice: dict[str, Any], 
     assert shown == [{"path": "table-corpus.json", "type": "table"}]
     assert found["evaluate tiny_rev · tuned"].data.params["benchmark.limit"] == "12"
     assert len(table_of(database, found["evaluate tiny_rev · tuned"], "table-scores.json", tmp_path)) == 12
+
+
+def test_answers_are_tables_of_their_steps_and_side_by_side_of_the_variant(
+    twice: dict[str, Any], tmp_path: Path
+) -> None:  # fmt: skip
+    for database in (twice["first"], twice["second"]):
+        found = named(database)
+        known = [{"path": "table-answers.json", "type": "table"}]
+        runs_of = [found[name] for name in ("show · base", "show · tuned", "variant")]
+        assert [json.loads(run.data.tags["mlflow.loggedArtifacts"]) for run in runs_of] == [known] * 3
+        base, tuned, both = (table_of(database, run, "table-answers.json", tmp_path) for run in runs_of)
+        assert list(both) == ["prompt", "expected", "base", "mine"] and len(both) == 8
+        assert both["base"].tolist() == base["answer"].tolist() != tuned["answer"].tolist() == both["mine"].tolist()
 
 
 def test_scores_of_a_tuned_model_say_what_was_lost_against_the_base(twice: dict[str, Any], tmp_path: Path) -> None:
