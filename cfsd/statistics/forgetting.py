@@ -57,8 +57,7 @@ class Measure(BaseModel):
 
 
 class BenchmarkForgetting(BaseModel):
-    """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: nats per token, or per
-    what the measure's `per` names).
+    """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: see `Measure.per`).
 
     `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents. Near 0.05 it
     may disagree with the interval, since McNemar's test is the more cautious of the two.

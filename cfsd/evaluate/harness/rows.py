@@ -162,6 +162,7 @@ def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], An
 
 
 def best_choice(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
+    """Return the number of the likeliest choice, per character or byte where `metric` is."""
     lengths = [1] * len(choices)
     if metric in ("acc_norm", "acc_bytes"):
         lengths = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]

@@ -54,14 +54,14 @@ class Conditions(BaseModel):
 class Log(Spec):
     """What lm-eval wrote of one model on one benchmark. Its content counts, not its place.
 
-    `reported`: lm-eval's own scores, `metric,filter`. `metric`, `chance`: the user's choice, see `Benchmark`.
+    `reported`: lm-eval's own scores by `metric,filter`, as texts, since one may be NaN. `metric`, `chance`: the user's choice, see `Benchmark`.
     """
 
     name: str
     path: str
     sha256: str
     conditions: Conditions
-    reported: dict[str, JsonValue]
+    reported: dict[str, str]
     higher_is_better: dict[str, bool | None]  # by metric, in the order of the task's YAML
     documents: int | None = None
     known_chance: float | None = None
@@ -92,6 +92,19 @@ class LoggedModel(Spec):
     def log(self, name: str) -> Log:
         """Return the log of a benchmark that there is."""
         return next(log for log in self.logs if log.name == name)
+
+    def versions(self) -> list[str]:
+        """Return the versions of lm-eval that wrote the logs, as far as they say."""
+        return sorted({log.lm_eval for log in self.logs if log.lm_eval})
+
+    def computed(self) -> str:
+        """Return what computed the answers, in words: `hf, bfloat16`."""
+        return ", ".join(filter(None, (self.source, self.dtype)))
+
+    def described(self) -> dict[str, JsonValue]:
+        """Return what is known of the model, as metadata."""
+        known = {"model": self.name, "computed_by": self.computed(), "lm_eval": ", ".join(self.versions())}
+        return {name: value for name, value in known.items() if value} | {"benchmarks": len(self.logs)}
 
     def only(self, chosen: Sequence[Benchmark]) -> Self:
         """Return the logs of the `chosen` benchmarks, with what the user says of them; all for none. Raises BadInput.
@@ -220,7 +233,7 @@ def _log(name: str, run: _Results, samples: Mapping[Any, Path]) -> Log:
             path=str(path),
             sha256=sha256_of_file(path),
             conditions=_conditions(name, content),
-            reported={key: value for key, value in content["results"][name].items() if "," in key},
+            reported={key: str(value) for key, value in content["results"][name].items() if "," in key},
             higher_is_better=_directions(config, content.get("higher_is_better", {}).get(name) or {}),
             documents=(content.get("n-samples", {}).get(name) or {}).get("effective"),
             known_chance=metadata.get("chance"),

@@ -20,8 +20,8 @@ import pyarrow as pa
 from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.harness.rows import CHOICE_ACCURACIES, COLUMNS, ZERO_OR_ONE, best_choice
 from cfsd.evaluate.logs.folder import Log
-from cfsd.evaluate.stage import write_result
 from cfsd.store.artifact import Draft
+from cfsd.store.tables import write_shard
 
 FIELDS = {
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash",
@@ -54,9 +54,10 @@ class _Metric(NamedTuple):
 def write_scores(log: Log, draft: Draft) -> None:
     """Write one row per document as the `scores` table. Raises BadInput and NotFinite as `read`."""
     logged = read(log)
-    figures = {f"eval/{log.name}/{logged.metadata['metric']}": float(logged.metadata["score"])}
     table = pa.Table.from_pandas(pd.DataFrame(logged.rows, columns=COLUMNS), preserve_index=False)
-    write_result(draft, "scores", table, {"benchmark": log.name, **logged.metadata}, figures)
+    write_shard(draft.folder, "scores", 0, table)
+    draft.metadata |= {"benchmark": log.name, **logged.metadata}
+    draft.journal.metrics(0, {f"eval/{log.name}/{logged.metadata['metric']}": float(logged.metadata["score"])})
 
 
 def read(log: Log) -> Logged:
@@ -164,15 +165,16 @@ def _primary(log: Log, found: list[tuple[str, _Metric | None]]) -> _Metric:
         chosen = next((usable[name] for name in (*PREFERRED, *usable) if name in usable), None)
     if chosen is None:
         others = ", ".join(usable) or "none"
+        what = f"{log.metric} of {log.path} is no" if log.metric else f"no metric of {log.path} is an"
         raise BadInput(
-            f"benchmark {log.name}: {log.metric or 'no metric'} of {log.path} is {'no' if log.metric else 'an'} average "
-            f"over documents that comes to the score in the results beside it; usable are {others}: choose one "
-            "(--set evaluate.benchmarks=[{name: …, metric: …}]), leave the benchmark out, or copy both files again"
+            f"benchmark {log.name}: {what} average over documents that comes to the score in the results beside it; "
+            f"usable are {others}: choose one (--set evaluate.benchmarks=[{{name: {log.name}, metric: …}}]), leave the "
+            "benchmark out, or copy both files again"
         )
     if log.higher_is_better.get(chosen.name) is None:
         raise BadInput(
-            f"benchmark {log.name}: its results do not say whether more of {chosen.name} is better; add higher_is_better "
-            "to the metric_list of its YAML and measure again, or choose another metric"
+            f"benchmark {log.name}: its results do not say whether more of {chosen.name} is better; add "
+            "higher_is_better to the metric_list of its YAML and measure again, or choose another metric"
         )
     return chosen
 

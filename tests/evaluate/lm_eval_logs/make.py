@@ -1,7 +1,7 @@
 """Write the logs of this folder, with the lm-eval that is installed: `python make.py FOLDER`.
 
-A random model of two layers, the same for every version, is asked about the tasks in `tasks/` by lm-eval's command line.
-What the logs say of the machine is cut out, nothing else is changed.
+A random model of two layers, the same for every version, is asked about the tasks in `tasks/` by lm-eval's command
+line. What the logs say of the machine is cut out, nothing else is changed.
 """
 
 import json
