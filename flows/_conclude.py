@@ -66,7 +66,8 @@ def show(result: Result) -> None:
 
 def show_files(result: Result) -> None:
     """Print where the last model and the report are, how to open the pages and, last, the path of summary.json."""
-    console.print(f"model    {Store(home()).whereabouts(result.run_records[-1].artifacts['final'])}")
+    final = result.run_records[-1].artifacts["final"]
+    console.print(f"{final.kind:<8} {Store(home()).whereabouts(final)}")
     console.print(f"report   {result.folder / 'report.html'}")
     url = report_url(result.folder)
     console.print(f"         {url}" if url else "compare runs in the browser (Prefect and MLflow): make up")

@@ -2,7 +2,10 @@
 
 python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 
-TUNED may be the folder of an adapter, which is merged into BASE first.
+python -m flows.measure --samples BASE_LOGS TUNED_LOGS
+
+TUNED may be the folder of an adapter, which is merged into BASE first. With --samples both are folders of lm-eval's
+logs, and no model is needed.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from cfsd.report.run_record import RunRecord, roles_of
 from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
+from flows._logs import measure_logs, models_of, print_plan
 from flows._named import call_flow_run
 from flows._plan import planned
 from flows._temporary_server import prefect_server
@@ -33,6 +37,7 @@ from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
 from tasks.generate import check_modes, sample_along
+from tasks.logs import check_logs
 from tasks.target import prepare_target
 
 
@@ -85,10 +90,24 @@ def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Mach
 
 
 def measure_command(
-    base: Annotated[str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny")],
-    tuned: Annotated[str, typer.Argument(help="Model after, or the folder of an adapter, which is merged into BASE")],
+    base: Annotated[
+        str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny; with --samples its logs")
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(help="Model after, or the folder of an adapter, which is merged into BASE; with --samples logs"),
+    ],
+    samples: Annotated[
+        bool,
+        typer.Option(
+            "--samples",
+            help="BASE and TUNED are folders that lm-eval 0.4.3 or later wrote, with --log_samples, of any trainer's "
+            "models: they are compared without the models",
+        ),
+    ] = False,
     benchmark: Annotated[
-        list[str], typer.Option("--benchmark", help="A bundled or lm-eval task; repeat for more")
+        list[str],
+        typer.Option("--benchmark", help="A bundled or lm-eval task; with --samples this one alone; repeat for more"),
     ] = [],  # noqa: B006
     benchmarks: Annotated[Path | None, typer.Option(help="A folder of lm-eval YAML files: all of them")] = None,
     target: Annotated[
@@ -100,16 +119,44 @@ def measure_command(
     set_: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
+    plan: Annotated[bool, typer.Option("--plan", help="With --samples: say what would be compared, and stop")] = False,
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    if samples:
+        refused = {"--benchmarks": benchmarks, "--target": target, "--prompts": prompts, "--machine": machine}
+        _measure_logs((base, tuned), benchmark, set_, [name for name, given in refused.items() if given], plan=plan)
+        return
+    if plan:
+        raise BadInput("--plan is for --samples; without it `--set` and the models are checked before anything runs")
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
     on = machine_of(machine)
     asked = asked_of((base, tuned), named, str(target) if target else None, prompts, set_)
     asked.check(on)
     with prefect_server():
         result = measure(*asked, on)
+    show(result)
+
+
+def _measure_logs(
+    folders: tuple[str, str], benchmarks: list[str], changes: list[str], refused: list[str], *, plan: bool
+) -> None:
+    """Compare two folders of logs, or say what would be compared."""
+    asked = asked_of(("tiny", "tiny"), benchmarks, None, (), changes)  # models that are not looked at
+    others = {change.partition(".")[0] for change in changes} - {"evaluate"}
+    others |= set(asked.evaluate.model_fields_set) - {"benchmarks"}
+    if unused := [*refused, *(f"--set {name}" for name in sorted(others))]:
+        raise BadInput(
+            f"{', '.join(unused)}: with --samples there are logs and no models, so it has no effect; leave it out "
+            "(--benchmark, or --set evaluate.benchmarks=[{name: …, metric: …, chance: …}], works)"
+        )
+    if plan:
+        print_plan(*folders, asked.evaluate)
+        return
+    check_logs(*models_of(*folders, asked.evaluate))
+    with prefect_server():
+        result = measure_logs(*folders, asked.evaluate)
     show(result)
 
 

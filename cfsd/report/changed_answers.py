@@ -71,6 +71,7 @@ def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: 
     joined = base.merge(tuned, on=["filter", "doc_id"], suffixes=("_base", "_tuned"))
     sign = 1 if metadata["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
+    joined["per"] = metadata.get("per", "token")
     right_value = metadata["higher_is_better"] if metadata["kind"] == "binary" else None
     directions = []
     for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
@@ -97,5 +98,5 @@ def _answer(row: dict[str, Any], role: str, sign: str, right_value: bool | None)
     if right_value is not None:
         score = "right" if bool(value) == right_value else "wrong"
     else:
-        score = number(value) if count == 1 else f"{number(value / count)} nats per token"
+        score = number(value) if count == 1 else f"{number(value / count)} nats per {row['per']}"
     return Answer(said, score, sign), right.removesuffix("]")

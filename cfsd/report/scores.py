@@ -27,7 +27,7 @@ def first_scores(store: Store, artifact: Artifact) -> Any:
 
 def metric_of(artifact: Artifact) -> Measure:
     """Return what is known of the metric of a benchmark's scores."""
-    return Measure.model_validate({name: artifact.metadata[name] for name in Measure.model_fields})
+    return Measure.model_validate({n: value for n, value in artifact.metadata.items() if n in Measure.model_fields})
 
 
 def loss_fall(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

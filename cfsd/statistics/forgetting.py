@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from cfsd.statistics.figures import (
     FRACTION,
-    NATS,
     Figure,
     all_zero_or_one,
     exponential,
@@ -38,7 +37,8 @@ class Measure(BaseModel):
     """The metric of one benchmark.
 
     `chance` is the score of guessing, in [0, 1). `binary`: every document scores 0 or 1; `mean`: a number
-    per document, averaged; `perplexity`: a summed negative log-likelihood in nats and a count of tokens.
+    per document, averaged; `perplexity`: a summed negative log-likelihood in nats and a count of tokens, or of
+    what `per` names: a log of lm-eval's counts words or bytes, or nothing, which is per document.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,6 +47,7 @@ class Measure(BaseModel):
     higher_is_better: bool
     chance: float | None = Field(ge=0, lt=1)
     kind: Literal["binary", "mean", "perplexity"]
+    per: str = "token"
 
     @model_validator(mode="after")
     def _perplexity_is_a_loss(self) -> Self:
@@ -56,7 +57,7 @@ class Measure(BaseModel):
 
 
 class BenchmarkForgetting(BaseModel):
-    """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: nats per token).
+    """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: see `Measure.per`).
 
     `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents. Near 0.05 it
     may disagree with the interval, since McNemar's test is the more cautious of the two.
@@ -179,7 +180,7 @@ def _forgetting(measure: Measure, base: Floats, tuned: Floats, counts: Floats, s
     """Return the figure and the method of its interval."""
     unit, worse = _unit(measure), worsening(measure, base, tuned)
     if measure.kind == "perplexity":
-        figure = mean_per_token(worse, counts, seed=seed)
+        figure = mean_per_token(worse, counts, seed=seed).scaled(1, unit)
     elif all_zero_or_one(base) and all_zero_or_one(tuned):
         return share_difference(worse > 0, worse < 0, unit), WALD
     else:
@@ -189,7 +190,7 @@ def _forgetting(measure: Measure, base: Floats, tuned: Floats, counts: Floats, s
 
 
 def _unit(measure: Measure) -> str:
-    return {"binary": FRACTION, "perplexity": NATS}.get(measure.kind, measure.metric)
+    return {"binary": FRACTION, "perplexity": f"nats/{measure.per}"}.get(measure.kind, measure.metric)
 
 
 def _reach(base: Floats, tuned: Floats) -> float:

@@ -149,7 +149,7 @@ def _answer(task: Any, metric: str, sample: dict[str, Any]) -> str:
     if task.OUTPUT_TYPE == "multiple_choice":
         choices, right = _choices_and_right(task, sample)
         named = [choices[i] if isinstance(i, int) else str(i) for i in _as_list(right)]
-        answer, right = choices[_best(metric, choices, answer)], " or ".join(named)
+        answer, right = choices[best_choice(metric, choices, answer)], " or ".join(named)
     elif len(answer) == 1:
         answer = answer[0]
     return f"{answer} [right: {right}]"
@@ -161,7 +161,8 @@ def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], An
     return task.doc_to_choice(sample["doc"]), source(sample["doc"])
 
 
-def _best(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
+def best_choice(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
+    """Return the number of the likeliest choice, per character or byte where `metric` is."""
     lengths = [1] * len(choices)
     if metric in ("acc_norm", "acc_bytes"):
         lengths = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]

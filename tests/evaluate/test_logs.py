@@ -1,0 +1,303 @@
+"""Logs of lm-eval, of four versions and with all that may be wrong with them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsd.errors import BadInput, NotFinite
+from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.logs.alike import check_alike
+from cfsd.evaluate.logs.folder import Log, logs_in
+from cfsd.evaluate.logs.rows import read
+
+LOGS = Path(__file__).parent / "lm_eval_logs"
+VERSIONS = ("0.4.3", "0.4.5", "0.4.9.1")
+CHECKED = "all_parts is compared; parts cannot be, being no average of a number per document"
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def made_now(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same logs, written by the lm-eval that is installed."""
+    folder = tmp_path_factory.mktemp("logs")
+    subprocess.run([sys.executable, LOGS / "make.py", folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Logs that a test may change."""
+    return Path(shutil.copytree(LOGS / "0.4.9.1", tmp_path / "base"))
+
+
+def file_of(folder: Path, name: str) -> Path:
+    (path,) = folder.rglob(f"{name}_2*")
+    return path
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a results file."""
+    content = json.loads((path := file_of(folder, "results")).read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_samples(folder: Path, name: str, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Change the samples of a benchmark."""
+    path = file_of(folder, f"samples_{name}")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    change(samples)
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def one(folder: Path, name: str, **chosen: Any) -> Log:
+    return logs_in(folder).only([Benchmark(name=name, **chosen)]).log(name)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_says_the_same_of_one_model(version: str, made_now: Path) -> None:
+    old, new = logs_in(LOGS / version), logs_in(made_now)
+    assert old.names() == new.names() == ["checks", "last_word", "prose", "sums", "words"]  # and not the group `both`
+    assert (old.name, old.source, old.dtype) == ("model", "hf", "float32")
+    assert len(check_alike(old, new)) == 5
+    for name in new.names():
+        before, after = read(old.log(name)), read(new.log(name))
+        numbers = [
+            [{**row, "value": round(row["value"], 4), "answer": ""} for row in side.rows] for side in (before, after)
+        ]
+        assert numbers[0] == numbers[1]
+        known = [
+            {k: v for k, v in side.metadata.items() if k not in ("lm_eval", "score", "scores")}
+            for side in (before, after)
+        ]
+        assert known[0] == known[1]
+
+
+def test_what_is_read_of_each_kind_of_benchmark() -> None:
+    model = logs_in(LOGS / "0.4.5")
+    words, last, prose, sums, checks = (read(model.log(n)) for n in ("words", "last_word", "prose", "sums", "checks"))
+    assert words.metadata["chance"] == pytest.approx(1 / 3) and words.metadata["num_fewshot"] == 1
+    assert [row["value"] for row in words.rows] == [1.0, 1.0, 0.0] and words.metadata["kind"] == "binary"
+    assert words.rows[2]["answer"] == "hot [right: cold]" and words.rows[2]["prompt"].endswith("\n\nice is")
+    assert sums.metadata["filters"] == ["strict", "last-letter"]
+    assert [(row["filter"], row["value"]) for row in sums.rows] == [
+        ("strict", 0.0), ("strict", 1.0), ("strict", 0.0), ("last-letter", 0.0), ("last-letter", 0.0),
+        ("last-letter", 0.0),
+    ]  # fmt: skip
+    assert prose.metadata["kind"] == "perplexity" and prose.metadata["per"] == "word"
+    assert (prose.rows[0]["value"], prose.rows[0]["count"]) == (pytest.approx(97.283, abs=1e-3), 6)
+    assert last.metadata["metric"] == "acc" and last.metadata["chance"] is None
+    assert checks.metadata["metric"] == "all_parts" and checks.metadata["remarks"] == [CHECKED]
+
+
+def test_another_metric_and_chance_may_be_chosen() -> None:
+    folder = LOGS / "0.4.9.1"
+    perplexity = read(one(folder, "last_word", metric="perplexity"))
+    assert perplexity.metadata["per"] == "document" and perplexity.rows[0]["value"] == pytest.approx(15.451, abs=1e-3)
+    bits = read(one(folder, "prose", metric="bits_per_byte"))
+    assert bits.metadata["per"] == "byte" and bits.rows[0]["count"] == 24
+    assert read(one(folder, "words", metric="acc_norm", chance=0.25)).metadata["chance"] == 0.25
+    with pytest.raises(BadInput, match="parts of .* is no average over documents .* usable are all_parts"):
+        read(one(folder, "checks", metric="parts"))
+    with pytest.raises(BadInput, match="limit cannot be set"):
+        one(folder, "words", limit=2)
+
+
+def test_the_newest_log_of_each_benchmark_is_read_and_that_is_said(copy: Path) -> None:
+    later = copy / "again" / "model"
+    shutil.copytree(copy / "model", later)
+    for path in later.iterdir():
+        path.rename(path.with_name(path.name.replace("2026", "2027")))
+    edit(later, lambda content: [content[part].pop("sums") for part in ("results", "configs")])
+    file_of(later, "samples_sums").unlink()
+    model = logs_in(copy)
+    assert "2027" in model.log("words").path and "2026" in model.log("sums").path
+    assert "of checks, last_word, prose, words the newest log is read" in model.said[0]
+
+
+def test_a_results_file_of_a_name_of_ones_own_is_found(copy: Path) -> None:
+    path = file_of(copy, "results")
+    path.rename(path.with_name(path.name.replace("results", "mine")))  # as `--output_path mine.json` writes it
+    (path.parent / "notes_2026-11-29T12-34-41.json").write_text("{}")
+    assert len(logs_in(copy).logs) == 5
+
+
+def test_documents_without_digests_are_told_apart_by_their_content(copy: Path) -> None:
+    whole = read(one(LOGS / "0.4.9.1", "words"))
+    digests = ("doc_hash", "prompt_hash", "target_hash")
+    edit_samples(copy, "words", lambda samples: [s.pop(name) for s in samples for name in digests])
+    bare = read(one(copy, "words"))
+    assert bare.asked == whole.asked and bare.rows == whole.rows
+
+
+def test_documents_to_which_a_metric_does_not_apply_are_left_out(copy: Path) -> None:
+    edit_samples(
+        copy, "sums", lambda samples: [s.update(exact_match=float("nan")) for s in samples if s["doc_id"] == 2]
+    )
+    edit(copy, lambda content: content["results"]["sums"].update({"exact_match,strict": 0.5}))
+    found = read(one(copy, "sums"))
+    assert found.metadata["left_out"] == 2 and found.metadata["num_documents"] == 2
+
+
+def test_what_several_models_wrote_is_kept_small(copy: Path) -> None:
+    edit_samples(copy, "sums", lambda samples: [s.update(resps=[["x" * 1_000_000]]) for s in samples])
+    assert max(len(str(row)) for row in read(one(copy, "sums")).rows) < 1000
+
+
+def _drop_samples(folder: Path) -> None:
+    for path in folder.rglob("samples_*"):
+        path.unlink()
+
+
+def _other_model(folder: Path) -> None:
+    later = folder / "other"
+    shutil.copytree(folder / "model", later)
+    edit(later, lambda content: content.update(model_name="other"))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+MISTAKES: dict[str, tuple[Change, type[Exception], str]] = {
+    "no folder": (shutil.rmtree, BadInput, "is not a folder"),
+    "nothing in it": (lambda f: shutil.rmtree(f / "model"), BadInput, "holds no logs of lm-eval"),
+    "results alone": (_drop_samples, BadInput, r"no samples_\*.jsonl; run lm-eval again with --output_path and --log"),
+    "samples alone": (lambda f: file_of(f, "results").unlink(), BadInput, "but no results file of the same date"),
+    "one file missing": (
+        lambda f: file_of(f, "samples_words").unlink(), BadInput, "newest that measured words, has no samples_words_",
+    ),
+    "two models": (_other_model, BadInput, r"several models \(model, other\); give the folder of one"),
+    "results cut short": (lambda f: _cut(file_of(f, "results")), BadInput, "is no JSON .* copy it again"),
+    "results of another program": (
+        lambda f: file_of(f, "results").write_text('{"results": []}'), BadInput, "no results file of lm-eval 0.4.3",
+    ),
+    "samples cut short": (lambda f: _cut(file_of(f, "samples_words")), BadInput, "jsonl, line 3 is no JSON"),
+    "samples without lines": (
+        lambda f: edit_samples(f, "words", lambda samples: samples.pop()), BadInput,
+        "holds 2 documents, the results beside it are of 3; it was cut short",
+    ),
+    "no bytes": (lambda f: file_of(f, "samples_words").write_bytes(b""), BadInput, "holds 0 documents"),
+    "bytes that are no text": (lambda f: file_of(f, "samples_words").write_bytes(b"\xff\n"), BadInput, "1 is no JSON"),
+    "lines of another program": (
+        lambda f: edit_samples(f, "words", lambda samples: samples[1].pop("arguments")), BadInput,
+        r"line 2 is no sample of lm-eval 0.4.3 or later \(arguments missing",
+    ),
+    "a list for a line": (lambda f: file_of(f, "samples_words").write_text("[]\n"), BadInput, "line 1 is no sample"),
+    "a document twice": (
+        lambda f: edit_samples(f, "words", lambda samples: samples.append(samples[0])), BadInput,
+        "0 comes more than once",
+    ),
+    "samples of another run": (
+        lambda f: edit_samples(f, "words", lambda samples: [s.update(acc=0, acc_norm=0) for s in samples]), BadInput,
+        "no metric of .* comes to the score in the results beside it",
+    ),
+    "NaN": (
+        lambda f: (
+            edit_samples(f, "words", lambda samples: samples[1].update(acc=float("nan"))),
+            edit(f, lambda content: content["results"]["words"].update({"acc,none": float("nan")})),
+        ), NotFinite, "line 2: its acc is nan",
+    ),
+    "a likelihood of NaN behind an accuracy": (
+        lambda f: edit_samples(f, "words", lambda s: s[0].update(filtered_resps=[["nan", "False"]] * 3)), NotFinite,
+        "line 1: the model's log-likelihood is nan",
+    ),
+    "no direction": (
+        lambda f: edit(f, lambda content: (
+            content["higher_is_better"].pop("words"),
+            [entry.pop("higher_is_better") for entry in content["configs"]["words"]["metric_list"]],
+        )), BadInput, "do not say whether more of acc is better",
+    ),
+    "settings of another kind": (
+        lambda f: edit(f, lambda content: content["configs"]["words"].update(repeats="many")), BadInput,
+        "what it says of words is not lm-eval's",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name: str, copy: Path) -> None:
+    change, kind, message = MISTAKES[name]
+    change(copy)
+    with pytest.raises(kind, match=message):
+        read(logs_in(copy).log("words"))
+
+
+def _answer(samples: list[dict[str, Any]], index: int, **fields: Any) -> None:
+    samples[index].update(fields)
+
+
+DIFFERENCES: dict[str, tuple[Change, str]] = {
+    "few-shot": (
+        lambda f: edit(f, lambda content: content["n-shot"].update(words=0)),
+        r"words: its examples in the prompt \(num_fewshot\) is 1 \(base\) and 0 \(tuned\)",
+    ),
+    "version": (
+        lambda f: edit(f, lambda content: content["versions"].update(words=2)),
+        r"words: its version of the task is 1 \(base\) and 2 \(tuned\)",
+    ),
+    "template": (
+        lambda f: edit(f, lambda content: content.update(chat_template_sha="ab12")),
+        r"words: its chat template \(chat_template_sha\) is none \(base\) and ab12 \(tuned\)",
+    ),
+    "generation": (
+        lambda f: edit(f, lambda content: content["configs"]["sums"]["generation_kwargs"].update(max_gen_toks=9)),
+        "sums: its generation_kwargs is",
+    ),
+    "document": (
+        lambda f: edit_samples(f, "words", lambda samples: _answer(samples, 1, doc_hash="ab")),
+        r"words: 1 of 3 documents are others \(doc_hash; first: 1\)",
+    ),
+    "prompt": (
+        lambda f: edit_samples(f, "words", lambda samples: _answer(
+            samples, 2, prompt_hash="ab", arguments={"gen_args_0": {"arg_0": "Today is Sunday", "arg_1": " a"}}
+        )),
+        r"3 prompts \(prompt_hash; first: document 2\) are others: …'the.*… \(base\) and …'Today is Sunday'… \(tuned",
+    ),
+    "right answer": (
+        lambda f: edit_samples(f, "words", lambda samples: _answer(samples, 0, target_hash="ab")),
+        r"1 of 3 right answers \(target_hash; first: document 0\) are others",
+    ),
+    "other documents": (
+        lambda f: edit_samples(f, "words", lambda samples: _answer(samples, 0, doc_id=9)),
+        r"1 of 3 documents were scored for the base model only \(first: 0\)",
+    ),
+    "benchmark": (
+        lambda f: edit(f, lambda content: [content[part].pop("words") for part in ("results", "configs")]),
+        "measured on the base model only: words",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_what_differs_is_named_with_what_agrees(name: str, copy: Path) -> None:
+    change, message = DIFFERENCES[name]
+    change(copy)
+    with pytest.raises(BadInput, match=message) as refused:
+        check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))
+    rest = str(refused.value).rpartition("those that agree: ")[2].replace("--benchmark", "").split()
+    everything = ["checks", "last_word", "prose", "sums", "words"]
+    assert name == "template" or rest == [n for n in everything if n != ("sums" if name == "generation" else "words")]
+
+
+def test_all_differences_are_in_one_message(copy: Path) -> None:
+    for change, _ in DIFFERENCES.values():
+        if change is not DIFFERENCES["benchmark"][0]:
+            change(copy)
+    with pytest.raises(BadInput) as refused:
+        check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))
+    for word in ("num_fewshot", "version of the task", "chat_template_sha", "generation_kwargs", "doc_hash"):
+        assert word in str(refused.value)
+
+
+def test_models_of_logs_count_by_content_and_not_by_place(copy: Path) -> None:
+    known, moved = logs_in(LOGS / "0.4.9.1").log("words"), logs_in(copy).log("words")
+    assert known.path != moved.path and known.digest() == moved.digest()
+    edit(copy, lambda content: content["n-shot"].update(words=0))
+    assert logs_in(copy).log("words").digest() != known.digest()
