@@ -35,7 +35,9 @@ def export_corpus_command(
     to: Annotated[Path, typer.Option(help="The folder to make; it must not exist, or be empty")],
     form: Annotated[
         Literal["trl", "axolotl", "llama-factory"],
-        typer.Option("--format", help="trl: input_ids and labels; axolotl: also for its KD plugin; llama-factory: text"),
+        typer.Option(
+            "--format", help="trl: input_ids and labels; axolotl: also for its KD plugin; llama-factory: text"
+        ),
     ] = "trl",
     jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines in place of Parquet")] = False,
     home: Home = None,
@@ -47,8 +49,4 @@ def export_corpus_command(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["corpus"]:
-        sys.argv = [f"{sys.argv[0]} corpus", *sys.argv[2:]]
-        start(export_corpus_command)
-    else:
-        start(export_command)
+    start(export_corpus_command, "corpus") if sys.argv[1:2] == ["corpus"] else start(export_command)

@@ -37,7 +37,7 @@ def corpus_folder(asked: str | Path) -> Path:
     if not shards(folder, "corpus"):
         raise BadInput(
             f"{folder} holds no corpus; give a folder store/corpus/KEY of a data folder, or its key: "
-            "python -m flows.corpus recipe.yaml makes one and prints where it is"
+            "python -m flows.mitigate recipe.yaml --until filter makes one and prints where it is"
         )
     return folder
 
@@ -72,7 +72,7 @@ def check_base(folder: Path, model: PreTrainedModel, max_gap: float) -> None:
     if largest >= vocabulary:
         raise BadInput(
             f"the corpus {folder.name} has token {largest}, but the model's vocabulary ends at {vocabulary - 1}: it "
-            "was sampled from another model; make one of this model with python -m flows.corpus"
+            "was sampled from another model; make one of this model with python -m flows.mitigate --until filter"
         )
     with mode_kept(model):
         model.eval()
@@ -83,7 +83,8 @@ def check_base(folder: Path, model: PreTrainedModel, max_gap: float) -> None:
         raise BadInput(
             f"the model gives the tokens of the corpus {folder.name} {gap:.3g} nats per token less than the model that "
             f"they were sampled from; at most {max_gap:g} apart is allowed: the corpus is of another model, or this "
-            "one was trained since. Make a corpus of this model with python -m flows.corpus, or raise max_gap"
+            "one was trained since. Make a corpus of this model with python -m flows.mitigate --until filter, or raise "
+            "max_gap"
         )
 
 

@@ -20,7 +20,7 @@ from cfsd.train.watcher import MEASURED, micro_batches_from
 class DivergenceCallback(TrainerCallback):
     """Logs KL(model as given || model now) in nats per token, along rows that the model itself sampled before.
 
-    Each keyword is a sample and its name in the log: `probe="data/store/probe/KEY"` gives `probe_kl`. Where rows begin
+    Each keyword is a sample and its name in the log: `probe="data/store/corpus/KEY"` gives `probe_kl`. Where rows begin
     with a prompt, as in a chat, the answers count. The model's distributions are taken when the callback is made, so
     it must not have been trained then; the 256 likeliest tokens are exact, the rest is sampled.
     """
@@ -30,7 +30,7 @@ class DivergenceCallback(TrainerCallback):
         if every < 1 or not samples:
             raise BadInput(
                 f"every is {every}, samples are {', '.join(samples) or 'none'}; give a number of steps from 1 on, and "
-                "at least one sample, such as probe='data/store/probe/KEY'"
+                "at least one sample, such as probe='data/store/corpus/KEY'"
             )
         self.trainer, self.every = trainer, every
         self._objective = BorrowedObjective(trainer.model, MEASURED)

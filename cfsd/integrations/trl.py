@@ -3,7 +3,7 @@
 Example, where TRAINING is what is passed to SFTTrainer already:
 
     trainer = RehearsalSFTTrainer(**TRAINING, corpus="data/store/corpus/KEY", weight=1.0)
-    trainer.add_callback(DivergenceCallback(trainer, every=50, probe="data/store/probe/KEY"))
+    trainer.add_callback(DivergenceCallback(trainer, every=50, probe="data/store/corpus/KEY"))
 """
 
 from trl import SFTTrainer

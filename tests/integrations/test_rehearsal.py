@@ -280,7 +280,8 @@ def test_two_processes_train_as_one_does(world: World, tmp_path: Path) -> None:
     torch.save(request, tmp_path / "request.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("two_processes.py"))
-    subprocess.run([*command, script, str(tmp_path / "request.pt")], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, script, str(tmp_path / "request.pt")], check=True, cwd=ROOT, env=environment)
     assert distance(state_of(alone), load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
     found = json.loads((tmp_path / "two" / "log.json").read_text())
     for name in ("loss", "target_loss", "rehearsal_loss", "rehearsal_divergence"):

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with rehearsal; skipped where TRL is not installed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from cfsd.model.loading import load_model, load_tokenizer
+from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Store
-from tests.conftest import write_rows
+from cfsd.train.batches.loading import batches_of
+from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
+from cfsd.train.loss.objective import Objective, losses
+from cfsd.train.spec import RehearsalSpec
+from tests.conftest import ROOT, save_model, write_rows
 from tests.integrations.test_rehearsal import InOrder, arguments, base_of, logged, state_of
+from tests.test_docs import blocks
 from tests.train.test_train import STEPS, Plain, World, distance, figures, spec_with, trained, weights, world_in
 from tests.train.test_train import signals_given_back as signals_given_back
 
@@ -73,11 +80,6 @@ def test_one_step_has_the_loss_and_the_gradient_of_ours(world: World, tmp_path: 
 
 def gradient_of(world: World) -> dict[str, torch.Tensor]:
     """The first global batch's gradient, by our own objective on all of its rows at once."""
-    from cfsd.train.batches.loading import batches_of
-    from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
-    from cfsd.train.loss.objective import Objective, losses
-    from cfsd.train.spec import RehearsalSpec
-
     corpus, spec = world.store.path(world.corpus), spec_with(rehearsal={"loss": "kl"})
     lay_out(corpus, world.store.home / "laws", top=True)
     laws = StoredDistributions(world.store.home / "laws", corpus)
@@ -116,4 +118,29 @@ def test_an_adapter_is_trained(world: World, tmp_path: Path) -> None:
     assert found[0] < 5e-3 < max(found)
     assert logged(trainer, "probe_kl")[-1] > 5e-3
     assert (tmp_path / "adapter_model.safetensors").is_file()
-    assert distance(load_model(world.store.path(world.base), "cpu", "float32").state_dict(), weights(world, world.base)) == 0  # fmt: skip
+
+
+def test_the_example_of_the_page_trains(
+    world: World,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (block,) = [text for text in blocks(ROOT / "docs" / "how-to" / "own-trainer.md", "python") if "Rehearsal" in text]
+    assert len(block.splitlines()) <= 20
+    folders = {"key": world.corpus, "key of a sample": world.sample, "key of a chat sample": world.sample}
+    for name, artifact in folders.items():
+        block = block.replace(f"data/store/corpus/<{name}>", str(world.store.path(artifact)))
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "my-base")
+    lines = [json.loads(line) for line in write_rows(tmp_path / "mine.jsonl").read_text().splitlines()]
+    renamed = ({"prompt": line["prompt"], "completion": line["response"]} for line in lines)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    logged_by = {name for entry in names["trainer"].state.log_history for name in entry}
+    assert {"loss", "target_loss", "rehearsal_loss", "probe_kl", "chat_kl"} <= logged_by
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").config.vocab_size == world.base.metadata["vocabulary"]
+    )
