@@ -13,8 +13,8 @@ from cfsd.machine import home
 from cfsd.mix.stage import lists_like
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.undisturbed import mode_kept
-from cfsd.store.artifact import Store
-from cfsd.store.inventory import entries, named
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.inventory import Place, entries, named
 from cfsd.store.manifest import read_manifest
 from cfsd.store.tables import batches, shards
 from cfsd.train.batches.micro_batches import Row
@@ -22,6 +22,7 @@ from cfsd.train.batches.mixture import MixtureRows
 from cfsd.train.spec import RehearsalSpec
 
 TRIED_TOKENS = 1024
+REMEDY = "Make a corpus of this model with python -m flows.mitigate --until filter"
 
 
 def corpus_folder(asked: str | Path) -> Path:
@@ -40,6 +41,20 @@ def corpus_folder(asked: str | Path) -> Path:
             "python -m flows.mitigate recipe.yaml --until filter makes one and prints where it is"
         )
     return folder
+
+
+def base_of(corpus: Path) -> tuple[Artifact, Path] | None:
+    """Return the model that a corpus of a store was made from, and its folder without weights; None: not known."""
+    store = Store(corpus.absolute().parent.parent.parent)
+    known = {entry.place: entry for entry in entries(store)}
+    waiting: list[Place] = [(corpus.absolute().parent.name, corpus.name)]
+    while waiting:
+        place = waiting.pop()
+        if place in known and place[0] == "model":
+            model = known[place].artifact()
+            return model, store.path(model, weights=False)
+        waiting += known[place].inputs() if place in known else []
+    return None
 
 
 def check_stored(folder: Path, spec: RehearsalSpec) -> None:
@@ -67,12 +82,13 @@ def check_base(folder: Path, model: PreTrainedModel, max_gap: float) -> None:
 
     `max_gap` is how far the means may be apart, in nats per token: rounding and quantisation are no other model.
     """
-    rows = first_rows(folder, TRIED_TOKENS)
+    rows, base = first_rows(folder, TRIED_TOKENS), base_of(folder)
+    known = f" ({base[0].metadata.get('architecture')}, {base[0].key})" if base else ""
     vocabulary, largest = model.config.get_text_config().vocab_size, max(max(row["token_ids"]) for row in rows)
     if largest >= vocabulary:
         raise BadInput(
             f"the corpus {folder.name} has token {largest}, but the model's vocabulary ends at {vocabulary - 1}: it "
-            "was sampled from another model; make one of this model with python -m flows.mitigate --until filter"
+            f"was sampled from another model{known}. {REMEDY}"
         )
     with mode_kept(model):
         model.eval()
@@ -82,9 +98,8 @@ def check_base(folder: Path, model: PreTrainedModel, max_gap: float) -> None:
     if not abs(gap := fmean(gaps)) <= max_gap:
         raise BadInput(
             f"the model gives the tokens of the corpus {folder.name} {gap:.3g} nats per token less than the model that "
-            f"they were sampled from; at most {max_gap:g} apart is allowed: the corpus is of another model, or this "
-            "one was trained since. Make a corpus of this model with python -m flows.mitigate --until filter, or raise "
-            "max_gap"
+            f"they were sampled from{known}; at most {max_gap:g} apart is allowed: the corpus is of another model, or "
+            f"this one was trained since. {REMEDY}, or raise max_gap"
         )
 
 

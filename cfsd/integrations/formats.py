@@ -22,11 +22,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
-from cfsd.integrations.corpus import corpus_folder
-from cfsd.machine import home
+from cfsd.integrations.corpus import base_of, corpus_folder
 from cfsd.model.loading import load_tokenizer
-from cfsd.store.artifact import Store
-from cfsd.store.inventory import Place, entries
 from cfsd.store.tables import batches, shards
 
 Format = Literal["trl", "axolotl", "llama-factory"]
@@ -48,7 +45,12 @@ def write_corpus(asked: str | Path, to: Path, form: Format, *, jsonl: bool = Fal
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInput(f"{to} exists and is not an empty folder; give another one")
     if form == "llama-factory":
-        return _write_text(corpus, to, load_tokenizer(_base_of(corpus)))
+        if (base := base_of(corpus)) is None:
+            raise BadInput(
+                f"the base of {corpus} is not in its store, and its tokenizer is needed to write text; give the corpus "
+                "of a data folder that has it, or use --format trl"
+            )
+        return _write_text(corpus, to, load_tokenizer(base[1]))
     columns = ["input_ids", "labels"] + (["attention_mask"] if form == "axolotl" else [])
     written = _write(to, "corpus", jsonl, ({name: row[name] for name in columns} for row in token_rows(corpus)))
     said = [f"{written.name}: {', '.join(columns)}"]
@@ -134,22 +136,6 @@ def _text_rows(corpus: Path, tokenizer: PreTrainedTokenizerBase, left_out: Count
             left_out["whose text gives other tokens than were sampled"] += 1
         else:
             yield {"instruction": texts[0], "input": "", "output": texts[1]}
-
-
-def _base_of(corpus: Path) -> Path:
-    """Return the folder of the model that a corpus of the store was made from."""
-    store = Store(home() if corpus.parent.parent.name != "store" else corpus.parent.parent.parent)
-    known = {entry.place: entry for entry in entries(store)}
-    waiting: list[Place] = [(corpus.parent.name, corpus.name)]
-    while waiting:
-        place = waiting.pop()
-        if place[0] == "model" and place in known:
-            return store.path(known[place].artifact(), weights=False)
-        waiting += known[place].inputs() if place in known else []
-    raise BadInput(
-        f"the base of {corpus} is not in its store, and its tokenizer is needed to write text; give the corpus of a "
-        "data folder that has it, or use --format trl"
-    )
 
 
 def _write(to: Path, name: str, jsonl: bool, rows: Rows) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -86,7 +85,7 @@ class Rehearsing(Trainer):
         self.rehearsal_tokens = rehearsal_tokens
         check_stored(self.corpus, self.rehearsal)
         super().__init__(*args, **named)
-        check_training(self.accelerator, self.args.n_gpu, self.model)
+        check_training(self)
         self._rows = CorpusRows(self.corpus)
         self._objective = BorrowedObjective(self.model, self.rehearsal)
         if self.args.neftune_noise_alpha:  # noise in the embeddings, from a hook of the training mode
@@ -105,11 +104,12 @@ class Rehearsing(Trainer):
             if self.args.should_save:
                 lay_out(self.corpus, scratch, top=self.rehearsal.needs_top())
         self._distributions, self._batches = StoredDistributions(scratch, self.corpus), None
+        self._rehearsed_step = -1
+        self._since_log.clear()
         try:
             return super().train(*args, **named)
         finally:
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+            if self.args.should_save:  # other processes have mapped the file
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -181,15 +181,18 @@ def rehearsal_plan(rows: CorpusRows, tokens: int, steps: int, seed: int) -> list
     return [GlobalBatch([], [row - steps for row in batch.rehearsal], batch.views) for batch in plan]
 
 
-def check_training(accelerator: Accelerator, num_gpus: int, model: Any) -> None:
+def check_training(trainer: Any) -> None:
     """Raise BadInput where rehearsal would be computed wrongly without a word."""
+    accelerator, peft_config = trainer.accelerator, getattr(trainer.model, "active_peft_config", None)
     reasons = {
         "DeepSpeed, which takes an optimizer step with every backward pass": accelerator.distributed_type
         == DistributedType.DEEPSPEED,
         "tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
-        "nn.DataParallel, one process with several GPUs": num_gpus > 1,
-        "PEFT's prompt learning, whose prompt rehearsal rows would not have": bool(
-            getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        "nn.DataParallel, one process with several GPUs": trainer.args.n_gpu > 1,
+        "torch_compile, which would not see that the forward pass changes": trainer.args.torch_compile,
+        "model_init, which makes a new model after the corpus was compared with one": trainer.model_init is not None,
+        "PEFT's prompt learning, whose prompt rehearsal rows would not have": getattr(
+            peft_config, "is_prompt_learning", False
         ),
     }
     if found := [reason for reason, holds in reasons.items() if holds]:

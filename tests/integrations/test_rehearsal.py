@@ -218,7 +218,7 @@ def test_without_a_sample_or_steps_there_is_nothing_to_log(world: World, tmp_pat
 def corpus_of(world: World, key: str, **spec: Any) -> Path:
     wanted = GenerateSpec.model_validate({"rows": 6, "length": 8, "seed": 3} | spec)
     work = lambda draft: generate(world.base, world.target, wanted, draft, MACHINE)  # noqa: E731
-    return world.store.path(world.store.make("corpus", key, work)[0])
+    return world.store.path(world.store.make("corpus", key, work, inputs=[world.base])[0])
 
 
 def test_a_corpus_is_named_by_its_key(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,26 +247,36 @@ def test_a_corpus_that_lacks_what_the_loss_reads_is_refused(world: World, tmp_pa
 
 def test_a_corpus_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
     other = load_model(save_model(tmp_path / "other", seed=1), "cpu", "float32")
-    with pytest.raises(BadInput, match=r"nats per token less than the model that they were sampled from; at most 0.1"):
-        trainer_of(world, tmp_path, other)
+    corpus, name = corpus_of(world, "named", top_logprobs=4), f"LlamaForCausalLM, {world.base.key}"
+    with pytest.raises(BadInput, match=rf"nats per token less than .* sampled from \({name}\); at most 0.1 apart"):
+        trainer_of(world, tmp_path, other, corpus=corpus)
     trainer_of(world, tmp_path, other, max_gap=50.0)
     small = load_model(save_model(tmp_path / "small", bos=False), "cpu", "float32")  # lacks the last token
     with pytest.raises(BadInput, match="has token 31, but the model's vocabulary ends at 30: it was sampled from"):
         trainer_of(world, tmp_path, small)
 
 
+PROMPTS = SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=True))
+
+
 @pytest.mark.parametrize(("change", "named"), [
-    ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed, which takes"),
-    ({"parallelism_config": object()}, "tensor, context or sequence parallelism"),
-    ({"gpus": 2}, "nn.DataParallel, one process with several GPUs"),
-    ({"model": SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=True))}, "PEFT's prompt learning"),
+    ({"accelerator.distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed, which takes"),
+    ({"accelerator.parallelism_config": object()}, "tensor, context or sequence parallelism"),
+    ({"args.n_gpu": 2}, "nn.DataParallel, one process with several GPUs"),
+    ({"args.torch_compile": True}, "torch_compile, which"),
+    ({"model_init": lambda: None}, "model_init, which makes a new model"),
+    ({"model": PROMPTS}, "PEFT's prompt learning"),
 ])  # fmt: skip
 def test_trainings_in_which_it_would_be_wrong_are_refused(change: dict[str, Any], named: str) -> None:
-    plain: dict[str, Any] = {"distributed_type": DistributedType.NO, "parallelism_config": None}
-    asked = plain | {"gpus": 1, "model": SimpleNamespace()} | change
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, parallelism_config=None)
+    args = SimpleNamespace(n_gpu=1, torch_compile=False)
+    trainer = SimpleNamespace(accelerator=accelerator, args=args, model=SimpleNamespace(), model_init=None)
+    check_training(trainer)
+    for name, value in change.items():
+        holder, _, attribute = name.rpartition(".")
+        setattr(getattr(trainer, holder) if holder else trainer, attribute, value)
     with pytest.raises(BadInput, match=f"rehearsal does not work with {named}"):
-        check_training(SimpleNamespace(**asked), asked["gpus"], asked["model"])  # type: ignore[arg-type]
-    check_training(SimpleNamespace(**plain), 1, SimpleNamespace())  # type: ignore[arg-type]
+        check_training(trainer)
 
 
 @pytest.mark.slow
