@@ -61,7 +61,7 @@ format: $(DONE)  ## Put the code into its format
 	$(BIN)/ruff check --fix .
 
 bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=training
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m benchmarks.$(PART)
 
 up: $(DONE)  ## Prefect with a worker, MLflow and the reports on 127.0.0.1 over the data folder; again: new menus

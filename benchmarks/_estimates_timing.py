@@ -46,7 +46,7 @@ def _batch(model: PreTrainedModel, token_rows: list[list[int]], samples: int | N
     if samples is not None:
         points = [tail_points(0, "timing", number, 1 + LENGTH, samples) for number in range(ROWS)]
         scored = token_logprobs(model, token_rows, (), top_logprobs=TOP, tail_points=points)
-        other = other._replace(stored=stored_of(scored))
+        other = other._replace(stored=stored_of(scored, [row.supervised for row in rehearsed]))
     return [one, other]
 
 

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark itself")
     given = parser.parse_args()
     if find_spec("trl") is None:
-        parser.error("TRL is not installed, against which training is measured: pip install --editable '.[bench]'")
+        parser.error("TRL is not installed, against which training is measured: pip install --editable '.[trl]'")
     plan, started = QUICK if given.quick else Plan(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cfsd-training-") as folder:
         wanted = {**plan._asdict(), "model": str(given.model.absolute()) if given.model else None}

@@ -47,8 +47,11 @@ def machine_of(changes: list[str]) -> Machine:
     return validated(Machine, override({}, parse_overrides(changes)), "--machine")
 
 
-def start(command: Callable[..., None]) -> None:
-    """Run a command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM."""
+def start(command: Callable[..., None], word: str = "") -> None:
+    """Run a command line; `word` is what its arguments begin with where a module has several commands.
+
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM.
+    """
 
     @functools.wraps(command)
     def guarded(*args: Any, store: str | None = None, **kwargs: Any) -> None:  # is in the environment already
@@ -73,7 +76,7 @@ def start(command: Callable[..., None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption acts as Ctrl-C
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)
-    app()
+    app(sys.argv[2:], prog_name=f"python -m {command.__module__} {word}") if word else app()
 
 
 def _end_with(known: CfsdError | None, error: Exception) -> NoReturn:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 
@@ -132,6 +132,13 @@ def export_model(folder: Path, to: Path, variant: str | None) -> None:
 
     kept = read_kept(folder)
     export(Store(home()), kept, chosen(kept, variant), to)
+
+
+def export_corpus(corpus: str, to: Path, form: Literal["trl", "axolotl", "llama-factory"], jsonl: bool) -> list[str]:
+    """Write a corpus into `to` as another trainer reads it; see `cfsd.integrations.formats`. Raises BadInput."""
+    from cfsd.integrations.formats import write_corpus
+
+    return write_corpus(corpus, to, form, jsonl=jsonl)
 
 
 def print_figures(summaries: list[Summary], comparisons: Comparisons, console: Console) -> None:

@@ -37,7 +37,7 @@ ORDER = (
     {"generate", "filter", "select", "mix"},
     {"evaluate"},
     {"train"},
-    {"merge"},
+    {"integrations", "merge"},
     {"overrides"},
     {"recipe"},
     {"comparison", "estimate", "target_sequence"},

@@ -60,12 +60,12 @@ def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.R
         row += batch.num_rows
     row = 0
     for batch in batches(corpus, "corpus", [*names, "logprobs"]):
-        sampled = _lists_like(batch["logprobs"], batch["logprobs"].flatten().is_valid())
+        sampled = lists_like(batch["logprobs"], batch["logprobs"].flatten().is_valid())
         yield mixed(batch, pa.array(range(row, row + batch.num_rows)), sampled, *_all_one(batch.num_rows))
         row += batch.num_rows
 
 
-def _lists_like(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
+def lists_like(lists: pa.ListArray, values: pa.Array) -> pa.ListArray:
     """Return `values` cut into lists of the same lengths."""
     lengths = pc.list_value_length(lists).to_numpy()
     return pa.ListArray.from_arrays(pa.array(np.r_[0, lengths].cumsum(dtype=np.int32)), values)
@@ -84,7 +84,7 @@ def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     counted_T = batch["supervised"].flatten().to_numpy(zero_copy_only=False)
     weight_T = np.zeros(len(counted_T), np.float32)
     weight_T[counted_T] = weights.token_N[weights.ends_R[rows.start] : weights.ends_R[rows.stop]]
-    return [pa.array(weights.row_R[rows]), _lists_like(batch["supervised"], pa.array(weight_T))]
+    return [pa.array(weights.row_R[rows]), lists_like(batch["supervised"], pa.array(weight_T))]
 
 
 def _metadata(rows: Counter[str], tokens: Counter[str], spec: MixSpec) -> dict[str, JsonValue]:

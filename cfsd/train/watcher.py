@@ -56,7 +56,7 @@ class Watcher:
         spec, self.watched = request.spec.watch, request.watched
         self.max_tokens, self.device = request.machine.micro_batch_tokens, base.device
         sample = read_rows(store.path(request.watched.sample), "corpus", ["token_ids"])[: spec.rows]
-        self.micro_batches = _micro_batches(base, [row["token_ids"] for row in sample], self.max_tokens)
+        self.micro_batches = micro_batches_from(base, [row["token_ids"] for row in sample], self.max_tokens)
         self.held_out = read_rows(store.path(request.watched.target), "held_out")[: spec.held_out_rows]
         self.tokenizer = load_tokenizer(store.path(request.base))
         self.first: dict[str, Look] | None = None
@@ -102,25 +102,29 @@ class Watcher:
         return name, Look(value, rows["value"], rows["count"], slope=growth / nats)
 
 
-def _micro_batches(base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int) -> list[MicroBatch]:
-    """Return `token_rows` with the base's distribution at each token after the first."""
+def micro_batches_from(
+    base: PreTrainedModel, token_rows: list[list[int]], max_tokens: int, masks: list[list[bool]] | None = None
+) -> list[MicroBatch]:
+    """Return `token_rows` with the base's distribution at each token after the first, or at those of `masks`."""
     top = min(TOP, base.config.get_text_config().vocab_size)
     points = [tail_points(0, "watch", number, len(row), TAIL) for number, row in enumerate(token_rows)]
     samples = token_logprobs(base, token_rows, (), top_logprobs=top, tail_points=points, max_tokens=max_tokens)
-    rows = [Row("context-free", row, [False] + [True] * (len(row) - 1), 1.0) for row in token_rows]
+    masks = masks or [[False] + [True] * (len(row) - 1) for row in token_rows]
+    rows = [Row("context-free", row, mask, 1.0) for row, mask in zip(token_rows, masks, strict=True)]
     micro_batches = micro_batches_of(rows, max_tokens, fresh=[True] * len(rows))
     groups = arrange([len(row) for row in token_rows], max_tokens)
     return [
-        micro_batch._replace(stored=stored_of([samples[i] for i in group]))
+        micro_batch._replace(stored=stored_of([samples[i] for i in group], [masks[i] for i in group]))
         for micro_batch, group in zip(micro_batches, groups, strict=True)
     ]
 
 
-def stored_of(samples: list[Sample]) -> Stored:
-    """Return what is known of the base at each token of `samples` after the first."""
+def stored_of(samples: list[Sample], masks: list[list[bool]]) -> Stored:
+    """Return what is known of the base at each token of `samples` that its mask names."""
     tops = [sample.top for sample in samples if sample.top is not None]
     ids, logprobs, rest, *tail = [
-        torch.from_numpy(np.concatenate([part[1:] for part in parts])) for parts in zip(*tops, strict=True)
+        torch.from_numpy(np.concatenate([part[mask] for part, mask in zip(parts, masks, strict=True)]))
+        for parts in zip(*tops, strict=True)
     ]
-    drawn = np.concatenate([np.array(sample.logprobs[1:], np.float32) for sample in samples])
-    return Stored(ids, logprobs, rest, torch.from_numpy(drawn), *tail)
+    drawn = [np.array(sample.logprobs, np.float32)[mask] for sample, mask in zip(samples, masks, strict=True)]
+    return Stored(ids, logprobs, rest, torch.from_numpy(np.concatenate(drawn)), *tail)

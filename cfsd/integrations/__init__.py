@@ -1,0 +1,1 @@
+"""Rehearsal in trainings that are not ours, and corpora in the forms that other trainers read."""

@@ -1,0 +1,65 @@
+"""How far a model has moved from where it began, measured while any Trainer trains it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cfsd.errors import BadInput
+from cfsd.integrations.corpus import corpus_folder
+from cfsd.integrations.rehearsal import BorrowedObjective
+from cfsd.machine import Machine
+from cfsd.model.undisturbed import mode_kept
+from cfsd.store.tables import read_rows
+from cfsd.train.loss.objective import divergence_by_row
+from cfsd.train.watcher import MEASURED, micro_batches_from
+
+
+class DivergenceCallback(TrainerCallback):
+    """Logs KL(model as given || model now) in nats per token, along rows that the model itself sampled before.
+
+    Each keyword is a sample and its name in the log: `probe="data/store/corpus/KEY"` gives `probe_kl`. Where rows begin
+    with a prompt, as in a chat, the answers count. The model's distributions are taken when the callback is made, so
+    it must not have been trained then; the 256 likeliest tokens are exact, the rest is sampled.
+    """
+
+    def __init__(self, trainer: Trainer, every: int, *, rows: int = 32, **samples: str | Path) -> None:
+        """Measure after every `every` steps and after the last, on the first `rows` rows of each sample."""
+        if every < 1 or not samples:
+            raise BadInput(
+                f"every is {every}, samples are {', '.join(samples) or 'none'}; give a number of steps from 1 on, and "
+                "at least one sample, such as probe='data/store/corpus/KEY'"
+            )
+        self.trainer, self.every = trainer, every
+        self._objective = BorrowedObjective(trainer.model, MEASURED)
+        found = {name: read_rows(corpus_folder(folder), "corpus")[:rows] for name, folder in samples.items()}
+        most = Machine().micro_batch_tokens
+        with mode_kept(trainer.model), trainer.accelerator.autocast():
+            trainer.model.eval()
+            self._samples = {
+                name: micro_batches_from(
+                    self._objective.model, [row["token_ids"] for row in known], most,
+                    [[logprob is not None for logprob in row["logprobs"]] for row in known],
+                )
+                for name, known in found.items()
+            }  # fmt: skip
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure where it is due."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            Trainer.log(self.trainer, self.measure())  # not the log of a subclass, which empties its own means
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return the divergences now, by name. The model's mode and all random states stay as they are."""
+        trainer, found = self.trainer, {}
+        model = trainer.model_wrapped
+        with mode_kept(trainer.model), self._objective.borrowed(), trainer.accelerator.autocast():
+            trainer.model.eval()
+            for name, micro_batches in self._samples.items():
+                on_device = (send_to_device(part, trainer.args.device) for part in micro_batches)
+                nats = sum(float(divergence_by_row(model, part, MEASURED).sum()) for part in on_device)
+                found[f"{name}_kl"] = nats / sum(int((part.coefficient_BT != 0).sum()) for part in micro_batches)
+        return found
