@@ -94,7 +94,7 @@ def load_of(spec: TrainSpec, machine: Machine) -> Load:
         bfloat16=spec.in_bfloat16(machine),
         lora_rank=adapter.rank if adapter else 0,
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
-        live_base=spec.rehearsal.needs_base(),
+        live_base=spec.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )
 

@@ -165,6 +165,11 @@ class TrainSpec(Spec):
             )
         return self
 
+    def needs_base(self) -> bool:
+        """Say whether the base is in memory during the training, for its distribution."""
+        held = self.methods.divergence()
+        return self.rehearsal.needs_base() or (held is not None and held.stored is None)
+
     def in_bfloat16(self, machine: Machine) -> bool:
         """Say whether the forward and backward passes are computed in bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and machine.resolved_device() == "cuda")
@@ -186,6 +191,8 @@ class TrainRequest(BaseModel):
     mixture: Artifact
     corpus: Artifact | None = None
     fisher: Artifact | None = None
+    losses: Artifact | None = None  # of the base on the target
+    along: Artifact | None = None  # the base's distributions along the target
     watched: Watched | None = None
     spec: TrainSpec
     machine: Machine

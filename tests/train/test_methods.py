@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,11 +30,15 @@ from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import FILE
 from cfsd.train.methods.l2 import L2
 from cfsd.train.methods.method import Estimate, Method, Pull
+from cfsd.train.methods.stm import Stm
 from cfsd.train.penalties import Penalty, penalties_of, plain_name
 from tests.conftest import save_model
 
 # A method that is added to `Methods` is to be added here, with settings that turn it on.
-ON: dict[str, dict[str, Any]] = {"l2": {"weight": 0.3}, "ewc": {"weight": 0.7, "rows": 8}, "lora": {"rank": 3}}
+ON: dict[str, dict[str, Any]] = {
+    "l2": {"weight": 0.3}, "ewc": {"weight": 0.7, "rows": 8}, "lora": {"rank": 3}, "dft": {"power": 1.0},
+    "eaft": {"power": 0.5}, "stm": {"threshold": 2.5}, "target_divergence": {"weight": 0.1},
+}  # fmt: skip
 PULLING = [name for name in ON if Methods.model_validate({name: ON[name]}).pulls()]
 ADAPTING = [name for name in ON if Methods.model_validate({name: ON[name]}).adapter()]
 FAMILIES = ["llama", "olmo", "gpt2", "qwen2", "gemma2"]
@@ -86,7 +91,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_the_settings_here_turn_every_method_on() -> None:
     assert set(ON) == set(Methods.model_fields)
     assert all(list(on(name).by_name()) == [name] for name in ON)
-    for name, method in on("l2", "ewc").by_name().items() | on("lora").by_name().items():
+    for name, method in ((name, on(name).by_name()[name]) for name in ON):
         assert not Methods.model_validate({name: ON[name] | {method.strength: 0}}).by_name()
     assert Methods().by_name() == {}
 
@@ -364,6 +369,10 @@ def test_every_setting_of_a_method_that_is_on_counts() -> None:
             {}, {"l2": {"weight": 1}}, {"l2": {"weight": 2}}, {"ewc": {"weight": 1}}, {"ewc": {"weight": 1, "rows": 2}},
             {"l2": {"weight": 1}, "ewc": {"weight": 1}}, {"lora": {"rank": 1}}, {"lora": {"rank": 1, "alpha": 2}},
             {"lora": {"rank": 1, "dropout": 0.1}}, {"lora": {"rank": 1, "targets": ["q_proj"]}},
+            {"dft": {"power": 1}}, {"eaft": {"power": 1}}, {"dft": {"power": 1}, "eaft": {"power": 1}},
+            {"stm": {"threshold": 2}}, {"stm": {"threshold": 3}}, {"target_divergence": {"weight": 1}},
+            {"target_divergence": {"weight": 1, "top_logprobs": 8}},
+            {"target_divergence": {"weight": 1, "reference": "base"}},
         )
     ]  # fmt: skip
     assert len({methods.digest() for methods in variants}) == len(variants)
@@ -443,11 +452,41 @@ def test_a_pull_on_weights_that_are_not_trained_is_refused(others: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "given", [{"l2": {"weight": -1}}, {"ewc": {"weight": 1, "rows": 0}}, {"lora": {"rank": 1, "dropout": 1}}]
+    "given",
+    [
+        {"l2": {"weight": -1}},
+        {"ewc": {"weight": 1, "rows": 0}},
+        {"lora": {"rank": 1, "dropout": 1}},
+        {"stm": {"threshold": 0.5}},
+        {"dft": {"power": -1}},
+    ],
 )
 def test_impossible_settings_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Methods.model_validate(given)
+
+
+def test_what_is_not_read_is_in_no_digest() -> None:
+    held = [{"weight": 1, "reference": "base", "top_logprobs": count} for count in (8, 64)]
+    assert len({Methods.model_validate({"target_divergence": given}).digest() for given in held}) == 1
+
+
+def test_weights_of_tokens_multiply_and_tokens_are_learned_that_every_method_learns() -> None:
+    class Tokens:
+        probability = torch.tensor([0.5, 0.25])
+
+        def entropy(self, likeliest: int) -> Tensor:
+            assert likeliest == 20
+            return torch.tensor([3.0, 0.75])
+
+    class Two(Methods):
+        other: Stm = Stm()
+
+    factor = on("dft", "eaft").factor()
+    assert factor and factor(Tokens()).tolist() == [0.5, 0.125]  # 0.25 x (0.75 / 3)^0.5
+    learned = Two(stm=Stm(threshold=9.0), other=Stm(threshold=2.0)).learned()
+    assert learned and learned(np.array([0.0, 0.6, 0.8])).tolist() == [True, True, False]
+    assert Methods().factor() is None and Methods().learned() is None and on("stm").factor() is None
 
 
 def test_copies_of_settings_train_alike(folders: dict[str, Path]) -> None:

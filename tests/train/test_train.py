@@ -26,6 +26,7 @@ from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
+from cfsd.mix.weigh import weigh
 from cfsd.model.loading import load_model, load_tokenizer, read_start_token
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.journal import read_metrics
@@ -33,7 +34,9 @@ from cfsd.store.tables import read_rows
 from cfsd.train.batches.loading import batches_of
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import fisher
+from cfsd.train.methods.method import AlongSpec
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
+from cfsd.train.target_distributions import store_target
 from cfsd.train.trainer import fit, last_whole_checkpoint
 from tests.conftest import fetched, save_model, write_rows
 
@@ -102,6 +105,8 @@ def request_of(world: World, mixture: Artifact, spec: TrainSpec, machine: Machin
         mixture=mixture,
         corpus=world.corpus if spec.rehearsal.reads_corpus() else None,
         fisher=fisher_in(world, spec.methods.ewc.rows) if spec.methods.ewc.is_on() else None,
+        losses=losses_in(world) if spec.methods.learned() else None,
+        along=along_in(world, held.stored) if (held := spec.methods.divergence()) and held.stored else None,
         watched=Watched(sample=world.sample, target=world.target) if spec.watch.every else None,
         spec=spec,
         machine=machine,
@@ -112,6 +117,17 @@ def fisher_in(world: World, rows: int) -> Artifact:
     spec = FisherSpec(rows=rows)
     work: Callable[[Draft], None] = lambda draft: fisher(world.base, world.corpus, spec, draft, MACHINE)  # noqa: E731
     return world.store.make("fisher", f"{rows:016}", work)[0]
+
+
+def losses_in(world: World) -> Artifact:
+    """Return the base's losses on the target."""
+    return world.store.make("losses", "0" * 16, lambda draft: weigh(world.base, world.target, draft, MACHINE))[0]
+
+
+def along_in(world: World, spec: AlongSpec) -> Artifact:
+    """Return the base's distributions along the target."""
+    work: Callable[[Draft], None] = lambda draft: store_target(world.base, world.target, spec, draft, MACHINE)  # noqa: E731
+    return world.store.make("along", key_of("along", spec), work)[0]
 
 
 def trained(world: World, key: str, mixture: Artifact, spec: TrainSpec = SPEC, machine: Machine = MACHINE) -> Artifact:

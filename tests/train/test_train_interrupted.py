@@ -30,7 +30,11 @@ TWO = Machine(device="cpu", threads=1, checkpoint_steps=5, micro_batch_tokens=64
 SPEC = TrainSpec.model_validate(  # all that has a state of its own
     {
         "learning_rate": 1e-3, "epochs": 16, "seed": 0, "rehearsal": {"loss": "kl", "budget": 0.01},
-        "methods": {"l2": {"weight": 0.1}, "ewc": {"weight": 1.0, "rows": 20}}, "watch": {"every": 7},
+        "methods": {
+            "l2": {"weight": 0.1}, "ewc": {"weight": 1.0, "rows": 20}, "dft": {"power": 0.5}, "eaft": {"power": 0.5},
+            "stm": {"threshold": 1000}, "target_divergence": {"weight": 0.1, "top_logprobs": 8},
+        },
+        "watch": {"every": 7},
     }
 )  # fmt: skip
 LORA = SPEC.model_copy(update={"methods": Methods.model_validate({"lora": {"rank": 4, "dropout": 0.1}})})

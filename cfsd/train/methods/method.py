@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from functools import reduce
+from operator import mul
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -38,8 +40,44 @@ class Adapter(NamedTuple):
     targets: tuple[str, ...]  # names of layers; empty: all linear ones but the head
 
 
+class TargetTokens(Protocol):
+    """What the model, as it is now, says of some tokens of the target: arrays with an entry for each."""
+
+    @property
+    def probability(self) -> Any:
+        """What the model gives to the token."""
+
+    def entropy(self, likeliest: int) -> Any:
+        """Return the entropy of the `likeliest` tokens' distribution, renormalised, in nats."""
+
+
+class Weigh(NamedTuple):
+    """What becomes of -log p at each token of the target's responses.
+
+    `factor` multiplies it at each step, and is not differentiated; `learned` says once, from the base's -log p in nats,
+    which tokens are in the loss at all.
+    """
+
+    factor: Callable[[TargetTokens], Any] | None = None
+    learned: Callable[[Any], Any] | None = None
+
+
+class AlongSpec(Spec):
+    """What is stored of the base's distribution at each token of the target's responses."""
+
+    top_logprobs: PositiveInt = Field(64, description="Likeliest tokens")
+    tail_samples: PositiveInt = Field(16, description="Samples of the other tokens, which stand for them")
+
+
+class TargetDivergence(NamedTuple):
+    """weight x KL(base || model) at each token of the target's responses, on top of its loss there."""
+
+    weight: float
+    stored: AlongSpec | None  # None: the base is in memory
+
+
 class Method(Spec, ABC):
-    """A method says whether it is on, and declares a pull, an adapter or both; the training asks for nothing else."""
+    """A method says whether it is on, and what it declares; the training asks for nothing else."""
 
     strength: ClassVar[str]  # the setting that people look at; at 0 the method is off
     unsharded: ClassVar[str | None] = None  # why its weights cannot be sharded; None: they can
@@ -56,9 +94,17 @@ class Method(Spec, ABC):
         """Return what is trained in place of the base's weights."""
         return None
 
+    def weigh(self) -> Weigh | None:
+        """Return what the loss of each of the target's tokens is multiplied by."""
+        return None
+
+    def divergence(self) -> TargetDivergence | None:
+        """Return what is added to the loss of each of the target's tokens."""
+        return None
+
 
 class MethodSet(Spec):
-    """Methods by field. Penalties add up; a method that is off is in no key."""
+    """Methods by field. Penalties add up, weights of tokens multiply; a method that is off is in no key."""
 
     @field_validator("*")
     @classmethod
@@ -98,9 +144,28 @@ class MethodSet(Spec):
         """Return what is trained in place of the base's weights; None: they are trained themselves."""
         return next((adapter for method in self.by_name().values() if (adapter := method.adapter())), None)
 
+    def divergence(self) -> TargetDivergence | None:
+        """Return the divergence on the target's rows, if there is one."""
+        return next((found for method in self.by_name().values() if (found := method.divergence())), None)
+
+    def factor(self) -> Callable[[TargetTokens], Any] | None:
+        """Return the product of what the losses of the target's tokens are multiplied by, None without any."""
+        return _product([weigh.factor for weigh in self._weighs() if weigh.factor])
+
+    def learned(self) -> Callable[[Any], Any] | None:
+        """Return what says by the base's losses which tokens of the target are learned, None: all of them."""
+        return _product([weigh.learned for weigh in self._weighs() if weigh.learned])
+
+    def _weighs(self) -> list[Weigh]:
+        return [weigh for method in self.by_name().values() if (weigh := method.weigh())]
+
     def estimate(self) -> Estimate | None:
         """Return what the methods need measured on the base before the training."""
         return next((pull.curvature for pull in self.pulls().values() if pull.curvature), None)
 
     def _identity(self) -> dict[str, Any]:
         return {name: method.digest() for name, method in self.by_name().items()}
+
+
+def _product(factors: list[Callable[[Any], Any]]) -> Callable[[Any], Any] | None:
+    return (lambda tokens: reduce(mul, (factor(tokens) for factor in factors))) if factors else None
