@@ -6,6 +6,7 @@ Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Lla
 from typing import Any, NamedTuple, Self
 
 from cfsd.machine import Machine
+from cfsd.train.methods.method import Adapter
 from cfsd.train.spec import TrainSpec
 
 CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vocabulary
@@ -77,7 +78,7 @@ class Load(NamedTuple):
     sharded: bool = False
     checkpointing: bool = False
     bfloat16: bool = False
-    lora_rank: int = 0
+    adapter: Adapter | None = None
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False
     chunk: int = CHUNK  # tokens whose logits exist at once
@@ -85,14 +86,14 @@ class Load(NamedTuple):
 
 def load_of(spec: TrainSpec, machine: Machine) -> Load:
     """Return what a training of `spec` on `machine` asks for."""
-    adapter, cuda = spec.methods.adapter(), machine.resolved_device() == "cuda"
+    cuda = machine.resolved_device() == "cuda"
     return Load(
         machine.micro_batch_tokens,
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
         bfloat16=spec.in_bfloat16(machine),
-        lora_rank=adapter.rank if adapter else 0,
+        adapter=spec.methods.adapter(),
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
         live_base=spec.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
@@ -119,11 +120,12 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
     """Return the bytes that each of `load.processes` needs to train a model of `shapes` with AdamW in float32."""
     shards = load.processes if load.sharded else 1
     all_weights = shapes.parameters()
-    added = shapes.layers * load.lora_rank * sum(a + b for a, b in shapes.matrices())
+    added = shapes.layers * sum(_rank(load, a, b) * (a + b) for a, b in shapes.matrices())
     trained = added or all_weights
+    beside = added + shapes.layers * _kept_directions(shapes, load)
     exchanged = trained if load.processes > 1 and not load.sharded else 0  # DDP's buckets are a second copy
     return Memory(
-        weights=FLOAT * (all_weights + added) / shards,
+        weights=FLOAT * (all_weights + beside) / shards,
         gradients=FLOAT * (trained / shards + exchanged),
         moments=2 * FLOAT * trained / shards,
         anchors=FLOAT * load.anchor_copies * trained / shards,
@@ -131,6 +133,19 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
         activations=_activations(shapes, load),
         logits=_logits(shapes, load),
     )
+
+
+def _rank(load: Load, *sides: int) -> int:
+    return load.adapter.rank_at(min(sides)) if load.adapter else 0
+
+
+def _kept_directions(shapes: Shapes, load: Load) -> int:
+    """Return what OSFT holds beside what it trains: its start, and the kept directions of the longer side."""
+    if load.adapter is None or load.adapter.kind != "osf":
+        return 0
+    sides = [(min(pair), max(pair)) for pair in shapes.matrices()]
+    kept = sum((less - _rank(load, less)) * more for less, more in sides if less != more)
+    return kept + sum(_rank(load, less) * (less + more) for less, more in sides)
 
 
 def _live_base(shapes: Shapes, load: Load) -> float:
@@ -164,7 +179,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
     norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
     attention = 2 * sum(shapes.attention_widths())
     mlp = (4 if shapes.gated else 3) * shapes.intermediate
-    adapters = 7 * load.lora_rank
+    adapters = sum(_rank(load, *pair) for pair in shapes.matrices())
     return norms + linear * (attention + mlp + adapters)
 
 
@@ -173,13 +188,13 @@ def _casts(shapes: Shapes, load: Load) -> float:
     wide = HALF if load.bfloat16 else FLOAT
     if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
-        return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.lora_rank else ends)
+        return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.adapter else ends)
     return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
 
 
 def _logits(shapes: Shapes, load: Load) -> float:
     """Return the chunk's logits and the gradients of output layer and embedding, which add up with those before."""
     buffers = LOGIT_BUFFERS + (BASE_BUFFERS if load.live_base else 0) + (1 if load.bfloat16 else 0)
-    head = 0 if load.lora_rank else 2 * FLOAT * shapes.embedding()
-    cast = HALF * shapes.embedding() * (1 if load.lora_rank else 2) if load.bfloat16 else 0
+    head = 0 if load.adapter else 2 * FLOAT * shapes.embedding()
+    cast = HALF * shapes.embedding() * (1 if load.adapter else 2) if load.bfloat16 else 0
     return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast

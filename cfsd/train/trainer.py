@@ -28,7 +28,7 @@ from cfsd.spec import seed_of
 from cfsd.stages import ALONG
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
-from cfsd.train.adapters import adapt, merge_adapter, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, trained_by
 from cfsd.train.arguments import training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
@@ -54,6 +54,8 @@ class RehearsalTrainer(Trainer):
     ) -> None:  # fmt: skip
         """Train `model`, which an Objective has taken over, on `data`; `recorder` gets each step's figures."""
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal(), recorder])
+        if (adapter := spec.methods.adapter()) and adapter.kind == "osf":
+            self.add_callback(KeepDirections())
         self.data, self.recorder, self.penalties, self.spec = data, recorder, penalties, spec
         self.controller = recorder.controller
 
@@ -179,7 +181,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     rounding = _save(trainer, spec, base_folder, folder)
     lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
     notes = [line for line in lines if line]
-    shares = ({"lora_share": adapter.share} if adapter else {}) | rounding.metadata()
+    shares = ({f"{adapter.method}_share": adapter.share} if adapter else {}) | rounding.metadata()
     return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
 
 

@@ -497,6 +497,24 @@ def test_lora_leaves_a_plain_model_and_its_adapter(world: World) -> None:
     assert losses[STEPS] < losses[1] - 0.05
 
 
-def test_lora_with_learning_rate_zero_is_the_base(world: World) -> None:
-    spec = spec_with(learning_rate=0.0, methods={"lora": {"rank": 4}})
-    assert bit_equal(weights(world, trained(world, "still lora", world.mixture, spec)), weights(world, world.base))
+@pytest.mark.parametrize("methods", [{"lora": {"rank": 4}}, {"osft": {"preserved": 0.5}}])
+def test_an_adapter_with_learning_rate_zero_is_the_base(methods: dict[str, Any], world: World) -> None:
+    spec = spec_with(learning_rate=0.0, methods=methods)
+    model = trained(world, f"still {next(iter(methods))}", world.mixture, spec)
+    assert bit_equal(weights(world, model), weights(world, world.base))
+
+
+def test_osft_leaves_the_largest_directions_of_every_layer_alone(world: World) -> None:
+    model = trained(world, "osft", world.mixture, spec_with(learning_rate=1e-2, methods={"osft": {"preserved": 0.5}}))
+    found, start = weights(world, model), weights(world, world.base)
+    changed = {name for name in start if not torch.equal(found[name], start[name])}
+    assert changed and all("_proj" in name for name in changed)
+    for name in changed:
+        change = (found[name] - start[name]).double()
+        left, _, right = torch.linalg.svd(start[name].double(), full_matrices=False)
+        kept = min(change.shape) // 2
+        assert (left[:, :kept].T @ change).norm() < 1e-4 * change.norm() > (change @ right[:kept].T).norm()
+    assert json.loads((world.store.path(model) / "adapter" / "adapter_config.json").read_text())["peft_type"] == "OSF"
+    losses = figures(world, model, "train/target_loss")
+    assert losses[STEPS] < losses[1] - 0.05
+    assert model.metadata["osft_share"] == 1

@@ -8,6 +8,7 @@ from cfsd.train.methods.ewc import Ewc
 from cfsd.train.methods.l2 import L2
 from cfsd.train.methods.lora import Lora
 from cfsd.train.methods.method import MethodSet
+from cfsd.train.methods.osft import Osft
 from cfsd.train.methods.stm import Stm
 from cfsd.train.methods.target_divergence import HoldTarget
 
@@ -18,6 +19,7 @@ class Methods(MethodSet):
     l2: L2 = Field(L2(), description="L2-SP: pull towards the base's weights")
     ewc: Ewc = Field(Ewc(), description="EWC: pull towards them by how much the base's text depends on each")
     lora: Lora = Field(Lora(), description="LoRA: train small matrices beside the base's, merged into them at the end")
+    osft: Osft = Field(Osft(), description="OSFT: train only what is orthogonal to each layer's largest directions")
     dft: Dft = Field(Dft(), description="DFT: learn target tokens by how likely the model finds them")
     eaft: Eaft = Field(Eaft(), description="EAFT: learn target tokens by how unsure the model is of what comes there")
     stm: Stm = Field(Stm(), description="STM: learn only the target tokens that do not surprise the base")

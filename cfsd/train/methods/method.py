@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import reduce
 from operator import mul
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -32,12 +32,19 @@ class Pull(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Matrices of `rank` beside the base's, trained in place of them: W = W* + (alpha / rank) B A."""
+    """What PEFT trains beside the base's weights in place of them, and adds to them at the end."""
 
-    rank: int
-    alpha: int
-    dropout: float
-    targets: tuple[str, ...]  # names of layers; empty: all linear ones but the head
+    kind: Literal["lora", "osf"]
+    settings: dict[str, Any]  # of PEFT's config, by its own names
+    targets: tuple[str, ...] = ()  # names of layers, or of experts' weights; empty: all linear ones but the head
+    parameters: tuple[str, ...] = ()  # names of experts' weights on top of those
+    rank: int = 0  # of what is added; 0: the layer's smaller side without its share `preserved`
+    preserved: float = 0.0
+    quantise: str = "off"  # the number format that the base's layers are held in meanwhile
+
+    def rank_at(self, smaller: int) -> int:
+        """Return the rank beside a matrix whose smaller side is `smaller`."""
+        return self.rank or smaller - int(smaller * self.preserved)
 
 
 class TargetTokens(Protocol):
@@ -142,7 +149,11 @@ class MethodSet(Spec):
 
     def adapter(self) -> Adapter | None:
         """Return what is trained in place of the base's weights; None: they are trained themselves."""
-        return next((adapter for method in self.by_name().values() if (adapter := method.adapter())), None)
+        return next(iter(self.adapters().values()), None)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Return that by the name of the method, of which there is one at most."""
+        return {name: adapter for name, method in self.by_name().items() if (adapter := method.adapter())}
 
     def divergence(self) -> TargetDivergence | None:
         """Return the divergence on the target's rows, if there is one."""
