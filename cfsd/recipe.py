@@ -113,6 +113,7 @@ class Recipe(Spec):
         if self.generate.replay:
             self.generate.replay.check()
         self.evaluate.check()
+        self.train.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for errors detectable once the base is known, before anything is sampled."""

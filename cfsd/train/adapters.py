@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, LoraModel, OSFConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, LoraModel, OSFConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.osf.layer import OSFLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from cfsd.errors import BadInput
+from cfsd.model.loading import load_model
 from cfsd.model.undisturbed import mode_kept
 from cfsd.store.digests import write_json
 from cfsd.train.methods import Methods
@@ -212,6 +213,17 @@ class Trained(NamedTuple):
         return f"{self.method} stands beside {self.share:.0%} of the layers' weights, not beside {left_out}"
 
 
+def quantised_note(methods: Methods) -> str | None:
+    """Return the line that says beside which numbers the adapter is trained, None where they are the base's."""
+    adapter = methods.adapter()
+    if adapter is None or adapter.quantise is None:
+        return None
+    return (
+        f"the base was held in {adapter.quantise} while it was trained: divergences on the way are those of the "
+        "quantised model; what is saved is merged into the base's own weights, and measured as such"
+    )
+
+
 def trained_by(model: PreTrainedModel) -> Trained:
     """Return what the adapter in `model` trains."""
     beside = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
@@ -238,13 +250,16 @@ def _adapted(layer: Any) -> Any:
     return getattr(base, layer.parameter_name) if isinstance(layer, ParamWrapper) else base.weight
 
 
-def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTrainedModel:
+def merge_adapter(methods: Methods, model: nn.Module, folder: Path, base: Path | None = None) -> PreTrainedModel:
     """Return the plain transformers model that computes what `model` does; write the adapter to `folder`/adapter.
+
+    Where the base's layers were quantised, the adapter is merged into those in folder `base`, as they were before.
 
     The adapter has the same bytes on every machine. PEFT's own save would add the base's path, its version and a model
     card, and list targets in the order of a set.
     """
-    if methods.adapter() is None:
+    adapter = methods.adapter()
+    if adapter is None:
         return cast(PreTrainedModel, model)
     adapted: Any = model
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -257,5 +272,8 @@ def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTraine
         config[name] = sorted(config[name]) if config.get(name) else None
     del config["peft_version"]
     write_json(folder / FOLDER / "adapter_config.json", config)
+    if adapter.quantise:
+        assert base, "the quantised layers are not the base's"
+        adapted = PeftModel.from_pretrained(load_model(base, "cpu", "float32"), str(folder / FOLDER))
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged

@@ -13,6 +13,8 @@ CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vo
 CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
 
 FLOAT, HALF = 4, 2  # bytes
+QUANTISED = 0.52  # bytes of a weight in 4 bits, with its share of the scales
+STATES = {"adamw": 2, "lion": 1, "ademamix": 3, "sgd": 0, "adafactor": 0}  # tensors of the weights' size
 LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
 BASE_BUFFERS = 2  # the live base's logits and distribution
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
@@ -79,6 +81,7 @@ class Load(NamedTuple):
     checkpointing: bool = False
     bfloat16: bool = False
     adapter: Adapter | None = None
+    optimizer: str = "adamw"
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False
     chunk: int = CHUNK  # tokens whose logits exist at once
@@ -94,6 +97,7 @@ def load_of(spec: TrainSpec, machine: Machine) -> Load:
         checkpointing=machine.gradient_checkpointing,
         bfloat16=spec.in_bfloat16(machine),
         adapter=spec.methods.adapter(),
+        optimizer=spec.optimizer,
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
         live_base=spec.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
@@ -117,7 +121,7 @@ class Memory(NamedTuple):
 
 
 def training_memory(shapes: Shapes, load: Load) -> Memory:
-    """Return the bytes that each of `load.processes` needs to train a model of `shapes` with AdamW in float32."""
+    """Return the bytes that each of `load.processes` needs to train a model of `shapes` in float32."""
     shards = load.processes if load.sharded else 1
     all_weights = shapes.parameters()
     added = shapes.layers * sum(_rank(load, a, b) * (a + b) for a, b in shapes.matrices())
@@ -125,14 +129,26 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
     beside = added + shapes.layers * _kept_directions(shapes, load)
     exchanged = trained if load.processes > 1 and not load.sharded else 0  # DDP's buckets are a second copy
     return Memory(
-        weights=FLOAT * (all_weights + beside) / shards,
+        weights=(FLOAT * (all_weights + beside) - _saved_by_quantising(shapes, load)) / shards,
         gradients=FLOAT * (trained / shards + exchanged),
-        moments=2 * FLOAT * trained / shards,
+        moments=_state_bytes(load.optimizer) * trained / shards,
         anchors=FLOAT * load.anchor_copies * trained / shards,
         live_base=_live_base(shapes, load),
         activations=_activations(shapes, load),
         logits=_logits(shapes, load),
     )
+
+
+def _state_bytes(optimizer: str) -> float:
+    """Return the bytes that an optimizer keeps per trained weight, as if none were paged out."""
+    kind = optimizer.removeprefix("paged_").split("_")[0]
+    return STATES[kind] * (1 if optimizer.endswith("8bit") else FLOAT)
+
+
+def _saved_by_quantising(shapes: Shapes, load: Load) -> float:
+    quantised = load.adapter is not None and load.adapter.quantise is not None
+    layers = shapes.layers * sum(a * b for a, b in shapes.matrices())
+    return (FLOAT - QUANTISED) * layers if quantised else 0.0
 
 
 def _rank(load: Load, *sides: int) -> int:

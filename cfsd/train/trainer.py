@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
-from cfsd.model.loading import halve_layers, load_model, save_model
+from cfsd.model.loading import halve_layers, load_model, load_quantised, save_model
 from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
 from cfsd.stages import ALONG
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
-from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, quantised_note, trained_by
 from cfsd.train.arguments import training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
@@ -136,7 +136,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     args.warmup_steps = round(spec.warmup_fraction * len(data))
     controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
-    model = load_model(base_folder, machine.resolved_device(), "float32")
+    model = _trained_base(base_folder, spec, args)
     put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
@@ -158,7 +158,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     journal = Journal(folder)
     as_trained = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.bf16)
     with as_trained():
-        watcher = Watcher(model, store, request) if request.watched else None
+        watcher = Watcher(_plain(model, spec, base_folder), store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
@@ -179,20 +179,42 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     objective.remove()
     put_back()
     rounding = _save(trainer, spec, base_folder, folder)
-    lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
+    lines = [
+        *data.said,
+        *objective.notes,
+        adapter.note() if adapter else None,
+        quantised_note(spec.methods),
+        rounding.note(),
+    ]
     notes = [line for line in lines if line]
     shares = ({f"{adapter.method}_share": adapter.share} if adapter else {}) | rounding.metadata()
     return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
 
 
+def _trained_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel:
+    """Return the base as it is trained, or as an adapter is trained beside it."""
+    adapter = spec.methods.adapter()
+    if adapter is None or adapter.quantise is None:
+        return load_model(folder, args.device.type, "float32")
+    computed_in = torch.bfloat16 if args.bf16 else torch.float32
+    return load_quantised(folder, str(args.device), adapter.quantise, computed_in)
+
+
+def _plain(model: PreTrainedModel, spec: TrainSpec, folder: Path) -> PreTrainedModel:
+    """Return the base that divergences are counted from: as it is where `model` is quantised."""
+    adapter = spec.methods.adapter()
+    return load_model(folder, model.device.type) if adapter and adapter.quantise else model
+
+
 def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
     """Return the base where its distribution is the reference, in the format that the trained model computes in.
 
-    That is float32 under autocast; where weights are sharded, they are gathered in bfloat16, all of them.
+    That is float32 under autocast, or quantised; where weights are sharded, they are gathered in bfloat16, all of them.
     """
     if not spec.needs_base():
         return None
-    base = load_model(folder, args.device.type, "bfloat16" if args.bf16 and args.fsdp else "float32")
+    sharded = args.bf16 and args.fsdp
+    base = load_model(folder, args.device.type, "bfloat16") if sharded else _trained_base(folder, spec, args)
     base.eval().requires_grad_(False)
     return base
 
@@ -220,7 +242,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return Rounding()
-    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder)
+    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder, base_folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)

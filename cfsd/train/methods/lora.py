@@ -1,6 +1,6 @@
 """Train two small matrices beside each large one."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -12,10 +12,13 @@ class Lora(Method):
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     Differs: all linear layers but the head, where the paper takes the attention's query and value.
-    Options: DoRA, Liu et al. 2024, arXiv:2402.09353; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732.
+    Options: DoRA, Liu et al. 2024, arXiv:2402.09353; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; QLoRA, Dettmers et
+    al. 2023, arXiv:2305.14314, which differs: the matrices are merged into the base as it was before it was quantised.
     """
 
-    neutral: ClassVar[dict[str, Any]] = {"use_dora": False, "use_rslora": False, "target_parameters": ()}
+    neutral: ClassVar[dict[str, Any]] = {
+        "use_dora": False, "use_rslora": False, "target_parameters": (), "quantise": None,
+    }  # fmt: skip
     strength: ClassVar[str] = "rank"
     unsharded: ClassVar[str | None] = "LoRA's frozen weights are not sharded here"
 
@@ -35,6 +38,11 @@ class Lora(Method):
     use_dora: bool = Field(False, description="DoRA: train the length of each weight's rows apart; layers only")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank): the same rate serves every rank")
 
+    quantise: Literal["nf4", "fp4"] | None = Field(
+        None,
+        description="QLoRA: hold the base's layers in 4 bits while it is trained, by bitsandbytes; empty: as they are",
+    )
+
     def is_on(self) -> bool:
         """Say whether there is a rank."""
         return self.rank > 0
@@ -43,4 +51,4 @@ class Lora(Method):
         """Return the matrices to be trained."""
         settings = {"r": self.rank, "lora_alpha": self.alpha or self.rank, "lora_dropout": self.dropout}
         settings |= {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        return Adapter("lora", settings, self.targets, self.target_parameters, self.rank)
+        return Adapter("lora", settings, self.targets, self.target_parameters, self.rank, quantise=self.quantise)

@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
     parameters: tuple[str, ...] = ()  # names of experts' weights on top of those
     rank: int = 0  # of what is added; 0: the layer's smaller side without its share `preserved`
     preserved: float = 0.0
-    quantise: str = "off"  # the number format that the base's layers are held in meanwhile
+    quantise: str | None = None  # the number format that the base's layers are held in meanwhile
 
     def rank_at(self, smaller: int) -> int:
         """Return the rank beside a matrix whose smaller side is `smaller`."""
