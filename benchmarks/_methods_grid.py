@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._result import RESULTS
+from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.overrides import override, read_yaml, validated
 from cfsd.recipe import Recipe
@@ -47,6 +48,13 @@ class Study(NamedTuple):
         """Return all that sets one method at one strength apart."""
         found = self.methods[method]
         return found.changes | found.strengths[strength]
+
+    def only(self, methods: list[str], folder: Path) -> "Study":
+        """Return some of the methods beside plain fine-tuning, with the results in `folder`."""
+        if strange := [name for name in methods if name not in self.methods]:
+            raise BadInput(f"--only {', '.join(strange)}: no such method; allowed: {', '.join(self.methods)}")
+        kept = {name: found for name, found in self.methods.items() if name in (PLAIN, *methods)}
+        return self._replace(name=f"{self.name}-part", methods=kept, results=folder, pictures=folder)
 
     def quick(self, folder: Path) -> "Study":
         """Return two methods, one epoch, two seeds, with the results in `folder`: to try the scripts."""
@@ -109,7 +117,10 @@ def _label(strength: Changes) -> str:
 
 
 class Row(NamedTuple):
-    """A method of both studies; they try the same number of strengths for every method."""
+    """A method of both studies; they try the same number of strengths for every method.
+
+    In `tiny` each is tried at several learning rates, which explain much by themselves.
+    """
 
     changes: Changes
     tiny: list[Changes]
@@ -125,34 +136,52 @@ def _low_rank(*pairs: tuple[int, float]) -> list[Changes]:
 
 
 # none above the recipe's, at which the others train: a method is held to what plain fine-tuning learns there
-RATES = (_over(RATE, 1e-3, 5e-4, 2.5e-4, 1.25e-4), _over(RATE, 3e-4, 1e-4, 3e-5))
-WEIGHTS = (_over("train.rehearsal.weight", 0.3, 1, 3, 10), _over("train.rehearsal.weight", 1, 3, 10))
+RATES = (_over(RATE, 1e-3, 5e-4, 2.5e-4, 1.25e-4, 6e-5, 3e-5), _over(RATE, 3e-4, 1e-4, 3e-5))
 NO_CORPUS: Changes = {"generate.rows": 0}
 STORED: Changes = {"train.rehearsal.loss": "kl"}
+DFT: Changes = {"train.methods.dft.power": 1}
+HELD = "train.methods.target_divergence"
+# what makes the loss smaller is given higher rates than the recipe's, too
+HIGHER_RATES = (_over(RATE, 8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4), _over(RATE, 1e-3, 3e-4, 1e-4))
+
+
+def _swept(field: str, tiny: list[float], demo: list[float]) -> tuple[list[Changes], list[Changes]]:
+    """Return the strengths of a method: for tiny each at the recipe's learning rate and at a quarter of it."""
+    rates = RATES[0][0], RATES[0][2]
+    return [{field: value} | rate for value in tiny for rate in rates], _over(field, *demo)
+
+
+WEIGHTS = _swept("train.rehearsal.weight", [1, 3, 10], [1, 3, 10])
 
 TABLE = {
     PLAIN: Row(NO_CORPUS, *RATES),
     "nll": Row({}, *WEIGHTS),
     "kl stored": Row(STORED, *WEIGHTS),
     "kl live base": Row(STORED | {"train.rehearsal.reference": "base"}, *WEIGHTS),
-    "L2": Row(
-        NO_CORPUS,
-        _over("train.methods.l2.weight", 0.01, 0.1, 1, 10),
-        _over("train.methods.l2.weight", 0.1, 1, 10),
-    ),
+    "L2": Row(NO_CORPUS, *_swept("train.methods.l2.weight", [0.1, 1, 10], [0.1, 1, 10])),
     "EWC": Row(
         {"train.rehearsal.weight": 0, "generate.rows": 256, "generate.top_logprobs": 0},  # for the Fisher matrix alone
-        _over("train.methods.ewc.weight", 10, 100, 1000, 10_000),
-        _over("train.methods.ewc.weight", 10, 100, 1000),
+        *_swept("train.methods.ewc.weight", [100, 1000, 10_000], [10, 100, 1000]),
     ),
     "LoRA": Row(
         NO_CORPUS,
-        _low_rank((16, 1e-2), (16, 3e-3), (4, 1e-2), (4, 3e-3)),
+        _low_rank(*((rank, rate) for rank in (16, 4) for rate in (1e-2, 3e-3, 1e-3))),
         _low_rank((32, 1e-3), (8, 3e-3), (8, 1e-3)),
     ),
-    "WiSE-FT": Row(NO_CORPUS, _over("merge.alpha", 0.8, 0.6, 0.4, 0.2), _over("merge.alpha", 0.75, 0.5, 0.25)),
+    "WiSE-FT": Row(NO_CORPUS, *_swept("merge.alpha", [0.8, 0.6, 0.4], [0.75, 0.5, 0.25])),
+    "DoRA": Row(
+        NO_CORPUS | {"train.methods.lora.use_dora": True, "train.methods.lora.use_rslora": True},
+        _low_rank(*((rank, rate) for rank in (16, 4) for rate in (1e-2, 3e-3, 1e-3))),
+        _low_rank((32, 1e-3), (8, 3e-3), (8, 1e-3)),
+    ),
+    "OSFT": Row(NO_CORPUS, *_swept("train.methods.osft.preserved", [0.25, 0.5, 0.75], [0.25, 0.5, 0.75])),
+    "DFT": Row(NO_CORPUS | DFT, *HIGHER_RATES),
+    "EAFT": Row(NO_CORPUS | {"train.methods.eaft.power": 1}, *HIGHER_RATES),
+    "STM": Row(NO_CORPUS, *_swept("train.methods.stm.threshold", [100, 10, 2.5], [100, 10, 2.5])),
+    "ASFT": Row(NO_CORPUS | DFT | {f"{HELD}.weight": 0.1, f"{HELD}.reference": "base"}, *HIGHER_RATES),
+    "target divergence": Row(NO_CORPUS, *_swept(f"{HELD}.weight", [0.1, 0.3, 1], [0.1, 0.3, 1])),
     "FLOW": Row(NO_CORPUS | {"mix.flow": "sample"}, *RATES),
-    "contextual": Row({"generate.source": "contextual"}, *WEIGHTS),
+    "contextual": Row({"generate.source": "contextual"}, *_swept("train.rehearsal.weight", [0.1, 0.3, 1], [1, 3, 10])),
     "replay": Row({"generate.source": "replay", "generate.top_logprobs": 0}, *WEIGHTS),
     "FLOW+kl": Row(STORED | {"mix.flow": "sample"}, *WEIGHTS),
 }

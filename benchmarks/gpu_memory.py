@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from cfsd.train.memory import CUDA_CHUNK, Load, Memory, Shapes, training_memory
+from cfsd.train.methods.lora import Lora
 
 USABLE = 0.9  # of a GPU: the rest is the driver's, and pieces too small to be used
 
@@ -19,7 +20,7 @@ def ways_to_train(shapes: Shapes, gpus: int) -> dict[str, Memory]:
     ways = {f"all weights, {spread}": load}
     if gpus > 1:
         ways["all weights, shard"] = load._replace(sharded=True)
-    ways[f"LoRA 16, {spread}"] = load._replace(lora_rank=16)  # LoRA's weights are not sharded
+    ways[f"LoRA 16, {spread}"] = load._replace(adapter=Lora(rank=16).adapter())  # LoRA's weights are not sharded
     ways |= {f"{name}, checkpointing": way._replace(checkpointing=True) for name, way in ways.items()}
     return {name: training_memory(shapes, way) for name, way in ways.items()}
 

@@ -1,7 +1,7 @@
 """The study of methods: what each learns and forgets at the strength chosen for it, with intervals, time and memory.
 
 python -m benchmarks.methods tiny|demo [--home FOLDER] [--seeds N] [--strengths chosen.json] [--quick]
-    [--machine devices=4]
+    [--only DFT --only STM] [--machine devices=4]
 make bench PART=methods
 
 Interrupted, the same command goes on: every run is cached in the data folder. Strengths are chosen by
@@ -75,12 +75,14 @@ def methods_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two methods, one epoch, two seeds: to try the script")
     ] = False,
+    only: Annotated[list[str], typer.Option(help="These methods beside plain fine-tuning; without it all")] = [],  # noqa: B006
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
     """Choose a strength for every method, report the chosen ones on other documents and seeds."""
     study = study_of(name, _folder(), seeds)
     study = study.quick(_folder()) if quick else study
+    study = study.only(only, _folder()) if only else study
     study = study._replace(machine=changed_machine(study.machine, machine))
     given = _given(study, strengths) if strengths else None
     write_documents(study.documents(), replay_file(name, _folder()))

@@ -189,7 +189,9 @@ def _training(job: Job, inputs: Inputs) -> Work:
     targets = recipe.train.epochs * tokens
     passes = (2 if recipe.train.methods.adapter() else 3) + job.machine.gradient_checkpointing
     passed = passes * (targets + steps * rehearsed)
+    held = recipe.train.methods.divergence()
     passed += steps * rehearsed * recipe.train.rehearsal.needs_base() + _watching(job, steps)
+    passed += targets if held and not held.stored else 0
     calls = steps * passes * (job.calls(targets / max(steps, 1)) + job.calls(rehearsed))
     all_tokens = max(targets + steps * rehearsed, 1)
     updates = 0 if recipe.train.methods.adapter() else steps
@@ -243,6 +245,7 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.PROMPTS: _sampled,
     stages.GENERATE: _sampled,
     stages.WEIGH: lambda job, inputs: _read(job, _trained_rows(job)[1]),
+    stages.ALONG: lambda job, inputs: _read(job, _trained_rows(job)[1], logits=_trained_rows(job)[1]),
     stages.FISHER: _fisher,
     stages.TRAIN: _training,
     stages.BUDGET: _budget,
@@ -264,7 +267,7 @@ DIVERGENCES = (
 )  # fmt: skip
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
     **dict.fromkeys(DIVERGENCES, 2), stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
-    **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
+    **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK, stages.ALONG), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
 }  # fmt: skip
 

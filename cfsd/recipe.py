@@ -120,6 +120,7 @@ class Recipe(Spec):
             self.generate.replay.check()
         self.probe.check()
         self.evaluate.check()
+        self.train.check()
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for errors detectable once the base is known, before anything is sampled."""

@@ -29,7 +29,7 @@ from tasks.generate import sample_along, sample_control, sample_watched
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.train import train_model
-from tasks.weigh import weigh_target
+from tasks.weigh import store_target, weigh_target
 
 
 def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
@@ -44,7 +44,8 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     )
     sampled = sample_along(base, recipe.probe, machine)
     probe = sampled[UNPROMPTED]
-    losses = weigh_target(base, selected_target, recipe.mix, machine)
+    losses = weigh_target(base, selected_target, recipe.mix, machine, recipe.train.methods)
+    along = store_target(base, selected_target, recipe.train.methods, machine)
     mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
     corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
@@ -53,7 +54,9 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     merging = recipe.merge.keeping(budgets)
     controls = sample_control(base, recipe.probe, budgets, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
-    tuned = train_model(base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine)
+    tuned = train_model(
+        base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine, losses, along
+    )
     fitted = fit_alpha(base, tuned, controls, merging, machine)
     final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, sampled, recipe.evaluate, machine)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cfsd.data.corpus_table import DROPPED, HALVED, corpus_table
@@ -108,7 +107,7 @@ def _with_torch(job: ShardJob, shard: Shard, rows: Rows, look: Look) -> list[Sam
     where = f"shard {shard.index}"
     if not source_of(shard.source).is_sampled:
         scored = _scored(job, rows, dict(zip(rows.ids, rows.prompts, strict=True)), where)
-        return [_only(sample, learned) for sample, learned in zip(scored, rows.learned, strict=True)]
+        return [sample.only(learned) for sample, learned in zip(scored, rows.learned, strict=True)]
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     check_sampling(model)
     lengths = [len(prompt) for prompt in rows.prompts]
@@ -133,16 +132,6 @@ def _with_distributions(job: ShardJob, shard: Shard, rows: Rows, samples: Sequen
     scored = iter(_scored(job, rows, texts, f"shard {shard.index}"))
     whole = [(s, len(prompt)) for s, prompt in zip(samples, rows.prompts, strict=True)]
     return [
-        s if isinstance(s, str) else s._replace(top=_only(next(scored), np.arange(len(s.token_ids)) >= given).top)
+        s if isinstance(s, str) else s._replace(top=next(scored).only(np.arange(len(s.token_ids)) >= given).top)
         for s, given in whole
     ]
-
-
-def _only(sample: Sample, learned: Sequence[bool] | NDArray[np.bool_] | None) -> Sample:
-    """Return `sample` with nothing at the tokens that are not `learned`, as at those of a prompt."""
-    if learned is None:
-        return sample
-    hidden_T = ~np.asarray(learned, bool)
-    for values in sample.top or ():
-        values[hidden_T] = 0 if values.dtype.kind == "i" else np.nan
-    return sample._replace(logprobs=[p if kept else None for p, kept in zip(sample.logprobs, learned, strict=True)])

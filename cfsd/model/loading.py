@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from cfsd.errors import BadInput
@@ -91,6 +97,26 @@ def load_model(folder: Path, device: str, precision: str | None = None) -> PreTr
     )
     loaded.config.return_dict = True  # some old configs ask for tuples
     model: PreTrainedModel = loaded.to(device)
+    return model
+
+
+def load_quantised(folder: Path, device: str, kind: str, computed_in: torch.dtype) -> PreTrainedModel:
+    """Return the model in `folder` with its linear layers but the head in 4 bits, `nf4` or `fp4`, by bitsandbytes.
+
+    The rest is float32; products are `computed_in` that format. Source: Dettmers et al. 2023, arXiv:2305.14314.
+    """
+    quiet()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed_in
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, device_map={"": device}, trust_remote_code=False,
+        use_safetensors=True,
+    )  # fmt: skip
+    model.config.return_dict = True
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # evaluation would round otherwise than training
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

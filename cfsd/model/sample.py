@@ -1,6 +1,10 @@
 """Sample: one sequence with the log-probabilities recorded while it was sampled."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cfsd.model.distribution import Top
 
@@ -12,3 +16,12 @@ class Sample(NamedTuple):
     logprobs: list[float | None]
     finish_reason: str  # eos | length
     top: Top | None = None
+
+    def only(self, learned: Sequence[bool] | NDArray[Any] | None) -> "Sample":
+        """Return the row with nothing at the tokens that are not `learned`, as at those of a prompt; None: all are."""
+        if learned is None:
+            return self
+        hidden_T = ~np.asarray(learned, bool)
+        for values in self.top or ():
+            values[hidden_T] = 0 if values.dtype.kind == "i" else np.nan
+        return self._replace(logprobs=[p if kept else None for p, kept in zip(self.logprobs, learned, strict=True)])

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, LoraModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft import LoraConfig, LoraModel, OSFConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.osf.layer import OSFLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from cfsd.errors import BadInput
+from cfsd.model.loading import load_model
 from cfsd.model.undisturbed import mode_kept
 from cfsd.store.digests import write_json
 from cfsd.train.methods import Methods
+from cfsd.train.methods.method import Adapter
 
 FOLDER = "adapter"
 TRIAL = 16  # tokens
@@ -32,26 +36,64 @@ def adapt(methods: Methods, model: PreTrainedModel) -> nn.Module:
     adapter = methods.adapter()
     if adapter is None:
         return model
-    layers = _linear_layers(model)
-    modules, parameters = _targets(adapter.targets, layers, model)
-    config: Any = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=modules,
-        target_parameters=parameters or None,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
-    )  # no task type: PEFT then passes all arguments of a call on as they are
-    if not adapter.targets:
-        config.target_modules = {name for name in modules if _is_allowed(config, model, name)}
+    name, config = next(iter(methods.adapters())), _config(adapter, model)
     try:
         adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"lora.targets {', '.join(adapter.targets) or 'empty'}: {error}") from error
+        raise BadInput(f"{name}.targets {', '.join(adapter.targets) or 'empty'}: {error}") from error
     return adapted
 
 
-def _targets(targets: tuple[str, ...], layers: dict[str, Any], model: nn.Module) -> tuple[list[str], list[str]]:
+def _config(adapter: Adapter, model: PreTrainedModel) -> Any:
+    """Return PEFT's config. Without a task type PEFT passes all arguments of a call on as they are."""
+    layers = _linear_layers(model)
+    if adapter.kind == "osf":
+        layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        if not layers:
+            raise BadInput("osft is for models of linear layers, which this one (of Conv1D, as GPT-2) has none of")
+        return OSFConfig(**adapter.settings, target_modules=_targets(adapter.targets, layers, model, "osft")[0])
+    modules, parameters = _targets(adapter.targets, layers, model, "lora")
+    parameters += _experts(adapter.parameters, model)
+    turned = any(isinstance(layer, Conv1D) for layer in layers.values())
+    config: Any = LoraConfig(
+        **adapter.settings, target_modules=modules, target_parameters=sorted({*parameters}) or None,
+        fan_in_fan_out=turned,
+    )  # fmt: skip
+    if not adapter.targets:
+        config.target_modules = {name for name in modules if _is_allowed(config, model, name)}
+    return config
+
+
+class KeepDirections(TrainerCallback):
+    """Puts OSFT's weights back into the space that they are trained in, after each step of the optimizer.
+
+    PEFT projects the gradients, but AdamW's steps are no multiples of these.
+    """
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *_: Any, **named: Any) -> None:
+        """Take out of both factors what lies along the kept directions."""
+        for layer in named["model"].modules():
+            if isinstance(layer, OSFLayer):
+                _put_back(layer)
+
+
+def _put_back(layer: Any) -> None:
+    """Project the factors of a layer: PEFT stores the kept directions, or all that are orthogonal to them."""
+    for name, factors in layer.osf_svd_params.items():
+        for side in ("U", "V"):
+            low, start = factors[f"{side}_low"], getattr(layer, f"_osf_{side}_low_init")[name]
+            kept = getattr(layer, f"_osf_{side}_high")
+            space = kept.get(name, start)
+            moved, space = (low - start, space) if side == "U" else ((low - start).t(), space.t())
+            along = space @ (space.t() @ moved)
+            moved = moved - along if name in kept else along
+            low.copy_(start + (moved if side == "U" else moved.t()))
+
+
+def _targets(
+    targets: tuple[str, ...], layers: dict[str, Any], model: nn.Module, method: str
+) -> tuple[list[str], list[str]]:
     """Return the linear layers and the fused parameters that `targets` name; without any, all linear layers.
 
     A name that other parts of the model have as well, such as the `0` of a list, stands for its layers' full names.
@@ -67,10 +109,22 @@ def _targets(targets: tuple[str, ...], layers: dict[str, Any], model: nn.Module)
     if strange:
         also = f", or of the experts {', '.join(sorted({_last(name) for name in fused}))}" if fused else ""
         raise BadInput(
-            f"lora.targets {', '.join(strange)}: this model has no such linear layer; "
+            f"{method}.targets {', '.join(strange)}: this model has no such linear layer; "
             f"allowed: {', '.join(sorted(known))}{also}; leave it empty for all linear layers"
         )
     return sorted(modules), parameters
+
+
+def _experts(names: tuple[str, ...], model: nn.Module) -> list[str]:
+    """Return `names` of fused parameters. Raises BadInput for one that the model does not have."""
+    known = _fused(model)
+    if strange := [name for name in names if not _ends(known, name)]:
+        allowed = ", ".join(sorted({_last(name) for name in known})) or "none, it has no experts in one parameter"
+        raise BadInput(
+            f"lora.target_parameters {', '.join(strange)}: this model has no such weights of experts; "
+            f"allowed: {allowed}"
+        )
+    return list(names)
 
 
 def _last(name: str) -> str:
@@ -149,22 +203,37 @@ class Trained(NamedTuple):
 
     share: float  # of their numbers
     left_out: list[str]  # names of the others, as they end
+    method: str = "lora"
 
     def note(self) -> str | None:
         """Return the line that says what is not trained, or None."""
         if not self.left_out:
             return None
-        return f"lora stands beside {self.share:.0%} of the layers' weights, not beside {', '.join(self.left_out)}"
+        left_out = ", ".join(self.left_out)
+        return f"{self.method} stands beside {self.share:.0%} of the layers' weights, not beside {left_out}"
+
+
+def quantised_note(methods: Methods) -> str | None:
+    """Return the line that says beside which numbers the adapter is trained, None where they are the base's."""
+    adapter = methods.adapter()
+    if adapter is None or adapter.quantise is None:
+        return None
+    return (
+        f"the base was held in {adapter.quantise} while it was trained: divergences on the way are those of the "
+        "quantised model; what is saved is merged into the base's own weights, and measured as such"
+    )
 
 
 def trained_by(model: PreTrainedModel) -> Trained:
     """Return what the adapter in `model` trains."""
-    adapted = {id(_adapted(part)) for part in model.modules() if isinstance(part, LoraLayer)}
+    beside = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    method = "osft" if any(isinstance(part, OSFLayer) for part in beside) else "lora"
+    adapted = {id(_adapted(part)) for part in beside}
     around = (model.get_output_embeddings(), *(part for part in model.modules() if isinstance(part, nn.Embedding)))
     outside = {id(parameter) for part in around if part is not None for parameter in part.parameters()}
     trained, total, left_out = 0, 0, Counter[str]()
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or ".lora_" in name or id(parameter) in outside:
+        if parameter.dim() < 2 or ".lora_" in name or ".osf_" in name or id(parameter) in outside:
             continue
         numel = parameter.numel()
         total += numel
@@ -172,7 +241,8 @@ def trained_by(model: PreTrainedModel) -> Trained:
             trained += numel
         else:
             left_out[".".join(name.removesuffix(".weight").replace(".base_layer", "").split(".")[-2:])] += numel
-    return Trained(trained / max(1, total), sorted(name for name, size in left_out.items() if size > SMALL * total))
+    named = sorted(name for name, size in left_out.items() if size > SMALL * total)
+    return Trained(trained / max(1, total), named, method)
 
 
 def _adapted(layer: Any) -> Any:
@@ -180,13 +250,16 @@ def _adapted(layer: Any) -> Any:
     return getattr(base, layer.parameter_name) if isinstance(layer, ParamWrapper) else base.weight
 
 
-def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTrainedModel:
+def merge_adapter(methods: Methods, model: nn.Module, folder: Path, base: Path | None = None) -> PreTrainedModel:
     """Return the plain transformers model that computes what `model` does; write the adapter to `folder`/adapter.
+
+    Where the base's layers were quantised, the adapter is merged into those in folder `base`, as they were before.
 
     The adapter has the same bytes on every machine. PEFT's own save would add the base's path, its version and a model
     card, and list targets in the order of a set.
     """
-    if methods.adapter() is None:
+    adapter = methods.adapter()
+    if adapter is None:
         return cast(PreTrainedModel, model)
     adapted: Any = model
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -196,8 +269,11 @@ def merge_adapter(methods: Methods, model: nn.Module, folder: Path) -> PreTraine
     config = adapted.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True, "task_type": "CAUSAL_LM"}
     for name in ("target_modules", "target_parameters"):
-        config[name] = None if config[name] is None else sorted(config[name])
+        config[name] = sorted(config[name]) if config.get(name) else None
     del config["peft_version"]
     write_json(folder / FOLDER / "adapter_config.json", config)
+    if adapter.quantise:
+        assert base, "the quantised layers are not the base's"
+        adapted = PeftModel.from_pretrained(load_model(base, "cpu", "float32"), str(folder / FOLDER))
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged

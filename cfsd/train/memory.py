@@ -6,12 +6,15 @@ Measured on a CPU (tests/test_estimate.py): within a factor of 1.5 for small Lla
 from typing import Any, NamedTuple, Self
 
 from cfsd.machine import Machine
+from cfsd.train.methods.method import Adapter
 from cfsd.train.spec import TrainSpec
 
 CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vocabulary
 CUDA_CHUNK = 1024  # fewer, larger products keep a GPU busy; not measured
 
 FLOAT, HALF = 4, 2  # bytes
+QUANTISED = 0.52  # bytes of a weight in 4 bits, with its share of the scales
+STATES = {"adamw": 2, "lion": 1, "ademamix": 3, "sgd": 0, "adafactor": 0}  # tensors of the weights' size
 LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
 BASE_BUFFERS = 2  # the live base's logits and distribution
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
@@ -77,7 +80,8 @@ class Load(NamedTuple):
     sharded: bool = False
     checkpointing: bool = False
     bfloat16: bool = False
-    lora_rank: int = 0
+    adapter: Adapter | None = None
+    optimizer: str = "adamw"
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False
     chunk: int = CHUNK  # tokens whose logits exist at once
@@ -85,16 +89,17 @@ class Load(NamedTuple):
 
 def load_of(spec: TrainSpec, machine: Machine) -> Load:
     """Return what a training of `spec` on `machine` asks for."""
-    adapter, cuda = spec.methods.adapter(), machine.resolved_device() == "cuda"
+    cuda = machine.resolved_device() == "cuda"
     return Load(
         machine.micro_batch_tokens,
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
         checkpointing=machine.gradient_checkpointing,
         bfloat16=spec.in_bfloat16(machine),
-        lora_rank=adapter.rank if adapter else 0,
+        adapter=spec.methods.adapter(),
+        optimizer=spec.optimizer,
         anchor_copies=sum(pull.copies() for pull in spec.methods.pulls().values()),
-        live_base=spec.rehearsal.needs_base(),
+        live_base=spec.needs_base(),
         chunk=CUDA_CHUNK if cuda else CHUNK,
     )
 
@@ -116,21 +121,47 @@ class Memory(NamedTuple):
 
 
 def training_memory(shapes: Shapes, load: Load) -> Memory:
-    """Return the bytes that each of `load.processes` needs to train a model of `shapes` with AdamW in float32."""
+    """Return the bytes that each of `load.processes` needs to train a model of `shapes` in float32."""
     shards = load.processes if load.sharded else 1
     all_weights = shapes.parameters()
-    added = shapes.layers * load.lora_rank * sum(a + b for a, b in shapes.matrices())
+    added = shapes.layers * sum(_rank(load, a, b) * (a + b) for a, b in shapes.matrices())
     trained = added or all_weights
+    beside = added + shapes.layers * _kept_directions(shapes, load)
     exchanged = trained if load.processes > 1 and not load.sharded else 0  # DDP's buckets are a second copy
     return Memory(
-        weights=FLOAT * (all_weights + added) / shards,
+        weights=(FLOAT * (all_weights + beside) - _saved_by_quantising(shapes, load)) / shards,
         gradients=FLOAT * (trained / shards + exchanged),
-        moments=2 * FLOAT * trained / shards,
+        moments=_state_bytes(load.optimizer) * trained / shards,
         anchors=FLOAT * load.anchor_copies * trained / shards,
         live_base=_live_base(shapes, load),
         activations=_activations(shapes, load),
         logits=_logits(shapes, load),
     )
+
+
+def _state_bytes(optimizer: str) -> float:
+    """Return the bytes that an optimizer keeps per trained weight, as if none were paged out."""
+    kind = optimizer.removeprefix("paged_").split("_")[0]
+    return STATES[kind] * (1 if optimizer.endswith("8bit") else FLOAT)
+
+
+def _saved_by_quantising(shapes: Shapes, load: Load) -> float:
+    quantised = load.adapter is not None and load.adapter.quantise is not None
+    layers = shapes.layers * sum(a * b for a, b in shapes.matrices())
+    return (FLOAT - QUANTISED) * layers if quantised else 0.0
+
+
+def _rank(load: Load, *sides: int) -> int:
+    return load.adapter.rank_at(min(sides)) if load.adapter else 0
+
+
+def _kept_directions(shapes: Shapes, load: Load) -> int:
+    """Return what OSFT holds beside what it trains: its start, and the kept directions of the longer side."""
+    if load.adapter is None or load.adapter.kind != "osf":
+        return 0
+    sides = [(min(pair), max(pair)) for pair in shapes.matrices()]
+    kept = sum((less - _rank(load, less)) * more for less, more in sides if less != more)
+    return kept + sum(_rank(load, less) * (less + more) for less, more in sides)
 
 
 def _live_base(shapes: Shapes, load: Load) -> float:
@@ -164,7 +195,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
     norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
     attention = 2 * sum(shapes.attention_widths())
     mlp = (4 if shapes.gated else 3) * shapes.intermediate
-    adapters = 7 * load.lora_rank
+    adapters = sum(_rank(load, *pair) for pair in shapes.matrices())
     return norms + linear * (attention + mlp + adapters)
 
 
@@ -173,13 +204,13 @@ def _casts(shapes: Shapes, load: Load) -> float:
     wide = HALF if load.bfloat16 else FLOAT
     if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
-        return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.lora_rank else ends)
+        return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.adapter else ends)
     return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
 
 
 def _logits(shapes: Shapes, load: Load) -> float:
     """Return the chunk's logits and the gradients of output layer and embedding, which add up with those before."""
     buffers = LOGIT_BUFFERS + (BASE_BUFFERS if load.live_base else 0) + (1 if load.bfloat16 else 0)
-    head = 0 if load.lora_rank else 2 * FLOAT * shapes.embedding()
-    cast = HALF * shapes.embedding() * (1 if load.lora_rank else 2) if load.bfloat16 else 0
+    head = 0 if load.adapter else 2 * FLOAT * shapes.embedding()
+    cast = HALF * shapes.embedding() * (1 if load.adapter else 2) if load.bfloat16 else 0
     return FLOAT * buffers * load.chunk * shapes.vocabulary + head + cast

@@ -1,5 +1,6 @@
 """Settings of training: optimizer, rehearsal, methods, what is watched."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,6 +26,14 @@ from cfsd.train.methods import Methods
 
 WATCH = "watch/"  # before the name of a metric: a watched value
 WATCH_ERROR = "watch_error/"  # the standard error of its change since the first look
+
+
+# By transformers' own names, but for `adamw`, which is torch's.
+Optimizer = Literal[
+    "adamw", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adafactor", "sgd",
+]  # fmt: skip
+OF_TORCH_AND_TRANSFORMERS = ("adamw", "adafactor", "sgd")  # the others are bitsandbytes'
 
 
 class WatchSpec(Spec):
@@ -135,15 +144,25 @@ class TrainSpec(Spec):
     """How the base model is fine-tuned."""
 
     version: ClassVar[int] = 4  # 4: live base as the model computes; float32 weights kept; no row twice in a step
-    neutral: ClassVar[dict[str, Any]] = {"methods": Methods(), "watch": WatchSpec(), "dropout": None}
+    neutral: ClassVar[dict[str, Any]] = {
+        "methods": Methods(),
+        "watch": WatchSpec(),
+        "dropout": None,
+        "optimizer": "adamw",
+    }
 
-    learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate of AdamW")
+    learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="adamw: torch's AdamW in float32; others by the names of transformers, 8 bits and paged (to the "
+        "CPU's memory, on CUDA) by bitsandbytes",
+    )
     epochs: PositiveInt = Field(1, description="Passes over the target's training rows")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Of the learning rate, after warm-up; linear and cosine end at 0"
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps that warm up")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay, towards 0")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Of the weights, decoupled, towards 0")
     clip_norm: PositiveFloat = Field(1.0, description="Largest norm of a global batch's gradient")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on CUDA, float32 on CPU; weights and optimizer stay in float32"
@@ -184,6 +203,22 @@ class TrainSpec(Spec):
             )
         return self
 
+    def check(self) -> None:
+        """Raise BadInput where the training needs a library that is not here."""
+        adapter = self.methods.adapter()
+        needs = [f"train.optimizer {self.optimizer}"] if self.optimizer not in OF_TORCH_AND_TRANSFORMERS else []
+        needs += [f"train.methods.lora.quantise {adapter.quantise}"] if adapter and adapter.quantise else []
+        if needs and find_spec("bitsandbytes") is None:
+            raise BadInput(
+                f"{' and '.join(needs)}: bitsandbytes is not installed here; pip install 'cfsd[qlora]', or leave it "
+                f"out (optimizers without it: {', '.join(OF_TORCH_AND_TRANSFORMERS)})"
+            )
+
+    def needs_base(self) -> bool:
+        """Say whether the base is in memory during the training, for its distribution."""
+        held = self.methods.divergence()
+        return self.rehearsal.needs_base() or (held is not None and held.stored is None)
+
     def in_bfloat16(self, machine: Machine) -> bool:
         """Say whether the forward and backward passes are computed in bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and machine.resolved_device() == "cuda")
@@ -205,6 +240,8 @@ class TrainRequest(BaseModel):
     mixture: Artifact
     corpus: Artifact | None = None
     fisher: Artifact | None = None
+    losses: Artifact | None = None  # of the base on the target
+    along: Artifact | None = None  # the base's distributions along the target
     watched: Watched | None = None
     spec: TrainSpec
     machine: Machine

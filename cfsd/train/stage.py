@@ -12,6 +12,7 @@ def train(request: TrainRequest, draft: Draft) -> None:
     Raises BadInput, NotFinite, OutOfMemory, Stopped or Crashed.
     """
     check_sharding(request.spec, request.machine)
+    request.spec.check()
     release_models()
     processes = request.machine.resolved_training_processes()
     draft.metadata |= run_in_process("cfsd.train.trainer", draft.folder, request.model_dump_json(), processes)

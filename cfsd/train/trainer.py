@@ -21,16 +21,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
-from cfsd.model.loading import halve_layers, load_model, save_model
+from cfsd.model.loading import halve_layers, load_model, load_quantised, save_model
 from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
 from cfsd.process.child import serve_request
 from cfsd.spec import seed_of
+from cfsd.stages import ALONG
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
-from cfsd.train.adapters import adapt, merge_adapter, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, quantised_note, trained_by
 from cfsd.train.arguments import training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
+from cfsd.train.batches.mixture import Mask
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
@@ -52,6 +54,8 @@ class RehearsalTrainer(Trainer):
     ) -> None:  # fmt: skip
         """Train `model`, which an Objective has taken over, on `data`; `recorder` gets each step's figures."""
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal(), recorder])
+        if (adapter := spec.methods.adapter()) and adapter.kind == "osf":
+            self.add_callback(KeepDirections())
         self.data, self.recorder, self.penalties, self.spec = data, recorder, penalties, spec
         self.controller = recorder.controller
 
@@ -90,14 +94,19 @@ class RehearsalTrainer(Trainer):
 
     def _describe(self, sums: Losses, share: Share, weight: float) -> dict[str, float]:
         """Return the step's figures, and let the controller learn from them."""
-        loss, target, rehearsal, divergence = (float(part) for part in sums)
+        loss, target, rehearsal, divergence = (float(part) for part in sums[:4])
         if not all(map(math.isfinite, (loss, target, rehearsal))):
             raise NotFinite(
                 f"the loss is {loss} at step {self.state.global_step + 1}; lower train.learning_rate, "
                 "or set train.precision to float32"
             )
-        counts, spec = share.counts, self.spec.rehearsal
-        figures = {"train/loss": loss, "train/target_loss": target / max(1, counts.target)}
+        counts, spec, methods = share.counts, self.spec.rehearsal, self.spec.methods
+        target_tokens = max(1, counts.target)
+        figures = {"train/loss": loss, "train/target_loss": target / target_tokens}
+        if methods.factor():
+            figures["train/target_weight"] = float(sums.target_weight) / target_tokens
+        if methods.divergence():
+            figures["train/target_divergence"] = float(sums.target_divergence) / target_tokens
         if counts.rehearsal:
             figures["train/rehearsal_loss"] = rehearsal / counts.rehearsal
             figures["train/rehearsal_token_fraction"] = counts.rehearsal / (counts.rehearsal + counts.target)
@@ -127,12 +136,13 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     args.warmup_steps = round(spec.warmup_fraction * len(data))
     controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
-    model = load_model(base_folder, machine.resolved_device(), "float32")
+    model = _trained_base(base_folder, spec, args)
     put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
     sharded = machine.resolved_sharding() == "shard"
-    objective = Objective(model, spec.rehearsal, _live_base(base_folder, spec, args), sharded=sharded)
+    live = _live_base(base_folder, spec, args)
+    objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods)
     if args.bf16 and objective.base and not sharded:
         halve_layers(objective.base)
     if objective.drops and sharded:  # a process without rehearsal rows would wait
@@ -140,10 +150,15 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
             "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
             "set train.dropout to 0, or machine.sharding to replicate"
         )
+    if objective.drops and spec.methods.divergence():
+        raise BadInput(
+            "train.methods.target_divergence compares the model with the base on target rows, which pass with dropout: "
+            "the divergence would not be 0 at the base; set train.dropout to 0, and lora.dropout if that is set"
+        )
     journal = Journal(folder)
     as_trained = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.bf16)
     with as_trained():
-        watcher = Watcher(model, store, request) if request.watched else None
+        watcher = Watcher(_plain(model, spec, base_folder), store, request) if request.watched else None
     recorder = StepRecorder(journal, controller, spec.watch, watcher)
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
@@ -164,20 +179,42 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     objective.remove()
     put_back()
     rounding = _save(trainer, spec, base_folder, folder)
-    lines = [*data.said, *objective.notes, adapter.note() if adapter else None, rounding.note()]
+    lines = [
+        *data.said,
+        *objective.notes,
+        adapter.note() if adapter else None,
+        quantised_note(spec.methods),
+        rounding.note(),
+    ]
     notes = [line for line in lines if line]
-    shares = ({"lora_share": adapter.share} if adapter else {}) | rounding.metadata()
+    shares = ({f"{adapter.method}_share": adapter.share} if adapter else {}) | rounding.metadata()
     return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
+
+
+def _trained_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel:
+    """Return the base as it is trained, or as an adapter is trained beside it."""
+    adapter = spec.methods.adapter()
+    if adapter is None or adapter.quantise is None:
+        return load_model(folder, args.device.type, "float32")
+    computed_in = torch.bfloat16 if args.bf16 else torch.float32
+    return load_quantised(folder, str(args.device), adapter.quantise, computed_in)
+
+
+def _plain(model: PreTrainedModel, spec: TrainSpec, folder: Path) -> PreTrainedModel:
+    """Return the base that divergences are counted from: as it is where `model` is quantised."""
+    adapter = spec.methods.adapter()
+    return load_model(folder, model.device.type) if adapter and adapter.quantise else model
 
 
 def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
     """Return the base where its distribution is the reference, in the format that the trained model computes in.
 
-    That is float32 under autocast; where weights are sharded, they are gathered in bfloat16, all of them.
+    That is float32 under autocast, or quantised; where weights are sharded, they are gathered in bfloat16, all of them.
     """
-    if not spec.rehearsal.needs_base():
+    if not spec.needs_base():
         return None
-    base = load_model(folder, args.device.type, "bfloat16" if args.bf16 and args.fsdp else "float32")
+    sharded = args.bf16 and args.fsdp
+    base = load_model(folder, args.device.type, "bfloat16") if sharded else _trained_base(folder, spec, args)
     base.eval().requires_grad_(False)
     return base
 
@@ -187,11 +224,16 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     spec, corpus = request.spec, request.corpus if request.mixture.metadata["rehearsal_rows"] else None
     if corpus and args.should_save:
         lay_out(store.path(corpus), scratch, top=spec.rehearsal.needs_top())
+    if request.along and args.should_save:
+        lay_out(store.path(request.along), scratch / ALONG, top=True)
     if args.world_size > 1:
         distributed.barrier()
     distributions = StoredDistributions(scratch, store.path(corpus)) if corpus else None
     max_tokens, rank, world = request.machine.micro_batch_tokens, args.process_index, args.world_size
-    return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world)
+    learned = spec.methods.learned()
+    mask = Mask(store.path(request.losses), learned) if request.losses and learned else None
+    along = StoredDistributions(scratch / ALONG) if request.along else None
+    return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world, mask=mask, of_target=along)
 
 
 def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> Rounding:
@@ -200,7 +242,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return Rounding()
-    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder)
+    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder, base_folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)

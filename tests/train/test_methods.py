@@ -6,37 +6,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cfsd.errors import BadInput
 from cfsd.merge.stage import merge
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.special_tokens import settle_start_token
 from cfsd.spec import Spec
-from cfsd.train.adapters import adapt, merge_adapter
+from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, trained_by
 from cfsd.train.methods import Methods
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import FILE
 from cfsd.train.methods.l2 import L2
 from cfsd.train.methods.method import Estimate, Method, Pull
+from cfsd.train.methods.stm import Stm
 from cfsd.train.penalties import Penalty, penalties_of, plain_name
 from tests.conftest import save_model
 
 # A method that is added to `Methods` is to be added here, with settings that turn it on.
-ON: dict[str, dict[str, Any]] = {"l2": {"weight": 0.3}, "ewc": {"weight": 0.7, "rows": 8}, "lora": {"rank": 3}}
+ON: dict[str, dict[str, Any]] = {
+    "l2": {"weight": 0.3}, "ewc": {"weight": 0.7, "rows": 8}, "lora": {"rank": 3}, "osft": {"preserved": 0.5},
+    "dft": {"power": 1.0}, "eaft": {"power": 0.5}, "stm": {"threshold": 2.5}, "target_divergence": {"weight": 0.1},
+}  # fmt: skip
 PULLING = [name for name in ON if Methods.model_validate({name: ON[name]}).pulls()]
 ADAPTING = [name for name in ON if Methods.model_validate({name: ON[name]}).adapter()]
 FAMILIES = ["llama", "olmo", "gpt2", "qwen2", "gemma2"]
+ADAPTED = [(name, family) for name in ADAPTING for family in FAMILIES if (name, family) != ("osft", "gpt2")]
 IDS = torch.tensor([[0, 5, 9, 3, 17, 8, 2, 11, 30, 6]])
 
 
@@ -58,13 +65,13 @@ def fisher(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def moved(model: nn.Module, seed: int = 1) -> nn.Module:
+def moved(model: nn.Module, seed: int = 1, size: float = 0.05) -> nn.Module:
     """Return `model` after a step of everything that is trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -86,7 +93,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_the_settings_here_turn_every_method_on() -> None:
     assert set(ON) == set(Methods.model_fields)
     assert all(list(on(name).by_name()) == [name] for name in ON)
-    for name, method in on("l2", "ewc").by_name().items() | on("lora").by_name().items():
+    for name, method in ((name, on(name).by_name()[name]) for name in ON):
         assert not Methods.model_validate({name: ON[name] | {method.strength: 0}}).by_name()
     assert Methods().by_name() == {}
 
@@ -255,8 +262,7 @@ def test_shards_of_two_processes_are_pulled_as_the_whole_is(
 # Adapters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize(("name", "family"), ADAPTED)
 def test_adapting_is_the_identity_and_trains_only_what_it_adds(
     name: str, family: str, folders: dict[str, Path]
 ) -> None:
@@ -266,21 +272,23 @@ def test_adapting_is_the_identity_and_trains_only_what_it_adds(
     layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not head]
     adapted = adapt(on(name), model)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert torch.equal(logits(adapted), before)
-    assert len(trained) == 2 * len(layers)
+    if name == "osft":  # the part of W that is trained is subtracted and added again
+        assert torch.allclose(logits(adapted), before, atol=1e-5)
+    else:
+        assert torch.equal(logits(adapted), before)
+        assert all(3 in parameter.shape for parameter in trained)
+    assert len(trained) == {"lora": 2, "osft": 3}[name] * len(layers)
     assert not own & {id(parameter) for parameter in trained}
-    assert all(3 in parameter.shape for parameter in trained)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize(("name", "family"), ADAPTED)
 def test_folding_keeps_the_function_and_the_adapter(
     name: str, family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load_model(folders[family], "cpu")
     kind, keys = type(model), set(model.state_dict())
     before = logits(model)
-    adapted = moved(adapt(on(name), model))
+    adapted = moved(adapt(on(name), model), size=0.05 if name == "lora" else 0.2)
     trained = logits(adapted)
     plain = merge_adapter(on(name), adapted, tmp_path)
     assert (trained - before).abs().max() > 1e-2
@@ -290,6 +298,101 @@ def test_folding_keeps_the_function_and_the_adapter(
     assert torch.allclose(logits(load_model(tmp_path, "cpu")), trained, atol=1e-5)
     beside = PeftModel.from_pretrained(load_model(folders[family], "cpu"), str(tmp_path / "adapter"))
     assert torch.allclose(logits(beside), trained, atol=1e-6)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True}, "rank-stabilised": {"use_rslora": True, "alpha": 6},
+    "both": {"use_dora": True, "use_rslora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_lora_start_at_the_base_and_are_merged_exactly(
+    name: str, family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    methods = Methods.model_validate({"lora": ON["lora"] | OPTIONS[name]})
+    model = load_model(folders[family], "cpu")
+    before, adapted = logits(model), adapt(methods, model)
+    assert torch.allclose(logits(adapted), before, atol=1e-5)
+    names = {key for key, p in adapted.named_parameters() if p.requires_grad}
+    assert any("lora_magnitude_vector" in key for key in names) == bool(OPTIONS[name].get("use_dora"))
+    trained = logits(moved(adapted))
+    scaled = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
+    assert scaled.scaling["default"] == pytest.approx({"DoRA": 1, "rank-stabilised": 6 / 3**0.5, "both": 3**0.5}[name])
+    plain = merge_adapter(methods, adapted, tmp_path)
+    assert (trained - before).abs().max() > 1e-2
+    assert torch.allclose(logits(plain), trained, atol=1e-5)
+    beside = PeftModel.from_pretrained(load_model(folders[family], "cpu"), str(tmp_path / "adapter"))
+    assert torch.allclose(logits(beside), trained, atol=1e-5)
+
+
+def mixture_of_experts(seed: int = 0) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
+    torch.manual_seed(seed)
+    made: Any = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=40, num_experts_per_tok=2, initializer_range=0.3, **sizes, **heads)
+    )
+    return made.eval()
+
+
+def test_weights_of_experts_get_matrices_on_top_of_the_layers_and_are_merged_exactly(tmp_path: Path) -> None:
+    chosen = ["gate_up_proj", "mlp.experts.down_proj"]
+    methods = Methods.model_validate({"lora": {"rank": 3, "target_parameters": chosen}})
+    model = mixture_of_experts()
+    start, before = {name: p.clone() for name, p in model.named_parameters()}, logits(model)
+    adapted = adapt(methods, model)
+    assert trained_by(model).share > 0.95 and torch.equal(logits(adapted), before)
+    trained = logits(moved(adapted))
+    plain = merge_adapter(methods, adapted, tmp_path)
+    changed = {name.rpartition(".")[2] for name, p in plain.named_parameters() if not torch.equal(p, start[name])}
+    assert {"gate_up_proj", "down_proj"} <= changed and (trained - before).abs().max() > 1e-2
+    assert torch.allclose(logits(plain), trained, atol=1e-5)
+    with pytest.raises(BadInput, match=r"lora\.target_parameters up_proj: .* allowed: down_proj, gate_up_proj"):
+        adapt(Methods.model_validate({"lora": {"rank": 3, "target_parameters": ["up_proj"]}}), mixture_of_experts())
+    with pytest.raises(BadInput, match=r"lora\.targets empty: .*use_dora"):
+        adapt(
+            Methods.model_validate({"lora": {"rank": 3, "use_dora": True, "target_parameters": chosen}}),
+            mixture_of_experts(),
+        )
+
+
+@pytest.mark.parametrize("put_back", [True, False])
+def test_what_osft_adds_is_orthogonal_to_the_directions_that_stay(
+    put_back: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """With AdamW too; PEFT alone, which projects gradients, leaves the space."""
+    model = load_model(folders["llama"], "cpu")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapted: Any = adapt(on("osft"), model)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        if put_back:
+            KeepDirections().on_optimizer_step(model=adapted)
+    plain, along = merge_adapter(on("osft"), adapted, tmp_path), []
+    for name, weight in plain.named_parameters():
+        change = (weight - start[name]).detach().double()
+        if weight.dim() < 2 or "embed" in name or "lm_head" in name:
+            assert not change.any()
+            continue
+        left, _, right = torch.linalg.svd(start[name].double(), full_matrices=False)
+        kept = int(min(change.shape) * 0.5)
+        assert change.norm() > 1e-3
+        along += [float(part.norm() / change.norm()) for part in (left[:, :kept].T @ change, change @ right[:kept].T)]
+    assert max(along) < 1e-3 if put_back else min(along) > 1e-2
+
+
+def test_osft_is_refused_where_no_layer_is_linear(folders: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match="osft is for models of linear layers"):
+        adapt(on("osft"), load_model(folders["gpt2"], "cpu"))
+    with pytest.raises(
+        ValidationError, match=r"lora and osft both train other weights.*lora\.rank=0 or osft\.preserved=0"
+    ):
+        on("lora", "osft")
 
 
 def test_an_adapters_files_say_nothing_of_the_machine(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -364,6 +467,13 @@ def test_every_setting_of_a_method_that_is_on_counts() -> None:
             {}, {"l2": {"weight": 1}}, {"l2": {"weight": 2}}, {"ewc": {"weight": 1}}, {"ewc": {"weight": 1, "rows": 2}},
             {"l2": {"weight": 1}, "ewc": {"weight": 1}}, {"lora": {"rank": 1}}, {"lora": {"rank": 1, "alpha": 2}},
             {"lora": {"rank": 1, "dropout": 0.1}}, {"lora": {"rank": 1, "targets": ["q_proj"]}},
+            {"lora": {"rank": 1, "use_dora": True}}, {"lora": {"rank": 1, "use_rslora": True}},
+            {"lora": {"rank": 1, "target_parameters": ["q_proj"]}}, {"osft": {"preserved": 0.5}},
+            {"osft": {"preserved": 0.5, "targets": ["q_proj"]}},
+            {"dft": {"power": 1}}, {"eaft": {"power": 1}}, {"dft": {"power": 1}, "eaft": {"power": 1}},
+            {"stm": {"threshold": 2}}, {"stm": {"threshold": 3}}, {"target_divergence": {"weight": 1}},
+            {"target_divergence": {"weight": 1, "top_logprobs": 8}},
+            {"target_divergence": {"weight": 1, "reference": "base"}},
         )
     ]  # fmt: skip
     assert len({methods.digest() for methods in variants}) == len(variants)
@@ -443,11 +553,41 @@ def test_a_pull_on_weights_that_are_not_trained_is_refused(others: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "given", [{"l2": {"weight": -1}}, {"ewc": {"weight": 1, "rows": 0}}, {"lora": {"rank": 1, "dropout": 1}}]
+    "given",
+    [
+        {"l2": {"weight": -1}},
+        {"ewc": {"weight": 1, "rows": 0}},
+        {"lora": {"rank": 1, "dropout": 1}},
+        {"stm": {"threshold": 0.5}},
+        {"dft": {"power": -1}},
+    ],
 )
 def test_impossible_settings_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Methods.model_validate(given)
+
+
+def test_what_is_not_read_is_in_no_digest() -> None:
+    held = [{"weight": 1, "reference": "base", "top_logprobs": count} for count in (8, 64)]
+    assert len({Methods.model_validate({"target_divergence": given}).digest() for given in held}) == 1
+
+
+def test_weights_of_tokens_multiply_and_tokens_are_learned_that_every_method_learns() -> None:
+    class Tokens:
+        probability = torch.tensor([0.5, 0.25])
+
+        def entropy(self, likeliest: int) -> Tensor:
+            assert likeliest == 20
+            return torch.tensor([3.0, 0.75])
+
+    class Two(Methods):
+        other: Stm = Stm()
+
+    factor = on("dft", "eaft").factor()
+    assert factor and factor(Tokens()).tolist() == [0.5, 0.125]  # 0.25 x (0.75 / 3)^0.5
+    learned = Two(stm=Stm(threshold=9.0), other=Stm(threshold=2.0)).learned()
+    assert learned and learned(np.array([0.0, 0.6, 0.8])).tolist() == [True, True, False]
+    assert Methods().factor() is None and Methods().learned() is None and on("stm").factor() is None
 
 
 def test_copies_of_settings_train_alike(folders: dict[str, Path]) -> None:

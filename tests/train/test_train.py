@@ -26,6 +26,7 @@ from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
+from cfsd.mix.weigh import weigh
 from cfsd.model.loading import load_model, load_tokenizer, read_start_token
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.journal import read_metrics
@@ -33,7 +34,9 @@ from cfsd.store.tables import read_rows
 from cfsd.train.batches.loading import batches_of
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import fisher
+from cfsd.train.methods.method import AlongSpec
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
+from cfsd.train.target_distributions import store_target
 from cfsd.train.trainer import fit, last_whole_checkpoint
 from tests.conftest import fetched, save_model, write_rows
 
@@ -102,6 +105,8 @@ def request_of(world: World, mixture: Artifact, spec: TrainSpec, machine: Machin
         mixture=mixture,
         corpus=world.corpus if spec.rehearsal.reads_corpus() else None,
         fisher=fisher_in(world, spec.methods.ewc.rows) if spec.methods.ewc.is_on() else None,
+        losses=losses_in(world) if spec.methods.learned() else None,
+        along=along_in(world, held.stored) if (held := spec.methods.divergence()) and held.stored else None,
         watched=Watched(sample=world.sample, target=world.target) if spec.watch.every else None,
         spec=spec,
         machine=machine,
@@ -112,6 +117,17 @@ def fisher_in(world: World, rows: int) -> Artifact:
     spec = FisherSpec(rows=rows)
     work: Callable[[Draft], None] = lambda draft: fisher(world.base, world.corpus, spec, draft, MACHINE)  # noqa: E731
     return world.store.make("fisher", f"{rows:016}", work)[0]
+
+
+def losses_in(world: World) -> Artifact:
+    """Return the base's losses on the target."""
+    return world.store.make("losses", "0" * 16, lambda draft: weigh(world.base, world.target, draft, MACHINE))[0]
+
+
+def along_in(world: World, spec: AlongSpec) -> Artifact:
+    """Return the base's distributions along the target."""
+    work: Callable[[Draft], None] = lambda draft: store_target(world.base, world.target, spec, draft, MACHINE)  # noqa: E731
+    return world.store.make("along", key_of("along", spec), work)[0]
 
 
 def trained(world: World, key: str, mixture: Artifact, spec: TrainSpec = SPEC, machine: Machine = MACHINE) -> Artifact:
@@ -481,6 +497,24 @@ def test_lora_leaves_a_plain_model_and_its_adapter(world: World) -> None:
     assert losses[STEPS] < losses[1] - 0.05
 
 
-def test_lora_with_learning_rate_zero_is_the_base(world: World) -> None:
-    spec = spec_with(learning_rate=0.0, methods={"lora": {"rank": 4}})
-    assert bit_equal(weights(world, trained(world, "still lora", world.mixture, spec)), weights(world, world.base))
+@pytest.mark.parametrize("methods", [{"lora": {"rank": 4}}, {"osft": {"preserved": 0.5}}])
+def test_an_adapter_with_learning_rate_zero_is_the_base(methods: dict[str, Any], world: World) -> None:
+    spec = spec_with(learning_rate=0.0, methods=methods)
+    model = trained(world, f"still {next(iter(methods))}", world.mixture, spec)
+    assert bit_equal(weights(world, model), weights(world, world.base))
+
+
+def test_osft_leaves_the_largest_directions_of_every_layer_alone(world: World) -> None:
+    model = trained(world, "osft", world.mixture, spec_with(learning_rate=1e-2, methods={"osft": {"preserved": 0.5}}))
+    found, start = weights(world, model), weights(world, world.base)
+    changed = {name for name in start if not torch.equal(found[name], start[name])}
+    assert changed and all("_proj" in name for name in changed)
+    for name in changed:
+        change = (found[name] - start[name]).double()
+        left, _, right = torch.linalg.svd(start[name].double(), full_matrices=False)
+        kept = min(change.shape) // 2
+        assert (left[:, :kept].T @ change).norm() < 1e-4 * change.norm() > (change @ right[:kept].T).norm()
+    assert json.loads((world.store.path(model) / "adapter" / "adapter_config.json").read_text())["peft_type"] == "OSF"
+    losses = figures(world, model, "train/target_loss")
+    assert losses[STEPS] < losses[1] - 0.05
+    assert model.metadata["osft_share"] == 1

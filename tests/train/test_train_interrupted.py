@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,10 +31,14 @@ TWO = Machine(device="cpu", threads=1, checkpoint_steps=5, micro_batch_tokens=64
 SPEC = TrainSpec.model_validate(  # all that has a state of its own
     {
         "learning_rate": 1e-3, "epochs": 16, "seed": 0, "rehearsal": {"loss": "kl", "budget": 0.01},
-        "methods": {"l2": {"weight": 0.1}, "ewc": {"weight": 1.0, "rows": 20}}, "watch": {"every": 7},
+        "methods": {
+            "l2": {"weight": 0.1}, "ewc": {"weight": 1.0, "rows": 20}, "dft": {"power": 0.5}, "eaft": {"power": 0.5},
+            "stm": {"threshold": 1000}, "target_divergence": {"weight": 0.1, "top_logprobs": 8},
+        },
+        "watch": {"every": 7},
     }
 )  # fmt: skip
-LORA = SPEC.model_copy(update={"methods": Methods.model_validate({"lora": {"rank": 4, "dropout": 0.1}})})
+ADAPTERS = [{"lora": {"rank": 4, "dropout": 0.1}}, {"osft": {"preserved": 0.5}}]
 KEY = "interrupted"
 STEPS = 5 * SPEC.epochs
 
@@ -202,14 +207,16 @@ def same_model(world: World, one: Artifact, two: Artifact) -> None:
 
 
 @pytest.mark.slow
-def test_an_adapter_that_was_killed_goes_on_to_the_same_bits(world: World) -> None:
-    draft = world.store.root / "model" / "killed lora.draft"
-    begin = partial(make, world, "killed lora", LORA)
+@pytest.mark.parametrize("methods", ADAPTERS, ids=lambda methods: next(iter(methods)))
+def test_an_adapter_that_was_killed_goes_on_to_the_same_bits(methods: dict[str, Any], world: World) -> None:
+    name, spec = next(iter(methods)), SPEC.model_copy(update={"methods": Methods.model_validate(methods)})
+    draft = world.store.root / "model" / f"killed {name}.draft"
+    begin = partial(make, world, f"killed {name}", spec)
     killed = interrupted(begin, draft, psutil.Process.kill, lambda written, saved: written > saved > 3)
     assert isinstance(killed, Crashed)
-    made = make(world, "killed lora", LORA)
+    made = make(world, f"killed {name}", spec)
     assert made.metadata["continued_from_step"] != 0
-    same_model(world, made, trained(world, "whole lora", world.mixture, LORA, MACHINE))
+    same_model(world, made, trained(world, f"whole {name}", world.mixture, spec, MACHINE))
 
 
 @pytest.mark.slow

@@ -28,7 +28,11 @@ from tests.train.test_train import World, distance, request_of, signals_given_ba
 ONE = Machine(device="cpu", threads=1, micro_batch_tokens=1000)  # a whole global batch in one pass
 FORMS: dict[str, dict[str, Any]] = {
     "nll": {"rehearsal": {}},
-    "kl": {"rehearsal": {"loss": "kl"}, "methods": {"l2": {"weight": 1.0}}, "clip_norm": 100.0},
+    "kl": {
+        "rehearsal": {"loss": "kl"},
+        "clip_norm": 100.0,
+        "methods": {"l2": {"weight": 1.0}, "dft": {"power": 1.0}, "target_divergence": {"weight": 0.5}},
+    },
 }
 CUTS = {"one pass": 160, "several passes": 96}  # of each process: the latter accumulate, without exchanging gradients
 CASES = [f"{form}, {cut}" for form in FORMS for cut in CUTS]

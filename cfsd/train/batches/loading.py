@@ -9,7 +9,7 @@ from cfsd.errors import BadInput
 from cfsd.store.artifact import Artifact, Store
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
 from cfsd.train.batches.micro_batches import MicroBatch, micro_batches_of
-from cfsd.train.batches.mixture import MixtureRows
+from cfsd.train.batches.mixture import Mask, MixtureRows
 from cfsd.train.batches.stored_distributions import StoredDistributions
 from cfsd.train.spec import TrainSpec
 
@@ -37,9 +37,10 @@ class Batches(Dataset[Share]):
     def __init__(
         self, rows: MixtureRows, plan: list[GlobalBatch], max_tokens: int,
         distributions: StoredDistributions | None = None, rank: int = 0, world: int = 1,
+        of_target: StoredDistributions | None = None,
     ) -> None:  # fmt: skip
         """Cut every global batch of `plan` into micro-batches of at most `max_tokens`."""
-        self.rows, self.plan, self.distributions = rows, plan, distributions
+        self.rows, self.plan, self.distributions, self.of_target = rows, plan, distributions, of_target
         self.max_tokens, self.rank, self.world = max_tokens, rank, world
         self.counts = _counts(rows, plan)
         self.said: list[str] = []  # what of the rehearsal is other than asked for
@@ -53,7 +54,9 @@ class Batches(Dataset[Share]):
         batch = self.plan[step]
         rows = [self.rows[i] for i in (*batch.target, *batch.rehearsal)]
         fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
-        micro_batches = micro_batches_of(rows, self.max_tokens, fresh=fresh, distributions=self.distributions)
+        micro_batches = micro_batches_of(
+            rows, self.max_tokens, fresh=fresh, distributions=self.distributions, of_target=self.of_target
+        )
         share = micro_batches[self.rank :: self.world]
         if len(share) < -(-len(micro_batches) // self.world):  # ranks wait for each other at every micro-batch
             share.append(micro_batches[0].without_loss())
@@ -96,14 +99,15 @@ def _counts(rows: MixtureRows, plan: list[GlobalBatch]) -> list[Counts]:
 
 def batches_of(
     store: Store, mixture: Artifact, spec: TrainSpec, max_tokens: int, distributions: StoredDistributions | None = None,
-    rank: int = 0, world: int = 1,
+    rank: int = 0, world: int = 1, *, mask: Mask | None = None, of_target: StoredDistributions | None = None,
 ) -> Batches:  # fmt: skip
     """Return the global batches of the whole training.
 
+    `mask` says which of the target's tokens are learned, `of_target` holds the base's distribution along them.
     Raises BadInput where rows that must be fresh run out, or where a step has none to read the divergence from.
     """
     metadata: dict[str, Any] = mixture.metadata
-    rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None)
+    rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None, mask)
     wanted = metadata["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0
     plan = plan_batches(
         rows.sources(),
@@ -121,7 +125,10 @@ def batches_of(
             f"{len(plan)} steps have none; raise generate.rows about {len(plan) / max(1, len(plan) - blind):.1f}-fold, "
             "or lower mix.rehearsal_tokens or train.epochs"
         )
-    made = Batches(rows, plan, max_tokens, distributions, rank, world)
+    made = Batches(rows, plan, max_tokens, distributions, rank, world, of_target)
     if short := _shortage(rows, wanted):
         made.said.append(short)
+    if mask:
+        learned = sum(rows.supervised_tokens()[: metadata["target_rows"]])
+        made.said.append(f"{learned / metadata['target_tokens']:.0%} of the target's tokens are learned")
     return made

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     supervised: list[bool]
     weight: float
     weights: Sequence[float] | None = None  # of each token, on top of the row's; None: all 1
-    corpus_row: int | None = None  # the row's number in the corpus; None: of the target, or not known
+    corpus_row: int | None = None  # the row's number in the corpus, or among the target's rows; None: not known
 
     def is_target(self) -> bool:
         """Say whether the row belongs to the target's loss."""
@@ -39,11 +39,14 @@ class MicroBatch(NamedTuple):
     fresh_BT: Tensor  # bool: of a rehearsal row that is seen for the first time
     real_BT: Tensor  # bool: not padding
     stored: Stored | None = None  # the base's distribution at the rehearsal tokens that count, row by row
+    stored_target: Stored | None = None  # at the target's
 
     def without_loss(self) -> "MicroBatch":
         """Return the micro-batch with no token that counts."""
-        empty = None if self.stored is None else self.stored.part(slice(0, 0))
-        return self._replace(coefficient_BT=torch.zeros_like(self.coefficient_BT), stored=empty)
+        stored, of_target = (None if s is None else s.part(slice(0, 0)) for s in (self.stored, self.stored_target))
+        return self._replace(
+            coefficient_BT=torch.zeros_like(self.coefficient_BT), stored=stored, stored_target=of_target
+        )
 
 
 def micro_batches_of(
@@ -52,11 +55,13 @@ def micro_batches_of(
     *,
     fresh: Sequence[bool] | None = None,
     distributions: StoredDistributions | None = None,
+    of_target: StoredDistributions | None = None,
 ) -> list[MicroBatch]:
     """Return the micro-batches of one global batch. Their losses add up to the batch's loss, however they are cut.
 
     Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
-    time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`.
+    time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`, `of_target` that at
+    each row of the target.
     """
     fresh = fresh or [False] * len(rows)
     totals: Counter[bool] = Counter()
@@ -71,9 +76,14 @@ def micro_batches_of(
         real = [[True] * len(row.token_ids) for row in members]
         token_ids_BT, coefficient_BT = pad([row.token_ids for row in members]), pad(coefficients, torch.float64)
         target_BT, fresh_BT, real_BT = (pad(marks, torch.bool) for marks in (target, first, real))
-        rehearsed = [(row.corpus_row, row.token_ids, row.supervised) for row in members if not row.is_target()]
-        stored = distributions.at(rehearsed) if distributions else None
-        micro_batches.append(MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored))
+        stored, learned = (
+            known.at([
+                (row.corpus_row, row.token_ids, [c != 0 for c in coefficient])
+                for row, coefficient in zip(members, coefficients, strict=True) if row.is_target() == of
+            ]) if known else None
+            for known, of in ((distributions, False), (of_target, True))
+        )  # fmt: skip
+        micro_batches.append(MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored, learned))
     return micro_batches
 
 

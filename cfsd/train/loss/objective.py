@@ -22,7 +22,8 @@ from cfsd.model.undisturbed import mode_kept
 from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.dropout import has_dropout
 from cfsd.train.loss.packed import decoder_of, packed_forward, prepare_packed
-from cfsd.train.loss.token_loss import Head, Reference, token_losses
+from cfsd.train.loss.token_loss import Head, Reference, TargetLoss, token_losses
+from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
 
 TRIAL = 16  # tokens of a row
@@ -38,6 +39,8 @@ class Losses(NamedTuple):
     target_nll: Tensor
     rehearsal: Tensor  # in the form that is trained on
     divergence: Tensor  # from the base, over tokens of rehearsal rows seen for the first time; 0 where not known
+    target_weight: Tensor  # what the methods multiply the loss of target tokens by; 1 each where nothing does
+    target_divergence: Tensor  # from the base, over target tokens; 0 where it is not part of the loss
 
 
 class Objective:
@@ -48,15 +51,20 @@ class Objective:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None, *, sharded: bool = False
-    ) -> None:
+        self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None, *,
+        sharded: bool = False, methods: Methods | None = None,
+    ) -> None:  # fmt: skip
         """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference.
+
+        Of `methods` count those that weigh the target's tokens, or hold them near the base.
 
         Beside a live base rehearsal rows pass by themselves, in products of the same shapes as the base's: then both
         are equal to the last bit. Adam's first steps are of one size however small the slope is, and would follow the
         sign of a rounding error. Not where `sharded`: a process without such rows would leave the others waiting.
         """
         self.model, self.spec, self.base = model, spec, base
+        methods = methods or Methods()
+        self.factor, self.held = methods.factor(), methods.divergence()
         self.head_of = head_of(model)
         self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
         self.drops = has_dropout(model)
@@ -109,7 +117,8 @@ class Objective:
         num_target = int(masks[0].sum())
         coefficient_N = _picked(micro_batch.coefficient_BT[:, 1:], masks)
         coefficient_N[num_target:] *= rehearsal_weight
-        of_tokens = token_losses(states_ND, head, next_N, coefficient_N, self._reference(micro_batch, masks[1], spec))
+        reference, target = self._reference(micro_batch, masks[1], spec), self._target(micro_batch, masks[0])
+        of_tokens = token_losses(states_ND, head, next_N, coefficient_N, reference, target)
         fresh_M = micro_batch.fresh_BT[:, 1:][masks[1]]
         loss_M, nll_M = of_tokens.loss_N[num_target:], of_tokens.nll_N[num_target:]
         divergence_M = torch.zeros_like(nll_M)
@@ -117,28 +126,28 @@ class Objective:
             divergence_M = loss_M
         elif micro_batch.stored is not None:  # from the sampled tokens alone
             divergence_M = nll_M + micro_batch.stored.sampled_M.to(nll_M)
-        target_nll = of_tokens.nll_N[:num_target].sum()
-        return Losses(of_tokens.total, target_nll, loss_M.sum(), divergence_M[fresh_M].sum()), divergence_M
+        of_target = (part_N[:num_target].sum() for part_N in (of_tokens.factor_N, of_tokens.divergence_N))
+        target_nll, rehearsal = of_tokens.nll_N[:num_target].sum(), loss_M.sum()
+        return Losses(of_tokens.total, target_nll, rehearsal, divergence_M[fresh_M].sum(), *of_target), divergence_M
 
     def _trained_states(self, micro_batch: MicroBatch, masks: tuple[Tensor, Tensor]) -> tuple[Tensor, Head]:
         """Return the states of the trained model, those of rehearsal rows without dropout.
 
         The divergence is one between two functions: with dropout it would not be 0 at the base's own weights.
         """
-        token_ids_BT, real_BT, rehearsed_B = micro_batch.token_ids_BT, micro_batch.real_BT, masks[1].any(1)
-        if not (self.apart and self.model.training and bool(rehearsed_B.any())):
+        token_ids_BT, real_BT = micro_batch.token_ids_BT, micro_batch.real_BT
+        there = [bool(mask_BT.any()) for mask_BT in masks]
+        alone = there[1] or (self.held is not None and there[0])  # what is compared with the base
+        if not (self.apart and self.model.training and alone):
             return self._states(self.model, token_ids_BT, real_BT, masks)
         parts = []
-        target_B = masks[0].any(1)
-        if bool(target_B.any()):
-            mine = self._states(self.model, token_ids_BT[target_B], real_BT[target_B], (masks[0][target_B],))
-            parts.append(mine[0])
-        with mode_kept(self.model):
-            self.model.train(not self.drops)
-            states_MD, head = self._states(
-                self.model, token_ids_BT[rehearsed_B], real_BT[rehearsed_B], (masks[1][rehearsed_B],)
-            )
-        return torch.cat([*parts, states_MD]), head
+        for mask_BT, dropout in zip(masks, (True, not self.drops), strict=True):
+            rows_B = mask_BT.any(1)
+            if bool(rows_B.any()):
+                with mode_kept(self.model):
+                    self.model.train(dropout)
+                    parts.append(self._states(self.model, token_ids_BT[rows_B], real_BT[rows_B], (mask_BT[rows_B],)))
+        return torch.cat([states_ND for states_ND, _ in parts]), parts[-1][1]
 
     def _states(
         self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
@@ -156,16 +165,30 @@ class Objective:
         return _picked(hidden[:, :-1], masks), head
 
     def _reference(self, micro_batch: MicroBatch, rehearsal_BT: Tensor, spec: RehearsalSpec) -> Reference | None:
-        rows_B = rehearsal_BT.any(1)
-        if spec.loss == "nll" or not bool(rows_B.any()):
+        if spec.loss == "nll" or not bool(rehearsal_BT.any()):
             return None
         if spec.reference == "stored":
             return Reference(micro_batch.stored, spec.tail)
+        return self._live(micro_batch, rehearsal_BT)
+
+    def _target(self, micro_batch: MicroBatch, target_BT: Tensor) -> TargetLoss | None:
+        count = int(target_BT.sum())
+        if not count or (self.factor is None and self.held is None):
+            return None
+        if self.held is None:
+            return TargetLoss(count, self.factor)
+        live = self.held.stored is None
+        reference = self._live(micro_batch, target_BT) if live else Reference(micro_batch.stored_target)
+        return TargetLoss(count, self.factor, reference, self.held.weight)
+
+    @torch.no_grad()
+    def _live(self, micro_batch: MicroBatch, counted_BT: Tensor) -> Reference:
+        """Return the base's distribution at tokens that count, from the base in memory."""
         assert self.base is not None
-        with torch.no_grad():
-            hidden_MD, head = self._states(
-                self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (rehearsal_BT[rows_B],)
-            )
+        rows_B = counted_BT.any(1)
+        hidden_MD, head = self._states(
+            self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (counted_BT[rows_B],)
+        )
         return Reference(hidden_MD=_autocast(hidden_MD), head=head)  # logits in the format of the model's own
 
 

@@ -15,9 +15,11 @@ that is not in the top. The bucket's rest is one event, with a = p* on the top a
 With samples the expectation is the whole divergence for every S, whichever text the tokens before are: it is
 sum_top p* log(p*/p) + r* log(r*/r) + r* (1/S) sum_i [log(p*(x_i)/r*) - log(p(x_i)/r)], in which r* log(r*/r) cancels.
 Compare sampled distillation, arXiv:2503.16870. Differs: the top is exact, the rest alone is sampled.
+
+Of a target token the loss is f x -log p + w x divergence: a is f at the token plus w x the divergence's, f is a number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -82,20 +84,40 @@ class Reference(NamedTuple):
         return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap)
 
 
+class TargetLoss(NamedTuple):
+    """The loss of the first `count` tokens: factor x -log p + weight x divergence from `reference`, if there is one.
+
+    `factor` makes a number of what the model says of each token (a TargetTokens of `cfsd.train.methods.method`), which
+    is not differentiated; None: 1.
+    """
+
+    count: int
+    factor: Callable[[Any], Tensor] | None = None
+    reference: Reference | None = None
+    weight: float = 0.0
+
+    def part(self, rows: slice) -> "TargetLoss":
+        """Return that of some of the tokens."""
+        return self._replace(reference=self.reference.part(rows) if self.reference else None)
+
+
 class TokenLosses(NamedTuple):
-    """Sum of coefficient x loss, to be differentiated; per token, in nats, the loss and plain -log p."""
+    """Sum of coefficient x loss, to be differentiated; per token, in nats, the loss and what it is made from."""
 
     total: Tensor
     loss_N: Tensor
-    nll_N: Tensor
+    nll_N: Tensor  # -log p
+    divergence_N: Tensor  # from the reference; 0 without one
+    factor_N: Tensor  # of -log p
 
 
 def token_losses(
-    hidden_ND: Tensor, head: Head, next_N: Tensor, coefficient_N: Tensor, reference: Reference | None = None
-) -> TokenLosses:
-    """Return the losses of N tokens: -log p; for the last M of them, those of `reference`, the divergence from it."""
+    hidden_ND: Tensor, head: Head, next_N: Tensor, coefficient_N: Tensor, reference: Reference | None = None,
+    target: TargetLoss | None = None,
+) -> TokenLosses:  # fmt: skip
+    """Return the losses of N tokens: those of `target` for the first, of `reference` for the last M, else -log p."""
     apply: Any = _ChunkedLoss.apply
-    return TokenLosses(*apply(hidden_ND, head.weight_VD, head.bias_V, head, next_N, coefficient_N, reference))
+    return TokenLosses(*apply(hidden_ND, head.weight_VD, head.bias_V, head, next_N, coefficient_N, reference, target))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -104,8 +126,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: Head, next_N: Tensor,
-        coefficient_N: Tensor, reference: Reference | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        coefficient_N: Tensor, reference: Reference | None, target: TargetLoss | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         device = hidden_ND.device.type
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -114,27 +136,29 @@ class _ChunkedLoss(torch.autograd.Function):
             None if t is None or not need else torch.zeros_like(t, dtype=exact)
             for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
-        loss_N, nll_N = (hidden_ND.new_zeros(len(next_N), dtype=exact) for _ in range(2))
+        parts = [hidden_ND.new_zeros(len(next_N), dtype=exact) for _ in range(4)]
         coefficient_N = coefficient_N.to(exact)
         with torch.autocast(device, enabled=False):
             used = head.cast(cast)
-            for rows, part in _chunks(len(next_N), reference, CUDA_CHUNK if device == "cuda" else CHUNK):
+            size = CUDA_CHUNK if device == "cuda" else CHUNK
+            for rows, compared, learned in _chunks(len(next_N), reference, target, size):
                 chunk = _Chunk(_logits(hidden_ND[rows].to(cast), used).to(exact), head.softcap, next_N[rows])
-                loss_N[rows], nll_N[rows] = chunk.measure(part), chunk.nll_C
+                for whole_N, part_C in zip(parts, chunk.measure(compared, learned), strict=True):
+                    whole_N[rows] = part_C
                 if any(grad is not None for grad in grads):
                     slope_CV = chunk.slope(coefficient_N[rows]).to(cast)
                     _accumulate(grads, rows, slope_CV, hidden_ND[rows].to(cast), used)
                     del slope_CV
                 del chunk  # or it would live on beside the next one
         ctx.grads, ctx.dtypes = grads, [None if t is None else t.dtype for t in inputs]
-        ctx.mark_non_differentiable(loss_N, nll_N)
-        return (coefficient_N * loss_N).sum(), loss_N, nll_N
+        ctx.mark_non_differentiable(*parts)
+        return (coefficient_N * parts[0]).sum(), *parts
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor, *_: Any) -> Any:
         grads = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
         ctx.grads = []
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
@@ -167,15 +191,18 @@ def _accumulate(grads: list[Tensor | None], rows: slice, slope_CV: Tensor, hidde
         bias += slope_CV.sum(0)
 
 
-def _chunks(count: int, reference: Reference | None, size: int) -> Iterator[tuple[slice, Reference | None]]:
-    """Yield rows of a chunk, and the part of the reference that belongs to them; none holds rows of both kinds."""
+def _chunks(
+    count: int, reference: Reference | None, target: TargetLoss | None, size: int
+) -> Iterator[tuple[slice, Reference | None, TargetLoss | None]]:
+    """Yield rows of a chunk, and what belongs to them of both; no chunk holds rows of two kinds."""
+    learned = 0 if target is None else target.count
     plain = count - (0 if reference is None else reference.num_tokens())
-    for first in range(0, plain, size):
-        yield slice(first, min(first + size, plain)), None
-    for first in range(plain, count, size):
-        last = min(first + size, count)
-        assert reference is not None
-        yield slice(first, last), reference.part(slice(first - plain, last - plain))
+    for start, end in ((0, learned), (learned, plain), (plain, count)):
+        for first in range(start, end, size):
+            rows = slice(first, min(first + size, end))
+            own = slice(rows.start - start, rows.stop - start)
+            compared = reference.part(own) if reference and start == plain else None
+            yield rows, compared, target.part(own) if target and end == learned else None
 
 
 def _distribution(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,10 +225,48 @@ class _Chunk:
         self.pulled: tuple[Tensor, Tensor] | Tensor = (self.next_C1, torch.ones_like(self.norm_C1))
         self.tail_share_C1: Tensor | None = None  # bucket: r*/r
 
-    def measure(self, part: Reference | None) -> Tensor:
-        """Return the loss per token, and keep what the slope needs."""
-        if part is None:
-            return self.nll_C
+    def measure(
+        self, reference: Reference | None, target: TargetLoss | None
+    ) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
+        """Return per token the loss, -log p, the divergence and the factor, and keep what the slope needs."""
+        if target is not None:
+            return self._learned(target)
+        if reference is None:
+            return self.nll_C, self.nll_C, 0.0, 1.0
+        divergence_C = self._divergence(reference)
+        return divergence_C, self.nll_C, divergence_C, 1.0
+
+    def _learned(self, target: TargetLoss) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
+        """Add up a target's likelihood and divergence, and their slopes."""
+        factor_C = torch.ones_like(self.nll_C) if target.factor is None else target.factor(self)
+        amount_C1 = factor_C[:, None]
+        if target.reference is None:
+            self.mass_C1, self.pulled = amount_C1, (self.next_C1, amount_C1)
+            return factor_C * self.nll_C, self.nll_C, 0.0, factor_C
+        divergence_C = self._divergence(target.reference)
+        assert self.tail_share_C1 is None, "of the target the tail is whole or sampled"
+        self.mass_C1 = target.weight * self.mass_C1 + amount_C1
+        if isinstance(self.pulled, Tensor):
+            self.pulled = self.pulled.mul_(target.weight).scatter_add_(1, self.next_C1, amount_C1)
+        else:
+            ids_CK, probs_CK = self.pulled
+            amounts = torch.cat([target.weight * probs_CK, amount_C1], 1)
+            self.pulled = torch.cat([ids_CK, self.next_C1], 1), amounts
+        return factor_C * self.nll_C + target.weight * divergence_C, self.nll_C, divergence_C, factor_C
+
+    @property
+    def probability(self) -> Tensor:
+        """What the model gives to the target's token."""
+        return (-self.nll_C).exp()
+
+    def entropy(self, likeliest: int) -> Tensor:
+        """Return the entropy of the `likeliest` tokens' distribution, renormalised, in nats."""
+        count = min(likeliest, self.logits_CV.shape[-1])
+        logprobs_CK = self.logits_CV.topk(count, -1).values.log_softmax(-1)
+        return -(logprobs_CK.exp() * logprobs_CK).sum(-1)
+
+    def _divergence(self, part: Reference) -> Tensor:
+        """Return the divergence from the reference, and keep what its slope needs."""
         stored, dtype = part.stored, self.probs_CV.dtype
         if stored is None:
             return self._whole(part.logits(dtype))
@@ -243,7 +308,8 @@ class _Chunk:
         """Return the gradient of coefficient x loss by the logits before the soft limit; p is used up."""
         scale_C1, slope_CV = coefficient_C[:, None], self.probs_CV
         if isinstance(self.pulled, Tensor):
-            slope_CV.sub_(self.pulled).mul_(scale_C1)
+            whole_CV = slope_CV if isinstance(self.mass_C1, float) else slope_CV.mul_(self.mass_C1)
+            whole_CV.sub_(self.pulled).mul_(scale_C1)
         elif self.tail_share_C1 is None:
             slope_CV.mul_(scale_C1 * self.mass_C1)
             slope_CV.scatter_add_(1, self.pulled[0], -scale_C1 * self.pulled[1])

@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from functools import reduce
+from operator import mul
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -30,16 +32,59 @@ class Pull(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Matrices of `rank` beside the base's, trained in place of them: W = W* + (alpha / rank) B A."""
+    """What PEFT trains beside the base's weights in place of them, and adds to them at the end."""
 
-    rank: int
-    alpha: int
-    dropout: float
-    targets: tuple[str, ...]  # names of layers; empty: all linear ones but the head
+    kind: Literal["lora", "osf"]
+    settings: dict[str, Any]  # of PEFT's config, by its own names
+    targets: tuple[str, ...] = ()  # names of layers, or of experts' weights; empty: all linear ones but the head
+    parameters: tuple[str, ...] = ()  # names of experts' weights on top of those
+    rank: int = 0  # of what is added; 0: the layer's smaller side without its share `preserved`
+    preserved: float = 0.0
+    quantise: str | None = None  # the number format that the base's layers are held in meanwhile
+
+    def rank_at(self, smaller: int) -> int:
+        """Return the rank beside a matrix whose smaller side is `smaller`."""
+        return self.rank or smaller - int(smaller * self.preserved)
+
+
+class TargetTokens(Protocol):
+    """What the model, as it is now, says of some tokens of the target: arrays with an entry for each."""
+
+    @property
+    def probability(self) -> Any:
+        """What the model gives to the token."""
+
+    def entropy(self, likeliest: int) -> Any:
+        """Return the entropy of the `likeliest` tokens' distribution, renormalised, in nats."""
+
+
+class Weigh(NamedTuple):
+    """What becomes of -log p at each token of the target's responses.
+
+    `factor` multiplies it at each step, and is not differentiated; `learned` says once, from the base's -log p in nats,
+    which tokens are in the loss at all.
+    """
+
+    factor: Callable[[TargetTokens], Any] | None = None
+    learned: Callable[[Any], Any] | None = None
+
+
+class AlongSpec(Spec):
+    """What is stored of the base's distribution at each token of the target's responses."""
+
+    top_logprobs: PositiveInt = Field(64, description="Likeliest tokens")
+    tail_samples: PositiveInt = Field(16, description="Samples of the other tokens, which stand for them")
+
+
+class TargetDivergence(NamedTuple):
+    """weight x KL(base || model) at each token of the target's responses, on top of its loss there."""
+
+    weight: float
+    stored: AlongSpec | None  # None: the base is in memory
 
 
 class Method(Spec, ABC):
-    """A method says whether it is on, and declares a pull, an adapter or both; the training asks for nothing else."""
+    """A method says whether it is on, and what it declares; the training asks for nothing else."""
 
     strength: ClassVar[str]  # the setting that people look at; at 0 the method is off
     unsharded: ClassVar[str | None] = None  # why its weights cannot be sharded; None: they can
@@ -56,9 +101,17 @@ class Method(Spec, ABC):
         """Return what is trained in place of the base's weights."""
         return None
 
+    def weigh(self) -> Weigh | None:
+        """Return what the loss of each of the target's tokens is multiplied by."""
+        return None
+
+    def divergence(self) -> TargetDivergence | None:
+        """Return what is added to the loss of each of the target's tokens."""
+        return None
+
 
 class MethodSet(Spec):
-    """Methods by field. Penalties add up; a method that is off is in no key."""
+    """Methods by field. Penalties add up, weights of tokens multiply; a method that is off is in no key."""
 
     @field_validator("*")
     @classmethod
@@ -96,7 +149,26 @@ class MethodSet(Spec):
 
     def adapter(self) -> Adapter | None:
         """Return what is trained in place of the base's weights; None: they are trained themselves."""
-        return next((adapter for method in self.by_name().values() if (adapter := method.adapter())), None)
+        return next(iter(self.adapters().values()), None)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Return that by the name of the method, of which there is one at most."""
+        return {name: adapter for name, method in self.by_name().items() if (adapter := method.adapter())}
+
+    def divergence(self) -> TargetDivergence | None:
+        """Return the divergence on the target's rows, if there is one."""
+        return next((found for method in self.by_name().values() if (found := method.divergence())), None)
+
+    def factor(self) -> Callable[[TargetTokens], Any] | None:
+        """Return the product of what the losses of the target's tokens are multiplied by, None without any."""
+        return _product([weigh.factor for weigh in self._weighs() if weigh.factor])
+
+    def learned(self) -> Callable[[Any], Any] | None:
+        """Return what says by the base's losses which tokens of the target are learned, None: all of them."""
+        return _product([weigh.learned for weigh in self._weighs() if weigh.learned])
+
+    def _weighs(self) -> list[Weigh]:
+        return [weigh for method in self.by_name().values() if (weigh := method.weigh())]
 
     def estimate(self) -> Estimate | None:
         """Return what the methods need measured on the base before the training."""
@@ -104,3 +176,7 @@ class MethodSet(Spec):
 
     def _identity(self) -> dict[str, Any]:
         return {name: method.digest() for name, method in self.by_name().items()}
+
+
+def _product(factors: list[Callable[[Any], Any]]) -> Callable[[Any], Any] | None:
+    return (lambda tokens: reduce(mul, (factor(tokens) for factor in factors))) if factors else None
