@@ -30,9 +30,10 @@ DRAFT = "draft.json"
 ERROR = "error.json"
 REQUEST = "request.json"
 METADATA = "facts.json"
+INPUTS = "inputs.json"  # what a draft is made from, until its manifest says it
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
-SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, PROGRESS}  # removed when the artifact is complete
+SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, INPUTS, PROGRESS}  # removed when the artifact is complete
 ASIDE = {MANIFEST, METRICS, LOG, "README.md"}  # not payload: not in the content digest
 
 
@@ -202,11 +203,12 @@ class Store:
             if (done := read_manifest(waiting, key)) and not self.damage(waiting, done):
                 return self._pushed(self._put_in_place(waiting, kind, key), say, fresh=True), False
             draft = self._open_draft(kind, key, environment or {}, say)
+            made_from = [{"kind": i.kind, "key": i.key} for i in inputs]
+            write_json(draft.folder / INPUTS, made_from)
             started = time.time()
             work(draft)
             recorded = {
-                "environment": environment or {}, "seconds": round(time.time() - started, 3),
-                "inputs": [{"kind": i.kind, "key": i.key} for i in inputs],
+                "environment": environment or {}, "seconds": round(time.time() - started, 3), "inputs": made_from
             }  # fmt: skip
             return self._pushed(self._complete(draft, kind, key, recorded), say, fresh=True), True
 

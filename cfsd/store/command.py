@@ -118,10 +118,10 @@ def _show(entry: Entry, known: list[Entry], reports: list[str]) -> None:
     say(f"content  {entry.manifest['content']}")
     say(f"made     {_when(entry.created)}; to make it again took {_seconds(entry.seconds)} and its inputs")
     here = {other.place: other for other in known if not other.is_draft}
-    for of, key in entry.inputs():
+    for of, key in entry.inputs:
         say(f"from     {of} {key}{'' if (of, key) in here else ' (not here)'}", markup=False)
     for other in known:
-        if entry.place in other.inputs():
+        if entry.place in other.inputs:
             say(f"used by  {other.kind} {other.key}")
     for report in reports:
         say(f"report   {report}", markup=False)
