@@ -17,6 +17,7 @@ from cfsd.machine import home
 from cfsd.report.run_record import RunRecord
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Store
+from cfsd.store.inventory import keep_registered
 from tasks.record import tracked
 
 ALIAS, CANDIDATE = "champion", "candidate"
@@ -71,8 +72,11 @@ def register(
     """
     if run_id is None:
         return None
-    made = Candidate(model, figures, card, verdict)
-    return tracked(lambda client: _candidate(client, model_name(recipe_name), made, run_id))
+    name, made = model_name(recipe_name), Candidate(model, figures, card, verdict)
+    version = tracked(lambda client: _candidate(client, name, made, run_id))
+    if version is not None:
+        keep_registered(home(), model, f"{name} version {version}")
+    return version
 
 
 def candidate(recipe_name: str) -> Registered | None:

@@ -205,7 +205,7 @@ def collect_command(
     home: Home = None,
     store: Shared = None,
 ) -> None:
-    """Say what no report refers to, and delete it with --delete. The shared store is left as it is."""
+    """Say what no report and no registered model refers to, and delete it with --delete. The shared store is left as it is."""
     there = opened(home, store)
     limits = Limits(older_than, larger_than * (1 << 20), even_referenced)
     gone = delete(there, limits) if do else collectable(there, limits)

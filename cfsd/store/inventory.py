@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from cfsd.errors import BadInput, StoreError
 from cfsd.store.artifact import CHECKPOINTS, DRAFT, INPUTS, Artifact, Store
+from cfsd.store.digests import write_json
 from cfsd.store.locks import used
 from cfsd.store.manifest import read_json, read_manifest
 from cfsd.store.sharing import PARTIAL
@@ -21,6 +22,7 @@ from cfsd.store.sharing import PARTIAL
 NAME = re.compile(r"([0-9a-f]{16})(\.draft)?")
 DAY = 86400.0
 Place = tuple[str, str]  # kind and key
+REGISTERED = "registered"  # below the data folder: a file for each model that a registry elsewhere names
 
 
 class Entry(NamedTuple):
@@ -110,25 +112,32 @@ def _written(folder: Path) -> float:
 
 
 def references(home: Path, *, whole: bool = False) -> dict[Place, list[str]]:
-    """Return the reports below `home` that refer to each artifact, by kind and key.
+    """Return the reports and registered models of `home` that refer to each artifact, by kind and key.
 
-    `whole`: a report that cannot be read raises StoreError, and is not left out.
+    `whole`: one that cannot be read raises StoreError, and is not left out.
     """
     found: dict[Place, list[str]] = defaultdict(list)
-    for file in sorted((home / "reports").glob("*/*.json")):
+    for file in [*sorted((home / "reports").glob("*/*.json")), *sorted((home / REGISTERED).glob("*.json"))]:
         try:
             content = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             if whole:
                 raise StoreError(
-                    f"the report {file} cannot be read ({error}), so nothing says what it refers to: nothing was "
-                    "deleted; delete its folder, restore it, or run its recipe again"
+                    f"{file} cannot be read ({error}), so nothing says what it refers to: nothing was "
+                    "deleted; restore the file, or delete its report"
                 ) from error
             continue
+        name = file.parent.name if file.parent.name != REGISTERED else content[REGISTERED]
         for place in sorted(set(_named_in(content))):
-            if file.parent.name not in found[place]:
-                found[place].append(file.parent.name)
+            if name not in found[place]:
+                found[place].append(name)
     return dict(found)
+
+
+def keep_registered(home: Path, artifact: Artifact, name: str) -> None:
+    """Note that a registry elsewhere names `artifact`, so that nobody deletes it here; `name` is what it is there."""
+    (home / REGISTERED).mkdir(parents=True, exist_ok=True)
+    write_json(home / REGISTERED / f"{artifact.key}.json", {REGISTERED: name, "model": artifact.model_dump(mode="json")})
 
 
 def _named_in(content: Any) -> Iterator[Place]:
@@ -173,7 +182,7 @@ class Limits(NamedTuple):
 
 
 def collectable(store: Store, limits: Limits) -> list[Doomed]:
-    """Return what no report refers to, directly or through what was made from it, within `limits`.
+    """Return what no report and no registered model refers to, directly or through what was made from it, within `limits`.
 
     What stays for another reason, such as its age, keeps what it was made from. Drafts that a process works on stay.
     """
