@@ -90,7 +90,8 @@ def candidate(recipe_name: str) -> Registered | None:
 def promote(recipe_name: str, version: int, approved_by: str = "") -> int | None:
     """Make a version the champion and return it; None where MLflow cannot be reached.
 
-    `approved_by`: the person who said so, where one was asked.
+    `approved_by`: the person who said so, where one was asked. If another version became the candidate while they
+    thought about it, that one is returned, and the champion stays.
     """
     return tracked(lambda client: _promote(client, model_name(recipe_name), version, approved_by))
 
@@ -129,6 +130,8 @@ def _candidate(client: Any, name: str, made: Candidate, run_id: str) -> int:
 
 def _promote(client: Any, name: str, version: int, approved_by: str) -> int:
     if approved_by:
+        if (waiting := _version(client, name, CANDIDATE)) and waiting[0].version != version:
+            return waiting[0].version
         client.set_model_version_tag(name, str(version), "cfsd.approved_by", approved_by)
     client.set_registered_model_alias(name, ALIAS, str(version))
     return version

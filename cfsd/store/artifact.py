@@ -197,7 +197,7 @@ class Store:
         realisation of a key wins, and is returned.
         """
         with self.in_use(), self.lock(kind, key, say):
-            if artifact := self.find(kind, key) or self._restored(kind, key, say):
+            if artifact := self.find(kind, key) or self.restored(kind, key, say):
                 return self._pushed(artifact, say), False
             waiting = self.root / kind / f"{key}.draft"
             if (done := read_manifest(waiting, key)) and not self.damage(waiting, done):
@@ -212,8 +212,8 @@ class Store:
             }  # fmt: skip
             return self._pushed(self._complete(draft, kind, key, recorded), say, fresh=True), True
 
-    def _restored(self, kind: str, key: str, say: Callable[[str], None]) -> Artifact | None:
-        """Say that what is here is damaged, and return it from the shared store if that has it."""
+    def restored(self, kind: str, key: str, say: Callable[[str], None]) -> Artifact | None:
+        """Say that what is here is damaged, and return it from the shared store if that has it. Call it locked."""
         folder = self.root / kind / key
         if not os.path.lexists(folder):
             return None

@@ -205,7 +205,7 @@ def collect_command(
     home: Home = None,
     store: Shared = None,
 ) -> None:
-    """Say what no report and no registered model refers to, and delete it with --delete. The shared store is left as it is."""
+    """Say what no report and no registered model needs; --delete deletes it. The shared store stays as it is."""
     there = opened(home, store)
     limits = Limits(older_than, larger_than * (1 << 20), even_referenced)
     gone = delete(there, limits) if do else collectable(there, limits)
@@ -262,8 +262,12 @@ def pull_command(keys: Keys = None, home: Home = None, store: Shared = None) -> 
 
 
 def _pulled(store: Store, kind: str, key: str) -> bool:
-    _sharing(store).believe(kind, key)
-    if (found := store.find(kind, key)) is None:
+    sharing = _sharing(store)
+    sharing.believe(kind, key)
+    if (found := store.find(kind, key)) is None and (known := sharing.remote.realisation(kind, key)):
+        with store.lock(kind, key, _say):
+            found = None if sharing.remote.damage(known) else store.restored(kind, key, _say)
+    if found is None:
         _say(f"{kind} {key} is damaged: its recipe, run again, makes it anew")
         return False
     try:

@@ -137,7 +137,9 @@ def references(home: Path, *, whole: bool = False) -> dict[Place, list[str]]:
 def keep_registered(home: Path, artifact: Artifact, name: str) -> None:
     """Note that a registry elsewhere names `artifact`, so that nobody deletes it here; `name` is what it is there."""
     (home / REGISTERED).mkdir(parents=True, exist_ok=True)
-    write_json(home / REGISTERED / f"{artifact.key}.json", {REGISTERED: name, "model": artifact.model_dump(mode="json")})
+    write_json(
+        home / REGISTERED / f"{artifact.key}.json", {REGISTERED: name, "model": artifact.model_dump(mode="json")}
+    )
 
 
 def _named_in(content: Any) -> Iterator[Place]:
@@ -182,7 +184,7 @@ class Limits(NamedTuple):
 
 
 def collectable(store: Store, limits: Limits) -> list[Doomed]:
-    """Return what no report and no registered model refers to, directly or through what was made from it, within `limits`.
+    """Return what no report and no registered model needs, directly or for what was made from it, within `limits`.
 
     What stays for another reason, such as its age, keeps what it was made from. Drafts that a process works on stay.
     """

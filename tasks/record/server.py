@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cfsd.machine import home
 from cfsd.store.artifact import Artifact
+from tasks.record.description import NOTE, TEXT_LENGTH
 from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
@@ -40,11 +41,10 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"  # what the pages show under VIE
 TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     VIEW_TAG: json.dumps(VIEW),
-    "mlflow.note.content": "Each run is a variant of a recipe, and the runs below it are its steps.",
+    NOTE: "Each run is a variant of a recipe, and the runs below it are its steps.",
 }
 RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
 CONTEXT = "mlflow.data.context"
-TEXT_LENGTH = 8000  # MLflow cuts longer values of tags
 BATCH_NAMES = 100  # parameters or tags in one request
 BATCH = 1000  # metrics in one request
 PARAMETER_LENGTH = 6000  # MLflow refuses longer values

@@ -14,6 +14,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
 from cfsd.store.locks import held
 from tasks.record.client import say, tracked
+from tasks.record.description import NOTE, described
 from tasks.record.parameters import chosen
 from tasks.record.runs import describe, end_dead_runs, ended, open_run, open_step
 from tasks.record.step_run import IN_BRIEF, StepRun
@@ -165,8 +166,6 @@ def _replayed(server: "Server", variant: Variant, taken: Taken, store: Store) ->
 
 def _link_steps(server: "Server", variant: Variant) -> None:
     """Put on the variant's run which artifact each step gave, and links to the runs that made them."""
-    from tasks.record.contents import NOTE, described
-
     if variant.run_id is None:
         return
     runs_of(server, variant)

@@ -193,6 +193,14 @@ def test_push_and_pull(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp
     assert cfsd("pull", "--home", third)[0] == 0
 
 
+def test_pull_mends_what_is_damaged_here(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path) -> None:
+    assert cfsd("push", "--store", f"file://{tmp_path}/shared")[0] == 0
+    (store.path(world["tuned"]) / "a.txt").write_text("Tuned")
+    code, out, _ = cfsd("pull", "b")
+    assert code == 0 and f"model {'b' * 16} is damaged (a.txt): it is taken from the shared store" in out
+    assert "1 of 1 are in" in out and (store.place(world["tuned"]) / "a.txt").read_text() == "tuned"
+
+
 def test_what_is_damaged_is_not_pushed(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path) -> None:
     (store.path(world["base"]) / "a.txt").write_text("Base")
     code, out, _ = cfsd("push", "--store", f"file://{tmp_path}/shared")
@@ -232,9 +240,7 @@ def test_gc_keeps_what_links_lead_into(cfsd: Cfsd, world: dict[str, Artifact], s
     assert f"model {'e' * 16}" in cfsd("gc", "--even-referenced")[1], "which that would break"
 
 
-def test_gc_deletes_nothing_while_a_report_cannot_be_read(
-    cfsd: Cfsd, world: dict[str, Artifact], store: Store
-) -> None:
+def test_gc_deletes_nothing_while_a_report_cannot_be_read(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
     file = store.home / "reports" / "demo-12345678" / "run_records.json"
     whole = file.read_text()
     file.write_text(whole[:40])

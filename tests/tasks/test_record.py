@@ -32,7 +32,7 @@ from cfsd.store.artifact import Draft, Store
 from tasks import record
 from tasks.record import client as record_client
 from tasks.record import flattened, run_url
-from tasks.record.contents import NOTE, described
+from tasks.record.description import NOTE, described
 from tasks.record.reach import unreachable
 from tasks.record.server import Server, accepted
 from tasks.record.server import server as record_server
@@ -189,8 +189,9 @@ def test_scores_of_a_tuned_model_say_what_was_lost_against_the_base(twice: dict[
         bounds = [scores.metrics[f"forgetting{end}"] for end in ("", "_low", "_high")]
         assert bounds == [lost["forgetting"][end] for end in ("value", "low", "high")]
         assert (scores.metrics["base"], scores.metrics["tuned"]) == (lost["base"], lost["tuned"])
-        (base,) = (twice["home"] / "store" / "scores").glob(f"{found['evaluate tiny_rev · base'].data.tags['cfsd.key']}/*.json")
-        assert scores.tags["cfsd.against"] == json.loads(base.read_text())["content"]
+        base = found["evaluate tiny_rev · base"].data.tags["cfsd.key"]
+        manifest = json.loads((twice["home"] / "store" / "scores" / base / "manifest.json").read_text())
+        assert scores.tags["cfsd.against"] == manifest["content"]
         assert "forgetting" not in found["evaluate tiny_rev · base"].data.metrics
         gain = found["evaluate target · tuned"].data.metrics
         assert [gain["target_gain_low"], gain["target_gain_high"]] == [
@@ -322,14 +323,13 @@ def test_a_run_that_mlflow_refuses_half_of_is_ended_all_the_same(
     given = {"spec": 1, "target": made}
     for executed in (True, False):
         database = tmp_path / f"{executed}.db"
-        with recording_into(database, monkeypatch), record.variant("first"):
-            with monkeypatch.context() as patch:
-                patch.setattr(MlflowClient, method, refuse)
-                if executed:
-                    with record.step("probe", made.key, Draft(store, tmp_path, False), given, gpu=True):
-                        pass
-                else:
-                    record.keep_step("probe", store, made, given, executed=True, gpu=True)
+        with recording_into(database, monkeypatch), record.variant("first"), monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, method, refuse)
+            if executed:
+                with record.step("probe", made.key, Draft(store, tmp_path, False), given, gpu=True):
+                    pass
+            else:
+                record.keep_step("probe", store, made, given, executed=True, gpu=True)
         with recording_into(database, monkeypatch):
             record_client.tracked(record.end_dead_runs)
         assert len(runs(database)) == 2 and "RUNNING" not in {run.info.status for run in runs(database)}

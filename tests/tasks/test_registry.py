@@ -94,6 +94,8 @@ def test_a_candidate_becomes_the_champion_when_a_person_says_so(recipe: Recipe, 
     assert waiting and (waiting.version, waiting.verdict) == (2, "PASS: all is well")
     refused = decide(recipe.name, 2, Decision(approve=False, by="ada", reason="too early"))
     assert refused == "the champion stays: ada did not approve version 2: too early"
+    late = decide(recipe.name, 1, Decision(approve=True, by="bob"))
+    assert late == "the champion stays: bob approved version 1, but version 2 is the candidate by now"
     assert aliases(recipe)["champion"] == 1
     assert "approved by ada" in decide(recipe.name, 2, Decision(approve=True, by="ada"))
     assert aliases(recipe) == {"candidate": 2, "champion": 2}
