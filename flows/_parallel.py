@@ -177,7 +177,7 @@ class _Process:
             else:
                 found = Answer.model_validate(content).content()
         self.pass_on(tell)  # what it wrote before its answer is there by now
-        return found if found or self.answers.open else self._lost()
+        return found if found or self.answers.open or not self.name else self._lost()
 
     def pass_on(self, tell: Tell) -> None:
         """Pass on the lines that it wrote, each with the name of its variant."""

@@ -61,8 +61,11 @@ def decide(recipe_name: str, version: int, said: Decision) -> str:
     who, why = said.by or "a person who gave no name", f": {said.reason}" if said.reason else ""
     if not said.approve:
         return f"the champion stays: {who} did not approve version {version}{why}"
-    if registry.promote(recipe_name, version, approved_by=f"{who}{why}") is None:
+    moved = registry.promote(recipe_name, version, approved_by=f"{who}{why}")
+    if moved is None:
         return "the champion stays, because MLflow cannot be reached; approve it again later"
+    if moved != version:
+        return f"the champion stays: {who} approved version {version}, but version {moved} is the candidate by now"
     return f"champion of {registry.model_name(recipe_name)!r} is version {version}, approved by {who}{why}"
 
 

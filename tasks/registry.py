@@ -17,6 +17,7 @@ from cfsd.machine import home
 from cfsd.report.run_record import RunRecord
 from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Store
+from cfsd.store.inventory import keep_registered
 from tasks.record import tracked
 
 ALIAS, CANDIDATE = "champion", "candidate"
@@ -71,8 +72,11 @@ def register(
     """
     if run_id is None:
         return None
-    made = Candidate(model, figures, card, verdict)
-    return tracked(lambda client: _candidate(client, model_name(recipe_name), made, run_id))
+    name, made = model_name(recipe_name), Candidate(model, figures, card, verdict)
+    version = tracked(lambda client: _candidate(client, name, made, run_id))
+    if version is not None:
+        keep_registered(home(), model, f"{name} version {version}")
+    return version
 
 
 def candidate(recipe_name: str) -> Registered | None:
@@ -86,7 +90,8 @@ def candidate(recipe_name: str) -> Registered | None:
 def promote(recipe_name: str, version: int, approved_by: str = "") -> int | None:
     """Make a version the champion and return it; None where MLflow cannot be reached.
 
-    `approved_by`: the person who said so, where one was asked.
+    `approved_by`: the person who said so, where one was asked. If another version became the candidate while they
+    thought about it, that one is returned, and the champion stays.
     """
     return tracked(lambda client: _promote(client, model_name(recipe_name), version, approved_by))
 
@@ -125,6 +130,8 @@ def _candidate(client: Any, name: str, made: Candidate, run_id: str) -> int:
 
 def _promote(client: Any, name: str, version: int, approved_by: str) -> int:
     if approved_by:
+        if (waiting := _version(client, name, CANDIDATE)) and waiting[0].version != version:
+            return waiting[0].version
         client.set_model_version_tag(name, str(version), "cfsd.approved_by", approved_by)
     client.set_registered_model_alias(name, ALIAS, str(version))
     return version

@@ -1,7 +1,6 @@
 """Reports, made from artifacts alone. The libraries that read tables and draw figures are imported late."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from cfsd.machine import home
 from cfsd.report.compared import NOTHING, Comparisons
-from cfsd.report.markdown import inert
+from cfsd.report.markdown import cell, inert
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.summary import Summary
 from cfsd.store.artifact import Store
@@ -53,12 +52,12 @@ def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes:
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
     name, verdict = best(variants_of(summaries), comparisons).name, " ".join(two_sentences(summaries, comparisons))
     beneath = (*lines_against(name, comparisons, only_found=False), *remarks(summaries, comparisons))
-    said = [f"# {title}", verdict, "\n".join(_markdown_table(summaries)),
-            "\n".join(f"* {line}" for line in (*beneath, *warnings(summaries)))]  # fmt: skip
+    lines = inert("\n".join(f"* {line}" for line in (*beneath, *warnings(summaries))))
+    said = [inert(f"# {title}"), inert(verdict), "\n".join(_markdown_table(summaries)), lines]
     alone = summaries[0] if len(summaries) == 1 else None
     figures = headline(alone) if alone else metrics_of(comparisons)
     outcomes = {"budget_outcome": alone.budget["outcome"]} if alone and alone.budget else {}
-    text = inert("\n\n".join(part for part in said if part))
+    text = "\n\n".join(part for part in said if part)
     return Report(summaries, comparisons, figures, files, text, inert(verdict), run_records, outcomes)
 
 
@@ -67,15 +66,11 @@ def _markdown_table(summaries: list[Summary]) -> list[str]:
     from cfsd.report.table import lines_of
 
     names = ["base", *(summary.name for summary in summaries)]
-    rows = [[("&nbsp; " * line.is_part) + _cell(line.label), line.base, *line.cells] for line in lines_of(summaries)]
+    rows = [[("&nbsp; " * line.is_part) + cell(line.label), line.base, *line.cells] for line in lines_of(summaries)]
     if not rows:
         return []
-    head = [["", *map(_cell, names)], ["---", *("--:" for _ in names)]]
+    head = [["", *map(cell, names)], ["---", *("--:" for _ in names)]]
     return [f"| {' | '.join(cells)} |" for cells in (*head, *rows)]
-
-
-def _cell(text: str) -> str:
-    return escape(text, quote=False).replace("|", "&#124;")
 
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:

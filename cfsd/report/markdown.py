@@ -17,6 +17,11 @@ def plain(text: str) -> str:
     return inert(" ".join(text.split()))
 
 
+def cell(text: str) -> str:
+    """Return `text` so that it stays in one cell of a table, and does nothing there."""
+    return plain(text).replace("|", "\\|")
+
+
 def fenced(text: str, language: str = "") -> str:
     """Return `text` as a block of code, whose fence is longer than any within it."""
     longest = max(map(len, re.findall("`+", text)), default=0)

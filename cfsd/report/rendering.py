@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cfsd.report.markdown import fenced, plain
+from cfsd.report.markdown import cell, fenced, plain
 from cfsd.report.table import number, shown
 
 MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
@@ -24,7 +24,7 @@ def rendered(template: str, **values: Any) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": _cell,
+        "number": number, "shown": shown, "visible": _visible, "clip": _clip, "whole": _whole, "cell": cell,
         "token": _token, "plain": plain, "fenced": fenced,
     }  # fmt: skip
     return environment.get_template(template).render(**values)
@@ -47,8 +47,3 @@ def _clip(text: str, start: int, end: int) -> str:
 
 def _whole(count: int) -> str:
     return f"{count:,}"
-
-
-def _cell(text: str) -> str:
-    """Return `text` so that it stays in one cell of a Markdown table."""
-    return plain(text).replace("|", "\\|")

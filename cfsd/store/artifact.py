@@ -30,9 +30,10 @@ DRAFT = "draft.json"
 ERROR = "error.json"
 REQUEST = "request.json"
 METADATA = "facts.json"
+INPUTS = "inputs.json"  # what a draft is made from, until its manifest says it
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
-SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, PROGRESS}  # removed when the artifact is complete
+SCRATCH = {DRAFT, ERROR, REQUEST, METADATA, INPUTS, PROGRESS}  # removed when the artifact is complete
 ASIDE = {MANIFEST, METRICS, LOG, "README.md"}  # not payload: not in the content digest
 
 
@@ -196,22 +197,23 @@ class Store:
         realisation of a key wins, and is returned.
         """
         with self.in_use(), self.lock(kind, key, say):
-            if artifact := self.find(kind, key) or self._restored(kind, key, say):
+            if artifact := self.find(kind, key) or self.restored(kind, key, say):
                 return self._pushed(artifact, say), False
             waiting = self.root / kind / f"{key}.draft"
             if (done := read_manifest(waiting, key)) and not self.damage(waiting, done):
                 return self._pushed(self._put_in_place(waiting, kind, key), say, fresh=True), False
             draft = self._open_draft(kind, key, environment or {}, say)
+            made_from = [{"kind": i.kind, "key": i.key} for i in inputs]
+            write_json(draft.folder / INPUTS, made_from)
             started = time.time()
             work(draft)
             recorded = {
-                "environment": environment or {}, "seconds": round(time.time() - started, 3),
-                "inputs": [{"kind": i.kind, "key": i.key} for i in inputs],
+                "environment": environment or {}, "seconds": round(time.time() - started, 3), "inputs": made_from
             }  # fmt: skip
             return self._pushed(self._complete(draft, kind, key, recorded), say, fresh=True), True
 
-    def _restored(self, kind: str, key: str, say: Callable[[str], None]) -> Artifact | None:
-        """Say that what is here is damaged, and return it from the shared store if that has it."""
+    def restored(self, kind: str, key: str, say: Callable[[str], None]) -> Artifact | None:
+        """Say that what is here is damaged, and return it from the shared store if that has it. Call it locked."""
         folder = self.root / kind / key
         if not os.path.lexists(folder):
             return None

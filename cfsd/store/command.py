@@ -118,10 +118,10 @@ def _show(entry: Entry, known: list[Entry], reports: list[str]) -> None:
     say(f"content  {entry.manifest['content']}")
     say(f"made     {_when(entry.created)}; to make it again took {_seconds(entry.seconds)} and its inputs")
     here = {other.place: other for other in known if not other.is_draft}
-    for of, key in entry.inputs():
+    for of, key in entry.inputs:
         say(f"from     {of} {key}{'' if (of, key) in here else ' (not here)'}", markup=False)
     for other in known:
-        if entry.place in other.inputs():
+        if entry.place in other.inputs:
             say(f"used by  {other.kind} {other.key}")
     for report in reports:
         say(f"report   {report}", markup=False)
@@ -205,7 +205,7 @@ def collect_command(
     home: Home = None,
     store: Shared = None,
 ) -> None:
-    """Say what no report refers to, and delete it with --delete. The shared store is left as it is."""
+    """Say what no report and no registered model needs; --delete deletes it. The shared store stays as it is."""
     there = opened(home, store)
     limits = Limits(older_than, larger_than * (1 << 20), even_referenced)
     gone = delete(there, limits) if do else collectable(there, limits)
@@ -262,8 +262,12 @@ def pull_command(keys: Keys = None, home: Home = None, store: Shared = None) -> 
 
 
 def _pulled(store: Store, kind: str, key: str) -> bool:
-    _sharing(store).believe(kind, key)
-    if (found := store.find(kind, key)) is None:
+    sharing = _sharing(store)
+    sharing.believe(kind, key)
+    if (found := store.find(kind, key)) is None and (known := sharing.remote.realisation(kind, key)):
+        with store.lock(kind, key, _say):
+            found = None if sharing.remote.damage(known) else store.restored(kind, key, _say)
+    if found is None:
         _say(f"{kind} {key} is damaged: its recipe, run again, makes it anew")
         return False
     try:

@@ -1,6 +1,7 @@
 """What a data folder's store holds, what refers to it, and what nothing would miss."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -12,14 +13,16 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from cfsd.errors import BadInput, StoreError
-from cfsd.store.artifact import CHECKPOINTS, DRAFT, Artifact, Store
+from cfsd.store.artifact import CHECKPOINTS, DRAFT, INPUTS, Artifact, Store
+from cfsd.store.digests import write_json
 from cfsd.store.locks import used
-from cfsd.store.manifest import read_manifest
+from cfsd.store.manifest import read_json, read_manifest
 from cfsd.store.sharing import PARTIAL
 
 NAME = re.compile(r"([0-9a-f]{16})(\.draft)?")
 DAY = 86400.0
 Place = tuple[str, str]  # kind and key
+REGISTERED = "registered"  # below the data folder: a file for each model that a registry elsewhere names
 
 
 class Entry(NamedTuple):
@@ -30,6 +33,7 @@ class Entry(NamedTuple):
     folder: Path
     manifest: dict[str, Any] | None  # None: a draft, or damaged
     size: int  # bytes on this disk; weights outside the store are links
+    inputs: list[Place]  # what it was made from, unless an older version made it, and what its links lead into
 
     @property
     def place(self) -> Place:
@@ -62,10 +66,6 @@ class Entry(NamedTuple):
         """Return how long it took to make; 0 where that is not known."""
         return float(self.manifest["seconds"]) if self.manifest else 0.0
 
-    def inputs(self) -> list[Place]:
-        """Return what it was made from; nothing where an older version made it."""
-        return [(i["kind"], i["key"]) for i in (self.manifest or {}).get("inputs", [])]
-
     def artifact(self) -> Artifact:
         """Return its name. Raises StoreError for what is not one."""
         if self.manifest is None or self.is_draft:
@@ -84,8 +84,19 @@ def _entry(folder: Path) -> Entry | None:
     if folder.parent.name.startswith(".") or not (named := NAME.fullmatch(folder.name)):
         return None
     manifest = None if named[2] else read_manifest(folder, named[1])
-    files = folder.rglob("*") if folder.is_dir() else [folder]
-    return Entry(folder.parent.name, named[1], folder, manifest, sum(_size(file) for file in files))
+    files = list(folder.rglob("*")) if folder.is_dir() else [folder]
+    said = manifest.get("inputs", []) if manifest else read_json(folder / INPUTS) or []
+    inputs = {(i["kind"], i["key"]) for i in said} | {place for file in files for place in _led_into(file, folder)}
+    return Entry(folder.parent.name, named[1], folder, manifest, sum(map(_size, files)), sorted(inputs))
+
+
+def _led_into(file: Path, folder: Path) -> Iterator[Place]:
+    """Yield the other artifact of this store that a link in `folder` leads into, if it is one and does."""
+    store = os.path.realpath(folder.parents[1])
+    if file.is_symlink() and (target := os.path.realpath(file)).startswith(f"{store}/"):
+        kind, key, *_ = *target.removeprefix(f"{store}/").split("/"), ""
+        if (kind, key) != (folder.parent.name, folder.name):
+            yield kind, key
 
 
 def _size(file: Path) -> int:
@@ -100,18 +111,35 @@ def _written(folder: Path) -> float:
     return max(times, default=0.0)
 
 
-def references(home: Path) -> dict[Place, list[str]]:
-    """Return the reports below `home` that refer to each artifact, by kind and key."""
+def references(home: Path, *, whole: bool = False) -> dict[Place, list[str]]:
+    """Return the reports and registered models of `home` that refer to each artifact, by kind and key.
+
+    `whole`: one that cannot be read raises StoreError, and is not left out.
+    """
     found: dict[Place, list[str]] = defaultdict(list)
-    for file in sorted((home / "reports").glob("*/*.json")):
+    for file in [*sorted((home / "reports").glob("*/*.json")), *sorted((home / REGISTERED).glob("*.json"))]:
         try:
             content = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError) as error:
+            if whole:
+                raise StoreError(
+                    f"{file} cannot be read ({error}), so nothing says what it refers to: nothing was "
+                    "deleted; restore the file, or delete its report"
+                ) from error
             continue
+        name = file.parent.name if file.parent.name != REGISTERED else content[REGISTERED]
         for place in sorted(set(_named_in(content))):
-            if file.parent.name not in found[place]:
-                found[place].append(file.parent.name)
+            if name not in found[place]:
+                found[place].append(name)
     return dict(found)
+
+
+def keep_registered(home: Path, artifact: Artifact, name: str) -> None:
+    """Note that a registry elsewhere names `artifact`, so that nobody deletes it here; `name` is what it is there."""
+    (home / REGISTERED).mkdir(parents=True, exist_ok=True)
+    write_json(
+        home / REGISTERED / f"{artifact.key}.json", {REGISTERED: name, "model": artifact.model_dump(mode="json")}
+    )
 
 
 def _named_in(content: Any) -> Iterator[Place]:
@@ -156,11 +184,11 @@ class Limits(NamedTuple):
 
 
 def collectable(store: Store, limits: Limits) -> list[Doomed]:
-    """Return what no report refers to, directly or through what was made from it, within `limits`.
+    """Return what no report and no registered model needs, directly or for what was made from it, within `limits`.
 
     What stays for another reason, such as its age, keeps what it was made from. Drafts that a process works on stay.
     """
-    known, reports = entries(store), references(store.home)
+    known, reports = entries(store), references(store.home, whole=not limits.even_referenced)
     able = [e for e in known if _within(e, limits) and not (e.is_draft and _is_locked(store, e))]
     if not limits.even_referenced:
         able = [entry for entry in able if entry.is_draft or entry.place not in reports]
@@ -169,7 +197,7 @@ def collectable(store: Store, limits: Limits) -> list[Doomed]:
     users: dict[Place, list[str]] = defaultdict(list)
     if limits.even_referenced:
         for entry in stay:
-            for place in entry.inputs():
+            for place in entry.inputs:
                 users[place].append(f"{entry.kind} {entry.key}")
         return [Doomed(e, [] if e.is_draft else [*reports.get(e.place, []), *users[e.place]]) for e in able]
     needed = _made_from(stay, known)
@@ -184,11 +212,11 @@ def _made_from(stay: Iterable[Entry], known: Iterable[Entry]) -> set[Place]:
     """Return what `stay` was made from, all the way back."""
     by_place = {entry.place: entry for entry in known if not entry.is_draft}
     needed: set[Place] = set()
-    waiting = [place for entry in stay for place in entry.inputs()]
+    waiting = [place for entry in stay for place in entry.inputs]
     while waiting:
         if (place := waiting.pop()) not in needed:
             needed.add(place)
-            waiting += by_place[place].inputs() if place in by_place else []
+            waiting += by_place[place].inputs if place in by_place else []
     return needed
 
 

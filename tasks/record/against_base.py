@@ -23,7 +23,7 @@ from tasks.report import Report
 if TYPE_CHECKING:
     from tasks.record.server import Server
 
-AGAINST = "cfsd.against"  # the tag of scores that hold their figures against the base: the key of the base's scores
+AGAINST = "cfsd.against"  # the tag of scores that hold their figures against the base: the content of the base's scores
 
 
 class Finding(NamedTuple):
@@ -71,10 +71,10 @@ def findings(run_record: RunRecord, summary: Summary) -> Iterator[Finding]:
         numbers = {n: entry[n] for n in ("base", "tuned", "p_value", "q_value") if entry.get(n) is not None}
         kept = with_bounds("retention", entry["retention"])
         figures = numbers | with_bounds("forgetting", entry["forgetting"]) | kept
-        yield Finding(after.benchmarks[name], before.benchmarks[name].key, figures)
+        yield Finding(after.benchmarks[name], before.benchmarks[name].content, figures)
     for name, text in summary.texts.items():
         yield Finding(
-            after.texts[name], before.texts[name].key, with_bounds("forgetting", text["per_token"]["forgetting"])
+            after.texts[name], before.texts[name].content, with_bounds("forgetting", text["per_token"]["forgetting"])
         )
     for name, prompts in summary.prompts.items():
         yield Finding(after.prompts[name], base, with_bounds("kl", prompts["kl"]))
@@ -82,7 +82,7 @@ def findings(run_record: RunRecord, summary: Summary) -> Iterator[Finding]:
         (after.probe, base, {"probe_kl": summary.probe_kl}),
         (after.chat, base, {name: figure_of(summary, name) for name in ("chat_kl", "chat_user_kl")}),
         (after.target_divergence, base, {"target_divergence": summary.target_divergence}),
-        (after.target, before.target.key if before.target else base,
+        (after.target, before.target.content if before.target else base,
          {"target_gain": summary.target_gain, "target_accuracy_gain": summary.target_accuracy_gain}),
     ]  # fmt: skip
     for scores, against, figures_of in alone:

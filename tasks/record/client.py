@@ -83,6 +83,8 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
 
 
 def _gone(reason: str) -> None:
+    if _away:  # known, and said, by an action within this one
+        return
     _away.append(reason)
     where = f" at {without_password(uri)} ({VARIABLE})" if (uri := os.environ.get(VARIABLE)) else ""
     say(f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. {without_password(reason)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cfsd.machine import home
 from cfsd.store.artifact import Store
 from tasks.record.client import tracked
+from tasks.record.description import NOTE, described
 from tasks.record.pages import prefect_tags
 from tasks.record.step_run import data_set
 from tasks.record.variants import current_variant, runs_of
@@ -47,8 +48,6 @@ def _upload(server: "Server", run_id: str, files: Sequence[Path]) -> None:
 
 
 def _conclude(server: "Server", run_id: str, figures: Mapping[str, float], report: Report | None, verdict: str) -> None:
-    from tasks.record.contents import NOTE, described
-
     tags, model = dict[str, str](), None
     variant = current_variant.get()
     if report:
@@ -75,7 +74,5 @@ def _told(server: "Server", run_id: str, report: Report) -> str:
     links = [f"[report]({server.page(run_id, f'/artifacts/{report.files[0].name}')})"] if report.files else []
     if url := prefect_tags().get("cfsd.prefect_url"):
         links.append(f"[flow run in Prefect]({url})")
-    from tasks.record.contents import described
-
     _, *parts = report.text.split("\n\n")
     return described(*parts[:1], " · ".join(links), *parts[1:])

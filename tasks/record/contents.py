@@ -17,7 +17,8 @@ from cfsd.store.digests import write_json
 from cfsd.store.journal import METRICS
 from cfsd.store.manifest import MANIFEST
 from cfsd.store.tables import shards
-from tasks.record.server import RECORDED, TEXT_LENGTH
+from tasks.record.description import NOTE
+from tasks.record.server import RECORDED
 from tasks.record.step_run import IN_BRIEF, StepRun
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 ALL = "everything"  # of the tag RECORDED
 SAMPLE_ROWS, SCORE_ROWS = 20, 500  # of a corpus to read; of a table of scores
 FIRST = ("text", "prompt", "answer")  # columns to read, before those that say where it is from
-NOTE = "mlflow.note.content"
 TABLES = "mlflow.loggedArtifacts"  # by which MLflow's pages know a file for a table
 
 
@@ -47,15 +47,6 @@ def fill(server: "Server", run_id: str, store: Store, step: StepRun, artifact: A
     said = f"Made `{artifact.kind} {artifact.key}` in {seconds:,.1f} s; it is `store/{artifact.kind}/{artifact.key}`."
     tags = {NOTE: said, RECORDED: ALL} | ({TABLES: json.dumps(tables)} if tables else {})
     server.log_all(run_id, figures=numbers | {"seconds": seconds}, tags=tags)
-
-
-def described(*parts: str) -> str:
-    """Return Markdown that MLflow takes whole: too long, it goes without tables, which the report has as well."""
-    text = "\n\n".join(part for part in parts if part)
-    if len(text) <= TEXT_LENGTH:
-        return text
-    lines = [line for line in text.splitlines() if not line.startswith("|")]
-    return "\n".join(["The table is in the report.", "", *lines]) if len(lines) < len(text.splitlines()) else text
 
 
 def write_contents(folder: Path, store: Store, step: StepRun, artifact: Artifact) -> None:

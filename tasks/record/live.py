@@ -16,7 +16,7 @@ from cfsd.store.artifact import ERROR, LOG, Draft
 from cfsd.store.journal import METRICS, PROGRESS
 from tasks.record.client import console, say, tracked
 from tasks.record.progress import progress_artifact
-from tasks.record.runs import ended, open_step
+from tasks.record.runs import describe, ended, open_step
 from tasks.record.step_run import StepRun
 from tasks.record.variants import current_variant
 
@@ -27,10 +27,10 @@ SAY_SECONDS = 30.0  # between two lines of progress where no bar can be drawn
 @contextmanager
 def step(stage: str, key: str, draft: Draft, inputs: Mapping[str, Any], *, gpu: bool) -> Iterator[None]:
     """Follow a stage that really executes: progress for people and, for GPU steps, a live child run."""
-    variant, run_id = current_variant.get(), None
+    variant, run_id, taken = current_variant.get(), None, StepRun(stage, key, inputs)
     if gpu and variant and variant.run_id:
-        taken, attempt = StepRun(stage, key, inputs), "resumed" if draft.continued else "first"
-        run_id = tracked(lambda server: open_step(server, taken, str(variant.run_id), draft.store, attempt))
+        attempt = "resumed" if draft.continued else "first"
+        run_id = tracked(lambda server: open_step(server, taken, str(variant.run_id), attempt))
     say(f"{stage} {key}" + (" continues" if draft.continued else ""))
     with (
         ended(run_id),
@@ -39,6 +39,8 @@ def step(stage: str, key: str, draft: Draft, inputs: Mapping[str, Any], *, gpu: 
         progress_artifact(stage, key) as tell,
         Follower(draft.folder, stage, console, _sender(run_id), tell),
     ):
+        if run_id:
+            tracked(lambda server: (server.know(key, run_id, {}), describe(server, run_id, taken, draft.store)))
         yield
 
 

@@ -29,19 +29,20 @@ def open_run(server: "Server", name: str, parent: str | None, tags: dict[str, st
     return str(run.info.run_id)
 
 
-def open_step(
-    server: "Server", step: StepRun, parent: str, store: Store, attempt: str, start: float | None = None
-) -> str:
-    """Return the id of a new run for a step, with its settings and inputs."""
-    run_id = open_run(server, step.name(), parent, step.tags(attempt), start)
+def open_step(server: "Server", step: StepRun, parent: str, attempt: str, start: float | None = None) -> str:
+    """Return the id of a new run for a step; `describe` it once its lock is held."""
+    return open_run(server, step.name(), parent, step.tags(attempt), start)
+
+
+def describe(server: "Server", run_id: str, step: StepRun, store: Store) -> None:
+    """Put a step's settings and inputs on its run."""
     server.log_all(run_id, parameters=step.settings())
     server.log_data_sets(run_id, step.data_sets(store))
-    return run_id
 
 
 @contextmanager
-def ended(run_id: str | None) -> Iterator[None]:
-    """Hold the run's lock and end the run as it ends here."""
+def ended(run_id: str | None, at: float | None = None) -> Iterator[None]:
+    """Hold the run's lock and end the run as it ends here; `at` in seconds, now if it is left out."""
     with ExitStack() as held:
         status = "FINISHED"
         try:
@@ -56,7 +57,7 @@ def ended(run_id: str | None) -> Iterator[None]:
             raise
         finally:
             if run_id:
-                tracked(lambda server: server.set_terminated(run_id, status))
+                tracked(lambda server: server.set_terminated(run_id, status, int(at * 1000) if at else None))
 
 
 def end_dead_runs(server: "Server") -> None:

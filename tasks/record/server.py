@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cfsd.machine import home
 from cfsd.store.artifact import Artifact
+from tasks.record.description import NOTE, TEXT_LENGTH
 from tasks.record.step_run import DataSet, StepRun
 
 EXPERIMENT = "cfsd"
@@ -40,11 +41,10 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"  # what the pages show under VIE
 TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     VIEW_TAG: json.dumps(VIEW),
-    "mlflow.note.content": "Each run is a variant of a recipe, and the runs below it are its steps.",
+    NOTE: "Each run is a variant of a recipe, and the runs below it are its steps.",
 }
 RECORDED = "cfsd.recorded"  # the tag of a step's run that holds everything
 CONTEXT = "mlflow.data.context"
-TEXT_LENGTH = 8000  # MLflow cuts longer values of tags
 BATCH_NAMES = 100  # parameters or tags in one request
 BATCH = 1000  # metrics in one request
 PARAMETER_LENGTH = 6000  # MLflow refuses longer values
@@ -121,10 +121,10 @@ class Server(MlflowClient):
         return {}
 
     def step(self, key: str) -> "Known | None":
-        """Return the run of a step that ended well, the one with everything in it if there are several."""
+        """Return the run of a step that ended well, of several the newest with everything in it."""
         if key not in self.steps:
             found = self.search_runs([self.experiment], f"tags.`cfsd.key` = '{key}' and attributes.status = 'FINISHED'")
-            for run in sorted(found, key=lambda run: RECORDED in run.data.tags)[-1:]:
+            for run in sorted(found, key=lambda run: (RECORDED in run.data.tags, run.info.start_time))[-1:]:
                 self.know(key, run.info.run_id, run.data.tags)
         return self.steps.get(key)
 
@@ -142,10 +142,11 @@ class Server(MlflowClient):
                 self.steps[run.data.tags["cfsd.key"]] = Known(run.info.run_id, run.data.tags)
 
     def know(self, key: str, run_id: str, tags: Mapping[str, str]) -> None:
-        """Remember a step's run and what was put on it just now."""
+        """Remember a step's run, in place of an earlier one, and what was put on it just now."""
         known = self.steps.get(key)
-        self.steps[key] = Known(run_id, {**(known.tags if known else {}), **tags})
-        if known is None:
+        same = known is not None and known.run_id == run_id
+        self.steps[key] = Known(run_id, {**known.tags, **tags} if known and same else tags)
+        if not same:
             with _memory().open("a") as file:  # short lines are appended whole, by several processes too
                 file.write(f"{key} {run_id}\n")
 
@@ -223,7 +224,8 @@ class Server(MlflowClient):
 
     def model_of(self, artifact: Artifact) -> str | None:
         """Return the id of the logged model that stands for an artifact."""
-        found = self.search_logged_models([self.experiment], f"tags.`cfsd.key` = '{artifact.key}'", max_results=1)
+        own = f"tags.`cfsd.key` = '{artifact.key}' and tags.`cfsd.content` = '{artifact.content}'"
+        found = self.search_logged_models([self.experiment], own, max_results=1)
         return found[0].model_id if found else None
 
     def monitor(self, run_id: str) -> SystemMetricsMonitor:

@@ -14,8 +14,9 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.journal import read_metrics
 from cfsd.store.locks import held
 from tasks.record.client import say, tracked
+from tasks.record.description import NOTE, described
 from tasks.record.parameters import chosen
-from tasks.record.runs import end_dead_runs, ended, open_run, open_step
+from tasks.record.runs import describe, end_dead_runs, ended, open_run, open_step
 from tasks.record.step_run import IN_BRIEF, StepRun
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ def variant(name: str, recipe: Recipe | None = None) -> Iterator[Variant]:
     tracked(end_dead_runs)
     tags = {"cfsd.kind": "variant"} | ({"cfsd.recipe": recipe.digest()} if recipe else {})
     run_id = tracked(lambda server: open_run(server, name, _comparison.get(), tags))
-    if recipe and run_id:
-        tracked(lambda server: _log_recipe(server, run_id, recipe))
     say(name, style="bold")
     opened = Variant(name, run_id)
     with ended(run_id), _as_current(current_variant, opened):
+        if recipe and run_id:
+            tracked(lambda server: _log_recipe(server, run_id, recipe))
         try:
             yield opened
         finally:
@@ -135,7 +136,8 @@ def run_of(server: "Server", variant: Variant, taken: Taken) -> str:
     if (known := server.step(key)) and known.tags.get(RECORDED) == ALL:
         return known.run_id
     with held(store.root / ".locks" / f"run-of-{key}.lock", f"waiting for another process that records {key}", say):
-        server.steps.pop(key, None)
+        if known:  # another process may have filled it meanwhile
+            server.know(key, known.run_id, server.get_run(known.run_id).data.tags)
         if (known := server.step(key)) and known.tags.get(RECORDED) == ALL:
             return known.run_id
         run_id = known.run_id if known else _replayed(server, variant, taken, store)
@@ -155,16 +157,15 @@ def runs_of(server: "Server", variant: Variant) -> None:
 def _replayed(server: "Server", variant: Variant, taken: Taken, store: Store) -> str:
     """Return a new run for a step that MLflow never saw, dated as when the step was executed."""
     ended_at = float(store.manifest(taken.artifact)["created"])
-    run_id = open_step(server, taken.run, str(variant.run_id), store, "replayed", ended_at - taken.seconds)
-    server.log_metrics(run_id, read_metrics(store.path(taken.artifact, weights=False)))
-    server.set_terminated(run_id, "FINISHED", int(ended_at * 1000))
+    run_id = open_step(server, taken.run, str(variant.run_id), "replayed", ended_at - taken.seconds)
+    with ended(run_id, ended_at):
+        describe(server, run_id, taken.run, store)
+        server.log_metrics(run_id, read_metrics(store.path(taken.artifact, weights=False)))
     return run_id
 
 
 def _link_steps(server: "Server", variant: Variant) -> None:
     """Put on the variant's run which artifact each step gave, and links to the runs that made them."""
-    from tasks.record.contents import NOTE, described
-
     if variant.run_id is None:
         return
     runs_of(server, variant)

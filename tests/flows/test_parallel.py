@@ -156,6 +156,32 @@ def test_each_has_a_process_and_a_device_and_what_ends_one_spares_the_others(
         client.delete_global_concurrency_limit_by_name(GPU_SLOT)
 
 
+def test_what_has_ended_stays_as_it_ended_whatever_its_process_does_next(
+    server: str, home: Path, recipe_file: Path
+) -> None:
+    from prefect import flow
+    from prefect.context import FlowRunContext
+
+    from flows._parallel import Slots, _that_speak
+
+    @flow
+    def study() -> Any:
+        with Slots(1, Machine(device="cpu", threads=1), trial) as slots:
+            slots.run({"a": Recipe.load(recipe_file, ["name=a"])})
+            (idle,) = slots.processes
+            idle.process.kill()
+            while idle.answers.open:
+                for process in _that_speak(slots.processes):
+                    assert process.hear(slots._tell) is None
+            with pytest.raises(Crashed, match="the processes that run variants ended"):
+                slots.run({"b": Recipe.load(recipe_file, ["name=b"])})
+            context = FlowRunContext.get()
+            assert context and context.flow_run
+            return context.flow_run.id
+
+    assert states(server, study()) == {"a": "COMPLETED"}
+
+
 def test_an_interrupt_stops_all_that_run_and_begins_no_other(server: str, home: Path, recipe_file: Path) -> None:
     from prefect import flow
     from prefect.context import FlowRunContext

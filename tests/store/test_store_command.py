@@ -193,6 +193,14 @@ def test_push_and_pull(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp
     assert cfsd("pull", "--home", third)[0] == 0
 
 
+def test_pull_mends_what_is_damaged_here(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path) -> None:
+    assert cfsd("push", "--store", f"file://{tmp_path}/shared")[0] == 0
+    (store.path(world["tuned"]) / "a.txt").write_text("Tuned")
+    code, out, _ = cfsd("pull", "b")
+    assert code == 0 and f"model {'b' * 16} is damaged (a.txt): it is taken from the shared store" in out
+    assert "1 of 1 are in" in out and (store.place(world["tuned"]) / "a.txt").read_text() == "tuned"
+
+
 def test_what_is_damaged_is_not_pushed(cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path) -> None:
     (store.path(world["base"]) / "a.txt").write_text("Base")
     code, out, _ = cfsd("push", "--store", f"file://{tmp_path}/shared")
@@ -208,3 +216,36 @@ def test_a_data_folder_that_cannot_be_written_is_read(world: dict[str, Artifact]
         if "unshare" in done.stderr or "mount:" in done.stderr:
             pytest.skip(f"no namespaces here: {done.stderr}")
         assert done.returncode == 0, done.stderr
+
+
+def test_gc_keeps_what_a_young_draft_is_made_from(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
+    def fail(_: Draft) -> None:
+        raise OSError("ended")
+
+    with pytest.raises(OSError, match="ended"):
+        store.make("model", "e" * 16, fail, inputs=[world["alone"]])
+    assert "0 could be deleted" in cfsd("gc")[1]
+    assert f"used by model {'e' * 16}" in cfsd("show", "d")[1]
+
+
+def test_gc_keeps_what_links_lead_into(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
+    """As of a base that is a folder of the store: whoever reads it reads the other one's weights."""
+
+    def link(draft: Draft) -> None:
+        (draft.folder / "a.txt").symlink_to(store.path(world["alone"]).resolve() / "a.txt")
+
+    linked, _ = store.make("model", "e" * 16, link)
+    report(store, "demo-87654321", linked)
+    assert "0 could be deleted" in cfsd("gc")[1] and f"from corpus {'d' * 16}" in cfsd("show", "e")[1]
+    assert f"model {'e' * 16}" in cfsd("gc", "--even-referenced")[1], "which that would break"
+
+
+def test_gc_deletes_nothing_while_a_report_cannot_be_read(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
+    file = store.home / "reports" / "demo-12345678" / "run_records.json"
+    whole = file.read_text()
+    file.write_text(whole[:40])
+    code, _, err = cfsd("gc", "--delete")
+    assert code == 1 and f"{file} cannot be read" in err and present(store) == set("abcd")
+    assert cfsd("ls")[0] == 0 and cfsd("gc", "--even-referenced")[0] == 0
+    file.write_text(whole)
+    assert cfsd("gc", "--delete")[0] == 0 and present(store) == set("abc")

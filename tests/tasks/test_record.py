@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,14 +23,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
-from cfsd.store.artifact import Store
+from cfsd.store.artifact import Draft, Store
+from tasks import record
 from tasks.record import client as record_client
 from tasks.record import flattened, run_url
-from tasks.record.contents import described
+from tasks.record.description import NOTE, described
 from tasks.record.reach import unreachable
 from tasks.record.server import Server, accepted
 from tasks.record.server import server as record_server
@@ -199,7 +202,9 @@ def test_scores_of_a_tuned_model_say_what_was_lost_against_the_base(twice: dict[
         bounds = [scores.metrics[f"forgetting{end}"] for end in ("", "_low", "_high")]
         assert bounds == [lost["forgetting"][end] for end in ("value", "low", "high")]
         assert (scores.metrics["base"], scores.metrics["tuned"]) == (lost["base"], lost["tuned"])
-        assert scores.tags["cfsd.against"] == found["evaluate tiny_rev · base"].data.tags["cfsd.key"]
+        base = found["evaluate tiny_rev · base"].data.tags["cfsd.key"]
+        manifest = json.loads((twice["home"] / "store" / "scores" / base / "manifest.json").read_text())
+        assert scores.tags["cfsd.against"] == manifest["content"]
         assert "forgetting" not in found["evaluate tiny_rev · base"].data.metrics
         gain = found["evaluate target · tuned"].data.metrics
         assert [gain["target_gain_low"], gain["target_gain_high"]] == [
@@ -289,6 +294,58 @@ def test_runs_of_a_killed_process_are_ended_by_the_next(
     statuses = {r.info.run_name: r.info.status for r in runs(database)}
     assert "RUNNING" not in statuses.values()
     assert "KILLED" in statuses.values()
+
+
+def test_a_step_that_is_executed_again_is_told_on_the_run_of_then(
+    home: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after its artifact was deleted; another machine may have made another one."""
+    key, database, contents = "0" * 16, tmp_path / "mlflow.db", []
+    for text in ("first", "again"):
+
+        def work(draft: Draft, text: str = text) -> None:
+            with record.step("probe", key, draft, {"spec": 1}, gpu=True):
+                (draft.folder / "a.txt").write_text(text)
+
+        with recording_into(database, monkeypatch), record.variant(text):
+            made, _ = store.make("corpus", key, work)
+            record.keep_step("probe", store, made, {"spec": 1}, executed=True, gpu=True)
+        contents.append(made.content)
+        shutil.rmtree(store.place(made))
+    newest, oldest = (run for run in runs(database) if run.data.tags["cfsd.kind"] == "step")
+    for run, content in zip((oldest, newest), contents, strict=True):
+        manifest = client(database).download_artifacts(run.info.run_id, "manifest.json", str(tmp_path))
+        assert json.loads(Path(manifest).read_text())["content"] == content
+    parents = {run.info.run_name: run.data.tags[NOTE] for run in runs(database)}
+    assert oldest.info.run_id in parents["first"] and newest.info.run_id in parents["again"]
+    with recording_into(database, monkeypatch):
+        found = record_client.tracked(lambda server: server.step(key))
+        assert found and found.run_id == newest.info.run_id
+
+
+@pytest.mark.parametrize("method", ["log_inputs", "log_batch"])
+def test_a_run_that_mlflow_refuses_half_of_is_ended_all_the_same(
+    home: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Live, and replayed from the store."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MlflowException("refused")
+
+    made, _ = store.make("corpus", "0" * 16, lambda draft: draft.metadata.update(rows=1))
+    given = {"spec": 1, "target": made}
+    for executed in (True, False):
+        database = tmp_path / f"{executed}.db"
+        with recording_into(database, monkeypatch), record.variant("first"), monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, method, refuse)
+            if executed:
+                with record.step("probe", made.key, Draft(store, tmp_path, False), given, gpu=True):
+                    pass
+            else:
+                record.keep_step("probe", store, made, given, executed=True, gpu=True)
+        with recording_into(database, monkeypatch):
+            record_client.tracked(record.end_dead_runs)
+        assert len(runs(database)) == 2 and "RUNNING" not in {run.info.status for run in runs(database)}
 
 
 def test_parameters_are_the_recipe_field_by_field(recipe_file: Path) -> None:

@@ -16,7 +16,8 @@ from prefect.flow_runs import resume_flow_run
 from cfsd.baseline.file import Baseline, baseline_of, with_margins
 from cfsd.errors import CfsdError
 from cfsd.recipe import Recipe
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
+from cfsd.store.inventory import Limits, collectable, references
 from flows.approve import Decision, approve, decide
 from tasks import record, registry
 from tasks.record import client
@@ -93,6 +94,8 @@ def test_a_candidate_becomes_the_champion_when_a_person_says_so(recipe: Recipe, 
     assert waiting and (waiting.version, waiting.verdict) == (2, "PASS: all is well")
     refused = decide(recipe.name, 2, Decision(approve=False, by="ada", reason="too early"))
     assert refused == "the champion stays: ada did not approve version 2: too early"
+    late = decide(recipe.name, 1, Decision(approve=True, by="bob"))
+    assert late == "the champion stays: bob approved version 1, but version 2 is the candidate by now"
     assert aliases(recipe)["champion"] == 1
     assert "approved by ada" in decide(recipe.name, 2, Decision(approve=True, by="ada"))
     assert aliases(recipe) == {"candidate": 2, "champion": 2}
@@ -146,6 +149,13 @@ def test_the_same_model_asked_for_again_is_the_same_version(recipe: Recipe, home
     assert [promoted(recipe, MODELS[0], f) for f in (figures, later)] == [1, 1]
     assert promoted(recipe, MODELS[1], made(recipe, 1)) == 2
     assert promoted(recipe, MODELS[0], later) == 1  # the alias goes back, as when an older program passes again
+
+
+def test_what_is_registered_is_kept_without_a_report(recipe: Recipe, home: Path, store: Store) -> None:
+    model, other = (store.make("model", f"{number:016x}", lambda _: None)[0] for number in range(2))
+    version = registered(recipe, model, made(recipe))
+    assert [doomed.entry.key for doomed in collectable(store, Limits())] == [other.key]
+    assert references(home)[model.kind, model.key] == [f"{registry.model_name(recipe.name)} version {version}"]
 
 
 def test_a_server_that_is_away_is_told_from_a_missing_champion(recipe: Recipe, home: Path, nobody: None) -> None:
