@@ -93,10 +93,12 @@ class Slots:
         self.processes = [_Process(device) for device in own]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the processes; those that still work are stopped as by Ctrl-C, and keep their drafts."""
         with self.devices:
             _end(self.processes, self._tell)
+        if kind:  # a process that is stopped on a busy machine may not reach MLflow in time to end its runs
+            record.tracked(record.end_dead_runs)
 
     def run(
         self, recipes: Mapping[str, Recipe], spared: tuple[type[CfsdError], ...] = (),
