@@ -40,7 +40,7 @@ def step(stage: str, key: str, draft: Draft, inputs: Mapping[str, Any], *, gpu: 
         Follower(draft.folder, stage, console, _sender(run_id), tell),
     ):
         if run_id:
-            tracked(lambda server: (server.know(key, run_id, {}), describe(server, run_id, taken, draft.store)))
+            tracked(lambda server: describe(server, run_id, taken, draft.store))
         yield
 
 

@@ -30,8 +30,10 @@ def open_run(server: "Server", name: str, parent: str | None, tags: dict[str, st
 
 
 def open_step(server: "Server", step: StepRun, parent: str, attempt: str, start: float | None = None) -> str:
-    """Return the id of a new run for a step; `describe` it once its lock is held."""
-    return open_run(server, step.name(), parent, step.tags(attempt), start)
+    """Return the id of a new run for a step, which counts as its run from now on; `describe` it under its lock."""
+    run_id = open_run(server, step.name(), parent, step.tags(attempt), start)
+    server.know(step.key, run_id, {})
+    return run_id
 
 
 def describe(server: "Server", run_id: str, step: StepRun, store: Store) -> None:
