@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -31,10 +32,11 @@ console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
 REASON_LENGTH = 500
+AWAY_SECONDS = 30.0  # MLflow that failed is not asked for this long: each request may take several seconds to fail
 MIGRATION = 0x63667364  # "cfsd": the number by which PostgreSQL knows our lock
 STATEMENT = re.compile(r"\[SQL:.*|\(raised as a result of Query[^)]*\)", re.DOTALL)  # what SQLAlchemy adds to a reason
 _asked: list[str] = []  # the experiment, once MLflow has answered
-_away: list[str] = []  # why this process does not ask MLflow any more
+_away: list[float] = []  # when MLflow failed this process, in seconds of its clock
 
 
 def say(line: str, style: str = "") -> None:
@@ -64,27 +66,44 @@ def mlflow_lock(database: str) -> Iterator[None]:
 
 
 def tracked(action: "Callable[[Server], T]") -> T | None:
-    """Return what `action` returns for the MLflow client; None, said once, from the first time that it is away."""
-    if _away:
+    """Return what `action` returns for the MLflow client; None, and said, where MLflow is away or refuses it.
+
+    While it is away it is not asked, and tried again every AWAY_SECONDS.
+    """
+    if _away and time.monotonic() < _away[-1] + AWAY_SECONDS:
         return None
-    if not _asked and (problem := unreachable(os.environ.get(VARIABLE, ""))):
+    if (_away or not _asked) and (problem := unreachable(os.environ.get(VARIABLE, ""))):
         _gone(problem)
         return None
-    from tasks.record.server import FAILURES, server  # MLflow takes seconds to import; `--help` may take two
+    from tasks.record.server import (
+        FAILURES,
+        is_refusal,
+        server,
+    )  # MLflow takes seconds to import; `--help` may take two
 
     try:
         if not _asked:
             with mlflow_lock(os.environ.get(VARIABLE, "")):
                 _asked.append(server().experiment)
-        return action(server())
+        result = action(server())
+        if _away:
+            _away.clear()
+            say("MLflow answers again")
+        return result
     except FAILURES as error:
-        _gone(f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}")
+        reason = f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}"
+        if is_refusal(error):
+            say(f"MLflow refuses a part of what is recorded; the run goes on. {without_password(reason)}")
+        else:
+            _gone(reason)
         return None
 
 
 def _gone(reason: str) -> None:
-    if _away:  # known, and said, by an action within this one
-        return
-    _away.append(reason)
     where = f" at {without_password(uri)} ({VARIABLE})" if (uri := os.environ.get(VARIABLE)) else ""
-    say(f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. {without_password(reason)}")
+    if not _away:
+        say(
+            f"MLflow cannot be reached{where}; the run goes on, and the next one fills it in. "
+            f"{without_password(reason)}"
+        )
+    _away[:] = [time.monotonic()]

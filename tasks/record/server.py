@@ -51,6 +51,13 @@ PARAMETER_LENGTH = 6000  # MLflow refuses longer values
 DATABASE_ATTEMPTS = 4  # a second in all; MLflow's own ten take two minutes for a database that is away
 REFUSED = re.compile(r"[^/\w.\- :]")  # characters that a name of a metric or a parameter may not have
 FAILURES = (MlflowException, SQLAlchemyError, OSError)
+NOT_ALLOWED = (401, 403, 429)  # HTTP statuses of a server that would take nothing else either
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether MLflow answered that it does not take this one thing; what comes next it may take."""
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
+    return 400 <= status < 500 and status not in NOT_ALLOWED
 
 
 class Known(NamedTuple):

@@ -348,6 +348,32 @@ def test_a_run_that_mlflow_refuses_half_of_is_ended_all_the_same(
         assert len(runs(database)) == 2 and "RUNNING" not in {run.info.status for run in runs(database)}
 
 
+def test_an_mlflow_that_failed_is_asked_again_after_a_while(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError("broken pipe")
+
+    with recording_into(tmp_path / "mlflow.db", monkeypatch):
+        assert record_client.tracked(fail) is None and record_client.tracked(lambda _: "answer") is None
+        monkeypatch.setattr(record_client, "AWAY_SECONDS", 0)
+        assert record_client.tracked(fail) is None and record_client.tracked(lambda _: "answer") == "answer"
+        said = capsys.readouterr().out
+        assert said.count("MLflow cannot be reached") == 1 and said.count("MLflow answers again") == 1
+
+
+def test_what_mlflow_refuses_stops_nothing_that_it_takes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recording_into(tmp_path / "mlflow.db", monkeypatch), record.variant("first") as variant:
+        run_id = str(variant.run_id)
+        for value in ("1", "2"):  # a parameter has one value
+            record_client.tracked(lambda server, value=value: server.log_param(run_id, "rows", value))  # type: ignore[misc]
+        record_client.tracked(lambda server: server.log_param(run_id, "seed", "0"))
+    assert capsys.readouterr().out.count("MLflow refuses a part of what is recorded") == 1
+    assert runs(tmp_path / "mlflow.db")[0].data.params == {"rows": "1", "seed": "0"}
+
+
 def test_parameters_are_the_recipe_field_by_field(recipe_file: Path) -> None:
     flat = flattened(Recipe.load(recipe_file).model_dump(mode="json"))
     assert flat["mix.target_rows"] == "8" and flat["train.schedule"] == "cosine"
