@@ -101,7 +101,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "show without the target's": lambda: show_answers(BASE, BASE, TARGET, Show(target=0), "base", ON),
 }  # fmt: skip
 
-KEYS = {  # computed by commit c7c18a9; but fetch, target, train, evaluate-probe: versions were raised since; show: newer
+KEYS = {  # by commit c7c18a9; but fetch, target, train and evaluate-probe, whose versions were raised, and show, newer
     "fetch": ["fetch f32271f74fdc68c4"],
     "target": ["target 1d0672d448d77e1e"],
     "probe": ["probe 50996de128da15ef"],
