@@ -54,7 +54,7 @@ def _taken(items: Sequence[Item]) -> list[Item]:
 
 def _cells(item: Item, names: Sequence[str]) -> list[list[str]]:
     expected = f"(expected: {item.expected})" if item.expected else ""
-    prompt = _wrapped(" ".join(filter(None, (item.prompt or f"({item.label()})", expected))), PROMPT, last=4)
+    prompt = _wrapped(f"{item.prompt or f'({item.label()})'}\n{expected}", PROMPT, last=4)
     return [prompt, *(_answer(item.answers[name]) for name in names)]
 
 
