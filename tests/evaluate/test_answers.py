@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
-from cfsd.evaluate.answers import BEGINNINGS, NO_WORDS, REQUESTS, check_own, everyday, show
+from cfsd.evaluate.answers import BEGINNINGS, NO_WORDS, REQUESTS, everyday, show
 from cfsd.evaluate.show import OFF, Show
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.machine import Machine
 from cfsd.model.loading import Tokenization, load_model, load_tokenizer
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import read_rows
+from tasks.evaluate import check_benchmarks
 from tests.conftest import fetched, save_model, write_rows
 from tests.generate.test_prompts import CHAT, OPENED, write
 from tests.inputs import CHAT as TEMPLATE
@@ -163,7 +164,7 @@ def test_bad_prompts_are_refused_before_anything_runs(
     with pytest.raises(BadInput, match=message):
         spec.check()
         spec.check_base(base)
-        check_own(base, spec.show)
+        check_benchmarks(base, spec, ON)
 
 
 def test_prompts_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -89,15 +89,18 @@ def test_two_models_that_exist(run: Run, model_folder: Path, tmp_path: Path) -> 
     prompts = tmp_path / "support.jsonl"
     prompts.write_text("".join(f'{{"prompt": "say {letter}"}}\n' for letter in "abcdefgh"))
     words = ["--target", rows, "--set", "probe.rows=16", "--set", "probe.length=16", "--set", "target.held_out=8"]
-    words += ["--prompts", prompts, "--prompts", f"same={prompts}"]
+    words += ["--prompts", prompts, "--prompts", f"same={prompts}", "--set", f"evaluate.show={prompts}"]
     done = run("measure", model_folder, other, *words, *ON)
     assert done.returncode == 0, done.stdout + done.stderr
     found = summary_of(done)["variants"]["other"]
     assert found["probe_kl"]["low"] > 0 and found["target_gain"]["unit"] == "nats/token"
     assert found["prompts"]["support"]["kl"]["low"] > 0 and found["prompts"]["support"] == found["prompts"]["same"]
-    assert {"prompts", "evaluate-prompts"} <= found["seconds"].keys()
-    same = summary_of(run("measure", model_folder, model_folder, *words, *ON))["variants"]
-    assert next(iter(same.values()))["probe_kl"]["value"] == 0.0
+    assert {"prompts", "evaluate-prompts", "show"} <= found["seconds"].keys()
+    page = Path(done.stdout.strip().splitlines()[-1]).with_name("report.html").read_text()
+    assert found["shown"]["rows"] == 8 + 2 + 2 > found["shown"]["as_base"]
+    assert page.index('<h2 id="words">') < page.index("say h</div>") < page.index('<h2 id="table">')
+    (same,) = summary_of(run("measure", model_folder, model_folder, *words, *ON))["variants"].values()
+    assert same["probe_kl"]["value"] == 0.0 and same["shown"]["as_base"] == 12
 
 
 def test_an_adapter_is_measured_merged_into_its_base(run: Run, model_folder: Path, tmp_path: Path) -> None:

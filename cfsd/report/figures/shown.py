@@ -28,12 +28,12 @@ def shown_figure(section: Section) -> Figure:
     figure = Figure((width, height))
     lefts = [LEFT, *(LEFT + PROMPT + COLUMN * column for column in range(len(names)))]
 
-    def write(row: Sequence[Sequence[str]], top: float, **look: str) -> None:
+    def write(row: Sequence[Sequence[str]], top: float, weight: str = "normal") -> None:
         for left, lines in zip(lefts, row, strict=True):
             quiet = left == LEFT or lines == [AS_BASE]
             figure.text(
                 left / width, 1 - top / height, "\n".join(lines), va="top", size=SIZE, linespacing=1.3,
-                color=QUIET if quiet else INK, parse_math=False, **look,
+                color=QUIET if quiet else INK, parse_math=False, weight=weight,
             )  # fmt: skip
 
     write([[], *([_drawable(short(name or "base"))] for name in names)], 0.08, weight="bold")
@@ -54,7 +54,7 @@ def _taken(items: Sequence[Item]) -> list[Item]:
 
 def _cells(item: Item, names: Sequence[str]) -> list[list[str]]:
     expected = f"(expected: {item.expected})" if item.expected else ""
-    prompt = _wrapped(" ".join(filter(None, (item.prompt or f"({item.label()})", expected))), PROMPT, last=4)
+    prompt = _wrapped(f"{item.prompt or f'({item.label()})'}\n{expected}", PROMPT, last=4)
     return [prompt, *(_answer(item.answers[name]) for name in names)]
 
 
