@@ -36,11 +36,12 @@ class DivergenceCallback(TrainerCallback):
         self._objective = BorrowedObjective(trainer.model, MEASURED)
         found = {name: read_rows(corpus_folder(folder), "corpus")[:rows] for name, folder in samples.items()}
         most = Machine().micro_batch_tokens
-        with mode_kept(trainer.model), trainer.accelerator.autocast():
-            trainer.model.eval()
+        model = self._objective.model
+        with mode_kept(model), trainer.accelerator.autocast():
+            model.eval()
             self._samples = {
                 name: micro_batches_from(
-                    self._objective.model, [row["token_ids"] for row in known], most,
+                    model, [row["token_ids"] for row in known], most,
                     [[logprob is not None for logprob in row["logprobs"]] for row in known],
                 )
                 for name, known in found.items()
@@ -56,8 +57,8 @@ class DivergenceCallback(TrainerCallback):
         """Return the divergences now, by name. The model's mode and all random states stay as they are."""
         trainer, found = self.trainer, {}
         model = trainer.model_wrapped
-        with mode_kept(trainer.model), self._objective.borrowed(), trainer.accelerator.autocast():
-            trainer.model.eval()
+        with mode_kept(model), self._objective.borrowed(), trainer.accelerator.autocast():
+            model.eval()
             for name, micro_batches in self._samples.items():
                 on_device = (send_to_device(part, trainer.args.device) for part in micro_batches)
                 nats = sum(float(divergence_by_row(model, part, MEASURED).sum()) for part in on_device)

@@ -96,7 +96,10 @@ def _wide(values: list[float | None], length: int) -> NDArray[np.float64]:
 
 def _scaled(logprobs_TK: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the log of the probabilities divided by their sum; entries that are not there stay out of it."""
-    return logprobs_TK - np.log(np.nansum(np.exp(logprobs_TK), axis=1, keepdims=True).clip(1e-300))
+    scaled_TK: NDArray[np.float64] = logprobs_TK - np.log(
+        np.nansum(np.exp(logprobs_TK), axis=1, keepdims=True).clip(1e-300)
+    )
+    return scaled_TK
 
 
 def _next(values_TK: NDArray[Any], last: Any) -> NDArray[Any]:

@@ -32,7 +32,7 @@ MAX_GAP = 0.1  # nats per token
 class BorrowedObjective(Objective):
     """An Objective that has the model's forward pass only while it is asked: the rest of a training keeps its own."""
 
-    def __init__(self, model: nn.Module, spec: RehearsalSpec) -> None:
+    def __init__(self, model: Any, spec: RehearsalSpec) -> None:
         """Look at `model`, a PreTrainedModel or what PEFT made of one."""
         plain: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         self._own = plain.__dict__.get("forward")  # where TRL or accelerate put one
@@ -88,18 +88,19 @@ class Rehearsing(Trainer):
         check_training(self)
         self._rows = CorpusRows(self.corpus)
         self._objective = BorrowedObjective(self.model, self.rehearsal)
+        model = self._objective.model
         if self.args.neftune_noise_alpha:  # noise in the embeddings, from a hook of the training mode
             self._objective.drops = self._objective.apart = True
-        if not any(parameter.is_meta for parameter in self.model.parameters()):  # another process has the weights
+        if not any(parameter.is_meta for parameter in model.parameters()):  # another process has the weights
             with self.accelerator.autocast():
-                check_base(self.corpus, self._objective.model, max_gap)
+                check_base(self.corpus, model, max_gap)
         self._batches: Batches | None = None
         self._rehearsed_step = -1
         self._since_log: list[list[float]] = []  # of each step, this process' share of loss, divergence and its tokens
 
     def train(self, *args: Any, **named: Any) -> Any:
         """Train, as the Trainer class does; the corpus lies uncompressed below output_dir while it trains."""
-        scratch = Path(self.args.output_dir) / SCRATCH
+        scratch = Path(str(self.args.output_dir)) / SCRATCH
         with self.args.main_process_first(local=self.args.save_on_each_node, desc="laying out the corpus"):
             if self.args.should_save:
                 lay_out(self.corpus, scratch, top=self.rehearsal.needs_top())
