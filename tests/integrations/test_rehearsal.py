@@ -247,7 +247,7 @@ def test_a_corpus_that_lacks_what_the_loss_reads_is_refused(world: World, tmp_pa
 
 def test_a_corpus_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
     other = load_model(save_model(tmp_path / "other", seed=1), "cpu", "float32")
-    corpus, name = corpus_of(world, "named", top_logprobs=4), f"LlamaForCausalLM, {world.base.key}"
+    corpus, name = corpus_of(world, "9" * 16, top_logprobs=4), f"LlamaForCausalLM, {world.base.key}"
     with pytest.raises(BadInput, match=rf"nats per token less than .* sampled from \({name}\); at most 0.1 apart"):
         trainer_of(world, tmp_path, other, corpus=corpus)
     trainer_of(world, tmp_path, other, max_gap=50.0)
