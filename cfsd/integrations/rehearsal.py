@@ -22,7 +22,7 @@ from cfsd.machine import Machine
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
 from cfsd.train.batches.loading import Batches, Share
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
-from cfsd.train.loss.objective import Losses, Objective, losses
+from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.spec import RehearsalSpec
 
 SCRATCH = "_rehearsal"  # below output_dir, while it trains; transformers uploads nothing that begins with _
@@ -129,15 +129,14 @@ class Rehearsing(Trainer):
         """
         share = self._share()
         model.train()
-        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
+        total = divergence = 0.0
         alone = nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
         with alone, self._objective.borrowed():
             for micro_batch in share.micro_batches:
                 with self.accelerator.autocast():
                     parts = losses(model, send_to_device(micro_batch, self.args.device), self.rehearsal.weight)
-                self.accelerator.backward(self.accelerator.num_processes * parts.loss)
-                sums += torch.stack([part.detach().double() for part in parts]).cpu()
-        total, _, _, divergence = sums.tolist()
+                self.accelerator.backward(self._world() * parts.loss)
+                total, divergence = total + float(parts.loss), divergence + float(parts.divergence)
         self._since_log.append([total, divergence, share.counts.fresh / self._world()])
         return torch.tensor(self._world() * total, device=self.args.device)
 
