@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
+from cfsd.integrations import Format
 from cfsd.integrations.corpus import base_of, corpus_folder
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.tables import batches, shards
 
-Format = Literal["trl", "axolotl", "llama-factory"]
 IGNORED = -100  # the label of what is not learned
 NO_LOGPROB = -1e9  # where a distribution has no entry, as axolotl pads
 KD_COLUMNS = ("topk_ids", "topk_logprobs")
