@@ -136,7 +136,7 @@ class Rehearsing(Trainer):
                 with self.accelerator.autocast():
                     parts = losses(model, send_to_device(micro_batch, self.args.device), self.rehearsal.weight)
                 self.accelerator.backward(self._world() * parts.loss)
-                total, divergence = total + float(parts.loss), divergence + float(parts.divergence)
+                total, divergence = total + float(parts.loss.detach()), divergence + float(parts.divergence)
         self._since_log.append([total, divergence, share.counts.fresh / self._world()])
         return torch.tensor(self._world() * total, device=self.args.device)
 
