@@ -76,7 +76,7 @@ def start(command: Callable[..., None], word: str = "") -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a pre-emption acts as Ctrl-C
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(guarded)
-    app(sys.argv[2:], prog_name=f"python -m {command.__module__} {word}") if word else app()
+    app(sys.argv[2:], prog_name=shlex.join([*_program(), word])) if word else app()
 
 
 def _end_with(known: CfsdError | None, error: Exception) -> NoReturn:
@@ -124,6 +124,9 @@ def _say_last_words() -> None:
 
 
 def _same_command() -> str:
+    return shlex.join([*_program(), *sys.argv[1:]])
+
+
+def _program() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = ["-m", spec.name] if spec else [sys.argv[0]]
-    return shlex.join(["python", *module, *sys.argv[1:]])
+    return ["python", "-m", spec.name] if spec else ["python", sys.argv[0]]

@@ -6,10 +6,11 @@ python -m flows.export corpus data/store/corpus/KEY --to my-corpus --format trl
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from cfsd.integrations import Format
 from flows._cli import Home, start
 from tasks.report import export_corpus, export_model
 
@@ -34,7 +35,7 @@ def export_corpus_command(
     corpus: Annotated[str, typer.Argument(help="The folder of a corpus, or its key in the store")],
     to: Annotated[Path, typer.Option(help="The folder to make; it must not exist, or be empty")],
     form: Annotated[
-        Literal["trl", "axolotl", "llama-factory"],
+        Format,
         typer.Option(
             "--format", help="trl: input_ids and labels; axolotl: also for its KD plugin; llama-factory: text"
         ),

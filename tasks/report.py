@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
+from cfsd.integrations import Format
 from cfsd.machine import home
 from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.markdown import cell, inert
@@ -129,7 +130,7 @@ def export_model(folder: Path, to: Path, variant: str | None) -> None:
     export(Store(home()), kept, chosen(kept, variant), to)
 
 
-def export_corpus(corpus: str, to: Path, form: Literal["trl", "axolotl", "llama-factory"], jsonl: bool) -> list[str]:
+def export_corpus(corpus: str, to: Path, form: Format, jsonl: bool) -> list[str]:
     """Write a corpus into `to` as another trainer reads it; see `cfsd.integrations.formats`. Raises BadInput."""
     from cfsd.integrations.formats import write_corpus
 

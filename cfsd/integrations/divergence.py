@@ -34,15 +34,13 @@ class DivergenceCallback(TrainerCallback):
             )
         self.trainer, self.every = trainer, every
         self._objective = BorrowedObjective(trainer.model, MEASURED)
-        found = {name: read_rows(corpus_folder(folder), "corpus")[:rows] for name, folder in samples.items()}
+        found = {name: sampled_rows(corpus_folder(folder))[:rows] for name, folder in samples.items()}
         most = Machine().micro_batch_tokens
-        with mode_kept(trainer.model), trainer.accelerator.autocast():
-            trainer.model.eval()
+        model = self._objective.model
+        with mode_kept(model), trainer.accelerator.autocast():
+            model.eval()
             self._samples = {
-                name: micro_batches_from(
-                    self._objective.model, [row["token_ids"] for row in known], most,
-                    [[logprob is not None for logprob in row["logprobs"]] for row in known],
-                )
+                name: micro_batches_from(model, [ids for ids, _ in known], most, [mask for _, mask in known])
                 for name, known in found.items()
             }  # fmt: skip
 
@@ -56,10 +54,20 @@ class DivergenceCallback(TrainerCallback):
         """Return the divergences now, by name. The model's mode and all random states stay as they are."""
         trainer, found = self.trainer, {}
         model = trainer.model_wrapped
-        with mode_kept(trainer.model), self._objective.borrowed(), trainer.accelerator.autocast():
-            trainer.model.eval()
+        with mode_kept(model), self._objective.borrowed(), trainer.accelerator.autocast():
+            model.eval()
             for name, micro_batches in self._samples.items():
                 on_device = (send_to_device(part, trainer.args.device) for part in micro_batches)
                 nats = sum(float(divergence_by_row(model, part, MEASURED).sum()) for part in on_device)
                 found[f"{name}_kl"] = nats / sum(int((part.coefficient_BT != 0).sum()) for part in micro_batches)
         return found
+
+
+def sampled_rows(folder: Path) -> list[tuple[list[int], list[bool]]]:
+    """Return each row's tokens, and which of them count: those that were sampled, of a chat those of the answer."""
+    begins = {row["row_id"]: row["answer"] for row in read_rows(folder, "turns")}  # a table of chats alone
+    found = []
+    for row in read_rows(folder, "corpus", ["row_id", "token_ids", "logprobs"]):
+        first = begins.get(row["row_id"], 0)
+        found.append((row["token_ids"], [n >= first and p is not None for n, p in enumerate(row["logprobs"])]))
+    return found

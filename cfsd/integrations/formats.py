@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
+from cfsd.integrations import Format
 from cfsd.integrations.corpus import base_of, corpus_folder
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.tables import batches, shards
 
-Format = Literal["trl", "axolotl", "llama-factory"]
 IGNORED = -100  # the label of what is not learned
 NO_LOGPROB = -1e9  # where a distribution has no entry, as axolotl pads
 KD_COLUMNS = ("topk_ids", "topk_logprobs")
@@ -96,7 +96,10 @@ def _wide(values: list[float | None], length: int) -> NDArray[np.float64]:
 
 def _scaled(logprobs_TK: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the log of the probabilities divided by their sum; entries that are not there stay out of it."""
-    return logprobs_TK - np.log(np.nansum(np.exp(logprobs_TK), axis=1, keepdims=True).clip(1e-300))
+    scaled_TK: NDArray[np.float64] = logprobs_TK - np.log(
+        np.nansum(np.exp(logprobs_TK), axis=1, keepdims=True).clip(1e-300)
+    )
+    return scaled_TK
 
 
 def _next(values_TK: NDArray[Any], last: Any) -> NDArray[Any]:

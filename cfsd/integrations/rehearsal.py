@@ -22,7 +22,7 @@ from cfsd.machine import Machine
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
 from cfsd.train.batches.loading import Batches, Share
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
-from cfsd.train.loss.objective import Losses, Objective, losses
+from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.spec import RehearsalSpec
 
 SCRATCH = "_rehearsal"  # below output_dir, while it trains; transformers uploads nothing that begins with _
@@ -32,7 +32,7 @@ MAX_GAP = 0.1  # nats per token
 class BorrowedObjective(Objective):
     """An Objective that has the model's forward pass only while it is asked: the rest of a training keeps its own."""
 
-    def __init__(self, model: nn.Module, spec: RehearsalSpec) -> None:
+    def __init__(self, model: Any, spec: RehearsalSpec) -> None:
         """Look at `model`, a PreTrainedModel or what PEFT made of one."""
         plain: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         self._own = plain.__dict__.get("forward")  # where TRL or accelerate put one
@@ -88,18 +88,19 @@ class Rehearsing(Trainer):
         check_training(self)
         self._rows = CorpusRows(self.corpus)
         self._objective = BorrowedObjective(self.model, self.rehearsal)
+        model = self._objective.model
         if self.args.neftune_noise_alpha:  # noise in the embeddings, from a hook of the training mode
             self._objective.drops = self._objective.apart = True
-        if not any(parameter.is_meta for parameter in self.model.parameters()):  # another process has the weights
+        if not any(parameter.is_meta for parameter in model.parameters()):  # another process has the weights
             with self.accelerator.autocast():
-                check_base(self.corpus, self._objective.model, max_gap)
+                check_base(self.corpus, model, max_gap)
         self._batches: Batches | None = None
         self._rehearsed_step = -1
         self._since_log: list[list[float]] = []  # of each step, this process' share of loss, divergence and its tokens
 
     def train(self, *args: Any, **named: Any) -> Any:
         """Train, as the Trainer class does; the corpus lies uncompressed below output_dir while it trains."""
-        scratch = Path(self.args.output_dir) / SCRATCH
+        scratch = Path(str(self.args.output_dir)) / SCRATCH
         with self.args.main_process_first(local=self.args.save_on_each_node, desc="laying out the corpus"):
             if self.args.should_save:
                 lay_out(self.corpus, scratch, top=self.rehearsal.needs_top())
@@ -128,15 +129,14 @@ class Rehearsing(Trainer):
         """
         share = self._share()
         model.train()
-        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
+        total = divergence = 0.0
         alone = nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
         with alone, self._objective.borrowed():
             for micro_batch in share.micro_batches:
                 with self.accelerator.autocast():
                     parts = losses(model, send_to_device(micro_batch, self.args.device), self.rehearsal.weight)
-                self.accelerator.backward(self.accelerator.num_processes * parts.loss)
-                sums += torch.stack([part.detach().double() for part in parts]).cpu()
-        total, _, _, divergence = sums.tolist()
+                self.accelerator.backward(self._world() * parts.loss)
+                total, divergence = total + float(parts.loss.detach()), divergence + float(parts.divergence)
         self._since_log.append([total, divergence, share.counts.fresh / self._world()])
         return torch.tensor(self._world() * total, device=self.args.device)
 

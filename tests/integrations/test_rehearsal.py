@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -22,11 +23,11 @@ from cfsd.evaluate.divergence import divergence
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.stage import generate
 from cfsd.integrations.corpus import corpus_folder
-from cfsd.integrations.divergence import DivergenceCallback
+from cfsd.integrations.divergence import DivergenceCallback, sampled_rows
 from cfsd.integrations.rehearsal import SCRATCH, RehearsalTrainer, Rehearsing, check_training
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Store
-from cfsd.store.tables import read_rows
+from cfsd.store.tables import CORPUS, read_rows, table_of, write_shard
 from tests.conftest import ROOT, save_model, write_rows
 from tests.train.test_train import (
     BATCH,
@@ -208,6 +209,18 @@ def answers_in(world: World) -> Path:
     return world.store.path(world.store.make("corpus", "answers", work)[0])
 
 
+def test_of_a_chat_the_answer_counts(tmp_path: Path) -> None:
+    """`turns` says where it begins: the user's turn was sampled, too."""
+    plain = {"source": "chat", "finish_reason": "eos", "shard": 0, "seed": 0, "text": ""}
+    rows = [
+        plain | {"row_id": n, "token_ids": [0, 5, 6, 7, 8], "logprobs": [None, -1.0, None, -1.0, -1.0]} for n in (4, 2)
+    ]
+    write_shard(tmp_path, "corpus", 0, table_of(CORPUS, rows))
+    assert [mask for _, mask in sampled_rows(tmp_path)] == [[False, True, False, True, True]] * 2
+    write_shard(tmp_path, "turns", 0, pa.table({"row_id": [2, 4], "answer": [5, 3]}))
+    assert sampled_rows(tmp_path) == [([0, 5, 6, 7, 8], [False] * 3 + [True] * 2), ([0, 5, 6, 7, 8], [False] * 5)]
+
+
 def test_without_a_sample_or_steps_there_is_nothing_to_log(world: World, tmp_path: Path) -> None:
     trainer = trainer_of(world, tmp_path)
     for wrong in ({"every": 0, "probe": world.store.path(world.sample)}, {"every": 1}):
@@ -247,7 +260,7 @@ def test_a_corpus_that_lacks_what_the_loss_reads_is_refused(world: World, tmp_pa
 
 def test_a_corpus_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
     other = load_model(save_model(tmp_path / "other", seed=1), "cpu", "float32")
-    corpus, name = corpus_of(world, "named", top_logprobs=4), f"LlamaForCausalLM, {world.base.key}"
+    corpus, name = corpus_of(world, "9" * 16, top_logprobs=4), f"LlamaForCausalLM, {world.base.key}"
     with pytest.raises(BadInput, match=rf"nats per token less than .* sampled from \({name}\); at most 0.1 apart"):
         trainer_of(world, tmp_path, other, corpus=corpus)
     trainer_of(world, tmp_path, other, max_gap=50.0)

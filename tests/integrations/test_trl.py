@@ -138,7 +138,7 @@ def test_the_example_of_the_page_trains(
     renamed = ({"prompt": line["prompt"], "completion": line["response"]} for line in lines)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(block.replace("SFTConfig(", "SFTConfig(use_cpu=True, "), names)
     logged_by = {name for entry in names["trainer"].state.log_history for name in entry}
     assert {"loss", "target_loss", "rehearsal_loss", "probe_kl", "chat_kl"} <= logged_by
     assert (
