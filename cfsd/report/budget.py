@@ -48,7 +48,7 @@ def budget_of(
         for mode, nats in budgets.items()
     }
     return {
-        **max(modes.values(), key=severity),
+        **modes[max(modes, key=lambda mode: severity(modes[mode]))],
         **({} if set(modes) == {UNPROMPTED} else {"modes": modes}),
         "final_weight": weight,
         "divergence_estimate": training.get("divergence_estimate"),
