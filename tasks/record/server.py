@@ -33,8 +33,8 @@ from tasks.record.step_run import DataSet, StepRun
 EXPERIMENT = "cfsd"
 PAGES = "?workflowType=machine_learning"  # without it MLflow's pages are those for agents, whatever the experiment is
 VIEW_KEY = "variants"
-COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`chat_kl`", "metrics.`mean_forgetting`",
-           "tags.`budget_outcome`", "metrics.`minutes`"]  # fmt: skip
+COLUMNS = ["metrics.`target_gain`", "metrics.`probe_kl`", "metrics.`mean_forgetting`", "tags.`budget_outcome`",
+           "metrics.`minutes`"]  # fmt: skip
 VIEW = {"searchFilter": "tags.`cfsd.kind` != 'step'", "selectedColumns": COLUMNS}
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"  # what the pages show under VIEW_KEY
 TAGS = {
