@@ -193,8 +193,9 @@ def asked_of(
     parts = override(settings, parse_overrides(changes))
     if unknown := set(parts) - {"probe", "evaluate", "target"}:
         raise BadInput(f"--set {', '.join(sorted(unknown))}: unknown; allowed: fields of probe, evaluate, target")
-    own = {"modes": [*parts["probe"].get("modes", ["auto"]), *map(_named_prompts, prompts)]} if prompts else {}
-    probe = validated(ProbeSpec, {**parts["probe"], **own}, "--set, --prompts")
+    probe = validated(ProbeSpec, parts["probe"], "--set")
+    modes = [*probe.modes, *map(_named_prompts, prompts)]
+    probe = validated(ProbeSpec, probe.model_dump() | {"modes": modes}, "--prompts")
     evaluate = validated(EvaluateSpec, parts["evaluate"], "--benchmark")
     base, tuned = (validated(Checkpoint, model, "measure") for model in models)
     rows = validated(Target, parts["target"], "--target") if "target" in parts else None

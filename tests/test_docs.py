@@ -32,7 +32,9 @@ TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "
 PAGES = [*TOP, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page != HISTORY)]
 ACTIONS = [file for kind in ("workflows", "actions") for file in sorted((ROOT / ".github" / kind).rglob("*.yml"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-FREE = {"generate.fractions.", "evaluate.benchmarks.task.", "target.config."}  # mappings with names of their own
+FREE = {  # mappings with names of their own
+    "generate.fractions.", "evaluate.benchmarks.task.", "target.config.", "train.rehearsal.budget.", "merge.budget.",
+}  # fmt: skip
 FILE = re.compile(
     r"(?<![\w./-])((?:cfsd|tasks|flows|tests|benchmarks|deployments|docs)/[\w./-]+\.(?:py|ya?ml|jsonl?|md|png|svg))\b"
 )

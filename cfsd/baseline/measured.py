@@ -26,8 +26,8 @@ def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
         rows = run_record.artifacts["target"].content  # not of the scores: their last bits are another machine's
         figures["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(rows, counts))
     for name, scores, mode in (("probe_kl", after.probe, UNPROMPTED), ("chat_kl", after.chat, CHAT)):
-        if scores and scores.metadata["rows"]:  # of chats without an answer there is no figure
-            kl = table(store, scores, "divergence")
+        kl: Any = table(store, scores, "divergence") if scores else ()
+        if len(kl):  # of chats none may have an answer
             counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
             place = store.path(run_record.artifacts[role_of(mode)])
             sampled = read_rows(place, "corpus", ["token_ids"])  # without its floats, for the same reason

@@ -48,7 +48,7 @@ def budget_of(
         for mode, nats in budgets.items()
     }
     return {
-        **max(modes.values(), key=_decides),
+        **modes[max(modes, key=lambda mode: severity(modes[mode]))],
         **({} if set(modes) == {UNPROMPTED} else {"modes": modes}),
         "final_weight": weight,
         "divergence_estimate": training.get("divergence_estimate"),
@@ -58,7 +58,7 @@ def budget_of(
     }
 
 
-def _decides(judged: dict[str, Any]) -> tuple[int, float]:
+def severity(judged: dict[str, Any]) -> tuple[int, float]:
     """Order modes by what the outcome of all is: exceeded before what cannot be told before kept, then by the ratio."""
     order: tuple[Outcome, ...] = ("kept", "cannot tell", "exceeded")
     return order.index(judged["outcome"]), judged["ratio"]["value"] if judged["ratio"] else 0.0

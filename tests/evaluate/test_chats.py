@@ -17,9 +17,15 @@ from cfsd.evaluate.divergence import counted_rows, score_chats
 from cfsd.generate.spec import ProbeSpec
 from cfsd.generate.stage import chat, probe
 from cfsd.machine import Machine
+from cfsd.merge.budget import CLOSE, keep_budget
+from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.model.loading import load_model
+from cfsd.report.budget import judge, severity
+from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.tables import read_rows
+from cfsd.train.controller import Controller
+from cfsd.train.spec import RehearsalSpec
 from tasks.generate import modes_of
 from tests.conftest import fetched
 
@@ -273,3 +279,95 @@ def test_the_digest_is_of_modes_and_content_and_neutral_as_before(tmp_path: Path
     own = ProbeSpec.model_validate({"seed": 3, "rows": 7, "length": 9, "modes": ["auto", moved | {"rows": 2}]})
     (prompts,) = own.own_prompts()
     assert (prompts.rows, prompts.length, prompts.seed, prompts.name) == (2, 9, 3, "other")
+
+
+# --- budgets of several modes --------------------------------------------------------------------------------------
+
+
+def control_of(world: World, name: str, seed: int = 7) -> Artifact:
+    make = {"unprompted": probe, "chat": chat}[name]
+    spec = ProbeSpec(rows=300, length=LENGTH, seed=seed)
+    return world.store.make("corpus", f"control {name}", lambda draft: make(world.base, spec, draft, ON))[0]
+
+
+def fitted(world: World, budget: Any, *modes: str) -> Any:
+    controls, spec = [control_of(world, mode) for mode in modes], MergeSpec(budget=budget)
+    key = digest_of([budget, *modes])
+    made = world.store.make(
+        "scores", key, lambda draft: keep_budget(world.base, world.tuned, controls, spec, draft, ON)
+    )
+    return made[0].metadata
+
+
+def test_merging_keeps_the_budget_of_every_mode(world: World) -> None:
+    """Whichever mode uses most of its budget decides alpha; the others stay below theirs."""
+    alone = {mode: fitted(world, {mode: 0.1}, mode) for mode in ("unprompted", "chat")}
+    both = fitted(world, {"unprompted": 0.1, "chat": 0.1}, "unprompted", "chat")
+    least = min(found["alpha"] for found in alone.values())
+    assert both["alpha"] == pytest.approx(least, rel=CLOSE) and both["alpha"] < 1
+    tight = max(both["control_kls"], key=both["control_kls"].get)
+    assert 0.9 * 0.1 < both["control_kls"][tight] <= 0.1 and min(both["control_kls"].values()) < 0.09
+    other = next(mode for mode in alone if mode != tight)
+    wide = fitted(world, {"unprompted": 0.1, "chat": 0.1} | {tight: 10.0}, "unprompted", "chat")
+    assert wide["alpha"] > both["alpha"]
+    assert wide["control_kls"][other] <= 0.1 and wide["control_kls_at_most"] == both["control_kls_at_most"]
+
+
+def test_a_number_and_the_same_of_unprompted_alone_are_one_search(world: World) -> None:
+    number = fitted(world, 0.1, "unprompted")
+    assert "control_kls" not in number
+    assert number["alpha"] == fitted(world, {"unprompted": 0.1}, "unprompted")["alpha"]
+    spec, modes = MergeSpec(), ("unprompted", "chat", "support")
+    assert spec.keeping(budgets_of(0.1, modes[:1])).digest() == MergeSpec(budget=0.1).digest()
+    assert spec.keeping(budgets_of({"unprompted": 0.1}, modes)).budget == 0.1
+    assert budgets_of(0.1, modes) == {"unprompted": 0.1, "chat": 0.1}
+    assert budgets_of({"support": 0.3, "unprompted": 0.1}, modes) == {"unprompted": 0.1, "support": 0.3}
+    assert budgets_of(None, modes) == {} and spec.keeping({}) == spec
+
+
+def test_training_is_steered_by_unprompted_text_and_its_key_knows_nothing_else() -> None:
+    number, each, other = (
+        RehearsalSpec.model_validate({"budget": budget})
+        for budget in (0.02, {"unprompted": 0.02, "chat": 0.05}, {"unprompted": 0.03, "chat": 0.05})
+    )
+    assert each.steered_to() == 0.02 and each.digest() == number.digest() != other.digest()
+    of_each, of_number = (Controller(spec, 10) for spec in (each, number))
+    for controller in (of_each, of_number):
+        controller.learn(3.0, 100)
+    assert of_each.weight(1) == of_number.weight(1) > 1
+    with pytest.raises(ValidationError, match=r"for chat alone cannot steer lambda.* give it as merge\.budget"):
+        RehearsalSpec.model_validate({"budget": {"chat": 0.02}})
+
+
+@pytest.mark.parametrize(("budget", "message"), [
+    (0, "greater than 0"), ({"unprompted": -1}, "greater than 0"), ({}, "no mode has a budget"),
+])  # fmt: skip
+def test_a_budget_is_positive_in_every_mode(budget: Any, message: str) -> None:
+    for spec in (MergeSpec, RehearsalSpec):
+        with pytest.raises(ValidationError, match=message):
+            spec.model_validate({"budget": budget})
+    with pytest.raises(BadInput, match=r"a budget is given for chat, but with this base the probe has the modes unpro"):
+        check_budgeted({"unprompted": 0.1, "chat": 0.1}, ["unprompted"])
+
+
+def figure(value: float, half: float) -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, "unit": "nats/token"}
+
+
+MODES = ["unprompted", "chat"]
+
+
+@pytest.mark.parametrize(("unprompted", "in_chats", "outcome", "decides"), [
+    (figure(0.09, 0.001), figure(0.05, 0.001), "kept", 0.09),
+    (figure(0.05, 0.001), figure(0.2, 0.001), "exceeded", 0.2),
+    (figure(0.2, 0.001), figure(0.11, 0.05), "exceeded", 0.2),
+    (figure(0.09, 0.001), figure(0.11, 0.05), "cannot tell", 0.11),
+    (figure(0.09, 0.001), None, "cannot tell", None),
+])  # fmt: skip
+def test_every_mode_is_judged_and_the_worstseverity(
+    unprompted: Any, in_chats: Any, outcome: str, decides: float | None
+) -> None:
+    judged = {mode: judge(of, 0.1, None) for mode, of in zip(MODES, (unprompted, in_chats), strict=True)}
+    worst = max(judged.values(), key=severity)
+    assert worst["outcome"] == outcome
+    assert (worst["ratio"] and worst["ratio"]["value"]) == (decides and pytest.approx(decides / 0.1))
