@@ -136,6 +136,7 @@ def test_a_model_is_asked_in_its_template_or_in_the_form_without_one(
     plain = score(roomy, tokenizer, Benchmark(name=f"{name}_completion", limit=3))
     assert plain.rows["prompt"][0].endswith(f"{asked}\nAnswer:{' ' if begun else ''}{begun}")
     assert "chat_template" not in plain.metadata
+    assert name == "questions" or plain.rows["prompt"][0].count("\n\nRequest: ") == 4  # three examples and this one
     for found in (chat, plain):
         assert found.metadata["kind"] == "binary" and found.metadata["max_gen_toks"] == limit
     with pytest.raises(BadInput, match=f"no chat template; take {name}_completion"):
