@@ -66,12 +66,12 @@ class Contender:
     def _peer(self, benchmark: Benchmark, batch_size: int) -> list[float]:
         """Score as people do by hand; lm-eval looks for data in the working directory."""
         assert benchmark.folder
-        os.chdir(benchmark.folder)
+        os.chdir(benchmark.find().path.parent)
         manager = TaskManager(include_path=benchmark.folder, include_defaults=False)
         lm = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size)
         found: Any = simple_evaluate(
             model=lm, tasks=[benchmark.name], task_manager=manager, limit=benchmark.limit,
-            num_fewshot=benchmark.num_fewshot, bootstrap_iters=0,
+            num_fewshot=benchmark.num_fewshot, bootstrap_iters=0, apply_chat_template=benchmark.is_chat(),
         )  # fmt: skip
         return [_value(sample) for sample in found["samples"][benchmark.name]]
 

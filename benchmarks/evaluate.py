@@ -1,6 +1,6 @@
 """Our adapter to lm-eval against lm-eval by hand: documents per second and memory, on the same model and documents.
 
-make bench PART=evaluate                             SmolLM2-135M, about 4 minutes, alone on the machine
+make bench PART=evaluate                             SmolLM2-135M, about 8 minutes, alone on the machine
 python -m benchmarks.evaluate --model FOLDER         the same for a transformers folder
 python -m benchmarks.evaluate --quick                tries the benchmark itself; its numbers mean nothing
 
@@ -47,6 +47,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "choices after 5 examples": {"name": "after_examples", "limit": 24},
     "whole texts": {"name": "technical_english", "limit": 20},
     "24 written tokens": {"name": "written", "limit": 12},
+    "64 written tokens in a chat": {"name": "instructions", "limit": 48},
 }
 
 

@@ -18,7 +18,7 @@ from cfsd import stages
 from cfsd.data.target import Target
 from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.evaluate.benchmark_size import BenchmarkSize, size_of_benchmark
+from cfsd.evaluate.benchmark_size import GENERATING, BenchmarkSize, size_of_benchmark
 from cfsd.evaluate.show import Show
 from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.text import Text
@@ -207,7 +207,7 @@ def _watching(job: Job, steps: float) -> float:
     benchmarks = [benchmark for benchmark in job.recipe.evaluate.benchmarks if benchmark.name in watch.benchmarks]
     sizes = [size for benchmark in benchmarks if (size := _benchmark_size(benchmark.model_dump_json(), job.tokens_in))]
     once = watch.rows * job.recipe.probe.length + job.target["held_out_tokens"] * min(1, watch.held_out_rows / rows)
-    return float(times * (once + sum(size.documents * (size.read + size.written) for size in sizes)))
+    return float(times * (once + sum(size.tokens() for size in sizes)))
 
 
 def _scored(job: Job, inputs: Inputs) -> Work | None:
@@ -217,12 +217,11 @@ def _scored(job: Job, inputs: Inputs) -> Work | None:
 
 
 def _benchmark(job: Job, size: BenchmarkSize) -> Work:
-    read = size.documents * size.read
     if not size.written:
-        return _read(job, read, logits=read)._replace(seconds=SCORING_SECONDS)
-    rows = max(1, 16 * job.machine.micro_batch_tokens // (size.read + size.written))
-    calls = math.ceil(size.documents / rows) * size.written
-    return Work(read + size.documents * size.written, calls=calls, decoded=True, seconds=SCORING_SECONDS)
+        return _read(job, size.tokens(), logits=size.tokens())._replace(seconds=SCORING_SECONDS)
+    rows = max(1, GENERATING * job.machine.micro_batch_tokens // (size.read + size.written))
+    calls = math.ceil(size.documents / rows) * size.written  # one row that reaches the limit is enough
+    return Work(size.tokens(), calls=calls, moved=1, seconds=SCORING_SECONDS)
 
 
 def _text(job: Job, inputs: Inputs) -> Work:
@@ -322,7 +321,7 @@ def _measured_rate(threads: int, size: int = 1024, seconds: float = 0.2) -> floa
 
 def estimate(stage: str, inputs: Inputs, job: Job, rate: float) -> Estimate:
     """Return what `stage` costs with `inputs`, on a machine of `rate` FLOPs a second."""
-    memory, weights = _memory(stage, job), parameters_of(job.recipe, job.base)
+    memory, weights = _memory(stage, inputs, job), parameters_of(job.recipe, job.base)
     try:
         work = STAGES[stage](job, inputs)
     except KeyError:  # a stage that is not known here, or a target of which nothing is known
@@ -349,7 +348,7 @@ def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> f
     )
 
 
-def _memory(stage: str, job: Job) -> float | None:
+def _memory(stage: str, inputs: Inputs, job: Job) -> float | None:
     """Return bytes per process."""
     shapes, machine, copies = shapes_of(job.recipe, job.base), job.machine, COPIES.get(stage)
     if stage == stages.TRAIN and shapes:
@@ -360,8 +359,9 @@ def _memory(stage: str, job: Job) -> float | None:
     vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
     if stage in DIVERGENCES:
         return divergence_memory(weights, vocabulary, machine) + 4 * weights * (copies - 2)
-    if stage in stages.SAMPLING and machine.resolved_device() == "cpu" and room_for_a_copy(4 * weights):
-        copies += 1  # laid out for the products of sampling: cfsd.generate.packed_weights
+    writes = stage in stages.SAMPLING or any(isinstance(value, Benchmark) and value.is_written() for value in inputs)
+    if writes and machine.resolved_device() == "cpu" and room_for_a_copy(4 * weights):
+        copies += 1  # laid out for the products of writing: cfsd.generate.packed_weights
     return PROCESS_BYTES + 4 * (weights * copies + 2 * machine.micro_batch_tokens * vocabulary)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_memory import USABLE, ways_to_train
-from cfsd.estimate import KNOWN_SHAPES, divergence_memory, estimate, job_of
+from cfsd.estimate import CHECKED, KNOWN_SHAPES, divergence_memory, estimate, job_of
+from cfsd.evaluate.benchmark import Benchmark
 from cfsd.machine import Machine
 from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
@@ -194,3 +195,15 @@ def test_sampling_is_planned_with_the_copy_of_weights_that_it_lays_out(
     weights = KNOWN_SHAPES["smollm2"].parameters()
     planned = estimate("probe", (recipe.probe,), job, 1e11).memory
     assert planned and scored and planned - scored == 4 * weights * copies
+    assert estimate("evaluate", (Benchmark(name="questions"),), job, 1e11).memory == planned
+    assert estimate("evaluate", (Benchmark(name="facts"),), job, 1e11).memory == scored
+
+
+def test_written_answers_are_planned_at_half_their_limit_and_the_rate_of_many_rows(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    recipe = Recipe.model_validate({"name": "asked", "base": "smollm2", "target": {"path": str(rows)}})
+    unknown = Artifact(kind="model", key="", content="")
+    job = job_of(recipe, unknown, unknown, Machine(device="cpu"))
+    planned = estimate("evaluate", (Benchmark(name="instructions"),), job, 1.08e11)  # of one core, as measured then
+    assert planned.seconds and 40 / CHECKED < planned.seconds < 40 * CHECKED  # measured: 40 s of one core
+    assert planned.tokens and 300 * 32 < planned.tokens < 300 * (32 + 30)

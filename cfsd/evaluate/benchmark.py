@@ -125,9 +125,14 @@ class Benchmark(Spec):
 
     def check_context(self, context: int) -> None:
         """Raise BadInput if the answers, as long as its settings allow, have no room in a model's `context`."""
+        if self.is_written():
+            settings = self.find().config.get("generation_kwargs") or {}
+            self.check_room(self.max_gen_toks or length_limit(settings), context)
+
+    def is_written(self) -> bool:
+        """Return whether the model writes the answers, as far as the YAML says it."""
         config = self.find().config
-        if config.get("output_type", WRITTEN) == WRITTEN and "class" not in config:
-            self.check_room(self.max_gen_toks or length_limit(config.get("generation_kwargs") or {}), context)
+        return config.get("output_type", WRITTEN) == WRITTEN and "class" not in config
 
     def check_room(self, limit: int, context: int) -> None:
         """Raise BadInput if answers of `limit` tokens leave no room for a prompt in a model's `context`."""

@@ -139,6 +139,9 @@ def _missing(settings: _Settings, config: dict[str, Any]) -> str | None:
     chance = metadata.get("chance") if isinstance(metadata, dict) else None
     if chance is not None and not (isinstance(chance, int | float) and 0 <= chance < 1):
         return f"metadata.chance is {chance!r}; it needs the score of guessing, from 0 to below 1"
+    templated = metadata.get("chat_template", False) if isinstance(metadata, dict) else False
+    if not isinstance(templated, bool):
+        return f"metadata.chat_template is {templated!r}; it needs true or false"
     needed = ["doc_to_text", "doc_to_target"]
     needed += ["doc_to_choice"] if config.get("output_type") == "multiple_choice" else []
     absent = [key for key in needed if config.get(key) is None]

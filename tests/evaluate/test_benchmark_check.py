@@ -281,6 +281,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "numbers in until": (WRITE, {"generation_kwargs": {"until": [1]}}, "generation_kwargs.until"),
     "no tokens": (WRITE, {"generation_kwargs": {"max_gen_toks": 0}}, "generation_kwargs.max_gen_toks is 0"),
     "chance in words": (CHOICE, {"metadata": {"chance": "a third"}}, "metadata.chance is 'a third'"),
+    "chat template in words": (CHOICE, {"metadata": {"chat_template": "yes please"}}, "chat_template is .yes please"),
     "a prompt of promptsource": (
         CHOICE,
         {"use_prompt": "promptsource:GPT-3 style"},

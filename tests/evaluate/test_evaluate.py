@@ -74,6 +74,9 @@ def test_a_missing_chat_template_is_told_before_training(recipe: Recipe, store: 
     asking = EvaluateSpec.model_validate({"benchmarks": [{"name": "facts", "chat_template": True}]})
     with pytest.raises(BadInput, match="facts: chat_template is on, but the model's tokenizer has no chat template"):
         asking.check_base(base)
+    with pytest.raises(BadInput, match=r"instructions: chat_template is on, .* take instructions_completion"):
+        EvaluateSpec.model_validate({"benchmarks": ["instructions"]}).check_base(base)
+    EvaluateSpec.model_validate({"benchmarks": ["questions_completion"]}).check_base(base)
 
 
 def test_answers_without_room_in_the_context_are_told_before_sampling(store: Store, model_folder: Path) -> None:

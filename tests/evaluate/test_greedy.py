@@ -49,11 +49,11 @@ def test_answers_equal_generate(written: Any) -> None:
 
 def test_rows_end_at_their_own_lengths(written: Any) -> None:
     model, unended = written
-    for eos in sorted({token for row in unended for token in row}):
+    for eos in {unended[0][2], unended[1][-1], unended[2][7]}:
         wanted = generated(model, PROMPTS, eos)
         assert write(model, PROMPTS, LIMIT, [eos]) == wanted
-    some = unended[0][2]
-    assert min(map(len, generated(model, PROMPTS, some))) < LIMIT  # a row did end early
+    lengths = list(map(len, generated(model, PROMPTS, unended[0][2])))
+    assert lengths[0] <= 3 and max(lengths) > min(lengths)
 
 
 def test_prompts_that_begin_alike_are_read_once(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:

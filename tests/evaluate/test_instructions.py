@@ -30,7 +30,7 @@ RIGHT_AND_WRONG: dict[str, tuple[list[str], list[str]]] = {
     "bullets: 2": (["Here:\n- a\n* b", "• a\n  • b"], ["- a", "-a\n-b", "**a**\n**b**", "1. a\n2. b"]),
     "bullets: 0": (["a - b"], ["- a"]),
     "numbered: 2": (["Yes:\n1. a\n2) b"], ["1. a", "2. a\n3. b", "1 a\n2 b", "1. a\n1. b"]),
-    "list: 3": (["a, b b, c c c.", "1,2,3"], ["a, b", "a, b and c", "a,\nb,\nc", "I would take apples, b, c", "a, , c"]),
+    "list: 3": (["a, b b, c c c.", "1,2,3"], ["a, b", "a, b and c", "a,\nb,\nc", "I would take a, b, c", "a, , c"]),
     "lower case": (["all small, 1 é"], ["All small", "12"]),
     "upper case": (["ALL LARGE, 1 É"], ["ALL lARGE", "12"]),
     "includes: cat | P.S.": (["A Cat. P.S. Hi", "p.s. the cat's"], ["P.S. catalogue", "a cat"]),
@@ -45,9 +45,11 @@ RIGHT_AND_WRONG: dict[str, tuple[list[str], list[str]]] = {
     "number": (["4", "1,000.", "-2.5"], ["four", "4 legs", "x = 4", "4 5"]),
     "times: ha 3": (["ha ha HA", "Ha! Ha-ha"], ["ha ha", "ha ha ha ha", "hahaha"]),
     "times: thank you 2": (["Thank you, thank you"], ["thank you"]),
-    "json: a | b": (['{"a": 1, "b": [], "c": 2}', '```json\n{"a": 1,\n"b": 2}\n```'], ['{"a": 1}', '["a", "b"]', "{a: 1}"]),
+    "json: a | b": (
+        ['{"a": 1, "b": [], "c": 2}', '```json\n{"a": 1,\n"b": 2}\n```'], ['{"a": 1}', '["a", "b"]', "{a: 1}"]
+    ),
     "json: a": (['{"a": null}'], ['Here: {"a": 1}', "{'a': 1}", '{"b": {"a": 1}}', "[" * 5000]),
-    "language: French": (["Il fait très beau.", "C\u2019est une maison."], ["It is a house.", "La casa es grande.", "Oui"]),
+    "language: French": (["Il fait beau.", "C\u2019est une maison."], ["It is a house.", "La casa es mia.", "Oui"]),
     "language: Spanish": (["La casa es grande y blanca."], ["La maison est grande.", "The house is big.", "hola"]),
     "language: German": (["Das Kind ist im Garten."], ["The child is in the garden.", "Kind"]),
     "language: Italian": (["La pizza è molto buona."], ["La pizza es muy buena.", "La pizza est très bonne."]),
@@ -134,6 +136,7 @@ def test_a_model_is_asked_in_its_template_or_in_the_form_without_one(
     plain = score(roomy, tokenizer, Benchmark(name=f"{name}_completion", limit=3))
     assert plain.rows["prompt"][0].endswith(f"{asked}\nAnswer:{' ' if begun else ''}{begun}")
     assert "chat_template" not in plain.metadata
+    assert name == "questions" or plain.rows["prompt"][0].count("\n\nRequest: ") == 4  # three examples and this one
     for found in (chat, plain):
         assert found.metadata["kind"] == "binary" and found.metadata["max_gen_toks"] == limit
     with pytest.raises(BadInput, match=f"no chat template; take {name}_completion"):

@@ -8,8 +8,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from cfsd.errors import OutOfMemory
-
-GENERATING = 16  # times as many tokens where the model writes, because only a row's last position has logits then
+from cfsd.evaluate.benchmark_size import GENERATING
 
 
 class Batches:
