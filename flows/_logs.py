@@ -46,8 +46,9 @@ def models_of(base: str, tuned: str, evaluate: EvaluateSpec) -> tuple[LoggedMode
     folders = Path(base), Path(tuned)
     if folders[0].exists() and folders[0].resolve() == folders[1].resolve():
         raise BadInput(f"{base} is given twice; give the logs of the model before, and of the model after")
-    models = [logs_in(folder).only(evaluate.benchmarks) for folder in folders]
-    there = {name for model in models for name in model.names()}
+    whole = [logs_in(folder) for folder in folders]
+    models = [model.only(evaluate.benchmarks) for model in whole]
+    there = {name for model in whole for name in model.names()}
     if absent := [benchmark.name for benchmark in evaluate.benchmarks if benchmark.name not in there]:
         raise BadInput(
             f"no benchmark {', '.join(absent)} in the logs; there are {', '.join(sorted(there)) or 'others'}"

@@ -1,5 +1,6 @@
 """Logs of lm-eval, of four versions and with all that may be wrong with them."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 
 from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark_files import BUNDLED
 from cfsd.evaluate.logs.alike import check_alike
 from cfsd.evaluate.logs.folder import Log, logs_in
 from cfsd.evaluate.logs.rows import read
+from cfsd.store.artifact import Artifact, Store
 
 LOGS = Path(__file__).parent / "lm_eval_logs"
 VERSIONS = ("0.4.3", "0.4.5", "0.4.9.1")
@@ -60,9 +63,19 @@ def one(folder: Path, name: str, **chosen: Any) -> Log:
     return logs_in(folder).only([Benchmark(name=name, **chosen)]).log(name)
 
 
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_every_version_says_the_same_of_one_model(version: str) -> None:
+    check_same(LOGS / version, LOGS / VERSIONS[-1])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_says_the_same_of_one_model(version: str, made_now: Path) -> None:
-    old, new = logs_in(LOGS / version), logs_in(made_now)
+def test_the_installed_version_says_the_same_as_older_ones(version: str, made_now: Path) -> None:
+    check_same(LOGS / version, made_now)
+
+
+def check_same(one: Path, other: Path) -> None:
+    old, new = logs_in(one), logs_in(other)
     assert old.names() == new.names() == ["checks", "last_word", "prose", "sums", "words"]  # and not the group `both`
     assert (old.name, old.source, old.dtype) == ("model", "hf", "float32")
     assert len(check_alike(old, new)) == 5
@@ -77,6 +90,44 @@ def test_every_version_says_the_same_of_one_model(version: str, made_now: Path) 
             for side in (before, after)
         ]
         assert known[0] == known[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["facts", "tiny_rev", pytest.param("wording", marks=pytest.mark.slow), "technical_english"]
+)
+def test_rows_are_those_of_measuring_the_model(name: str, base: Artifact, store: Store, tmp_path: Path) -> None:
+    from cfsd.evaluate.harness.score import score
+    from cfsd.model.loading import load_for_measuring, load_tokenizer
+
+    model, tokenizer = load_for_measuring(store, base, "cpu"), load_tokenizer(store.path(base))
+    logged_by_lm_eval(model, tokenizer, name, tmp_path)
+    ours, logged = score(model, tokenizer, Benchmark(name=name, limit=12)), read(logs_in(tmp_path).log(name))
+    rows = ours.rows.to_dict("records")
+    unlike = ("count", "answer") if name == "technical_english" else ()
+    same = [column for column in rows[0] if column not in ("value", *unlike)]
+    assert [[row[c] for c in same] for row in logged.rows] == [[row[c] for c in same] for row in rows]
+    assert [row["value"] for row in logged.rows] == pytest.approx([row["value"] for row in rows], rel=1e-5)
+    known = ("metric", "higher_is_better", "chance", "kind", "num_documents", "num_fewshot", "filters", "lm_eval")
+    assert {k: logged.metadata[k] for k in known} == {k: ours.metadata[k] for k in known}
+
+
+def logged_by_lm_eval(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
+    """Write the logs of 12 documents of a bundled benchmark, by what lm-eval's command line calls."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tracker = EvaluationTracker(output_path=str(folder))
+    with contextlib.chdir(BUNDLED):  # the paths in the YAML start from the working directory
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=[name], limit=12, bootstrap_iters=0,
+            evaluation_tracker=tracker,
+            task_manager=TaskManager(include_path=str(BUNDLED), include_defaults=False),
+        )  # fmt: skip
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    tracker.save_results_samples(task_name=name, samples=samples[name])
 
 
 def test_what_is_read_of_each_kind_of_benchmark() -> None:

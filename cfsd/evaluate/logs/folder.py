@@ -54,7 +54,8 @@ class Conditions(BaseModel):
 class Log(Spec):
     """What lm-eval wrote of one model on one benchmark. Its content counts, not its place.
 
-    `reported`: lm-eval's own scores by `metric,filter`, as texts, since one may be NaN. `metric`, `chance`: the user's choice, see `Benchmark`.
+    `reported`: lm-eval's own scores by `metric,filter`, as texts, since one may be NaN. `metric`, `chance`: the user's
+    choice, see `Benchmark`.
     """
 
     name: str
