@@ -29,6 +29,7 @@ from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
+from flows._margin import check_margin, end_with_verdict
 from flows._named import call_flow_run
 from flows._plan import planned
 from flows._temporary_server import prefect_server
@@ -118,13 +119,22 @@ def measure_command(
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="With --samples: say what would be compared, and stop")] = False,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Judge: exit code 1 where a benchmark lost more points than that, 3 where it cannot be told",
+        ),
+    ] = None,
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    check_margin(margin)
     if samples:
         refused = {"--benchmarks": benchmarks, "--target": target, "--prompts": prompts, "--machine": machine}
-        _measure_logs((base, tuned), benchmark, set_, [name for name, given in refused.items() if given], plan=plan)
+        result = _measured_logs((base, tuned), benchmark, set_, [n for n, given in refused.items() if given], plan=plan)
+        _show(result, margin)
         return
     if plan:
         raise BadInput("--plan is for --samples; without it `--set` and the models are checked before anything runs")
@@ -134,13 +144,22 @@ def measure_command(
     asked.check(on)
     with prefect_server():
         result = measure(*asked, on)
+    _show(result, margin)
+
+
+def _show(result: Result | None, margin: float | None) -> None:
+    """Print figures and files; with a margin, end with the verdict."""
+    if result is None:
+        return
     show(result)
+    if margin is not None:
+        end_with_verdict(result, margin)
 
 
-def _measure_logs(
+def _measured_logs(
     folders: tuple[str, str], benchmarks: list[str], changes: list[str], refused: list[str], *, plan: bool
-) -> None:
-    """Compare two folders of logs, or say what would be compared."""
+) -> Result | None:
+    """Compare two folders of logs, or say what would be compared and return None."""
     asked = asked_of(("tiny", "tiny"), benchmarks, None, (), changes)  # models that are not looked at
     others = {change.partition(".")[0] for change in changes} - {"evaluate"}
     others |= set(asked.evaluate.model_fields_set) - {"benchmarks"}
@@ -151,11 +170,10 @@ def _measure_logs(
         )
     if plan:
         print_plan(*folders, asked.evaluate)
-        return
+        return None
     check_logs(*models_of(*folders, asked.evaluate))
     with prefect_server():
-        result = measure_logs(*folders, asked.evaluate)
-    show(result)
+        return measure_logs(*folders, asked.evaluate)
 
 
 class Asked(NamedTuple):

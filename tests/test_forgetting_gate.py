@@ -261,8 +261,15 @@ def test_two_logs_of_any_trainer_are_compared_in_a_comment(tmp_path: Path, githu
     run = Run(tmp_path, github)
     assert run(f"cd {ROOT} && PREFECT_API_URL={server}/api {measure}") == 0, run.said
     assert run.outputs["outcome"] == "measured"
-    assert "| forgetting of sums | 0 points |" in github.comments[0]["body"]
-    refused = run(f"cd {ROOT} && {measure} --benchmark hellaswag", name="others")
+    assert "| 0.4.9.1 | forgetting of sums | 0 points | -55.4 to 55.4 |" in github.comments[0]["body"]
+    assert "| 0.4.9.1 | forgetting of prose | 0 nats/word | not known |" in github.comments[0]["body"]
+    judged = Run(tmp_path, github)
+    assert judged(f"cd {ROOT} && PREFECT_API_URL={server}/api {measure} --margin 2") == 0, judged.said
+    assert judged.outputs["outcome"] == "cannot tell" and "::warning::the gate cannot tell" in judged.said
+    body = github.comments[0]["body"]
+    assert len(github.comments) == 1 and "CANNOT TELL whether more than 2 points were lost" in body
+    assert "| sums | 0 | -55.4 to 55.4 | 2 | 1 | CANNOT TELL: needs more than 300 documents |" in body
+    refused = run(f"cd {ROOT} && {measure} --benchmark hellaswag")
     assert refused == 2 and "no benchmark hellaswag in the logs" in run.said
 
 

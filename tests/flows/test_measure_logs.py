@@ -106,6 +106,7 @@ def test_a_plan_says_what_would_be_compared(capsys: pytest.CaptureFixture[str]) 
             "limit cannot be set, since its logs are written",
         ),
         ({"samples": False, "plan": True}, "--plan is for --samples"),
+        ({"margin": 100}, "--margin 100 is not possible"),
     ],
 )
 def test_a_mistake_ends_before_a_server_starts(given: dict[str, Any], message: str) -> None:
