@@ -8,6 +8,7 @@ TUNED may be the folder of an adapter, which is merged into BASE first. With --s
 logs, and no model is needed.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,7 +30,6 @@ from cfsd.store.artifact import Artifact
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
-from flows._margin import check_margin, end_with_verdict
 from flows._named import call_flow_run
 from flows._plan import planned
 from flows._temporary_server import prefect_server
@@ -39,7 +39,11 @@ from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
 from tasks.generate import sample_along
 from tasks.logs import check_logs
+from tasks.report import judge_margin
 from tasks.target import prepare_target
+
+MOST_POINTS = 100
+EXITS = {"pass": 0, "fail": 1, "cannot tell": 3}
 
 
 @flow(name="measure")
@@ -130,7 +134,8 @@ def measure_command(
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
-    check_margin(margin)
+    if margin is not None and not 0 <= margin < MOST_POINTS:
+        raise BadInput(f"--margin {margin:g} is not possible; give the points that may be lost, from 0 to below 100")
     if samples:
         refused = {"--benchmarks": benchmarks, "--target": target, "--prompts": prompts, "--machine": machine}
         result = _measured_logs((base, tuned), benchmark, set_, [n for n, given in refused.items() if given], plan=plan)
@@ -148,12 +153,16 @@ def measure_command(
 
 
 def _show(result: Result | None, margin: float | None) -> None:
-    """Print figures and files; with a margin, end with the verdict."""
+    """Print figures and files; with a margin, write and print the verdict, and end with its exit code."""
     if result is None:
         return
     show(result)
     if margin is not None:
-        end_with_verdict(result, margin)
+        (summary,) = result.summaries
+        outcome, sentence = judge_margin(result.folder, summary, margin)
+        record.say(sentence)
+        print(result.folder / "verdict.md", flush=True)
+        sys.exit(EXITS[outcome])
 
 
 def _measured_logs(

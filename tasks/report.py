@@ -78,6 +78,13 @@ def _cell(text: str) -> str:
     return escape(text, quote=False).replace("|", "&#124;")
 
 
+def judge_margin(folder: Path, summary: Summary, points: float) -> tuple[str, str]:
+    """Write the verdict on two models beside their report, and return it; see `cfsd.report.margin`."""
+    from cfsd.report.margin import write_verdict
+
+    return write_verdict(folder, summary, points)
+
+
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
     """Write the page that shows the corpora of `run_records`, and the run records, which lead to every row."""
     from cfsd.report.files import Kept, write_corpus_files

@@ -1,43 +1,31 @@
-"""The verdict on two models with a margin: in words, in the report's folder, and as an exit code."""
+"""The verdict on two models with a margin: in words, and as files in the report's folder."""
 
-import sys
+from pathlib import Path
 
-from cfsd.errors import BadInput
 from cfsd.report.markdown import inert
+from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of
 from cfsd.statistics.figures import Figure
-from cfsd.statistics.gate import Finding, Judgement
+from cfsd.statistics.gate import Finding, Judgement, Outcome
 from cfsd.statistics.margin import judge_losses, unguarded
-from flows._cli import console
-from flows._conclude import Result
 
-EXITS = {"pass": 0, "fail": 1, "cannot tell": 3}
 HOW = (
     "FAIL: lost more than the margin, and more than chance explains (Holm, 1 % over all figures). PASS: the whole "
     "95 % interval is below the margin."
 )
 
 
-def check_margin(margin: float | None) -> None:
-    """Raise BadInput for a margin that no loss of points could have."""
-    if margin is not None and not 0 <= margin < 100:
-        raise BadInput(f"--margin {margin:g} is not possible; give the points that may be lost, from 0 to below 100")
-
-
-def end_with_verdict(result: Result, points: float) -> None:
-    """Write verdict.md and verdict.json beside the report, print the verdict, and exit with its code."""
-    (summary,) = result.summaries
+def write_verdict(folder: Path, summary: Summary, points: float) -> tuple[Outcome, str]:
+    """Write verdict.md and verdict.json; return the outcome, and the verdict in a sentence."""
     lost = forgotten_of(summary)
     mean = Figure.model_validate(summary.mean_forgetting) if summary.mean_forgetting else None
     judgement = judge_losses(lost, mean, points / 100)
     notes = [f"not guarded, being no score from 0 to 1: {', '.join(names)}" for names in [unguarded(lost)] if names]
     sentence = _sentence(judgement, points)
     text = inert("\n".join([f"# {summary.name}", "", sentence, "", *_table(judgement), "", *_listed([*notes, HOW])]))
-    (result.folder / "verdict.md").write_text(f"{text}\n", encoding="utf-8")
-    (result.folder / "verdict.json").write_text(judgement.model_dump_json(indent=1), encoding="utf-8")
-    console.print(sentence)
-    print(result.folder / "verdict.md", flush=True)
-    sys.exit(EXITS[judgement.outcome])
+    (folder / "verdict.md").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "verdict.json").write_text(judgement.model_dump_json(indent=1), encoding="utf-8")
+    return judgement.outcome, sentence
 
 
 def _sentence(judgement: Judgement, points: float) -> str:
