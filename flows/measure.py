@@ -5,7 +5,7 @@ python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 python -m flows.measure --samples BASE_LOGS TUNED_LOGS
 
 TUNED may be the folder of an adapter, which is merged into BASE first. With --samples both are folders of lm-eval's
-logs, and no model is needed.
+logs, and no model is needed. Exit codes with --margin: 0 nothing lost more, 1 something did, 3 cannot tell.
 """
 
 import sys

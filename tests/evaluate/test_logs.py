@@ -196,7 +196,14 @@ def test_documents_to_which_a_metric_does_not_apply_are_left_out(copy: Path) -> 
     assert found.metadata["left_out"] == 2 and found.metadata["num_documents"] == 2
 
 
-def test_what_several_models_wrote_is_kept_small(copy: Path) -> None:
+def test_several_right_choices_raise_the_score_of_guessing(copy: Path) -> None:
+    edit_samples(copy, "words", lambda samples: samples[0].update(target="[0, 2]"))
+    found = read(one(copy, "words"))
+    assert found.metadata["chance"] == pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3)
+    assert found.rows[0]["answer"] == "pet [right: pet or stone]"
+
+
+def test_what_a_model_wrote_at_length_is_not_kept(copy: Path) -> None:
     edit_samples(copy, "sums", lambda samples: [s.update(resps=[["x" * 1_000_000]]) for s in samples])
     assert max(len(str(row)) for row in read(one(copy, "sums")).rows) < 1000
 

@@ -4,10 +4,10 @@ Nothing of lm-eval is needed. Which metrics are averages over documents is not b
 counts if its values come to the score that lm-eval reported.
 """
 
-import ast
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ FIELDS = {
     "target_hash",
 }  # fmt: skip
 PREFERRED = ("acc", "exact_match")
+CHOICES = re.compile(r"\d{1,4}|\[\d{1,4}(, \d{1,4})*\]")  # the numbers of the right ones, as lm-eval writes them
 TOLERANCE = 1e-6  # relative, of a score that is computed again
 
 
@@ -236,13 +237,10 @@ def _choices(requests: list[list[Any]]) -> list[str]:
 
 def _right(target: str, choices: int) -> list[Any]:
     """Return the numbers of the right choices, or the right text as it is."""
-    try:
-        value = ast.literal_eval(target)
-    except (ValueError, SyntaxError):
+    if not CHOICES.fullmatch(target):
         return [target]
-    values = value if isinstance(value, list) else [value]
-    are_choices = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < choices for v in values)
-    return values if values and are_choices else [target]
+    values = [int(number) for number in re.findall(r"\d+", target)]
+    return values if all(value < choices for value in values) else [target]
 
 
 def _metadata(
