@@ -15,6 +15,7 @@ from cfsd.store.digests import sha256_of_file
 
 DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")  # results_DATE, samples_NAME_DATE
 SAMPLES = "samples_"
+ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
 RERUN = "run lm-eval again with --output_path and --log_samples"
 
 
@@ -32,6 +33,7 @@ class Conditions(BaseModel):
     chat_template: str | None = Field(None, description="chat template (chat_template_sha)")
     system_instruction: str | None = Field(None, description="system instruction (system_instruction_sha)")
     fewshot_as_multiturn: bool = Field(False, description="fewshot_as_multiturn")
+    window: int | None = Field(None, description="window of tokens (max_length)")  # of whole texts alone
 
     @field_validator("version", mode="before")
     @classmethod
@@ -152,7 +154,7 @@ def logs_in(folder: Path) -> LoggedModel:
     """
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that lm-eval wrote (--output_path)")
-    samples = {_dated(path): path for path in sorted(folder.rglob(f"{SAMPLES}*.jsonl")) if _dated(path)}
+    samples = {found: path for path in sorted(folder.rglob(f"{SAMPLES}*.jsonl")) if (found := _dated(path))}
     dates = {(parent, date) for parent, _, date in samples}
     named = [(path, found) for path in sorted(folder.rglob("*.json")) if (found := _dated(path))]
     runs = [_results(path) for path, (parent, name, date) in named if name == "results" or (parent, date) in dates]
@@ -255,6 +257,7 @@ def _conditions(name: str, content: Mapping[str, Any]) -> Conditions:
             "chat_template": content.get("chat_template_sha"),
             "system_instruction": content.get("system_instruction_sha"),
             "fewshot_as_multiturn": content.get("fewshot_as_multiturn"),
+            "window": content.get("max_length") if config.get("output_type") == ROLLING else None,
         }
     )
 
