@@ -328,7 +328,7 @@ DIFFERENCES: dict[str, tuple[Change, str]] = {
     ),
     "window": (
         lambda f: edit(f, lambda content: content.update(max_length=63)),
-        r"prose: its window of tokens \(max_length\) is 64 \(base\) and 63 \(tuned\)",
+        r"prose: its window in tokens \(by max_length\) is 64 \(base\) and 63 \(tuned\)",
     ),
     "benchmark": (
         lambda f: edit(f, lambda content: [content[part].pop("words") for part in ("results", "configs")]),
@@ -347,6 +347,11 @@ def test_what_differs_is_named_with_what_agrees(name: str, copy: Path) -> None:
     everything = ["checks", "last_word", "prose", "sums", "words"]
     unlike = {"generation": "sums", "window": "prose"}.get(name, "words")
     assert name == "template" or rest == [n for n in everything if n != unlike]
+
+
+def test_windows_are_compared_as_the_engine_cuts_them(copy: Path) -> None:
+    edit(copy, lambda content: content.update(max_length=65, model_source="local-completions"))
+    assert len(check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))) == 5
 
 
 def test_all_differences_are_in_one_message(copy: Path) -> None:

@@ -16,6 +16,7 @@ from cfsd.store.digests import sha256_of_file
 DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")  # results_DATE, samples_NAME_DATE
 SAMPLES = "samples_"
 ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
+SHORTER = {"local-completions": 1, "openai-completions": 1, "vllm": 2}  # windows than the max_length that they log
 RERUN = "run lm-eval again with --output_path and --log_samples"
 
 
@@ -33,7 +34,7 @@ class Conditions(BaseModel):
     chat_template: str | None = Field(None, description="chat template (chat_template_sha)")
     system_instruction: str | None = Field(None, description="system instruction (system_instruction_sha)")
     fewshot_as_multiturn: bool = Field(False, description="fewshot_as_multiturn")
-    window: int | None = Field(None, description="window of tokens (max_length)")  # of whole texts alone
+    window: int | None = Field(None, description="window in tokens (by max_length)")  # of whole texts alone
 
     @field_validator("version", mode="before")
     @classmethod
@@ -167,7 +168,7 @@ def logs_in(folder: Path) -> LoggedModel:
     config = first.get("config") or {}
     return LoggedModel(
         name=_short(runs[0].model(), folder),
-        source=str(first.get("model_source") or config.get("model") or ""),
+        source=_source(first),
         dtype=str(config.get("model_dtype") or "").removeprefix("torch."),
         logs=tuple(sorted(logs, key=lambda log: log.name)),
         said=tuple(said),
@@ -257,9 +258,19 @@ def _conditions(name: str, content: Mapping[str, Any]) -> Conditions:
             "chat_template": content.get("chat_template_sha"),
             "system_instruction": content.get("system_instruction_sha"),
             "fewshot_as_multiturn": content.get("fewshot_as_multiturn"),
-            "window": content.get("max_length") if config.get("output_type") == ROLLING else None,
+            "window": _window(content) if config.get("output_type") == ROLLING else None,
         }
     )
+
+
+def _window(content: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of a whole text are read at once; None where the log does not say."""
+    known = content.get("max_length")
+    return known - SHORTER.get(_source(content), 0) if isinstance(known, int) else None
+
+
+def _source(content: Mapping[str, Any]) -> str:
+    return str(content.get("model_source") or (content.get("config") or {}).get("model") or "")
 
 
 def _directions(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
