@@ -103,8 +103,9 @@ def _sample(where: str, line: bytes) -> dict[str, Any]:
             f"{where} is no sample of lm-eval 0.4.3 or later ({', '.join(wrong) or 'arguments'} missing or of another "
             "kind); measure again with --log_samples"
         )
-    sample.pop("resps", None)  # may be huge
-    return dict(sample)
+    sample.pop("resps", None)  # may be huge, as the document
+    document = json.dumps(sample.pop("doc"), indent=2, ensure_ascii=False)  # as lm-eval digests it
+    return {"doc_hash": _sha(document), **sample}
 
 
 def _check_count(log: Log, samples: list[dict[str, Any]]) -> None:
@@ -200,7 +201,7 @@ def _row(log: Log, metric: _Metric, sample: dict[str, Any]) -> dict[str, Any]:
         "benchmark": log.name,
         "filter": sample["filter"],
         "doc_id": sample["doc_id"],
-        "doc_hash": sample.get("doc_hash") or _sha(json.dumps(sample["doc"], indent=2, ensure_ascii=False)),
+        "doc_hash": sample["doc_hash"],
         "metric": metric.name,
         "value": number,
         "count": int(count),
