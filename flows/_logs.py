@@ -1,5 +1,6 @@
 """Two models of which there are logs of lm-eval, made by whoever, compared without either of them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,17 @@ def models_of(base: str, tuned: str, evaluate: EvaluateSpec) -> tuple[LoggedMode
     folders = Path(base), Path(tuned)
     if folders[0].exists() and folders[0].resolve() == folders[1].resolve():
         raise BadInput(f"{base} is given twice; give the logs of the model before, and of the model after")
-    models = [logs_in(folder).only(evaluate.benchmarks) for folder in folders]
-    there = {name for model in models for name in model.names()}
+    whole = [logs_in(folder) for folder in folders]
+    models = [model.only(evaluate.benchmarks) for model in whole]
+    there = {name for model in whole for name in model.names()}
     if absent := [benchmark.name for benchmark in evaluate.benchmarks if benchmark.name not in there]:
         raise BadInput(
             f"no benchmark {', '.join(absent)} in the logs; there are {', '.join(sorted(there)) or 'others'}"
         )
     if models[0].name == models[1].name:  # two folders `checkpoint`, or one model served twice
-        models = [m.model_copy(update={"name": str(f)}) for m, f in zip(models, folders, strict=True)]
+        both = os.path.commonpath([folder.absolute() for folder in folders])
+        names = [str(folder.absolute().relative_to(both)) for folder in folders]
+        models = [model.model_copy(update={"name": name}) for model, name in zip(models, names, strict=True)]
     return models[0], models[1]
 
 

@@ -5,9 +5,10 @@ python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 python -m flows.measure --samples BASE_LOGS TUNED_LOGS
 
 TUNED may be the folder of an adapter, which is merged into BASE first. With --samples both are folders of lm-eval's
-logs, and no model is needed.
+logs, and no model is needed. Exit codes with --margin: 0 nothing lost more, 1 something did, 3 cannot tell.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -38,7 +39,11 @@ from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
 from tasks.fetch import check_model, fetch_model
 from tasks.generate import check_modes, sample_along
 from tasks.logs import check_logs
+from tasks.report import judge_margin
 from tasks.target import prepare_target
+
+MOST_POINTS = 100
+EXITS = {"pass": 0, "fail": 1, "cannot tell": 3}
 
 
 @flow(name="measure")
@@ -120,13 +125,23 @@ def measure_command(
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="With --samples: say what would be compared, and stop")] = False,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Judge: exit code 1 where a benchmark lost more points than that, 3 where it cannot be told",
+        ),
+    ] = None,
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:  # fmt: skip
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
+    if margin is not None and not 0 <= margin < MOST_POINTS:
+        raise BadInput(f"--margin {margin:g} is not possible; give the points that may be lost, from 0 to below 100")
     if samples:
         refused = {"--benchmarks": benchmarks, "--target": target, "--prompts": prompts, "--machine": machine}
-        _measure_logs((base, tuned), benchmark, set_, [name for name, given in refused.items() if given], plan=plan)
+        result = _measured_logs((base, tuned), benchmark, set_, [n for n, given in refused.items() if given], plan=plan)
+        _show(result, margin)
         return
     if plan:
         raise BadInput("--plan is for --samples; without it `--set` and the models are checked before anything runs")
@@ -136,13 +151,26 @@ def measure_command(
     asked.check(on)
     with prefect_server():
         result = measure(*asked, on)
+    _show(result, margin)
+
+
+def _show(result: Result | None, margin: float | None) -> None:
+    """Print figures and files; with a margin, write and print the verdict, and end with its exit code."""
+    if result is None:
+        return
     show(result)
+    if margin is not None:
+        (summary,) = result.summaries
+        outcome, sentence = judge_margin(result.folder, summary, margin)
+        record.say(sentence)
+        print(result.folder / "verdict.md", flush=True)
+        sys.exit(EXITS[outcome])
 
 
-def _measure_logs(
+def _measured_logs(
     folders: tuple[str, str], benchmarks: list[str], changes: list[str], refused: list[str], *, plan: bool
-) -> None:
-    """Compare two folders of logs, or say what would be compared."""
+) -> Result | None:
+    """Compare two folders of logs, or say what would be compared and return None."""
     asked = asked_of(("tiny", "tiny"), benchmarks, None, (), changes)  # models that are not looked at
     others = {change.partition(".")[0] for change in changes} - {"evaluate"}
     others |= set(asked.evaluate.model_fields_set) - {"benchmarks"}
@@ -153,11 +181,10 @@ def _measure_logs(
         )
     if plan:
         print_plan(*folders, asked.evaluate)
-        return
+        return None
     check_logs(*models_of(*folders, asked.evaluate))
     with prefect_server():
-        result = measure_logs(*folders, asked.evaluate)
-    show(result)
+        return measure_logs(*folders, asked.evaluate)
 
 
 class Asked(NamedTuple):

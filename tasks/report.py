@@ -74,6 +74,13 @@ def _markdown_table(summaries: list[Summary]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (*head, *rows)]
 
 
+def judge_margin(folder: Path, summary: Summary, points: float) -> tuple[str, str]:
+    """Write the verdict on two models beside their report, and return it; see `cfsd.report.margin`."""
+    from cfsd.report.margin import write_verdict
+
+    return write_verdict(folder, summary, points)
+
+
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
     """Write the page that shows the corpora of `run_records`, and the run records, which lead to every row."""
     from cfsd.report.files import Kept, write_corpus_files

@@ -106,7 +106,7 @@ class Run:
             own = {name: self._value(text, values) for name, text in step.get("env", {}).items()}
             done = subprocess.run(
                 ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]], cwd=self.folder,
-                env={**self._runner(output), **own}, capture_output=True, text=True, timeout=60,
+                env={**self._runner(output), **own}, capture_output=True, text=True, timeout=600,
             )  # fmt: skip
             self.said += done.stdout + done.stderr
             if done.returncode:
@@ -253,6 +253,24 @@ def test_two_models_without_a_baseline_are_shown_as_measured(tmp_path: Path, git
     assert run.outputs["outcome"] == "measured"
     assert "| tuned | probe_kl | 0.05 nats/token | 0.04 to 0.061 |" in github.comments[0]["body"]
     assert "| tuned | forgetting of facts | 5 points | 4 to 6.1 |" in github.comments[0]["body"]
+
+
+def test_two_logs_of_any_trainer_are_compared_in_a_comment(tmp_path: Path, github: GitHub, server: str) -> None:
+    logs = ROOT / "tests" / "evaluate" / "lm_eval_logs"
+    measure = f"{sys.executable} -m flows.measure --samples {logs}/0.4.5 {logs}/0.4.9.1"
+    run = Run(tmp_path, github)
+    assert run(f"cd {ROOT} && PREFECT_API_URL={server}/api {measure}") == 0, run.said
+    assert run.outputs["outcome"] == "measured"
+    assert "| 0.4.9.1 | forgetting of sums | 0 points | -55.4 to 55.4 |" in github.comments[0]["body"]
+    assert "| 0.4.9.1 | forgetting of prose | 0 nats/word | not known |" in github.comments[0]["body"]
+    judged = Run(tmp_path, github)
+    assert judged(f"cd {ROOT} && PREFECT_API_URL={server}/api {measure} --margin 2") == 0, judged.said
+    assert judged.outputs["outcome"] == "cannot tell" and "::warning::the gate cannot tell" in judged.said
+    body = github.comments[0]["body"]
+    assert len(github.comments) == 1 and "CANNOT TELL whether more than 2 points were lost" in body
+    assert "| sums | 0 | -55.4 to 55.4 | 2 | 1 | CANNOT TELL: needs more than 300 documents |" in body
+    refused = run(f"cd {ROOT} && {measure} --benchmark hellaswag")
+    assert refused == 2 and "no benchmark hellaswag in the logs" in run.said
 
 
 def test_a_report_from_an_earlier_run_is_not_taken_for_this_one(tmp_path: Path, github: GitHub) -> None:

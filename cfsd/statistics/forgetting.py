@@ -31,6 +31,7 @@ BOOTSTRAP = "studentised bootstrap over paired documents"
 TOO_FEW = "none: fewer than 5 documents, or a metric that cannot change"
 MCNEMAR = "exact McNemar"
 PERMUTATION = "paired permutation"
+NO_SCORE = "not a score from 0 to 1"
 
 
 class Measure(BaseModel):
@@ -203,7 +204,7 @@ def _retention(measure: Measure, base: Floats, tuned: Floats) -> tuple[Figure | 
     if not measure.higher_is_better:
         return None, "better when lower"
     if not _is_score(measure, base, tuned):
-        return None, "not a score from 0 to 1"
+        return None, NO_SCORE
     if measure.chance is None:
         return None, "chance level unknown"
     if not is_above(base, measure.chance, binary=all_zero_or_one(base)):

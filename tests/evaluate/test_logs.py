@@ -1,5 +1,6 @@
 """Logs of lm-eval, of four versions and with all that may be wrong with them."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 
 from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark_files import BUNDLED
 from cfsd.evaluate.logs.alike import check_alike
 from cfsd.evaluate.logs.folder import Log, logs_in
 from cfsd.evaluate.logs.rows import read
+from cfsd.store.artifact import Artifact, Store
 
 LOGS = Path(__file__).parent / "lm_eval_logs"
 VERSIONS = ("0.4.3", "0.4.5", "0.4.9.1")
@@ -60,9 +63,19 @@ def one(folder: Path, name: str, **chosen: Any) -> Log:
     return logs_in(folder).only([Benchmark(name=name, **chosen)]).log(name)
 
 
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_every_version_says_the_same_of_one_model(version: str) -> None:
+    check_same(LOGS / version, LOGS / VERSIONS[-1])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_says_the_same_of_one_model(version: str, made_now: Path) -> None:
-    old, new = logs_in(LOGS / version), logs_in(made_now)
+def test_the_installed_version_says_the_same_as_older_ones(version: str, made_now: Path) -> None:
+    check_same(LOGS / version, made_now)
+
+
+def check_same(one: Path, other: Path) -> None:
+    old, new = logs_in(one), logs_in(other)
     assert old.names() == new.names() == ["checks", "last_word", "prose", "sums", "words"]  # and not the group `both`
     assert (old.name, old.source, old.dtype) == ("model", "hf", "float32")
     assert len(check_alike(old, new)) == 5
@@ -77,6 +90,44 @@ def test_every_version_says_the_same_of_one_model(version: str, made_now: Path) 
             for side in (before, after)
         ]
         assert known[0] == known[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["facts", "tiny_rev", pytest.param("wording", marks=pytest.mark.slow), "technical_english"]
+)
+def test_rows_are_those_of_measuring_the_model(name: str, base: Artifact, store: Store, tmp_path: Path) -> None:
+    from cfsd.evaluate.harness.score import score
+    from cfsd.model.loading import load_for_measuring, load_tokenizer
+
+    model, tokenizer = load_for_measuring(store, base, "cpu"), load_tokenizer(store.path(base))
+    logged_by_lm_eval(model, tokenizer, name, tmp_path)
+    ours, logged = score(model, tokenizer, Benchmark(name=name, limit=12)), read(logs_in(tmp_path).log(name))
+    rows = ours.rows.to_dict("records")
+    unlike = ("count", "answer") if name == "technical_english" else ()
+    same = [column for column in rows[0] if column not in ("value", *unlike)]
+    assert [[row[c] for c in same] for row in logged.rows] == [[row[c] for c in same] for row in rows]
+    assert [row["value"] for row in logged.rows] == pytest.approx([row["value"] for row in rows], rel=1e-5)
+    known = ("metric", "higher_is_better", "chance", "kind", "num_documents", "num_fewshot", "filters", "lm_eval")
+    assert {k: logged.metadata[k] for k in known} == {k: ours.metadata[k] for k in known}
+
+
+def logged_by_lm_eval(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
+    """Write the logs of 12 documents of a bundled benchmark, by what lm-eval's command line calls."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tracker = EvaluationTracker(output_path=str(folder))
+    with contextlib.chdir(BUNDLED):  # the paths in the YAML start from the working directory
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=[name], limit=12, bootstrap_iters=0,
+            evaluation_tracker=tracker,
+            task_manager=TaskManager(include_path=str(BUNDLED), include_defaults=False),
+        )  # fmt: skip
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    tracker.save_results_samples(task_name=name, samples=samples[name])
 
 
 def test_what_is_read_of_each_kind_of_benchmark() -> None:
@@ -145,7 +196,14 @@ def test_documents_to_which_a_metric_does_not_apply_are_left_out(copy: Path) -> 
     assert found.metadata["left_out"] == 2 and found.metadata["num_documents"] == 2
 
 
-def test_what_several_models_wrote_is_kept_small(copy: Path) -> None:
+def test_several_right_choices_raise_the_score_of_guessing(copy: Path) -> None:
+    edit_samples(copy, "words", lambda samples: samples[0].update(target="[0, 2]"))
+    found = read(one(copy, "words"))
+    assert found.metadata["chance"] == pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3)
+    assert found.rows[0]["answer"] == "pet [right: pet or stone]"
+
+
+def test_what_a_model_wrote_at_length_is_not_kept(copy: Path) -> None:
     edit_samples(copy, "sums", lambda samples: [s.update(resps=[["x" * 1_000_000]]) for s in samples])
     assert max(len(str(row)) for row in read(one(copy, "sums")).rows) < 1000
 
@@ -268,6 +326,10 @@ DIFFERENCES: dict[str, tuple[Change, str]] = {
         lambda f: edit_samples(f, "words", lambda samples: _answer(samples, 0, doc_id=9)),
         r"1 of 3 documents were scored for the base model only \(first: 0\)",
     ),
+    "window": (
+        lambda f: edit(f, lambda content: content.update(max_length=63)),
+        r"prose: its window in tokens \(by max_length\) is 64 \(base\) and 63 \(tuned\)",
+    ),
     "benchmark": (
         lambda f: edit(f, lambda content: [content[part].pop("words") for part in ("results", "configs")]),
         "measured on the base model only: words",
@@ -283,7 +345,13 @@ def test_what_differs_is_named_with_what_agrees(name: str, copy: Path) -> None:
         check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))
     rest = str(refused.value).rpartition("those that agree: ")[2].replace("--benchmark", "").split()
     everything = ["checks", "last_word", "prose", "sums", "words"]
-    assert name == "template" or rest == [n for n in everything if n != ("sums" if name == "generation" else "words")]
+    unlike = {"generation": "sums", "window": "prose"}.get(name, "words")
+    assert name == "template" or rest == [n for n in everything if n != unlike]
+
+
+def test_windows_are_compared_as_the_engine_cuts_them(copy: Path) -> None:
+    edit(copy, lambda content: content.update(max_length=65, model_source="local-completions"))
+    assert len(check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))) == 5
 
 
 def test_all_differences_are_in_one_message(copy: Path) -> None:

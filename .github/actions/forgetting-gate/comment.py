@@ -85,8 +85,11 @@ def table_of(summary: dict[str, Any]) -> str:
         for name, figure in measured.items():
             if isinstance(figure, dict) and {"value", "low", "high", "unit"} <= set(figure):
                 times, unit = UNITS.get(figure["unit"], (1, f" {figure['unit']}"))
-                value, low, high = (f"{figure[part] * times:.3g}" for part in ("value", "low", "high"))
-                rows.append(f"| {variant} | {name} | {value}{unit} | {low} to {high} |")
+                value, low, high = (
+                    "" if figure[part] is None else f"{figure[part] * times:.3g}" for part in ("value", "low", "high")
+                )
+                interval = f"{low} to {high}" if low else "not known"
+                rows.append(f"| {variant} | {name} | {value}{unit} | {interval} |")
     return "\n".join(rows)
 
 

@@ -15,6 +15,8 @@ from cfsd.store.digests import sha256_of_file
 
 DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")  # results_DATE, samples_NAME_DATE
 SAMPLES = "samples_"
+ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
+SHORTER = {"local-completions": 1, "openai-completions": 1, "vllm": 2}  # windows than the max_length that they log
 RERUN = "run lm-eval again with --output_path and --log_samples"
 
 
@@ -32,6 +34,7 @@ class Conditions(BaseModel):
     chat_template: str | None = Field(None, description="chat template (chat_template_sha)")
     system_instruction: str | None = Field(None, description="system instruction (system_instruction_sha)")
     fewshot_as_multiturn: bool = Field(False, description="fewshot_as_multiturn")
+    window: int | None = Field(None, description="window in tokens (by max_length)")  # of whole texts alone
 
     @field_validator("version", mode="before")
     @classmethod
@@ -54,7 +57,8 @@ class Conditions(BaseModel):
 class Log(Spec):
     """What lm-eval wrote of one model on one benchmark. Its content counts, not its place.
 
-    `reported`: lm-eval's own scores by `metric,filter`, as texts, since one may be NaN. `metric`, `chance`: the user's choice, see `Benchmark`.
+    `reported`: lm-eval's own scores by `metric,filter`, as texts, since one may be NaN. `metric`, `chance`: the user's
+    choice, see `Benchmark`.
     """
 
     name: str
@@ -151,7 +155,7 @@ def logs_in(folder: Path) -> LoggedModel:
     """
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that lm-eval wrote (--output_path)")
-    samples = {_dated(path): path for path in sorted(folder.rglob(f"{SAMPLES}*.jsonl")) if _dated(path)}
+    samples = {found: path for path in sorted(folder.rglob(f"{SAMPLES}*.jsonl")) if (found := _dated(path))}
     dates = {(parent, date) for parent, _, date in samples}
     named = [(path, found) for path in sorted(folder.rglob("*.json")) if (found := _dated(path))]
     runs = [_results(path) for path, (parent, name, date) in named if name == "results" or (parent, date) in dates]
@@ -164,7 +168,7 @@ def logs_in(folder: Path) -> LoggedModel:
     config = first.get("config") or {}
     return LoggedModel(
         name=_short(runs[0].model(), folder),
-        source=str(first.get("model_source") or config.get("model") or ""),
+        source=_source(first),
         dtype=str(config.get("model_dtype") or "").removeprefix("torch."),
         logs=tuple(sorted(logs, key=lambda log: log.name)),
         said=tuple(said),
@@ -254,8 +258,19 @@ def _conditions(name: str, content: Mapping[str, Any]) -> Conditions:
             "chat_template": content.get("chat_template_sha"),
             "system_instruction": content.get("system_instruction_sha"),
             "fewshot_as_multiturn": content.get("fewshot_as_multiturn"),
+            "window": _window(content) if config.get("output_type") == ROLLING else None,
         }
     )
+
+
+def _window(content: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of a whole text are read at once; None where the log does not say."""
+    known = content.get("max_length")
+    return known - SHORTER.get(_source(content), 0) if isinstance(known, int) else None
+
+
+def _source(content: Mapping[str, Any]) -> str:
+    return str(content.get("model_source") or (content.get("config") or {}).get("model") or "")
 
 
 def _directions(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ Nothing of lm-eval is needed. Which metrics are averages over documents is not b
 counts if its values come to the score that lm-eval reported.
 """
 
-import ast
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ FIELDS = {
     "target_hash",
 }  # fmt: skip
 PREFERRED = ("acc", "exact_match")
+CHOICES = re.compile(r"\d{1,4}|\[\d{1,4}(, \d{1,4})*\]")  # the numbers of the right ones, as lm-eval writes them
 TOLERANCE = 1e-6  # relative, of a score that is computed again
 
 
@@ -102,8 +103,9 @@ def _sample(where: str, line: bytes) -> dict[str, Any]:
             f"{where} is no sample of lm-eval 0.4.3 or later ({', '.join(wrong) or 'arguments'} missing or of another "
             "kind); measure again with --log_samples"
         )
-    sample.pop("resps", None)  # may be huge
-    return dict(sample)
+    sample.pop("resps", None)  # may be huge, as the document
+    document = json.dumps(sample.pop("doc"), indent=2, ensure_ascii=False)  # as lm-eval digests it
+    return {"doc_hash": _sha(document), **sample}
 
 
 def _check_count(log: Log, samples: list[dict[str, Any]]) -> None:
@@ -199,7 +201,7 @@ def _row(log: Log, metric: _Metric, sample: dict[str, Any]) -> dict[str, Any]:
         "benchmark": log.name,
         "filter": sample["filter"],
         "doc_id": sample["doc_id"],
-        "doc_hash": sample.get("doc_hash") or _sha(json.dumps(sample["doc"], indent=2, ensure_ascii=False)),
+        "doc_hash": sample["doc_hash"],
         "metric": metric.name,
         "value": number,
         "count": int(count),
@@ -236,13 +238,10 @@ def _choices(requests: list[list[Any]]) -> list[str]:
 
 def _right(target: str, choices: int) -> list[Any]:
     """Return the numbers of the right choices, or the right text as it is."""
-    try:
-        value = ast.literal_eval(target)
-    except (ValueError, SyntaxError):
+    if not CHOICES.fullmatch(target):
         return [target]
-    values = value if isinstance(value, list) else [value]
-    are_choices = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < choices for v in values)
-    return values if values and are_choices else [target]
+    values = [int(number) for number in re.findall(r"\d+", target)]
+    return values if all(value < choices for value in values) else [target]
 
 
 def _metadata(
