@@ -168,7 +168,9 @@ TABLE = {
         _low_rank(*((rank, rate) for rank in (16, 4) for rate in (1e-2, 3e-3, 1e-3))),
         _low_rank((32, 1e-3), (8, 3e-3), (8, 1e-3)),
     ),
-    "WiSE-FT": Row(NO_CORPUS, *_swept("merge.alpha", [0.8, 0.6, 0.4], [0.75, 0.5, 0.25])),
+    "WiSE-FT": Row(
+        NO_CORPUS, _over("merge.alpha", 0.9, 0.8, 0.6, 0.5, 0.4, 0.2), _over("merge.alpha", 0.75, 0.5, 0.25)
+    ),
     "DoRA": Row(
         NO_CORPUS | {"train.methods.lora.use_dora": True, "train.methods.lora.use_rslora": True},
         _low_rank(*((rank, rate) for rank in (16, 4) for rate in (1e-2, 3e-3, 1e-3))),

@@ -1,7 +1,7 @@
 """The study of methods: what each learns and forgets at the strength chosen for it, with intervals, time and memory.
 
 python -m benchmarks.methods tiny|demo [--home FOLDER] [--seeds N] [--strengths chosen.json] [--quick]
-    [--only DFT --only STM] [--machine devices=4]
+    [--only DFT --only STM] [--rates] [--machine devices=4]
 make bench PART=methods
 
 Interrupted, the same command goes on: every run is cached in the data folder. Strengths are chosen by
@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from benchmarks._methods_grid import PLAIN, Study, replay_file, study_of, write_documents
+from benchmarks._methods_rates import FACTORS, sweep_rates
 from benchmarks._methods_run import Runner, changed_machine, in_one_flow
 from benchmarks._methods_table import (
     ENOUGH,
@@ -76,6 +77,9 @@ def methods_command(
         bool, typer.Option("--quick", help="Two methods, one epoch, two seeds: to try the script")
     ] = False,
     only: Annotated[list[str], typer.Option(help="These methods beside plain fine-tuning; without it all")] = [],  # noqa: B006
+    rates: Annotated[
+        bool, typer.Option("--rates", help="Then sweep the learning rate of each, and compare them at equal gain")
+    ] = False,
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
@@ -90,8 +94,9 @@ def methods_command(
         for strength in found.strengths:
             _recipe(study, method, strength, 0).check()  # before anything runs
     tries = 0 if given else sum(len(method.strengths) for method in study.methods.values())
-    runner = Runner(tries + len(study.methods) * len(study.seeds), study.machine)
-    in_one_flow(f"methods-{study.name}", lambda: _study(study, runner, given))
+    swept = len(FACTORS) if rates else 0
+    runner = Runner(tries + (1 + swept) * len(study.methods) * len(study.seeds), study.machine)
+    in_one_flow(f"methods-{study.name}", lambda: _study(study, runner, given, rates=rates))
 
 
 def _folder() -> Path:
@@ -109,13 +114,15 @@ def _given(study: Study, path: Path) -> dict[str, Chosen]:
     return {method: Chosen(content[method], None) for method in study.methods}
 
 
-def _study(study: Study, runner: Runner, given: dict[str, Chosen] | None) -> None:
+def _study(study: Study, runner: Runner, given: dict[str, Chosen] | None, *, rates: bool) -> None:
     with runner:
         tried = {} if given else _try_all(study, runner)
         chosen = given or _choose_all(tried)
         for method, choice in chosen.items():
             print(f"{method}: {choice.strength}" + (" (less than 95 %)" if choice.reached is False else ""), flush=True)
         results = _report_all(study, runner, chosen)
+        if rates:
+            sweep_rates(study, runner, {method: choice.strength for method, choice in chosen.items()})
     _tell(study, results, {m: {s: figures_of(t) for s, t in strengths.items()} for m, strengths in tried.items()})
 
 

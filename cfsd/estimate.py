@@ -174,6 +174,12 @@ def _fisher(job: Job, inputs: Inputs) -> Work:
     return Work(rows * job.recipe.generate.length, passes=3, calls=3 * rows, moved=2)
 
 
+def _rewritten(job: Job, inputs: Inputs) -> Work:
+    rows, tokens = _trained_rows(job)  # read with its response before it, and said again
+    steps = math.ceil(rows / job.machine.sampling_rows) * 2 * tokens / max(rows, 1)
+    return Work(3 * tokens, calls=steps, decoded=True, moved=1)
+
+
 def _trained_rows(job: Job) -> tuple[float, float]:
     """Return the target rows that are trained on, and their tokens."""
     rows, tokens = job.target["train_rows"], job.target["train_tokens"]
@@ -246,6 +252,7 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.WEIGH: lambda job, inputs: _read(job, _trained_rows(job)[1]),
     stages.ALONG: lambda job, inputs: _read(job, _trained_rows(job)[1], logits=_trained_rows(job)[1]),
     stages.FISHER: _fisher,
+    stages.REWRITE: _rewritten,
     stages.TRAIN: _training,
     stages.BUDGET: _budget,
     stages.MERGE: lambda job, inputs: Work(moved=4),
@@ -266,7 +273,8 @@ DIVERGENCES = (
 )  # fmt: skip
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
     **dict.fromkeys(DIVERGENCES, 2), stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
-    **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK, stages.ALONG), 1),
+    **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
+    **dict.fromkeys((stages.ALONG, stages.REWRITE), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
 }  # fmt: skip
 

@@ -108,7 +108,9 @@ class Recipe(Spec):
         """Say whether the base is fine-tuned on the target with nothing against forgetting."""
         rehearses = self.generate.rows and self.train.rehearsal.weight
         merges = self.merge.alpha != 1 or self.budget()
-        return not (rehearses or merges or self.train.methods.by_name() or self.mix.flow != "off")
+        return not (
+            rehearses or merges or self.train.methods.by_name() or self.mix.flow != "off" or self.target.rewriting()
+        )
 
     def check(self) -> None:
         """Raise BadInput for errors detectable before running, without loading weights."""

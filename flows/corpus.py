@@ -21,7 +21,7 @@ from tasks.filter import filter_corpus
 from tasks.generate import check_modes, generate_corpus
 from tasks.report import write_corpus_page
 from tasks.select import select_corpus, select_target
-from tasks.target import prepare_target
+from tasks.target import prepare_target, rewrite_target
 
 
 def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
@@ -32,10 +32,11 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     if base.content:
         recipe.check_modes(modes)
     check_benchmarks(base, recipe.evaluate, machine)
-    target = prepare_target(base, recipe.target, machine)
+    target = prepare_target(base, recipe.target.as_given(), machine)
     selected_target = select_target(base, target, recipe.select, machine)
     recipe.check_target(selected_target)
-    earlier = tuple(prepare_target(base, known, machine) for known in recipe.earlier)
+    selected_target = rewrite_target(base, selected_target, recipe.target.rewriting(), machine)
+    earlier = tuple(prepare_target(base, known.as_given(), machine) for known in recipe.earlier)
     corpus = generate_corpus(base, target, recipe.generate, machine, earlier)
     filtered = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
     selected_corpus = select_corpus(base, filtered, recipe.select, machine)

@@ -1,12 +1,13 @@
 """Target: what to fine-tune on, and its records as the user has them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cfsd.data.conversation import read_row
 from cfsd.data.files import Files
@@ -15,15 +16,27 @@ from cfsd.data.shapes import HEAD, Shape, shape_of
 from cfsd.errors import BadInput
 from cfsd.model.hub import DATA, MAIN
 from cfsd.model.on_hub import OnHub
-from cfsd.spec import digest_of
+from cfsd.spec import Spec, digest_of
 from cfsd.store.digests import digest_of_files
+
+
+class RewriteSpec(Spec):
+    """How the base says a target's responses in its own words; see `cfsd.generate.rewrite`."""
+
+    answer: str | None = Field(None, description="Regular expression of what must stay; None: the last number")
+    lengths: float = Field(3.0, gt=1, description="Most times the tokens of the response, and least share of them")
+    max_length: PositiveInt = Field(1024, description="Most tokens of a row")
+    temperature: PositiveFloat = Field(1.0, description="Of the sampling")
+    seed: NonNegativeInt | None = Field(None, description="Of the sampling")
 
 
 class Target(OnHub):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
     version: ClassVar[int] = 2
-    neutral: ClassVar[dict[str, Any]] = {"turns": "all"}
+    neutral: ClassVar[dict[str, Any]] = {
+        "turns": "all", "rewrite": "off", "rewrite_answer": None, "rewrite_lengths": 3.0, "rewrite_temperature": 1.0,
+    }  # fmt: skip
     prefix: ClassVar[str] = DATA
 
     kind: Literal["file", "hub", "gym"] = Field(
@@ -58,6 +71,37 @@ class Target(OnHub):
     max_length: PositiveInt = Field(1024, description="Longer rows (tokens) are dropped and counted, never cut")
     seed: NonNegativeInt | None = Field(None, description="Split and generator; empty: the recipe's")
 
+    rewrite: Literal["off", "self"] = Field(
+        "off",
+        description="self: the base is shown each response and says it in its own words; where a check fails the "
+        "response stays. Held-out rows stay",
+    )
+    rewrite_answer: str | None = Field(
+        None,
+        description="rewrite only: a regular expression, whose last match (its first group) must be the same in both; "
+        "left out: the last number of a response that has one; an empty text: nothing is compared",
+    )
+    rewrite_lengths: float = Field(
+        3.0,
+        gt=1,
+        description="rewrite only: most times the tokens of the response, and least share of them",
+    )
+    rewrite_temperature: PositiveFloat = Field(1.0, description="rewrite only: of the sampling")
+
+    @field_validator("rewrite", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare `off`
+
+    @field_validator("rewrite_answer")
+    @classmethod
+    def _is_expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.kind == "file" and not self.path:
@@ -78,6 +122,16 @@ class Target(OnHub):
         if self.kind == "gym":
             settings["generator"] = version("reasoning-gym")
         return settings
+
+    def as_given(self) -> Self:
+        """Return the target before anything is rewritten."""
+        return self.model_copy(update={name: self.neutral[name] for name in self.neutral if "rewrite" in name})
+
+    def rewriting(self) -> RewriteSpec | None:
+        """Return how responses are rewritten, None: they are not."""
+        settings = {"answer": self.rewrite_answer, "lengths": self.rewrite_lengths, "max_length": self.max_length}
+        settings |= {"temperature": self.rewrite_temperature, "seed": self.seed}
+        return RewriteSpec.model_validate(settings) if self.rewrite == "self" else None
 
     def files(self) -> Files:
         """Return the files of kind file."""

@@ -114,7 +114,8 @@ def load_quantised(folder: Path, device: str, kind: str, computed_in: torch.dtyp
         use_safetensors=True,
     )  # fmt: skip
     model.config.return_dict = True
-    for layer in model.modules():
+    layers: Any = model.modules()
+    for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # evaluation would round otherwise than training
             layer.support_avx512bf16_for_cpu = False
     return model

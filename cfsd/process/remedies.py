@@ -23,6 +23,12 @@ TRAINING = (
     Remedy("machine.training_processes", "machine.training_processes", "raise, when sharded"),
     Remedy("train.methods.lora.rank", "spec.methods.lora.rank", "set to 16, for example", lambda now: not now),
     Remedy("train.rehearsal.reference", "spec.rehearsal.reference", "set to stored", lambda now: now == "base"),
+    Remedy(
+        "train.methods.target_divergence.reference",
+        "spec.methods.target_divergence.reference",
+        "set to stored",
+        lambda now: now == "base",
+    ),
 )
 SAMPLING = (
     Remedy("machine.sampling_rows", "job.machine.sampling_rows", "lower", lambda now: now > 1),

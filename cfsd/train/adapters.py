@@ -84,7 +84,7 @@ def _put_back(layer: Any) -> None:
         for side in ("U", "V"):
             low, start = factors[f"{side}_low"], getattr(layer, f"_osf_{side}_low_init")[name]
             kept = getattr(layer, f"_osf_{side}_high")
-            space = kept.get(name, start)
+            space = next(iter(kept.values()), start)  # there is one adapter
             moved, space = (low - start, space) if side == "U" else ((low - start).t(), space.t())
             along = space @ (space.t() @ moved)
             moved = moved - along if name in kept else along

@@ -20,7 +20,7 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=spec.learning_rate,
-        **({} if spec.optimizer == "adamw" else {"optim": spec.optimizer}),
+        optim=TrainingArguments.optim if spec.optimizer == "adamw" else spec.optimizer,
         lr_scheduler_type=SCHEDULES[spec.schedule],
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.clip_norm,

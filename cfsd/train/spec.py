@@ -152,16 +152,16 @@ class TrainSpec(Spec):
     }
 
     learning_rate: NonNegativeFloat = Field(1e-5, description="Peak learning rate")
-    optimizer: Optimizer = Field(
-        "adamw",
-        description="adamw: torch's AdamW in float32; others by the names of transformers, 8 bits and paged (to the "
-        "CPU's memory, on CUDA) by bitsandbytes",
-    )
     epochs: PositiveInt = Field(1, description="Passes over the target's training rows")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Of the learning rate, after warm-up; linear and cosine end at 0"
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps that warm up")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="adamw: torch's AdamW in float32; others by the names of transformers, 8 bits and paged (to the "
+        "CPU's memory, on CUDA) by bitsandbytes",
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="Of the weights, decoupled, towards 0")
     clip_norm: PositiveFloat = Field(1.0, description="Largest norm of a global batch's gradient")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

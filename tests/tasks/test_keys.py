@@ -39,9 +39,9 @@ from tasks.generate import generate_corpus, sample_answers, sample_probe
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.select import embed_rows, select_corpus, select_target
-from tasks.target import prepare_target
+from tasks.target import prepare_target, rewrite_target
 from tasks.train import train_model
-from tasks.weigh import weigh_target
+from tasks.weigh import store_target, weigh_target
 from tests.conftest import ROOT
 
 
@@ -158,3 +158,35 @@ def test_an_optional_input_is_in_the_key_unless_it_is_none() -> None:
     signature = inspect.signature(work)
     assert counted(signature, {"needed": None, "optional": None, "machine": ON}) == (None,)
     assert counted(signature, {"needed": None, "optional": 0, "machine": ON}) == (None, 0)
+
+
+ALONG = artifact("along", "along")
+
+
+def trained_with(methods: dict[str, Any], losses: Artifact | None, along: Artifact | None) -> list[str]:
+    spec = TrainSpec.model_validate({"seed": 0, "methods": methods})
+    return planned(lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, spec, ON, losses, along))
+
+
+def test_what_the_base_says_of_the_target_is_in_the_key_only_where_a_method_reads_it(home: Path) -> None:
+    assert trained_with({}, LOSSES, ALONG) == KEYS["train"]
+    weighed, held = {"stm": {"threshold": 3}}, {"target_divergence": {"weight": 0.1}}
+    live = {"target_divergence": {"weight": 0.1, "reference": "base"}}
+    for methods, read in ((weighed, (True, False)), (held, (False, True)), (live, (False, False))):
+        whole = trained_with(methods, LOSSES, ALONG)
+        others = trained_with(methods, artifact("other"), ALONG), trained_with(methods, LOSSES, BASE)
+        assert tuple(other != whole for other in others) == read
+
+
+def test_stages_of_methods_run_only_where_they_are_asked_for(home: Path) -> None:
+    off, on = MixSpec(seed=0), {"stm": {"threshold": 3}, "target_divergence": {"weight": 0.1}}
+    methods = Methods.model_validate(on)
+    assert planned(lambda: weigh_target(BASE, TARGET, off, ON, Methods())) == []
+    assert planned(lambda: weigh_target(BASE, TARGET, off, ON, methods)) == KEYS["weigh"]
+    assert planned(lambda: store_target(BASE, TARGET, Methods(), ON)) == []
+    assert [step.split()[0] for step in planned(lambda: store_target(BASE, TARGET, methods, ON))] == ["store-target"]
+    read = Target(path=str(ROWS), seed=0)
+    assert planned(lambda: rewrite_target(BASE, TARGET, read.rewriting(), ON)) == []
+    own = Target(path=str(ROWS), seed=0, rewrite="self")
+    assert planned(lambda: prepare_target(BASE, own.as_given(), ON)) == KEYS["target"]
+    assert len(planned(lambda: rewrite_target(BASE, TARGET, own.rewriting(), ON))) == 1

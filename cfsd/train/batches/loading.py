@@ -52,7 +52,8 @@ class Batches(Dataset[Share]):
     def __getitem__(self, step: int) -> Share:
         """Return this rank's micro-batches of step `step`, as many as every other rank has."""
         batch = self.plan[step]
-        rows = [self.rows[i] for i in (*batch.target, *batch.rehearsal)]
+        rows = [self.rows[i]._replace(corpus_row=i) for i in batch.target]  # they come first in the mixture
+        rows += [self.rows[i] for i in batch.rehearsal]
         fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
         micro_batches = micro_batches_of(
             rows, self.max_tokens, fresh=fresh, distributions=self.distributions, of_target=self.of_target

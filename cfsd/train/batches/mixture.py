@@ -51,7 +51,7 @@ class MixtureRows:
             _list(row["supervised"]),
             row["weight"].as_py(),
             _list(weights) if weights is not None and weights.is_valid else None,
-            index if row["source"].as_py() == "target" else row["corpus_row"].as_py(),  # the target's rows come first
+            row["corpus_row"].as_py(),
         )
 
     def lengths(self) -> list[int]:

@@ -85,13 +85,13 @@ class Reference(NamedTuple):
 
 
 class TargetLoss(NamedTuple):
-    """The loss of the first `count` tokens: factor x -log p + weight x divergence from `reference`, if there is one.
+    """The loss of the first `size` tokens: factor x -log p + weight x divergence from `reference`, if there is one.
 
     `factor` makes a number of what the model says of each token (a TargetTokens of `cfsd.train.methods.method`), which
     is not differentiated; None: 1.
     """
 
-    count: int
+    size: int
     factor: Callable[[Any], Tensor] | None = None
     reference: Reference | None = None
     weight: float = 0.0
@@ -195,7 +195,7 @@ def _chunks(
     count: int, reference: Reference | None, target: TargetLoss | None, size: int
 ) -> Iterator[tuple[slice, Reference | None, TargetLoss | None]]:
     """Yield rows of a chunk, and what belongs to them of both; no chunk holds rows of two kinds."""
-    learned = 0 if target is None else target.count
+    learned = 0 if target is None else target.size
     plain = count - (0 if reference is None else reference.num_tokens())
     for start, end in ((0, learned), (learned, plain), (plain, count)):
         for first in range(start, end, size):
