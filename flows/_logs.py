@@ -89,4 +89,4 @@ def _unlike(base: LoggedModel, tuned: LoggedModel) -> Iterator[str]:
 
 
 def _listed(versions: list[str]) -> str:
-    return " and ".join(versions) or "before 0.4.9"
+    return " and ".join(versions) or "an unknown version"

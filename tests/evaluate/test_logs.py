@@ -154,7 +154,7 @@ def test_another_metric_and_chance_may_be_chosen() -> None:
     bits = read(one(folder, "prose", metric="bits_per_byte"))
     assert bits.metadata["per"] == "byte" and bits.rows[0]["count"] == 24
     assert read(one(folder, "words", metric="acc_norm", chance=0.25)).metadata["chance"] == 0.25
-    with pytest.raises(BadInput, match="parts of .* is no average over documents .* usable are all_parts"):
+    with pytest.raises(BadInput, match=r"parts of .* is no average over documents .* usable are all_parts"):
         read(one(folder, "checks", metric="parts"))
     with pytest.raises(BadInput, match="limit cannot be set"):
         one(folder, "words", limit=2)

@@ -81,7 +81,7 @@ def read(log: Log) -> Logged:
 
 
 def _samples(log: Log) -> Iterator[dict[str, Any]]:
-    """Yield the lines with the name of their filter, which lm-eval up to 0.4.5 left out, in the order of filters."""
+    """Yield the lines with the name of their filter, which lm-eval 0.4.5 leaves out, in the order of filters."""
     filters, seen = log.conditions.filters(), Counter[Any]()
     with Path(log.path).open("rb") as file:
         for number, line in enumerate(file, 1):
