@@ -53,7 +53,7 @@ def base_of(corpus: Path) -> tuple[Artifact, Path] | None:
         if place in known and place[0] == "model":
             model = known[place].artifact()
             return model, store.path(model, weights=False)
-        waiting += known[place].inputs() if place in known else []
+        waiting += known[place].inputs if place in known else []
     return None
 
 
