@@ -146,6 +146,10 @@ class Benchmark(Spec):
         """Return whether prompts go into the model's chat template, as set here or in the metadata of its YAML."""
         return self.chat_template or bool(self._metadata().get("chat_template"))
 
+    def limit_is_meant(self) -> bool:
+        """Return whether an answer that is cut off at the YAML's own limit is no reason to doubt its score."""
+        return bool(self._metadata().get("limit_is_meant")) and self.max_gen_toks is None
+
     def lacks_template(self) -> BadInput:
         """Return the error of a model without a chat template where one is needed."""
         other = self._metadata().get("completion")

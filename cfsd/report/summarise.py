@@ -103,7 +103,7 @@ def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) ->
 
 
 def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
-    if (share := metadata.get("at_limit", 0)) > WORTH_SAYING:
+    if (share := metadata.get("at_limit", 0)) > WORTH_SAYING and not metadata.get("limit_is_meant"):
         yield (
             f"{share:.0%} of the {role} model's answers were cut off at {metadata['max_gen_toks']} tokens "
             "(raise the benchmark's max_gen_toks)"

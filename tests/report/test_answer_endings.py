@@ -41,6 +41,13 @@ def test_shares_are_in_the_table_and_large_ones_are_warned_of(run_record: tuple[
     ]
 
 
+def test_a_limit_that_is_part_of_the_benchmark_is_no_reason_to_doubt_it(tmp_path: Path) -> None:
+    scores = World(tmp_path).scores("base", "cap", 60)
+    meant = scores.model_copy(update={"metadata": scores.metadata | CUT | {"limit_is_meant": True}})
+    found = answers_of({"cap": meant}, {"cap": meant})
+    assert found["evaluation_warnings"] == [] and found["answers"]["cap"]["tuned"]["at_limit"] == 0.3
+
+
 def test_benchmarks_of_choices_say_nothing_of_it(tmp_path: Path) -> None:
     found: Any = {"cap": World(tmp_path).scores("base", "cap", 60)}
     assert answers_of(found, found) == {"answers": {}, "evaluation_warnings": []}

@@ -36,7 +36,7 @@ class Scores(NamedTuple):
     scores (per filter), lm_eval (version), warnings (lm-eval's own, such as cut documents). Where they apply:
     remarks (what was cut, or taken one of several ways, a line each), left_out (documents to which a nanmean does not
     apply), chat_template (true), and of written answers max_gen_toks (their limit, tokens), at_limit (the share that
-    reached it) and, with `thinking_end`, unfinished (the share whose reasoning did not end).
+    reached it), limit_is_meant (true) and, with `thinking_end`, unfinished (the share whose reasoning did not end).
     """
 
     rows: pd.DataFrame
@@ -98,6 +98,7 @@ def score(
         rows = table(benchmark, lm, task, metric, results["samples"][benchmark.name])
         known = metadata(benchmark, task, metric, rows, results) | lm.answers.metadata()
         known |= {"chat_template": True} if benchmark.is_chat() else {}
+        known |= {"limit_is_meant": True} if benchmark.limit_is_meant() else {}
         remarks = [*lm.window.said(), *checked.said()]
         known |= {"remarks": remarks} if remarks else {}
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
