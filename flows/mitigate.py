@@ -28,7 +28,7 @@ from tasks.fisher import estimate_fisher
 from tasks.generate import sample_along, sample_control, sample_watched
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
-from tasks.train import train_model
+from tasks.train import OfBase, train_model
 from tasks.weigh import store_target, weigh_target
 
 
@@ -44,19 +44,18 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     )
     sampled = sample_along(base, recipe.probe, machine)
     probe = sampled[UNPROMPTED]
-    losses = weigh_target(base, selected_target, recipe.mix, machine, recipe.train.methods)
+    losses = weigh_target(base, selected_target, recipe.mix, recipe.train.methods, machine)
     along = store_target(base, selected_target, recipe.train.methods, machine)
     mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
     corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
     fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
-    watched = sample_watched(base, recipe.probe, recipe.train.watch, machine)
+    watched = sample_watched(base, target, recipe.probe, recipe.train.watch, recipe.evaluate, machine)
     budgets = recipe.budgets(sampled)
     merging = recipe.merge.keeping(budgets)
     controls = sample_control(base, recipe.probe, budgets, machine)
     before = evaluate_base(base, target, recipe.evaluate, machine)  # a benchmark that cannot be had ends it here
-    tuned = train_model(
-        base, mixture, rehearsed, fisher, watched, target, recipe.evaluate, recipe.train, machine, losses, along
-    )
+    of_base = OfBase(fisher, losses, along)
+    tuned = train_model(base, mixture, rehearsed, of_base, watched, recipe.train, machine)
     fitted = fit_alpha(base, tuned, controls, merging, machine)
     final = merge_model(base, tuned, fitted or merging, machine)
     after = evaluate_tuned(base, final, target, sampled, recipe.evaluate, machine)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from cfsd.errors import BadInput
+from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import AUTO, UNPROMPTED, GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
@@ -10,7 +11,7 @@ from cfsd.model.folder import has_chat_template
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
 from cfsd.stages import CHAT, GENERATE, PROBE, PROMPTS
 from cfsd.store.artifact import Artifact, Draft, Store
-from cfsd.train.spec import WatchSpec
+from cfsd.train.spec import Watched, WatchSpec
 from tasks import record
 from tasks._cluster import sampler_of
 from tasks._stage import planning, stage
@@ -93,16 +94,18 @@ def _sampled(base: Artifact, mode: str, spec: ProbeSpec | Prompts, machine: Mach
     return (sample_chats if mode == CHAT else sample_probe)(base, spec, machine)
 
 
-def sample_watched(base: Artifact, spec: ProbeSpec, watch: WatchSpec, machine: Machine) -> Artifact | None:
-    """Sample what the training is watched on, if it is watched: rows like the probe's, but others.
+def sample_watched(
+    base: Artifact, target: Artifact, probe: ProbeSpec, watch: WatchSpec, evaluate: EvaluateSpec, machine: Machine
+) -> Watched | None:  # fmt: skip
+    """Return what the training is watched on, if it is: rows like the probe's, but others, and what `watch` names.
 
     What is watched may stop the training, so it must not be the probe.
     """
     if not watch.every:
         return None
-    return sample_probe(
-        base, ProbeSpec(rows=watch.rows, length=spec.length, seed=seed_of(spec, WATCHED_SEEDS)), machine
-    )
+    spec = ProbeSpec(rows=watch.rows, length=probe.length, seed=seed_of(probe, WATCHED_SEEDS))
+    benchmarks = tuple(benchmark for benchmark in evaluate.benchmarks if benchmark.name in watch.benchmarks)
+    return Watched(sample=sample_probe(base, spec, machine), target=target, benchmarks=benchmarks)
 
 
 def sample_control(

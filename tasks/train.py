@@ -1,9 +1,8 @@
 """Fine-tune the base model on the mixture."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.machine import Machine
 from cfsd.stages import TRAIN
 from cfsd.store.artifact import Artifact, Draft
@@ -11,25 +10,24 @@ from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from tasks._stage import inherited, stage
 
 
+class OfBase(NamedTuple):
+    """What methods read of the base, where they do."""
+
+    fisher: Artifact | None = None
+    losses: Artifact | None = None  # at each token of the target's rows
+    along: Artifact | None = None  # its distributions there
+
+
 def train_model(
-    base: Artifact, mixture: Artifact, corpus: Artifact, fisher: Artifact | None, sample: Artifact | None,
-    target: Artifact, evaluate: EvaluateSpec, spec: TrainSpec, machine: Machine, losses: Artifact | None = None,
-    along: Artifact | None = None,
+    base: Artifact, mixture: Artifact, corpus: Artifact, of_base: OfBase, watched: Watched | None, spec: TrainSpec,
+    machine: Machine,
 ) -> Artifact:  # fmt: skip
-    """Return the tuned model; `sample` is what the training is watched on.
-
-    `losses` are the base's on the target, `along` are its distributions there.
-
-    Unused inputs are in no key.
-    """
+    """Return the tuned model. Unused inputs are in no key."""
+    held, inputs = spec.methods.divergence(), dict[str, Any](watched or ())
+    inputs |= {"losses": of_base.losses} if spec.methods.learned() else {}
+    inputs |= {"along": of_base.along} if held and held.stored else {}
     read = corpus if spec.rehearsal.reads_corpus() else None
-    watched: dict[str, Any] = {"losses": losses} if spec.methods.learned() else {}
-    held = spec.methods.divergence()
-    watched |= {"along": along} if held and held.stored else {}
-    if sample:
-        benchmarks = tuple(b for b in evaluate.benchmarks if b.name in spec.watch.benchmarks)
-        watched |= {"sample": sample, "target": target, "benchmarks": benchmarks}
-    return _train(base=base, mixture=mixture, corpus=read, fisher=fisher, **watched, spec=spec, machine=machine)
+    return _train(base=base, mixture=mixture, corpus=read, fisher=of_base.fisher, **inputs, spec=spec, machine=machine)
 
 
 @stage(TRAIN, "model", gpu=True)

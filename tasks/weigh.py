@@ -10,12 +10,8 @@ from tasks._stage import stage
 
 
 def weigh_target(
-    base: Artifact,
-    target: Artifact,
-    spec: MixSpec,
-    machine: Machine,
-    methods: Methods = Methods(),  # noqa: B008
-) -> Artifact | None:
+    base: Artifact, target: Artifact, spec: MixSpec, methods: Methods, machine: Machine
+) -> Artifact | None:  # fmt: skip
     """Return the base's loss on each training row and each token of it, where FLOW or a method wants them, or None."""
     return _weigh(base, target, machine) if spec.flow != "off" or methods.learned() else None
 

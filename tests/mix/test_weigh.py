@@ -20,6 +20,7 @@ from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import CORPUS, LOSSES, TARGET, read_rows, shard_path, table_of, write_shard
 from cfsd.train.batches.mixture import MixtureRows
+from cfsd.train.methods import Methods
 from tests.conftest import fetched_with_nan, write_rows
 
 MACHINE = Machine(device="cpu", threads=1, micro_batch_tokens=60)
@@ -242,7 +243,7 @@ def test_losses_are_in_the_key_of_a_mixture_only_with_flow(world: World) -> None
     token = planning.set(steps)
     try:
         off, flow = MixSpec(seed=0), MixSpec(seed=0, flow="sample")
-        scored = [weigh_target(world.base, world.target, spec, MACHINE) for spec in (off, flow)]
+        scored = [weigh_target(world.base, world.target, spec, Methods(), MACHINE) for spec in (off, flow)]
         keys = [key(off, None), key(off, world.losses), key(flow, world.losses), key(flow, world.target)]
     finally:
         planning.reset(token)

@@ -21,7 +21,7 @@ from cfsd.model.checkpoint import Checkpoint
 from cfsd.select.spec import SelectSpec
 from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
-from cfsd.train.spec import TrainSpec
+from cfsd.train.spec import TrainSpec, Watched
 from tasks._stage import Planned, counted, planning
 from tasks.check import check_corpus
 from tasks.evaluate import (
@@ -40,7 +40,7 @@ from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.select import embed_rows, select_corpus, select_target
 from tasks.target import prepare_target, rewrite_target
-from tasks.train import train_model
+from tasks.train import OfBase, train_model
 from tasks.weigh import store_target, weigh_target
 from tests.conftest import ROOT
 
@@ -65,6 +65,8 @@ READING = TrainSpec.model_validate({"seed": 0, "rehearsal": {"loss": "kl"}})
 EWC = Methods.model_validate({"ewc": {"weight": 1.0, "rows": 4}})
 MEASURED = EvaluateSpec(benchmarks=(Benchmark(name="facts"),), held_out_rows=5)
 WATCHING = TrainSpec.model_validate({"seed": 0, "watch": {"every": 5, "benchmarks": ["facts"]}})
+WATCHED = Watched(sample=PROBE, target=TARGET, benchmarks=MEASURED.benchmarks)
+UNTESTED = Watched(sample=PROBE, target=TARGET)
 FLOW = MixSpec(seed=0, flow="sample")
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -79,16 +81,16 @@ CALLS: dict[str, Callable[[], Any]] = {
     "embed": lambda: embed_rows(BASE, TARGET, ON),
     "select random target": lambda: select_target(BASE, TARGET, SelectSpec(target_rows=4, method="random", seed=0), ON),
     "select random corpus": lambda: select_corpus(BASE, CORPUS, SelectSpec(corpus_rows=4, method="random", seed=0), ON),
-    "weigh": lambda: weigh_target(BASE, TARGET, FLOW, ON),
+    "weigh": lambda: weigh_target(BASE, TARGET, FLOW, Methods(), ON),
     "mix": lambda: mix_rows(TARGET, CORPUS, None, MixSpec(seed=0), ON),
     "mix with losses": lambda: mix_rows(TARGET, CORPUS, LOSSES, FLOW, ON),
     "check": lambda: check_corpus(BASE, PROBE, CORPUS, MIXTURE, GenerateSpec(seed=0), ON),
     "fisher": lambda: estimate_fisher(BASE, CORPUS, EWC, ON),
-    "train": lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, TRAIN, ON),
-    "train on the corpus": lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, READING, ON),
-    "train with a Fisher matrix": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, None, TARGET, MEASURED, TRAIN, ON),
-    "train watched": lambda: train_model(BASE, MIXTURE, CORPUS, None, PROBE, TARGET, MEASURED, WATCHING, ON),
-    "train watched, Fisher": lambda: train_model(BASE, MIXTURE, CORPUS, FISHER, PROBE, TARGET, MEASURED, TRAIN, ON),
+    "train": lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(), None, TRAIN, ON),
+    "train on the corpus": lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(), None, READING, ON),
+    "train with a Fisher matrix": lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(FISHER), None, TRAIN, ON),
+    "train watched": lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(), WATCHED, WATCHING, ON),
+    "train watched, Fisher": lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(FISHER), UNTESTED, TRAIN, ON),
     "budget": lambda: fit_alpha(BASE, TUNED, {"unprompted": PROBE}, MergeSpec(budget=0.1), ON),
     "merge": lambda: merge_model(BASE, TUNED, MergeSpec(alpha=0.5), ON),
     "evaluate": lambda: evaluate_benchmark(BASE, Benchmark(name="facts"), "base", ON),
@@ -165,7 +167,7 @@ ALONG = artifact("along", "along")
 
 def trained_with(methods: dict[str, Any], losses: Artifact | None, along: Artifact | None) -> list[str]:
     spec = TrainSpec.model_validate({"seed": 0, "methods": methods})
-    return planned(lambda: train_model(BASE, MIXTURE, CORPUS, None, None, TARGET, MEASURED, spec, ON, losses, along))
+    return planned(lambda: train_model(BASE, MIXTURE, CORPUS, OfBase(None, losses, along), None, spec, ON))
 
 
 def test_what_the_base_says_of_the_target_is_in_the_key_only_where_a_method_reads_it(home: Path) -> None:
@@ -181,8 +183,8 @@ def test_what_the_base_says_of_the_target_is_in_the_key_only_where_a_method_read
 def test_stages_of_methods_run_only_where_they_are_asked_for(home: Path) -> None:
     off, on = MixSpec(seed=0), {"stm": {"threshold": 3}, "target_divergence": {"weight": 0.1}}
     methods = Methods.model_validate(on)
-    assert planned(lambda: weigh_target(BASE, TARGET, off, ON, Methods())) == []
-    assert planned(lambda: weigh_target(BASE, TARGET, off, ON, methods)) == KEYS["weigh"]
+    assert planned(lambda: weigh_target(BASE, TARGET, off, Methods(), ON)) == []
+    assert planned(lambda: weigh_target(BASE, TARGET, off, methods, ON)) == KEYS["weigh"]
     assert planned(lambda: store_target(BASE, TARGET, Methods(), ON)) == []
     assert [step.split()[0] for step in planned(lambda: store_target(BASE, TARGET, methods, ON))] == ["store-target"]
     read = Target(path=str(ROWS), seed=0)
