@@ -65,7 +65,7 @@ def test_it_reads_back_as_written_with_one_line_per_list(recipe: Recipe, tmp_pat
     baseline, file = made(recipe), tmp_path / "new" / "tiny.json"
     write_baseline(file, baseline)
     assert read_baseline(file) == baseline
-    assert len(file.read_text().splitlines()) < 300 and json.loads(file.read_text())["seeds"] == [0, 1, 2, 3, 4]
+    assert ' "seeds": [0, 1, 2, 3, 4],' in file.read_text().splitlines()
     assert [path.name for path in file.parent.iterdir()] == ["tiny.json"]
 
 

@@ -37,7 +37,9 @@ serve_request(work)
 MACHINE = {
     "micro_batch_tokens": 512, "gradient_checkpointing": False, "sharding": "replicate", "training_processes": None,
 }  # fmt: skip
-SPEC = {"methods": {"lora": {"rank": 0}}, "rehearsal": {"reference": "base"}}
+SPEC = {
+    "methods": {"lora": {"rank": 0}, "target_divergence": {"reference": "stored"}}, "rehearsal": {"reference": "base"},
+}  # fmt: skip
 TRAINING = json.dumps({"machine": MACHINE, "spec": SPEC})
 PARENT = """
 import sys
@@ -219,8 +221,12 @@ def test_a_stop_before_the_work_began_is_a_stop(child: Callable[[str], Path]) ->
          ["machine.micro_batch_tokens (now 512): lower", "gradient_checkpointing (now false)", "lora.rank (now 0)",
           'reference (now "base"): set to stored', 'machine.sharding (now "replicate")'], "generate.length"),
         (MACHINE | {"gradient_checkpointing": True, "sharding": "shard"},
-         {"methods": {"lora": {"rank": 8}}, "rehearsal": {"reference": "stored"}},
-         ["machine.micro_batch_tokens (now 512): lower"], "gradient_checkpointing"),
+         {
+             "methods": {"lora": {"rank": 8}, "target_divergence": {"reference": "base"}},
+             "rehearsal": {"reference": "stored"},
+         },
+         ["machine.micro_batch_tokens (now 512): lower", 'target_divergence.reference (now "base")'],
+         "gradient_checkpointing"),
     ],
 )  # fmt: skip
 def test_out_of_memory_names_what_would_help_with_its_present_value(
