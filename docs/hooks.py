@@ -41,7 +41,9 @@ def api_pages() -> Iterator[tuple[str, str]]:
     """Yield (name, page): a page for each package, `spec` and `stage` first, and one for the modules beside them."""
     for package in sorted(CFSD.iterdir()):
         if (face := package / "__init__.py").exists():
-            modules = sorted(package.rglob("*.py"), key=lambda file: (file.stem not in ("spec", "stage"), str(file)))
+            # benchmarks' own code stands in folders that are no packages
+            own = (file for file in package.rglob("*.py") if (file.parent / "__init__.py").exists())
+            modules = sorted(own, key=lambda file: (file.stem not in ("spec", "stage"), str(file)))
             yield package.name, _page(f"cfsd.{package.name}", _docstring(face), modules)
     yield "modules", _page("Modules of cfsd", _docstring(CFSD / "__init__.py"), sorted(CFSD.glob("*.py")))
 
