@@ -22,8 +22,8 @@ SHORT = 1.0  # seconds; what a stage takes beside its work is not planned finer
 BEFORE = ["target", "generate", "filter", "probe", "mix", *["evaluate"] * 5, "evaluate-target"]
 AFTER = ["train", *["evaluate"] * 5, "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 STAGES = ["fetch", *BEFORE, *AFTER, "generate", "filter", "mix", "check", *AFTER]
-# The recorded runs are older than `show` and the demo's present benchmarks; `evaluate` as it was before the choices of a
-# document shared one reading.
+# The recorded runs are older than `show` and the demo's present benchmarks; `evaluate` as it was before the choices of
+# a document shared one reading.
 CHOICES = ", ".join(f"{{name: {name}, limit: 50}}" for name in ("agreement", "facts", "plausibility", "wording"))
 OF_THEN = {
     "demo": [f"evaluate.benchmarks=[{CHOICES}, {{name: technical_english, limit: 20}}]"],
