@@ -339,6 +339,6 @@ def test_a_kill_or_ctrl_c_leaves_drafts_that_the_same_command_continues(
         assert again.returncode == 0, out
     assert contents(home) == contents(whole)
     files = (home / "store" / "model").glob("*/manifest.json")
-    made = [json.loads(path.read_text())["metadata"] for path in files]
-    continued = [one["continued_from_step"] > 0 for one in made if "continued_from_step" in one]
+    models = [json.loads(path.read_text())["metadata"] for path in files]
+    continued = [one["continued_from_step"] > 0 for one in models if "continued_from_step" in one]
     assert len(continued) == 3 and sum(continued) == (1 if how == "kill" else 2)
