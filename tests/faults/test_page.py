@@ -35,7 +35,7 @@ def test_every_test_that_is_named_is_there(file: str) -> None:
 @pytest.mark.slow
 def test_every_case_that_is_named_is_collected() -> None:
     files = sorted({row.test.partition("::")[0] for row in ROWS})
-    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider", *files]
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-m", "", "-p", "no:cacheprovider", *files]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     plain = {re.sub(r"\[.*", "", name) for name in found}
     assert {row.test for row in ROWS} - set(found) - plain == set()
