@@ -114,12 +114,8 @@ def own_prompts(base: Artifact, own: Tokenization, spec: Show, said: Said) -> It
 
     Raises BadInput for one that is too long, that has no token, or that is a chat for a base without a template.
     """
-    room, length, dropped, special = (
-        _room(base),
-        answer_length(base, spec),
-        Counter[str](),
-        special_tokens(own.tokenizer),
-    )
+    room, length = _room(base), answer_length(base, spec)
+    dropped, special = Counter[str](), special_tokens(own.tokenizer)
     for prompt in spec.prompts().read(said, dropped):
         asked = _asked(prompt, own)
         if special.search(asked.prompt):

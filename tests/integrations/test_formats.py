@@ -41,9 +41,9 @@ def base(store: Store, model_folder: Path) -> Artifact:
 
 def corpus_in(store: Store, base: Artifact, key: str, file: Path, **spec: Any) -> Path:
     """Sampled as a recipe does, with the model recorded as what it was made from."""
-    wanted, law = Target(path=str(write_rows(file)), held_out=8, seed=0), GenerateSpec(length=10, seed=0, **spec)
+    wanted, sampling = Target(path=str(write_rows(file)), held_out=8, seed=0), GenerateSpec(length=10, seed=0, **spec)
     target = store.make("target", "t" * 16, lambda draft: prepare(base, wanted, draft))[0]
-    work = lambda draft: generate(base, target, law, draft, MACHINE)  # noqa: E731
+    work = lambda draft: generate(base, target, sampling, draft, MACHINE)  # noqa: E731
     return store.path(store.make("corpus", key, work, inputs=[base, target])[0])
 
 
