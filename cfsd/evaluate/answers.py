@@ -23,6 +23,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.trial import check_sampling
 from cfsd.machine import Machine, home
+from cfsd.model.context import context_of
 from cfsd.model.loading import Tokenization, load_tokenization, read_eos_ids
 from cfsd.model.sample import Sample
 from cfsd.store.artifact import Artifact, Draft, Store
@@ -89,8 +90,7 @@ def check_own(base: Artifact, spec: Show) -> None:
 
 def answer_length(base: Artifact, spec: Show) -> int:
     """Return the most tokens of an answer: as the spec says, or half of what the base attends to if that is less."""
-    context = base.metadata.get("context")
-    return min(spec.length, max(1, context // 2)) if isinstance(context, int) else spec.length
+    return min(spec.length, max(1, context_of(base) // 2))
 
 
 def asked_of(
@@ -100,7 +100,7 @@ def asked_of(
 
     Where a vocabulary has no words, there are twice as many of the others.
     """
-    room, length = _room(base), answer_length(base, spec)
+    room, length = context_of(base), answer_length(base, spec)
     prompts = list(own_prompts(base, own, spec, said) if spec.has_own() else everyday(own, spec, room - length))
     more = 1 if prompts or not spec.rows else 2
     yield from prompts
@@ -114,7 +114,7 @@ def own_prompts(base: Artifact, own: Tokenization, spec: Show, said: Said) -> It
 
     Raises BadInput for one that is too long, that has no token, or that is a chat for a base without a template.
     """
-    room, length = _room(base), answer_length(base, spec)
+    room, length = context_of(base), answer_length(base, spec)
     dropped, special = Counter[str](), special_tokens(own.tokenizer)
     for prompt in spec.prompts().read(said, dropped):
         asked = _asked(prompt, own)
@@ -139,11 +139,6 @@ def everyday(own: Tokenization, spec: Show, max_tokens: int) -> Iterator[Asked]:
         has_words = 0 < 2 * len(ids) <= len(text) and own.tokenizer.unk_token_id not in ids
         if has_words and len((asked := _asked(Prompt("a prompt to show", text), own)).ids) <= max_tokens:
             yield asked
-
-
-def _room(model: Artifact) -> int:
-    context = model.metadata.get("context")
-    return context if isinstance(context, int) else 1 << 30
 
 
 def _asked(prompt: Prompt, own: Tokenization) -> Asked:
@@ -203,7 +198,7 @@ class _Answering(NamedTuple):
 
 def _answered(how: _Answering, asked: list[Asked], own: Tokenization, draft: Draft) -> list[dict[str, Any]]:
     samples: dict[int, Sample] = {}
-    fitting = [i for i, row in enumerate(asked) if len(row.ids) + how.length <= _room(how.model)]
+    fitting = [i for i, row in enumerate(asked) if len(row.ids) + how.length <= context_of(how.model)]
     for temperature in sorted({how.temperature(asked[i].kind) for i in fitting}):
         of_it = [i for i in fitting if how.temperature(asked[i].kind) == temperature]
         for first in range(0, len(of_it), how.machine.sampling_rows):

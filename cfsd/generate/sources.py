@@ -26,6 +26,7 @@ from cfsd.generate.replay_rows import replay_rows
 from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
 from cfsd.generate.spec import ProbeSpec
+from cfsd.model.context import context_of
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.spec import seed_of
 from cfsd.store.artifact import Artifact, Store
@@ -132,8 +133,8 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
 
 def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, setting: str) -> None:
     """Raise BadInput where the base does not attend to the template's `prefix` and `length` tokens after it."""
-    context = base.metadata.get("context")
-    if isinstance(context, int) and len(prefix) + length > context:
+    context = context_of(base)
+    if len(prefix) + length > context:
         raise BadInput(
             f"the chat template's {len(prefix)} tokens and {setting} {length} do not fit "
             f"the base model; set {setting} to at most {context - len(prefix)}"
@@ -200,8 +201,7 @@ def _replay(asked: Asked) -> Iterator[Start]:
 
 def _room(job: ShardJob) -> int:
     """Return how many tokens the base can attend to beside `spec.length`."""
-    context = job.base.metadata.get("context")
-    return context - job.spec.length if isinstance(context, int) else 1 << 30
+    return context_of(job.base) - job.spec.length
 
 
 SOURCES = {
