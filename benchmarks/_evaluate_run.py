@@ -5,7 +5,6 @@ python -m benchmarks._evaluate_run ours|N MODEL_FOLDER      jobs in, answers out
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -18,10 +17,11 @@ from lm_eval.tasks import TaskManager
 
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.harness.score import score
+from cfsd.machine import peak_memory
 from cfsd.model.loading import load_model, load_tokenizer
 
 Answer = dict[str, Any]
-PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux
+PEAK = Path("/proc/self/clear_refs")  # of Linux
 
 
 def main() -> None:
@@ -34,15 +34,8 @@ def main() -> None:
         job.pop("do")
         PEAK.write_text("5")  # forget the peak of before
         answer = contender.scores(Benchmark.model_validate(job))
-        answer["peak_mb"] = peak_mb()
+        answer["peak_mb"] = peak_memory() / 2**20
         print(json.dumps(answer), flush=True)
-
-
-def peak_mb() -> float:
-    """Return the most resident memory since it was last forgotten."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    assert found
-    return int(found[1]) / 1024
 
 
 class Contender:

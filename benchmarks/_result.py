@@ -33,10 +33,7 @@ def seconds_in_turn(commands: dict[str, list[str]], rounds: int, **place: Any) -
 
 
 class Worker:
-    """A process that takes jobs and gives answers, one JSON object a line each; at work only while it is asked.
-
-    Whoever compares peak memory must not hold much itself: on Linux a child's ru_maxrss starts at its parent's.
-    """
+    """A process that takes jobs and gives answers, one JSON object a line each; at work only while it is asked."""
 
     def __init__(self, name: str, command: list[str], **place: Any) -> None:
         """Start it."""

@@ -9,7 +9,6 @@ ROLE is ours, generate, generate-static or bound.
 import functools
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from cfsd.data.corpus_table import corpus_table
 from cfsd.generate import grouped_attention, key_value_cache, sampling
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.machine import peak_memory
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import fetch
 from cfsd.model.loading import load_model, load_tokenizer, read_start_token
@@ -55,7 +55,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         answer = getattr(contender, job.pop("do"))(**job)
-        answer["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        answer["peak_mb"] = peak_memory() / 2**20
         print(json.dumps(answer), flush=True)
 
 

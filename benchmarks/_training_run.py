@@ -8,7 +8,6 @@ python -m benchmarks._training_run tuned|tail DATA              see benchmarks/_
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ from cfsd.comparison import Comparison
 from cfsd.data.stage import prepare
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.stage import generate
-from cfsd.machine import Machine
+from cfsd.machine import Machine, peak_memory
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.model.checkpoint import Checkpoint
@@ -119,7 +118,7 @@ class Gate(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
         self.left -= 1
         if not self.left:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = peak_memory() / 2**20
             self.say({"seconds": self.seconds, "losses": self.losses, "peak_mb": peak})
             self.seconds, self.losses = [], []
 

@@ -7,7 +7,6 @@ Each part runs in a process of its own, whose imports do not count. Texts are ma
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from benchmarks._result import tell
 from cfsd.filter.near_duplicates import duplicates_of
 from cfsd.filter.spec import FilterSpec
 from cfsd.filter.stage import filter_rows
+from cfsd.machine import peak_memory
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.store.artifact import Store
@@ -90,9 +90,7 @@ def in_this_process(part: str, folder: Path, size: int) -> None:
     started = time.perf_counter()
     found = write_corpus(folder / "corpus", size) if part == "write" else PARTS[part](folder)
     seconds = time.perf_counter() - started
-    # a process inherits the peak of the one that starts it, so the one above holds nothing
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({"seconds": seconds, "peak_mb": peak, "found": found}))
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_memory() // 2**20, "found": found}))
 
 
 def _filter(folder: Path) -> int:

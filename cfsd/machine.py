@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,6 +21,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+STATUS = Path("/proc/self/status")  # of a process on Linux
 
 
 def home() -> Path:
@@ -187,6 +190,17 @@ def room_for_a_copy(size: float) -> bool:
     whole = int(psutil.virtual_memory().total)
     allowed = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.exists() else "max"
     return COPY_SHARE * size <= (whole if allowed == "max" else min(whole, int(allowed)))
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held, bytes.
+
+    On Linux a process' ru_maxrss starts at that of the process which started it, so the kernel's own mark is read.
+    """
+    if STATUS.exists() and (mark := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
+        return int(mark[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def server_url(value: str) -> str:

@@ -152,15 +152,16 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
 
 
 WIDE_VOCABULARY = """
-import json, resource, torch
+import json, psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from cfsd.evaluate.divergence import divergences
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of imports: torch for CUDA takes half a gigabyte more
+from cfsd.machine import peak_memory
+before = psutil.Process().memory_info().rss  # torch for CUDA takes half a gigabyte more than torch for CPUs
 config = LlamaConfig(**json.load(open("config.json")))
 base, tuned = (LlamaForCausalLM(config).eval() for _ in range(2))
 rows = torch.randint(0, config.vocab_size, (8, 64)).tolist()
 divergences(base, tuned, rows, 512, lambda done: None)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_memory() - before)
 """
 
 

@@ -5,7 +5,6 @@ python -m cfsd.train.trainer DRAFT        what the stage starts; DRAFT holds req
 
 import json
 import math
-import resource
 import shutil
 import time
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cfsd.errors import BadInput, NotFinite, Stopped
+from cfsd.machine import peak_memory
 from cfsd.model.loading import halve_layers, load_model, load_quantised, save_model
 from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
 from cfsd.process.child import serve_request
@@ -257,7 +257,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
 
 def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
     cuda = trainer.args.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     metadata = data.metadata(trainer.state.global_step) | {"continued_from_step": continued_from, "peak_memory": peak}
     controller = trainer.controller
     if budget := trainer.spec.rehearsal.steered_to():
