@@ -56,6 +56,7 @@ def test_as_many_variants_run_at_once_as_there_are_devices(
 def test_a_variant_that_runs_beside_others_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     own = Machine(devices=4).one_of(4)
     assert (own.devices, own.threads) == (1, 4)
     assert Machine(threads=3).one_of(4).threads == 3
