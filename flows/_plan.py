@@ -121,7 +121,7 @@ def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
 
 
 def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline, lacking: list[str] | None) -> Plan:
-    """Return the plan of a recipe after all checks; what is `NotHere` is raised, or added to `lacking` if there is one."""
+    """Return the plan of a recipe after all checks. What is `NotHere` is raised, unless there is a list of it."""
     found = None if lacking is None else [*lacking]
     of_base, *others = recipe.checks()
 
@@ -230,9 +230,7 @@ def _total(seconds: float, unknown: list[str], rate: float, machine: Machine) ->
     """Return the sum, where its error is known, and which stages are not in it."""
     cuda = machine.resolved_device() == "cuda"
     measured = f"{rate / 1e9:.0f} GFLOP/s, {'a guess' if cuda else 'measured now'}"
-    words = (
-        f"about {_span(seconds)} at {measured}; each of the demo's stages took what its plan says "
-    )
+    words = f"about {_span(seconds)} at {measured}; each of the demo's stages took what its plan says "
     words += f"within a factor of {CHECKED} on two CPU cores, elsewhere it was not compared"
     return words + (f"; not counted: {', '.join(dict.fromkeys(unknown))}" if unknown else "")
 

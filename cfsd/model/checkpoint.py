@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from cfsd.errors import BadInput, NotHere
+from cfsd.errors import NotHere
 from cfsd.machine import home
 from cfsd.model import hub
 from cfsd.model.folder import check_files, has_chat_template, payload_of
