@@ -114,6 +114,13 @@ def rows_of(store: Store, artifact: Artifact, table: str) -> list[dict[str, Any]
     return read_rows(store.path(artifact), table)
 
 
+def counted(words: Fast, rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return in how many rows `<think>` is, and in how many no `</think>` follows the last one."""
+    opened, closed = words.convert_tokens_to_ids(["<think>", "</think>"])
+    ends = [row["token_ids"][::-1] for row in rows if opened in row["token_ids"]]
+    return len(ends), sum(closed not in end[: end.index(opened)] for end in ends)
+
+
 def test_olmo_on_metamath_writes_and_learns_without_a_start_token(home: Path, server: str, tmp_path: Path) -> None:
     rows = written(tmp_path / "metamath.jsonl", "query", "response", "original_question", "type")
     folder = str(stand_ins(tmp_path / "benchmarks"))
@@ -167,17 +174,17 @@ def test_r1_on_medreason_counts_reasoning_that_does_not_end(home: Path, server: 
     answer = [t for t, counts in zip(learned["token_ids"], learned["supervised"], strict=True) if counts]
     assert words.decode(answer).startswith("reasoning ") and "\n</think>\n\nanswer " in words.decode(answer)
 
-    opened, closed = words.convert_tokens_to_ids(["<think>", "</think>"])
     chats = rows_of(store, made["chat"], "corpus")
-    thoughts = [row["token_ids"] for row in chats if opened in row["token_ids"]]
-    endless = sum(closed not in row[len(row) - row[::-1].index(opened) :] for row in thoughts)
-    assert 0 < endless < len(thoughts) <= 64
-    metadata = made["chat"].metadata
-    assert (metadata["reasoning"], metadata["unfinished"]) == (len(thoughts), endless)
-    assert any(f"in {endless} of {len(thoughts)} rows with reasoning, </think>" in s for s in metadata["said"])  # type: ignore[union-attr]
-    assert summary.chats and (summary.chats["reasoning"], summary.chats["unfinished"]) == (len(thoughts), endless)
+    thoughts, endless = counted(words, chats)
+    assert 0 < endless < thoughts <= 64
+    metadata: Any = made["chat"].metadata
+    for role in ("chat", "corpus", "probe"):  # without a prompt, too, a random model opens thoughts
+        known: Any = made[role].metadata
+        assert (known["reasoning"], known["unfinished"]) == counted(words, rows_of(store, made[role], "corpus"))
+    assert any(f"in {endless} of {thoughts} rows with reasoning, </think>" in s for s in metadata["said"])
+    assert summary.chats and (summary.chats["reasoning"], summary.chats["unfinished"]) == (thoughts, endless)
     page = " ".join((result.folder / "report.html").read_text().split())
-    assert f"In {endless} of {len(thoughts)} the base model's reasoning did not end in time" in page
+    assert f"In {endless} of {thoughts} the base model's reasoning did not end in time" in page
     for role in ("base", "tuned"):
         assert 0 < summary.answers["instructions"][role]["unfinished"] <= 1
     user = words.convert_tokens_to_ids(USER)
