@@ -120,8 +120,9 @@ class Recipe(Spec):
     def checks(self) -> list[Callable[[], object]]:
         """Return what looks for such errors, part by part, the base first."""
         replay = [self.generate.replay.check] if self.generate.replay else []
-        parts = (self.base, self.target, *self.earlier)
-        return [*(part.check for part in parts), *replay, self.probe.check, self.evaluate.check, self.train.check]
+        earlier = [known.check for known in self.earlier]
+        given = [self.base.check, self.target.check, *earlier, *replay]
+        return [*given, self.probe.check, self.evaluate.check, self.train.check]
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for errors detectable once the base is known, before anything is sampled."""

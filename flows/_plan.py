@@ -130,7 +130,8 @@ def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline, lacking: list[s
         check_model(recipe.base)
 
     cluster, sharding = partial(check_cluster, machine), partial(check_sharding, recipe.train, machine)
-    for check in (base, *others, cluster, sharding):
+    checks: list[Callable[[], object]] = [base, *others, cluster, sharding]
+    for check in checks:
         _checked_here(check, found)
     plan = walk(recipe, machine, pipeline)
     _checked_here(partial(_check_disk, plan), found)
@@ -183,7 +184,7 @@ def _assumed(plan: Plan) -> Iterator[str]:
     recipe, base = plan.recipe, plan.base
     weights = parameters_of(recipe, base)
     if weights is not None:
-        yield f"disk: about {disk_bytes(recipe, weights) / GIB:.0f} GiB, a checkpoint while training included"
+        yield f"disk: about {disk_bytes(recipe, weights) / GIB:.1f} GiB once all of the recipe has run"
     if base.content:
         return
     if AUTO in [mode.name for mode in recipe.probe.modes] and base.metadata.get("chat_template") is None:
