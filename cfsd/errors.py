@@ -29,5 +29,9 @@ class Crashed(CfsdError):
     """A stage's process died without saying why; its log's end is in the message. Retried once."""
 
 
+class NotHere(BadInput):
+    """This machine lacks what another may have: a network, a GPU, a package, room on a disk. A plan only says it."""
+
+
 class BadEnvironment(BadInput):
     """The machine, or a service that the environment names, does not do what is needed: which, why, what to do."""

@@ -49,6 +49,10 @@ PROCESS_BYTES = 0.5 * GIB  # of Python, torch and transformers
 KNOWN_SHAPES = {
     "smollm2": Shapes(576, 30, 1536, heads=9, kv_heads=3, vocabulary=49_152, tied=True),
     "tiny": Shapes(64, 4, 128, heads=2, kv_heads=2, vocabulary=99),
+    # of the hub, as their config.json has them: the shipped recipes are planned before anything is downloaded
+    "allenai/OLMo-1B-hf": Shapes(2048, 16, 8192, heads=16, kv_heads=16, vocabulary=50_304, tied=True),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(4096, 32, 14_336, heads=32, kv_heads=8, vocabulary=128_256),
+    "Qwen/Qwen3-8B": Shapes(4096, 36, 12_288, heads=32, kv_heads=8, vocabulary=151_936, head_size=128),
 }
 USUAL_LAYERS = 24  # of a model whose shapes are unknown
 EVERYDAY = 6  # prompts of ours that are shown
@@ -277,13 +281,14 @@ COPIES = {  # of the weights, with gradients and moments; of training `cfsd.trai
     **dict.fromkeys((stages.ALONG, stages.REWRITE), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
 }  # fmt: skip
+IN_FLOAT32 = (stages.FISHER, stages.BUDGET, stages.MERGE)  # also on CUDA, where models are measured in bfloat16
 
 
 def parameters_of(recipe: Recipe, base: Artifact) -> float | None:
     """Return the number of weights, None if it is unknown until the model is fetched."""
     if recipe.base.kind == "folder" and recipe.base.path:
         return float(count_parameters(Path(recipe.base.path)))
-    shapes = KNOWN_SHAPES.get(recipe.base.kind)
+    shapes = KNOWN_SHAPES.get(recipe.base.name or recipe.base.kind)
     parameters: Any = base.metadata.get("parameters") or (shapes and shapes.parameters())
     return float(parameters) if parameters else None
 
@@ -294,7 +299,7 @@ def shapes_of(recipe: Recipe, base: Artifact) -> Shapes | None:
     config = folder / "config.json" if folder else None
     if config and config.exists():
         return Shapes.of_config(json.loads(config.read_text()))
-    return KNOWN_SHAPES.get(recipe.base.kind)
+    return KNOWN_SHAPES.get(recipe.base.name or recipe.base.kind)
 
 
 def _folder(recipe: Recipe, base: Artifact) -> Path | None:
@@ -364,13 +369,15 @@ def _memory(stage: str, inputs: Inputs, job: Job) -> float | None:
     weights = parameters_of(job.recipe, job.base)
     if weights is None or not copies:
         return None
+    cuda = machine.resolved_device() == "cuda"
+    held = (2 if cuda and stage not in IN_FLOAT32 else 4) * weights
     vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
     if stage in DIVERGENCES:
-        return divergence_memory(weights, vocabulary, machine) + 4 * weights * (copies - 2)
+        return divergence_memory(0, vocabulary, machine) + held * copies
     writes = stage in stages.SAMPLING or any(isinstance(value, Benchmark) and value.is_written() for value in inputs)
-    if writes and machine.resolved_device() == "cpu" and room_for_a_copy(4 * weights):
+    if writes and not cuda and room_for_a_copy(held):
         copies += 1  # laid out for the products of writing: cfsd.generate.packed_weights
-    return PROCESS_BYTES + 4 * (weights * copies + 2 * machine.micro_batch_tokens * vocabulary)
+    return PROCESS_BYTES + held * copies + 4 * 2 * machine.micro_batch_tokens * vocabulary
 
 
 def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> float:

@@ -5,6 +5,7 @@ import platform
 import re
 import resource
 import sys
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, NotHere
 from cfsd.stages import SAMPLING, TRAIN
 
 HOME_VARIABLE = "CFSD_HOME"
@@ -23,6 +24,7 @@ COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not
 MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")  # of a container
 THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
 STATUS = Path("/proc/self/status")  # of a process on Linux
+elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)  # a plan may be for GPUs that are not here
 
 
 def home() -> Path:
@@ -103,9 +105,9 @@ class Machine(BaseModel):
         if self.device == "cpu":
             return "cpu"
         available = _torch().cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise BadInput("machine.device is cuda, but torch finds none here; set it to cpu or auto")
-        return "cuda" if available else "cpu"
+        if self.device == "cuda" and not (available or elsewhere.get()):
+            raise NotHere("machine.device is cuda, but torch finds none here; set it to cpu or auto")
+        return "cuda" if available or self.device == "cuda" else "cpu"
 
     def resolved_processes(self) -> int:
         """Return how many processes sample at the same time."""
@@ -120,7 +122,7 @@ class Machine(BaseModel):
 
     def visible_devices(self) -> int:
         """Return how many devices this process sees: its GPUs, or 1 on CPU."""
-        return 1 if self.resolved_device() == "cpu" else int(_torch().cuda.device_count())
+        return 1 if self.resolved_device() == "cpu" else max(1, int(_torch().cuda.device_count()))
 
     def resolved_devices(self) -> int:
         """Return how many variants run at once. Raises BadInput where they cannot have a device each."""

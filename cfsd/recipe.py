@@ -1,7 +1,7 @@
 """Recipe: everything that decides a result, loaded from YAML."""
 
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -114,15 +114,15 @@ class Recipe(Spec):
 
     def check(self) -> None:
         """Raise BadInput for errors detectable before running, without loading weights."""
-        self.base.check()
-        self.target.check()
-        for known in self.earlier:
-            known.check()
-        if self.generate.replay:
-            self.generate.replay.check()
-        self.probe.check()
-        self.evaluate.check()
-        self.train.check()
+        for check in self.checks():
+            check()
+
+    def checks(self) -> list[Callable[[], object]]:
+        """Return what looks for such errors, part by part, the base first."""
+        replay = [self.generate.replay.check] if self.generate.replay else []
+        earlier = [known.check for known in self.earlier]
+        given = [self.base.check, self.target.check, *earlier, *replay]
+        return [*given, self.probe.check, self.evaluate.check, self.train.check]
 
     def check_base(self, base: Artifact) -> None:
         """Raise BadInput for errors detectable once the base is known, before anything is sampled."""

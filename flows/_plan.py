@@ -4,13 +4,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from cfsd.errors import BadInput
+from cfsd.errors import NotHere
 from cfsd.estimate import (
     CHECKED,
     COMMAND_SECONDS,
@@ -23,7 +24,8 @@ from cfsd.estimate import (
     parameters_of,
     rate_of,
 )
-from cfsd.machine import Machine, home
+from cfsd.generate.spec import AUTO
+from cfsd.machine import Machine, elsewhere, home
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact, Store
@@ -38,33 +40,56 @@ _checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
 class Plan(NamedTuple):
-    """The steps that a recipe takes, in order, and its base and target as far as they are known."""
+    """The steps that a recipe takes, in order, and its base and target as far as they are known.
+
+    `lacking`: what keeps it from running on this machine, though another may have it.
+    """
 
     recipe: Recipe
     steps: list[Planned]
     base: Artifact
     target: Artifact
+    lacking: tuple[str, ...] = ()
 
 
 @contextmanager
-def checked(recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline) -> Iterator[list[Plan]]:
+def checked(
+    recipes: Iterable[Recipe], machine: Machine, pipeline: Pipeline, *, only_plan: bool = False
+) -> Iterator[list[Plan]]:
     """Check recipes before anything runs and give their plans; within the block nothing is checked again.
 
-    A command checks before it starts a server; a flow checks where no command did.
+    A command checks before it starts a server; a flow checks where no command did. `only_plan`: nothing is going to
+    run, so that what this machine lacks is said in the plans.
 
     Raises:
-        BadInput: An error that is detectable before running, a disk that is too small included.
+        BadInput: An error that is detectable before running; what this machine lacks, as `NotHere`.
     """
     if _checked.get():
         yield []
         return
-    if machine.devices:  # else it fits, and torch, which takes a second to import, need not say it
-        machine.resolved_devices()
+    lacking: list[str] | None = [] if only_plan else None
+    _checked_here(partial(_check_devices, machine), lacking)
     check_shared_store()
-    with Store(home()).in_use():
-        plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+    with Store(home()).in_use(), _planned_elsewhere(only_plan):
+        plans = [_check(recipe, machine, pipeline, lacking) for recipe in recipes]
         with once_checked():
             yield plans
+
+
+def _check_devices(machine: Machine) -> None:
+    if machine.device == "cuda":  # else it fits, and torch, which takes a second to import, need not say it
+        machine.resolved_device()
+    if machine.devices:
+        machine.resolved_devices()
+
+
+@contextmanager
+def _planned_elsewhere(only_plan: bool) -> Iterator[None]:
+    token = elsewhere.set(only_plan)
+    try:
+        yield
+    finally:
+        elsewhere.reset(token)
 
 
 @contextmanager
@@ -95,21 +120,43 @@ def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
     return Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"])
 
 
-def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
-    recipe.check()
-    check_model(recipe.base)
-    check_cluster(machine)
-    check_sharding(recipe.train, machine)
+def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline, lacking: list[str] | None) -> Plan:
+    """Return the plan of a recipe after all checks. What is `NotHere` is raised, unless there is a list of it."""
+    found = None if lacking is None else [*lacking]
+    of_base, *others = recipe.checks()
+
+    def base() -> None:
+        of_base()
+        check_model(recipe.base)
+
+    cluster, sharding = partial(check_cluster, machine), partial(check_sharding, recipe.train, machine)
+    checks: list[Callable[[], object]] = [base, *others, cluster, sharding]
+    for check in checks:
+        _checked_here(check, found)
     plan = walk(recipe, machine, pipeline)
+    _checked_here(partial(_check_disk, plan), found)
+    return plan._replace(lacking=tuple(found or ()))
+
+
+def _checked_here(check: Callable[[], object], lacking: list[str] | None) -> None:
+    try:
+        check()
+    except NotHere as error:
+        if lacking is None:
+            raise
+        lacking.append(str(error))
+
+
+def _check_disk(plan: Plan) -> None:
     if all(step.cached for step in plan.steps):
-        return plan
-    needed, free = disk_bytes(recipe, parameters_of(recipe, plan.base)), shutil.disk_usage(home()).free
+        return
+    recipe, free = plan.recipe, shutil.disk_usage(home()).free
+    needed = disk_bytes(recipe, parameters_of(recipe, plan.base))
     if needed > free:
-        raise BadInput(
+        raise NotHere(
             f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
             "free some, choose another data folder with --home, or lower generate.rows"
         )
-    return plan
 
 
 def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
@@ -125,9 +172,33 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     console.print(table)
     total, unknown = seconds_of(found), [step.stage for step, cost in found if not step.cached and cost.seconds is None]
     console.print(_total(total, unknown, rate, own))
+    for line in dict.fromkeys(line for plan in plans for line in (*_assumed(plan), *map(_not_here, plan.lacking))):
+        console.print(line, markup=False)
     if devices > 1:
         longest = max(seconds_of(costs([plan], own, rate)) for plan in plans)
         console.print(at_once(total, longest, devices))
+
+
+def _assumed(plan: Plan) -> Iterator[str]:
+    """Yield what the plan takes for granted of a base and a target that are not there yet."""
+    recipe, base = plan.recipe, plan.base
+    weights = parameters_of(recipe, base)
+    if weights is not None:
+        yield f"disk: about {disk_bytes(recipe, weights) / GIB:.1f} GiB once all of the recipe has run"
+    if base.content:
+        return
+    if AUTO in [mode.name for mode in recipe.probe.modes] and base.metadata.get("chat_template") is None:
+        yield "probe.modes is auto: chats are planned, and left out if the base turns out to have no chat template"
+    if recipe.target.kind == "hub":
+        size = f"{recipe.target.rows:,} rows" if recipe.target.rows else "an unknown number of rows"
+        yield (
+            f"target {recipe.target.name} is not here: planned as {size} (target.rows) of {recipe.target.max_length:,} "
+            "tokens (target.max_length), the most that it can be"
+        )
+
+
+def _not_here(lacking: str) -> str:
+    return f"not on this machine as it is: {lacking}"
 
 
 def seconds_of(found: Iterable[tuple[Planned, Estimate]]) -> float:
@@ -160,11 +231,13 @@ def _total(seconds: float, unknown: list[str], rate: float, machine: Machine) ->
     """Return the sum, where its error is known, and which stages are not in it."""
     cuda = machine.resolved_device() == "cuda"
     measured = f"{rate / 1e9:.0f} GFLOP/s, {'a guess' if cuda else 'measured now'}"
-    words = (
-        f"about {max(1, seconds / 60):.0f} minutes at {measured}; each of the demo's stages took what its plan says "
-    )
+    words = f"about {_span(seconds)} at {measured}; each of the demo's stages took what its plan says "
     words += f"within a factor of {CHECKED} on two CPU cores, elsewhere it was not compared"
     return words + (f"; not counted: {', '.join(dict.fromkeys(unknown))}" if unknown else "")
+
+
+def _span(seconds: float) -> str:
+    return f"{max(1, seconds / 60):.0f} minutes" if seconds < 3 * 3600 else f"{seconds / 3600:.0f} hours"
 
 
 def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:

@@ -49,7 +49,7 @@ def compare_command(
     """Run every variant of a recipe and put them into one table, one figure and one report."""
     parts = [part.strip() for part in seeds_vary.split(",")] if seeds_vary else None
     loaded, on = Comparison.load(comparison, set_, seeds, parts), machine_of(machine)
-    with checked(loaded.recipes().values(), on, pipeline) as plans:
+    with checked(loaded.recipes().values(), on, pipeline, only_plan=plan) as plans:
         if plan:
             print_plans(plans, on, console)
             return

@@ -111,7 +111,7 @@ def continual_command(
     """Train on several targets in turn and say what is left of the earlier ones and of the base."""
     given = {"earlier": earlier, "earlier_fraction": earlier_fraction, "seeds": seeds}
     loaded, on = TargetSequence.load(sequence, set_, **given), machine_of(machine)
-    with checked(recipes_of(loaded.repeats()), on, pipeline) as plans:
+    with checked(recipes_of(loaded.repeats()), on, pipeline, only_plan=plan) as plans:
         if plan:
             print_plans(plans, on, console)
             console.print("Each stage is planned on the first base, since the model before it is not there yet.")

@@ -92,7 +92,7 @@ def mitigate_command(
 ) -> None:
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
     loaded, on = Recipe.load(recipe, set_), machine_of(machine)
-    with checked([loaded], on, corpus_pipeline if until else pipeline) as plans:
+    with checked([loaded], on, corpus_pipeline if until else pipeline, only_plan=plan) as plans:
         if plan:
             print_plans(plans, on, console)
             return

@@ -3,12 +3,19 @@
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.stages import FETCH
-from cfsd.store.artifact import Draft
+from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
 
+def fetch_model(checkpoint: Checkpoint, machine: Machine) -> Artifact:
+    """Make a transformers folder of the checkpoint; a plan knows of one that is not made if it has a chat template."""
+    base = _fetch_model(checkpoint, machine)
+    known = {} if base.content else {"chat_template": checkpoint.has_chat_template()}
+    return base.model_copy(update={"metadata": base.metadata | known})
+
+
 @stage(FETCH, "model")
-def fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
+def _fetch_model(draft: Draft, checkpoint: Checkpoint, machine: Machine) -> None:
     """Make a transformers folder of the checkpoint; see `cfsd.model.fetching`."""
     from cfsd.model.fetching import fetch
 

@@ -49,7 +49,7 @@ def sample_answers(draft: Draft, base: Artifact, prompts: Prompts, machine: Mach
 def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dict[str, ProbeSpec | Prompts]:
     """Return the settings of every mode's sample by the mode's name, and say what `auto` stands for with this base.
 
-    A plan of a base that is not fetched yet has only the modes that are named.
+    Chats are planned for a base that is not fetched yet, unless it is known to have no chat template.
 
     Raises:
         BadInput: The base cannot have a mode that the user named.
@@ -60,6 +60,8 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
         found[UNPROMPTED if mode.name == AUTO else mode.name] = own
         if mode.name == CHAT and base.content:
             _check_chat(base, own)
+        if mode.name == AUTO and not base.content and base.metadata.get("chat_template") is not False:
+            found[CHAT] = own
         if mode.name == AUTO and base.content and has_chat_template(Store(home()).path(base, weights=False)):
             try:
                 _check_chat(base, own)

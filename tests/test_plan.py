@@ -1,18 +1,28 @@
-"""The plan's times are those that the stages took: recorded runs of the demos, and a real one."""
+"""The plan's times are those that stages took, in recorded runs and a real one; what it says of what is not here."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from huggingface_hub import constants
+from rich.console import Console
 
 from cfsd.comparison import Comparison
-from cfsd.estimate import CHECKED, COMMAND_SECONDS, STAGE_SECONDS, rate_of
-from cfsd.machine import Machine
-from cfsd.stages import SHOW
-from flows._plan import costs, walk
+from cfsd.errors import NotHere
+from cfsd.estimate import CHECKED, COMMAND_SECONDS, KNOWN_SHAPES, STAGE_SECONDS, estimate, job_of, rate_of
+from cfsd.machine import Machine, elsewhere
+from cfsd.recipe import Recipe
+from cfsd.stages import CHAT, EVALUATE_CHAT, EVALUATE_PROBE, EVALUATE_TARGET, FETCH, FISHER, GENERATE, SHOW, TRAIN
+from cfsd.store.artifact import Artifact
+from flows._plan import Plan, checked, costs, print_plans, walk
 from flows.mitigate import pipeline
 from tests.conftest import ROOT
 
@@ -22,8 +32,8 @@ SHORT = 1.0  # seconds; what a stage takes beside its work is not planned finer
 BEFORE = ["target", "generate", "filter", "probe", "mix", *["evaluate"] * 5, "evaluate-target"]
 AFTER = ["train", *["evaluate"] * 5, "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 STAGES = ["fetch", *BEFORE, *AFTER, "generate", "filter", "mix", "check", *AFTER]
-# The recorded runs are older than `show` and the demo's present benchmarks; `evaluate` as it was before the choices of
-# a document shared one reading.
+NEWER = (SHOW, CHAT, EVALUATE_CHAT)  # than the recorded runs
+# They are older than the demo's present benchmarks too, and than the choices of a document sharing one reading.
 CHOICES = ", ".join(f"{{name: {name}, limit: 50}}" for name in ("agreement", "facts", "plausibility", "wording"))
 OF_THEN = {
     "demo": [f"evaluate.benchmarks=[{CHOICES}, {{name: technical_english, limit: 20}}]"],
@@ -63,7 +73,7 @@ def factor(one: float, other: float) -> float:
 def test_each_stage_took_what_its_plan_says(home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)
     seconds, whole = RECORDED[name]
-    told = [(stage, plan) for stage, plan in planned(name, RATE, OF_THEN[name]) if stage != SHOW]
+    told = [(stage, plan) for stage, plan in planned(name, RATE, OF_THEN[name]) if stage not in NEWER]
     assert [stage for stage, _ in told] == STAGES
     apart = {
         f"{place} {stage}": (round(plan, 1), taken)
@@ -92,3 +102,106 @@ def test_a_run_of_the_small_demo_takes_what_its_plan_says(tmp_path: Path) -> Non
 def taken_by(store: Path) -> Iterator[float]:
     for manifest in store.glob("*/*/manifest.json"):
         yield float(json.loads(manifest.read_text())["seconds"])
+
+
+CUDA = torch.cuda.is_available()
+
+
+@contextmanager
+def elsewhere_set() -> Iterator[None]:
+    token = elsewhere.set(True)
+    yield
+    elsewhere.reset(token)
+
+
+class Planned(NamedTuple):
+    stages: list[str]
+    printed: str
+    plan: Plan
+
+
+@pytest.fixture
+def plan_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planned]:
+    """Plan a recipe of the repository where no hub answers, with overrides and settings of the machine."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def plan(name: str, *changes: str, **machine: Any) -> Planned:
+        console, on = Console(record=True, width=400, file=io.StringIO()), Machine(**machine)
+        recipe = Recipe.load(RECIPES / f"{name}.yaml", list(changes))
+        with checked([recipe], on, pipeline, only_plan=True) as plans:
+            print_plans(plans, on, console)
+        return Planned([step.stage for step in plans[0].steps], console.export_text(), plans[0])
+
+    return plan
+
+
+EIGHT = {"device": "cuda", "processes": 8, "training_processes": 8, "sharding": "shard"}
+
+
+@pytest.mark.parametrize(
+    ("name", "chats", "machine"),
+    [
+        ("olmo-1b-metamath", False, {"device": "cuda"}), ("r1-distill-llama-8b-medreason", True, EIGHT),
+        ("qwen3-8b-qlora", True, {"device": "cuda"}), ("smollm2-lora", True, {"device": "cpu"}),
+    ],
+)  # fmt: skip
+def test_the_plans_of_published_settings_need_no_network_and_no_gpu(
+    plan_of: Callable[..., Planned], name: str, chats: bool, machine: dict[str, Any]
+) -> None:
+    planned = plan_of(name, **machine)
+    assert ("chat" in planned.stages, "evaluate-chat" in planned.stages) == (chats, chats)
+    on = Machine(**machine)
+    with elsewhere_set():
+        found = {step.stage: cost for step, cost in costs([planned.plan], on, 1e14)}
+    assert all(cost.seconds is not None for stage, cost in found.items() if stage != FETCH)
+    assert found[TRAIN].tokens and found[TRAIN].memory and found[GENERATE].tokens
+    assert "disk: about " in planned.printed
+    gone = [line for line in planned.printed.splitlines() if line.startswith("not on this machine")]
+    assert any("HF_HUB_OFFLINE" in line for line in gone) == (name != "smollm2-lora")
+    assert any("machine.device is cuda" in line for line in gone) == (machine["device"] == "cuda" and not CUDA)
+
+
+def test_what_is_not_here_is_refused_where_something_would_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    olmo = Recipe.load(RECIPES / "olmo-1b-metamath.yaml")
+    with pytest.raises(NotHere, match="HF_HUB_OFFLINE"), checked([olmo], Machine(device="cpu"), pipeline):
+        pass
+    free = shutil.disk_usage(ROOT)._replace(free=2**20)
+    monkeypatch.setattr("flows._plan.shutil.disk_usage", lambda _: free)
+    tiny = Recipe.load(RECIPES / "tiny.yaml", [f"target.path={RECIPES / 'tiny_target.jsonl'}"])
+    with pytest.raises(NotHere, match=r"0\.0 GiB free"), checked([tiny], Machine(device="cpu"), pipeline):
+        pass
+
+
+def test_chats_are_planned_unless_the_base_is_known_to_have_none(
+    plan_of: Callable[..., Planned], model_folder: Path
+) -> None:
+    unknown = "probe.modes is auto: chats are planned, and left out if the base turns out to have no chat template"
+    asked = plan_of("olmo-1b-metamath", "probe.modes=[auto]", device="cpu")
+    assert {"chat", "evaluate-chat"} < set(asked.stages) and unknown in asked.printed
+    assert "the most that it can be" in asked.printed
+    for changes, chats in (
+        (["base=smollm2"], True), ([f"base={model_folder}"], False), (["base=tiny"], False),
+        (["base=smollm2", "probe.modes=[unprompted]"], False),
+    ):  # fmt: skip
+        known = plan_of("tiny", *changes, device="cpu")
+        assert ("chat" in known.stages) == chats and unknown not in known.printed
+
+
+def test_shapes_known_by_name_have_the_weights_that_are_published() -> None:
+    """8.03 and 8.19 billion, as the models' pages say; of OLMo 1.18, its config's arithmetic (its norms have none)."""
+    weights = {name.rpartition("/")[2]: shapes.parameters() for name, shapes in KNOWN_SHAPES.items() if "/" in name}
+    assert weights["DeepSeek-R1-Distill-Llama-8B"] == 8_030_261_248
+    assert round(weights["Qwen3-8B"] / 1e9, 2) == 8.19 and round(weights["OLMo-1B-hf"] / 1e9, 2) == 1.18
+
+
+def test_models_are_measured_in_half_the_bytes_on_a_gpu() -> None:
+    recipe = Recipe.load(RECIPES / "olmo-1b-metamath.yaml")
+    unknown = Artifact(kind="model", key="", content="")
+    weights = KNOWN_SHAPES["allenai/OLMo-1B-hf"].parameters()
+    with elsewhere_set():
+        jobs = [job_of(recipe, unknown, unknown, Machine(device=device)) for device in ("cpu", "cuda")]
+        for stage, copies in ((EVALUATE_PROBE, 2), (EVALUATE_TARGET, 1), (FISHER, 0)):
+            here, there = (estimate(stage, (), job, 1e11).memory for job in jobs)
+            assert here and there and here - there == 2 * copies * weights

@@ -19,6 +19,7 @@ from cfsd.store.tables import batches, shards
 
 HALVED = b"halved"  # notes of a shard, in its Parquet metadata: they are not row values and not in the content digest
 DROPPED = b"dropped"
+REASONING = ("<think>", "</think>")  # around what a model thinks before it answers, as DeepSeek-R1 and Qwen3 write it
 
 
 def corpus_table(
@@ -68,23 +69,34 @@ def sampled_sums(shard: Path) -> tuple[int, float]:
 
 
 def corpus_metadata(folder: Path) -> dict[str, JsonValue]:
-    """Return the counts of a corpus, its mean log-probability in nats per token, and the notes of its shards."""
-    rows, tokens = Counter[str](), Counter[str]()
+    """Return the counts of a corpus, its mean log-probability in nats per token, and the notes of its shards.
+
+    `reasoning` and `unfinished`, of a model that thinks: in how many rows it does, and in how many without an end.
+    """
+    rows, tokens, thought = Counter[str](), Counter[str](), Counter[str]()
     ended, nats = 0, 0.0
-    for batch in batches(folder, "corpus", ["source", "logprobs", "finish_reason"]):
+    for batch in batches(folder, "corpus", ["source", "logprobs", "finish_reason", "text"]):
         counts = sampled_per_row(batch["logprobs"])
         for source in pc.unique(batch["source"]).to_pylist():
             own = np.asarray(pc.equal(batch["source"], source))
             rows[source] += int(own.sum())
             tokens[source] += int(counts[own].sum())
         nats += pc.sum(batch["logprobs"].flatten().cast(pa.float64())).as_py() or 0.0
+        thought += _reasoning(batch["text"])
         ended += pc.sum(pc.equal(batch["finish_reason"], "eos")).as_py() or 0
-    metadata: dict[str, JsonValue] = {"rows": rows.total(), "tokens": tokens.total(), **_notes(folder)}
+    metadata: dict[str, JsonValue] = {"rows": rows.total(), "tokens": tokens.total(), **thought, **_notes(folder)}
     if tokens.total():
         metadata |= {"mean_logprob": nats / tokens.total(), "ended_fraction": ended / rows.total()}
     if len(tokens) > 1:
         metadata["token_fractions"] = {source: count / tokens.total() for source, count in tokens.items()}
     return metadata
+
+
+def _reasoning(texts: pa.StringArray) -> Counter[str]:
+    opened, closed = REASONING
+    thoughts = [text for text in texts.filter(pc.match_substring(texts, opened)).to_pylist() if text]
+    unfinished = sum(text.rfind(opened) > text.rfind(closed) for text in thoughts)
+    return Counter({"reasoning": len(thoughts), "unfinished": unfinished}) if thoughts else Counter()
 
 
 def _notes(folder: Path) -> dict[str, JsonValue]:

@@ -24,13 +24,13 @@ class TargetSize(NamedTuple):
 
 
 def size_of_target(target: Target, count: Callable[[str], float]) -> TargetSize | None:
-    """Return the size of `target`, None where its rows would have to be downloaded.
+    """Return the size of `target`; of a data set on a hub the most that it can be, None if `rows` does not bound it.
 
     `count` says how many tokens a text comes to. Longer rows than `max_length` are left out as the stage does; copies
     are not.
     """
     if target.kind == "hub":
-        return None
+        return TargetSize(target.rows, target.max_length, target.max_length) if target.rows else None
     records = islice(records_of(target), target.rows)
     head = list(islice(records, LOOKED_AT))
     shape, notes = shape_of_rows(target, head), Counter[str]()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def score_prompts(base: Artifact, tuned: Artifact, answers: Artifact, draft: Dra
     """Write the divergence along the base's answers to the user's prompts, as `score_probe` does along the probe."""
     kl, _, reverse = score_along(base, tuned, answers, draft, machine)
     name = str(answers.metadata["prompts"])
-    draft.metadata |= {"prompts": name, "kl": kl, "reverse_kl": reverse}
+    draft.metadata |= {"prompts": name, "kl": kl, "reverse_kl": reverse, **_thoughts(answers)}
     draft.journal.metrics(0, {f"forgetting/{name}/prompts_kl": kl, f"forgetting/{name}/prompts_reverse_kl": reverse})
 
 
@@ -70,8 +71,13 @@ def score_chats(base: Artifact, tuned: Artifact, chats: Artifact, draft: Draft, 
     (of_users,) = per_token(read_rows(draft.folder, "user_turns"), "kl")
     figures = {"chat_kl": kl, "chat_reverse_kl": reverse, "chat_user_kl": of_users}
     known = {name: value for name, value in figures.items() if not math.isnan(value)}
-    draft.metadata |= known | {"unanswered": chats.metadata["unanswered"]}
+    draft.metadata |= known | {"unanswered": chats.metadata["unanswered"], **_thoughts(chats)}
     draft.journal.metrics(0, {f"forgetting/{name}": value for name, value in known.items()})
+
+
+def _thoughts(sampled: Artifact) -> dict[str, JsonValue]:
+    """Return in how many rows of a model that thinks it does so, and in how many without an end; else nothing."""
+    return {name: sampled.metadata[name] for name in ("reasoning", "unfinished") if name in sampled.metadata}
 
 
 def counted_rows(sampled: Path) -> list[Counted]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 
-from cfsd.data.corpus_table import corpus_metadata, sampled_per_row, sampled_sums
+from cfsd.data.corpus_table import REASONING, corpus_metadata, sampled_per_row, sampled_sums
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.shard_job import Sampler, Shard, ShardJob
@@ -35,6 +35,10 @@ SAMPLED_HERE = "a server samples one turn only, so that chats are sampled here, 
 UNANSWERED = (
     "in {unanswered} of {rows} chats the user's turn did not end within {length} tokens, or just there, so that they "
     "have no answer; a larger probe.length, or length of the mode, leaves fewer"
+)
+UNFINISHED = (
+    "in {unfinished} of {reasoning} rows with reasoning, {end} did not come within {length} tokens, so that they have "
+    "no answer after it; a larger {setting} leaves fewer"
 )
 ATTEMPTS = 3  # at lost shards, before giving up
 
@@ -57,7 +61,7 @@ def generate(
     for position, (source, share) in enumerate(spec.parts(len(earlier))):
         tokens = None if share is None else share * spec.rows * spec.length
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
-    draft.metadata |= corpus_metadata(draft.folder)
+    _count(draft, spec.length, "generate.length")
     draft.metadata |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}
     draft.metadata |= {"tail_samples": spec.stored_tail()} if spec.stored_tail() else {}
 
@@ -66,7 +70,7 @@ def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampl
     """Write the probe as a `corpus` table, from random numbers that no corpus uses."""
     job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     sample_source(job, "probe", 0, None, draft, sampler)
-    draft.metadata |= corpus_metadata(draft.folder)
+    _count(draft, spec.length, "probe.length")
 
 
 def chat(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:
@@ -87,7 +91,8 @@ def chat(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sample
     said: Any = draft.metadata.get("said", [])
     said = [*said, *([SAMPLED_HERE] if machine.engine == "server" else [])]
     said += [UNANSWERED.format(unanswered=unanswered, rows=len(rows), length=spec.length)] if unanswered else []
-    draft.metadata |= corpus_metadata(draft.folder) | {"unanswered": unanswered, "said": said}
+    draft.metadata |= {"unanswered": unanswered, "said": said}
+    _count(draft, spec.length, "probe.length, or length of the mode,")
 
 
 def answers(
@@ -101,7 +106,17 @@ def answers(
     job = _job(draft, base, None, spec, machine).model_copy(update={"prompts": prompts})
     known = spec.model_copy(update={"rows": count_prompts(job)})
     sample_source(job.model_copy(update={"spec": known}), "prompts", 0, None, draft, sampler)
-    draft.metadata |= corpus_metadata(draft.folder) | {"prompts": prompts.name}
+    draft.metadata |= {"prompts": prompts.name}
+    _count(draft, prompts.length, "probe.length, or length of the mode,")
+
+
+def _count(draft: Draft, length: int, setting: str) -> None:
+    """Describe the rows of `draft`; where reasoning did not end within `length`, say so, and what `setting` does it."""
+    counts = corpus_metadata(draft.folder)
+    draft.metadata |= counts
+    if counts.get("unfinished"):
+        said = UNFINISHED.format(**counts, end=REASONING[1], length=length, setting=setting)
+        draft.metadata["said"] = [*cast(Any, draft.metadata.get("said", ())), said]
 
 
 def _job(draft: Draft, base: Artifact, target: Artifact | None, spec: GenerateSpec, machine: Machine) -> ShardJob:

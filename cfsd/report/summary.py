@@ -42,7 +42,7 @@ class Summary(BaseModel):
     evaluation_warnings: list[str] = []  # what may make a benchmark's score other than it looks
     texts: dict[str, dict[str, Any]] = {}  # the user's own: documents, tokens, bytes, per_token, per_byte
     prompts: dict[str, dict[str, Any]] = {}  # the user's own: rows, tokens, kl, reverse_kl, moved
-    chats: dict[str, Any] | None = None  # rows with an answer, tokens of answers, unanswered rows, moved
+    chats: dict[str, Any] | None = None  # rows with an answer, tokens, unanswered, moved; reasoning, unfinished
     moved: dict[str, Any] | None = None  # divergence on the probe by_position and by_entropy of the base
     shown: dict[str, Any] | None = None  # answers to read: rows, as_base, and the artifacts base and tuned
     corpus_warnings: list[str] = []  # in what the corpus is not an exact sample of the base

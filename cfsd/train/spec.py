@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from cfsd.budget import STEERED_TO, Budget
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, NotHere
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
@@ -209,7 +209,7 @@ class TrainSpec(Spec):
         needs = [f"train.optimizer {self.optimizer}"] if self.optimizer not in OF_TORCH_AND_TRANSFORMERS else []
         needs += [f"train.methods.lora.quantise {adapter.quantise}"] if adapter and adapter.quantise else []
         if needs and find_spec("bitsandbytes") is None:
-            raise BadInput(
+            raise NotHere(
                 f"{' and '.join(needs)}: bitsandbytes is not installed here; pip install 'cfsd[qlora]', or leave it "
                 f"out (optimizers without it: {', '.join(OF_TORCH_AND_TRANSFORMERS)})"
             )

@@ -1,6 +1,7 @@
 """Several ways of training, and two models that exist: what runs once, what is written, what is last on the screen."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,27 @@ def test_an_adapter_is_measured_merged_into_its_base(run: Run, model_folder: Pat
     assert refused.returncode == 2 and "merge it into its base first" in refused.stderr
 
 
-def test_every_shipped_recipe_loads_and_has_what_it_names() -> None:
+def test_every_shipped_recipe_loads_and_has_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
     from cfsd.comparison import Comparison
+    from cfsd.errors import NotHere
+    from cfsd.model.hub import is_commit
     from cfsd.overrides import read_yaml
     from cfsd.recipe import Recipe
     from cfsd.target_sequence import TargetSequence
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for path in sorted((ROOT / "deployments" / "recipes").glob("*.yaml")):
         content = read_yaml(path)
         several = TargetSequence if "targets" in content else Comparison
         recipes = [*several.load(path).recipes().values()] if "recipe" in content else [Recipe.load(path)]
         for recipe in recipes:
-            recipe.check()
+            for part in (recipe.base, recipe.target):
+                assert part.kind != "hub" or is_commit(part.revision or ""), f"{path.name}: {part.name} can change"
+            for check in recipe.checks():
+                with suppress(NotHere):  # a model of the hub, bitsandbytes
+                    check()
         assert len({recipe.digest() for recipe in recipes}) == len(recipes)
 
 

@@ -241,7 +241,7 @@ def test_stored_top_logprobs_engine_and_halved_shards_are_told(store: Store, mak
     rows = [row(i, [3, 4, 5]) for i in range(6)]
     extra = {"topk_ids": pa.array([[1] * 32] * 6, pa.list_(pa.uint16()))}
     corpus = make([rows], extra=extra, engine="torch", halved_shards={"00002": 2, "00005": 4}, biased="",
-                  dropped_rows={"no log-probabilities": 3})  # fmt: skip
+                  dropped_rows={"no log-probabilities": 3}, reasoning=4, unfinished=1)  # fmt: skip
     view = describe_corpus(store, corpus, None, None)
     assert (view.top_k, view.engine, view.halved_shards, view.exact) == (8, "torch", 2, True)
     assert view.bytes_per_token.keys() >= {"topk_ids", "token_ids", "logprobs"}
@@ -249,6 +249,7 @@ def test_stored_top_logprobs_engine_and_halved_shards_are_told(store: Store, mak
     wanted = [
         "The 8 largest log-probabilities", "from the torch engine", "2 shards were sampled in smaller batches",
         "an exact sample of the base model's distribution", "could not be used: no log-probabilities (3)",
+        "In 4 rows as sampled the base model thinks before it answers; in 1 of them that did not end",
     ]  # fmt: skip
     assert [text for text in wanted if text not in words] == []
 

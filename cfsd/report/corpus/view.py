@@ -55,6 +55,8 @@ class CorpusView:
     exact: bool  # known to be a sample of the base model's own distribution
     halved_shards: int
     dropped_rows: dict[str, int]  # by reason, that the engine could not give as the table wants them
+    reasoning: int  # rows in which the base thinks before it answers
+    unfinished: int  # ... in which that did not end
     engine: str
     top_k: int
     bytes_per_token: dict[str, float]  # on the disk, per column of the corpus as sampled
@@ -118,6 +120,8 @@ def describe_corpus(
         exact=not warnings and "biased" in corpus.metadata and set(sampled.sources) == {"context-free"},
         halved_shards=len(_metadata(corpus, "halved_shards", {})),
         dropped_rows=_metadata(corpus, "dropped_rows", {}),
+        reasoning=_metadata(corpus, "reasoning", 0),
+        unfinished=_metadata(corpus, "unfinished", 0),
         engine=str(_metadata(corpus, "engine", "") or engine or ""),
         top_k=size.top_k,
         bytes_per_token={c: n / sampled.tokens for c, n in Counter(size.bytes_of).most_common() if sampled.tokens},
