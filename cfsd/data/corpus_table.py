@@ -96,5 +96,6 @@ def _notes(folder: Path) -> dict[str, JsonValue]:
         if HALVED in notes:
             halved[path.stem.rsplit("-", 1)[1]] = int(notes[HALVED])
         dropped.update(json.loads(notes.get(DROPPED, b"{}")))
-    noted: dict[str, JsonValue] = {"halved_shards": halved, "dropped_rows": dict(dropped)}
+    lost = f"{dropped.total()} rows were dropped, which the server did not give whole" if dropped else ""
+    noted: dict[str, JsonValue] = {"halved_shards": halved, "dropped_rows": dict(dropped), "approximate": lost}
     return {name: counts for name, counts in noted.items() if counts}
