@@ -1,6 +1,7 @@
 """What a completions server can do: its models, whether it reads and gives token ids and log-probabilities."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.client import Client, Refused
@@ -18,7 +19,8 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
     spec = wanted.spec
     if spec.fill:
         raise BadInput("generate.fill goes on after a text's end, which a server cannot do; use the torch engine")
-    served = await _listed(client, wanted.machine.served_model)
+    listed = await one_model(client, wanted.machine.served_model, "machine.served_model")
+    served = Served(kind=str(listed.get("owned_by", "unknown")), model=str(listed["id"]))
     if spec.min_length and served.kind not in (VLLM, SGLANG):
         raise BadInput(
             f"generate.min_length is {spec.min_length}, but only vLLM and SGLang keep a text from ending early, and "
@@ -39,14 +41,19 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
     return served
 
 
-async def _listed(client: Client, wanted: str | None) -> Served:
-    models = (await client.ask("GET", "/models")).get("data") or []
-    fitting = [model for model in models if wanted in (None, model.get("id"))]
+async def one_model(client: Client, name: str | None, setting: str) -> dict[str, Any]:
+    """Return what the server lists of the model `name`, or of its only one.
+
+    Raises BadInput with the names that there are, one of which `setting` should be.
+    """
+    listed = await client.ask("GET", "/models")
+    models = [model for model in listed.get("data") or [] if "id" in model] if isinstance(listed, dict) else []
+    fitting = [model for model in models if name in (None, model["id"])]
     if len(fitting) != 1:
-        names = ", ".join(str(model.get("id")) for model in models) or "none"
-        problem = f"does not serve {wanted!r}" if wanted else f"serves {len(models)} models"
-        raise BadInput(f"{client.base_url} {problem}; set machine.served_model to one of: {names}")
-    return Served(kind=str(fitting[0].get("owned_by", "unknown")), model=str(fitting[0]["id"]))
+        names = ", ".join(str(model["id"]) for model in models) or "none"
+        problem = f"does not serve {name!r}" if name else f"serves {len(models)} models"
+        raise BadInput(f"{client.base_url} {problem}; set {setting} to one of: {names}")
+    return dict(fitting[0])
 
 
 async def _first_answer(client: Client, served: Served, prompt: Sequence[int], wanted: ServerSampling) -> Answer:
