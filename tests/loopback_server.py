@@ -100,12 +100,14 @@ class Loopback:
         """Return the answer to a request that is in order."""
         prompt = self.prompt(body)
         sampled: list[int] = []
-        shown: list[tuple[int, float, dict[int, float]]] = []
+        shown: list[tuple[int, float | None, dict[int, float] | None]] = []
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         finish, ends = "length", body.get("stop") or []
-        for t in range(len(prompt)) if body.get("echo") else ():
-            seen = self._seen(self.logits(prompt[:t]), prompt[t], body) if t else (None, None)
-            shown.append((prompt[t], *seen))
+        if body.get("echo"):
+            with torch.inference_mode():
+                along = self.model(torch.tensor([prompt]), use_cache=False).logits[0].float()
+            seen = (self._seen(logits, token, body) for logits, token in zip(along, prompt[1:], strict=False))
+            shown = [(prompt[0], None, None), *((token, *of) for token, of in zip(prompt[1:], seen, strict=True))]
         for step in range(min(body["max_tokens"], self.manners.context - len(prompt))):
             logits = self.logits([*prompt, *sampled])
             token = self._draw(logits, body, generator, step)

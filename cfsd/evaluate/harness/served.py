@@ -121,7 +121,8 @@ def _server_errors(model: ServedModel, benchmark: Benchmark, warnings: list[str]
         raise
     except Exception as error:
         key = os.environ.get(KEY_VARIABLE, "").strip()
-        said = " ".join([f"{type(error).__name__}: {error}", *warnings[-1:]])
+        answers = [line for line in warnings if line.startswith("API request failed")]  # others have the key's header
+        said = " ".join([f"{type(error).__name__}: {error}", *answers[-1:]])
         raise Crashed(
             f"benchmark {benchmark.name}: {model.name} behind {model.url} did not answer as lm-eval asks "
             f"({said.replace(key, '***') if key else said}); see the server's log, and run the same command again"
