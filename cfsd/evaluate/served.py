@@ -85,8 +85,9 @@ async def _found(
         listed = await one_model(client, name, "NAME in NAME@URL")
         known = listed.get("max_model_len") or (listed.get("meta") or {}).get("n_ctx")
         model = ServedModel(str(listed["id"]), client.base_url, known if isinstance(known, int) else None, tokenizer)
-        for benchmark in benchmarks if model.context else ():
-            benchmark.check_context(model.context)
+        if model.context is not None:
+            for benchmark in benchmarks:
+                benchmark.check_context(model.context)
         if tokenizer is None:
             await _check_chat(client, model.name)
         else:

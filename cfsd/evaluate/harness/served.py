@@ -55,6 +55,8 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
     Differs from lm-eval's own: what begins with special tokens and what is cut are as for a model in memory.
     """
 
+    tokenizer: Any
+
     def prepare(self, benchmark: Benchmark, task: Any) -> None:
         """Get ready for `task`. Raises BadInput for a chat benchmark and a tokenizer without a template."""
         self.tokenizer = own_tokenizer(self.tokenizer, benchmark)
