@@ -21,6 +21,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+SERVED = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 STATUS = Path("/proc/self/status")  # of a process on Linux
 
 
@@ -217,6 +218,12 @@ def server_url(value: str) -> str:
             f"environment variable {KEY_VARIABLE}"
         )
     return value.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def served_at(model: str) -> tuple[str | None, str] | None:
+    """Return the name and the URL of a model behind a server, NAME@URL or URL, as they are; None for another model."""
+    found = SERVED.fullmatch(model)
+    return (found["name"], found["url"]) if found else None
 
 
 def without_password(url: str) -> str:

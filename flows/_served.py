@@ -1,6 +1,5 @@
 """Two models behind OpenAI-compatible servers, named NAME@URL: lm-eval asks them, and its logs are compared."""
 
-import re
 from datetime import datetime
 from pathlib import Path
 
@@ -13,13 +12,6 @@ from flows._logs import measure_logs
 from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.served import ROLES, ask_served, check_served
-
-SERVED = re.compile(r"(.+@)?https?://")
-
-
-def is_served(model: str) -> bool:
-    """Return whether `model` is named by the URL of a server."""
-    return bool(SERVED.match(model))
 
 
 def measure_served(models: tuple[str, str], evaluate: EvaluateSpec, machine: Machine, tokenizer: Path | None) -> Result:

@@ -24,7 +24,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
 from cfsd.generate.spec import ProbeSpec, check_context
-from cfsd.machine import Machine
+from cfsd.machine import Machine, served_at
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
@@ -35,7 +35,7 @@ from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
 from flows._named import call_flow_run
 from flows._plan import planned
-from flows._served import is_served, measure_served
+from flows._served import measure_served
 from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.adapter import merge_adapter
@@ -160,7 +160,7 @@ def measure_command(
         raise BadInput("--plan is for --samples; without it `--set` and the models are checked before anything runs")
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
     on = machine_of(machine)
-    if is_served(base) or is_served(tuned):
+    if served_at(base) or served_at(tuned):
         _check_used(of_weights, NO_WEIGHTS)
         _show(measure_served((base, tuned), _evaluated(named, set_, NO_WEIGHTS), on, tokenizer), margin)
         return

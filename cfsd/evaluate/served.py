@@ -1,7 +1,6 @@
 """Models behind OpenAI-compatible servers: which there are, and whether they can be asked what lm-eval asks."""
 
 import asyncio
-import re
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -11,11 +10,10 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.generate.server.capabilities import one_model
 from cfsd.generate.server.client import Client, Refused, ServerGone
-from cfsd.machine import Machine, server_url
+from cfsd.machine import Machine, served_at, server_url
 from cfsd.model.folder import has_chat_template
 from cfsd.model.loading import load_tokenizer
 
-PLACE = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 FORM = "a model behind a server is NAME@http://host:8000/v1"
 ATTEMPTS, AWAY = 2, "start it, or correct its URL"
 TEXT = "Thirteen lazy dogs, naïve and wet — they ran 1,024 miles.\n\tAnd then?"
@@ -65,15 +63,15 @@ def find_served(given: str, benchmarks: Sequence[Benchmark], tokenizer: Path | N
     Raises BadInput for no URL, a server that is away, a name that it does not serve, another tokenizer, and a server
     without what the benchmarks need: token ids as prompts, log-probabilities of an echoed prompt.
     """
-    found = PLACE.fullmatch(given)
-    if not found:
+    place = served_at(given)
+    if place is None:
         raise BadInput(f"{given} is not behind a server, as the other model is; {FORM}")
     try:
-        machine = Machine(engine="server", base_url=server_url(found["url"]))
+        machine = Machine(engine="server", base_url=server_url(place[1]))
     except ValueError as error:
         raise BadInput(f"{str(error).splitlines()[0]}; {FORM}") from error
     try:
-        return asyncio.run(_found(machine, found["name"], benchmarks, tokenizer))
+        return asyncio.run(_found(machine, place[0], benchmarks, tokenizer))
     except ServerGone as error:
         raise BadInput(str(error)) from error
 
@@ -125,9 +123,8 @@ async def _check_echo(client: Client, model: ServedModel, prompt: Sequence[int],
     try:
         answer = await client.ask("POST", "/completions", body)
         given = answer["choices"][0]["logprobs"]["token_logprobs"]
-        lacking = (
-            "" if len(given) == len(prompt) + 1 and None not in given[1:] else f"{len(given)} for {len(prompt)} + 1"
-        )
+        is_whole = len(given) == len(prompt) + 1 and None not in given[1:]
+        lacking = "" if is_whole else f"{len(given)} for {len(prompt)} tokens and one that it wrote"
     except (BadInput, LookupError, TypeError) as error:
         lacking = str(error)
     if lacking:
