@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GOOD = 200
+MOST_STOPS = 4  # as in vLLM
 _laws: dict[PreTrainedModel, dict[tuple[int, ...], torch.Tensor]] = {}  # tests ask for the same beginnings
 
 
@@ -207,6 +208,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _judged(self, body: dict[str, Any]) -> int:
         manners = self.server.loop.manners
+        if len(body.get("stop") or []) > MOST_STOPS:
+            manners.complaint = "stop: List should have at most 4 items"
+            return 400
         if "messages" in body:
             return GOOD if manners.chat else 404
         if manners.text_prompts and not isinstance(body["prompt"], str):

@@ -17,7 +17,6 @@ from cfsd.model.loading import load_tokenizer
 FORM = "a model behind a server is NAME@http://host:8000/v1"
 ATTEMPTS, AWAY = 2, "start it, or correct its URL"
 TEXT = "Thirteen lazy dogs, naïve and wet — they ran 1,024 miles.\n\tAnd then?"
-MOST_STOPS = 4  # that lm-eval sends to a chat endpoint
 
 
 class ServedModel(NamedTuple):
@@ -43,18 +42,14 @@ def check_benchmarks_served(benchmarks: Sequence[Benchmark], tokenizer: Path | N
     if tokenizer is None and (needy := [b.name for b in benchmarks if not _is_plain_chat(b)]):
         raise BadInput(
             f"benchmark {', '.join(needy)}: without the models' tokenizer a server can be asked for chat answers alone "
-            f"(chat_template, no gen_prefix, {MOST_STOPS} stop sequences at most); give the folder of the tokenizer "
-            "that both models have: --tokenizer FOLDER"
+            "(chat_template, no gen_prefix); give the folder of the tokenizer that both models have: --tokenizer FOLDER"
         )
     if tokenizer is not None and not has_chat_template(tokenizer) and (chats := [b for b in benchmarks if b.is_chat()]):
         raise chats[0].lacks_template()
 
 
 def _is_plain_chat(benchmark: Benchmark) -> bool:
-    config = benchmark.find().config
-    until = (config.get("generation_kwargs") or {}).get("until") or []
-    stops = [until] if isinstance(until, str) else until
-    return benchmark.is_written() and benchmark.is_chat() and not config.get("gen_prefix") and len(stops) <= MOST_STOPS
+    return benchmark.is_written() and benchmark.is_chat() and not benchmark.find().config.get("gen_prefix")
 
 
 def find_served(given: str, benchmarks: Sequence[Benchmark], tokenizer: Path | None) -> ServedModel:

@@ -25,7 +25,7 @@ CHAT = {
     "task": "say", "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
     "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "metric_list": [
         {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-    ], "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+    ], "generation_kwargs": {"until": ["0", "1", "2", "3", "f"], "max_gen_toks": 8},
 }  # fmt: skip
 
 
@@ -101,14 +101,16 @@ def test_chat_answers_need_no_tokenizer(world: World, home: Path, tmp_path: Path
     from cfsd.evaluate.logs.folder import logs_in
     from tasks.served import ask_served, check_served
 
-    (tmp_path / "rows.jsonl").write_text('{"q": "rev abc =", "a": "cba"}\n{"q": "rev hi =", "a": "ih"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"q": "rev:gffhl=", "a": "lhffg"}\n{"q": "rev:bbe=", "a": "ebb"}\n')
     task = CHAT | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
     spec = EvaluateSpec(benchmarks=(Benchmark.model_validate({"task": task, "chat_template": True}),))
     found = check_served((world.named()[0], world.named()[1]), spec, None)
     ask_served(found, spec, home, in_flight=1)
     (log,) = logs_in(home / "base").logs
+    answers = [json.loads(line)["filtered_resps"] for line in Path(log.path).read_text().splitlines()]
+    assert answers == [["lh"], ["ebb"]]  # the first ends at its f, of which the server was not told
     asked = [body["messages"] for body in world.servers[0].requests if "messages" in body][-2:]
-    assert [message["content"] for (message,) in asked] == ["rev abc =", "rev hi ="]
+    assert [message["content"] for (message,) in asked] == ["rev:gffhl=", "rev:bbe="]
     assert log.documents == 2 and logs_in(home / "base").source == "local-chat-completions"
 
 

@@ -10,6 +10,7 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+from lm_eval.models.utils import handle_stop_sequences
 from lm_eval.tasks import TaskManager
 
 from cfsd.errors import CfsdError, Crashed
@@ -23,6 +24,7 @@ from cfsd.evaluate.served import ServedModel
 from cfsd.machine import KEY_VARIABLE
 
 MAX_LENGTH = 2048  # lm-eval's, where no server says how many tokens it attends to
+MOST_STOPS = 4  # stop sequences that vLLM and OpenAI take; lm-eval's own chat class leaves the others out in silence
 COMPLETIONS, CHAT = "local-completions", "local-chat-completions"
 
 
@@ -49,10 +51,29 @@ def log_scores(
         return [f"benchmark {benchmark.name}: {line}" for line in said]
 
 
+class Chats(LocalChatCompletion):  # type: ignore[misc]
+    """Sends chats to the chat endpoint. Differs from lm-eval's own: answers end at every stop sequence."""
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests to write."""
+        return _ended(super().generate_until(requests, disable_tqdm), requests)
+
+
+def _ended(answers: list[str], requests: list[Any]) -> list[str]:
+    """Return the answers up to the first of their stop sequences, of which a server was sent MOST_STOPS."""
+    ended = []
+    for answer, request in zip(answers, requests, strict=True):
+        for stop in handle_stop_sequences(request.args[1].get("until"), None):
+            answer = answer.partition(stop)[0] if stop else answer
+        ended.append(answer)
+    return ended
+
+
 class Completions(LocalCompletionsAPI):  # type: ignore[misc]
     """Sends token ids to the completions endpoint.
 
-    Differs from lm-eval's own: what begins with special tokens and what is cut are as for a model in memory.
+    Differs from lm-eval's own: what begins with special tokens, what is cut and what ends an answer are as for a model
+    in memory.
     """
 
     tokenizer: Any
@@ -93,7 +114,11 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests to write."""
         self._check_texts(requests)
-        return list(super().generate_until(requests, disable_tqdm))
+        return _ended(super().generate_until(requests, disable_tqdm), requests)
+
+    def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._create_payload(*args, **kwargs)
+        return payload | ({"stop": payload["stop"][:MOST_STOPS]} if "stop" in payload else {})
 
     def _check_texts(self, requests: list[Any]) -> None:
         self.window.begin([request.doc_id for request in requests])
@@ -102,10 +127,10 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
 
 def _api_model(
     model: ServedModel, benchmark: Benchmark, task: Any, max_length: int | None, in_flight: int
-) -> Completions | LocalChatCompletion:
+) -> Completions | Chats:
     common = {"model": model.name, "num_concurrent": in_flight}
     if model.tokenizer is None:
-        return LocalChatCompletion(base_url=f"{model.url}/chat/completions", **common)
+        return Chats(base_url=f"{model.url}/chat/completions", **common)
     lm = Completions(
         base_url=f"{model.url}/completions", tokenizer=str(model.tokenizer), tokenizer_backend="huggingface",
         add_bos_token=None, max_length=max_length or MAX_LENGTH, **common,
