@@ -88,7 +88,7 @@ def corpus_metadata(folder: Path) -> dict[str, JsonValue]:
 
 
 def _notes(folder: Path) -> dict[str, JsonValue]:
-    """Return in how many parts shards were sampled for want of memory, and how many rows of a server were dropped."""
+    """Return how many parts shards were sampled in for want of memory, and the rows of a server that were dropped."""
     halved: dict[str, JsonValue] = {}
     dropped = Counter[str]()
     for path in shards(folder, "corpus"):
