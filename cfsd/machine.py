@@ -20,7 +20,8 @@ HOME_VARIABLE = "CFSD_HOME"
 KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")  # of a container
+THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
 SERVED = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 STATUS = Path("/proc/self/status")  # of a process on Linux
 
@@ -50,7 +51,9 @@ class Machine(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where tensors live; auto takes CUDA if there is one"
     )
-    threads: PositiveInt | None = Field(None, description="CPU threads per process; empty: all cores")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads per process; empty: OMP_NUM_THREADS, else all cores"
+    )
     processes: PositiveInt | None = Field(
         None, description="Processes that sample, each with its own model; empty: one per GPU, or one on CPU"
     )
@@ -162,8 +165,9 @@ class Machine(BaseModel):
         """Return the number of CPU threads of each of `processes`."""
         if self.threads:
             return self.threads
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // processes)
+        if (wanted := os.environ.get(THREADS_VARIABLE, "").split(",")[0].strip()).isdecimal() and int(wanted):
+            return int(wanted)
+        return max(1, usable_cores() // processes)
 
     def settle(self, processes: int = 1) -> None:
         """Make torch use this machine's threads; called once before a computation."""
@@ -184,6 +188,16 @@ class Machine(BaseModel):
             "python": platform.python_version(),
             **{name: version(name) for name in COUNTED_PACKAGES},
         }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy: those it is bound to, or its container's share of them.
+
+    More threads than that wait for each other while spinning: a training takes several times its processor time.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = CPU_LIMIT.read_text().partition(" ") if CPU_LIMIT.exists() else ("max", "", "")
+    return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
 
 def room_for_a_copy(size: float) -> bool:

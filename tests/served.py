@@ -1,5 +1,6 @@
 """The servers of `make up` over a data folder of their own, on free ports, for as long as a test needs them."""
 
+import base64
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from flows._environment import is_alive
@@ -74,10 +76,20 @@ def served(home: Path, **variables: str) -> Iterator[Served]:
     assert not any(is_alive(entry) for entry in servers.values())
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
+def ask(url: str, body: dict[str, Any] | None = None, login: str = "") -> Any:
+    """Return an answer of a server, which is asked again, as Prefect's own client does, while it is too busy (503)."""
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
     data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
-        return json.loads(answer.read() or b"null")
+    for wait in (2.0, 2.0, 5.0, 10.0, 20.0, 0.0):
+        try:
+            with urlopen(Request(url, data, headers), timeout=300) as answer:
+                return json.loads(answer.read() or b"null")
+        except HTTPError as error:
+            if error.code != 503 or not wait:
+                raise
+        time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _free_port() -> int:

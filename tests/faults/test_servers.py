@@ -1,6 +1,5 @@
 """Servers and workers that are killed in the middle of a run: real ones, as `make up` starts them. Two minutes each."""
 
-import base64
 import json
 import os
 import socket
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -23,6 +21,7 @@ from tests.conftest import ROOT, save_model, write_rows
 from tests.faults.runs import Case, case_in, wait_for
 from tests.faults.test_faults import running
 from tests.faults.test_secrets import PLANTED, leaks
+from tests.served import ask
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -63,12 +62,8 @@ class Served:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask Prefect's API."""
-        data = None if body is None else json.dumps(body).encode()
         url = f"{self.entries()['prefect']['url']}/api/{path}"
-        login = base64.b64encode(PLANTED["PREFECT_SERVER_API_AUTH_STRING"].encode()).decode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
-        with urlopen(Request(url, data, headers), timeout=60) as answer:
-            return json.loads(answer.read())
+        return ask(url, body, PLANTED["PREFECT_SERVER_API_AUTH_STRING"])
 
     def begin(self, recipe: dict[str, Any]) -> str:
         """Start a flow run as a form does, and return its id."""

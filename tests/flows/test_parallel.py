@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -23,6 +22,7 @@ from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
 from tests.conftest import ROOT
 from tests.flows.trial_flow import trial
+from tests.served import ask
 from tests.tasks.test_record import elsewhere, runs
 
 ONE = Machine(device="cpu", threads=1)
@@ -56,6 +56,7 @@ def test_as_many_variants_run_at_once_as_there_are_devices(
 def test_a_variant_that_runs_beside_others_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     own = Machine(devices=4).one_of(4)
     assert (own.devices, own.threads) == (1, 4)
     assert Machine(threads=3).one_of(4).threads == 3
@@ -100,12 +101,6 @@ def test_two_comparisons_never_share_a_device(home: Path, capsys: pytest.Capture
         one.close()
         with ExitStack() as third:
             assert claimed(["0", "1", "2"], 3, third) == ["0", "1"]
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
-        return json.loads(answer.read())
 
 
 def states(server: str, above: Any) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Twenty flow runs queued at once on one worker: all complete, nothing is made twice, nothing stays running."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -19,6 +16,7 @@ from mlflow import MlflowClient
 
 from flows._servers import answers
 from tests.conftest import ROOT, _free_port
+from tests.served import ask
 
 RATES = [n * 1e-4 for n in range(1, 11)]
 TWICE = 2
@@ -46,20 +44,6 @@ def mlflow_server(home: Path) -> Iterator[str]:
     yield url
     os.killpg(process.pid, 15)
     process.wait(30)
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """Return an answer of Prefect's server; asked again, as its own client does, where it is too busy (503)."""
-    data = None if body is None else json.dumps(body).encode()
-    for attempt in range(10):
-        try:
-            with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=300) as answer:
-                return json.loads(answer.read())
-        except HTTPError as error:
-            if error.code != 503 or attempt == 9:
-                raise
-            time.sleep(2)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def queued(server: str, recipe: dict[str, Any]) -> list[str]:

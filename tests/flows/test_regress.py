@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -19,6 +18,7 @@ from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
 from flows._menu import menu
 from tests.conftest import ROOT, Run
+from tests.served import ask
 
 CPU = Machine(device="cpu", threads=1)
 FRESH = 5  # the seed after those of the baselines below
@@ -124,12 +124,6 @@ def test_the_nightly_deployment_guards_the_shipped_recipe() -> None:
     shipped = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml")
     assert Recipe.load(menu("recipe")[nightly["parameters"]["recipe"]]) == shipped
     assert [schedule["cron"] for schedule in nightly["schedules"]] == ["17 3 * * *"]
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
-        return json.loads(answer.read())
 
 
 @pytest.mark.slow

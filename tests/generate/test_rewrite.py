@@ -1,5 +1,6 @@
 """The base says responses in its own words where a check passes; the rest of the target stays as it is."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from cfsd.model.loading import load_tokenizer, read_start_token
 from cfsd.model.sample import Sample
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import read_rows, shard_path
-from tests.conftest import write_rows
+from tests.conftest import fetched, write_rows
+from tests.inputs import CHAT, save
 
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=8)
 LOOSE = RewriteSpec(answer="", lengths=12, seed=0)  # a random model ends its texts where it likes
@@ -85,6 +87,39 @@ def test_the_base_writes_after_the_request_and_the_rows_own_prompt(
         own = row["token_ids"][: row["supervised"].index(True)]
         assert number == row["row_id"] and own[0] != start
         assert prompt == [start, *tokenizer(text, add_special_tokens=False)["input_ids"], *own]
+
+
+def test_of_a_chat_the_request_is_a_user_turn_and_the_rewrite_the_assistants(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REQUEST", "{question} {answer}. again")
+    save(tmp_path / "chats", CHAT)
+    base, rows = fetched(store, tmp_path / "chats"), tmp_path / "rows.jsonl"
+    said = [("user", f"name {i} letters") for i in range(12)], [("assistant", f"abc{i}") for i in range(12)]
+    turns = [[{"role": role, "content": text} for role, text in chat] for chat in zip(*said, strict=True)]
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    target = store.make("target", "0" * 16, lambda draft: prepare(base, Target(path=str(rows), held_out=2), draft))[0]
+    asked: list[list[int]] = []
+
+    def answered(model: Any, given: Any, *_: Any, **__: Any) -> list[Sample]:
+        asked.extend(given.prompts)
+        text = [*tokenizer("own words", add_special_tokens=False)["input_ids"], end]
+        return [Sample([*prompt, *text], [0.0] * len(text), "eos", []) for prompt in given.prompts]
+
+    monkeypatch.setattr(module, "sample", answered)
+    tokenizer = load_tokenizer(store.path(base))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    made = store.make("target", "1" * 16, lambda draft: rewrite(base, target, LOOSE, draft, MACHINE))[0]
+    before, after = (read_rows(store.path(artifact), "train") for artifact in (target, made))
+    assert len(asked) == len(before) == 10
+    for old, new, prompt in zip(before, after, asked, strict=True):
+        first = old["supervised"].index(True)
+        question = tokenizer.decode(old["token_ids"][:first], skip_special_tokens=True)
+        assert "letters" in question and "abc" not in question
+        request = f"{question} {old['response']}. again"
+        assert tokenizer.decode(prompt) == f"<|turn|>user:{request}<|end|><|turn|>assistant:"
+        learned = [token for token, is_learned in zip(new["token_ids"], new["supervised"], strict=True) if is_learned]
+        assert tokenizer.decode(learned) == "own words<|end|>" and new["token_ids"][:first] == old["token_ids"][:first]
 
 
 def test_it_goes_on_after_a_kill_and_a_seed_decides(world: World) -> None:
