@@ -120,8 +120,10 @@ async def _check_echo(client: Client, model: ServedModel, prompt: Sequence[int],
         given = answer["choices"][0]["logprobs"]["token_logprobs"]
         is_whole = len(given) == len(prompt) + 1 and None not in given[1:]
         lacking = "" if is_whole else f"{len(given)} for {len(prompt)} tokens and one that it wrote"
-    except (BadInput, LookupError, TypeError) as error:
+    except (BadInput, ServerGone) as error:  # some servers answer with 500
         lacking = str(error)
+    except (LookupError, TypeError):
+        lacking = "its answer lists none of the prompt's tokens"
     if lacking:
         raise BadInput(
             f"the server {model.url} gives no log-probabilities of a prompt (echo), by which {', '.join(scored)} is "

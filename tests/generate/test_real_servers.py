@@ -188,7 +188,7 @@ def test_a_slightly_other_model_is_refused(world: World, real: Real) -> None:
 def test_likelihoods_behind_a_server_are_those_in_memory(world: World, real: Real, home: Path) -> None:
     url = str(real.machine.base_url)
     if real.apart == TOLERANCE:
-        with pytest.raises(BadInput, match="Only no echo is supported"):
+        with pytest.raises(BadInput, match=r"no log-probabilities of a prompt \(echo\), by which facts is scored"):
             find_served(url, [Benchmark(name="facts")], world.folder)
         return
     for benchmark in (Benchmark(name="facts", limit=LIMIT), Benchmark(name="technical_english", limit=2)):
