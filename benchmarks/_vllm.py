@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ def environment(cache_gb: int = 6) -> dict[str, str]:
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path, *, port: int = 8010, cache_gb: int = 2) -> Iterator[str]:
+def vllm_server(
+    model: Path, log: Path, *, port: int = 8010, cache_gb: int = 2, more: Sequence[str] = ()
+) -> Iterator[str]:
     """Serve the transformers folder `model` in float32 and give the base URL, ending in /v1; `log` gets its output.
 
+    `more` are further words of vLLM's command line.
     A server that CFSD_VLLM_URL names is taken as it is, and left running.
 
     Raises:
@@ -63,7 +66,7 @@ def vllm_server(model: Path, log: Path, *, port: int = 8010, cache_gb: int = 2) 
         raise SystemExit(UNMEASURED)
     command = [
         str(python.with_name("vllm")), "serve", str(model), "--dtype", "float32", "--host", "127.0.0.1",
-        "--port", str(port), "--max-model-len", str(LENGTH), "--max-logprobs", str(LIKELIEST), "--enforce-eager",
+        "--port", str(port), "--max-model-len", str(LENGTH), "--max-logprobs", str(LIKELIEST), "--enforce-eager", *more,
     ]  # fmt: skip
     with log.open("w") as written:
         process = subprocess.Popen(

@@ -23,6 +23,7 @@ COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
 MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")  # of a container
 THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
+SERVED = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 STATUS = Path("/proc/self/status")  # of a process on Linux
 elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)  # a plan may be for GPUs that are not here
 
@@ -233,6 +234,12 @@ def server_url(value: str) -> str:
             f"environment variable {KEY_VARIABLE}"
         )
     return value.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def served_at(model: str) -> tuple[str | None, str] | None:
+    """Return the name and the URL of a model behind a server, NAME@URL or URL, as they are; None for another model."""
+    found = SERVED.fullmatch(model)
+    return (found["name"], found["url"]) if found else None
 
 
 def without_password(url: str) -> str:

@@ -21,17 +21,23 @@ from tasks import record
 from tasks.logs import check_logs, keep_logs, scores_of_logs
 
 CPU = Machine(device="cpu")  # nothing is computed
+NO_DIVERGENCE = "Divergences (probe_kl, chat_kl) need the weights of both models and were not measured."
 
 
 @flow(name="measure-logs")
-def measure_logs(base: str, tuned: str, evaluate: EvaluateSpec = EvaluateSpec()) -> Result:  # noqa: B008
-    """Report what one model lost against another, from the folders of their logs."""
+def measure_logs(
+    base: str,
+    tuned: str,
+    evaluate: EvaluateSpec = EvaluateSpec(),  # noqa: B008
+    said: tuple[str, ...] = (),
+) -> Result:
+    """Report what one model lost against another, from the folders of their logs; `said` is told with the figures."""
     before, after = models_of(base, tuned, evaluate)
     remarks = [line for known in check_logs(before, after) for line in _remarks(known)]
     name = f"measure {after.name} against {before.name}"
     call_flow_run(name, [f"model:{after.name}", f"base:{before.name}"])
     with record.variant(name) as variant:
-        notes = [*before.said, *after.said, *_unlike(before, after), *remarks]
+        notes = [NO_DIVERGENCE, *said, *before.said, *after.said, *_unlike(before, after), *remarks]
         for note in notes:
             record.say(note)
         roles = {"base": keep_logs(before, "base", CPU), "final": keep_logs(after, "tuned", CPU)}

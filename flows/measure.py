@@ -4,12 +4,15 @@ python -m flows.measure BASE TUNED --benchmark facts --target rows.jsonl
 
 python -m flows.measure --samples BASE_LOGS TUNED_LOGS
 
+python -m flows.measure BASE@http://host:8000/v1 TUNED@http://host:8000/v1 --benchmark facts --tokenizer FOLDER
+
 TUNED may be the folder of an adapter, which is merged into BASE first. With --samples both are folders of lm-eval's
-logs, and no model is needed. Exit codes with --margin: 0 nothing lost more, 1 something did, 3 cannot tell.
+logs, and no model is needed; NAME@URL is a model behind an OpenAI-compatible server, and no weights are needed.
+Exit codes with --margin: 0 nothing lost more, 1 something did, 3 cannot tell.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +24,7 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable
 from cfsd.generate.spec import ProbeSpec, check_context
-from cfsd.machine import Machine
+from cfsd.machine import Machine, served_at
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.overrides import override, parse_overrides, validated
@@ -32,6 +35,7 @@ from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
 from flows._named import call_flow_run
 from flows._plan import planned
+from flows._served import measure_served
 from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.adapter import merge_adapter
@@ -43,6 +47,7 @@ from tasks.report import judge_margin
 from tasks.target import prepare_target
 
 MOST_POINTS = 100
+NO_WEIGHTS = "of a model behind a server the weights are not here"
 EXITS = {"pass": 0, "fail": 1, "cannot tell": 3}
 
 
@@ -96,11 +101,15 @@ def _merged(base: Checkpoint, fetched: Artifact, adapter: Adapter, machine: Mach
 
 def measure_command(
     base: Annotated[
-        str, typer.Argument(help="Model before: folder, org/name@commit, smollm2 or tiny; with --samples its logs")
+        str,
+        typer.Argument(
+            help="Model before: folder, org/name@commit, smollm2, tiny, or NAME@http://host:8000/v1 behind a server; "
+            "with --samples its logs"
+        ),
     ],
     tuned: Annotated[
         str,
-        typer.Argument(help="Model after, or the folder of an adapter, which is merged into BASE; with --samples logs"),
+        typer.Argument(help="Model after; or the folder of an adapter, which is merged into BASE; with --samples logs"),
     ],
     samples: Annotated[
         bool,
@@ -124,6 +133,9 @@ def measure_command(
     set_: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
     ] = [],  # noqa: B006
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Of models behind a server: the folder of the tokenizer that both have")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="With --samples: say what would be compared, and stop")] = False,
     margin: Annotated[
         float | None,
@@ -138,15 +150,21 @@ def measure_command(
     """Say what TUNED lost against BASE: divergence on the base's own text, benchmarks, loss on target rows."""
     if margin is not None and not 0 <= margin < MOST_POINTS:
         raise BadInput(f"--margin {margin:g} is not possible; give the points that may be lost, from 0 to below 100")
+    of_weights = {"--target": target, "--prompts": prompts}
     if samples:
-        refused = {"--benchmarks": benchmarks, "--target": target, "--prompts": prompts, "--machine": machine}
-        result = _measured_logs((base, tuned), benchmark, set_, [n for n, given in refused.items() if given], plan=plan)
-        _show(result, margin)
+        refused = {"--benchmarks": benchmarks, "--machine": machine, "--tokenizer": tokenizer} | of_weights
+        _check_used(refused, "with --samples there are logs and no models")
+        _show(_measured_logs((base, tuned), benchmark, set_, plan=plan), margin)
         return
     if plan:
         raise BadInput("--plan is for --samples; without it `--set` and the models are checked before anything runs")
     named = [*benchmark, *(_benchmarks_in(benchmarks) if benchmarks else ())]
     on = machine_of(machine)
+    if served_at(base) or served_at(tuned):
+        _check_used(of_weights, NO_WEIGHTS)
+        _show(measure_served((base, tuned), _evaluated(named, set_, NO_WEIGHTS), on, tokenizer), margin)
+        return
+    _check_used({"--tokenizer": tokenizer}, "the tokenizer of a model that is not behind a server is its own")
     asked = asked_of((base, tuned), named, str(target) if target else None, prompts, set_)
     asked.check(on)
     with prefect_server():
@@ -167,24 +185,33 @@ def _show(result: Result | None, margin: float | None) -> None:
         sys.exit(EXITS[outcome])
 
 
-def _measured_logs(
-    folders: tuple[str, str], benchmarks: list[str], changes: list[str], refused: list[str], *, plan: bool
-) -> Result | None:
+def _measured_logs(folders: tuple[str, str], benchmarks: list[str], changes: list[str], *, plan: bool) -> Result | None:
     """Compare two folders of logs, or say what would be compared and return None."""
-    asked = asked_of(("tiny", "tiny"), benchmarks, None, (), changes)  # models that are not looked at
+    evaluate = _evaluated(benchmarks, changes, "with --samples there are logs and no models")
+    if plan:
+        print_plan(*folders, evaluate)
+        return None
+    check_logs(*models_of(*folders, evaluate))
+    with prefect_server():
+        return measure_logs(*folders, evaluate)
+
+
+def _evaluated(benchmarks: Sequence[Any], changes: list[str], why: str) -> EvaluateSpec:
+    """Return which benchmarks are compared. Raises BadInput, with `why`, for settings of anything else."""
+    evaluate = asked_of(("tiny", "tiny"), benchmarks, None, (), changes).evaluate  # models that are not looked at
     others = {change.partition(".")[0] for change in changes} - {"evaluate"}
-    others |= set(asked.evaluate.model_fields_set) - {"benchmarks"}
-    if unused := [*refused, *(f"--set {name}" for name in sorted(others))]:
+    others |= set(evaluate.model_fields_set) - {"benchmarks"}
+    _check_used({f"--set {name}": True for name in sorted(others)}, why)
+    return evaluate
+
+
+def _check_used(given: Mapping[str, Any], why: str) -> None:
+    """Raise BadInput for options that would do nothing."""
+    if unused := [name for name, value in given.items() if value]:
         raise BadInput(
-            f"{', '.join(unused)}: with --samples there are logs and no models, so it has no effect; leave it out "
+            f"{', '.join(unused)}: {why}, so it has no effect; leave it out "
             "(--benchmark, or --set evaluate.benchmarks=[{name: …, metric: …, chance: …}], works)"
         )
-    if plan:
-        print_plan(*folders, asked.evaluate)
-        return None
-    check_logs(*models_of(*folders, asked.evaluate))
-    with prefect_server():
-        return measure_logs(*folders, asked.evaluate)
 
 
 class Asked(NamedTuple):

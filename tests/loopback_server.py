@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GOOD = 200
+MOST_STOPS = 4  # as in vLLM
 _laws: dict[PreTrainedModel, dict[tuple[int, ...], torch.Tensor]] = {}  # tests ask for the same beginnings
 
 
@@ -28,8 +29,11 @@ class Manners:
     scale_logprobs: bool = False  # report them after temperature
     strings: bool = False  # give pieces of text, no ids
     text_prompts: bool = False  # refuse ids as prompts
+    chat: bool = True
     extra_start: bool = False  # put a start token before every prompt
     list_end: bool = True
+    count_end: bool = False  # although it is not listed
+    hidden: tuple[int, ...] = ()  # sampled and counted, never listed
     own_stops: tuple[int, ...] = ()  # stop there too, whatever is asked for
     echo: bool = True
     context: int = 10_000
@@ -82,17 +86,29 @@ class Loopback:
         ids = body["prompt"]
         if isinstance(ids, str):
             ids = self.tokenizer.encode(ids, add_special_tokens=False)
+        elif isinstance(ids[0], list):  # a batch of one
+            (ids,) = ids
         return [0, *ids] if self.manners.extra_start else list(ids)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a conversation, whose template is its texts as they are."""
+        prompt = "".join(message["content"] for message in body["messages"])
+        answer = self.complete({**body, "prompt": prompt})
+        (choice,) = answer["choices"]
+        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": choice["text"]}}]}
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request that is in order."""
         prompt = self.prompt(body)
         sampled: list[int] = []
-        shown: list[tuple[int, float, dict[int, float]]] = []
-        generator = torch.Generator().manual_seed(body["seed"])
-        finish = "length"
-        for t in range(1, len(prompt)) if body.get("echo") else ():
-            shown.append((prompt[t], *self._seen(self.logits(prompt[:t]), prompt[t], body)))
+        shown: list[tuple[int, float | None, dict[int, float] | None]] = []
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        finish, ends = "length", body.get("stop") or []
+        if body.get("echo"):
+            with torch.inference_mode():
+                along = self.model(torch.tensor([prompt]), use_cache=False).logits[0].float()
+            seen = (self._seen(logits, token, body) for logits, token in zip(along, prompt[1:], strict=False))
+            shown = [(prompt[0], None, None), *((token, *of) for token, of in zip(prompt[1:], seen, strict=True))]
         for step in range(min(body["max_tokens"], self.manners.context - len(prompt))):
             logits = self.logits([*prompt, *sampled])
             token = self._draw(logits, body, generator, step)
@@ -101,8 +117,11 @@ class Loopback:
             if token in {*self.manners.own_stops, *self._stops(body)}:
                 finish = "stop"
                 break
+            if any(end in self.text(sampled) for end in ends):
+                break
         if finish == "stop" and not self.manners.list_end:
             shown.pop()
+        shown = [entry for entry in shown if entry[0] not in self.manners.hidden]
         return self._answer(prompt, sampled, shown, finish, body)
 
     def _stops(self, body: dict[str, Any]) -> list[int]:
@@ -113,7 +132,10 @@ class Loopback:
         for token, bias in (body.get("logit_bias") or {}).items():
             logits = logits.clone()
             logits[int(token)] += bias
-        temperature, top_k = self.manners.temperature or body["temperature"], self.manners.top_k or body["top_k"]
+        temperature = self.manners.temperature or body.get("temperature", 1)
+        top_k = self.manners.top_k or body.get("top_k", -1)
+        if not temperature:
+            return int(logits.argmax())
         logits = logits / temperature
         if step < body.get("min_tokens", 0):
             logits = logits.clone()
@@ -137,16 +159,18 @@ class Loopback:
             return self.text([token]) if self.manners.strings else f"token_id:{token}"
 
         text = self.text(sampled[:-1] if finish == "stop" else sampled)
+        for end in body.get("stop") or []:
+            text = text.partition(end)[0]
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": finish}
         if not self.manners.no_logprobs and "logprobs" in body:
             choice["logprobs"] = {
                 "tokens": [name(token) for token, _, _ in shown],
                 "token_logprobs": [logprob for _, logprob, _ in shown],
-                "top_logprobs": [{name(token): value for token, value in top.items()} for *_, top in shown],
+                "top_logprobs": [top and {name(token): value for token, value in top.items()} for *_, top in shown],
             }
         if not self.manners.strings:
             choice |= {"token_ids": [token for token, _, _ in shown], "prompt_token_ids": prompt}
-        counted = len(sampled) - (finish == "stop" and not self.manners.list_end)
+        counted = len(sampled) - (finish == "stop" and not (self.manners.list_end or self.manners.count_end))
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": counted}}
 
 
@@ -160,7 +184,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         loop = self.server.loop
-        self._send(GOOD, {"data": [{"id": name, "owned_by": loop.manners.owned_by} for name in loop.manners.models]})
+        if self.path != "/v1/models":
+            return self._send(404, {"error": {"message": "Not Found"}})
+        known = {"owned_by": loop.manners.owned_by, "max_model_len": loop.manners.context}
+        self._send(GOOD, {"data": [{"id": name, **known} for name in loop.manners.models]})
 
     def do_POST(self) -> None:
         loop, manners = self.server.loop, self.server.loop.manners
@@ -174,12 +201,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             complaint = manners.complaint.format(key=self.headers.get("Authorization"))
-            self._send(status, loop.complete(body) if status == GOOD else {"error": {"message": complaint}})
+            answer = loop.chat if self.path == "/v1/chat/completions" else loop.complete
+            self._send(status, answer(body) if status == GOOD else {"error": {"message": complaint}})
         finally:
             loop.leave()
 
     def _judged(self, body: dict[str, Any]) -> int:
         manners = self.server.loop.manners
+        if len(body.get("stop") or []) > MOST_STOPS:
+            manners.complaint = "stop: List should have at most 4 items"
+            return 400
+        if "messages" in body:
+            return GOOD if manners.chat else 404
         if manners.text_prompts and not isinstance(body["prompt"], str):
             manners.complaint = "prompt: Input should be a valid string"
             return 422

@@ -100,7 +100,7 @@ def _reasoning(texts: pa.StringArray) -> Counter[str]:
 
 
 def _notes(folder: Path) -> dict[str, JsonValue]:
-    """Return in how many parts shards were sampled for want of memory, and how many rows of a server were dropped."""
+    """Return how many parts shards were sampled in for want of memory, and the rows of a server that were dropped."""
     halved: dict[str, JsonValue] = {}
     dropped = Counter[str]()
     for path in shards(folder, "corpus"):
@@ -108,5 +108,6 @@ def _notes(folder: Path) -> dict[str, JsonValue]:
         if HALVED in notes:
             halved[path.stem.rsplit("-", 1)[1]] = int(notes[HALVED])
         dropped.update(json.loads(notes.get(DROPPED, b"{}")))
-    noted: dict[str, JsonValue] = {"halved_shards": halved, "dropped_rows": dict(dropped)}
+    lost = f"{dropped.total()} rows were dropped, which the server did not give whole" if dropped else ""
+    noted: dict[str, JsonValue] = {"halved_shards": halved, "dropped_rows": dict(dropped), "approximate": lost}
     return {name: counts for name, counts in noted.items() if counts}

@@ -52,8 +52,7 @@ def check_engine(job: ShardJob) -> dict[str, JsonValue]:
     model = load_for_measuring(Store(job.home), job.base, job.machine.resolved_device())
     wanted = ServerSampling(job.machine, _listed(job.spec), base.eos_ids, base.tokenizer)
     metadata = check_server(wanted, model, base.start)
-    metadata |= {"said": [SCORED_HERE]} if job.spec.stored_tail() else {}
-    return metadata | ({} if metadata["ids"] == "exact" else {"approximate": "ids reconstructed"})
+    return metadata | ({"said": [SCORED_HERE]} if job.spec.stored_tail() else {})
 
 
 def _listed(spec: GenerateSpec) -> GenerateSpec:

@@ -11,15 +11,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.stats import chisquare
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput, Crashed
 from cfsd.generate.server import client
 from cfsd.generate.server.check import check_server
 from cfsd.generate.server.client import ServerGone
-from cfsd.generate.server.protocol import Answer, Pieces, ServerSampling
-from cfsd.generate.server.sampler import sample_from_server, served_by
+from cfsd.generate.server.protocol import ServerSampling
+from cfsd.generate.server.sampler import sample_from_server
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model, load_tokenizer
@@ -130,8 +129,8 @@ def test_log_probabilities_are_the_models_own_under_a_biased_settings(world: Wor
 
 
 def test_no_parameter_of_the_law_is_left_to_the_servers_defaults(world: World, serve: Serve) -> None:
-    for owned_by, off in {"vllm": -1, "sglang": -1, "llamacpp": 0, "me": 0}.items():
-        server = serve(owned_by=owned_by, text_prompts=owned_by == "me")
+    for owned_by, off in {"vllm": -1, "sglang": -1, "llamacpp": 0}.items():
+        server = serve(owned_by=owned_by)
         samples(world, to(server), 3)
         for body in server.requests:
             neutral = {"temperature": 1, "top_p": 1, "top_k": off, "min_p": 0, "n": 1}
@@ -229,36 +228,15 @@ def test_one_model_is_served_or_one_is_named(world: World, serve: Serve) -> None
     assert server.requests[-1]["model"] == "tiny-lora"
 
 
-def test_prompts_go_as_text_where_ids_are_refused(world: World, serve: Serve) -> None:
-    server = serve(text_prompts=True)
-    assert_exact(world, samples(world, to(server), 24))
-    assert server.requests[-1]["prompt"] == "<bos>"
-
-
 def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serve) -> None:
-    for strings in (False, True):
-        with pytest.raises(BadInput, match=r"where \[0\] was sent \(1 in all\)"):
-            rows(world, to(serve(extra_start=True, strings=strings)), 1)
+    with pytest.raises(BadInput, match=r"where \[0\] was sent \(1 in all\)"):
+        rows(world, to(serve(extra_start=True)), 1)
 
 
-@pytest.mark.parametrize("manners", [{}, {"list_end": False}, {"list_end": False, "text_prompts": True}])
-def test_strings_that_are_one_token_each_give_the_ids_back(world: World, serve: Serve, manners: dict[str, Any]) -> None:
-    expected = samples(world, to(serve(owned_by="other")), 40)
-    machine = to(serve(owned_by="other", strings=True, **manners))
-    for exact, sampled in zip(expected, rows(world, machine, 40), strict=True):
-        if isinstance(sampled, str):
-            assert sampled == "the text ends at once, and the server does not list its end"
-            assert exact.token_ids == [START, END]
-        else:
-            assert sampled.token_ids == exact.token_ids
-            assert sampled.logprobs[1:] == pytest.approx(exact.logprobs[1:], abs=1e-4)
-    served = served_by(ServerSampling(machine, GenerateSpec(), (END,), world.tokenizer), [START])
-    assert served.metadata()["ids"] == "approximate: ids reconstructed"
-
-
-def test_an_end_that_is_neither_listed_nor_echoed_is_refused(world: World, serve: Serve) -> None:
-    with pytest.raises(BadInput, match="the probability of the end is unknown"):
-        rows(world, to(serve(owned_by="other", list_end=False, echo=False)), 40)
+@pytest.mark.parametrize("counted", [False, True])
+def test_an_end_that_is_not_listed_is_refused(world: World, serve: Serve, counted: bool) -> None:
+    with pytest.raises(BadInput, match="does not list the token that ends a text"):
+        rows(world, to(serve(owned_by="other", list_end=False, count_end=counted)), 40)
 
 
 def test_a_row_goes_on_where_a_server_stops_at_a_token_that_ends_nothing(world: World, serve: Serve) -> None:
@@ -267,29 +245,15 @@ def test_a_row_goes_on_where_a_server_stops_at_a_token_that_ends_nothing(world: 
     assert any(START in s.token_ids[1:-1] for s in sampled)
 
 
-def test_a_stop_that_may_have_been_another_token_is_sampled_and_counted(world: World, serve: Serve) -> None:
-    sampled = rows(world, to(serve(owned_by="other", strings=True, list_end=False, own_stops=(START,))), 60)
-    reasons = {row for row in sampled if isinstance(row, str)}
-    assert "the server stopped at <bos>, which ends no text of this model" in reasons
-    assert_exact(world, [row for row in sampled if isinstance(row, Sample)])
-
-
-def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
-    raw = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"])})
-    )
-    raw.decoder = decoders.ByteLevel()
-    pieces = Pieces(PreTrainedTokenizerFast(tokenizer_object=raw))
-
-    def ids(text: str, *names: str) -> list[int] | str:
-        answer = Answer(None, list(names), [-1.0] * len(names), [], text, False, len(names), 1, None)
-        return pieces.ids(answer, [], [])
-
-    vocabulary = raw.get_vocab()
-    assert ids("ab b", "ab", " ", "b") == [vocabulary["ab"], vocabulary["Ġ"], vocabulary["b"]]
-    assert ids("é", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}") == "a piece is not exactly one token"
-    assert ids("é", "", "") == "a piece is not exactly one token"
-    assert ids("abé", "a", "b") == "the tokens do not spell the text"
+def test_rows_with_tokens_that_are_not_listed_are_dropped_and_the_check_counts_them(world: World, serve: Serve) -> None:
+    hidden = world.tokenizer.convert_tokens_to_ids(list("ab"))
+    machine = to(serve(owned_by="llamacpp", hidden=tuple(hidden)))
+    whole = rows(world, to(serve(owned_by="llamacpp")), 40)
+    for row, sampled in zip(whole, rows(world, machine, 40), strict=True):
+        assert isinstance(row, Sample)
+        assert sampled == ("the server did not list all tokens" if set(hidden) & set(row.token_ids) else row)
+    with pytest.raises(BadInput, match=r"first tokens .* do not follow"):  # neither of the two is half a character
+        check(world, machine)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +262,8 @@ def test_doubtful_strings_are_dropped_with_a_reason(world: World) -> None:
         ({"context": 6}, {}, "cut a row after 5 of 8 tokens"),
         ({"no_logprobs": True}, {}, "gives no log-probabilities"),
         ({}, {"top_logprobs": 25}, "--max-logprobs"),
-        ({"strings": True}, {"top_logprobs": 2}, "names tokens by their text"),
+        ({"strings": True}, {}, "names tokens by their text, .* use a server that takes and gives token ids: vLLM"),
+        ({"text_prompts": True}, {}, "should be a valid string; use a server that takes and gives token ids: vLLM"),
         ({}, {"fill": True}, "use the torch engine"),
     ],
 )
@@ -315,12 +280,6 @@ def test_the_start_check_passes_the_recipes_own(world: World, serve: Serve, sett
     assert metadata["first_token_p_value"] > SIGNIFICANCE
     assert metadata["logprob_difference_max"] < 1e-4
     assert (metadata["ids"], metadata["checked_rows_dropped"]) == ("exact", 0)
-
-
-def test_the_start_check_passes_a_server_of_strings_and_says_so(world: World, serve: Serve) -> None:
-    metadata = check(world, to(serve(owned_by="other", strings=True, list_end=False)))
-    assert metadata["first_token_p_value"] > SIGNIFICANCE
-    assert metadata["ids"] == "approximate: ids reconstructed"
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,22 @@ def test_a_server_fills_the_same_table_and_one_that_dies_costs_unfinished_shards
     assert "pass once through the base here" in metadata["said"][0]
 
 
+def test_a_corpus_of_which_a_server_did_not_give_all_rows_whole_says_so(store: Store, base: Artifact) -> None:
+    model, tokenizer = load_model(store.path(base), "cpu").eval(), load_tokenizer(store.path(base))
+    with torch.inference_mode():
+        first = model(torch.tensor([[0]])).logits[0, -1].softmax(-1)
+    hidden = int((first - 0.01).abs().argmin())  # rare enough for the start check
+    with serving(model, tokenizer, Manners(owned_by="llamacpp", hidden=(hidden,))) as server:
+        machine = Machine(device="cpu", engine="server", base_url=server.url, in_flight=4)
+        spec = GenerateSpec(rows=64, length=10, seed=0)
+        corpus = store.make("corpus", "f" * 16, lambda draft: generate(base, None, spec, draft, machine))[0]
+    metadata: Any = corpus.metadata
+    dropped = metadata["dropped_rows"]["the server did not list all tokens"]
+    assert 0 < dropped == 64 - metadata["rows"]
+    assert metadata["approximate"] == f"{dropped} rows were dropped, which the server did not give whole"
+    assert not any(hidden in row["token_ids"] for row in read_rows(store.path(corpus), "corpus"))
+
+
 def test_a_chat_template_that_leaves_no_room_is_refused(store: Store, tmp_path: Path, model_folder: Path) -> None:
     chat = tmp_path / "chat"
     shutil.copytree(model_folder, chat)

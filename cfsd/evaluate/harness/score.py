@@ -87,7 +87,7 @@ def score(
         NotFinite if a log-likelihood or a document's value is NaN or infinite; OutOfMemory.
     """
     with loaded(benchmark, model.device) as (task, warnings), mode_kept(model):
-        lm = BatchedModel(pretrained=model, tokenizer=_own(tokenizer, benchmark), batch_size="auto")
+        lm = BatchedModel(pretrained=model, tokenizer=own_tokenizer(tokenizer, benchmark), batch_size="auto")
         lm.prepare(benchmark, task, Batches(max_tokens), on_progress)
         checked = CheckedTask(benchmark, task)
         results = evaluate(
@@ -104,7 +104,7 @@ def score(
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
 
 
-def _own(tokenizer: Any, benchmark: Benchmark) -> Any:
+def own_tokenizer(tokenizer: Any, benchmark: Benchmark) -> Any:
     """Return a tokenizer that may be changed in place: HFLM adds a padding token where there is none."""
     if tokenizer.pad_token_id is not None and not benchmark.is_chat():
         return tokenizer

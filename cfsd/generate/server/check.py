@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
-from cfsd.generate.server.protocol import Pieces, ServerSampling, special_tokens
+from cfsd.generate.server.capabilities import WITH_IDS
+from cfsd.generate.server.protocol import ServerSampling, text_of
 from cfsd.generate.server.sampler import sample_from_server, served_by
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.token_choice import sampled_probs
@@ -19,6 +20,7 @@ from cfsd.model.distribution import distribution_of
 from cfsd.model.sample import Sample
 from cfsd.statistics.sample_tests import counts_p
 
+HALF = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is a part of a character
 STREAM = "server check"  # rows of no corpus and no probe
 FIRST_TOKENS = 512
 ROWS, ROW_LENGTH = 8, 32
@@ -49,14 +51,14 @@ def check_server(wanted: ServerSampling, model: PreTrainedModel, start: int) -> 
     dropped = [row for row in texts if isinstance(row, str)]
     if len(rows) < ROWS // 2:
         raise BadInput(
-            f"of {len(texts)} rows of the server {wanted.machine.base_url} only {len(rows)} could be used (the "
-            f"first: {dropped[0]}); use a server that gives token ids (vLLM, SGLang, llama-server)"
+            f"of {len(texts)} rows of the server {wanted.machine.base_url} only {len(rows)} could be used (the first: "
+            f"{dropped[0]}); {WITH_IDS}"
         )
     differences = _differences(model, rows, wanted)
     first = _FirstTokens(
         model(torch.tensor([[start]], device=model.device)).logits[0, -1].float().cpu(),
         sampled(range(FIRST_TOKENS), 1),
-        sorted(Pieces(wanted.tokenizer).vague | special_tokens(wanted.tokenizer) | set(wanted.eos_ids)),
+        [token for token in range(len(wanted.tokenizer)) if HALF in text_of(wanted.tokenizer, [token])],
     )
     if (p := first.p_value(spec, wanted.eos_ids)) < SIGNIFICANCE:
         raise BadInput(_other_distribution(first, wanted, p))
@@ -75,19 +77,19 @@ class _FirstTokens(NamedTuple):
 
     logits_V: Tensor
     rows: list[Sample | str]
-    vague: list[int]  # strings do not distinguish these tokens, so they are counted together
+    halves: list[int]  # parts of a character, which llama.cpp lists not alone: dropped rows count as one of them
 
     def p_value(self, spec: GenerateSpec, eos_ids: Sequence[int]) -> float:
         """Return the p-value of the tokens under `spec`."""
         barred_B = torch.tensor([spec.min_length > 0])
         probs_V = sampled_probs(distribution_of(self.logits_V[None]), spec, eos_ids, barred_B)[0].double().numpy()
-        tokens = [row.token_ids[1] if isinstance(row, Sample) else self.vague[0] for row in self.rows]
+        tokens = [row.token_ids[1] for row in self.rows if isinstance(row, Sample)]
         seen_V = np.bincount(tokens, minlength=len(probs_V)).astype(float)
-        expected_V = probs_V / probs_V.sum() * len(tokens)
-        return counts_p(self._merged(seen_V), self._merged(expected_V))
+        expected_V = probs_V / probs_V.sum() * len(self.rows)
+        return counts_p(self._merged(seen_V, len(self.rows) - len(tokens)), self._merged(expected_V))
 
-    def _merged(self, counts_V: NDArray[Any]) -> NDArray[Any]:
-        return np.append(np.delete(counts_V, self.vague), counts_V[self.vague].sum())
+    def _merged(self, counts_V: NDArray[Any], dropped: int = 0) -> NDArray[Any]:
+        return np.append(np.delete(counts_V, self.halves), counts_V[self.halves].sum() + dropped)
 
 
 def _differences(model: PreTrainedModel, rows: list[Sample], wanted: ServerSampling) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from cfsd.machine import KEY_VARIABLE, Machine
 
 TOO_MANY, BROKEN = 429, 500
 ATTEMPTS = 7
+KEPT = "finished shards are kept: start the server and run the same command again"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between attempts, doubled each time; the longest binds the server, too
 SECONDS = httpx.Timeout(600.0, connect=10.0)  # for one answer, its time in the server's queue included
 
@@ -38,9 +39,9 @@ class Client:
     A pool of 16 connections looks at all of them at every request, which doubled the time of short requests.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        """Prepare; nothing is sent yet."""
-        self.base_url = machine.base_url or ""
+    def __init__(self, machine: Machine, attempts: int = ATTEMPTS, remedy: str = KEPT) -> None:
+        """Prepare; nothing is sent yet. After `attempts` without an answer the error ends with `remedy`."""
+        self.base_url, self.attempts, self.remedy = machine.base_url or "", attempts, remedy
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
         self.http = httpx.AsyncClient(
             base_url=self.base_url,
@@ -60,7 +61,7 @@ class Client:
 
     async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON of an answer. Raises Refused (what it will not do) or ServerGone (no answer)."""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self.attempts):
             wanted = None
             try:
                 response = await self.http.request(method, path, json=body)
@@ -73,11 +74,11 @@ class Client:
                 if response.status_code < BROKEN and response.status_code != TOO_MANY:
                     raise Refused(f"the server {self.base_url} refused {method} {path}, {problem}")
                 wanted = response.headers.get("Retry-After")
-            if attempt + 1 < ATTEMPTS:
+            if attempt + 1 < self.attempts:
                 await asyncio.sleep(_seconds(attempt, wanted))
         raise ServerGone(
-            f"the server {self.base_url} gave no answer to {method} {path} in {ATTEMPTS} attempts (the "
-            f"last: {problem}); finished shards are kept: start the server and run the same command again"
+            f"the server {self.base_url} gave no answer to {method} {path} in {self.attempts} attempts (the last: "
+            f"{problem}); {self.remedy}"
         )
 
     def _message(self, response: httpx.Response) -> str:

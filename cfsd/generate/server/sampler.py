@@ -2,26 +2,13 @@
 
 import asyncio
 import hashlib
-import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from cfsd.errors import BadInput
-from cfsd.generate.server.capabilities import check_prompt, find_out
-from cfsd.generate.server.client import Client, Refused
-from cfsd.generate.server.protocol import (
-    Answer,
-    Pieces,
-    Served,
-    ServerSampling,
-    end_logprob,
-    request,
-    special_tokens,
-    text_of,
-    tokens_of,
-    top_of,
-)
+from cfsd.generate.server.capabilities import WITH_IDS, check_prompt, find_out
+from cfsd.generate.server.client import Client
+from cfsd.generate.server.protocol import Answer, Served, ServerSampling, request, special_tokens, tokens_of, top_of
 from cfsd.model.sample import Sample
 from cfsd.spec import seed_of
 
@@ -46,12 +33,11 @@ async def _sample(
     wanted: ServerSampling, prompts: Sequence[Sequence[int]], rows: Sequence[int], on_done: Callable[[int], object]
 ) -> list[Sample | str]:
     served = await _served_by(wanted, prompts[0])
-    pieces = Pieces(wanted.tokenizer) if served.ids == "reconstructed" else None
     waiting, samples = iter(zip(prompts, rows, strict=True)), dict[int, Sample | str]()
 
     async def work() -> None:
         async with aclosing(Client(wanted.machine)) as client:
-            sampler = _Sampler(client, served, wanted, pieces)
+            sampler = _Sampler(client, served, wanted)
             for prompt, row in waiting:
                 samples[row] = await sampler.sample(prompt, row)
                 on_done(len(samples))
@@ -84,10 +70,10 @@ def row_seed(wanted: ServerSampling, number: int, part: object) -> int:
 class _Sampler:
     """Writes one row after the other over one connection."""
 
-    def __init__(self, client: Client, served: Served, wanted: ServerSampling, pieces: Pieces | None) -> None:
-        self.client, self.served, self.wanted, self.pieces = client, served, wanted, pieces
-        self.spec, self.eos_ids, self.tokenizer = wanted.spec, list(wanted.eos_ids), wanted.tokenizer
-        self.special = special_tokens(self.tokenizer)
+    def __init__(self, client: Client, served: Served, wanted: ServerSampling) -> None:
+        self.client, self.served, self.wanted = client, served, wanted
+        self.spec, self.eos_ids = wanted.spec, list(wanted.eos_ids)
+        self.ends = special_tokens(wanted.tokenizer) | set(wanted.eos_ids)  # at others no server stops by itself
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
         """Return row `number`, or why it must be dropped."""
@@ -99,7 +85,8 @@ class _Sampler:
             body = request(self.served, self.wanted, row.token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
             answer = await self.client.complete(body)
             check_prompt(answer, row.token_ids, self.client.base_url)
-            tokens = tokens_of(answer, self.pieces, row.token_ids, self.eos_ids)
+            self._check_end(answer)
+            tokens = tokens_of(answer)
             if isinstance(tokens, str):
                 return tokens
             end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
@@ -110,51 +97,22 @@ class _Sampler:
             if end < min(len(tokens), room):
                 row = row._replace(finish_reason="eos")
                 break
-            if len(tokens) < room:
-                if not answer.stopped:
-                    raise BadInput(
-                        f"the server {self.client.base_url} cut a row after {len(tokens)} of {room} tokens; start it "
-                        "with a context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: "
-                        "-c or --n_ctx)"
-                    )
-                if not (self.served.prompts == "ids" and tokens and tokens[-1] in self.special):
-                    return await self._with_end(row, len(prompt), answer, number)
+            if len(tokens) < room and not answer.stopped:
+                raise BadInput(
+                    f"the server {self.client.base_url} cut a row after {len(tokens)} of {room} tokens; start it "
+                    "with a context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: "
+                    "-c or --n_ctx)"
+                )
             part += 1  # the server stopped at a token that ends nothing here: go on from it
         k = self.spec.top_logprobs
         return row._replace(top=top_of(len(prompt), tops, k) if k else None)
 
-    async def _with_end(self, row: Sample, prompt_length: int, answer: Answer, number: int) -> Sample | str:
-        """Return the row with the end that the server did not list, its log-probability taken from an echo.
-
-        Where the server stops at several tokens, one of them is sampled by their probabilities.
-        """
-        if not answer.pieces:
-            return "the text ends at once, and the server does not list its end"
-        if self.spec.top_logprobs:
-            raise BadInput("the server does not list the token that ends a text: set generate.top_logprobs to 0")
-        logprobs = {}
-        for stop in self.served.stops or self.eos_ids:
-            logprob = await self._end_logprob(row, prompt_length, answer, stop)
-            if isinstance(logprob, str):
-                return logprob
-            logprobs[stop] = logprob
-        best = max(logprobs.values())
-        weights = [math.exp((logprob - best) / self.spec.temperature) for logprob in logprobs.values()]
-        stop = random.Random(row_seed(self.wanted, number, "end")).choices(list(logprobs), weights)[0]
-        if stop not in self.eos_ids:
-            return f"the server stopped at {text_of(self.tokenizer, [stop])}, which ends no text of this model"
-        return Sample([*row.token_ids, stop], [*row.logprobs, logprobs[stop]], "eos")
-
-    async def _end_logprob(self, row: Sample, prompt_length: int, answer: Answer, stop: int) -> float | str:
-        body = request(self.served, self.wanted, [*row.token_ids, stop], max_tokens=1, seed=0) | {"echo": True}
-        if self.served.prompts == "text":  # the text as the server wrote it
-            before, after = (text_of(self.tokenizer, ids) for ids in (row.token_ids[:prompt_length], [stop]))
-            body["prompt"] = before + answer.text + after
-        try:
-            echo = await self.client.complete(body)
-        except Refused as error:
+    def _check_end(self, answer: Answer) -> None:
+        """Raise BadInput for a text that stopped at a token which is not listed, whose probability is unknown."""
+        ids = answer.ids or []
+        lacking = 0 if answer.counted is None else answer.counted - len(ids)  # more than one: parts of a character
+        if answer.stopped and lacking <= 1 and not (ids and ids[-1] in self.ends):
             raise BadInput(
-                "the server neither lists the token that ends a text nor echoes a prompt with log-probabilities, so "
-                f"the probability of the end is unknown; use vLLM or llama-server ({error})"
-            ) from error
-        return end_logprob(echo, answer, prompt_length)
+                f"the server {self.client.base_url} does not list the token that ends a text, so its probability is "
+                f"unknown; {WITH_IDS}"
+            )
