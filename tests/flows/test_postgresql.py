@@ -286,7 +286,7 @@ def _is_recorded(database: Database, mlflow: str, home: Path, storage: str) -> N
     run = database.ask("mlflow", "SELECT run_uuid FROM runs WHERE name = 'tiny' AND status = 'FINISHED'")
     assert len(run) == 32
     assert database.ask("mlflow", "SELECT count(*) FROM runs WHERE status <> 'FINISHED'") == "0"
-    assert database.ask("mlflow", f"SELECT value FROM params WHERE run_uuid = '{run}' AND key = 'train.epochs'") == "1"
+    assert database.ask("mlflow", f"SELECT value FROM params WHERE run_uuid = '{run}' AND key = 'probe.rows'") == "32"
     (report,) = (home / "reports").glob("tiny-*/report.html")
     held = boto3.client("s3", endpoint_url=storage, region_name="us-east-1", **ACCESS)
     keys = [entry["Key"] for entry in held.list_objects_v2(Bucket="mlflow")["Contents"]]
