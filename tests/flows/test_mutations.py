@@ -82,8 +82,8 @@ def generate_from_another(base: Artifact, target: Any, spec: Any, draft: Draft, 
 FAULTS = {
     "rehearsal weight 0": Fault(("train.rehearsal.weight=0",)),
     "learning rate x 10": Fault(("train.learning_rate=0.01",)),
-    "rehearsal rows masked": Fault((), "tasks.mix", "mix", mix_masked),
-    "rehearsal rows from another model": Fault((), "tasks.generate", "generate", generate_from_another),
+    "rehearsal rows masked": Fault((), "cfsd.mix.stage", "mix", mix_masked),
+    "rehearsal rows from another model": Fault((), "cfsd.generate.stage", "generate", generate_from_another),
 }
 
 
