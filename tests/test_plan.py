@@ -85,7 +85,7 @@ def test_each_stage_took_what_its_plan_says(home: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_run_of_the_small_demo_takes_what_its_plan_says(tmp_path: Path) -> None:
+def test_a_run_of_the_small_demo_takes_what_its_plan_says(tmp_path: Path, server: str) -> None:
     """The rate is measured before the run and after it; in between other programs may take a part of the machine."""
     command = [sys.executable, "-m", "flows.compare", "deployments/recipes/demo-tiny.yaml", "--home", str(tmp_path)]
     before = rate_of(Machine(device="cpu"))
