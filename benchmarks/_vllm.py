@@ -15,6 +15,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from benchmarks._result import Worker
+from cfsd.machine import usable_cores
 
 PYTHON = "CFSD_VLLM_PYTHON"
 URL = "CFSD_VLLM_URL"
@@ -38,7 +39,7 @@ def environment(cache_gb: int = 6) -> dict[str, str]:
 
     Left alone vLLM keeps one core for its scheduler, which of two cores is half the machine.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     own = {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": str(cache_gb), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",

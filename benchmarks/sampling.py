@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 from benchmarks._result import RESULTS, WIDTH, Worker, machine_in_words, row, tell
 from benchmarks._vllm import UNMEASURED, vllm_engine, vllm_python
+from cfsd.machine import usable_cores
 
 ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, "-m", "benchmarks._sampling_run"]
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = usable_cores()
 TOP = 64
 PEERS = ("vllm", "generate", "generate-static")
 AIMS = {("vllm", 64, 0): ">= 1", ("generate", 64, 0): ">= 1.3", ("generate", 512, 0): ">= 2"}

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cfsd.machine import Machine
+from cfsd.machine import THREADS_VARIABLE, Machine
 from cfsd.process.child import PARENT, RANKS, STOP_SECONDS, STOPPED_EARLY, WRITER_LOCK, end_with_parent, silent_end
 from cfsd.store.artifact import ERROR, METADATA
 from cfsd.store.digests import write_json
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _run(folder: Path, module: str, processes: int) -> dict[str, Any] | None:
     os.environ[PARENT] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(Machine().resolved_threads(processes)))
+    os.environ.setdefault(THREADS_VARIABLE, str(Machine().resolved_threads(processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="127.0.0.1",

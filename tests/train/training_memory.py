@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.stage import generate
-from cfsd.machine import Machine
+from cfsd.machine import Machine, peak_memory
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
@@ -68,12 +69,6 @@ def mixture(store: Store, base: Artifact, target: Target, rows: int) -> Artifact
     return store.make("mixture", "mixed", lambda draft: mix(*folders, MixSpec(target_rows=rows, seed=0), draft))[0]
 
 
-def status(name: str) -> int:
-    """Return a figure of this process' memory, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def measured(store: Store, case: dict[str, Any]) -> int:
     """Return the bytes that a training took, in a process of its own."""
     reading, writing = os.pipe()
@@ -82,9 +77,9 @@ def measured(store: Store, case: dict[str, Any]) -> int:
         try:
             train_case(Store(store.home / "warm"), case | SMALL)  # a fork maps its libraries anew, page by page
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-            before = status("VmRSS")
+            before = psutil.Process().memory_info().rss
             train_case(store, case)
-            os.write(writing, str(status("VmHWM") - before).encode())
+            os.write(writing, str(peak_memory() - before).encode())
             code = 0
         finally:
             os._exit(code)
