@@ -36,10 +36,12 @@ GIB = 2**30
 CHECKED = 1.5
 CUDA_RATE = 1e14  # FLOPs a second of one large GPU in bfloat16: a guess
 REACHED = 0.85  # of a matrix product's rate, by a pass over many tokens
-DECODED = 0.5  # where each token waits for the one before
+DECODED = 0.8  # where each token waits for the one before
+IN_BFLOAT16 = 0.7  # of a training step's time that goes to products, which some CPUs make faster in bfloat16
 CALL_SECONDS = 0.75e-3  # of each layer at each call of a model, however few tokens
 UPDATE_SECONDS = 1.5e-9  # of each trained weight at each step: AdamW
 LOGIT_SECONDS = 5e-9  # of each entry of a distribution that is summed over
+TAIL_SECONDS = 3e-6  # of each sample of the tail that is stored with a token
 BYTES_PER_SECOND = 1.2e9  # weights that are read from the disk, or written
 PROCESS_SECONDS = 5.0  # until a fresh process trains
 SCORING_SECONDS = 0.2  # of a benchmark, whatever its size
@@ -143,7 +145,11 @@ def _sampled(job: Job, inputs: Inputs) -> Work | None:
     if isinstance(spec, GenerateSpec) and spec.source == "replay":
         return _read(job, spec.rows * spec.length, logits=spec.rows * spec.length)
     shards = math.ceil(spec.rows / job.machine.sampling_rows)
-    return Work(spec.rows * spec.length, calls=shards * spec.length, decoded=True, moved=bool(spec.rows))
+    tokens = spec.rows * spec.length
+    samples = spec.stored_tail() if isinstance(spec, GenerateSpec) else 0
+    return Work(
+        tokens, calls=shards * spec.length, decoded=True, moved=bool(spec.rows), seconds=tokens * samples * TAIL_SECONDS
+    )
 
 
 def _probe(job: Job, inputs: Inputs) -> Work:
@@ -313,17 +319,22 @@ def rate_of(machine: Machine) -> float:
     """Return the FLOPs a second of large products: on CPUs measured, in a fifth of a second."""
     if machine.resolved_device() == "cuda":
         return CUDA_RATE
-    return _measured_rate(machine.resolved_threads())
+    return _measured_rate(machine.resolved_threads(), "float32")
+
+
+def _bfloat16_gain(machine: Machine) -> float:
+    """Return how much faster than in float32 a training step in bfloat16 is on this machine's CPUs; slower: below 1."""
+    in_float32, in_bfloat16 = (_measured_rate(machine.resolved_threads(), name) for name in ("float32", "bfloat16"))
+    return 1 / (1 - IN_BFLOAT16 + IN_BFLOAT16 * in_float32 / in_bfloat16)
 
 
 @cache
-def _measured_rate(threads: int, size: int = 1024, seconds: float = 0.2) -> float:
+def _measured_rate(threads: int, dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
     import torch
 
     before, best, end = torch.get_num_threads(), math.inf, time.perf_counter() + seconds
     torch.set_num_threads(threads)
-    one, other = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty(size, size)
+    one, other, out = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(3))
     while time.perf_counter() < end:
         started = time.perf_counter()
         torch.mm(one, other.t(), out=out)
@@ -349,6 +360,8 @@ def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> f
     if machine.resolved_device() == "cuda":
         processes = {stages.TRAIN: machine.resolved_training_processes}.get(stage, machine.resolved_processes)
         rate *= processes() if stage in (stages.TRAIN, *stages.SAMPLING) else 1
+    elif stage == stages.TRAIN and job.recipe.train.in_bfloat16(machine):
+        rate *= _bfloat16_gain(machine)
     share = DECODED if work.decoded else REACHED
     vocabulary, layers = (shapes.vocabulary, shapes.layers) if shapes else (50_000, USUAL_LAYERS)
     return (

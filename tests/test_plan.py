@@ -33,11 +33,11 @@ BEFORE = ["target", "generate", "filter", "probe", "mix", *["evaluate"] * 5, "ev
 AFTER = ["train", *["evaluate"] * 5, "evaluate-target", "evaluate-target-divergence", "evaluate-probe"]
 STAGES = ["fetch", *BEFORE, *AFTER, "generate", "filter", "mix", "check", *AFTER]
 NEWER = (SHOW, CHAT, EVALUATE_CHAT)  # than the recorded runs
-# They are older than the demo's present benchmarks too, and than the choices of a document sharing one reading.
+# They are older than the demo's benchmarks, than stored samples of the tail, and than choices that share one reading.
 CHOICES = ", ".join(f"{{name: {name}, limit: 50}}" for name in ("agreement", "facts", "plausibility", "wording"))
 OF_THEN = {
-    "demo": [f"evaluate.benchmarks=[{CHOICES}, {{name: technical_english, limit: 20}}]"],
-    "demo-tiny": [],
+    "demo": [f"evaluate.benchmarks=[{CHOICES}, {{name: technical_english, limit: 20}}]", "generate.tail_samples=0"],
+    "demo-tiny": ["generate.tail_samples=0"],
 }
 RECORDED = {
     "demo": (
