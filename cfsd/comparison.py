@@ -155,7 +155,7 @@ class Comparison(BaseModel):
         seeds_vary: list[str] | None = None,
     ) -> Self:
         """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
-        content = read_with_recipe(Path(path), overrides or [])
+        content = read_with_recipe(Path(path), overrides or [], "compare")
         given = {"seeds": seeds, "seeds_vary": seeds_vary}
         return validated(cls, content | {name: value for name, value in given.items() if value}, str(path))
 

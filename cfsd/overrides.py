@@ -105,12 +105,39 @@ def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return override(recipe, parse_overrides(overrides))
 
 
-def read_with_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """Return the mapping in a YAML file whose field `recipe` takes the overrides. Raises BadInput."""
-    content = read_yaml(path)
+def read_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Return the fields of a recipe in a YAML file, with `a.b=c` overrides. Raises BadInput."""
+    return overridden(_read_for("mitigate", path), overrides)
+
+
+def read_with_recipe(path: Path, overrides: list[str], command: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file for `command`, whose field `recipe` takes the overrides. Raises BadInput."""
+    content = _read_for(command, path)
     if isinstance(content.get("recipe"), dict):
         content["recipe"] = overridden(content["recipe"], overrides)
     return content
+
+
+DESCRIBED = {"mitigate": "one run", "compare": "a comparison of variants", "continual": "targets one after the other"}
+
+
+def _read_for(command: str, path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises BadInput where another command is the one that takes it."""
+    content = read_yaml(path)
+    takes = _command(content)
+    if takes and takes != command:
+        raise BadInput(
+            f"{str(path)!r} describes {DESCRIBED[takes]}; run `python -m flows.{takes} {path}`, "
+            f"or give a file that describes {DESCRIBED[command]}"
+        )
+    return content
+
+
+def _command(content: dict[str, Any]) -> str | None:
+    """Return the command that a file is for, None where its fields do not tell."""
+    if "recipe" in content:
+        return "continual" if "targets" in content else "compare"
+    return "mitigate" if "base" in content and "target" in content else None
 
 
 def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cfsd.generate.spec import EARLIER, GenerateSpec, ProbeSpec, check_context
 from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.overrides import overridden, read_yaml, validated
+from cfsd.overrides import read_recipe, validated
 from cfsd.select.spec import SelectSpec
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
@@ -138,7 +138,7 @@ class Recipe(Spec):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
         """Return the recipe of a YAML file, with `a.b=c` overrides. Raises BadInput naming file and field."""
-        return validated(cls, overridden(read_yaml(Path(path)), overrides or []), str(path))
+        return validated(cls, read_recipe(Path(path), overrides or []), str(path))
 
 
 def _seeded(target: Any, seed: Any) -> Any:

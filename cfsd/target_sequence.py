@@ -112,7 +112,7 @@ class TargetSequence(BaseModel):
 
         `given` fields take the place of the file's, but for those that are None.
         """
-        content = read_with_recipe(Path(path), overrides or [])
+        content = read_with_recipe(Path(path), overrides or [], "continual")
         changes = {name: value for name, value in given.items() if value is not None}
         return validated(cls, content | changes, str(path))
 

@@ -12,6 +12,7 @@ from cfsd.errors import BadInput
 from cfsd.overrides import override, parse_overrides, read_yaml, validated
 from cfsd.recipe import Recipe
 from cfsd.spec import Spec
+from cfsd.target_sequence import TargetSequence
 from tests.conftest import write_rows
 
 SEEDED = ("target", "probe", "generate", "mix", "train")
@@ -221,6 +222,23 @@ def test_a_comparison_loads_with_overrides_of_its_recipe(content: dict[str, Any]
 
 
 SWEPT = {"wise": {"merge.alpha": [0.25, 0.5, 0.75], "train.epochs": 2}}
+
+
+LOADERS = {"mitigate": Recipe.load, "compare": Comparison.load, "continual": TargetSequence.load}
+
+
+@pytest.mark.parametrize("given", LOADERS)
+@pytest.mark.parametrize("asked", LOADERS)
+def test_a_file_for_another_command_is_refused_with_the_command_that_takes_it(
+    content: dict[str, Any], tmp_path: Path, given: str, asked: str
+) -> None:
+    held = {"mitigate": content, "compare": {"recipe": content, "variants": {"finetune": {"generate.rows": 0}}}}
+    path = write(tmp_path, held.get(given, {"recipe": content, "targets": {"one": {}, "two": {}}}))
+    if given == asked:
+        LOADERS[asked](path)
+        return
+    with pytest.raises(BadInput, match=f"run `python -m flows.{given} {path}`"):
+        LOADERS[asked](path)
 
 
 def test_a_sweep_is_a_variant_per_value_with_its_plain_values_in_all(content: dict[str, Any]) -> None:
