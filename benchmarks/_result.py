@@ -99,3 +99,9 @@ def tell(
     found = {"part": part, "machine": machine, "rows": rows, "notes": list(notes), **detail}
     file.write_text(json.dumps(found, indent=1) + "\n")
     print(file)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return rows, the first of them the head, as a table."""
+    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

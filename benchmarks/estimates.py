@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks._estimates_timing import sampling_seconds, step_seconds
+from benchmarks._result import markdown
 from cfsd.comparison import Comparison
 from cfsd.machine import Machine, home
 from cfsd.report.run_record import RunRecord
@@ -72,12 +73,6 @@ def _print_times() -> None:
         first = median(next(iter(seconds.values())))
         rows = [[name, number(1000 * median(s)), f"{median(s) / first:.3f}"] for name, s in seconds.items()]
         print(markdown([[what, "ms", "ratio"], *rows]), flush=True)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Return rows, the first of them the head, as a table."""
-    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""The study behind docs/results.md: comparisons on real models, each made again by the same command.
+
+python -m benchmarks.study [PARTS] [--plan] [--home FOLDER] [--machine devices=2]
+make study ARGS=--plan
+
+Parts run in turn. Every training and every score is cached: interrupted, the same command goes on, and where all is
+there nothing is executed. What a part found is in benchmarks/results/study/PART.json, with the keys of its artifacts;
+`python -m benchmarks.study_results` makes the page and its figures from these files.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from benchmarks._methods_grid import RECIPES, replay_file, technical_documents, write_documents
+from benchmarks._result import RESULTS, markdown
+from cfsd.comparison import Comparison
+from cfsd.errors import BadInput
+from cfsd.estimate import rate_of
+from cfsd.machine import Machine
+from cfsd.machine import home as data_folder
+from cfsd.recipe import Recipe
+from cfsd.report.run_record import RunRecord
+from cfsd.report.summary import Summary
+from cfsd.store.artifact import Store
+from flows._cli import Home, On, machine_of, start
+from flows._conclude import Result
+from flows._plan import Plan, checked, costs, planned, seconds_of, walk
+from flows._temporary_server import prefect_server
+from flows.compare import compare
+from flows.mitigate import mitigate, pipeline
+
+FOUND = RESULTS / "study"
+OF_A_RUN = {"name", "seconds", "executed", "cached", "moved", "shown", "training"}  # of a summary: not in the file
+
+
+class Part(NamedTuple):
+    """A comparison of the study, and where its models come from."""
+
+    question: str
+    recipes: str  # the comparison, in deployments/recipes
+    seeds: int
+    taught_by: str = ""  # the recipe whose model is fine-tuned; empty: the comparison's own base
+    replayed: tuple[str, ...] = ()  # variants that rehearse real text
+
+    def teaching(self) -> Recipe | None:
+        """Return the recipe of the model that is fine-tuned, None where that is the comparison's own base."""
+        return Recipe.load(RECIPES / self.taught_by) if self.taught_by else None
+
+    def comparison(self) -> Comparison:
+        """Return the comparison; its base is the taught model once that is there."""
+        model = self._taught()
+        loaded = Comparison.load(RECIPES / self.recipes, [f"base={model}"] if model else [], self.seeds)
+        read = {"generate.replay": {"path": str(replay_file("demo", data_folder() / "studies"))}}
+        return loaded.model_copy(
+            update={"variants": loaded.variants | {name: loaded.variants[name] | read for name in self.replayed}}
+        )
+
+    def plans(self, machine: Machine) -> list[Plan]:
+        """Return what is done and left to do: a plan for each training."""
+        recipes = [*filter(None, [self.teaching()]), *self.comparison().recipes().values()]
+        return [walk(recipe, machine, pipeline) for recipe in recipes]
+
+    def _taught(self) -> Path | None:
+        if not (recipe := self.teaching()):
+            return None
+        with planned() as steps:
+            run_record = pipeline(recipe, Machine())
+        return Store(data_folder()).path(run_record.artifacts["final"]) if all(step.cached for step in steps) else None
+
+
+PARTS = {
+    "sources": Part("What should an aligned model rehearse?", "study-sources.yaml", 5),
+    "sources-chats": Part("What should it rehearse where the target is chats?", "study-sources-chats.yaml", 5),
+    "taught": Part("What holds a skill that was taught before?", "study-taught.yaml", 5, "study-teach.yaml"),
+}
+
+
+def study_command(
+    parts: Annotated[list[str] | None, typer.Argument(help="Some of the parts; without any, all")] = None,
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+    plan: Annotated[bool, typer.Option("--plan", help="List what is done, and what the rest takes")] = False,
+) -> None:
+    """Make what docs/results.md shows, or say what is left of it."""
+    if strange := [name for name in parts or [] if name not in PARTS]:
+        raise BadInput(f"{', '.join(strange)}: no such part of the study; allowed: {', '.join(PARTS)}")
+    on = machine_of(machine)
+    write_documents(technical_documents(), replay_file("demo", data_folder() / "studies"))
+    for name in parts or PARTS:
+        (_print if plan else _run)(name, PARTS[name], on)
+
+
+def _print(name: str, part: Part, machine: Machine) -> None:
+    plans = part.plans(machine)
+    rows = [["point", "stages left"]]
+    rows += [[plan.recipe.name, str(left) if left else "done"] for plan in plans for left in [_left(plan)]]
+    found = list(costs(plans, machine, rate_of(machine)))
+    hours = seconds_of(found) / 3600 if any(map(_left, plans)) else 0
+    done = sum(not _left(plan) for plan in plans)
+    print(f"{name}: {part.question} {done} of {len(plans)} points are done, the rest takes about {hours:.1f} hours\n")
+    print(markdown(rows), flush=True)
+
+
+def _left(plan: Plan) -> int:
+    return sum(not step.cached for step in plan.steps)
+
+
+def _run(name: str, part: Part, machine: Machine) -> None:
+    """Make all points of a part, and write what they show."""
+    with prefect_server():
+        if teaching := part.teaching():
+            mitigate(teaching, machine)
+        comparison = part.comparison()
+        with checked(comparison.recipes().values(), machine, pipeline):
+            result = compare(comparison, machine)
+    FOUND.mkdir(parents=True, exist_ok=True)
+    file = FOUND / f"{name}.json"
+    file.write_text(json.dumps(_found(name, part, result), indent=1) + "\n")
+    print(file, flush=True)
+
+
+def _found(name: str, part: Part, result: Result) -> dict[str, Any]:
+    pairs = zip(result.summaries, result.run_records, strict=True)
+    return {
+        "command": f"python -m benchmarks.study {name}",
+        "question": part.question,
+        "recipes": part.recipes,
+        "variants": {summary.name: _variant(summary, run_record) for summary, run_record in pairs},
+        "comparisons": [entry.model_dump(mode="json") for entry in result.comparisons.entries],
+    }
+
+
+def _variant(summary: Summary, run_record: RunRecord) -> dict[str, Any]:
+    after = run_record.after
+    scores = {**after.benchmarks, "target": after.target, "probe_kl": after.probe, "chat_kl": after.chat}
+    made = {"model": run_record.artifacts["final"], **scores, "target_divergence": after.target_divergence}
+    keys = {role: f"{artifact.kind} {artifact.key}" for role, artifact in made.items() if artifact}
+    training = {name: (summary.training or {}).get(name) for name in ("steps", "tokens", "rehearsal_tokens")}
+    return summary.model_dump(mode="json", exclude=OF_A_RUN) | {"keys": keys, "training": training}
+
+
+if __name__ == "__main__":
+    start(study_command)
