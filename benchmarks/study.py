@@ -33,6 +33,7 @@ from flows.compare import compare
 from flows.mitigate import mitigate, pipeline
 
 FOUND = RESULTS / "study"
+REAL_TEXT = ("real text, kl", "real text, nll")
 OF_A_RUN = {"name", "seconds", "executed", "cached", "moved", "shown", "training"}  # of a summary: not in the file
 
 
@@ -75,6 +76,8 @@ PARTS = {
     "sources": Part("What should an aligned model rehearse?", "study-sources.yaml", 5),
     "sources-chats": Part("What should it rehearse where the target is chats?", "study-sources-chats.yaml", 5),
     "taught": Part("What holds a skill that was taught before?", "study-taught.yaml", 5, "study-teach.yaml"),
+    "order": Part("Does the published order of methods hold here?", "study-order.yaml", 3, replayed=REAL_TEXT),
+    "ablations-tiny": Part("What does each setting do?", "study-ablations-tiny.yaml", 5),
 }
 
 
