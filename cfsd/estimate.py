@@ -54,6 +54,7 @@ KNOWN_SHAPES = {
     # of the hub, as their config.json has them: the shipped recipes are planned before anything is downloaded
     "allenai/OLMo-1B-hf": Shapes(2048, 16, 8192, heads=16, kv_heads=16, vocabulary=50_304, tied=True),
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(4096, 32, 14_336, heads=32, kv_heads=8, vocabulary=128_256),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": Shapes(8192, 80, 28_672, heads=64, kv_heads=8, vocabulary=128_256),
     "Qwen/Qwen3-8B": Shapes(4096, 36, 12_288, heads=32, kv_heads=8, vocabulary=151_936, head_size=128),
 }
 USUAL_LAYERS = 24  # of a model whose shapes are unknown
