@@ -6,7 +6,6 @@ Nothing is run, and no GPU was measured: token counts and memory are the plan's,
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +43,10 @@ class Setting(NamedTuple):
 
 
 HARDWARE = (
-    Hardware("1 x 24 GB", 1, 24, 4e13, 0.8), Hardware("1 x 80 GB", 1, 80, 1e14, 2.0), Hardware("8 x 80 GB", 8, 80, 1e14, 16.0),
-)  # fmt: skip
+    Hardware("1 x 24 GB", 1, 24, 4e13, 0.8),
+    Hardware("1 x 80 GB", 1, 80, 1e14, 2.0),
+    Hardware("8 x 80 GB", 8, 80, 1e14, 16.0),
+)
 SETTINGS = (  # no commit of 70B: nothing of it is fetched
     Setting("OLMo-1B, all weights", "olmo-1b-metamath"),
     Setting("R1-Distill-Llama-8B, all weights", "r1-distill-llama-8b-medreason"),
@@ -111,7 +112,9 @@ def tables() -> str:
 
 def _fitting(setting: Setting, hardware: Hardware) -> Found | None:
     ways = (_planned(setting, hardware, way) for way in WAYS)
-    return next((found for found in ways if max(found.memory().values()) <= USABLE * hardware.gigabytes * 1e9 / GIB), None)
+    return next(
+        (found for found in ways if max(found.memory().values()) <= USABLE * hardware.gigabytes * 1e9 / GIB), None
+    )
 
 
 def _planned(setting: Setting, hardware: Hardware, way: dict[str, Any]) -> Found:
@@ -142,10 +145,8 @@ def _rows(setting: Setting, hardware: Hardware, found: Found | None) -> Iterator
         ]  # fmt: skip
     hours = found.hours(tuple(stage for wanted in PARTS.values() for stage in wanted))
     disk = disk_bytes(found.plan.recipe, parameters_of(found.plan.recipe, found.plan.base)) / GIB
-    yield [
-        f"**{setting.name}**", hardware.name, "", f"{max(memory.values()):.0f}", "", "", f"**{hours:.1f}**", f"{disk:.0f}",
-        f"**{hours * hardware.price:.0f}**",
-    ]  # fmt: skip
+    whole = f"**{hours:.1f}**", f"{disk:.0f}", f"**{hours * hardware.price:.0f}**"
+    yield [f"**{setting.name}**", hardware.name, "", f"{max(memory.values()):.0f}", "", "", *whole]
 
 
 def _gate(setting: Setting, hardware: Hardware, found: Found) -> list[str]:

@@ -95,15 +95,18 @@ def variants_of(summaries: list[Summary]) -> list[Variant]:
 
 
 def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
-    """Return a figure over the repeats; of fewer than FEWEST seeds, its ends hold those of every seed."""
+    """Return a figure over the repeats, as `joined_figure` does; None where one of them has none."""
     figures = [Figure.model_validate(figure) for s in repeats if (figure := figure_of(s, name)) is not None]
-    if not figures or len(figures) < len(repeats):
-        return None
-    joined = figures[0] if len(figures) == 1 else seeds.over_seeds(figures)
+    return joined_figure(figures) if figures and len(figures) == len(repeats) else None
+
+
+def joined_figure(figures: list[Figure]) -> Fig:
+    """Return one figure over those of seeds; of fewer than FEWEST seeds, its ends hold those of every seed."""
+    mean = figures[0] if len(figures) == 1 else seeds.over_seeds(figures)
     ends = [(f.low, f.high) for f in figures if f.low is not None and f.high is not None]
     if 1 < len(figures) < seeds.FEWEST and len(ends) == len(figures):
-        joined = joined.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})
-    return joined.model_dump()
+        mean = mean.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})
+    return mean.model_dump()
 
 
 def side_of(figure: Fig) -> int | None:

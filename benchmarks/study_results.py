@@ -1,0 +1,136 @@
+"""docs/results.md and its figures, from what the parts of the study found.
+
+python -m benchmarks.study_results
+
+Reads benchmarks/results/study/*.json, which `python -m benchmarks.study` writes, and trains nothing. It writes between
+the marks of each part; the words around them are written by hand.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks._methods_grid import ROOT
+from benchmarks._result import markdown
+from benchmarks.study import FOUND, PARTS
+from cfsd.report.compared import Compared
+from cfsd.report.figures.frontier import frontier_figure
+from cfsd.report.summary import Fig, Summary
+from cfsd.report.table import POINTS, shown, variant_of
+from cfsd.report.verdict import joined_figure, over_seeds
+from cfsd.statistics import seeds
+from cfsd.statistics.figures import Figure
+
+PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+BEGIN, END = "<!-- made by python -m benchmarks.study_results: {} -->", "<!-- end of {} -->"
+MEASURES = {  # of summary.json -> column
+    "target_gain": "target gain", "probe_kl": "probe_kl", "chat_kl": "chat_kl",
+}  # fmt: skip
+QUANTITIES = ("probe_kl", "mean_forgetting")
+
+
+class Made(NamedTuple):
+    """What a part found."""
+
+    name: str
+    content: dict[str, Any]
+
+    def summaries(self) -> list[Summary]:
+        """Return the figures of every training."""
+        run: dict[str, Any] = {"seconds": {}, "executed": [], "cached": []}
+        variants = self.content["variants"].items()
+        return [Summary.model_validate({"name": name, **run, **figures}) for name, figures in variants]
+
+    def comparisons(self) -> list[Compared]:
+        """Return every pair of variants on every measure."""
+        return [Compared.model_validate(entry) for entry in self.content["comparisons"]]
+
+
+def main() -> None:
+    """Write tables and figures of all parts that were made into the page."""
+    page = PAGE.read_text()
+    for name in PARTS:
+        if (file := FOUND / f"{name}.json").exists():
+            page = _with(page, name, "\n".join(block_of(Made(name, json.loads(file.read_text())))))
+    PAGE.write_text(page)
+
+
+def _with(page: str, name: str, block: str) -> str:
+    before, begin, rest = page.partition(BEGIN.format(name))
+    _, end, after = rest.partition(END.format(name))
+    if not (begin and end):
+        raise SystemExit(f"{PAGE} has no place for {name}: write {BEGIN.format(name)} and {END.format(name)} into it")
+    return f"{before}{begin}\n\n{block}\n{end}{after}"
+
+
+def block_of(made: Made) -> Iterator[str]:
+    """Yield the table of a part, its figure, and the pairs that differ from the first variant."""
+    summaries, comparisons = made.summaries(), made.comparisons()
+    repeats: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        repeats.setdefault(variant_of(summary.name), []).append(summary)
+    count = max(map(len, repeats.values()))
+    yield (
+        f"`{made.content['command']}` (`deployments/recipes/{made.content['recipes']}`); figures of every training, "
+        f"with digest and artifact keys: `benchmarks/results/study/{made.name}.json`. {count} seeds, "
+        f"{_covered(count)}\n"
+    )
+    benchmarks = list(summaries[0].benchmarks)
+    losses = [f"{name} lost, {'points' if _is_share(summaries[0], name) else 'nats'}" for name in benchmarks]
+    table = [["variant", *MEASURES.values(), *losses]]
+    table += [[name, *_cells(of_seeds, benchmarks)] for name, of_seeds in repeats.items()]
+    yield markdown(table)
+    PICTURES.mkdir(exist_ok=True)
+    means = [_mean(name, of_seeds) for name, of_seeds in repeats.items()]
+    frontier_figure(means, QUANTITIES).savefig(PICTURES / f"{made.name}.png", dpi=120)
+    yield f"![Target gain against divergences and what benchmarks lost]({PICTURES.name}/{made.name}.png)\n"
+    yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
+
+
+def _covered(count: int) -> str:
+    if count >= seeds.FEWEST:
+        return "95 % intervals over rows and seeds."
+    return "means, in brackets the ends of the seeds' own intervals." if count > 1 else "95 % intervals over rows."
+
+
+def _is_share(summary: Summary, benchmark: str) -> bool:
+    return bool(summary.benchmarks[benchmark]["forgetting"]["unit"] == "fraction")
+
+
+def _lost(of_seeds: list[Summary], benchmark: str) -> Fig:
+    return joined_figure([Figure.model_validate(summary.benchmarks[benchmark]["forgetting"]) for summary in of_seeds])
+
+
+def _cells(of_seeds: list[Summary], benchmarks: list[str]) -> Iterator[str]:
+    for name in MEASURES:
+        figure = over_seeds(of_seeds, name)
+        yield shown(figure) if figure else "-"
+    for name in benchmarks:
+        yield shown(_lost(of_seeds, name), POINTS if _is_share(of_seeds[0], name) else 1)
+
+
+def _mean(name: str, of_seeds: list[Summary]) -> Summary:
+    """Return one variant with its figures over the seeds."""
+    figures = {measure: over_seeds(of_seeds, measure) for measure in (*MEASURES, "mean_forgetting")}
+    return of_seeds[0].model_copy(update={"name": name} | figures)
+
+
+def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
+    """Yield the difference of each variant from the two that come first, measure by measure, where one is found."""
+    for reference in (first, *others[:1]):
+        yield f"Less `{reference}`, paired (Holm over all pairs; differences that are not listed were not found):\n"
+        for name in (first, *others):
+            found = [entry for entry in (_between(e, name, reference) for e in comparisons) if entry and entry.sign()]
+            if found:
+                yield f"* {name}: " + "; ".join(f"{entry.measure} {shown(entry.figure())}" for entry in found)
+        yield ""
+
+
+def _between(entry: Compared, one: str, other: str) -> Compared | None:
+    if (entry.one, entry.other) == (one, other):
+        return entry
+    return entry.turned() if (entry.other, entry.one) == (one, other) else None
+
+
+if __name__ == "__main__":
+    main()
