@@ -6,7 +6,7 @@ DONE = $(VENV)/.installed
 PART ?= overhead
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-refusals docs-picture format bench up down clean
+.PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-refusals docs-picture format bench study up down clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -63,6 +63,9 @@ format: $(DONE)  ## Put the code into its format
 bench: $(DONE)  ## One benchmark, alone on the machine: make bench PART=training
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m benchmarks.$(PART)
+
+study: $(DONE)  ## The study of docs/results.md, about 8 hours of two cores; what is done: make study ARGS=--plan
+	$(BIN)/python -m benchmarks.study $(ARGS)
 
 up: $(DONE)  ## Prefect with a worker, MLflow and the reports on 127.0.0.1 over the data folder; again: new menus
 	$(BIN)/python -m flows.serve up
