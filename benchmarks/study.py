@@ -54,7 +54,10 @@ class Part(NamedTuple):
         """Return the comparison; its base is the taught model once that is there."""
         model = self._taught()
         loaded = Comparison.load(RECIPES / self.recipes, [f"base={model}"] if model else [], self.seeds)
-        read = {"generate.replay": {"path": str(replay_file("demo", data_folder() / "studies"))}}
+        real = replay_file("demo", data_folder() / "studies")
+        if self.replayed:
+            write_documents(technical_documents(), real)
+        read = {"generate.replay": {"path": str(real)}}
         return loaded.model_copy(
             update={"variants": loaded.variants | {name: loaded.variants[name] | read for name in self.replayed}}
         )
@@ -91,7 +94,6 @@ def study_command(
     if strange := [name for name in parts or [] if name not in PARTS]:
         raise BadInput(f"{', '.join(strange)}: no such part of the study; allowed: {', '.join(PARTS)}")
     on = machine_of(machine)
-    write_documents(technical_documents(), replay_file("demo", data_folder() / "studies"))
     for name in parts or PARTS:
         (_print if plan else _run)(name, PARTS[name], on)
 

@@ -1,0 +1,85 @@
+"""The study: its parts are recipes that can run, what is made is not made again, and its page is what was found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import orders, study, study_results
+from benchmarks.study import PARTS, Part, study_command
+from cfsd.errors import BadInput
+from tests.conftest import ROOT, write_rows
+
+
+@pytest.fixture
+def small(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Part:
+    """A part of two trainings on a model that one training teaches first."""
+    target = {"path": str(write_rows(tmp_path / "rows.jsonl", count=24)), "held_out": 8}
+    recipe = {
+        "name": "small", "base": "tiny", "target": target, "probe": {"rows": 4, "length": 8},
+        "generate": {"rows": 8, "length": 8}, "mix": {"target_rows": 8, "rehearsal_tokens": 32},
+        "train": {"learning_rate": 1e-3, "epochs": 1}, "evaluate": {"benchmarks": [], "show": "none"},
+    }  # fmt: skip
+    (tmp_path / "teach.yaml").write_text(yaml.safe_dump(recipe | {"name": "teach"}))
+    comparison = {"recipe": recipe, "variants": {"finetune": {"generate.rows": 0}, "rehearse": {}}}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    monkeypatch.setattr(study, "FOUND", tmp_path / "found")
+    part = Part("Does it?", str(tmp_path / "comparison.yaml"), 1, str(tmp_path / "teach.yaml"))
+    monkeypatch.setattr(study, "PARTS", {"small": part})
+    return part
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_training_of_a_part_is_a_recipe_of_its_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipes = PARTS[name].comparison().recipes()
+    assert len({recipe.digest() for recipe in recipes.values()}) == len(recipes) >= 2 * PARTS[name].seeds
+    assert any("finetune" in variant for variant in recipes)
+
+
+@pytest.mark.processes
+def test_what_is_made_is_listed_as_done_and_not_made_again(
+    server: str, small: Part, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_command([], plan=True)
+    assert "small: Does it? 0 of 3 points are done" in capsys.readouterr().out
+    study_command(["small"])
+    found = json.loads((study.FOUND / "small.json").read_text())
+    assert list(found["variants"]) == ["finetune", "rehearse"] and found["comparisons"]
+    keys = found["variants"]["rehearse"]["keys"]
+    kind, key = keys["model"].split()
+    taught = str(small.comparison().recipe.base.path)
+    assert Path(taught).is_dir() and Path(taught).name != key and (Path(taught).parents[1] / kind / key).is_dir()
+    capsys.readouterr()
+    study_command([], plan=True)
+    assert "3 of 3 points are done, the rest takes about 0.0 hours" in capsys.readouterr().out
+    study_command(["small"])
+    again = json.loads((study.FOUND / "small.json").read_text())
+    assert again == found
+    assert " s: " not in capsys.readouterr().out, "a stage was executed"
+
+
+def test_a_part_that_does_not_exist_is_refused(home: Path) -> None:
+    with pytest.raises(BadInput, match="ablation: no such part of the study; allowed: sources"):
+        study_command(["ablation"], plan=True)
+
+
+def test_the_page_shows_what_was_found() -> None:
+    page = study_results.PAGE.read_text()
+    made = {name: study.FOUND / f"{name}.json" for name in PARTS if (study.FOUND / f"{name}.json").exists()}
+    for name, file in made.items():
+        content: dict[str, Any] = json.loads(file.read_text())
+        lines = study_results.block_of(study_results.Made(name, content))
+        assert "\n".join(lines) in page, f"run python -m benchmarks.study_results: {name} is older than what was found"
+
+
+def test_no_order_is_both_taught_and_asked() -> None:
+    taught = [json.loads(line) for line in (orders.FOLDER / "taught.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (orders.FOLDER / "orders.jsonl").read_text().splitlines()]
+    lines = {row["messages"][1]["content"] for row in taught} | {row["line"] for row in asked}
+    assert len(lines) == len(taught) + len(asked) == orders.TAUGHT + orders.ASKED
+    assert [*orders.orders(orders.TAUGHT + orders.ASKED, orders.SEED)][-1] == (asked[-1]["order"], asked[-1]["line"])
