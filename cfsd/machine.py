@@ -25,7 +25,15 @@ MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgrou
 THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
 SERVED = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 STATUS = Path("/proc/self/status")  # of a process on Linux
-elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)  # a plan may be for GPUs that are not here
+# what this machine lacks of what a plan needs, which may run on another one; None: no plan, it is needed here and now
+lacking: ContextVar[list[str] | None] = ContextVar("lacking", default=None)
+
+
+def lacks(what: str) -> None:
+    """Note what is lacking, where only a plan is made. Raises NotHere elsewhere."""
+    if (found := lacking.get()) is None:
+        raise NotHere(what)
+    found.append(what)
 
 
 def home() -> Path:
@@ -106,8 +114,8 @@ class Machine(BaseModel):
         if self.device == "cpu":
             return "cpu"
         available = _torch().cuda.is_available()
-        if self.device == "cuda" and not (available or elsewhere.get()):
-            raise NotHere("machine.device is cuda, but torch finds none here; set it to cpu or auto")
+        if self.device == "cuda" and not available:
+            lacks("machine.device is cuda, but torch finds none here; set it to cpu or auto")
         return "cuda" if available or self.device == "cuda" else "cpu"
 
     def resolved_processes(self) -> int:

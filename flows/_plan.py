@@ -25,7 +25,7 @@ from cfsd.estimate import (
     rate_of,
 )
 from cfsd.generate.spec import AUTO
-from cfsd.machine import Machine, elsewhere, home
+from cfsd.machine import Machine, home, lacking, lacks
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact, Store
@@ -42,7 +42,7 @@ _checked: ContextVar[bool] = ContextVar("checked", default=False)
 class Plan(NamedTuple):
     """The steps that a recipe takes, in order, and its base and target as far as they are known.
 
-    `lacking`: what keeps it from running on this machine, though another may have it.
+    `lacking`: what keeps it from running on this machine, or a recipe before it, though another may have it.
     """
 
     recipe: Recipe
@@ -67,11 +67,10 @@ def checked(
     if _checked.get():
         yield []
         return
-    lacking: list[str] | None = [] if only_plan else None
-    _checked_here(partial(_check_devices, machine), lacking)
-    check_shared_store()
-    with Store(home()).in_use(), _planned_elsewhere(only_plan):
-        plans = [_check(recipe, machine, pipeline, lacking) for recipe in recipes]
+    with Store(home()).in_use(), _lacking_noted(only_plan):
+        _checked_here(partial(_check_devices, machine))
+        check_shared_store()
+        plans = [_check(recipe, machine, pipeline) for recipe in recipes]
         with once_checked():
             yield plans
 
@@ -84,12 +83,12 @@ def _check_devices(machine: Machine) -> None:
 
 
 @contextmanager
-def _planned_elsewhere(only_plan: bool) -> Iterator[None]:
-    token = elsewhere.set(only_plan)
+def _lacking_noted(only_plan: bool) -> Iterator[None]:
+    token = lacking.set([] if only_plan else None)
     try:
         yield
     finally:
-        elsewhere.reset(token)
+        lacking.reset(token)
 
 
 @contextmanager
@@ -120,9 +119,8 @@ def walk(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
     return Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"])
 
 
-def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline, lacking: list[str] | None) -> Plan:
-    """Return the plan of a recipe after all checks. What is `NotHere` is raised, unless there is a list of it."""
-    found = None if lacking is None else [*lacking]
+def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
+    """Return the plan of a recipe after all checks."""
     of_base, *others = recipe.checks()
 
     def base() -> None:
@@ -132,19 +130,19 @@ def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline, lacking: list[s
     cluster, sharding = partial(check_cluster, machine), partial(check_sharding, recipe.train, machine)
     checks: list[Callable[[], object]] = [base, *others, cluster, sharding]
     for check in checks:
-        _checked_here(check, found)
+        _checked_here(check)
     plan = walk(recipe, machine, pipeline)
-    _checked_here(partial(_check_disk, plan), found)
-    return plan._replace(lacking=tuple(found or ()))
+    _checked_here(partial(_check_disk, plan))
+    return plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ())))
 
 
-def _checked_here(check: Callable[[], object], lacking: list[str] | None) -> None:
+def _checked_here(check: Callable[[], object]) -> None:
     try:
         check()
     except NotHere as error:
-        if lacking is None:
+        if lacking.get() is None:
             raise
-        lacking.append(str(error))
+        lacks(str(error))
 
 
 def _check_disk(plan: Plan) -> None:
@@ -153,7 +151,7 @@ def _check_disk(plan: Plan) -> None:
     recipe, free = plan.recipe, shutil.disk_usage(home()).free
     needed = disk_bytes(recipe, parameters_of(recipe, plan.base))
     if needed > free:
-        raise NotHere(
+        lacks(
             f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
             "free some, choose another data folder with --home, or lower generate.rows"
         )

@@ -18,7 +18,7 @@ from rich.console import Console
 from cfsd.comparison import Comparison
 from cfsd.errors import NotHere
 from cfsd.estimate import CHECKED, COMMAND_SECONDS, KNOWN_SHAPES, STAGE_SECONDS, estimate, job_of, rate_of
-from cfsd.machine import Machine, elsewhere
+from cfsd.machine import Machine, lacking
 from cfsd.recipe import Recipe
 from cfsd.stages import CHAT, EVALUATE_CHAT, EVALUATE_PROBE, EVALUATE_TARGET, FETCH, FISHER, GENERATE, SHOW, TRAIN
 from cfsd.store.artifact import Artifact
@@ -108,10 +108,10 @@ CUDA = torch.cuda.is_available()
 
 
 @contextmanager
-def elsewhere_set() -> Iterator[None]:
-    token = elsewhere.set(True)
+def elsewhere() -> Iterator[None]:
+    token = lacking.set([])
     yield
-    elsewhere.reset(token)
+    lacking.reset(token)
 
 
 class Planned(NamedTuple):
@@ -152,7 +152,7 @@ def test_the_plans_of_published_settings_need_no_network_and_no_gpu(
     planned = plan_of(name, **machine)
     assert ("chat" in planned.stages, "evaluate-chat" in planned.stages) == (chats, chats)
     on = Machine(**machine)
-    with elsewhere_set():
+    with elsewhere():
         found = {step.stage: cost for step, cost in costs([planned.plan], on, 1e14)}
     assert all(cost.seconds is not None for stage, cost in found.items() if stage != FETCH)
     assert found[TRAIN].tokens and found[TRAIN].memory and found[GENERATE].tokens
@@ -200,7 +200,7 @@ def test_models_are_measured_in_half_the_bytes_on_a_gpu() -> None:
     recipe = Recipe.load(RECIPES / "olmo-1b-metamath.yaml")
     unknown = Artifact(kind="model", key="", content="")
     weights = KNOWN_SHAPES["allenai/OLMo-1B-hf"].parameters()
-    with elsewhere_set():
+    with elsewhere():
         jobs = [job_of(recipe, unknown, unknown, Machine(device=device)) for device in ("cpu", "cuda")]
         for stage, copies in ((EVALUATE_PROBE, 2), (EVALUATE_TARGET, 1), (FISHER, 0)):
             here, there = (estimate(stage, (), job, 1e11).memory for job in jobs)
