@@ -9,10 +9,12 @@ there nothing is executed. What a part found is in benchmarks/results/study/PART
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from pydantic import JsonValue
 
 from benchmarks._methods_grid import RECIPES, replay_file, technical_documents, write_documents
 from benchmarks._result import RESULTS, markdown
@@ -33,7 +35,10 @@ from flows.compare import compare
 from flows.mitigate import mitigate, pipeline
 
 FOUND = RESULTS / "study"
-REAL_TEXT = ("real text, kl", "real text, nll")
+REAL_TEXT: dict[str, dict[str, JsonValue]] = {  # variants that read files which the command writes
+    "real text, kl": {"generate.source": "replay"},
+    "real text, nll": {"generate.source": "replay", "generate.top_logprobs": 0, "train.rehearsal.loss": "nll"},
+}
 OF_A_RUN = {"name", "seconds", "executed", "cached", "moved", "shown", "training"}  # of a summary: not in the file
 
 
@@ -44,7 +49,7 @@ class Part(NamedTuple):
     recipes: str  # the comparison, in deployments/recipes
     seeds: int
     taught_by: str = ""  # the recipe whose model is fine-tuned; empty: the comparison's own base
-    replayed: tuple[str, ...] = ()  # variants that rehearse real text
+    real_text: Mapping[str, dict[str, JsonValue]] = {}  # variants beside those of the file
 
     def teaching(self) -> Recipe | None:
         """Return the recipe of the model that is fine-tuned, None where that is the comparison's own base."""
@@ -54,13 +59,12 @@ class Part(NamedTuple):
         """Return the comparison; its base is the taught model once that is there."""
         model = self._taught()
         loaded = Comparison.load(RECIPES / self.recipes, [f"base={model}"] if model else [], self.seeds)
-        real = replay_file("demo", data_folder() / "studies")
-        if self.replayed:
-            write_documents(technical_documents(), real)
-        read = {"generate.replay": {"path": str(real)}}
-        return loaded.model_copy(
-            update={"variants": loaded.variants | {name: loaded.variants[name] | read for name in self.replayed}}
-        )
+        if not self.real_text:
+            return loaded
+        write_documents(technical_documents(), real := replay_file("demo", data_folder() / "studies"))
+        read: dict[str, JsonValue] = {"generate.replay": {"path": str(real)}}
+        added = {name: changes | read for name, changes in self.real_text.items()}
+        return loaded.model_copy(update={"variants": loaded.variants | added})
 
     def plans(self, machine: Machine) -> list[Plan]:
         """Return what is done and left to do: a plan for each training."""
@@ -79,7 +83,7 @@ PARTS = {
     "sources": Part("What should an aligned model rehearse?", "study-sources.yaml", 5),
     "sources-chats": Part("What should it rehearse where the target is chats?", "study-sources-chats.yaml", 5),
     "taught": Part("What holds a skill that was taught before?", "study-taught.yaml", 5, "study-teach.yaml"),
-    "order": Part("Does the published order of methods hold here?", "study-order.yaml", 3, replayed=REAL_TEXT),
+    "order": Part("Does the published order of methods hold here?", "study-order.yaml", 3, real_text=REAL_TEXT),
     "ablations-tiny": Part("What does each setting do?", "study-ablations-tiny.yaml", 5),
 }
 
