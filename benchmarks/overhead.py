@@ -4,12 +4,9 @@ make bench PART=overhead        about 5 minutes
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
+from benchmarks._own_servers import own_servers
 from benchmarks._result import row, seconds_in_turn, tell
 from tests.conftest import ROOT
 
@@ -21,17 +18,9 @@ EMPTY_FLOW = "from prefect import flow\n@flow\ndef empty(): pass\nempty()"
 
 def main() -> None:
     """Measure on a server of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="cfsd-overhead-"))
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-    own["CFSD_HOME"] = str(folder / "data")
-    serve = [sys.executable, "-m", "flows.serve"]
-    subprocess.run([*serve, "up", "--prefect-port", "14300", "--mlflow-port", "15100"], cwd=ROOT, env=own, check=True)
-    try:
-        url = json.loads((folder / "data" / "servers.json").read_text())["prefect"]["url"]
-        own["PREFECT_API_URL"] = f"{url}/api"
-        tell("overhead", _rows(own))
-    finally:
-        subprocess.run([*serve, "down"], cwd=ROOT, env=own, check=True)
+    with own_servers("overhead", 14300, 15100) as place:
+        url = json.loads((place.data / "servers.json").read_text())["prefect"]["url"]
+        tell("overhead", _rows(place.env | {"PREFECT_API_URL": f"{url}/api"}))
 
 
 def _rows(env: dict[str, str]) -> list[dict[str, object]]:

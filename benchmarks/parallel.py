@@ -6,14 +6,12 @@ Both sides have one thread per variant, so that all that differs is how many run
 each: nothing is cached. The servers run throughout, so that their start counts on neither side.
 """
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
 
+from benchmarks._own_servers import own_servers
 from benchmarks._result import row, seconds_in_turn, tell
 from tests.conftest import ROOT, save_model, write_rows
 
@@ -29,15 +27,8 @@ STEPS = 1200  # of each variant: half a minute on a free core, so that the proce
 
 def main() -> None:
     """Measure on servers of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="cfsd-parallel-"))
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-    own |= {"CFSD_HOME": str(folder / "data"), "OMP_NUM_THREADS": "1"}
-    serve = [sys.executable, "-m", "flows.serve"]
-    subprocess.run([*serve, "up", "--prefect-port", "14500", "--mlflow-port", "15500"], cwd=ROOT, env=own, check=True)
-    try:
-        tell("parallel", [_measured(folder, own)])
-    finally:
-        subprocess.run([*serve, "down"], cwd=ROOT, env=own, check=True)
+    with own_servers("parallel", 14500, 15500, OMP_NUM_THREADS="1") as place:
+        tell("parallel", [_measured(place.data.parent, place.env)])
 
 
 def _measured(folder: Path, env: dict[str, str]) -> dict[str, object]:

@@ -8,12 +8,10 @@ night is those of KEPT_RUNS.
 """
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._own_servers import own_servers
 from benchmarks._result import row, tell
 from tests.conftest import ROOT
 
@@ -44,16 +43,10 @@ EVENT_TABLES = {"events": ["id"], "event_resources": ["id", "event_id"]}
 
 def main() -> None:
     """Measure on servers and a data folder of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="cfsd-scale-"))
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-    own["CFSD_HOME"] = str(folder / "data")
-    serve = [sys.executable, "-m", "flows.serve"]
-    subprocess.run([*serve, "up", "--prefect-port", "14700", "--mlflow-port", "15700"], cwd=ROOT, env=own, check=True)
-    try:
-        _run(own)
-        found = {size: _measured(folder / "data", own, *size) for size in zip((0, *RUNS), (0, *ARTIFACTS), strict=True)}
-    finally:
-        subprocess.run([*serve, "down"], cwd=ROOT, env=own, check=True)
+    with own_servers("scale", 14700, 15700) as place:
+        _run(place.env)
+        found = {size: _measured(*place, *size) for size in zip((0, *RUNS), (0, *ARTIFACTS), strict=True)}
+    shutil.rmtree(place.data.parent)
     first = found[0, 0]
     rows = [
         row(f"{what}, {runs:,} runs and {artifacts:,} artifacts against one run", seconds, first[what], "-")
@@ -61,7 +54,6 @@ def main() -> None:
         for what, seconds in measured.items()
     ]
     tell("scale", rows)
-    shutil.rmtree(folder)
 
 
 def _run(env: dict[str, str]) -> None:
