@@ -402,8 +402,11 @@ def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> floa
     return PROCESS_BYTES + 4 * (2 * weights + (4 * machine.micro_batch_tokens + 5 * CHUNK) * vocabulary)
 
 
+KEPT_BYTES = 4  # of each weight of a model that was trained or merged, in float32
+
+
 def disk_bytes(recipe: Recipe, weights: float | None) -> float:
-    """Return about how many bytes the artifacts of `recipe` take, a checkpoint while training included."""
+    """Return about how many bytes the artifacts of `recipe` take, base and a checkpoint while training included."""
     corpus = recipe.generate.rows * recipe.generate.length
     per_token = recipe.generate.top_logprobs + recipe.generate.stored_tail()
     stored = 4 * per_token * corpus  # an id and a log-probability, two bytes each

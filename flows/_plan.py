@@ -16,6 +16,7 @@ from cfsd.estimate import (
     CHECKED,
     COMMAND_SECONDS,
     GIB,
+    KEPT_BYTES,
     STAGE_SECONDS,
     Estimate,
     disk_bytes,
@@ -28,6 +29,7 @@ from cfsd.generate.spec import AUTO
 from cfsd.machine import Machine, home, lacking, lacks
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
+from cfsd.stages import MERGE, TRAIN
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.sharing import check_shared_store
 from cfsd.train.spec import check_sharding
@@ -42,7 +44,7 @@ _checked: ContextVar[bool] = ContextVar("checked", default=False)
 class Plan(NamedTuple):
     """The steps that a recipe takes, in order, and its base and target as far as they are known.
 
-    `lacking`: what keeps it from running on this machine, or a recipe before it, though another may have it.
+    `lacking`: what keeps the command from running on this machine, though another may have it.
     """
 
     recipe: Recipe
@@ -71,8 +73,9 @@ def checked(
         _checked_here(partial(_check_devices, machine))
         check_shared_store()
         plans = [_check(recipe, machine, pipeline) for recipe in recipes]
+        _checked_here(partial(_check_disk, plans))
         with once_checked():
-            yield plans
+            yield [plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ()))) for plan in plans]
 
 
 def _check_devices(machine: Machine) -> None:
@@ -131,9 +134,7 @@ def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
     checks: list[Callable[[], object]] = [base, *others, cluster, sharding]
     for check in checks:
         _checked_here(check)
-    plan = walk(recipe, machine, pipeline)
-    _checked_here(partial(_check_disk, plan))
-    return plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ())))
+    return walk(recipe, machine, pipeline)
 
 
 def _checked_here(check: Callable[[], object]) -> None:
@@ -145,16 +146,31 @@ def _checked_here(check: Callable[[], object]) -> None:
         lacks(str(error))
 
 
-def _check_disk(plan: Plan) -> None:
-    if all(step.cached for step in plan.steps):
-        return
-    recipe, free = plan.recipe, shutil.disk_usage(home()).free
-    needed = disk_bytes(recipe, parameters_of(recipe, plan.base))
+def _check_disk(plans: list[Plan]) -> None:
+    needed, free = _disk_bytes(plans), shutil.disk_usage(home()).free
     if needed > free:
         lacks(
-            f"the recipe needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB free; "
-            "free some, choose another data folder with --home, or lower generate.rows"
+            f"what is left to do needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB "
+            "free; free some, choose another data folder with --home, lower generate.rows, or train fewer variants"
         )
+
+
+def _disk_bytes(plans: list[Plan]) -> float:
+    """Return about how many bytes the rest of the plans takes: the largest one, and every further model."""
+    left = [plan for plan in plans if not all(step.cached for step in plan.steps)]
+    weights = {id(plan): parameters_of(plan.recipe, plan.base) or 0 for plan in left}
+    models = {_mark(step): weights[id(plan)] for plan in left for step in plan.steps if _leaves_a_model(step)}
+    largest = max((disk_bytes(plan.recipe, weights[id(plan)]) for plan in left), default=0.0)
+    return largest + KEPT_BYTES * (sum(models.values()) - max(models.values(), default=0.0))
+
+
+def _leaves_a_model(step: Planned) -> bool:
+    return step.stage in (TRAIN, MERGE) and not step.cached
+
+
+def _mark(step: Planned) -> object:
+    """Return what is the same for equal steps of several plans."""
+    return step.key or (step.stage, *map(repr, step.inputs))
 
 
 def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
@@ -170,6 +186,7 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     console.print(table)
     total, unknown = seconds_of(found), [step.stage for step, cost in found if not step.cached and cost.seconds is None]
     console.print(_total(total, unknown, rate, own))
+    console.print(f"disk: about {_disk_bytes(plans) / GIB:.1f} GiB for what is left to do")
     for line in dict.fromkeys(line for plan in plans for line in (*_assumed(plan), *map(_not_here, plan.lacking))):
         console.print(line, markup=False)
     if devices > 1:
@@ -180,9 +197,6 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
 def _assumed(plan: Plan) -> Iterator[str]:
     """Yield what the plan takes for granted of a base and a target that are not there yet."""
     recipe, base = plan.recipe, plan.base
-    weights = parameters_of(recipe, base)
-    if weights is not None:
-        yield f"disk: about {disk_bytes(recipe, weights) / GIB:.1f} GiB once all of the recipe has run"
     if base.content:
         return
     if AUTO in [mode.name for mode in recipe.probe.modes] and base.metadata.get("chat_template") is None:
@@ -219,8 +233,7 @@ def costs(plans: list[Plan], machine: Machine, rate: float) -> Iterator[tuple[Pl
     for plan in plans:
         job = job_of(plan.recipe, plan.base, plan.target, machine)
         for step in plan.steps:
-            mark = step.key or (step.stage, *map(repr, step.inputs))
-            if mark not in seen:
+            if (mark := _mark(step)) not in seen:
                 seen.add(mark)
                 yield step, estimate(step.stage, step.inputs, job, rate)
 

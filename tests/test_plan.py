@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,25 @@ from rich.console import Console
 
 from cfsd.comparison import Comparison
 from cfsd.errors import NotHere
-from cfsd.estimate import CHECKED, COMMAND_SECONDS, KNOWN_SHAPES, STAGE_SECONDS, estimate, job_of, rate_of
+from cfsd.estimate import (
+    CHECKED,
+    COMMAND_SECONDS,
+    KEPT_BYTES,
+    KNOWN_SHAPES,
+    STAGE_SECONDS,
+    disk_bytes,
+    estimate,
+    job_of,
+    rate_of,
+)
 from cfsd.machine import Machine, lacking
+from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.stages import CHAT, EVALUATE_CHAT, EVALUATE_PROBE, EVALUATE_TARGET, FETCH, FISHER, GENERATE, SHOW, TRAIN
 from cfsd.store.artifact import Artifact
 from flows._plan import Plan, checked, costs, print_plans, walk
 from flows.mitigate import pipeline
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_rows
 
 RECIPES = ROOT / "deployments/recipes"
 RATE = 224e9  # FLOPs a second of a product of 1024 x 1024 on the machine of the recorded runs, two CPU cores
@@ -172,6 +183,33 @@ def test_what_is_not_here_is_refused_where_something_would_run(home: Path, monke
     tiny = Recipe.load(RECIPES / "tiny.yaml", [f"target.path={RECIPES / 'tiny_target.jsonl'}"])
     with pytest.raises(NotHere, match=r"0\.0 GiB free"), checked([tiny], Machine(device="cpu"), pipeline):
         pass
+
+
+def test_every_model_that_is_left_to_train_needs_its_place_on_the_disk(
+    home: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path
+) -> None:
+    """Of 25 trainings each fitted the disk alone, and the command ran until it was full."""
+    rows = write_rows(tmp_path / "rows.jsonl", count=24)
+    sets = [
+        f"base={model_folder}",
+        f"target.path={rows}",
+        "target.held_out=8",
+        "generate.rows=0",
+        "evaluate.benchmarks=[]",
+    ]
+    variants = {f"rate {number}": {"train.learning_rate": 1e-4 * (1 + number)} for number in range(25)}
+    variants |= {f"merged {number}": {"merge.alpha": 0.1 * (1 + number)} for number in range(4)}  # of one training
+    recipe = Recipe.load(RECIPES / "tiny.yaml", sets)
+    recipes = Comparison(recipe=recipe, variants=variants).recipes()
+    alone = disk_bytes(recipe, count_parameters(model_folder))
+    model = KEPT_BYTES * count_parameters(model_folder)
+    needed, machine = alone + (25 - 1 + 4) * model, Machine(device="cpu")  # the largest is in `alone`
+    for free, fits in ((needed + 2 * model, True), (needed - 2 * model, False)):
+        usage = shutil.disk_usage(ROOT)._replace(free=int(free))
+        monkeypatch.setattr("flows._plan.shutil.disk_usage", lambda _, usage=usage: usage)
+        expected = nullcontext() if fits else pytest.raises(NotHere, match="train fewer variants")
+        with expected, checked(recipes.values(), machine, pipeline):
+            pass
 
 
 def test_chats_are_planned_unless_the_base_is_known_to_have_none(
