@@ -12,7 +12,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
-from cfsd.generate.spec import EARLIER, GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.spec import EARLIER, TAIL_SAMPLES, GenerateSpec, ProbeSpec, check_context
 from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
@@ -207,8 +207,8 @@ def check_drawn_tokens(
     if rehearsal.needs_top() and rehearsal.tail == "sampled" and not generate.stored_tail():
         raise ValueError(
             "train.rehearsal.tail sampled, without generate.tail_samples, takes the drawn tokens as sampled from the "
-            f"base's own distribution, but the corpus has {found}: set generate.tail_samples (16 is the default), "
-            "train.rehearsal.tail to bucket, or train.rehearsal.reference to base"
+            f"base's own distribution, but the corpus has {found}: set generate.tail_samples ({TAIL_SAMPLES} is the "
+            "default), train.rehearsal.tail to bucket, or train.rehearsal.reference to base"
         )
     if rehearsal.budget and rehearsal.loss == "nll":
         raise ValueError(

@@ -16,7 +16,7 @@ from cfsd.store.artifact import Artifact, Store
 Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
 EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
 SHARDS_PER_SOURCE = 1_000_000
-TAIL_SAMPLES = 16
+TAIL_SAMPLES = 32  # the fewest that ended within 10 % of the base in memory in every run: docs/decisions/0049
 UNPROMPTED, AUTO = "unprompted", "auto"
 BUILT_IN = (UNPROMPTED, CHAT, AUTO)  # modes of the probe; others are names of the user's own prompts
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
+from cfsd.generate.spec import TAIL_SAMPLES
 from cfsd.machine import home
 from cfsd.mix.stage import lists_like
 from cfsd.model.likelihood import token_logprobs
@@ -72,8 +73,8 @@ def check_stored(folder: Path, spec: RehearsalSpec) -> None:
     if spec.tail == "sampled" and "tail_ids" not in names and not exact:
         raise BadInput(
             f"tail is sampled, but the corpus {folder.name} has no samples of the tail, and its rows are not known to "
-            "follow the base's own distribution: make it with generate.tail_samples (16 is the default), or set tail "
-            "to bucket"
+            f"follow the base's own distribution: make it with generate.tail_samples ({TAIL_SAMPLES} is the default), or "
+            "set tail to bucket"
         )
 
 
