@@ -73,8 +73,8 @@ def check_stored(folder: Path, spec: RehearsalSpec) -> None:
     if spec.tail == "sampled" and "tail_ids" not in names and not exact:
         raise BadInput(
             f"tail is sampled, but the corpus {folder.name} has no samples of the tail, and its rows are not known to "
-            f"follow the base's own distribution: make it with generate.tail_samples ({TAIL_SAMPLES} is the default), or "
-            "set tail to bucket"
+            f"follow the base's own distribution: make it with generate.tail_samples ({TAIL_SAMPLES} is the default), "
+            "or set tail to bucket"
         )
 
 
