@@ -7,6 +7,7 @@ is imported from elsewhere, unless it is installed. Installed packages are no pa
 import ast
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from cfsd.machine import home
 from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file
 
 MAX_FILES, MAX_BYTES = 10_000, 10 << 30
+PARSES = 20  # of one file, at most
 REMEMBERED = 1 << 20  # bytes from which on a file is read again only when its size or its mtime changed
 OURS = {"cfsd", "flows", "tasks"}
 BACKUPS = ("~", ".pyc", ".pyo", ".swp", ".tmp")
@@ -99,11 +101,23 @@ def _imported(path: Path) -> set[str]:
     if path.suffix != ".py":
         return set()
     try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        nodes = list(ast.walk(_parsed(path.read_bytes())))
     except (SyntaxError, ValueError, RecursionError):
         return set()
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+
+
+def _parsed(source: bytes) -> ast.Module:
+    """Return the tree of a Python file.
+
+    Python before 3.11.8 counts the depth of all threads together, and raises SystemError where another one parses
+    at the same time (cpython issue 106905); Prefect's threads do.
+    """
+    for _ in range(PARSES - 1):
+        with suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
 
 
 def _local_module(top: str, folder: Path) -> Path | None:

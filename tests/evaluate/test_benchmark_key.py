@@ -1,9 +1,12 @@
 """What a score depends on is in the benchmark's key, and nothing else is."""
 
+import gc
 import json
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +209,31 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("cfsd.store.digests.sha256_of_file", refuse)
     assert mine.digest() == before
+
+
+def test_threads_that_parse_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Python before 3.11.8 raises SystemError where a collection of garbage lets another thread parse, too."""
+    mine, found = python(tmp_path / "bench"), list[str]()
+    append(tmp_path / "bench" / "long.py", "".join(f"x{i} = [{i}, ({i}, {{{i}: {i}}})]\n" for i in range(300)))
+
+    def switch(*_: object) -> None:
+        time.sleep(1e-5)
+
+    def digests() -> None:
+        found.extend(mine.digest() for _ in range(10))
+
+    threads, before = [threading.Thread(target=digests) for _ in range(4)], gc.get_threshold()
+    gc.callbacks.append(switch)
+    gc.set_threshold(5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(switch)
+    assert found == [mine.digest()] * 40
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

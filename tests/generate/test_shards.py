@@ -20,7 +20,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput, NotFinite, OutOfMemory
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.client import ServerGone
-from cfsd.generate.spec import GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.spec import TAIL_SAMPLES, GenerateSpec, ProbeSpec, check_context
 from cfsd.generate.stage import generate, probe
 from cfsd.machine import Machine
 from cfsd.mix.spec import MixSpec
@@ -196,8 +196,8 @@ def test_replay_rows_are_scored_and_hold_the_same_columns(store: Store, base: Ar
         assert len(row["topk_ids"]) == 3 * len(row["token_ids"])
         assert row["topk_ids"][3:6] == logprobs[0].topk(3).indices.tolist()
         assert row["topk_logprobs"][:3] == [None] * 3
-        sampled = [logprobs[t // 16, token].item() for t, token in enumerate(row["tail_ids"][16:])]
-        assert row["tail_logprobs"][16:] == pytest.approx(sampled, rel=1e-3)
+        sampled = [logprobs[t // TAIL_SAMPLES, token].item() for t, token in enumerate(row["tail_ids"][TAIL_SAMPLES:])]
+        assert row["tail_logprobs"][TAIL_SAMPLES:] == pytest.approx(sampled, rel=1e-3)
     assert table.schema.field("tail_ids").type == table.schema.field("topk_ids").type
 
 

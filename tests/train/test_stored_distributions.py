@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target
 from cfsd.errors import StoreError
-from cfsd.generate.spec import GenerateSpec
+from cfsd.generate.spec import TAIL_SAMPLES, GenerateSpec
 from cfsd.generate.stage import generate
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
@@ -98,7 +98,7 @@ def test_every_counted_token_has_the_law_of_a_forward_pass(
     assert torch.allclose(found.logprobs_MK.float(), wanted.logprobs_MK, rtol=1e-3, atol=1e-3)  # kept in float16
     same = (found.ids_MK == wanted.ids_MK).float().mean()
     assert same > 0.99  # a tie may be broken otherwise
-    assert found.tail_ids_MS.shape == found.tail_logprobs_MS.shape == (len(found.ids_MK), 16)
+    assert found.tail_ids_MS.shape == found.tail_logprobs_MS.shape == (len(found.ids_MK), TAIL_SAMPLES)
     law_NV = torch.cat([law_of(model, rows[i]) for i in order])
     assert torch.allclose(
         found.tail_logprobs_MS.float(), law_NV.gather(1, found.tail_ids_MS.long()), rtol=1e-3, atol=1e-3
