@@ -33,6 +33,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.train.memory import Shapes, load_of, training_memory
 
 GIB = 2**30
+KEPT_BYTES = 4  # of each weight of a model that was trained or merged, in float32
 CHECKED = 1.5
 CUDA_RATE = 1e14  # FLOPs a second of one large GPU in bfloat16: a guess
 REACHED = 0.85  # of a matrix product's rate, by a pass over many tokens
@@ -400,9 +401,6 @@ def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> floa
     Logits of both, once as they come and once those that count, and what the sums over a chunk of them are made of.
     """
     return PROCESS_BYTES + 4 * (2 * weights + (4 * machine.micro_batch_tokens + 5 * CHUNK) * vocabulary)
-
-
-KEPT_BYTES = 4  # of each weight of a model that was trained or merged, in float32
 
 
 def disk_bytes(recipe: Recipe, weights: float | None) -> float:

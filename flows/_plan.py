@@ -70,10 +70,10 @@ def checked(
         yield []
         return
     with Store(home()).in_use(), _lacking_noted(only_plan):
-        _checked_here(partial(_check_devices, machine))
+        _check_devices(machine)
         check_shared_store()
         plans = [_check(recipe, machine, pipeline) for recipe in recipes]
-        _checked_here(partial(_check_disk, plans))
+        _check_disk(plans)
         with once_checked():
             yield [plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ()))) for plan in plans]
 
