@@ -64,6 +64,7 @@ PARTS = {
         stages.EVALUATE_CHAT, stages.SHOW,
     ),
 }  # fmt: skip
+COLUMNS = ["machine", "stage", "memory, GiB", "tokens, millions", "FLOPs", "hours", "money"]
 GATE = (stages.EVALUATE_PROBE, stages.EVALUATE_CHAT, stages.EVALUATE)  # of what is measured every night
 
 
@@ -101,13 +102,15 @@ def main() -> None:
 
 
 def tables() -> str:
-    """Return the tables of costs, of what does not fit, and of nightly gates."""
-    head = ["", "machine", "settings", "memory, GiB", "tokens, millions", "FLOPs", "hours", "disk, GiB", "money"]
-    found = [(setting, hardware, _fitting(setting, hardware)) for setting in SETTINGS for hardware in HARDWARE]
-    rows = [row for setting, hardware, one in found for row in _rows(setting, hardware, one)]
+    """Return the tables of costs, setting by setting, and that of nightly gates."""
+    found = {(setting, hardware): _fitting(setting, hardware) for setting in SETTINGS for hardware in HARDWARE}
+    parts = []
+    for setting in SETTINGS:
+        rows = [row for hardware in HARDWARE for row in _rows(setting, hardware, found[setting, hardware])]
+        parts += [f"### {setting.name}\n", markdown([COLUMNS, *rows])]
     gates = [["", "machine", "one gate, hours", f"{MODELS_WATCHED} models, {NIGHTS} nights, hours", "money"]]
-    gates += [_gate(setting, hardware, one) for setting, hardware, one in found if one]
-    return markdown([head, *rows]) + "\n" + markdown(gates)
+    gates += [_gate(setting, hardware, one) for (setting, hardware), one in found.items() if one]
+    return "\n".join([*parts, "### A gate every night\n", markdown(gates)])
 
 
 def _fitting(setting: Setting, hardware: Hardware) -> Found | None:
@@ -131,22 +134,23 @@ def _rows(setting: Setting, hardware: Hardware, found: Found | None) -> Iterator
     if found is None:
         least = _planned(setting, hardware, WAYS[-1]).memory()
         stage, most = max(least.items(), key=lambda entry: entry[1])
-        yield [setting.name, hardware.name, f"does not fit: {stage}", f"{most:.0f}", *["-"] * 5]
+        yield [hardware.name, f"does not fit: {stage}", f"{most:.0f}", *["-"] * 4]
         return
-    machine, memory = found.machine, found.memory()
-    settings = f"{machine.micro_batch_tokens} tokens" + (", checkpointing" if machine.gradient_checkpointing else "")
-    settings += f", {machine.sharding}" if hardware.gpus > 1 else ""
+    memory, every = found.memory(), tuple(stage for wanted in PARTS.values() for stage in wanted)
     for part, wanted in PARTS.items():
-        most = max(memory.get(stage, 0) for stage in wanted)
         hours = found.hours(wanted)
-        yield [
-            f"{setting.name}: {part}", hardware.name, settings, f"{most:.0f}", f"{found.tokens(wanted) / 1e6:.1f}",
-            f"{found.flops(wanted):.1e}", f"{hours:.2f}", "", f"{hours * hardware.price:.2f}",
-        ]  # fmt: skip
-    hours = found.hours(tuple(stage for wanted in PARTS.values() for stage in wanted))
+        cost = f"{found.flops(wanted):.1e}", f"{hours:.2f}", f"{hours * hardware.price:.2f}"
+        most = max(memory.get(stage, 0) for stage in wanted)
+        yield [hardware.name, part, f"{most:.0f}", f"{found.tokens(wanted) / 1e6:.1f}", *cost]
+    hours = found.hours(every)
     disk = disk_bytes(found.plan.recipe, parameters_of(found.plan.recipe, found.plan.base)) / GIB
-    whole = f"**{hours:.1f}**", f"{disk:.0f}", f"**{hours * hardware.price:.0f}**"
-    yield [f"**{setting.name}**", hardware.name, "", f"{max(memory.values()):.0f}", "", "", *whole]
+    settings = f"**all**, {_settings(found.machine)}, disk {disk:.0f} GiB"
+    yield [hardware.name, settings, "", "", "", f"**{hours:.1f}**", f"**{hours * hardware.price:.0f}**"]
+
+
+def _settings(machine: Machine) -> str:
+    used = [f"{machine.micro_batch_tokens:,} tokens", *(["checkpointing"] * machine.gradient_checkpointing)]
+    return ", ".join([*used, *([machine.sharding] if machine.resolved_training_processes() > 1 else [])])
 
 
 def _gate(setting: Setting, hardware: Hardware, found: Found) -> list[str]:
