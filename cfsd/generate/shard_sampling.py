@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import JsonValue
 
@@ -69,7 +68,7 @@ def sample_shard(job: ShardJob, shard: Shard, look: Look = lambda under_way: Non
         samples, parts = _within_memory(job, shard, rows, look)
         notes |= {HALVED: str(parts).encode()} if parts > 1 else {}
     else:
-        wanted = ServerSampling(job.machine, _listed(job.spec), rows.eos_ids, tokenizer, rows.stream)
+        wanted = ServerSampling(job.machine, _listed(job.spec), rows.eos_ids, tokenizer, rows.stream, rows.turns)
         samples = sample_from_server(wanted, rows.prompts, rows.ids, on_done=look)
         if job.spec.stored_tail():
             samples = _with_distributions(job, shard, rows, samples)
@@ -129,8 +128,7 @@ def _with_distributions(job: ShardJob, shard: Shard, rows: Rows, samples: Sequen
     """Return the rows of a server with what the base here gives at each sampled token."""
     texts = {row: s.token_ids for row, s in zip(rows.ids, samples, strict=True) if isinstance(s, Sample)}
     scored = iter(_scored(job, rows, texts, f"shard {shard.index}"))
-    whole = [(s, len(prompt)) for s, prompt in zip(samples, rows.prompts, strict=True)]
     return [
-        s if isinstance(s, str) else s._replace(top=next(scored).only(np.arange(len(s.token_ids)) >= given).top)
-        for s, given in whole
+        s if isinstance(s, str) else s._replace(top=next(scored).only([p is not None for p in s.logprobs]).top)
+        for s in samples
     ]

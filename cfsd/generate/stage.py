@@ -31,7 +31,6 @@ from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.journal import Journal
 from cfsd.store.tables import TURNS, read_rows, shard_path, table_of, write_shard
 
-SAMPLED_HERE = "a server samples one turn only, so that chats are sampled here, by the base itself"
 UNANSWERED = (
     "in {unanswered} of {rows} chats the user's turn did not end within {length} tokens, or just there, so that they "
     "have no answer; a larger probe.length, or length of the mode, leaves fewer"
@@ -76,20 +75,18 @@ def probe(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampl
 def chat(base: Artifact, spec: ProbeSpec, draft: Draft, machine: Machine, sampler: Sampler | None = None) -> None:
     """Write chats as a `corpus` table, whose user's turn and answer the base sampled, and `turns`: where answers begin.
 
-    Log-probabilities are null at the template's tokens. A server samples one turn only, so rows are sampled here.
+    Log-probabilities are null at the template's tokens.
     Raises BadInput where the base has no chat template to cut.
     """
     check_chat(base, spec, draft.store)
-    here = machine.model_copy(update={"engine": "torch"})
-    job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), here)
+    job = _job(draft, base, None, GenerateSpec(rows=spec.rows, length=spec.length, seed=spec.seed), machine)
     sample_source(job, CHAT, 0, None, draft, sampler)
     rows = read_rows(draft.folder, "corpus", ["row_id", "token_ids"])
     places = answer_places([row["token_ids"] for row in rows], tokenization_of(job))
     turns = [{"row_id": row["row_id"], "answer": place} for row, place in zip(rows, places, strict=True)]
     write_shard(draft.folder, "turns", 0, table_of(TURNS, turns))
     unanswered = sum(place == len(row["token_ids"]) for row, place in zip(rows, places, strict=True))
-    said: Any = draft.metadata.get("said", [])
-    said = [*said, *([SAMPLED_HERE] if machine.engine == "server" else [])]
+    said: list[Any] = [*cast(Any, draft.metadata.get("said", ()))]
     said += [UNANSWERED.format(unanswered=unanswered, rows=len(rows), length=spec.length)] if unanswered else []
     draft.metadata |= {"unanswered": unanswered, "said": said}
     _count(draft, spec.length, "probe.length, or length of the mode,")

@@ -22,13 +22,17 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees the old file or the new one, never half of one."""
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never half of one.
+
+    After a crash of the machine the file may be lost or old unless `durable`, which waits for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("w") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 

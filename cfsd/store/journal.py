@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cfsd.store.digests import write_json
 
 METRICS = "metrics.jsonl"
 PROGRESS = "progress.json"
+EVERY = 0.1  # seconds between two writings of progress: who reads it looks once a second at most
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Journal:
     """Metrics and progress of one draft, written into its folder."""
 
     folder: Path
+    _told: float = field(default=float("-inf"), init=False)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append `values` at `step`, durable when this returns."""
@@ -34,8 +36,11 @@ class Journal:
             os.fsync(file.fileno())
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Record that `done` of `total` `unit` are finished."""
-        write_json(self.folder / PROGRESS, {"done": done, "total": total, "unit": unit})
+        """Record that `done` of `total` `unit` are finished; of calls in quick succession the first and the last."""
+        now = time.monotonic()
+        if done == total or now - self._told >= EVERY:
+            self._told = now
+            write_json(self.folder / PROGRESS, {"done": done, "total": total, "unit": unit}, durable=False)
 
     def cut_back(self, step: int) -> None:
         """Drop the metrics after `step`, which a resumed training writes again."""

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput, Crashed
+from cfsd.generate.sampling import Turns
 from cfsd.generate.server import client
 from cfsd.generate.server.check import check_server
 from cfsd.generate.server.client import ServerGone
@@ -170,6 +171,34 @@ def test_no_row_ends_before_min_length(world: World, serve: Serve) -> None:
         rows(world, to(serve(owned_by="llamacpp")), 1, min_length=7)
 
 
+TURNS = Turns(1, (7, 9))
+
+
+def test_after_the_end_of_a_turn_the_next_one_is_opened_and_sampled(world: World, serve: Serve) -> None:
+    spec = GenerateSpec(rows=1200, length=LENGTH, seed=5, top_logprobs=4)
+    wanted = ServerSampling(to(serve()), spec, (END,), world.tokenizer, "template", TURNS)
+    two_turns = []
+    for s in sample_from_server(wanted, [[START]] * 1200, range(1200)):
+        assert isinstance(s, Sample) and s.top is not None
+        end = next((t for t, token in enumerate(s.token_ids) if token == END), len(s.token_ids))
+        given = {0, *range(end + 1, min(end + 3, len(s.token_ids)))}
+        assert s.token_ids[end + 1 : end + 3] == [7, 9][: max(0, LENGTH - end)]
+        assert [t for t, logprob in enumerate(s.logprobs) if logprob is None] == sorted(given)
+        assert np.flatnonzero(np.isnan(s.top.logprobs).all(1)).tolist() == sorted(given)
+        ended = s.token_ids.count(END) == 2
+        assert s.finish_reason == ("eos" if ended else "length") and (ended or len(s.token_ids) == LENGTH + 1)
+        sampled = [
+            (known, new) for known, new in zip(s.logprobs[1:], fresh(world, s), strict=True) if known is not None
+        ]
+        assert [known for known, _ in sampled] == pytest.approx([new for _, new in sampled], abs=1e-4)
+        two_turns += [s.token_ids] if end + 3 < len(s.token_ids) else []
+    opened = [tokens[: tokens.index(END) + 3] for tokens in two_turns]
+    with torch.inference_mode():
+        next_probs = [world.model(torch.tensor([prefix])).logits[0, -1].softmax(-1) for prefix in opened]
+    firsts = [tokens[len(prefix)] for tokens, prefix in zip(two_turns, opened, strict=True)]
+    assert len(firsts) > 50 and p_value(firsts, torch.stack(next_probs).mean(0)) > SIGNIFICANCE
+
+
 def test_never_more_requests_at_once_than_allowed(world: World, serve: Serve) -> None:
     server = serve(seconds=0.02)
     done: list[int] = []
@@ -264,7 +293,6 @@ def test_rows_with_tokens_that_are_not_listed_are_dropped_and_the_check_counts_t
         ({}, {"top_logprobs": 25}, "--max-logprobs"),
         ({"strings": True}, {}, "names tokens by their text, .* use a server that takes and gives token ids: vLLM"),
         ({"text_prompts": True}, {}, "should be a valid string; use a server that takes and gives token ids: vLLM"),
-        ({}, {"fill": True}, "use the torch engine"),
     ],
 )
 def test_what_a_server_cannot_do_is_refused_with_the_remedy(

@@ -17,8 +17,6 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
     Raises BadInput when it cannot sample as `wanted`; the message says what could.
     """
     spec = wanted.spec
-    if spec.fill:
-        raise BadInput("generate.fill goes on after a text's end, which a server cannot do; use the torch engine")
     listed = await one_model(client, wanted.machine.served_model, "machine.served_model")
     served = Served(kind=str(listed.get("owned_by", "unknown")), model=str(listed["id"]))
     if spec.min_length and served.kind not in (VLLM, SGLANG):
@@ -37,7 +35,7 @@ async def find_out(client: Client, prompt: Sequence[int], wanted: ServerSampling
             f"the server {client.base_url} names tokens by their text, which several may share, and gives no ids; "
             f"{WITH_IDS}"
         )
-    top_of(0, answer.tops, spec.top_logprobs)
+    top_of(answer.tops, spec.top_logprobs)
     return served
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.errors import BadInput
+from cfsd.generate.sampling import Turns
 from cfsd.generate.spec import GenerateSpec
 from cfsd.machine import Machine
 from cfsd.model.distribution import Top
@@ -53,6 +54,7 @@ class ServerSampling(NamedTuple):
     eos_ids: Sequence[int]
     tokenizer: PreTrainedTokenizerBase
     stream: str = ""  # rows of the same number in two streams have different seeds
+    turns: Turns = Turns()  # what follows the end of a text
 
 
 class Served(NamedTuple):
@@ -153,23 +155,23 @@ def tokens_of(answer: Answer) -> list[int] | str:
     return answer.ids
 
 
-def top_of(prompt_length: int, tops: Sequence[dict[int, float]], k: int) -> Top:
-    """Return the `k` likeliest tokens of each position, nan for those of the prompt.
+def top_of(tops: Sequence[dict[int, float] | None], k: int) -> Top:
+    """Return the `k` likeliest tokens of each position, nan where None says that the token was given.
 
     `rest` is the log of the mass that is left, from the k alone. Raises BadInput if the server gave fewer.
     """
-    few = min((len(top) for top in tops), default=k)
+    sampled = {place: top for place, top in enumerate(tops) if top is not None}
+    few = min(map(len, sampled.values()), default=k)
     if few < k:
         raise BadInput(
             f"generate.top_logprobs is {k}, but the server gives {few} alternatives with their ids; lower it, or start "
             "the server with a higher limit (vLLM: --max-logprobs), or use the torch engine"
         )
-    best = [sorted(top.items(), key=lambda pair: -pair[1])[:k] for top in tops]
-    ids = np.zeros((prompt_length + len(best), k), np.int32)
+    ids = np.zeros((len(tops), k), np.int32)
     logprobs = np.full(ids.shape, np.nan, np.float32)
-    if best:
-        ids[prompt_length:] = [[token for token, _ in row] for row in best]
-        logprobs[prompt_length:] = [[logprob for _, logprob in row] for row in best]
+    for place, top in sampled.items() if k else ():
+        best = sorted(top.items(), key=lambda pair: -pair[1])[:k]
+        ids[place], logprobs[place] = zip(*best, strict=True)
     left = 1 - np.exp(logprobs.astype(np.float64)).sum(1)
     none = np.zeros((len(ids), 0))  # a server gives no samples of the rest
     return Top(ids, logprobs, np.log(np.maximum(left, REMAINING_AT_LEAST)).astype(np.float32), none, none)

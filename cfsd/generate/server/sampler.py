@@ -77,7 +77,8 @@ class _Sampler:
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
         """Return row `number`, or why it must be dropped."""
-        row, tops, part = Sample(list(prompt), [None] * len(prompt), "length"), list[dict[int, float]](), 0
+        row, part, turns = Sample(list(prompt), [None] * len(prompt), "length"), 0, self.wanted.turns.more
+        tops: list[dict[int, float] | None] = [None] * len(prompt)
         until = len(prompt) + self.spec.length
         while room := until - len(row.token_ids):
             lacking = max(0, self.spec.min_length - self.spec.length + room)
@@ -94,18 +95,25 @@ class _Sampler:
             row.token_ids.extend(tokens[:count])
             row.logprobs.extend(answer.logprobs[:count])
             tops += answer.tops[:count]
-            if end < min(len(tokens), room):
+            ended = end < min(len(tokens), room)
+            if ended and not turns:
                 row = row._replace(finish_reason="eos")
                 break
-            if len(tokens) < room and not answer.stopped:
+            if ended:
+                turns -= 1
+                given = self.wanted.turns.between[: until - len(row.token_ids)]
+                row.token_ids.extend(given)
+                row.logprobs.extend([None] * len(given))
+                tops += [None] * len(given)
+            elif len(tokens) < room and not answer.stopped:
                 raise BadInput(
                     f"the server {self.client.base_url} cut a row after {len(tokens)} of {room} tokens; start it "
                     "with a context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: "
                     "-c or --n_ctx)"
                 )
-            part += 1  # the server stopped at a token that ends nothing here: go on from it
+            part += 1  # another turn, or the server stopped at a token that ends nothing here: go on from it
         k = self.spec.top_logprobs
-        return row._replace(top=top_of(len(prompt), tops, k) if k else None)
+        return row._replace(top=top_of(tops, k) if k else None)
 
     def _check_end(self, answer: Answer) -> None:
         """Raise BadInput for a text that stopped at a token which is not listed, whose probability is unknown."""
