@@ -12,7 +12,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
-from cfsd.generate.spec import EARLIER, TAIL_SAMPLES, GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.spec import CONTEXT_FREE, EARLIER, TAIL_SAMPLES, WITH_CHATS, GenerateSpec, ProbeSpec, check_context
 from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
@@ -91,6 +91,22 @@ class Recipe(Spec):
     def bends(self) -> list[str]:
         """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
         return bends(self.generate, self.filter, self.select)
+
+    def corpus(self, *, with_chats: bool) -> GenerateSpec:
+        """Return the settings of the corpus, with what `generate.source: auto` stands for.
+
+        That is text without a prompt and chats, if the base can write chats (`with_chats`), rehearsal is by divergence
+        of a given weight, and nothing in the recipe needs text without a prompt alone.
+        """
+        rehearsal, chats = self.train.rehearsal, self.generate.of_auto(WITH_CHATS)
+        try:
+            check_rehearsal(chats, self.train)
+            check_drawn_tokens(chats, self.filter, self.select, rehearsal)
+        except ValueError:
+            with_chats = False
+        # by likelihood it was not studied, and a budget is one of text without a prompt
+        takes_chats = with_chats and rehearsal.loss == "kl" and rehearsal.budget is None
+        return chats if takes_chats else self.generate.of_auto(CONTEXT_FREE)
 
     def budget(self) -> Budget | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
@@ -189,7 +205,7 @@ def _check_exact(generate: GenerateSpec, method: str, needed: Estimate, strength
             f"train.methods.{method} takes its {needed.noun} from text by the base's own distribution, but generate "
             f"has {', '.join(generate.biases())}: leave that out, or set {strength} to 0"
         )
-    if generate.rows < needed.rows or generate.source != "context-free":
+    if generate.rows < needed.rows or generate.sources() != ["context-free"]:
         raise ValueError(
             f"train.methods.{method} takes its {needed.noun} from {method}.rows={needed.rows} context-free rows; "
             f"generate has {generate.rows} of source {generate.source}: raise generate.rows or lower {method}.rows, "

@@ -87,7 +87,7 @@ class TargetSequence(BaseModel):
                 f"{where} rehearses nothing: generate.rows is {generate.rows}, train.rehearsal.weight "
                 f"{recipe.train.rehearsal.weight}; set both above 0, or `earlier` to unprompted"
             )
-        shares: dict[Any, float] = {**generate.fractions} or {generate.source: 1.0}
+        shares: dict[Any, float] = {**generate.fractions} or dict.fromkeys(generate.sources(), 1.0)
         fractions = {source: share * (1 - self.earlier_fraction) for source, share in shares.items()}
         changes = {
             "generate.source": "mixed",

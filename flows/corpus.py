@@ -18,7 +18,7 @@ from tasks import record
 from tasks.evaluate import check_benchmarks
 from tasks.fetch import fetch_model
 from tasks.filter import filter_corpus
-from tasks.generate import check_modes, generate_corpus
+from tasks.generate import check_modes, check_source, generate_corpus
 from tasks.report import write_corpus_page
 from tasks.select import select_corpus, select_target
 from tasks.target import prepare_target, rewrite_target
@@ -28,7 +28,7 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     """Take the steps up to the rows that will be rehearsed."""
     base = fetch_model(recipe.base, machine)
     recipe.check_base(base)
-    modes = check_modes(base, recipe.probe)
+    modes, generate = check_modes(base, recipe.probe), check_source(base, recipe)
     if base.content:
         recipe.check_modes(modes)
     check_benchmarks(base, recipe.evaluate, machine)
@@ -37,7 +37,7 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     recipe.check_target(selected_target)
     selected_target = rewrite_target(base, selected_target, recipe.target.rewriting(), machine)
     earlier = tuple(prepare_target(base, known.as_given(), machine) for known in recipe.earlier)
-    corpus = generate_corpus(base, target, recipe.generate, machine, earlier)
+    corpus = generate_corpus(base, target, generate, machine, earlier)
     filtered = filter_corpus(corpus, target, recipe.evaluate, recipe.filter, machine)
     selected_corpus = select_corpus(base, filtered, recipe.select, machine)
     return RunRecord(

@@ -25,7 +25,7 @@ from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
 from tasks.fisher import estimate_fisher
-from tasks.generate import sample_along, sample_control, sample_watched
+from tasks.generate import corpus_settings, sample_along, sample_control, sample_watched
 from tasks.merge import fit_alpha, merge_model
 from tasks.mix import mix_rows
 from tasks.train import OfBase, train_model
@@ -47,8 +47,9 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     losses = weigh_target(base, selected_target, recipe.mix, recipe.train.methods, machine)
     along = store_target(base, selected_target, recipe.train.methods, machine)
     mixture = mix_rows(selected_target, rehearsed, losses, recipe.mix, machine)
-    corpus_check = check_corpus(base, probe, run_record.artifacts["corpus"], mixture, recipe.generate, machine)
-    fisher = estimate_fisher(base, run_record.artifacts["corpus"], recipe.train.methods, machine)
+    settings, sampled_corpus = corpus_settings(base, recipe), run_record.artifacts["corpus"]
+    corpus_check = check_corpus(base, probe, sampled_corpus, mixture, settings, machine)
+    fisher = estimate_fisher(base, sampled_corpus, recipe.train.methods, machine)
     watched = sample_watched(base, target, recipe.probe, recipe.train.watch, recipe.evaluate, machine)
     budgets = recipe.budgets(sampled)
     merging = recipe.merge.keeping(budgets)

@@ -8,6 +8,7 @@ from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import AUTO, UNPROMPTED, GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
 from cfsd.model.folder import has_chat_template
+from cfsd.recipe import Recipe
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
 from cfsd.stages import CHAT, GENERATE, PROBE, PROMPTS
 from cfsd.store.artifact import Artifact, Draft, Store
@@ -58,11 +59,9 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
     for mode in probe.modes:
         own = probe.of(mode)
         found[UNPROMPTED if mode.name == AUTO else mode.name] = own
-        if mode.name == CHAT and base.content:
+        if mode.name == CHAT:
             _check_chat(base, own)
-        if mode.name == AUTO and not base.content and base.metadata.get("chat_template") is not False:
-            found[CHAT] = own
-        if mode.name == AUTO and base.content and has_chat_template(Store(home()).path(base, weights=False)):
+        if mode.name == AUTO and may_have_chats(base):
             try:
                 _check_chat(base, own)
             except BadInput as error:
@@ -73,11 +72,44 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
     return found
 
 
+def may_have_chats(base: Artifact) -> bool:
+    """Return whether the base has a chat template; one that is not fetched yet has, unless it is known to have none."""
+    if not base.content:
+        return base.metadata.get("chat_template") is not False
+    return has_chat_template(Store(home()).path(base, weights=False))
+
+
 def _check_chat(base: Artifact, spec: ProbeSpec | Prompts) -> None:
     from cfsd.generate.sources import check_chat
 
     assert isinstance(spec, ProbeSpec)
-    check_chat(base, spec, Store(home()))
+    if base.content:
+        check_chat(base, spec, Store(home()))
+
+
+def corpus_settings(base: Artifact, recipe: Recipe) -> GenerateSpec:
+    """Return the settings of the recipe's corpus, with what `generate.source: auto` stands for with this base."""
+    generate = recipe.generate
+    return recipe.corpus(with_chats=generate.source == AUTO and _writes_chats(base, generate.length))
+
+
+def _writes_chats(base: Artifact, length: int) -> bool:
+    if not may_have_chats(base):
+        return False
+    try:
+        _check_chat(base, ProbeSpec(length=length))
+    except BadInput:
+        return False
+    return True
+
+
+def check_source(base: Artifact, recipe: Recipe) -> GenerateSpec:
+    """Return the settings of the recipe's corpus, and say what `generate.source: auto` stands for."""
+    settings = corpus_settings(base, recipe)
+    if settings.rows and settings.source != recipe.generate.source and planning.get() is None:
+        parts = " and ".join(f"{share:.0%} {source}" for source, share in settings.fractions.items())
+        record.say(f"generate: source auto is {parts or settings.source} here")
+    return settings
 
 
 def check_modes(base: Artifact, probe: ProbeSpec) -> tuple[str, ...]:

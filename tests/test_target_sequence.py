@@ -38,7 +38,7 @@ def test_each_stage_rehearses_all_targets_before_it_beside_what_the_recipe_rehea
 def test_unprompted_is_what_it_was() -> None:
     assert [recipe.earlier for recipe in sequence().recipes().values()] == [(), (), ()]
     recipe = sequence().recipes()["twice"]
-    assert "earlier" not in recipe._identity() and "source" not in recipe.generate._identity()
+    assert "earlier" not in recipe._identity() and recipe.generate.source == "auto"
 
 
 def test_sources_that_the_recipe_mixes_keep_their_proportions() -> None:

@@ -18,6 +18,8 @@ EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets 
 SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 32  # the fewest that ended within 10 % of the base in memory in every run: docs/decisions/0049
 UNPROMPTED, AUTO = "unprompted", "auto"
+CONTEXT_FREE: dict[str, Any] = {"source": "context-free", "fractions": {}}
+WITH_CHATS: dict[str, Any] = {"source": "mixed", "fractions": {"context-free": 0.5, "template": 0.5}}
 BUILT_IN = (UNPROMPTED, CHAT, AUTO)  # modes of the probe; others are names of the user's own prompts
 
 
@@ -137,9 +139,11 @@ class GenerateSpec(Spec):
 
     rows: NonNegativeInt = Field(1024, description="Sequences to sample; 0: no rehearsal, plain fine-tuning")
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
-    source: Literal[Source, "mixed"] = Field(
-        "context-free",
-        description="context-free: from the start token alone, the method; template: after the chat template's text "
+    source: Literal[Source, "mixed", "auto"] = Field(
+        "auto",
+        description="auto: half of the tokens context-free and half template where the base has a chat template and "
+        "train.rehearsal.loss is kl, else context-free; "
+        "context-free: from the start token alone, the method; template: after the chat template's text "
         "before a user turn; contextual: after target prompts; replay: documents of yours; earlier-prompts: after the "
         "prompts of `earlier` targets; earlier-rows: the rows of these themselves; mixed: see fractions",
     )
@@ -185,8 +189,14 @@ class GenerateSpec(Spec):
         return self.tail_samples if self.top_logprobs else 0
 
     def sources(self) -> list[Source]:
-        """Return the sources that rows come from, in a fixed order."""
+        """Return the sources that rows come from, in a fixed order; of auto those with a base that writes no chats."""
+        if self.source == "auto":
+            return ["context-free"]
         return sorted(self.fractions) if self.source == "mixed" else [self.source]
+
+    def of_auto(self, changes: dict[str, Any]) -> "GenerateSpec":
+        """Return the settings with `changes`, one of CONTEXT_FREE and WITH_CHATS, in the place of source auto."""
+        return self.model_copy(update=changes) if self.source == AUTO else self
 
     def parts(self, earlier: int) -> list[tuple[str, float | None]]:
         """Return the parts of the corpus: each source with its share of the tokens, None where rows are counted.

@@ -23,7 +23,7 @@ from cfsd.generate.prompts import Prompts
 from cfsd.generate.shard_job import Sampler, Shard, ShardJob
 from cfsd.generate.shard_sampling import check_engine, sample_shard
 from cfsd.generate.sources import answer_places, check_chat, count_prompts, tokenization_of, write_starts
-from cfsd.generate.spec import SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
+from cfsd.generate.spec import CONTEXT_FREE, SHARDS_PER_SOURCE, GenerateSpec, ProbeSpec
 from cfsd.generate.workers import sample_in_workers
 from cfsd.machine import Machine
 from cfsd.stages import CHAT
@@ -61,7 +61,11 @@ def generate(
         tokens = None if share is None else share * spec.rows * spec.length
         sample_source(job, source, position * SHARDS_PER_SOURCE, tokens, draft, sampler)
     _count(draft, spec.length, "generate.length")
-    draft.metadata |= {"biased": ", ".join(spec.biases()), "source": spec.source, "top_logprobs": spec.top_logprobs}
+    draft.metadata |= {
+        "biased": ", ".join(spec.biases()),
+        "source": spec.of_auto(CONTEXT_FREE).source,
+        "top_logprobs": spec.top_logprobs,
+    }
     draft.metadata |= {"tail_samples": spec.stored_tail()} if spec.stored_tail() else {}
 
 

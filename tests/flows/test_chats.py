@@ -11,6 +11,7 @@ import pytest
 from cfsd.baseline.file import baseline_of, guarded
 from cfsd.baseline.measured import measured
 from cfsd.errors import BadInput
+from cfsd.generate.spec import CONTEXT_FREE, WITH_CHATS
 from cfsd.machine import Machine
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
@@ -123,3 +124,45 @@ def test_what_the_base_cannot_have_is_refused_before_anything_is_sampled(
         taken(content, **{"merge.budget": {"support": 0.1}})
     made = {folder.name for folder in (home / "store").glob("*")}
     assert "corpus" not in made, json.dumps(sorted(made))
+
+
+BY_DIVERGENCE = {"generate.rows": 24, "generate.length": 24, "generate.top_logprobs": 4, "train.rehearsal.loss": "kl"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "source"),
+    [
+        ({}, "mixed"),
+        ({"generate.source": "context-free"}, "context-free"),
+        ({"train.rehearsal.loss": "nll"}, "context-free"),
+        ({"train.rehearsal.budget": 0.1}, "context-free"),
+        ({"generate.tail_samples": 0}, "context-free"),  # the drawn token alone says nothing of chats
+        ({"train.methods.ewc": {"weight": 1, "rows": 8}}, "context-free"),
+    ],
+)
+def test_source_auto_takes_chats_in_where_the_recipe_and_the_base_allow_it(
+    content: dict[str, Any], home: Path, server: str, changes: dict[str, Any], source: str
+) -> None:
+    from flows.corpus import corpus
+
+    explicit = {
+        f"generate.{name}": value for name, value in (WITH_CHATS if source == "mixed" else CONTEXT_FREE).items()
+    }
+    made = [
+        corpus(validated(Recipe, override(content, BY_DIVERGENCE | changes | named), "test"), CPU).only()
+        for named in ({}, explicit)
+    ]
+    keys = {run_record.artifacts["corpus"].key for run_record in made}
+    assert len(keys) == 1 and made[0].artifacts["corpus"].metadata["source"] == source
+    assert set(made[0].artifacts) == set(made[1].artifacts)
+
+
+def test_source_auto_is_text_without_a_prompt_for_a_base_without_a_template(
+    home: Path, server: str, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.corpus import corpus
+
+    bare = Recipe.load(recipe_file).model_dump(mode="json")
+    made = corpus(validated(Recipe, override(bare, BY_DIVERGENCE), "test"), CPU).only()
+    assert made.artifacts["corpus"].metadata["source"] == "context-free"
+    assert "generate: source auto is context-free here" in capsys.readouterr().out
