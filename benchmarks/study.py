@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from benchmarks._methods_grid import RECIPES, replay_file, technical_documents, write_documents
 from benchmarks._result import RESULTS, markdown
+from benchmarks._study_prediction import weight_distance
 from cfsd.comparison import Comparison
 from cfsd.errors import BadInput
 from cfsd.estimate import rate_of
@@ -146,7 +147,9 @@ def _variant(summary: Summary, run_record: RunRecord) -> dict[str, Any]:
     made = {"model": run_record.artifacts["final"], **scores, "target_divergence": after.target_divergence}
     keys = {role: f"{artifact.kind} {artifact.key}" for role, artifact in made.items() if artifact}
     training = {name: (summary.training or {}).get(name) for name in ("steps", "tokens", "rehearsal_tokens")}
-    return summary.model_dump(mode="json", exclude=OF_A_RUN) | {"keys": keys, "training": training}
+    base, final = (Store(data_folder()).path(run_record.artifacts[role]) for role in ("base", "final"))
+    added = {"keys": keys, "training": training, "weight_distance": weight_distance(base, final)}
+    return summary.model_dump(mode="json", exclude=OF_A_RUN) | added
 
 
 if __name__ == "__main__":

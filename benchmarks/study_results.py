@@ -7,11 +7,12 @@ the marks of each part; the words around them are written by hand.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks._methods_grid import ROOT
 from benchmarks._result import markdown
+from benchmarks._study_prediction import Run, block, picture, runs_of
 from benchmarks.study import FOUND, PARTS
 from cfsd.report.compared import Compared
 from cfsd.report.figures.frontier import frontier_figure
@@ -26,6 +27,7 @@ BEGIN, END = "<!-- made by python -m benchmarks.study_results: {} -->", "<!-- en
 MEASURES = {  # of summary.json -> column
     "target_gain": "target gain", "probe_kl": "probe_kl", "chat_kl": "chat_kl",
 }  # fmt: skip
+PREDICTION = "prediction"  # over all parts
 QUANTITIES = ("probe_kl", "mean_forgetting")
 
 
@@ -48,11 +50,26 @@ class Made(NamedTuple):
 
 def main() -> None:
     """Write tables and figures of all parts that were made into the page."""
-    page = PAGE.read_text()
-    for name in PARTS:
-        if (file := FOUND / f"{name}.json").exists():
-            page = _with(page, name, "\n".join(block_of(Made(name, json.loads(file.read_text())))))
+    page, parts = PAGE.read_text(), found_parts()
+    for name, content in parts.items():
+        page = _with(page, name, "\n".join(block_of(Made(name, content))))
+    if runs := runs_of(parts):
+        page = _with(page, PREDICTION, "\n".join(prediction_block(runs)))
     PAGE.write_text(page)
+
+
+def found_parts() -> dict[str, dict[str, Any]]:
+    """Return what every part found that was made."""
+    files = {name: FOUND / f"{name}.json" for name in PARTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def prediction_block(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield how well divergences foretell what benchmarks lose, and the picture of it."""
+    yield from block(runs)
+    PICTURES.mkdir(exist_ok=True)
+    picture(runs).savefig(PICTURES / f"{PREDICTION}.png", dpi=120)
+    yield f"![What benchmarks lost against divergences and the distance of weights]({PICTURES.name}/{PREDICTION}.png)\n"
 
 
 def _with(page: str, name: str, block: str) -> str:

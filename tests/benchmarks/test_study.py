@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from benchmarks import orders, study, study_results
+from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
 from tests.conftest import ROOT, write_rows
@@ -75,6 +77,26 @@ def test_the_page_shows_what_was_found() -> None:
         content: dict[str, Any] = json.loads(file.read_text())
         lines = study_results.block_of(study_results.Made(name, content))
         assert "\n".join(lines) in page, f"run python -m benchmarks.study_results: {name} is older than what was found"
+
+    if runs := runs_of(study_results.found_parts()):
+        assert "\n".join(block(runs)) in page, "run python -m benchmarks.study_results: the prediction is older"
+
+
+def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
+    def made(variant: int, seed: int) -> dict[str, Any]:
+        chat_kl, other = 0.01 * 2.0**variant * (1 + seed / 10), (0.3, 0.1, 0.2, 0.25, 0.15)[(variant + seed) % 5]
+        lost = {"forgetting": {"value": 0.3 + 0.05 * np.log(chat_kl)}}
+        divergences = {"probe_kl": {"value": other}, "target_divergence": {"value": other}, "weight_distance": other}
+        return {"chat_kl": {"value": chat_kl}, **divergences, "benchmarks": {"instructions": lost, "questions": lost}}
+
+    variants = {f"v{variant} seed={seed}": made(variant, seed) for variant in range(5) for seed in range(3)}
+    runs = runs_of({"one": {"variants": variants}, "of tiny": {"variants": {"w": {"benchmarks": {}}}}})
+    assert len(runs) == 15 and {run.variant for run in runs} == {f"v{variant}" for variant in range(5)}
+    (row,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | chat_kl" in line]
+    assert row.split(" | ")[2:5] == ["1.00", "1.00", "0.0"] and float(row.split(" | ")[5].rstrip(" |")) > 3
+    (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | probe_kl" in line]
+    assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[4]) > 3
+    assert len(picture(runs).axes) == 8
 
 
 def test_no_order_is_both_taught_and_asked() -> None:

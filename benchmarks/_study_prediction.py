@@ -1,0 +1,127 @@
+"""Do divergences foretell what people notice? Over all trainings of the study that were measured alike."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure as Picture
+from numpy.typing import NDArray
+from safetensors import safe_open
+from scipy.stats import spearmanr
+
+from benchmarks._result import markdown
+from cfsd.model.folder import weight_files
+from cfsd.report.table import variant_of
+
+PREDICTORS = {  # of a variant in a part's file -> how it is called
+    "probe_kl": "probe_kl", "chat_kl": "chat_kl", "target_divergence": "divergence on the target",
+    "weight_distance": "distance of weights",
+}  # fmt: skip
+LOST = ("instructions", "questions")
+
+
+def weight_distance(base: Path, tuned: Path) -> float:
+    """Return the norm of the difference of the weights in two folders, in norms of the base's."""
+    squares, moved = 0.0, 0.0
+    theirs = {name: file for file in weight_files(tuned) for name in _names(file)}
+    for file in weight_files(base):
+        with safe_open(file, framework="pt") as before:
+            for name in before.keys():  # noqa: SIM118
+                with safe_open(theirs[name], framework="pt") as after:
+                    own = before.get_tensor(name).double()
+                    squares += own.square().sum().item()
+                    moved += (after.get_tensor(name).double() - own).square().sum().item()
+    return math.sqrt(moved / squares)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+class Run(NamedTuple):
+    """One training: its part, its variant, what may predict, and the points that it lost."""
+
+    part: str
+    variant: str
+    predictors: dict[str, float]
+    lost: dict[str, float]
+
+
+def runs_of(parts: dict[str, dict[str, Any]]) -> list[Run]:
+    """Return the trainings of all parts that have every predictor and what is to be predicted."""
+    found = []
+    for part, content in parts.items():
+        for name, figures in content["variants"].items():
+            predictors = {key: _value(figures.get(key)) for key in PREDICTORS}
+            lost = {
+                key: figures["benchmarks"][key]["forgetting"]["value"] for key in LOST if key in figures["benchmarks"]
+            }
+            if None not in predictors.values() and len(lost) == len(LOST):
+                found.append(Run(part, variant_of(name), predictors, {key: 100 * value for key, value in lost.items()}))
+    return found
+
+
+def _value(figure: Any) -> Any:
+    return figure["value"] if isinstance(figure, dict) else figure
+
+
+def block(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the table: how well each predictor orders the trainings, and foretells those of other variants."""
+    variants = {(run.part, run.variant) for run in runs}
+    yield (
+        f"{len(runs)} trainings of {len(variants)} variants. Order: Spearman's correlation with the points lost over "
+        "trainings and means of variants. Foretold: the mean error, in points, of a line through the logarithm "
+        "that is fitted without the variant which is foretold (in any part), beside that of the others' mean.\n"
+    )
+    rows = [["lost", "predictor", "order, trainings", "order, variants", "error foretold, points", "of the mean"]]
+    for lost in LOST:
+        y = np.array([run.lost[lost] for run in runs])
+        for key, name in PREDICTORS.items():
+            x = np.log([run.predictors[key] for run in runs])
+            error, of_mean = _foretold(x, y, [run.variant for run in runs])
+            means = [_mean(values, runs) for values in (x, y)]
+            order = [f"{spearmanr(*pair).statistic:.2f}" for pair in ((x, y), means)]
+            rows.append([lost, name, *order, f"{error:.1f}", f"{of_mean:.1f}"])
+    yield markdown(rows)
+
+
+def _mean(values: NDArray[Any], runs: Sequence[Run]) -> list[float]:
+    groups: dict[tuple[str, str], list[float]] = {}
+    for run, value in zip(runs, values, strict=True):
+        groups.setdefault((run.part, run.variant), []).append(float(value))
+    return [float(np.mean(group)) for group in groups.values()]
+
+
+def _foretold(x: NDArray[Any], y: NDArray[Any], variants: Sequence[str]) -> tuple[float, float]:
+    """Return the mean absolute error of a line and of the mean, each variant foretold from the others."""
+    errors, of_mean = [], []
+    for variant in dict.fromkeys(variants):
+        held_out = np.array([name == variant for name in variants])
+        slope, intercept = np.polyfit(x[~held_out], y[~held_out], 1)
+        errors += [*np.abs(slope * x[held_out] + intercept - y[held_out])]
+        of_mean += [*np.abs(y[~held_out].mean() - y[held_out])]
+    return float(np.mean(errors)), float(np.mean(of_mean))
+
+
+def picture(runs: Sequence[Run]) -> Picture:
+    """Return what was lost against each predictor, a colour per variant and a marker per part."""
+    figure = Picture(figsize=(4 * len(PREDICTORS), 3.6 * len(LOST)), layout="constrained")
+    panels = figure.subplots(len(LOST), len(PREDICTORS), sharex="col", sharey="row")
+    variants, parts = list(dict.fromkeys(run.variant for run in runs)), list(dict.fromkeys(run.part for run in runs))
+    for row, lost in zip(panels, LOST, strict=True):
+        row[0].set_ylabel(f"{lost} lost, points")
+        for axes, (key, name) in zip(row, PREDICTORS.items(), strict=True):
+            for part, variant in dict.fromkeys((run.part, run.variant) for run in runs):
+                chosen = [run for run in runs if (run.part, run.variant) == (part, variant)]
+                marker, colour = "os^Dv<>"[parts.index(part) % 7], f"C{variants.index(variant) % 10}"
+                x, y = [run.predictors[key] for run in chosen], [run.lost[lost] for run in chosen]
+                axes.plot(x, y, marker, color=colour, label=f"{variant} ({part})")
+            axes.set_xscale("log")
+            axes.axhline(0, color="0.8", zorder=0)
+            axes.set_xlabel(name if row is panels[-1] else "")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return figure
