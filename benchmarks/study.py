@@ -147,6 +147,7 @@ def _variant(summary: Summary, run_record: RunRecord) -> dict[str, Any]:
     made = {"model": run_record.artifacts["final"], **scores, "target_divergence": after.target_divergence}
     keys = {role: f"{artifact.kind} {artifact.key}" for role, artifact in made.items() if artifact}
     training = {name: (summary.training or {}).get(name) for name in ("steps", "tokens", "rehearsal_tokens")}
+    training |= {"corpus_tokens": run_record.artifacts["corpus"].metadata.get("tokens", 0)}
     base, final = (Store(data_folder()).path(run_record.artifacts[role]) for role in ("base", "final"))
     added = {"keys": keys, "training": training, "weight_distance": weight_distance(base, final)}
     return summary.model_dump(mode="json", exclude=OF_A_RUN) | added

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import _study_cost
 from benchmarks._methods_grid import ROOT
 from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
@@ -28,6 +29,7 @@ MEASURES = {  # of summary.json -> column
     "target_gain": "target gain", "probe_kl": "probe_kl", "chat_kl": "chat_kl",
 }  # fmt: skip
 PREDICTION = "prediction"  # over all parts
+COST = "cost"
 QUANTITIES = ("probe_kl", "mean_forgetting")
 
 
@@ -53,6 +55,7 @@ def main() -> None:
     page, parts = PAGE.read_text(), found_parts()
     for name, content in parts.items():
         page = _with(page, name, "\n".join(block_of(Made(name, content))))
+    page = _with(page, COST, "\n".join(_study_cost.block(parts)))
     if runs := runs_of(parts):
         page = _with(page, PREDICTION, "\n".join(prediction_block(runs)))
     PAGE.write_text(page)

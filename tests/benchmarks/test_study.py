@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import orders, study, study_results
+from benchmarks import _study_cost, orders, study, study_results
 from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
@@ -78,6 +78,8 @@ def test_the_page_shows_what_was_found() -> None:
         lines = study_results.block_of(study_results.Made(name, content))
         assert "\n".join(lines) in page, f"run python -m benchmarks.study_results: {name} is older than what was found"
 
+    if made:
+        assert "\n".join(_study_cost.block(study_results.found_parts())) in page
     if runs := runs_of(study_results.found_parts()):
         assert "\n".join(block(runs)) in page, "run python -m benchmarks.study_results: the prediction is older"
 
@@ -97,6 +99,23 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
     (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | probe_kl" in line]
     assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[4]) > 3
     assert len(picture(runs).axes) == 8
+
+
+def test_what_a_point_saved_costs_is_counted_in_passes() -> None:
+    def made(tokens: int, sampled: int, lost: float) -> dict[str, Any]:
+        benchmarks = {"instructions": {"forgetting": {"value": lost}}}
+        return {"training": {"tokens": tokens, "corpus_tokens": sampled}, "benchmarks": benchmarks}
+
+    variants = {"finetune seed=0": made(1000, 0, 0.3), "finetune seed=1": made(1000, 0, 0.2)}
+    variants |= {
+        "kl seed=0": made(2000, 900, 0.1),
+        "kl seed=1": made(2000, 1100, 0.0),
+        "worse seed=0": made(2000, 10, 0.5),
+    }
+    lines = "".join(_study_cost.block({"part": {"variants": variants}})).splitlines()
+    # 3 * 1000 passes of training and 1000 of sampling more than 3 * 1000, for 25 - 5 points
+    assert "| part: kl | 1,000 | 2,000 | 2.33 | 20.0 | 0.2 |" in lines
+    assert "| part: worse | 10 | 2,000 | 2.00 | -25.0 | none saved |" in lines
 
 
 def test_no_order_is_both_taught_and_asked() -> None:
