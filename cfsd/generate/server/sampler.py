@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from itertools import count
 
 from cfsd.errors import BadInput
 from cfsd.generate.server.capabilities import WITH_IDS, check_prompt, find_out
@@ -67,6 +68,28 @@ def row_seed(wanted: ServerSampling, number: int, part: object) -> int:
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
 
 
+class _Row:
+    """A row as far as it is written: tokens that were given, and those that the server sampled."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float | None] = []
+        self.tops: list[dict[int, float] | None] = []
+
+    def give(self, tokens: Sequence[int]) -> None:
+        self.token_ids += tokens
+        self.logprobs += [None] * len(tokens)
+        self.tops += [None] * len(tokens)
+
+    def add(self, tokens: Sequence[int], answer: Answer, most: int) -> None:
+        self.token_ids += tokens[:most]
+        self.logprobs += answer.logprobs[:most]
+        self.tops += answer.tops[:most]
+
+    def sample(self, finish_reason: str, k: int) -> Sample:
+        return Sample(self.token_ids, self.logprobs, finish_reason, top_of(self.tops, k) if k else None)
+
+
 class _Sampler:
     """Writes one row after the other over one connection."""
 
@@ -77,43 +100,41 @@ class _Sampler:
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
         """Return row `number`, or why it must be dropped."""
-        row, part, turns = Sample(list(prompt), [None] * len(prompt), "length"), 0, self.wanted.turns.more
-        tops: list[dict[int, float] | None] = [None] * len(prompt)
-        until = len(prompt) + self.spec.length
-        while room := until - len(row.token_ids):
-            lacking = max(0, self.spec.min_length - self.spec.length + room)
-            seed = row_seed(self.wanted, number, part)
-            body = request(self.served, self.wanted, row.token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
-            answer = await self.client.complete(body)
-            check_prompt(answer, row.token_ids, self.client.base_url)
-            self._check_end(answer)
+        row, turns, until = _Row(), self.wanted.turns.more, len(prompt) + self.spec.length
+        row.give(prompt)
+        for (
+            part
+        ) in count():  # the next turn, or on from a token at which the server stopped and which ends nothing here
+            if not (room := until - len(row.token_ids)):
+                break
+            answer = await self._answer(row.token_ids, room, row_seed(self.wanted, number, part))
             tokens = tokens_of(answer)
             if isinstance(tokens, str):
                 return tokens
-            end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
-            count = min(end + 1, room)
-            row.token_ids.extend(tokens[:count])
-            row.logprobs.extend(answer.logprobs[:count])
-            tops += answer.tops[:count]
-            ended = end < min(len(tokens), room)
-            if ended and not turns:
-                row = row._replace(finish_reason="eos")
-                break
-            if ended:
+            end = next((place for place, token in enumerate(tokens[:room]) if token in self.eos_ids), None)
+            row.add(tokens, answer, room if end is None else end + 1)
+            if end is not None and not turns:
+                return row.sample("eos", self.spec.top_logprobs)
+            if end is not None:
                 turns -= 1
-                given = self.wanted.turns.between[: until - len(row.token_ids)]
-                row.token_ids.extend(given)
-                row.logprobs.extend([None] * len(given))
-                tops += [None] * len(given)
+                row.give(self.wanted.turns.between[: until - len(row.token_ids)])
             elif len(tokens) < room and not answer.stopped:
-                raise BadInput(
-                    f"the server {self.client.base_url} cut a row after {len(tokens)} of {room} tokens; start it "
-                    "with a context of at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: "
-                    "-c or --n_ctx)"
-                )
-            part += 1  # another turn, or the server stopped at a token that ends nothing here: go on from it
-        k = self.spec.top_logprobs
-        return row._replace(top=top_of(tops, k) if k else None)
+                raise self._cut_short(len(tokens), room)
+        return row.sample("length", self.spec.top_logprobs)
+
+    async def _answer(self, token_ids: Sequence[int], room: int, seed: int) -> Answer:
+        lacking = max(0, self.spec.min_length - self.spec.length + room)
+        body = request(self.served, self.wanted, token_ids, max_tokens=room, seed=seed, min_tokens=lacking)
+        answer = await self.client.complete(body)
+        check_prompt(answer, token_ids, self.client.base_url)
+        self._check_end(answer)
+        return answer
+
+    def _cut_short(self, tokens: int, room: int) -> BadInput:
+        return BadInput(
+            f"the server {self.client.base_url} cut a row after {tokens} of {room} tokens; start it with a context of "
+            "at least generate.length + the prompt (vLLM: --max-model-len, llama.cpp: -c or --n_ctx)"
+        )
 
     def _check_end(self, answer: Answer) -> None:
         """Raise BadInput for a text that stopped at a token which is not listed, whose probability is unknown."""
