@@ -8,7 +8,6 @@ import math
 import shutil
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +133,35 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     args = training_arguments(spec, folder / CHECKPOINTS, machine)
     data = _data(store, request, folder / CHECKPOINTS / DISTRIBUTIONS, args)
     args.warmup_steps = round(spec.warmup_fraction * len(data))
-    controller = Controller(spec.rehearsal, len(data))
     base_folder = store.path(request.base)
     model = _trained_base(base_folder, spec, args)
     put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
-    sharded = machine.resolved_sharding() == "shard"
+    objective = _objective(model, spec, base_folder, args, sharded=machine.resolved_sharding() == "shard")
+    recorder = _recorder(folder, model, request, args, len(data))
+    last = _resumed(folder, recorder, model, args)
+    if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
+        del data.plan[recorder.stopped_at :]
+    args.max_steps = len(data)
+    penalties = penalties_of(spec.methods, base_folder, store.path(request.fisher) if request.fisher else None)
+    trainer = RehearsalTrainer(trained, args, data, recorder, penalties, spec)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.state.global_step < len(data) and recorder.stopped_at is None:
+        raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
+    objective.remove()
+    put_back()
+    rounding = _save(trainer, spec, base_folder, folder)
+    share = {f"{adapter.method}_share": adapter.share} if adapter else {}
+    notes = [*data.said, *objective.notes, adapter and adapter.note(), quantised_note(spec.methods), rounding.note()]
+    said: dict[str, JsonValue] = {"said": [line for line in notes if line]} if any(notes) else {}
+    return _metadata(trainer, data, _step_of(last)) | share | rounding.metadata() | said
+
+
+def _objective(
+    model: PreTrainedModel, spec: TrainSpec, base_folder: Path, args: TrainingArguments, *, sharded: bool
+) -> Objective:
+    """Return the objective, attached to `model`. Raises BadInput for dropout where it would spoil a divergence."""
     live = _live_base(base_folder, spec, args)
     objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods)
     if args.bf16 and objective.base and not sharded:
@@ -155,40 +176,34 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
             "train.methods.target_divergence compares the model with the base on target rows, which pass with dropout: "
             "the divergence would not be 0 at the base; set train.dropout to 0, and lora.dropout if that is set"
         )
-    journal = Journal(folder)
-    as_trained = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.bf16)
-    with as_trained():
-        watcher = Watcher(_plain(model, spec, base_folder), store, request) if request.watched else None
-    recorder = StepRecorder(journal, controller, spec.watch, watcher)
+    return objective
+
+
+def _recorder(
+    folder: Path, model: PreTrainedModel, request: TrainRequest, args: TrainingArguments, steps: int
+) -> StepRecorder:
+    store, spec = Store(request.home), request.spec
+    with _as_trained(args):
+        plain = _plain(model, spec, store.path(request.base)) if request.watched else None
+        watcher = Watcher(plain, store, request) if plain else None
+    return StepRecorder(Journal(folder), Controller(spec.rehearsal, steps), spec.watch, watcher)
+
+
+def _resumed(folder: Path, recorder: StepRecorder, model: PreTrainedModel, args: TrainingArguments) -> Path | None:
+    """Return the checkpoint that training goes on from, None at the beginning, and put the recorder there."""
     last = last_whole_checkpoint(folder / CHECKPOINTS, delete=args.should_save)
     if args.should_save:
-        journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
+        recorder.journal.cut_back(_step_of(last) if last else -1)  # what was watched at step 0 is watched again
     if last:
         recorder.restore(last)
-        if watcher:
-            with as_trained():
-                watcher.measure(model)  # still the base: what changes are counted from
-    if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
-        del data.plan[recorder.stopped_at :]
-    args.max_steps = len(data)
-    penalties = penalties_of(spec.methods, base_folder, store.path(request.fisher) if request.fisher else None)
-    trainer = RehearsalTrainer(trained, args, data, recorder, penalties, spec)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.state.global_step < len(data) and recorder.stopped_at is None:
-        raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
-    objective.remove()
-    put_back()
-    rounding = _save(trainer, spec, base_folder, folder)
-    lines = [
-        *data.said,
-        *objective.notes,
-        adapter.note() if adapter else None,
-        quantised_note(spec.methods),
-        rounding.note(),
-    ]
-    notes = [line for line in lines if line]
-    shares = ({f"{adapter.method}_share": adapter.share} if adapter else {}) | rounding.metadata()
-    return _metadata(trainer, data, _step_of(last)) | shares | ({"said": list(notes)} if notes else {})
+        if recorder.watcher:
+            with _as_trained(args):
+                recorder.watcher.measure(model)  # still the base: what changes are counted from
+    return last
+
+
+def _as_trained(args: TrainingArguments) -> torch.autocast:
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def _trained_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel:
