@@ -48,12 +48,12 @@ def _row(label: str, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) ->
 
 
 def _sampled(runs: list[dict[str, Any]]) -> float:
-    return mean(run["training"]["corpus_tokens"] for run in runs)
+    return mean(float(run["training"]["corpus_tokens"]) for run in runs)
 
 
 def _passes(runs: list[dict[str, Any]]) -> float:
-    return PASSES * mean(run["training"]["tokens"] for run in runs) + _sampled(runs)
+    return PASSES * mean(float(run["training"]["tokens"]) for run in runs) + _sampled(runs)
 
 
 def _lost(runs: list[dict[str, Any]]) -> float:
-    return 100 * mean(run["benchmarks"][SAVED]["forgetting"]["value"] for run in runs)
+    return 100 * mean(float(run["benchmarks"][SAVED]["forgetting"]["value"]) for run in runs)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import _study_cost
+from benchmarks import _study_choice, _study_cost
 from benchmarks._methods_grid import ROOT
 from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
@@ -29,7 +29,7 @@ MEASURES = {  # of summary.json -> column
     "target_gain": "target gain", "probe_kl": "probe_kl", "chat_kl": "chat_kl",
 }  # fmt: skip
 PREDICTION = "prediction"  # over all parts
-COST = "cost"
+CHOICE, COST = "choice", "cost"
 QUANTITIES = ("probe_kl", "mean_forgetting")
 
 
@@ -55,6 +55,8 @@ def main() -> None:
     page, parts = PAGE.read_text(), found_parts()
     for name, content in parts.items():
         page = _with(page, name, "\n".join(block_of(Made(name, content))))
+    if set(_study_choice.PARTS) <= set(parts):
+        page = _with(page, CHOICE, "\n".join(_study_choice.block(parts)))
     page = _with(page, COST, "\n".join(_study_cost.block(parts)))
     if runs := runs_of(parts):
         page = _with(page, PREDICTION, "\n".join(prediction_block(runs)))

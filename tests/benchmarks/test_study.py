@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import _study_cost, orders, study, study_results
+from benchmarks import _study_choice, _study_cost, orders, study, study_results
 from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
@@ -78,6 +78,8 @@ def test_the_page_shows_what_was_found() -> None:
         lines = study_results.block_of(study_results.Made(name, content))
         assert "\n".join(lines) in page, f"run python -m benchmarks.study_results: {name} is older than what was found"
 
+    if set(_study_choice.PARTS) <= set(made):
+        assert "\n".join(_study_choice.block(study_results.found_parts())) in page
     if made:
         assert "\n".join(_study_cost.block(study_results.found_parts())) in page
     if runs := runs_of(study_results.found_parts()):
@@ -99,6 +101,19 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
     (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | probe_kl" in line]
     assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[4]) > 3
     assert len(picture(runs).axes) == 8
+
+
+def test_the_default_source_is_chosen_by_the_pairs_of_seeds() -> None:
+    def made(probe_kl: float, chat_kl: float) -> dict[str, Any]:
+        return {"probe_kl": {"value": probe_kl}, "chat_kl": {"value": chat_kl}}
+
+    seeds = {f"{_study_choice.PAPER} seed={seed}": made(0.1 * 2**seed, 0.2) for seed in range(3)}
+    closer = {f"closer seed={seed}": made(0.1 * 2**seed * np.exp(-0.2), 0.2) for seed in range(3)}
+    worse = {f"worse seed={seed}": made(0.1 * 2**seed, 0.2 * np.exp(0.2 * (seed - 1))) for seed in range(3)}
+    part = {"variants": seeds | closer | worse | {"finetune seed=0": made(1, 1)}}
+    text = "".join(_study_choice.block(dict.fromkeys(_study_choice.PARTS, part)))
+    assert "-0.100 [-0.100, -0.100]" in text  # exactly, by every seed: half of the logarithm
+    assert "+0.000 [-0.248, +0.248]" in text and "finetune" not in text  # 4.303 * 0.1 / sqrt(3)
 
 
 def test_what_a_point_saved_costs_is_counted_in_passes() -> None:
