@@ -113,7 +113,7 @@ def test_the_default_source_is_chosen_by_the_pairs_of_seeds() -> None:
     part = {"variants": seeds | closer | worse | {"finetune seed=0": made(1, 1)}}
     text = "".join(_study_choice.block(dict.fromkeys(_study_choice.PARTS, part)))
     assert "-0.100 [-0.100, -0.100]" in text  # exactly, by every seed: half of the logarithm
-    assert "+0.000 [-0.248, +0.248]" in text and "finetune" not in text  # 4.303 * 0.1 / sqrt(3)
+    assert "0.000 [-0.248, +0.248]" in text and "finetune" not in text  # 4.303 * 0.1 / sqrt(3)
 
 
 def test_what_a_point_saved_costs_is_counted_in_passes() -> None:
