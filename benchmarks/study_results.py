@@ -7,8 +7,10 @@ the marks of each part; the words around them are written by hand.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure as Picture
 
 from benchmarks import _study_choice, _study_cost
 from benchmarks._methods_grid import ROOT
@@ -16,7 +18,6 @@ from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
 from benchmarks.study import FOUND, PARTS
 from cfsd.report.compared import Compared
-from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, shown, variant_of
 from cfsd.report.verdict import joined_figure, over_seeds
@@ -30,7 +31,7 @@ MEASURES = {  # of summary.json -> column
 }  # fmt: skip
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
-QUANTITIES = ("probe_kl", "mean_forgetting")
+ENDS = ("value", "low", "high")
 
 
 class Made(NamedTuple):
@@ -99,13 +100,12 @@ def block_of(made: Made) -> Iterator[str]:
     )
     benchmarks = list(summaries[0].benchmarks)
     losses = [f"{name} lost, {'points' if _is_share(summaries[0], name) else 'nats'}" for name in benchmarks]
-    table = [["variant", *MEASURES.values(), *losses]]
-    table += [[name, *_cells(of_seeds, benchmarks)] for name, of_seeds in repeats.items()]
-    yield markdown(table)
+    heads = [*MEASURES.values(), *losses]
+    figures = {name: list(_figures(of_seeds, benchmarks)) for name, of_seeds in repeats.items()}
+    yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
     PICTURES.mkdir(exist_ok=True)
-    means = [_mean(name, of_seeds) for name, of_seeds in repeats.items()]
-    frontier_figure(means, QUANTITIES).savefig(PICTURES / f"{made.name}.png", dpi=120)
-    yield f"![Target gain against divergences and what benchmarks lost]({PICTURES.name}/{made.name}.png)\n"
+    _picture(figures, heads).savefig(PICTURES / f"{made.name}.png", dpi=120)
+    yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
 
 
@@ -123,18 +123,35 @@ def _lost(of_seeds: list[Summary], benchmark: str) -> Fig:
     return joined_figure([Figure.model_validate(summary.benchmarks[benchmark]["forgetting"]) for summary in of_seeds])
 
 
-def _cells(of_seeds: list[Summary], benchmarks: list[str]) -> Iterator[str]:
+def _figures(of_seeds: list[Summary], benchmarks: list[str]) -> Iterator[Fig | None]:
+    """Yield a variant's figures over the seeds, those of benchmarks in points where they are shares."""
     for name in MEASURES:
-        figure = over_seeds(of_seeds, name)
-        yield shown(figure) if figure else "-"
+        yield over_seeds(of_seeds, name)
     for name in benchmarks:
-        yield shown(_lost(of_seeds, name), POINTS if _is_share(of_seeds[0], name) else 1)
+        lost, unit = _lost(of_seeds, name), POINTS if _is_share(of_seeds[0], name) else 1
+        yield lost | {end: lost[end] * unit for end in ENDS if lost[end] is not None}
 
 
-def _mean(name: str, of_seeds: list[Summary]) -> Summary:
-    """Return one variant with its figures over the seeds."""
-    figures = {measure: over_seeds(of_seeds, measure) for measure in (*MEASURES, "mean_forgetting")}
-    return of_seeds[0].model_copy(update={"name": name} | figures)
+def _shown(figure: Fig | None) -> str:
+    return shown(figure) if figure else "-"
+
+
+def _picture(figures: Mapping[str, list[Fig | None]], heads: Sequence[str]) -> Picture:
+    """Return a panel per measure, with a line per variant: its mean and interval."""
+    picture = Picture(figsize=(2.6 * len(heads), 1.2 + 0.3 * len(figures)), layout="constrained")
+    panels = picture.subplots(1, len(heads), sharey=True, squeeze=False)[0]
+    panels[0].set_yticks(range(len(figures)), figures)
+    panels[0].invert_yaxis()
+    for place, (axes, head) in enumerate(zip(panels, heads, strict=True)):
+        axes.set_title(head, fontsize=9)
+        axes.axvline(0, color="0.8", zorder=0)
+        axes.grid(axis="y", color="0.93")
+        for line, row in enumerate(figures.values()):
+            if figure := row[place]:
+                ends = [figure["value"] if figure[end] is None else figure[end] for end in ("low", "high")]
+                axes.plot(ends, [line, line], color="C0", linewidth=2)
+                axes.plot(figure["value"], line, "o", color="C0")
+    return picture
 
 
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
