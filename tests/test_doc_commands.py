@@ -64,7 +64,12 @@ RUN = {page: found for page in PAGES if (found := [c for c in commands(page) if 
 
 
 MARKED = [
-    pytest.param(page, id=str(page.relative_to(ROOT)), marks=[] if page == FAST else pytest.mark.slow) for page in RUN
+    pytest.param(
+        page,
+        id=str(page.relative_to(ROOT)),
+        marks=[] if page == FAST else [pytest.mark.slow, pytest.mark.timeout(3600)],
+    )
+    for page in RUN
 ]
 
 

@@ -30,6 +30,8 @@ from cfsd.evaluate.harness.served import log_scores
 from cfsd.evaluate.logs.folder import logs_in
 from cfsd.evaluate.logs.rows import read
 from cfsd.evaluate.served import find_served
+from cfsd.generate.chat_template import chat_turn
+from cfsd.generate.sampling import Turns
 from cfsd.generate.server.check import TOLERANCE, check_server
 from cfsd.generate.server.protocol import ServerSampling
 from cfsd.generate.server.sampler import sample_from_server
@@ -166,6 +168,28 @@ def test_rows_carry_the_models_log_probabilities_and_their_ends(world: World, re
     assert np.abs(apart).mean() < real.apart and abs(apart.mean()) < 0.03
     assert all(len(row.token_ids) == 49 for row in kept if row.finish_reason == "length")
     assert all(row.token_ids[-1] in world.eos_ids for row in kept if row.finish_reason == "eos")
+
+
+@torch.inference_mode()
+def test_both_turns_of_a_chat_are_sampled(world: World, real: Real) -> None:
+    turn, end = chat_turn(world.tokenizer)
+    wanted = world.asks(real.machine, GenerateSpec(length=96, seed=1))._replace(
+        eos_ids=(*world.eos_ids, end), stream="template", turns=Turns(1, turn.between_ids)
+    )
+    rows = sample_from_server(wanted, [turn.prefix_ids] * 32, range(32))
+    kept, first = [row for row in rows if isinstance(row, Sample)], len(turn.prefix_ids)
+    answered = 0
+    for row in kept:
+        place = next((t for t in range(first, len(row.token_ids)) if row.token_ids[t] in wanted.eos_ids), first + 96)
+        given = range(place + 1, min(place + 1 + len(turn.between_ids), first + 96))
+        assert [t for t, p in enumerate(row.logprobs) if p is None] == [*range(first), *given]
+        assert [row.token_ids[t] for t in given] == turn.between_ids[: len(given)]
+        answered += given.stop < len(row.token_ids)
+    sampled = [_apart(world.model, row) for row in kept]
+    apart = np.concatenate([values[~np.isnan(values)] for values in sampled])
+    print(f"\n{len(kept)} chats, {answered} answered; |log p - own| mean {np.abs(apart).mean():.2g}", file=sys.stderr)
+    assert len(kept) >= 24 and answered >= 8
+    assert np.abs(apart).mean() < real.apart
 
 
 def _apart(model: PreTrainedModel, row: Sample) -> np.ndarray:
