@@ -88,15 +88,15 @@ class Recipe(Spec):
         left_out = {"name", "seed"} | (set() if self.select.target_rows or self.select.corpus_rows else {"select"})
         return {k: v for k, v in super()._identity().items() if k not in left_out}
 
-    def bends(self) -> list[str]:
+    def bends(self, *, with_chats: bool) -> list[str]:
         """Return the settings by which rows of the corpus are no exact sample of the base's unprompted text."""
-        return bends(self.generate, self.filter, self.select)
+        return bends(self.corpus(with_chats=with_chats), self.filter, self.select)
 
     def corpus(self, *, with_chats: bool) -> GenerateSpec:
         """Return the settings of the corpus, with what `generate.source: auto` stands for.
 
-        That is text without a prompt and chats, if the base can write chats (`with_chats`), rehearsal is by divergence
-        of a given weight, and nothing in the recipe needs text without a prompt alone.
+        That is chats, if the base can write them (`with_chats`), rehearsal is by divergence of a given weight, and
+        nothing in the recipe needs text without a prompt.
         """
         rehearsal, chats = self.train.rehearsal, self.generate.of_auto(WITH_CHATS)
         try:

@@ -107,8 +107,7 @@ def check_source(base: Artifact, recipe: Recipe) -> GenerateSpec:
     """Return the settings of the recipe's corpus, and say what `generate.source: auto` stands for."""
     settings = corpus_settings(base, recipe)
     if settings.rows and settings.source != recipe.generate.source and planning.get() is None:
-        parts = " and ".join(f"{share:.0%} {source}" for source, share in settings.fractions.items())
-        record.say(f"generate: source auto is {parts or settings.source} here")
+        record.say(f"generate: source auto is {settings.source} here")
     return settings
 
 

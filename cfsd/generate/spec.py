@@ -19,7 +19,7 @@ SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 32  # the fewest that ended within 10 % of the base in memory in every run: docs/decisions/0049
 UNPROMPTED, AUTO = "unprompted", "auto"
 CONTEXT_FREE: dict[str, Any] = {"source": "context-free", "fractions": {}}
-WITH_CHATS: dict[str, Any] = {"source": "mixed", "fractions": {"context-free": 0.5, "template": 0.5}}
+WITH_CHATS: dict[str, Any] = {"source": "template", "fractions": {}}  # docs/decisions/0050
 BUILT_IN = (UNPROMPTED, CHAT, AUTO)  # modes of the probe; others are names of the user's own prompts
 
 
@@ -141,9 +141,8 @@ class GenerateSpec(Spec):
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
     source: Literal[Source, "mixed", "auto"] = Field(
         "auto",
-        description="auto: half of the tokens context-free and half template where the base has a chat template and "
-        "train.rehearsal.loss is kl, else context-free; "
-        "context-free: from the start token alone, the method; template: after the chat template's text "
+        description="auto: template where the base has a chat template and train.rehearsal is by divergence (loss kl) "
+        "without a budget, else context-free; context-free: from the start token alone, the method; template: after the chat template's text "
         "before a user turn; contextual: after target prompts; replay: documents of yours; earlier-prompts: after the "
         "prompts of `earlier` targets; earlier-rows: the rows of these themselves; mixed: see fractions",
     )

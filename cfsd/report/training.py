@@ -184,7 +184,7 @@ def panels_of(store: Store, run_records: Sequence[RunRecord]) -> list[Panel]:
         Panel("target", "target loss, nats per token", lines("train/target_loss")),
         Panel("rehearsal nll", "rehearsal loss, nats per token", lines(loss, form="nll")),
         Panel("rehearsal kl", "rehearsal divergence, nats per token", lines(loss, form="kl")),
-        Panel(ALONG, "divergence along filtered rows, nats per token", lines(loss, form=ALONG)),
+        Panel(ALONG, "divergence along the rehearsed rows, nats per token", lines(loss, form=ALONG)),
         Panel("weight", "rehearsal weight λ (log scale)", _moving(weights), is_log=True),
         Panel("divergence", "moving mean of the divergence, nats per token", lines("train/divergence_estimate"),
               levels=budgets),
@@ -204,7 +204,9 @@ def _form(run_record: RunRecord) -> str:
     recipe = run_record.recipe
     if recipe is None or recipe.train.rehearsal.loss == "nll":
         return "nll"
-    return ALONG if recipe.bends() else "kl"
+    sampled = run_record.artifacts.get("corpus")
+    with_chats = sampled is not None and sampled.metadata.get("source") != "context-free"
+    return ALONG if recipe.bends(with_chats=with_chats) else "kl"
 
 
 def _moving(weights: dict[str, Line]) -> dict[str, Line]:

@@ -132,7 +132,7 @@ BY_DIVERGENCE = {"generate.rows": 24, "generate.length": 24, "generate.top_logpr
 @pytest.mark.parametrize(
     ("changes", "source"),
     [
-        ({}, "mixed"),
+        ({}, "template"),
         ({"generate.source": "context-free"}, "context-free"),
         ({"train.rehearsal.loss": "nll"}, "context-free"),
         ({"train.rehearsal.budget": 0.1}, "context-free"),
@@ -146,7 +146,7 @@ def test_source_auto_takes_chats_in_where_the_recipe_and_the_base_allow_it(
     from flows.corpus import corpus
 
     explicit = {
-        f"generate.{name}": value for name, value in (WITH_CHATS if source == "mixed" else CONTEXT_FREE).items()
+        f"generate.{name}": value for name, value in (WITH_CHATS if source == "template" else CONTEXT_FREE).items()
     }
     made = [
         corpus(validated(Recipe, override(content, BY_DIVERGENCE | changes | named), "test"), CPU).only()

@@ -313,7 +313,7 @@ def test_a_divergence_along_rows_that_are_no_sample_is_called_that(world: Traine
         "along", loss=0.5, kl=0.1, metrics=metrics, **{**recipe, "filter": change.get("filter", {})}
     )
     (panel,) = panels_of(world.store, [changed])
-    assert panel.label == "divergence along filtered rows, nats per token" and list(panel.lines) == ["along"]
+    assert panel.label == "divergence along the rehearsed rows, nats per token" and list(panel.lines) == ["along"]
     (panel,) = panels_of(world.store, [world.variant("exact", loss=0.5, kl=0.1, metrics=metrics, **recipe | {
         "generate": {"top_logprobs": 8}})])  # fmt: skip
     assert panel.label == "rehearsal divergence, nats per token"
