@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from safetensors import safe_open
 from scipy.stats import spearmanr
@@ -17,8 +18,9 @@ from cfsd.report.table import variant_of
 
 PREDICTORS = {  # of a variant in a part's file -> how it is called
     "probe_kl": "probe_kl", "chat_kl": "chat_kl", "target_divergence": "divergence on the target",
-    "weight_distance": "distance of weights",
+    "weight_distance": "distance of weights, 1/1000",
 }  # fmt: skip
+SCALES = {"weight_distance": 1000}  # of the picture
 LOST = ("instructions", "questions")
 
 
@@ -72,20 +74,31 @@ def block(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the table: how well each predictor orders the trainings, and foretells those of other variants."""
     variants = {(run.part, run.variant) for run in runs}
     yield (
-        f"{len(runs)} trainings of {len(variants)} variants. Order: Spearman's correlation with the points lost over "
-        "trainings and means of variants. Foretold: the mean error, in points, of a line through the logarithm "
-        "that is fitted without the variant which is foretold (in any part), beside that of the others' mean.\n"
+        f"{len(runs)} trainings of {len(variants)} variants. Order: Spearman's correlation with the points lost, over "
+        "all trainings, within a part (mean of the parts) and of the variants' means. Foretold: the mean error, in "
+        "points, of a line through the logarithm that is fitted without the variant which is foretold (in any part), "
+        "beside that of the others' mean.\n"
     )
-    rows = [["lost", "predictor", "order, trainings", "order, variants", "error foretold, points", "of the mean"]]
+    rows = [["lost", "predictor", "order", "within a part", "of variants", "error foretold, points", "of the mean"]]
     for lost in LOST:
         y = np.array([run.lost[lost] for run in runs])
         for key, name in PREDICTORS.items():
             x = np.log([run.predictors[key] for run in runs])
             error, of_mean = _foretold(x, y, [run.variant for run in runs])
             means = [_mean(values, runs) for values in (x, y)]
-            order = [f"{spearmanr(*pair).statistic:.2f}" for pair in ((x, y), means)]
+            within = [_order(x[chosen], y[chosen]) for chosen in _parts(runs)]
+            order = [f"{value:.2f}" for value in (_order(x, y), np.mean(within), _order(*means))]
             rows.append([lost, name, *order, f"{error:.1f}", f"{of_mean:.1f}"])
     yield markdown(rows)
+
+
+def _order(x: Any, y: Any) -> float:
+    return float(spearmanr(x, y).statistic)
+
+
+def _parts(runs: Sequence[Run]) -> list[NDArray[Any]]:
+    """Return which trainings belong to each part."""
+    return [np.array([run.part == part for run in runs]) for part in dict.fromkeys(run.part for run in runs)]
 
 
 def _mean(values: NDArray[Any], runs: Sequence[Run]) -> list[float]:
@@ -109,7 +122,7 @@ def _foretold(x: NDArray[Any], y: NDArray[Any], variants: Sequence[str]) -> tupl
 def picture(runs: Sequence[Run]) -> Picture:
     """Return what was lost against each predictor, a colour per variant and a marker per part."""
     figure = Picture(figsize=(4 * len(PREDICTORS), 3.6 * len(LOST)), layout="constrained")
-    panels = figure.subplots(len(LOST), len(PREDICTORS), sharex="col", sharey="row")
+    panels = figure.subplots(len(LOST), len(PREDICTORS), sharey="row")
     variants, parts = list(dict.fromkeys(run.variant for run in runs)), list(dict.fromkeys(run.part for run in runs))
     for row, lost in zip(panels, LOST, strict=True):
         row[0].set_ylabel(f"{lost} lost, points")
@@ -117,11 +130,15 @@ def picture(runs: Sequence[Run]) -> Picture:
             for part, variant in dict.fromkeys((run.part, run.variant) for run in runs):
                 chosen = [run for run in runs if (run.part, run.variant) == (part, variant)]
                 marker, colour = "os^Dv<>"[parts.index(part) % 7], f"C{variants.index(variant) % 10}"
-                x, y = [run.predictors[key] for run in chosen], [run.lost[lost] for run in chosen]
+                scale = SCALES.get(key, 1)
+                x, y = [scale * run.predictors[key] for run in chosen], [run.lost[lost] for run in chosen]
                 axes.plot(x, y, marker, color=colour, label=f"{variant} ({part})")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.axhline(0, color="0.8", zorder=0)
-            axes.set_xlabel(name if row is panels[-1] else "")
+            axes.set_xlabel(name)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure

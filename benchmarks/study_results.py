@@ -156,9 +156,9 @@ def _picture(figures: Mapping[str, list[Fig | None]], heads: Sequence[str]) -> P
 
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
     """Yield the difference of each variant from the two that come first, measure by measure, where one is found."""
-    for reference in (first, *others[:1]):
+    for place, reference in enumerate((first, *others[:1])):
         yield f"Less `{reference}`, paired (Holm over all pairs; differences that are not listed were not found):\n"
-        for name in (first, *others):
+        for name in others[place:]:
             found = [entry for entry in (_between(e, name, reference) for e in comparisons) if entry and entry.sign()]
             if found:
                 yield f"* {name}: " + "; ".join(f"{entry.measure} {shown(entry.figure())}" for entry in found)

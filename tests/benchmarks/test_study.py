@@ -97,9 +97,9 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
     runs = runs_of({"one": {"variants": variants}, "of tiny": {"variants": {"w": {"benchmarks": {}}}}})
     assert len(runs) == 15 and {run.variant for run in runs} == {f"v{variant}" for variant in range(5)}
     (row,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | chat_kl" in line]
-    assert row.split(" | ")[2:5] == ["1.00", "1.00", "0.0"] and float(row.split(" | ")[5].rstrip(" |")) > 3
+    assert row.split(" | ")[2:6] == ["1.00", "1.00", "1.00", "0.0"] and float(row.split(" | ")[6].rstrip(" |")) > 3
     (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | probe_kl" in line]
-    assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[4]) > 3
+    assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[5]) > 3
     assert len(picture(runs).axes) == 8
 
 
