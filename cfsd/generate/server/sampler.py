@@ -102,9 +102,8 @@ class _Sampler:
         """Return row `number`, or why it must be dropped."""
         row, turns, until = _Row(), self.wanted.turns.more, len(prompt) + self.spec.length
         row.give(prompt)
-        for (
-            part
-        ) in count():  # the next turn, or on from a token at which the server stopped and which ends nothing here
+        # a part is another turn, or goes on from a token at which the server stopped and which ends nothing here
+        for part in count():
             if not (room := until - len(row.token_ids)):
                 break
             answer = await self._answer(row.token_ids, room, row_seed(self.wanted, number, part))
