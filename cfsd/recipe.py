@@ -205,10 +205,11 @@ def _check_exact(generate: GenerateSpec, method: str, needed: Estimate, strength
             f"train.methods.{method} takes its {needed.noun} from text by the base's own distribution, but generate "
             f"has {', '.join(generate.biases())}: leave that out, or set {strength} to 0"
         )
-    if generate.rows < needed.rows or generate.sources() != ["context-free"]:
+    sources = generate.sources()
+    if generate.rows < needed.rows or sources != ["context-free"]:
         raise ValueError(
             f"train.methods.{method} takes its {needed.noun} from {method}.rows={needed.rows} context-free rows; "
-            f"generate has {generate.rows} of source {generate.source}: raise generate.rows or lower {method}.rows, "
+            f"generate has {generate.rows} of source {', '.join(sources)}: raise generate.rows or lower {method}.rows, "
             "and set generate.source to context-free (train.rehearsal.weight=0 keeps the rows out of the loss)"
         )
 

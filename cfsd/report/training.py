@@ -205,7 +205,7 @@ def _form(run_record: RunRecord) -> str:
     if recipe is None or recipe.train.rehearsal.loss == "nll":
         return "nll"
     sampled = run_record.artifacts.get("corpus")
-    with_chats = sampled is not None and sampled.metadata.get("source") != "context-free"
+    with_chats = sampled is not None and sampled.metadata.get("source", "context-free") != "context-free"
     return ALONG if recipe.bends(with_chats=with_chats) else "kl"
 
 

@@ -74,7 +74,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "target": lambda: prepare_target(BASE, Target(path=str(ROWS), seed=0), ON),
     "probe": lambda: sample_probe(BASE, ProbeSpec(seed=0), ON),
     "prompts": lambda: sample_answers(BASE, PROMPTS, ON),
-    "generate": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0), ON),
+    "generate": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0, source="context-free"), ON),
     "generate contextual": lambda: generate_corpus(BASE, TARGET, GenerateSpec(seed=0, source="contextual"), ON),
     "filter": lambda: filter_corpus(CORPUS, TARGET, MEASURED, FilterSpec(), ON),
     "filter overlap": lambda: filter_corpus(CORPUS, TARGET, MEASURED, FilterSpec(overlap_words=8), ON),
