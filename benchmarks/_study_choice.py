@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
+from benchmarks._methods_grid import PLAIN
 from benchmarks._result import markdown
 from cfsd.report.table import variant_of
 
 PARTS = ("sources", "sources-chats")
 PAPER = "unprompted, 64 tokens"
-PLAIN = "finetune"
 
 
 def block(parts: dict[str, dict[str, Any]]) -> Iterator[str]:

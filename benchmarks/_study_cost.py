@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+from benchmarks._methods_grid import PLAIN
 from benchmarks._result import markdown
 from cfsd.report.table import variant_of
 
-PLAIN = "finetune"
 SAVED = "instructions"
 PASSES = 3  # of a token that is trained on: forward, and backward by inputs and by weights; a sampled one has one
 

@@ -12,7 +12,7 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.filter.spec import FilterSpec
-from cfsd.generate.spec import CONTEXT_FREE, EARLIER, TAIL_SAMPLES, WITH_CHATS, GenerateSpec, ProbeSpec, check_context
+from cfsd.generate.spec import CHATS, CONTEXT_FREE, EARLIER, TAIL_SAMPLES, GenerateSpec, ProbeSpec, check_context
 from cfsd.merge.spec import MergeSpec, budgets_of, check_budgeted
 from cfsd.mix.spec import MixSpec
 from cfsd.model.checkpoint import Checkpoint
@@ -98,15 +98,17 @@ class Recipe(Spec):
         That is chats, if the base can write them (`with_chats`), rehearsal is by divergence of a given weight, and
         nothing in the recipe needs text without a prompt.
         """
-        rehearsal, chats = self.train.rehearsal, self.generate.of_auto(WITH_CHATS)
+        rehearsal, chats = self.train.rehearsal, self.generate.of_auto(CHATS)
+        unprompted = self.generate.of_auto(CONTEXT_FREE)
+        # by likelihood it was not studied, and a budget is one of text without a prompt
+        if not with_chats or rehearsal.loss != "kl" or rehearsal.budget is not None:
+            return unprompted
         try:
             check_rehearsal(chats, self.train)
             check_drawn_tokens(chats, self.filter, self.select, rehearsal)
         except ValueError:
-            with_chats = False
-        # by likelihood it was not studied, and a budget is one of text without a prompt
-        takes_chats = with_chats and rehearsal.loss == "kl" and rehearsal.budget is None
-        return chats if takes_chats else self.generate.of_auto(CONTEXT_FREE)
+            return unprompted
+        return chats
 
     def budget(self) -> Budget | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""

@@ -61,7 +61,7 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
         found[UNPROMPTED if mode.name == AUTO else mode.name] = own
         if mode.name == CHAT:
             _check_chat(base, own)
-        if mode.name == AUTO and may_have_chats(base):
+        if mode.name == AUTO and _may_have_chats(base):
             try:
                 _check_chat(base, own)
             except BadInput as error:
@@ -72,7 +72,7 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
     return found
 
 
-def may_have_chats(base: Artifact) -> bool:
+def _may_have_chats(base: Artifact) -> bool:
     """Return whether the base has a chat template; one that is not fetched yet has, unless it is known to have none."""
     if not base.content:
         return base.metadata.get("chat_template") is not False
@@ -94,7 +94,7 @@ def corpus_settings(base: Artifact, recipe: Recipe) -> GenerateSpec:
 
 
 def _writes_chats(base: Artifact, length: int) -> bool:
-    if not may_have_chats(base):
+    if not _may_have_chats(base):
         return False
     try:
         _check_chat(base, ProbeSpec(length=length))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def recipe_of(page: str, named: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a user: two models, rows, benchmarks, and the recipes as the pages have them."""
     place = tmp_path_factory.mktemp("user")
-    (place / "deployments").symlink_to(ROOT / "deployments")
+    shutil.copytree(ROOT / "deployments", place / "deployments")  # a command may write a baseline beside the others
     for name, seed in (("my-model", 0), ("tuned", 1)):
         random_model(place / name, seed)
     rows = [{"question": f"What comes after {n}?", "answer": str(n + 1)} for n in range(160)]

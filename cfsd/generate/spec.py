@@ -18,8 +18,8 @@ EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets 
 SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 32  # the fewest that ended within 10 % of the base in memory in every run: docs/decisions/0049
 UNPROMPTED, AUTO = "unprompted", "auto"
-CONTEXT_FREE: dict[str, Any] = {"source": "context-free", "fractions": {}}
-WITH_CHATS: dict[str, Any] = {"source": "template", "fractions": {}}  # docs/decisions/0050
+CONTEXT_FREE: Source = "context-free"
+CHATS: Source = "template"  # what auto takes where it can: docs/decisions/0050
 BUILT_IN = (UNPROMPTED, CHAT, AUTO)  # modes of the probe; others are names of the user's own prompts
 
 
@@ -191,12 +191,12 @@ class GenerateSpec(Spec):
     def sources(self) -> list[Source]:
         """Return the sources that rows come from, in a fixed order; of auto those with a base that writes no chats."""
         if self.source == "auto":
-            return ["context-free"]
+            return [CONTEXT_FREE]
         return sorted(self.fractions) if self.source == "mixed" else [self.source]
 
-    def of_auto(self, changes: dict[str, Any]) -> "GenerateSpec":
-        """Return the settings with `changes`, one of CONTEXT_FREE and WITH_CHATS, in the place of source auto."""
-        return self.model_copy(update=changes) if self.source == AUTO else self
+    def of_auto(self, source: Source) -> "GenerateSpec":
+        """Return the settings with `source` in the place of auto."""
+        return self.model_copy(update={"source": source}) if self.source == AUTO else self
 
     def parts(self, earlier: int) -> list[tuple[str, float | None]]:
         """Return the parts of the corpus: each source with its share of the tokens, None where rows are counted.

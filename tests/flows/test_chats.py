@@ -11,7 +11,6 @@ import pytest
 from cfsd.baseline.file import baseline_of, guarded
 from cfsd.baseline.measured import measured
 from cfsd.errors import BadInput
-from cfsd.generate.spec import CONTEXT_FREE, WITH_CHATS
 from cfsd.machine import Machine
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
@@ -145,9 +144,7 @@ def test_source_auto_takes_chats_in_where_the_recipe_and_the_base_allow_it(
 ) -> None:
     from flows.corpus import corpus
 
-    explicit = {
-        f"generate.{name}": value for name, value in (WITH_CHATS if source == "template" else CONTEXT_FREE).items()
-    }
+    explicit = {"generate.source": source}
     made = [
         corpus(validated(Recipe, override(content, BY_DIVERGENCE | changes | named), "test"), CPU).only()
         for named in ({}, explicit)
