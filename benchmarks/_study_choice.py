@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from benchmarks._methods_grid import PLAIN
 from benchmarks._result import markdown
-from cfsd.report.table import variant_of
+from cfsd.report.table import by_variant
 
 PARTS = ("sources", "sources-chats")
 PAPER = "unprompted, 64 tokens"
@@ -35,11 +35,9 @@ def block(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def _by_variant(content: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Return, for each variant, the mean of the two logarithms of every seed, in the order of the seeds."""
-    values: dict[str, list[float]] = {}
-    for name, figures in content["variants"].items():
-        both = [np.log(figures[measure]["value"]) for measure in ("probe_kl", "chat_kl")]
-        values.setdefault(variant_of(name), []).append(float(np.mean(both)))
-    return {name: np.array(own) for name, own in values.items()}
+    divergences = ("probe_kl", "chat_kl")
+    values = ((name, [figures[each]["value"] for each in divergences]) for name, figures in content["variants"].items())
+    return {name: np.log(own).mean(axis=1) for name, own in by_variant(values).items()}
 
 
 def _paired(differences: NDArray[Any]) -> str:

@@ -6,29 +6,20 @@ from typing import Any
 
 from benchmarks._methods_grid import PLAIN
 from benchmarks._result import markdown
-from cfsd.report.table import variant_of
+from cfsd.report.table import by_variant
 
 SAVED = "instructions"
+HEADS = [
+    "part: variant", "tokens sampled", "tokens trained on", "passes, times plain", "points saved", "passes per point",
+]  # fmt: skip
 PASSES = 3  # of a token that is trained on: forward, and backward by inputs and by weights; a sampled one has one
 
 
 def block(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yield a row per variant that rehearses a corpus and was scored on the benchmark SAVED."""
-    rows = [
-        [
-            "part: variant",
-            "tokens sampled",
-            "tokens trained on",
-            "passes, times plain",
-            "points saved",
-            "passes per point",
-        ]
-    ]
+    rows = [HEADS]
     for part, content in parts.items():
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for name, figures in content["variants"].items():
-            if SAVED in figures["benchmarks"] and "corpus_tokens" in figures["training"]:
-                groups.setdefault(variant_of(name), []).append(figures)
+        groups = by_variant(run for run in content["variants"].items() if _counts(run[1]))
         plain = groups.get(PLAIN, [])
         rows += [_row(f"{part}: {name}", runs, plain) for name, runs in groups.items() if plain and _sampled(runs)]
     yield (
@@ -38,6 +29,10 @@ def block(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
         "here.\n"
     )
     yield markdown(rows)
+
+
+def _counts(figures: dict[str, Any]) -> bool:
+    return SAVED in figures["benchmarks"] and "corpus_tokens" in figures["training"]
 
 
 def _row(label: str, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[str]:

@@ -19,7 +19,7 @@ from benchmarks._study_prediction import Run, block, picture, runs_of
 from benchmarks.study import FOUND, PARTS
 from cfsd.report.compared import Compared
 from cfsd.report.summary import Fig, Summary
-from cfsd.report.table import POINTS, shown, variant_of
+from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
 from cfsd.statistics import seeds
 from cfsd.statistics.figures import Figure
@@ -89,9 +89,7 @@ def _with(page: str, name: str, block: str) -> str:
 def block_of(made: Made) -> Iterator[str]:
     """Yield the table of a part, its figure, and the pairs that differ from the first variant."""
     summaries, comparisons = made.summaries(), made.comparisons()
-    repeats: dict[str, list[Summary]] = {}
-    for summary in summaries:
-        repeats.setdefault(variant_of(summary.name), []).append(summary)
+    repeats = by_variant((summary.name, summary) for summary in summaries)
     count = max(map(len, repeats.values()))
     yield (
         f"`{made.content['command']}` (`deployments/recipes/{made.content['recipes']}`); figures of every training, "

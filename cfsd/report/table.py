@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 from cfsd.statistics.power import detectable_change
 
+T = TypeVar("T")
 POINTS = 100  # percentage points in a fraction of 1
 
 
@@ -39,6 +40,14 @@ def shown(figure: Fig, factor: float = 1) -> str:
 def variant_of(name: str) -> str:
     """Return the variant that `name` is a repeat of: "rehearse" for "rehearse seed=3"."""
     return name.partition(REPEAT)[0]
+
+
+def by_variant(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Return what belongs to each variant, in the order of `named`: pairs of a run's name and anything of the run."""
+    groups: dict[str, list[T]] = {}
+    for name, of_run in named:
+        groups.setdefault(variant_of(name), []).append(of_run)
+    return groups
 
 
 class Sweep(NamedTuple):

@@ -15,6 +15,7 @@ from cfsd.report.measures import figure_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import (
     POINTS,
+    by_variant,
     change_of_score,
     forgotten_of,
     modes_of,
@@ -88,9 +89,7 @@ class Variant(NamedTuple):
 
 def variants_of(summaries: list[Summary]) -> list[Variant]:
     """Return the variants, in the order of their first repeats."""
-    repeats: dict[str, list[Summary]] = {}
-    for summary in summaries:
-        repeats.setdefault(variant_of(summary.name), []).append(summary)
+    repeats = by_variant((summary.name, summary) for summary in summaries)
     return [Variant(name, own, *(over_seeds(own, measure) for measure in COMPARED)) for name, own in repeats.items()]
 
 

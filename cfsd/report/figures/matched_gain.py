@@ -23,7 +23,7 @@ from cfsd.report.figures.frontier import (
 )
 from cfsd.report.figures.labels import Point
 from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, sweep_of, variant_of
+from cfsd.report.table import POINTS, by_variant, sweep_of, variant_of
 from cfsd.statistics.figures import FRACTION
 from cfsd.statistics.matched_gain import MatchedGain
 
@@ -62,9 +62,7 @@ def matched_figure(summaries: list[Summary], matched: MatchedGain) -> Figure:
 
 def _means(points: Sequence[Point]) -> list[Point]:
     """Return a point per variant, the mean of its seeds under the name of the first, in the order of strength."""
-    seeds: dict[str, list[Point]] = {}
-    for point in points:
-        seeds.setdefault(variant_of(point.name), []).append(point)
+    seeds = by_variant((point.name, point) for point in points)
     means = [
         Point(own[0].name, *(certain(fmean(getattr(p, axis)["value"] for p in own)) for axis in "xy"))
         for own in seeds.values()
