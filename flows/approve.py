@@ -88,7 +88,7 @@ def approve_command(
     recipe_name: Annotated[str, typer.Argument(help="The recipe's name, as in `name:`")],
     by: Annotated[str, typer.Option(help="Who says so")],
     reason: Annotated[str, typer.Option(help="Why, for those who read it later")] = "",
-    no: Annotated[bool, typer.Option("--no", help="Leave the champion")] = False,
+    no: Annotated[bool, typer.Option("--no", help="Reject the candidate: the champion stays")] = False,
     home: Home = None,
 ) -> None:
     """Make the candidate of a recipe the champion, or say that it does not become it."""

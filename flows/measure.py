@@ -131,7 +131,7 @@ def measure_command(
         list[str], typer.Option(help="Your own prompts, which BASE answers in probe.length tokens: FILE or NAME=FILE")
     ] = [],  # noqa: B006
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="As probe.rows=64, target.prompt=question")
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Change a setting, as probe.rows=64")
     ] = [],  # noqa: B006
     tokenizer: Annotated[
         Path | None, typer.Option(help="Of models behind a server: the folder of the tokenizer that both have")
@@ -141,7 +141,7 @@ def measure_command(
         float | None,
         typer.Option(
             metavar="POINTS",
-            help="Judge: exit code 1 where a benchmark lost more points than that, 3 where it cannot be told",
+            help="Gate: exit code 1 if a benchmark lost more points than this, 3 if it cannot tell, else 0",
         ),
     ] = None,
     machine: On = [],  # noqa: B006

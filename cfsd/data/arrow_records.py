@@ -26,6 +26,20 @@ def arrow_records(contents: Contents, column: str | None) -> Iterator[tuple[str,
         raise ValueError(str(error)) from None
 
 
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a table's row without the null entries of mappings in its lists, such as messages and tools.
+
+    A table gives every mapping the entries of all rows: arguments of a tool call that nobody wrote would be learned.
+    """
+    return {name: _present(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _present(entry) for name, entry in value.items() if entry is not None}
+    return [_present(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _batches(contents: Contents, column: str | None) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -84,7 +98,7 @@ def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
-    yield from ((f"row {number}", record) for number, record in enumerate(records, before + 1))
+    yield from ((f"row {number}", without_nulls(record)) for number, record in enumerate(records, before + 1))
 
 
 def _record(one: Any, row: int) -> Any:

@@ -22,6 +22,7 @@ SYSTEM = ("system", "system_prompt")  # columns
 RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
 NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
 UNREAD = "beside the chats, columns {} are not read"
+MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
 EMPTY_TURN = "an assistant turn without text is not learned"
 KNOWN = {*ROLES.values(), "developer"}
 UNKNOWN = "the role {!r} is no user, assistant, system or tool; the chat template writes it as it stands"
@@ -166,7 +167,7 @@ class _Reader:
         message = {"role": role, **fields}
         if content is not None or not fields.get("tool_calls"):
             message["content"] = self._content(content, given)
-        empty = not any(value for name, value in message.items() if name != "role")
+        empty = not any(str(message.get(name) or "").strip() for name in ("content", *MEANT))
         if role == "assistant" and empty:
             self.notes[EMPTY_TURN] += 1
         return message, role == "assistant" and wanted and not empty

@@ -12,6 +12,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from cfsd.data.arrow_records import without_nulls
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.model.hub import DATA, commit_of
@@ -142,7 +143,7 @@ def hub_records(
     try:
         loaded = load_dataset(name, subset, revision=commit, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
-        yield from (Located(f"{name!r} row {number}", record) for number, record in enumerate(records, 1))
+        yield from (Located(f"{name!r} row {number}", without_nulls(record)) for number, record in enumerate(records, 1))
     # RuntimeError: the data set is a script; the others: files that are not what their names say
     except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error

@@ -5,12 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from cfsd.data.chat import Rendering
-from cfsd.data.conversation import Message
+from cfsd.data.conversation import MEANT, Message
 from cfsd.data.tokenised import Span
 from cfsd.errors import BadInput
 
 MARKER = "Xqzcontentqzx"  # no template writes or changes it
-MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
 SHORTENED = "parts of earlier turns are left out or changed by this chat template, as when the model answers"
 UNWRITTEN = "the field {!r} of messages is not written by this chat template"
 

@@ -141,6 +141,13 @@ SHAPES: dict[str, tuple[Make, str, str]] = {
     "an empty answer": (
         chat(said(""), user("b"), said("c")), ONE + "<|end|><|turn|>user:b<|end|><|turn|>assistant:", "c<|end|>"
     ),
+    "an empty answer with a name": (
+        chat(said("", name="bot", id="7"), user("b"), said("c")),
+        ONE + "<|end|><|turn|>user:b<|end|><|turn|>assistant:", "c<|end|>",
+    ),
+    "an answer of spaces": (
+        chat(said(" "), user("b"), said("c")), ONE + " <|end|><|turn|>user:b<|end|><|turn|>assistant:", "c<|end|>"
+    ),
     "a user at the end": (chat(said("a"), user("b")), ONE + "<|turn|>user:b<|end|>", "a<|end|>"),
     "a developer": (
         lambda w: {"messages": [{"role": "developer", "content": "Hi."}, user(w), said("yes")]},
@@ -338,6 +345,26 @@ def test_generation_blocks_tell_what_is_learned_of_rewritten_turns(world: World,
     make = chat(said("(a)b"), user("b"), said("(c)d"))
     texts, _ = world.read(make, tmp_path, "blocks")
     assert texts == [(ONE + "<|turn|>user:b<|end|><|turn|>assistant:", "b<|end|>(c)d<|end|>")] * 6
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_no_argument_is_learned_that_only_other_rows_of_a_table_have(
+    world: World, tmp_path: Path, suffix: str
+) -> None:
+    def row(i: int) -> dict[str, Any]:
+        name, arguments = ("add", {"a": i}) if i % 2 else ("weather", {"city": "Rome"})
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {key: {"type": "x"} for key in arguments}}}
+        return {"messages": [user(f"{i}"), {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+
+    path = str(write(tmp_path / f"rows.{suffix}", [row(i) for i in range(8)]))
+    texts = {
+        text_of(world.store, world.models["tools"], found, supervised=side)
+        for found in rows_of(world.store, prepared(world.store, world.models["tools"], path=path))
+        for side in (False, True)
+    }
+    assert '{"name": "add", "arguments": {"a": 3}}<|end|>' in texts
+    assert not any("null" in text for text in texts)
 
 
 def test_chats_in_which_nothing_is_learned_are_dropped_and_counted(world: World, tmp_path: Path) -> None:
