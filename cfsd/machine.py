@@ -15,13 +15,14 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from cfsd.errors import BadInput, NotHere
-from cfsd.stages import SAMPLING, TRAIN
+from cfsd.stages import REWRITE, SAMPLING, TRAIN
 
 HOME_VARIABLE = "CFSD_HOME"
 KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
 MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")  # of a container
+CUDA = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
 SERVED = re.compile(r"(?:(?P<name>.+?)@)?(?P<url>https?://.*)")
 STATUS = Path("/proc/self/status")  # of a process on Linux
@@ -133,6 +134,11 @@ class Machine(BaseModel):
         """Return how many devices this process sees: its GPUs, or 1 on CPU."""
         return 1 if self.resolved_device() == "cpu" else max(1, int(_torch().cuda.device_count()))
 
+    def visible_gpus(self) -> list[str]:
+        """Return the names by which CUDA_VISIBLE_DEVICES has the GPUs that this process sees."""
+        named = os.environ.get(CUDA)
+        return named.split(",") if named else [str(number) for number in range(self.visible_devices())]
+
     def resolved_devices(self) -> int:
         """Return how many variants run at once. Raises BadInput where they cannot have a device each."""
         spread = self._spread()
@@ -187,7 +193,7 @@ class Machine(BaseModel):
         """Return what a draft of `stage` must share with the process that continues it, for equal bits."""
         shape: dict[str, JsonValue] = {"micro_batch_tokens": self.micro_batch_tokens}
         processes = 1
-        if stage in SAMPLING:
+        if stage in (*SAMPLING, REWRITE):  # a shard of rows is sampled at once
             shape, processes = {"sampling_rows": self.sampling_rows, "engine": self.engine}, self.resolved_processes()
         elif stage == TRAIN:  # both decide in which order gradients are summed
             processes = self.resolved_training_processes()

@@ -101,7 +101,7 @@ class Recipe(Spec):
         rehearsal, chats = self.train.rehearsal, self.generate.of_auto(CHATS)
         unprompted = self.generate.of_auto(CONTEXT_FREE)
         # by likelihood it was not studied, and a budget is one of text without a prompt
-        if not with_chats or rehearsal.loss != "kl" or rehearsal.budget is not None:
+        if not with_chats or rehearsal.loss != "kl" or rehearsal.budget is not None or self.generate.fill:
             return unprompted
         try:
             check_rehearsal(chats, self.train)

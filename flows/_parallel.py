@@ -31,7 +31,7 @@ from prefect.states import Crashed as CrashedState
 from prefect.states import Pending
 
 from cfsd.errors import CfsdError, Crashed
-from cfsd.machine import HOME_VARIABLE, Machine, home
+from cfsd.machine import CUDA, HOME_VARIABLE, Machine, home
 from cfsd.process.child import PARENT, STOP_SECONDS
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
@@ -43,7 +43,6 @@ from tasks import record
 from tasks._stage import gpu_slots
 
 ROOT = Path(__file__).parent.parent
-CUDA = "CUDA_VISIBLE_DEVICES"
 SECONDS_TO_END = STOP_SECONDS + 30  # a training that stops writes a checkpoint first
 Found = RunRecord | CfsdError
 Tell = Callable[[str, str], None]  # a variant's name and a line that it wrote
@@ -88,7 +87,7 @@ class Slots:
         """Start the processes."""
         own: Sequence[str | None] = [None] * self.count
         if self.cuda:
-            own = claimed(visible_gpus(self.machine), self.count, self.devices)
+            own = claimed(self.machine.visible_gpus(), self.count, self.devices)
         record.say(f"{len(own)} variants at once, each on one device and {self.machine.threads} CPU thread(s)")
         self.processes = [_Process(device) for device in own]
         return self
@@ -283,12 +282,6 @@ def crash(flow_run: UUID, why: str) -> None:
     with suppress(httpx.HTTPError, PrefectHTTPStatusError), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run, CrashedState(message=why), force=True)
     record.tracked(record.end_dead_runs)
-
-
-def visible_gpus(machine: Machine) -> list[str]:
-    """Return the names by which CUDA_VISIBLE_DEVICES has the GPUs that this process sees."""
-    named = os.environ.get(CUDA)
-    return named.split(",") if named else [str(number) for number in range(machine.visible_devices())]
 
 
 def claimed(names: Sequence[str], count: int, stack: ExitStack) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.generate.prompts import Prompts
-from cfsd.generate.spec import AUTO, UNPROMPTED, GenerateSpec, ProbeSpec
+from cfsd.generate.spec import AUTO, CHATS, CONTEXT_FREE, UNPROMPTED, GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
 from cfsd.model.folder import has_chat_template
 from cfsd.recipe import Recipe
@@ -89,25 +89,38 @@ def _check_chat(base: Artifact, spec: ProbeSpec | Prompts) -> None:
 
 def corpus_settings(base: Artifact, recipe: Recipe) -> GenerateSpec:
     """Return the settings of the recipe's corpus, with what `generate.source: auto` stands for with this base."""
-    generate = recipe.generate
-    return recipe.corpus(with_chats=generate.source == AUTO and _writes_chats(base, generate.length))
+    return recipe.corpus(with_chats=recipe.generate.source == AUTO and not _why_no_chats(base, recipe.generate.length))
 
 
-def _writes_chats(base: Artifact, length: int) -> bool:
+def _why_no_chats(base: Artifact, length: int) -> str:
+    """Return why no row can begin with the base's chat template, empty if rows can."""
     if not _may_have_chats(base):
-        return False
+        return "the base has no chat template"
     try:
-        _check_chat(base, ProbeSpec(length=length))
-    except BadInput:
-        return False
-    return True
+        _check_template(base, length)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def _check_template(base: Artifact, length: int) -> None:
+    from cfsd.generate.sources import check_template
+
+    if base.content:
+        check_template(base, length, Store(home()))
 
 
 def check_source(base: Artifact, recipe: Recipe) -> GenerateSpec:
-    """Return the settings of the recipe's corpus, and say what `generate.source: auto` stands for."""
+    """Return the settings of the recipe's corpus, and say what `generate.source: auto` stands for.
+
+    Raises BadInput where the base has no chat template for a source that needs one.
+    """
     settings = corpus_settings(base, recipe)
+    if settings.rows and CHATS in settings.sources():
+        _check_template(base, settings.length)
     if settings.rows and settings.source != recipe.generate.source and planning.get() is None:
-        record.say(f"generate: source auto is {settings.source} here")
+        why = _why_no_chats(base, settings.length) if settings.source == CONTEXT_FREE else ""
+        record.say(f"generate: source auto is {settings.source} here{why and f', as {why}'}")
     return settings
 
 

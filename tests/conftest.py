@@ -44,6 +44,14 @@ os.environ.update(
 LETTERS = "abcdefghijklmnopqrstuvwxyz =:."
 
 
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let this process believe that it has `count` GPUs."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
 def save_model(folder: Path, *, seed: int = 0, family: str = "llama", bos: bool = True, scale: float = 0.3) -> Path:
     """Write a random model whose law is far from uniform, with its tokenizer; families differ in architecture."""
     import torch

@@ -143,7 +143,9 @@ def hub_records(
     try:
         loaded = load_dataset(name, subset, revision=commit, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
-        yield from (Located(f"{name!r} row {number}", without_nulls(record)) for number, record in enumerate(records, 1))
+        yield from (
+            Located(f"{name!r} row {number}", without_nulls(record)) for number, record in enumerate(records, 1)
+        )
     # RuntimeError: the data set is a script; the others: files that are not what their names say
     except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
@@ -18,12 +17,13 @@ class Turn(NamedTuple):
 
     `prefix_ids` come before it. The user's turn ends when `end_id` is sampled; after that `between_ids` open the
     assistant's turn. `end_id` None: the template closes the turn with plain text, so the model writes that and the
-    answer in one go, until an end token.
+    answer in one go, until an end token. `answer_end_id` closes the assistant's turn; None where no token does.
     """
 
     prefix_ids: list[int]
     between_ids: list[int]
     end_id: int | None
+    answer_end_id: int | None = None
 
 
 def template_start(tokenizer: PreTrainedTokenizerBase) -> Turn:
@@ -48,7 +48,25 @@ def template_start(tokenizer: PreTrainedTokenizerBase) -> Turn:
         )
     marks = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
     end = next((place for place in range(len(prefix), len(whole)) if whole[place] in marks), None)
-    return Turn(prefix, [], None) if end is None else Turn(prefix, whole[end + 1 :], whole[end])
+    if end is None:
+        return Turn(prefix, [], None)
+    return Turn(prefix, whole[end + 1 :], whole[end], _answer_end(tokenizer, marks))
+
+
+def _answer_end(tokenizer: PreTrainedTokenizerBase, marks: set[int]) -> int | None:
+    """Return the first of `marks` after an answer.
+
+    It may be another one than the user's turn ends with: GPT-OSS closes both the user's turn and its own analysis with
+    <|end|>, and the answer that follows with <|return|>.
+    """
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CONTENT}]
+    template = dated_template(tokenizer)
+    try:
+        text: Any = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except Exception:  # of any kind, from the template's own code; it wrote the user's turn before
+        return None
+    _, content, after = str(text).rpartition(CONTENT)
+    return next((token for token in _encode(tokenizer, after) if token in marks), None) if content else None
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[Turn, int]:
@@ -76,7 +94,7 @@ def _around_content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             [{"role": "user", "content": CONTENT}], chat_template=dated_template(tokenizer),
             add_generation_prompt=True, tokenize=False,
         )  # fmt: skip
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # of any kind, from the template's own code
         raise BadInput(f"this model's chat template cannot write a user's turn ({error}); {OTHER_SOURCES}") from error
     parts = str(text).split(CONTENT)
     if len(parts) != 2:

@@ -134,7 +134,10 @@ class _Writer:
         if last == first:
             return "without words"
         one = Asked(row, first, last, [])
-        prompt = self._prompt(one)
+        try:
+            prompt = self._prompt(one)
+        except Exception:  # of any kind, from the template's own code: some want a system turn first
+            return "whose request the chat template refuses"
         if len(prompt) + self._most(one) > self.context:
             return "too long to be shown to the base"
         return one._replace(prompt=prompt)

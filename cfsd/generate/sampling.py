@@ -36,10 +36,14 @@ log = logging.getLogger(__name__)
 
 
 class Turns(NamedTuple):
-    """After the end of a text `between` is inserted and the row continues, at most `more` times."""
+    """After the end of a text `between` is inserted and the row continues, at most `more` times.
+
+    `last_ends` are the tokens that end the last text, where they are others than those that end the ones before it.
+    """
 
     more: int = 0
     between: Sequence[int] = ()
+    last_ends: Sequence[int] = ()
 
 
 class Rows(NamedTuple):
@@ -124,6 +128,7 @@ class Batch:
         self.inserting = torch.full((count,), -1, device=device)  # place in turns.between; -1: the row is sampled
         self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
+        self.last_ends = torch.tensor(list(rows.turns.last_ends) or self.eos_ids or [-1], device=device)
 
     def take(self, logits_BV: Tensor) -> Tensor:
         """Write and return the next token of every living row: its prompt's while that lasts, else a sampled one.
@@ -169,8 +174,10 @@ class Batch:
         inserting_B = self.inserting[alive]
         inserting_B = torch.where(inserting_B >= 0, inserting_B + 1, inserting_B)
         inserting_B = inserting_B.masked_fill(inserting_B >= len(self.turns.between), -1)
-        end_B = sampled_B & torch.isin(token_B, self.read_eos_ids)
-        another_B = end_B & (self.turns_left[alive] > 0)
+        more_B = self.turns_left[alive] > 0
+        ends_B = torch.where(more_B, torch.isin(token_B, self.read_eos_ids), torch.isin(token_B, self.last_ends))
+        end_B = sampled_B & ends_B
+        another_B = end_B & more_B
         self.turns_left[alive] -= another_B.long()
         if self.turns.between:
             inserting_B = inserting_B.masked_fill(another_B, 0)

@@ -124,11 +124,11 @@ def _context_free(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
 
 def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     turn = template_start(base.tokenizer)
-    check_template_fits(turn.prefix_ids, job.base, job.spec.length, "generate.length")
     prompts = [turn.prefix_ids] * len(ids)
     if turn.end_id is None:
         return Rows(ids, prompts, base.eos_ids)
-    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids))
+    of_answer = (*base.eos_ids, turn.end_id if turn.answer_end_id is None else turn.answer_end_id)
+    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids, of_answer))
 
 
 def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, setting: str) -> None:
@@ -139,6 +139,12 @@ def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, sett
             f"the chat template's {len(prefix)} tokens and {setting} {length} do not fit "
             f"the base model; set {setting} to at most {context - len(prefix)}"
         )
+
+
+def check_template(base: Artifact, length: int, store: Store) -> None:
+    """Raise BadInput where no row of `length` tokens can begin with the base's chat template."""
+    turn = template_start(_tokenization(store.path(base), base.content).tokenizer)
+    check_template_fits(turn.prefix_ids, base, length, "generate.length")
 
 
 def check_chat(base: Artifact, spec: ProbeSpec, store: Store) -> None:

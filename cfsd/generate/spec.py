@@ -177,6 +177,8 @@ class GenerateSpec(Spec):
             raise ValueError(f"fractions {self.fractions} must be positive and add up to 1")
         if (self.replay is not None) != ("replay" in self.sources()):
             raise ValueError("`replay` says where documents are, and source replay needs it: give both or neither")
+        if self.fill and CONTEXT_FREE not in self.sources():
+            raise ValueError(f"fill goes on after a text without a prompt, of which source {self.source} has none")
         if self.min_length > self.length:
             raise ValueError(f"min_length {self.min_length} is above length {self.length}")
         return self

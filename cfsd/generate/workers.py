@@ -12,6 +12,7 @@ from pydantic import BaseModel, JsonValue
 from cfsd.errors import Crashed
 from cfsd.generate.shard_job import Look, Shard, ShardJob
 from cfsd.generate.shard_sampling import sample_shard
+from cfsd.machine import CUDA, Machine
 from cfsd.process.child import Child, serve_request
 from cfsd.store.journal import PROGRESS, Journal
 
@@ -52,8 +53,16 @@ def _worker(job: ShardJob, number: int, shards: list[Shard]) -> Child:
     folder = job.folder / FOLDERS / str(number)
     folder.mkdir(parents=True, exist_ok=True)
     Journal(folder).progress(0, 0, "rows")
-    devices = {"CUDA_VISIBLE_DEVICES": str(number)} if job.machine.resolved_device() == "cuda" else {}
-    return Child("cfsd.generate.workers", folder, ShardWork(job=job, shards=shards).model_dump_json(), devices)
+    request = ShardWork(job=job, shards=shards).model_dump_json()
+    return Child("cfsd.generate.workers", folder, request, _device_of(number, job.machine))
+
+
+def _device_of(number: int, machine: Machine) -> dict[str, str]:
+    """Return the environment of a worker: the one GPU that it sees, of those that this process may use."""
+    if machine.resolved_device() != "cuda":
+        return {}
+    names = machine.visible_gpus()
+    return {CUDA: names[number % len(names)]}
 
 
 def _under_way(folder: Path) -> float:

@@ -73,6 +73,7 @@ def take(source: Path, folder: Path, checkpoint: Checkpoint, *, weights: bool = 
         (folder / name).unlink(missing_ok=True)
     for file, path in payload_of(source, weights=weights).items():
         link = folder / file
+        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
     try:

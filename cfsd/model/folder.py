@@ -18,7 +18,8 @@ START = "start_token.json"  # part of the content: another start token gives ano
 TENSORS = "*.safetensors"
 PAYLOAD = (TENSORS, "*.safetensors.index.json", "config.json", "generation_config.json", START,
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-           "chat_template*", "spiece.model")  # fmt: skip
+           "chat_template*", "additional_chat_templates/*.jinja", "spiece.model")  # fmt: skip
+UNREAD = ("*/*.safetensors", "consolidated*.safetensors")  # weights once more, in forms that transformers does not read
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # of weights that can be trained
@@ -36,7 +37,7 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
-    """Return the files that make the model in `folder`, by name; `weights` false: they are not there yet.
+    """Return the files that make the model in `folder`, by their path in it; `weights` false: they are not there yet.
 
     Raises BadInput if it is not a model, or an adapter.
     """
@@ -51,7 +52,8 @@ def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
         raise BadInput(
             f"{dangling[0]} is a link to {dangling[0].readlink()}, which does not exist; copy the whole model"
         )
-    files = {path.name: path for path in found if path.is_file()}
+    unread = {path for pattern in UNREAD for path in folder.glob(pattern)}
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and path not in unread}
     if "config.json" not in files or (weights and not any(name.endswith(".safetensors") for name in files)):
         raise BadInput(
             f"{str(folder)!r} is not a model: config.json and *.safetensors are needed "

@@ -6,7 +6,7 @@ from typing import Any
 
 from cfsd.errors import BadInput, NotHere
 from cfsd.model.adapter_folder import ADAPTER_CONFIG
-from cfsd.model.folder import PAYLOAD, TENSORS
+from cfsd.model.folder import PAYLOAD, TENSORS, UNREAD
 
 SECONDS = 5.0  # that a hub has to answer
 MAIN = "main"  # the revision where none is given
@@ -73,10 +73,12 @@ def download(name: str, revision: str, *, weights: bool = True) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    commit, files = commit_of(name, revision), [file for file in PAYLOAD if weights or file != TENSORS]
+    commit = commit_of(name, revision)
+    patterns: Any = {"allow_patterns": [file for file in PAYLOAD if weights or file != TENSORS]}
+    patterns |= {"ignore_patterns": UNREAD}
     try:
         for wanted in (revision, commit):  # by the branch, so that the cache knows what it was; it may have moved since
-            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=files, etag_timeout=SECONDS))
+            folder = Path(snapshot_download(name, revision=wanted, etag_timeout=SECONDS, **patterns))
             if folder.name == commit:
                 break
     except Exception as error:  # of the network, of HTTP, of the disk: all end in one message
@@ -125,8 +127,7 @@ def _cached(name: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = list(PAYLOAD)
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(PAYLOAD)))
     except (OSError, ValueError):
         return None
 

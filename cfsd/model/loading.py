@@ -143,4 +143,5 @@ def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
     model.to(getattr(torch, stored_precision(base_folder))).save_pretrained(folder)
     for name, path in payload_of(base_folder).items():
         if "safetensors" not in name and not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)

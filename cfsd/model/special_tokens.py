@@ -92,8 +92,8 @@ def start_token(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: str | 
 
 
 def _wanted(tokenizer: PreTrainedTokenizerBase, wanted: str) -> int:
-    token = tokenizer.convert_tokens_to_ids(wanted)
-    if not isinstance(token, int) or token in (None, tokenizer.unk_token_id):
+    token = tokenizer.get_vocab().get(wanted)  # what the tokenizer makes of a token that it lacks may be this very one
+    if token is None:
         raise BadInput(
             f"start_token {wanted!r} is not a token of this model's vocabulary; give one as the tokenizer writes it, "
             "such as '<s>', or leave start_token out"

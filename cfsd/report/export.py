@@ -36,6 +36,7 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
             measured by.
         StoreError: the model is gone or damaged.
     """
+    to = to.absolute()  # "." has no name, and none beside it
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInput(f"{to} exists and is not an empty folder; give another one")
     model = run_record.artifacts["final"]
@@ -48,6 +49,7 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name, file in files.items():
+        (part / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
     (part / "README.md").write_text(card, encoding="utf-8")
     part.rename(to)  # also onto an empty folder

@@ -348,9 +348,7 @@ def test_generation_blocks_tell_what_is_learned_of_rewritten_turns(world: World,
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_no_argument_is_learned_that_only_other_rows_of_a_table_have(
-    world: World, tmp_path: Path, suffix: str
-) -> None:
+def test_no_argument_is_learned_that_only_other_rows_of_a_table_have(world: World, tmp_path: Path, suffix: str) -> None:
     def row(i: int) -> dict[str, Any]:
         name, arguments = ("add", {"a": i}) if i % 2 else ("weather", {"city": "Rome"})
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}

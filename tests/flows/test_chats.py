@@ -116,6 +116,14 @@ def test_what_the_base_cannot_have_is_refused_before_anything_is_sampled(
     for changes, message in (
         ({"probe.modes": ["unprompted", "chat"]}, "probe.modes names chat, but the base has no chat template"),
         ({"merge.budget": {"unprompted": 0.1, "chat": 0.1}}, "a budget is given for chat, but with this base"),
+        (
+            {
+                "generate.rows": 8,
+                "generate.source": "mixed",
+                "generate.fractions": {"context-free": 0.5, "template": 0.5},
+            },
+            "this model has no chat template for rows to begin with",
+        ),
     ):
         with pytest.raises(BadInput, match=message):
             taken(bare, **changes)
@@ -135,6 +143,7 @@ BY_DIVERGENCE = {"generate.rows": 24, "generate.length": 24, "generate.top_logpr
         ({"generate.source": "context-free"}, "context-free"),
         ({"train.rehearsal.loss": "nll"}, "context-free"),
         ({"train.rehearsal.budget": 0.1}, "context-free"),
+        ({"generate.fill": True}, "context-free"),
         ({"generate.tail_samples": 0}, "context-free"),  # the drawn token alone says nothing of chats
         ({"train.methods.ewc": {"weight": 1, "rows": 8}}, "context-free"),
     ],
@@ -162,4 +171,4 @@ def test_source_auto_is_text_without_a_prompt_for_a_base_without_a_template(
     bare = Recipe.load(recipe_file).model_dump(mode="json")
     made = corpus(validated(Recipe, override(bare, BY_DIVERGENCE), "test"), CPU).only()
     assert made.artifacts["corpus"].metadata["source"] == "context-free"
-    assert "generate: source auto is context-free here" in capsys.readouterr().out
+    assert "generate: source auto is context-free here, as the base has no chat template" in capsys.readouterr().out

@@ -20,19 +20,12 @@ from cfsd.errors import BadInput, Crashed, NotFinite
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, see_gpus
 from tests.flows.trial_flow import trial
 from tests.served import ask
 from tests.tasks.test_record import elsewhere, runs
 
 ONE = Machine(device="cpu", threads=1)
-
-
-def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cfsd.generate.sampling import sample
 from cfsd.machine import Machine
 from cfsd.model.loading import load_tokenizer, read_start_token
 from cfsd.model.sample import Sample
+from cfsd.stages import REWRITE
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import read_rows, shard_path
 from tests.conftest import fetched, write_rows
@@ -135,6 +136,12 @@ def test_it_goes_on_after_a_kill_and_a_seed_decides(world: World) -> None:
     again = world.rewritten(LOOSE, "1" * 16)
     assert again.content == whole.content and again.metadata == whole.metadata
     assert world.rewritten(LOOSE.model_copy(update={"seed": 1})).content != whole.content
+
+
+def test_shards_of_another_size_are_not_continued() -> None:
+    """A draft with shards of 8 rows, continued in shards of 25, would lose rows: its environment must differ."""
+    other = MACHINE.model_copy(update={"sampling_rows": 25})
+    assert MACHINE.environment(REWRITE) != other.environment(REWRITE)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,17 @@ def test_one_more_turn_is_opened_by_the_given_tokens_and_ends_the_row(world: Wor
         assert ends[1] == len(s.token_ids) - 1
 
 
+def test_the_last_turn_has_ends_of_its_own(world: World) -> None:
+    (end, *_), spec = world.eos_ids, GenerateSpec(length=40, seed=9)
+    turns = Turns(1, [5, 6], last_ends=[7])
+    samples = sample(world.model, Rows(range(80), [[world.start]] * 80, [end], "template", turns), spec)
+    opened = [s for s in samples if end in s.token_ids[1:]]
+    assert any(s.token_ids.count(end) > 1 for s in opened)  # the first turn's end ends nothing in the last one
+    for s in opened:
+        last = s.token_ids[s.token_ids.index(end, 1) + 3 :]
+        assert last.index(7) == len(last) - 1 if s.finish_reason == "eos" else 7 not in last
+
+
 def test_no_text_ends_before_the_least_length(world: World) -> None:
     spec = GenerateSpec(length=12, seed=3, min_length=5)
     counts = [len(s.token_ids) - 1 for s in sampled(world, spec, range(300))]

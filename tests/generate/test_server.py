@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +200,17 @@ def test_after_the_end_of_a_turn_the_next_one_is_opened_and_sampled(world: World
     assert len(firsts) > 50 and p_value(firsts, torch.stack(next_probs).mean(0)) > SIGNIFICANCE
 
 
+def test_the_last_turn_has_ends_of_its_own(world: World, serve: Serve) -> None:
+    turns, spec = Turns(1, (7, 9), last_ends=(11,)), GenerateSpec(rows=300, length=LENGTH, seed=5)
+    wanted = ServerSampling(to(serve()), spec, (END,), world.tokenizer, "template", turns)
+    found = [s for s in sample_from_server(wanted, [[START]] * 300, range(300)) if isinstance(s, Sample)]
+    opened = [s for s in found if END in s.token_ids[1:]]
+    assert any(s.token_ids.count(END) > 1 for s in opened)
+    for s in opened:
+        last = s.token_ids[s.token_ids.index(END, 1) + 3 :]
+        assert last.index(11) == len(last) - 1 if s.finish_reason == "eos" else 11 not in last
+
+
 def test_never_more_requests_at_once_than_allowed(world: World, serve: Serve) -> None:
     server = serve(seconds=0.02)
     done: list[int] = []
@@ -255,6 +267,13 @@ def test_one_model_is_served_or_one_is_named(world: World, serve: Serve) -> None
         rows(world, to(server, served_model="other"), 1)
     samples(world, to(server, served_model="tiny-lora"), 1)
     assert server.requests[-1]["model"] == "tiny-lora"
+
+
+def test_a_server_with_a_larger_vocabulary_is_another_model(world: World, serve: Serve) -> None:
+    small = deepcopy(world.model)
+    small.resize_token_embeddings(5)
+    with pytest.raises(BadInput, match=r"sampled token \d+, but the recipe's model has 5 tokens"):
+        check(world._replace(model=small), to(serve()))
 
 
 def test_a_server_that_reads_another_prompt_is_refused(world: World, serve: Serve) -> None:

@@ -22,13 +22,14 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.server.client import ServerGone
 from cfsd.generate.spec import TAIL_SAMPLES, GenerateSpec, ProbeSpec, check_context
 from cfsd.generate.stage import generate, probe
-from cfsd.machine import Machine
+from cfsd.generate.workers import _device_of
+from cfsd.machine import CUDA, Machine
 from cfsd.mix.spec import MixSpec
 from cfsd.mix.stage import mix
 from cfsd.model.loading import load_for_measuring, load_model, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import read_rows, shards
-from tests.conftest import fetched, fetched_with_nan, write_rows
+from tests.conftest import fetched, fetched_with_nan, see_gpus, write_rows
 from tests.loopback_server import Manners, serving
 
 pytestmark = pytest.mark.processes
@@ -233,6 +234,27 @@ def test_several_sources_fill_their_fractions_of_the_tokens(store: Store, base: 
     assert mixed.metadata["rehearsal_tokens"] == metadata["tokens"]
 
 
+@pytest.mark.parametrize("second", ["template", "replay"])
+def test_what_one_source_cannot_give_is_said_before_another_is_sampled(
+    store: Store, base: Artifact, tmp_path: Path, second: str
+) -> None:
+    _, replay = world_of(store, base, tmp_path)
+    settings: dict[str, Any] = {"source": "mixed", "fractions": {"context-free": 0.5, second: 0.5}}
+    settings |= {"replay": replay, "rows": 100_000} if second == "replay" else {"rows": 16}
+    with pytest.raises(BadInput, match="no chat template" if second == "template" else "are wanted"):
+        made(store, base, GenerateSpec(length=12, **settings))
+    assert not list(store.root.rglob("corpus-*.parquet"))
+
+
+def test_a_worker_sees_a_gpu_of_those_that_its_parent_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 2)
+    monkeypatch.setenv(CUDA, "4,6")
+    assert [_device_of(number, Machine()) for number in range(3)] == [{CUDA: "4"}, {CUDA: "6"}, {CUDA: "4"}]
+    monkeypatch.delenv(CUDA)
+    assert _device_of(1, Machine()) == {CUDA: "1"}
+    assert _device_of(1, Machine(device="cpu")) == {}
+
+
 def test_fractions_are_kept_when_texts_are_short(store: Store, base: Artifact, tmp_path: Path) -> None:
     """Rows that end early leave tokens to make up for: more rows are sampled, and the surplus is cut."""
     target, _ = world_of(store, base, tmp_path)
@@ -260,6 +282,7 @@ def test_biased_settings_are_facts_of_the_corpus(store: Store, base: Artifact) -
         ({"source": "mixed", "fractions": {"context-free": 0.5, "template": 0.6}}, "add up to 1"),
         ({"source": "replay"}, "needs it"),
         ({"min_length": 200}, "above length 128"),
+        ({"source": "template", "fill": True}, "source template has none"),
     ],
 )
 def test_settings_that_disagree_are_refused(settings: dict[str, Any], words: str) -> None:

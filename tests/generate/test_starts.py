@@ -130,6 +130,23 @@ def test_the_parts_make_the_chat_that_the_template_writes(name: str) -> None:
         assert tokenizer.decode(token_ids[len(opened) : -len(closed)]).strip() == ""  # what the model says itself
 
 
+def test_the_answer_ends_with_what_closes_it_and_not_with_what_closes_the_users_turn() -> None:
+    harmony = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
+        "{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    specials = ["<|start|>", "<|message|>", "<|end|>", "<|return|>", "<eos>"]
+    tokenizer = tokenizer_of(harmony, specials)
+    turn = template_start(tokenizer)
+    assert tokenizer.decode([turn.end_id or 0]) == "<|end|>"
+    assert tokenizer.decode([turn.answer_end_id or 0]) == "<|return|>"
+    same = template_start(tokenizer_of(harmony.replace("<|return|>", "<|end|>"), specials))
+    assert same.answer_end_id == same.end_id
+    refuses = "{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}" + harmony
+    assert template_start(tokenizer_of(refuses, specials)).answer_end_id is None
+
+
 def test_a_space_that_belongs_to_the_next_word_is_left_to_the_model() -> None:
     template = "{{ bos_token }}[INST] {{ messages[0]['content'] }}[/INST]"
     for merges, prefix in (((("Ġ", "X"),), "<s>[INST]"), ((), "<s>[INST] ")):

@@ -17,6 +17,7 @@ from cfsd.model.folder import payload_of
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
+from tests.inputs import CHAT, save
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,6 +43,37 @@ def test_a_wanted_start_token_wins_and_another_model_it_is(store: Store, base: A
     assert wanted.metadata["start_token"] == load_tokenizer(model_folder).convert_tokens_to_ids("a")
     assert wanted.content != base.content
     assert wanted.key != base.key
+
+
+def test_a_start_token_may_be_the_one_that_stands_for_what_the_tokenizer_lacks(store: Store, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "gpt")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<eos>"}))
+    wanted = fetched(store, folder, start_token="<eos>")
+    assert wanted.metadata["start_token"] == load_tokenizer(folder).eos_token_id
+    with pytest.raises(BadInput, match="is not a token of this model's vocabulary"):
+        fetched(store, folder, start_token="<nothing>")
+
+
+def test_templates_of_other_names_come_along_and_count(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "named"
+    save(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = {"default": CHAT, "tool_use": "{{ tools | length }} tools" + CHAT}
+    tokenizer.save_pretrained(folder)
+    first = fetched(store, folder)
+    chat: Any = ([{"role": "user", "content": "a"}],)
+    written = load_tokenizer(store.path(first)).apply_chat_template(*chat, tools=[{"name": "f"}], tokenize=False)
+    assert str(written).startswith("1 tools")
+    (other,) = (folder / "additional_chat_templates").glob("*.jinja")
+    other.write_text("changed")
+    assert fetched(store, folder).key != first.key
+
+
+def test_weights_in_forms_that_are_not_read_are_left_out(store: Store, model_folder: Path, tmp_path: Path) -> None:
+    mine = copy_of(model_folder, tmp_path / "mine")
+    shutil.copyfile(mine / "model.safetensors", mine / "consolidated.safetensors")
+    assert fetched(store, mine).content == fetched(store, model_folder).content
 
 
 def test_the_start_token_that_came_with_a_tuned_model_is_kept(store: Store, model_folder: Path) -> None:

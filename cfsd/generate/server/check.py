@@ -94,6 +94,12 @@ class _FirstTokens(NamedTuple):
 
 def _differences(model: PreTrainedModel, rows: list[Sample], wanted: ServerSampling) -> NDArray[Any]:
     """Return reported minus own log-probability of each sampled token. Raises BadInput if they are not the model's."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if (largest := max(token for row in rows for token in row.token_ids)) >= vocabulary:
+        raise BadInput(
+            f"the server {wanted.machine.base_url} sampled token {largest}, but the recipe's model has {vocabulary} "
+            "tokens: it serves another model; serve the one of the recipe's base"
+        )
     batches = [torch.tensor([row.token_ids], device=model.device) for row in rows]
     logits_NV = torch.cat([model(ids_1T, use_cache=False).logits[0, :-1].float().cpu() for ids_1T in batches])
     sampled_N1 = torch.tensor([token for row in rows for token in row.token_ids[1:]])[:, None]

@@ -96,6 +96,7 @@ class _Sampler:
     def __init__(self, client: Client, served: Served, wanted: ServerSampling) -> None:
         self.client, self.served, self.wanted = client, served, wanted
         self.spec, self.eos_ids = wanted.spec, list(wanted.eos_ids)
+        self.last_ends = list(wanted.turns.last_ends) or self.eos_ids
         self.ends = special_tokens(wanted.tokenizer) | set(wanted.eos_ids)  # at others no server stops by itself
 
     async def sample(self, prompt: Sequence[int], number: int) -> Sample | str:
@@ -110,7 +111,8 @@ class _Sampler:
             tokens = tokens_of(answer)
             if isinstance(tokens, str):
                 return tokens
-            end = next((place for place, token in enumerate(tokens[:room]) if token in self.eos_ids), None)
+            ends = self.eos_ids if turns else self.last_ends
+            end = next((place for place, token in enumerate(tokens[:room]) if token in ends), None)
             row.add(tokens, answer, room if end is None else end + 1)
             if end is not None and not turns:
                 return row.sample("eos", self.spec.top_logprobs)
