@@ -110,6 +110,10 @@ class Recipe(Spec):
             return unprompted
         return chats
 
+    def chooses_source(self) -> bool:
+        """Say whether the base decides what is rehearsed: chats, if it can write them."""
+        return self.corpus(with_chats=True) != self.corpus(with_chats=False)
+
     def budget(self) -> Budget | None:
         """Return the divergence from the base that is accepted, in nats per token: of merging, else of training."""
         return self.merge.budget or self.train.rehearsal.budget
@@ -190,11 +194,12 @@ def check_rehearsal(generate: GenerateSpec, train: TrainSpec) -> None:
             "train.rehearsal.loss is kl with reference stored, but the corpus stores no distributions: set "
             "generate.top_logprobs (64 is a good start), or train.rehearsal.reference to base"
         )
-    given = [source for source in ("replay", "earlier-rows") if source in generate.sources()]
-    if generate.rows and rehearsal.budget and given:
+    others = [source for source in generate.sources() if source != CONTEXT_FREE]
+    if generate.rows and rehearsal.budget and others:
         raise ValueError(
-            f"train.rehearsal.budget needs text of the base's own: on source {given[0]} it is not what the probe "
-            "measures; use another generate.source or set rehearsal.weight"
+            "train.rehearsal.budget steers lambda by the divergence on unprompted text, which is read off the "
+            f"rehearsal: on source {others[0]} it is another one; set generate.source to context-free, or give the "
+            "budget as merge.budget, which keeps it whatever is rehearsed"
         )
     for name, pull in train.methods.pulls().items():
         if pull.curvature:

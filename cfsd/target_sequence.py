@@ -87,6 +87,11 @@ class TargetSequence(BaseModel):
                 f"{where} rehearses nothing: generate.rows is {generate.rows}, train.rehearsal.weight "
                 f"{recipe.train.rehearsal.weight}; set both above 0, or `earlier` to unprompted"
             )
+        if recipe.chooses_source() and recipe.base.has_chat_template() is not False:
+            raise BadInput(
+                f"{where}: generate.source auto is chats for the first target, but has no share beside earlier "
+                "targets: set generate.source to template or context-free, so that all stages rehearse the same"
+            )
         shares: dict[Any, float] = {**generate.fractions} or dict.fromkeys(generate.sources(), 1.0)
         fractions = {source: share * (1 - self.earlier_fraction) for source, share in shares.items()}
         changes = {

@@ -57,7 +57,7 @@ MIXED = generate(
         (replayed(top_logprobs=16), train(loss="kl")),
         (MIXED, train(loss="kl")),
         (generate(source="contextual"), train()),
-        (generate(source="contextual", top_logprobs=16), train(loss="kl", budget=0.1)),
+        (generate(top_logprobs=16), train(loss="kl", budget=0.1)),
         (generate(), train({"ewc": {"weight": 1}})),
         (generate(source="contextual"), train({"ewc": {"weight": 0, "rows": 9999}})),
     ],
@@ -76,9 +76,16 @@ def test_what_fits_together_is_let_through(corpus: GenerateSpec, training: Train
         (MIXED.model_copy(update={"tail_samples": 0}), train(loss="kl"), "source=mixed: set generate.tail_samples"),
         (drawn(source="contextual"), train(loss="kl"), r"tail to bucket, or train\.rehearsal\.reference to base"),
         (drawn(source="template"), train(loss="kl"), r"generate\.source=template: set"),
-        (generate(source="template"), train(budget=0.1), r"source=template: set train\.rehearsal\.loss to kl"),
+        *(
+            (
+                generate(source=source, top_logprobs=16),
+                train(loss="kl", budget=0.1),
+                rf"on source {source} it is another",
+            )
+            for source in ("template", "contextual")
+        ),
         (generate(top_p=0.5, min_length=3), train(budget=0.1), r"generate\.top_p=0\.5, generate\.min_length=3: set"),
-        (replayed(), train(budget=0.1), r"use another generate\.source"),
+        (replayed(), train(budget=0.1), r"on source replay it is another one; set generate\.source to context-free"),
         (generate(rows=100), train({"ewc": {"weight": 1}}), r"ewc\.rows=256.*has 100 of source context-free: raise"),
         (drawn(temperature=0.7), train(loss="kl"), r"generate\.temperature=0\.7: set generate\.tail_samples"),
         (generate(temperature=0.7), train({"ewc": {"weight": 1}}), "temperature=0.7: leave that out"),
@@ -115,6 +122,37 @@ def test_stopping_before_the_budget_is_used_up_is_refused() -> None:
         with pytest.raises(ValidationError, match=rf"stop_above {above} is below what .* 0\.11 for .*budget of 0\.1"):
             TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": above}})
     TrainSpec.model_validate({"rehearsal": {"budget": 0.1}, "watch": {"every": 1, "stop_above": 0.2}})
+
+
+QLORA = {"lora": {"rank": 4, "quantise": "nf4"}}
+LIVE = {"loss": "kl", "reference": "base"}
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"methods": QLORA, "rehearsal": {"loss": "kl"}}, "reference stored is of the base before nf4: set base"),
+        (
+            {"methods": QLORA | {"target_divergence": {"weight": 1}}},
+            "target_divergence.reference stored is of the base before nf4: set base",
+        ),
+        ({"methods": QLORA, "rehearsal": {"budget": 0.1}}, "set loss to kl and reference to base"),
+        ({"methods": QLORA, "rehearsal": LIVE, "watch": {"every": 1, "stop_above": 1}}, "leave it out"),
+        (
+            {"methods": {"lora": {"rank": 4, "dropout": 0.1}, "target_divergence": {"weight": 1}}},
+            "would not be 0 at the base; set lora.dropout to 0",
+        ),
+    ],
+)
+def test_a_model_that_is_not_the_base_at_the_start_is_not_compared_with_it(given: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        TrainSpec.model_validate(given)
+
+
+def test_a_quantised_model_is_compared_with_a_quantised_base() -> None:
+    held = {"target_divergence": {"weight": 1, "reference": "base"}}
+    TrainSpec.model_validate({"methods": QLORA | held, "rehearsal": LIVE | {"budget": 0.1}})
+    TrainSpec.model_validate({"methods": QLORA})
 
 
 @pytest.mark.parametrize("given", [{"stop_above": 0.1}, {"benchmarks": ["tiny_rev"]}])

@@ -61,10 +61,14 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"earlier": [{"path": ROWS}], "generate": {"source": "earlier-rows", "top_logprobs": 8}}, {"earlier": "rows"},
         "the recipe has 1 `earlier` targets",
     ),
+    "chats and then none": (
+        {"base": "smollm2", "generate": {"top_logprobs": 8}} | train(loss="kl"), {"earlier": "rows"},
+        "set generate.source to template or context-free, so that all stages rehearse the same",
+    ),
     "no corpus": ({"generate": {"rows": 0}}, {"earlier": "prompts"}, "rehearses nothing: generate.rows is 0"),
     "no weight": (train(weight=0), {"earlier": "prompts"}, "train.rehearsal.weight 0.0; set both above 0"),
     "a budget read off rows that the base did not write": (
-        train(loss="kl", budget=0.1), {"earlier": "rows"}, "on source earlier-rows it is not what the probe measures",
+        train(loss="kl", budget=0.1), {"earlier": "rows"}, "on source earlier-rows it is another one",
     ),
     "drawn tokens that the base did not draw": (
         {"generate": {"top_logprobs": 8, "tail_samples": 0}}, {"earlier": "rows"}, "source=mixed: set generate.tail",

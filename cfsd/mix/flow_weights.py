@@ -3,7 +3,9 @@
 Source: Sanyal, Prairie, Das, Kavis and Sanghavi 2025, arXiv:2502.02797: w_i = exp(-f_i / tau), f_i the base's mean
 loss on the response of row i, tau the median of f. Differs: the weights are scaled, so that the mean weight of a
 response token is 1 and a step is as long as without them; and the loss is a mean over tokens unless
-`average` is "row", which is the paper's mean over rows. Weights per token are our addition.
+`flow_average` is "row". Then rows of one global batch have equal shares, as in the paper; the whole batch is still
+divided by its number of response tokens, so that a batch of short rows takes a longer step than one of long rows.
+Weights per token are our addition.
 """
 
 from pathlib import Path
@@ -43,7 +45,7 @@ def flow_weights(losses: Path, spec: MixSpec) -> Weights:
     loss = pc.list_flatten(table["token_nll"]).to_numpy() if per_token else nll_R / count_R
     tau = _checked(float(np.median(loss)), spec.flow)
     weight = np.exp(loss / -tau)
-    if spec.flow_average == "row":  # every row has the same share, however long it is
+    if spec.flow_average == "row":  # rows of a batch have equal shares, however long they are
         share_R = (1 / count_R).astype(weight.dtype)
         weight *= np.repeat(share_R, count_R) if per_token else share_R
     total = float(weight.sum(dtype=np.float64) if per_token else (weight * count_R).sum())

@@ -15,7 +15,6 @@ from cfsd.report.recipe_text import flattened
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import response_pair, target_gain
 from cfsd.report.summary import Fig
-from cfsd.report.training import last_weight
 from cfsd.store.artifact import Store
 from cfsd.train.controller import LOWEST
 
@@ -37,7 +36,7 @@ def budget_of(
     if not budgets:
         return None
     training: Any = run_record.artifacts["tuned"].metadata
-    weight = training.get("final_weight") or last_weight(store, run_record)
+    weight = training.get("final_weight")  # None: lambda was not steered, merging alone keeps the budget
     plain = plain_variant(run_record, run_records)
     cost = _cost(store, run_record, plain) if plain else None
     merged: Any = run_record.artifacts["fitted"].metadata if "fitted" in run_record.artifacts else {}

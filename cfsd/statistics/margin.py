@@ -11,9 +11,9 @@ from scipy import special  # scipy.stats takes 0.7 s to import, and commands imp
 from cfsd.statistics.figures import FRACTION, Figure
 from cfsd.statistics.forgetting import NO_SCORE, BenchmarkForgetting
 from cfsd.statistics.gate import FAMILY_WISE, Finding, Judgement, Outcome, holm
+from cfsd.statistics.intervals import Z, interval_p
 
 MEAN = "mean_forgetting"
-Z = 1.959964
 LEAST_TIMES, MOST_TIMES = 1.1, 100  # times as many documents, that are proposed
 
 
@@ -51,9 +51,9 @@ def unguarded(lost: Iterable[BenchmarkForgetting]) -> list[str]:
 
 
 def _p(figure: Figure) -> float:
-    if figure.low is None or figure.high is None or figure.high == figure.low:
+    if figure.low is None or figure.high is None:
         return 1.0
-    return 2 * float(special.ndtr(-abs(figure.value) / ((figure.high - figure.low) / (2 * Z))))
+    return interval_p(figure.value, figure.low, figure.high)
 
 
 def _finding(

@@ -23,6 +23,9 @@ class Controller:
     on rehearsal rows that were never seen: rows seen before read low, and the probe is kept for the verdict. The budget
     is that of text without a prompt: of other modes nothing is seen while training, so merging alone keeps theirs.
 
+    Source: CFSD's own rule. Differs from a plain integral of (estimate / budget - 1), as dual ascent would have it: the
+    error is a logarithm within bounds, has a part in proportion, and lambda may fall to LOWEST.
+
     The sum alone follows too late: it winds down while the divergence is still small, lets it overshoot, and has
     brought it far below the budget when the learning rate ends. Measured on `tiny`: docs/decisions/0010.
     """

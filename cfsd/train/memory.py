@@ -169,6 +169,8 @@ def _live_base(shapes: Shapes, load: Load) -> float:
     """Return the base's weights: under autocast its layers are held in half the bytes, its embedding is not."""
     if not load.live_base:
         return 0
+    if saved := _saved_by_quantising(shapes, load):  # quantised as the trained model is
+        return FLOAT * shapes.parameters() - saved
     embedding = FLOAT * shapes.embedding() if load.bfloat16 and not load.sharded else 0
     wide = HALF if load.bfloat16 else FLOAT
     return wide * (shapes.parameters() - (shapes.embedding() if embedding else 0)) + embedding

@@ -17,7 +17,7 @@ from cfsd.store.artifact import Store
 from cfsd.train.adapters import adapt, merge_adapter
 from cfsd.train.memory import Load, Shapes, load_of, training_memory
 from cfsd.train.methods import Methods
-from cfsd.train.spec import OF_TORCH_AND_TRANSFORMERS, TrainSpec
+from cfsd.train.spec import OF_TORCH_AND_TRANSFORMERS, RehearsalSpec, TrainSpec
 from tests.conftest import ROOT, save_model, write_rows
 from tests.train.test_methods import IDS, logits, moved
 from tests.train.test_train import World, figures, signals_given_back, spec_with, trained, weights, world_in
@@ -63,6 +63,9 @@ def test_the_plan_counts_what_is_saved() -> None:
         for one in (TrainSpec.model_validate({"methods": {"lora": {"rank": 4}}}), spec)
     )
     assert (whole - quantised) / layers == pytest.approx(3.48)
+    live = spec.model_copy(update={"rehearsal": RehearsalSpec(loss="kl", reference="base")})
+    beside = training_memory(shapes, load_of(live, machine)).live_base
+    assert beside == 4 * shapes.parameters() - (whole - quantised)
     held = [training_memory(shapes, Load(optimizer=name)).moments for name in OPTIMIZERS]
     assert [count / shapes.parameters() for count in held] == [8, 2, 8, 2, 4, 1, 4, 1, 12, 3, 12, 3, 0, 0]
 
