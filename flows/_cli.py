@@ -23,8 +23,9 @@ from flows._environment import check_environment
 from flows._explained import explained
 from tasks.record import console
 
-__all__ = ["Home", "On", "Plan", "Set", "console", "machine_of", "start"]
+__all__ = ["NO_VERDICT", "Home", "On", "Plan", "Set", "console", "machine_of", "start"]
 
+NO_VERDICT = 4
 INTERRUPTED, CLOSED = 130, 141  # as a shell numbers Ctrl-C, and a pipe that nobody reads
 
 Set = Annotated[
@@ -47,10 +48,11 @@ def machine_of(changes: list[str]) -> Machine:
     return validated(Machine, override({}, parse_overrides(changes)), "--machine")
 
 
-def start(command: Callable[..., None], word: str = "") -> None:
+def start(command: Callable[..., None], word: str = "", failed: int = 1) -> None:
     """Run a command line; `word` is what its arguments begin with where a module has several commands.
 
-    Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM.
+    Exit codes: 0 done, `failed`, 2 bad input, 130 interrupted by Ctrl-C or SIGTERM, 141 nobody reads the output. A gate
+    has NO_VERDICT for `failed`, as 1 is its verdict that something got worse.
     """
 
     @functools.wraps(command)
@@ -64,11 +66,11 @@ def start(command: Callable[..., None], word: str = "") -> None:
             sys.exit(INTERRUPTED)
         except BrokenPipeError as error:
             if not _output_is_closed():
-                _end_with(explained(error), error)
+                _end_with(explained(error), error, failed)
             print(f"stopped: nobody reads the output any more. To continue: {_same_command()}", file=sys.stderr)
             sys.exit(CLOSED)
         except Exception as error:
-            _end_with(explained(error), error)
+            _end_with(explained(error), error, failed)
 
     own, shared = inspect.signature(command), inspect.Parameter("store", inspect.Parameter.KEYWORD_ONLY)
     option = shared.replace(default=None, annotation=Annotated[str | None, SHARED])
@@ -79,7 +81,7 @@ def start(command: Callable[..., None], word: str = "") -> None:
     app(sys.argv[2:], prog_name=shlex.join([*_program(), word])) if word else app()
 
 
-def _end_with(known: CfsdError | None, error: Exception) -> NoReturn:
+def _end_with(known: CfsdError | None, error: Exception, failed: int) -> NoReturn:
     """End with one message; what nobody expected ends with its traceback, and where to look and to report it."""
     if known is None:
         traceback.print_exception(error)
@@ -88,9 +90,9 @@ def _end_with(known: CfsdError | None, error: Exception) -> NoReturn:
             f"above. What is finished is kept. The logs are in {home() / 'logs'}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        sys.exit(1)
+        sys.exit(failed)
     print(f"error: {known}", file=sys.stderr, flush=True)
-    sys.exit(2 if isinstance(known, BadInput) else 1)
+    sys.exit(2 if isinstance(known, BadInput) else failed)
 
 
 def _output_is_closed() -> bool:

@@ -27,7 +27,7 @@ from cfsd.report.run_record import RunRecord
 from cfsd.stages import CHAT
 from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
 from cfsd.store.artifact import Store
-from flows._cli import Home, On, Set, machine_of, start
+from flows._cli import NO_VERDICT, Home, On, Set, machine_of, start
 from flows._conclude import Result, conclude
 from flows._named import name_flow_run
 from flows._parallel import run_variants
@@ -239,4 +239,4 @@ def regress_command(
 
 
 if __name__ == "__main__":
-    start(regress_command)
+    start(regress_command, failed=NO_VERDICT)

@@ -21,7 +21,7 @@ class Benchmark(Spec):
     """What to score. In YAML a plain string is the name."""
 
     neutral: ClassVar[dict[str, Any]] = {
-        "task": None, "chat_template": False, "thinking_end": None, "max_gen_toks": None
+        "task": None, "chat_template": False, "thinking_end": None, "max_gen_toks": None, "filter": None
     }  # fmt: skip
 
     name: str = Field(description="an lm-eval task: a bundled one, one of lm-eval's own, or one of `folder`")
@@ -32,6 +32,7 @@ class Benchmark(Spec):
     limit: PositiveInt | None = Field(None, description="score the first N documents only")
     num_fewshot: NonNegativeInt | None = Field(None, description="examples in the prompt; empty: as in its YAML")
     metric: str | None = Field(None, description="empty: acc, else exact_match, else the first listed")
+    filter: str | None = Field(None, description="which of several reads the answers; empty: the first")
     chance: float | None = Field(None, ge=0, lt=1, description="score of guessing; empty: from the choices")
     chat_template: bool = Field(
         False, description="put prompts and examples into the model's chat template; a YAML's metadata may say so too"

@@ -7,6 +7,7 @@ from cfsd.data.conversation import Conversation
 from cfsd.data.records import Said
 from cfsd.data.stage import SPECIAL
 from cfsd.data.tokenised import added_in_front, special_tokens, tokenise
+from cfsd.data.written import check_written
 from cfsd.errors import BadInput
 from cfsd.generate.prompts import SETTING, Prompt, Prompts
 from cfsd.model.loading import Tokenization
@@ -29,7 +30,7 @@ def prompt_rows(
             said.add(PLAIN, prompt.place)
         if any(map(special.search, _texts(prompt))):
             said.add(SPECIAL, prompt.place)
-        ids = tokens_of(prompt, base)
+        ids = tokens_of(prompt, base, said)
         if not ids:
             dropped[NO_TOKEN] += 1
         elif len(ids) > max_tokens:
@@ -53,10 +54,16 @@ def _texts(prompt: Prompt) -> list[str]:
     return [str(message.get("content", "")) for message in prompt.content.messages]
 
 
-def tokens_of(prompt: Prompt, base: Tokenization) -> list[int]:
-    """Return the tokens of a prompt; empty where the tokenizer has none for it. Raises BadInput."""
+def tokens_of(prompt: Prompt, base: Tokenization, said: Said | None = None) -> list[int]:
+    """Return the tokens of a prompt; empty where the tokenizer has none for it.
+
+    Raises BadInput, also where the chat template leaves out a part of it.
+    """
     if isinstance(prompt.content, Conversation):
-        rendering = Rendering(base.tokenizer, prompt.content)
+        rendering, notes = Rendering(base.tokenizer, prompt.content), Counter[str]()
+        check_written(rendering, (), set(), notes)
+        for sentence in notes:
+            (said or Said()).add(sentence, prompt.place)
         return _encoded(prompt.place, rendering.render(rendering.messages, open_turn=True), base)
     ids = _encoded(prompt.place, prompt.content, base)
     front = added_in_front(base.tokenizer, prompt.content)

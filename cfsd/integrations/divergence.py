@@ -34,7 +34,7 @@ class DivergenceCallback(TrainerCallback):
             )
         self.trainer, self.every = trainer, every
         self._objective = BorrowedObjective(trainer.model, MEASURED)
-        found = {name: sampled_rows(corpus_folder(folder))[:rows] for name, folder in samples.items()}
+        found = {name: _counted(name, corpus_folder(folder))[:rows] for name, folder in samples.items()}
         most = Machine().micro_batch_tokens
         model = self._objective.model
         with mode_kept(model), trainer.accelerator.autocast():
@@ -61,6 +61,16 @@ class DivergenceCallback(TrainerCallback):
                 nats = sum(float(divergence_by_row(model, part, MEASURED).sum()) for part in on_device)
                 found[f"{name}_kl"] = nats / sum(int((part.coefficient_BT != 0).sum()) for part in micro_batches)
         return found
+
+
+def _counted(name: str, folder: Path) -> list[tuple[list[int], list[bool]]]:
+    """Return the rows of which a token counts. Raises BadInput where there is none: chats without an answer."""
+    if not (found := [row for row in sampled_rows(folder) if any(row[1])]):
+        raise BadInput(
+            f"sample {name} ({folder}) has no row of which a token counts: none of its chats has an answer; sample "
+            "longer ones (probe.length)"
+        )
+    return found
 
 
 def sampled_rows(folder: Path) -> list[tuple[list[int], list[bool]]]:

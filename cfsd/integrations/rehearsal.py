@@ -190,6 +190,9 @@ def check_training(trainer: Any) -> None:
         "tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
         "nn.DataParallel, one process with several GPUs": trainer.args.n_gpu > 1,
         "torch_compile, which would not see that the forward pass changes": trainer.args.torch_compile,
+        "auto_find_batch_size, which takes the first step again and would not rehearse in it": getattr(
+            trainer.args, "auto_find_batch_size", False
+        ),
         "model_init, which makes a new model after the corpus was compared with one": trainer.model_init is not None,
         "PEFT's prompt learning, whose prompt rehearsal rows would not have": getattr(
             peft_config, "is_prompt_learning", False

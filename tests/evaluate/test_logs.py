@@ -193,7 +193,55 @@ def test_documents_to_which_a_metric_does_not_apply_are_left_out(copy: Path) -> 
     )
     edit(copy, lambda content: content["results"]["sums"].update({"exact_match,strict": 0.5}))
     found = read(one(copy, "sums"))
-    assert found.metadata["left_out"] == 2 and found.metadata["num_documents"] == 2
+    assert found.metadata["left_out"] == 1 and found.metadata["num_documents"] == 2
+
+
+def test_one_of_several_filters_reads_the_answers_and_that_is_said(copy: Path) -> None:
+    first, other = read(one(copy, "sums")), read(one(copy, "sums", filter="last-letter"))
+    assert first.metadata["filters"] == ["strict", "last-letter"] == other.metadata["filters"][::-1]
+    assert first.metadata["remarks"] == ["answers are as filter strict reads them, not as last-letter (`filter`)"]
+    for found in (first, other):
+        assert found.metadata["score"] == found.metadata["scores"][found.metadata["filters"][0]]
+    with pytest.raises(BadInput, match=r"filter 'none' is none of its own; allowed: strict, last-letter"):
+        read(one(copy, "sums", filter="none"))
+
+
+def test_a_probability_has_no_score_of_guessing_by_the_number_of_choices(copy: Path) -> None:
+    edit_samples(copy, "words", lambda samples: [s.update(acc=0.7) for s in samples])
+    edit(copy, lambda content: content["results"]["words"].update({"acc,none": 0.7}))
+    assert read(one(copy, "words")).metadata["chance"] is None
+
+
+def test_functions_among_filters_are_the_same_in_every_run(copy: Path) -> None:
+    def written(place: str) -> None:
+        function = f"<function last at {place}>"
+        parts = [{"name": "none", "filter": [{"function": "custom", "filter_fn": function}]}]
+        edit(copy, lambda content: content["configs"]["words"].update(filter_list=parts))
+
+    written("0x7f21074804a0")
+    first = logs_in(copy)
+    written("0x55d0c0ffee00")
+    assert logs_in(copy).digest() == first.digest()
+
+
+def test_a_metric_that_a_function_names_has_the_direction_of_those_listed(copy: Path) -> None:
+    """As pass@1 of HumanEval, which lists pass_at_k."""
+    edit_samples(copy, "words", lambda samples: [s.update({"pass@1": s.pop("acc")}) for s in samples])
+    edit(
+        copy,
+        lambda content: content["results"]["words"].update({"pass@1,none": 2 / 3}),
+    )
+    assert read(one(copy, "words", metric="pass@1")).metadata["higher_is_better"] is True
+
+
+def test_some_documents_of_a_task_are_whole_where_the_scores_prove_it(copy: Path) -> None:
+    """lm-eval --samples before 0.4.13 counts all documents."""
+    edit(copy, lambda content: content["n-samples"]["words"].update(effective=9))
+    assert read(one(copy, "words")).metadata["num_documents"] == 3
+    edit_samples(copy, "words", lambda samples: [s.update(acc=0.0, acc_norm=0.0) for s in samples])
+    edit(copy, lambda content: content["results"]["words"].update({"acc,none": 0.0, "acc_norm,none": 0.0}))
+    with pytest.raises(BadInput, match="holds 3 documents, the results beside it are of 9"):
+        read(one(copy, "words"))
 
 
 def test_several_right_choices_raise_the_score_of_guessing(copy: Path) -> None:
@@ -246,6 +294,10 @@ MISTAKES: dict[str, tuple[Change, type[Exception], str]] = {
     "lines of another program": (
         lambda f: edit_samples(f, "words", lambda samples: samples[1].pop("arguments")), BadInput,
         r"line 2 is no sample of lm-eval 0.4.3 or later \(arguments missing",
+    ),
+    "lines without documents": (
+        lambda f: edit_samples(f, "words", lambda samples: [s.pop("doc") for s in samples]), BadInput,
+        r"line 1 is no sample of lm-eval 0.4.3 or later \(doc missing",
     ),
     "a list for a line": (lambda f: file_of(f, "samples_words").write_text("[]\n"), BadInput, "line 1 is no sample"),
     "a document twice": (
@@ -351,6 +403,17 @@ def test_what_differs_is_named_with_what_agrees(name: str, copy: Path) -> None:
 
 def test_windows_are_compared_as_the_engine_cuts_them(copy: Path) -> None:
     edit(copy, lambda content: content.update(max_length=65, model_source="local-completions"))
+    assert len(check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))) == 5
+
+
+def test_one_that_cannot_be_read_is_named_beside_those_that_can(copy: Path) -> None:
+    edit_samples(copy, "words", lambda samples: samples[1].pop("arguments"))
+    with pytest.raises(BadInput, match=r"words: .*line 2 is no sample(.|\n)*--benchmark checks --benchmark last"):
+        check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))
+
+
+def test_examples_as_turns_count_only_where_there_are_examples_in_a_template(copy: Path) -> None:
+    edit(copy, lambda content: content.update(fewshot_as_multiturn=True))
     assert len(check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))) == 5
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import BUNDLED
+from flows._cli import NO_VERDICT
 from flows.measure import measure_command
 from tests.conftest import ROOT, Run
 from tests.evaluate.test_logs import LOGS, edit, edit_samples
@@ -112,6 +113,15 @@ def test_a_plan_says_what_would_be_compared(capsys: pytest.CaptureFixture[str]) 
 def test_a_mistake_ends_before_a_server_starts(given: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         measure_command(**{"base": str(BASE), "tuned": str(TUNED), "samples": True} | given)
+
+
+def test_a_failure_is_no_verdict(tmp_path: Path) -> None:
+    """1 means that something was lost."""
+    other = Path(shutil.copytree(TUNED, tmp_path / "other"))
+    edit_samples(other, "words", lambda samples: samples[0].update(filtered_resps=[["nan", "False"]] * 3))
+    command = [sys.executable, "-m", "flows.measure", "--samples", str(BASE), str(other), "--margin", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert (done.returncode, "log-likelihood is nan" in done.stderr) == (NO_VERDICT, True), done.stderr
 
 
 def test_what_does_not_agree_is_bad_input(tmp_path: Path) -> None:

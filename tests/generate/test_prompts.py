@@ -91,6 +91,14 @@ def test_an_answer_that_is_there_is_left_out_and_said(tmp_path: Path, chatting: 
     assert found == [OPENED] and ANSWERED in said and not dropped
 
 
+def test_a_prompt_of_which_the_template_leaves_out_a_part_is_refused(tmp_path: Path, chatting: Any) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chat = {"messages": [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "2"}]}
+    prompts = prompts_of(write(tmp_path / "chats.jsonl", [chat]))
+    with pytest.raises(BadInput, match="has 'tool_calls' in a message, but this model's chat template does not write"):
+        prompt_rows(prompts, chatting, 100, Counter(), Said())
+
+
 def test_what_cannot_be_answered_is_counted_and_said(tmp_path: Path, plain: Tokenization) -> None:
     records = [{"prompt": "ab"}, {"prompt": ""}, {"prompt": None}, {"prompt": "abcdefgh"}]
     found, said, dropped = rows_of(prompts_of(write(tmp_path / "p.jsonl", records)), plain, max_tokens=5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,23 @@ def test_of_a_chat_the_answer_counts(tmp_path: Path) -> None:
     assert sampled_rows(tmp_path) == [([0, 5, 6, 7, 8], [False] * 3 + [True] * 2), ([0, 5, 6, 7, 8], [False] * 5)]
 
 
+def test_chats_without_an_answer_are_left_out_and_refused_where_there_are_no_others(
+    world: World, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(answers_in(world), tmp_path / "chats"))
+    rows = read_rows(folder, "corpus", ["row_id", "token_ids"])
+    trainer = trainer_of(world, tmp_path)
+    for answered in (2, 0):  # of the last rows
+        ends = [len(row["token_ids"]) for row in rows]
+        first = [end if place < len(rows) - answered else end - 2 for place, end in enumerate(ends)]
+        write_shard(folder, "turns", 0, pa.table({"row_id": [row["row_id"] for row in rows], "answer": first}))
+        if answered:
+            assert DivergenceCallback(trainer, every=1, rows=2, chat=folder).measure()["chat_kl"] < 1e-5
+        else:
+            with pytest.raises(BadInput, match=r"sample chat .* has no row of which a token counts"):
+                DivergenceCallback(trainer, every=1, chat=folder)
+
+
 def test_without_a_sample_or_steps_there_is_nothing_to_log(world: World, tmp_path: Path) -> None:
     trainer = trainer_of(world, tmp_path)
     for wrong in ({"every": 0, "probe": world.store.path(world.sample)}, {"every": 1}):
@@ -277,6 +295,7 @@ PROMPTS = SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=
     ({"accelerator.parallelism_config": object()}, "tensor, context or sequence parallelism"),
     ({"args.n_gpu": 2}, "nn.DataParallel, one process with several GPUs"),
     ({"args.torch_compile": True}, "torch_compile, which"),
+    ({"args.auto_find_batch_size": True}, "auto_find_batch_size, which takes the first step again"),
     ({"model_init": lambda: None}, "model_init, which makes a new model"),
     ({"model": PROMPTS}, "PEFT's prompt learning"),
 ])  # fmt: skip

@@ -70,13 +70,14 @@ def metadata(
     benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the metadata of `cfsd.evaluate.harness.score.Scores` that hold for all documents."""
-    filters = list(dict.fromkeys(rows["filter"]))
-    left_out = len(results["samples"][benchmark.name]) - len(rows)
+    filters = read_first(benchmark.name, benchmark.filter, list(dict.fromkeys(rows["filter"])))
+    samples = results["samples"][benchmark.name]
+    left_out = len({sample["doc_id"] for sample in samples}) - int(rows["doc_id"].nunique())
     scores = {name: float(results["results"][benchmark.name][f"{metric},{name}"]) for name in filters}
     return {
         "metric": metric,
         "higher_is_better": direction(benchmark, task, metric),
-        "chance": _chance(benchmark, task, metric, results["samples"][benchmark.name]),
+        "chance": _chance(benchmark, task, metric, samples),
         "kind": _kind(task, metric, rows),
         "num_documents": int(rows["doc_id"].nunique()),
         "num_fewshot": int(task.get_config("num_fewshot")),
@@ -85,6 +86,21 @@ def metadata(
         "scores": scores,
         "lm_eval": version("lm_eval"),
     } | ({"left_out": left_out} if left_out else {})
+
+
+def read_first(benchmark: str, chosen: str | None, filters: list[str]) -> list[str]:
+    """Return `filters` with the chosen one first: of the others nothing but the score is kept. Raises BadInput."""
+    if chosen is None:
+        return filters
+    if chosen not in filters:
+        raise BadInput(f"benchmark {benchmark}: filter {chosen!r} is none of its own; allowed: {', '.join(filters)}")
+    return [chosen, *(name for name in filters if name != chosen)]
+
+
+def said_of_filters(filters: list[str]) -> list[str]:
+    """Return a line where several filters read the answers, of which one counts."""
+    first, *others = filters
+    return [f"answers are as filter {first} reads them, not as {', '.join(others)} (`filter`)"] if others else []
 
 
 def _aggregation(task: Any, metric: str) -> str:
@@ -176,6 +192,8 @@ def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str
     if stated is not None:
         return float(stated)
     if metric not in CHOICE_ACCURACIES or task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    if not all(sample.get(metric) in (0, 1) for sample in samples):  # a probability, as of truthfulqa_mc2
         return None
     pairs = [_choices_and_right(task, sample) for sample in samples]
     chance = float(np.mean([len(_as_list(right)) / len(choices) for choices, right in pairs]))

@@ -15,7 +15,7 @@ from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.language_model import BatchedModel, Progress
 from cfsd.evaluate.harness.load import loaded
-from cfsd.evaluate.harness.rows import metadata, primary_metric, table
+from cfsd.evaluate.harness.rows import metadata, primary_metric, said_of_filters, table
 from cfsd.evaluate.stage import load_models, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import tokens_that_fit
@@ -99,7 +99,7 @@ def score(
         known = metadata(benchmark, task, metric, rows, results) | lm.answers.metadata()
         known |= {"chat_template": True} if benchmark.is_chat() else {}
         known |= {"limit_is_meant": True} if benchmark.limit_is_meant() else {}
-        remarks = [*lm.window.said(), *checked.said()]
+        remarks = [*lm.window.said(), *checked.said(), *said_of_filters(known["filters"])]
         known |= {"remarks": remarks} if remarks else {}
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})
 

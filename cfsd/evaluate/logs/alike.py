@@ -21,7 +21,11 @@ def check_alike(base: LoggedModel, tuned: LoggedModel) -> dict[str, Logged]:
     found, unlike = {}, dict[str, list[str]]()
     for name in _measured_on_both(base, tuned):
         one, other = base.log(name), tuned.log(name)
-        before, after = read(one), read(other)
+        try:
+            before, after = read(one), read(other)
+        except BadInput as error:  # the others may still be compared, and are named
+            unlike[name] = [str(error).removeprefix(f"benchmark {name}: ")]
+            continue
         found[name] = before
         if different := list(_differences(one, other, before, after)):
             unlike[name] = different
@@ -57,11 +61,11 @@ def _differences(base: Log, tuned: Log, before: Logged, after: Logged) -> Iterat
     for name, field in Conditions.model_fields.items():
         one, other = getattr(base.conditions, name), getattr(tuned.conditions, name)
         if one != other and not (name == "window" and None in (one, other)):  # not every model of lm-eval says it
-            yield f"its {field.description} is {_shown(one)} (base) and {_shown(other)} (tuned)"
+            yield f"its {field.description} is {_apart(one, other)}"
     for name in MUST_AGREE:
         one, other = before.metadata.get(name), after.metadata.get(name)
         if one != other:
-            yield f"its {name.replace('_', ' ')} is {_shown(one)} (base) and {_shown(other)} (tuned)"
+            yield f"its {name.replace('_', ' ')} is {_apart(one, other)}"
     yield from _of_documents(before, after)
 
 
@@ -96,6 +100,9 @@ def _first_difference(one: str, other: str) -> str:
     return f": …{before}… (base) and …{after}… (tuned)" if before != after else ""
 
 
-def _shown(value: Any) -> str:
-    text = "none" if value in (None, "", [], {}) else str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+def _apart(one: Any, other: Any) -> str:
+    """Return two settings, of long ones what surrounds their first difference."""
+    texts = ["none" if value in (None, "", [], {}) else str(value) for value in (one, other)]
+    if max(map(len, texts)) > SHOWN:
+        return f"another{_first_difference(*texts)}"
+    return f"{texts[0]} (base) and {texts[1]} (tuned)"

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -14,6 +14,7 @@ from cfsd.spec import Spec
 from cfsd.store.digests import sha256_of_file
 
 DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")  # results_DATE, samples_NAME_DATE
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 SAMPLES = "samples_"
 ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
 SHORTER = {"local-completions": 1, "openai-completions": 1, "vllm": 2}  # windows than the max_length that they log
@@ -44,6 +45,12 @@ class Conditions(BaseModel):
         except (TypeError, ValueError):
             return None if value is None else str(value)
 
+    @field_validator("filter_list", mode="before")
+    @classmethod
+    def _placeless(cls, value: Any) -> Any:
+        """Functions are written with their place in memory, another one in every run."""
+        return json.loads(ADDRESS.sub("", json.dumps(value)))
+
     @field_validator("generation_kwargs", "filter_list", "fewshot_as_multiturn", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any, info: Any) -> Any:
@@ -71,7 +78,10 @@ class Log(Spec):
     known_chance: float | None = None
     lm_eval: str = ""
     metric: str | None = None
+    filter: str | None = None
     chance: float | None = None
+
+    neutral: ClassVar[dict[str, Any]] = {"filter": None}
 
     def _identity(self) -> dict[str, Any]:
         return {name: value for name, value in super()._identity().items() if name != "path"}
@@ -124,10 +134,10 @@ class LoggedModel(Spec):
 
 def _said_by_user(benchmark: Benchmark) -> dict[str, Any]:
     given = benchmark.model_dump(exclude_defaults=True, exclude={"name"})
-    if decided := sorted(set(given) - {"metric", "chance"}):
+    if decided := sorted(set(given) - {"metric", "filter", "chance"}):
         raise BadInput(
-            f"benchmark {benchmark.name}: {', '.join(decided)} cannot be set, since its logs are written; metric and "
-            "chance can"
+            f"benchmark {benchmark.name}: {', '.join(decided)} cannot be set, since its logs are written; metric, "
+            "filter and chance can"
         )
     return given
 
@@ -249,15 +259,18 @@ def _log(name: str, run: _Results, samples: Mapping[Any, Path]) -> Log:
 
 def _conditions(name: str, content: Mapping[str, Any]) -> Conditions:
     config = content["configs"][name]
+    examples = (content.get("n-shot") or {}).get(name, config.get("num_fewshot"))
+    # without examples, or without a template, it does nothing
+    in_turns = content.get("fewshot_as_multiturn") and examples and content.get("chat_template_sha")
     taken = {field: config[field] for field in Conditions.model_fields if field in config}
     return Conditions.model_validate(
         taken
         | {
             "version": (content.get("versions") or {}).get(name),
-            "num_fewshot": (content.get("n-shot") or {}).get(name, config.get("num_fewshot")),
+            "num_fewshot": examples,
             "chat_template": content.get("chat_template_sha"),
             "system_instruction": content.get("system_instruction_sha"),
-            "fewshot_as_multiturn": content.get("fewshot_as_multiturn"),
+            "fewshot_as_multiturn": bool(in_turns),
             "window": _window(content) if config.get("output_type") == ROLLING else None,
         }
     )

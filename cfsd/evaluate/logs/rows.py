@@ -18,7 +18,14 @@ import pandas as pd
 import pyarrow as pa
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.evaluate.harness.rows import CHOICE_ACCURACIES, COLUMNS, ZERO_OR_ONE, best_choice
+from cfsd.evaluate.harness.rows import (
+    CHOICE_ACCURACIES,
+    COLUMNS,
+    ZERO_OR_ONE,
+    best_choice,
+    read_first,
+    said_of_filters,
+)
 from cfsd.evaluate.logs.folder import Log
 from cfsd.store.artifact import Draft
 from cfsd.store.tables import write_shard
@@ -68,8 +75,9 @@ def read(log: Log) -> Logged:
         which no metric can be computed again; NotFinite for a value that is NaN or infinite.
     """
     samples = list(_samples(log))
-    _check_count(log, samples)
+    _check_documents(log, samples)
     found = [(name, _kind(name, log, samples)) for name in _metrics(log, samples)]
+    _check_count(log, samples, [name for name, kind in found if kind])
     metric = _primary(log, found)
     applies = [s for s in samples if metric.kind != "nanmean" or not math.isnan(_number(s[metric.name]) or 0)]
     rows = [_row(log, metric, sample) for sample in applies]
@@ -77,7 +85,8 @@ def read(log: Log) -> Logged:
         (s["filter"], s["doc_id"]): (_prompt_digest(s), s.get("target_hash") or _sha(s["target"])) for s in samples
     }
     unusable = [name for name, kind in found if kind is None]
-    return Logged(rows, _metadata(log, metric, applies, rows, len(samples) - len(rows), unusable), asked)
+    left_out = len({s["doc_id"] for s in samples}) - len({row["doc_id"] for row in rows})
+    return Logged(rows, _metadata(log, metric, applies, rows, left_out, unusable), asked)
 
 
 def _samples(log: Log) -> Iterator[dict[str, Any]]:
@@ -97,7 +106,8 @@ def _sample(where: str, line: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"{where} is no JSON ({error}); it was cut short or changed: copy it again") from error
     needed = {"doc_id": int, "doc": object, "target": object, "arguments": dict, "filtered_resps": list}
-    wrong = [n for n, kind in needed.items() if not isinstance(sample, dict) or not isinstance(sample.get(n), kind)]
+    given = sample if isinstance(sample, dict) else {}
+    wrong = [n for n, kind in needed.items() if n not in given or not isinstance(given[n], kind)]
     if wrong or not all(isinstance(request, dict) and request for request in sample["arguments"].values() or [None]):
         raise BadInput(
             f"{where} is no sample of lm-eval 0.4.3 or later ({', '.join(wrong) or 'arguments'} missing or of another "
@@ -108,19 +118,34 @@ def _sample(where: str, line: bytes) -> dict[str, Any]:
     return {"doc_hash": _sha(document), **sample}
 
 
-def _check_count(log: Log, samples: list[dict[str, Any]]) -> None:
+def _check_documents(log: Log, samples: list[dict[str, Any]]) -> None:
     times = Counter((sample["filter"], sample["doc_id"]) for sample in samples)
     if twice := next((key for key, count in times.items() if count > 1), None):
         raise BadInput(
             f"{log.path}: document {twice[1]} comes more than once (filter {twice[0]}); give a log of one run"
         )
+    if not samples:
+        raise _cut_short(log, 0)
+
+
+def _check_count(log: Log, samples: list[dict[str, Any]], usable: list[str]) -> None:
+    """Raise BadInput where documents are missing.
+
+    With --samples lm-eval before 0.4.13 counts all documents of the task, although it scored some. Then the scores
+    prove that none is missing, unless every document has the same one.
+    """
     found = len({sample["doc_id"] for sample in samples})
-    if not found or (log.documents is not None and found != log.documents):
-        expected = log.documents or "some"
-        raise BadInput(
-            f"{log.path} holds {found} documents, the results beside it are of {expected}; it was cut short: copy it "
-            "again, or run lm-eval again"
-        )
+    if log.documents in (None, found):
+        return
+    if not any(len({str(sample[name]) for sample in samples}) > 1 for name in usable):
+        raise _cut_short(log, found)
+
+
+def _cut_short(log: Log, found: int) -> BadInput:
+    return BadInput(
+        f"{log.path} holds {found} documents, the results beside it are of {log.documents or 'some'}; it was cut "
+        "short: copy it again, or run lm-eval again"
+    )
 
 
 def _metrics(log: Log, samples: list[dict[str, Any]]) -> list[str]:
@@ -173,12 +198,21 @@ def _primary(log: Log, found: list[tuple[str, _Metric | None]]) -> _Metric:
             f"usable are {others}: choose one (--set evaluate.benchmarks=[{{name: {log.name}, metric: …}}]), leave the "
             "benchmark out, or copy both files again"
         )
-    if log.higher_is_better.get(chosen.name) is None:
+    if _is_better_higher(log, chosen.name) is None:
         raise BadInput(
             f"benchmark {log.name}: its results do not say whether more of {chosen.name} is better; add "
             "higher_is_better to the metric_list of its YAML and measure again, or choose another metric"
         )
     return chosen
+
+
+def _is_better_higher(log: Log, metric: str) -> bool | None:
+    """Return whether more of a metric is better; None where the log does not say.
+
+    HumanEval names a function that computes pass@1: it has the direction of all metrics that are listed.
+    """
+    listed = set(log.higher_is_better.values())
+    return log.higher_is_better.get(metric) if metric in log.higher_is_better or len(listed) != 1 else listed.pop()
 
 
 def _row(log: Log, metric: _Metric, sample: dict[str, Any]) -> dict[str, Any]:
@@ -248,13 +282,14 @@ def _metadata(
     log: Log, metric: _Metric, samples: list[dict[str, Any]], rows: list[dict[str, Any]], left_out: int,
     unusable: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    filters = list(dict.fromkeys(row["filter"] for row in rows))
+    filters = read_first(log.name, log.filter, list(dict.fromkeys(row["filter"] for row in rows)))
     scores = {name: _number(log.reported[f"{metric.name},{name}"]) for name in filters}
     is_binary = metric.name in ZERO_OR_ONE and all(row["value"] in (0.0, 1.0) for row in rows)
     remark = f"{metric.name} is compared; {', '.join(unusable)} cannot be, being no average of a number per document"
+    remarks = [*([remark] if unusable else []), *said_of_filters(filters)]
     return {
         "metric": metric.name,
-        "higher_is_better": bool(log.higher_is_better[metric.name]),
+        "higher_is_better": bool(_is_better_higher(log, metric.name)),
         "chance": _chance(log, metric.name, samples),
         "kind": metric.kind if metric.kind == "perplexity" else "binary" if is_binary else "mean",
         "num_documents": len({row["doc_id"] for row in rows}),
@@ -266,7 +301,7 @@ def _metadata(
         **({"per": metric.per} if metric.kind == "perplexity" else {}),
         **({"left_out": left_out} if left_out else {}),
         **({"chat_template": True} if log.conditions.chat_template else {}),
-        **({"remarks": [remark]} if unusable else {}),
+        **({"remarks": remarks} if remarks else {}),
     }  # fmt: skip
 
 
@@ -276,6 +311,8 @@ def _chance(log: Log, metric: str, samples: list[dict[str, Any]]) -> float | Non
     if stated is not None:
         return float(stated)
     if metric not in CHOICE_ACCURACIES or log.conditions.output_type != "multiple_choice":
+        return None
+    if not all(_number(sample.get(metric)) in (0, 1) for sample in samples):  # a probability, as of truthfulqa_mc2
         return None
     chances = []
     for sample in samples:
