@@ -1,7 +1,10 @@
-"""How often the gate and the verdict on a budget are wrong, and what they see: the tables in docs/how-to.
+"""How often the gate, the verdict on a budget and intervals over seeds are wrong, and what they see.
+
+The numbers in docs/how-to and docs/explanation.
 
 python -m benchmarks.error_rates gate       half a minute on one core
 python -m benchmarks.error_rates budget     some minutes
+python -m benchmarks.error_rates seeds      seconds
 """
 
 import math
@@ -14,9 +17,10 @@ import typer
 from numpy.typing import NDArray
 
 from cfsd.report.budget import judge
-from cfsd.statistics.figures import mean_per_token
+from cfsd.statistics.figures import NATS, Figure, mean_per_token
 from cfsd.statistics.further_seeds import chance
 from cfsd.statistics.gate import FAMILY_WISE, margin_of
+from cfsd.statistics.seeds import FEWEST, over_seeds
 from flows._cli import start
 
 Floats = NDArray[np.float64]
@@ -158,13 +162,41 @@ def budget_table(repeats: int) -> Iterator[str]:
             yield f"| {name} | {rows} | {' | '.join(cells)} |"
 
 
-PARTS = {"gate": lambda: gate_table(FAMILIES), "budget": lambda: budget_table(REPEATS)}
+# --- intervals over seeds
+
+SCATTERS = (0.2, 0.3, 0.5, 1.0)  # of the logarithm of a divergence between seeds
+HALF = 0.03  # of each seed's own interval over documents, as a share of its value
 
 
-def error_rates_command(part: Annotated[str, typer.Argument(help="gate or budget")]) -> None:
+def coverage(scatter: float, repeats: int) -> float:
+    """Return how often the interval over the fewest seeds that have one holds the mean of log-normal seeds."""
+    rng, held = np.random.default_rng(0), 0
+    truth = math.exp(scatter**2 / 2)
+    for _ in range(repeats):
+        values = rng.lognormal(0, scatter, FEWEST)
+        ends = [Figure(value=v, low=v * (1 - HALF), high=v * (1 + HALF), unit=NATS) for v in values]
+        joined = over_seeds(ends)
+        held += joined.low is not None and joined.high is not None and joined.low <= truth <= joined.high
+    return held / repeats
+
+
+def seeds_table(repeats: int) -> Iterator[str]:
+    """Yield the lines of a table: how often the interval over seeds covers, by their scatter."""
+    yield "| scatter of the logarithm | covered |"
+    yield "|--:|--:|"
+    for scatter in SCATTERS:
+        yield f"| {scatter:g} | {coverage(scatter, repeats):.3f} |"
+
+
+PARTS = {
+    "gate": lambda: gate_table(FAMILIES), "budget": lambda: budget_table(REPEATS), "seeds": lambda: seeds_table(REPEATS)
+}  # fmt: skip
+
+
+def error_rates_command(part: Annotated[str, typer.Argument(help="gate, budget or seeds")]) -> None:
     """Print a table of error rates and power."""
     if part not in PARTS:
-        raise typer.BadParameter(f"{part!r} is neither gate nor budget")
+        raise typer.BadParameter(f"{part!r} is none of {', '.join(PARTS)}")
     for line in PARTS[part]():
         print(line, flush=True)
 

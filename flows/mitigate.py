@@ -1,4 +1,4 @@
-"""The main job: fine-tune on the target while rehearsing what the base model writes unprompted, and say what it cost.
+"""The main job: fine-tune on the target while rehearsing text that the base model wrote, and say what it cost.
 
 python -m flows.mitigate deployments/recipes/tiny.yaml --set train.learning_rate=1e-4
 """

@@ -130,6 +130,17 @@ def test_an_exported_model_loads_and_is_nobody_elses(tmp_path: Path, model_folde
     world.store.verify(model)
 
 
+def test_a_model_is_exported_into_an_empty_working_directory(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, here = World(tmp_path / "data"), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    kept = Kept(title="t", run_records=(trained(world, fetched(world.store, model_folder)),))
+    export(world.store, kept, chosen(kept, None), Path())
+    assert (here / "README.md").exists() and (here / "model.safetensors").exists()
+
+
 def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
     kept = Kept(title="t", run_records=tuple(world.variants()))
     with pytest.raises(BadInput, match="give one of: 'finetune', 'rehearse', 'rehearse more'"):
