@@ -27,8 +27,8 @@ def block(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
         rows.append([name, *(f"{of_part[name].mean():.3f}" for of_part in found), f"{both.mean():.3f}", difference])
     yield (
         "The rule was set before: of both parts the source with the smallest mean of log(probe_kl) and log(chat_kl); "
-        f"where the pairs show no difference from `{PAPER}`, that stays. The interval is a 95 % t interval over the seeds' "
-        "own differences, each the mean of both parts.\n"
+        f"where the pairs show no difference from `{PAPER}`, that stays. The interval is a 95 % t interval over the "
+        "seeds' own differences, each the mean of both parts.\n"
     )
     yield markdown(rows)
 

@@ -37,7 +37,7 @@ ELSEWHERE = {  # the beginning of a command -> why it is not run here
     "python -m flows.mitigate recipe.yaml --store s3:": "tests/store/test_shared_store_flow.py",
     "python -m flows.mitigate mine.yaml --machine micro_batch_tokens=16384": "tests/train/test_two_processes_exact.py",
     "python -m flows.mitigate mine.yaml --machine training_processes=8": "the same",
-    "python -m flows.compare mine-compared.yaml --seeds 5 --machine devices=8": "8 devices: tests/flows/test_parallel.py",
+    "python -m flows.compare mine-compared.yaml --seeds 5 --machine devices=8": "8 devices: see test_parallel",
     "python -m flows.compare deployments/recipes/demo.yaml": "half an hour; `make demo` runs one seed",
     "python -m flows.measure base@": "needs two servers: tests/flows/test_measure_served.py",
     "python -m flows.measure --samples logs": "needs logs of lm-eval: tests/flows/test_measure_logs.py",
