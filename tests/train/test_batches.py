@@ -8,6 +8,7 @@ import pytest
 
 from cfsd.errors import BadInput
 from cfsd.train.batches.global_batches import GlobalBatch, Refresh, plan_batches
+from cfsd.train.batches.micro_batches import Row, micro_batches_of
 
 TARGET, REHEARSAL = 10, 24
 SOURCES = ["target"] * TARGET + ["context-free"] * REHEARSAL
@@ -104,3 +105,32 @@ def test_without_rehearsal_tokens_or_rows_there_is_none_and_the_target_stays() -
 def test_the_seed_alone_decides() -> None:
     assert plan() == plan()
     assert plan(seed=1) != plan()
+
+
+class Asked:
+    """Stored distributions that count of which rows they were asked."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def at(self, rows: list[tuple[int, Any, Any]]) -> None:
+        self.rows += [number for number, _, _ in rows]
+
+
+def test_each_rank_makes_and_looks_up_its_own_micro_batches_alone() -> None:
+    rows = [Row("context-free", [n, n, n], [True] * 3, 1.0, None, n) for n in range(14)]
+    whole = micro_batches_of(rows, 6)
+    for world in (1, 2, 3, 5):
+        asked = [Asked() for _ in range(world)]
+        shares = [micro_batches_of(rows, 6, rank=r, world=world) for r in range(world)]
+        for rank, known in enumerate(asked):
+            many: Any = known
+            micro_batches_of(rows[:12], 6, distributions=many, rank=rank, world=world)
+        assert {len(share) for share in shares} == {-(-len(whole) // world)}  # they wait for each other
+        parts = [part for share in shares for part in share if part.coefficient_BT.any()]
+        assert sorted(int(part.token_ids_BT[0, 0]) for part in parts) == sorted(
+            int(part.token_ids_BT[0, 0]) for part in whole
+        )
+        assert sum(float(part.coefficient_BT.sum()) for part in parts) == pytest.approx(1)
+        if 6 % world == 0:  # none waits
+            assert sorted(n for known in asked for n in known.rows) == list(range(12))

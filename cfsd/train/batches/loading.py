@@ -55,12 +55,10 @@ class Batches(Dataset[Share]):
         rows = [self.rows[i]._replace(corpus_row=i) for i in batch.target]  # they come first in the mixture
         rows += [self.rows[i] for i in batch.rehearsal]
         fresh = [False] * len(batch.target) + [views == 0 for views in batch.views]
-        micro_batches = micro_batches_of(
-            rows, self.max_tokens, fresh=fresh, distributions=self.distributions, of_target=self.of_target
-        )
-        share = micro_batches[self.rank :: self.world]
-        if len(share) < -(-len(micro_batches) // self.world):  # ranks wait for each other at every micro-batch
-            share.append(micro_batches[0].without_loss())
+        share = micro_batches_of(
+            rows, self.max_tokens, fresh=fresh, distributions=self.distributions, of_target=self.of_target,
+            rank=self.rank, world=self.world,
+        )  # fmt: skip
         return Share(share, self.counts[step], batch.views)
 
     def metadata(self, steps: int) -> dict[str, Any]:

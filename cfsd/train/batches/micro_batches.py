@@ -56,35 +56,48 @@ def micro_batches_of(
     fresh: Sequence[bool] | None = None,
     distributions: StoredDistributions | None = None,
     of_target: StoredDistributions | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[MicroBatch]:
-    """Return the micro-batches of one global batch. Their losses add up to the batch's loss, however they are cut.
+    """Return the micro-batches of one global batch, of `world` ranks those of one: as many as every other rank has.
 
-    Each source's loss is its mean per token over the global batch. `fresh` says which rows are seen for the first
-    time; `distributions` holds the base's distribution at each rehearsal row, by its `corpus_row`, `of_target` that at
-    each row of the target.
+    Their losses add up to the batch's loss, however they are cut: each source's loss is its mean per token over the
+    global batch. `fresh` says which rows are seen for the first time; `distributions` holds the base's distribution at
+    each rehearsal row, by its `corpus_row`, `of_target` that at each row of the target.
     """
-    fresh = fresh or [False] * len(rows)
     totals: Counter[bool] = Counter()
     for row in rows:
         totals[row.is_target()] += sum(row.supervised)
-    micro_batches = []
-    for group in arrange([len(row.token_ids) for row in rows], max_tokens):
-        members = [rows[i] for i in group]
-        coefficients = [_coefficients(row, totals[row.is_target()]) for row in members]
-        target = [[row.is_target() and counted for counted in row.supervised] for row in members]
-        first = [[fresh[i] and not rows[i].is_target()] * len(rows[i].token_ids) for i in group]
-        real = [[True] * len(row.token_ids) for row in members]
-        token_ids_BT, coefficient_BT = pad([row.token_ids for row in members]), pad(coefficients, torch.float64)
-        target_BT, fresh_BT, real_BT = (pad(marks, torch.bool) for marks in (target, first, real))
-        stored, learned = (
-            known.at([
-                (row.corpus_row, row.token_ids, [c != 0 for c in coefficient])
-                for row, coefficient in zip(members, coefficients, strict=True) if row.is_target() == of
-            ]) if known else None
-            for known, of in ((distributions, False), (of_target, True))
-        )  # fmt: skip
-        micro_batches.append(MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored, learned))
-    return micro_batches
+    seen = fresh or [False] * len(rows)
+    groups = [
+        [(rows[i], seen[i]) for i in group] for group in arrange([len(row.token_ids) for row in rows], max_tokens)
+    ]
+    share = [_micro_batch(group, totals, distributions, of_target) for group in groups[rank::world]]
+    if len(share) < -(-len(groups) // world):  # ranks wait for each other at every micro-batch
+        share.append(_micro_batch(groups[0], totals, distributions, of_target).without_loss())
+    return share
+
+
+def _micro_batch(
+    group: Sequence[tuple[Row, bool]], totals: Counter[bool], distributions: StoredDistributions | None,
+    of_target: StoredDistributions | None,
+) -> MicroBatch:  # fmt: skip
+    """Return rows, each with whether it is seen for the first time, as one micro-batch."""
+    members = [row for row, _ in group]
+    coefficients = [_coefficients(row, totals[row.is_target()]) for row in members]
+    target = [[row.is_target() and counted for counted in row.supervised] for row in members]
+    first = [[fresh and not row.is_target()] * len(row.token_ids) for row, fresh in group]
+    real = [[True] * len(row.token_ids) for row in members]
+    token_ids_BT, coefficient_BT = pad([row.token_ids for row in members]), pad(coefficients, torch.float64)
+    target_BT, fresh_BT, real_BT = (pad(marks, torch.bool) for marks in (target, first, real))
+    stored, learned = (
+        known.at([
+            (row.corpus_row, row.token_ids, [c != 0 for c in coefficient])
+            for row, coefficient in zip(members, coefficients, strict=True) if row.is_target() == of
+        ]) if known else None
+        for known, of in ((distributions, False), (of_target, True))
+    )  # fmt: skip
+    return MicroBatch(token_ids_BT, coefficient_BT, target_BT, fresh_BT, real_BT, stored, learned)
 
 
 def _coefficients(row: Row, total: int) -> list[float]:
