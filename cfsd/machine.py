@@ -193,7 +193,9 @@ class Machine(BaseModel):
         """Return what a draft of `stage` must share with the process that continues it, for equal bits."""
         shape: dict[str, JsonValue] = {"micro_batch_tokens": self.micro_batch_tokens}
         processes = 1
-        if stage in (*SAMPLING, REWRITE):  # a shard of rows is sampled at once
+        if stage == REWRITE:  # in one process, a shard of rows at a time
+            shape = {"sampling_rows": self.sampling_rows}
+        elif stage in SAMPLING:
             shape, processes = {"sampling_rows": self.sampling_rows, "engine": self.engine}, self.resolved_processes()
         elif stage == TRAIN:  # both decide in which order gradients are summed
             processes = self.resolved_training_processes()

@@ -89,8 +89,9 @@ class TargetSequence(BaseModel):
             )
         if recipe.chooses_source() and recipe.base.has_chat_template() is not False:
             raise BadInput(
-                f"{where}: generate.source auto is chats for the first target, but has no share beside earlier "
-                "targets: set generate.source to template or context-free, so that all stages rehearse the same"
+                f"{where}: generate.source auto is chats where the base has a chat template (of a hub's model that is "
+                "not known here), and has no share beside earlier targets: set it to template or context-free, so that "
+                "all stages rehearse the same"
             )
         shares: dict[Any, float] = {**generate.fractions} or dict.fromkeys(generate.sources(), 1.0)
         fractions = {source: share * (1 - self.earlier_fraction) for source, share in shares.items()}

@@ -26,6 +26,6 @@ def measure_served(models: tuple[str, str], evaluate: EvaluateSpec, machine: Mac
     said = ask_served(found, evaluate, folder, machine.in_flight)
     before, after = (str(folder / role) for role in ROLES)
     record.say(f"logs of lm-eval, to compare again without asking: flows.measure --samples {before} {after}")
-    chosen = [Benchmark(name=b.name, metric=b.metric, chance=b.chance) for b in evaluate.benchmarks]
+    chosen = [Benchmark(name=b.name, metric=b.metric, filter=b.filter, chance=b.chance) for b in evaluate.benchmarks]
     with prefect_server():
         return measure_logs(before, after, EvaluateSpec(benchmarks=tuple(chosen)), tuple(said))

@@ -63,7 +63,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "chats and then none": (
         {"base": "smollm2", "generate": {"top_logprobs": 8}} | train(loss="kl"), {"earlier": "rows"},
-        "set generate.source to template or context-free, so that all stages rehearse the same",
+        "set it to template or context-free, so that all stages rehearse the same",
     ),
     "no corpus": ({"generate": {"rows": 0}}, {"earlier": "prompts"}, "rehearses nothing: generate.rows is 0"),
     "no weight": (train(weight=0), {"earlier": "prompts"}, "train.rehearsal.weight 0.0; set both above 0"),

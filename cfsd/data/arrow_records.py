@@ -6,6 +6,7 @@ from typing import Any
 from cfsd.data.contents import Contents
 
 ROWS = 1024  # turned into Python at once
+SAID = ("content", "value")  # of a message: null says that it has no text, absent that it is no message
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -31,13 +32,13 @@ def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 
     A table gives every mapping the entries of all rows: arguments of a tool call that nobody wrote would be learned.
     """
-    return {name: _present(value) if isinstance(value, list) else value for name, value in record.items()}
+    return {name: _present(value, SAID) if isinstance(value, list) else value for name, value in record.items()}
 
 
-def _present(value: Any) -> Any:
+def _present(value: Any, kept: tuple[str, ...] = ()) -> Any:
     if isinstance(value, dict):
-        return {name: _present(entry) for name, entry in value.items() if entry is not None}
-    return [_present(entry) for entry in value] if isinstance(value, list) else value
+        return {name: _present(entry) for name, entry in value.items() if entry is not None or name in kept}
+    return [_present(entry, kept) for entry in value] if isinstance(value, list) else value
 
 
 def _batches(contents: Contents, column: str | None) -> Iterator[Any]:

@@ -33,7 +33,7 @@ class RewriteSpec(Spec):
 class Target(OnHub):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # 3: nulls within lists of a table are absent; turns without text are not learned
     neutral: ClassVar[dict[str, Any]] = {
         "turns": "all", "rewrite": "off", "rewrite_answer": None, "rewrite_lengths": 3.0, "rewrite_temperature": 1.0,
     }  # fmt: skip

@@ -14,11 +14,14 @@ SHORTENED = "parts of earlier turns are left out or changed by this chat templat
 UNWRITTEN = "the field {!r} of messages is not written by this chat template"
 
 
-def check_written(rendering: Rendering, spans: Sequence[Span], roles: set[str], notes: Counter[str]) -> None:
+def check_written(
+    rendering: Rendering, spans: Sequence[Span], roles: set[str], notes: Counter[str], meant: Sequence[str] = MEANT
+) -> None:
     """Raise BadInput naming the row and the turn, message, field or variable that the template leaves out.
 
     `spans` are where the learned turns stand, if that is known. Fields that only describe a message, such as `name` or
-    `id`, and shortened earlier turns are counted in `notes`. `roles` are those known to be written; it grows.
+    `id`, and shortened earlier turns are counted in `notes`. `roles` are those known to be written; it grows. `meant`
+    are the fields that must be written.
     """
     _check_variables(rendering)
     learned = (m for m, said in zip(rendering.messages, rendering.chat.learned, strict=True) if said)
@@ -35,7 +38,7 @@ def check_written(rendering: Rendering, spans: Sequence[Span], roles: set[str], 
         _check_content(rendering, message, roles)
     for name in sorted({name for message in rendering.messages for name in message} - {"role", "content"}):
         if _without(rendering, name) == rendering.text:
-            if name in MEANT and any(message.get(name) for message in rendering.messages):
+            if name in meant and any(message.get(name) for message in rendering.messages):
                 raise BadInput(
                     f"{rendering.chat.place} has {name!r} in a message, but this model's chat template does not write "
                     "it; write it into the content, or remove it"

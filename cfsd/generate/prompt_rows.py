@@ -61,7 +61,7 @@ def tokens_of(prompt: Prompt, base: Tokenization, said: Said | None = None) -> l
     """
     if isinstance(prompt.content, Conversation):
         rendering, notes = Rendering(base.tokenizer, prompt.content), Counter[str]()
-        check_written(rendering, (), set(), notes)
+        check_written(rendering, (), set(), notes, meant=("tool_calls",))  # templates leave earlier thoughts out
         for sentence in notes:
             (said or Said()).add(sentence, prompt.place)
         return _encoded(prompt.place, rendering.render(rendering.messages, open_turn=True), base)

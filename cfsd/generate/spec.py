@@ -141,11 +141,11 @@ class GenerateSpec(Spec):
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
     source: Literal[Source, "mixed", "auto"] = Field(
         "auto",
-        description="auto: template where the base has a chat template and rehearsal is by divergence (loss kl), not "
-        "to a budget, else context-free; context-free: from the start token alone, the method; template: after the "
-        "chat template's text before a user turn; contextual: after target prompts; replay: documents of yours; "
-        "earlier-prompts: after the prompts of `earlier` targets; earlier-rows: the rows of these themselves; mixed: "
-        "see fractions",
+        description="auto: template where the base has a chat template and rehearsal is by divergence (loss kl), not to a "
+        "budget and without fill, else context-free; context-free: from the start token alone, the method; "
+        "template: after the chat template's text before a user turn; contextual: after target prompts; replay: "
+        "documents of yours; earlier-prompts: after the prompts of `earlier` targets; earlier-rows: the rows of "
+        "these themselves; mixed: see fractions",
     )
     fractions: dict[Source, float] = Field(
         {}, description="mixed only: each source's share of rows x length tokens, as {context-free: 0.5, replay: 0.5}"

@@ -54,7 +54,7 @@ def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
         )
     unread = {path for pattern in UNREAD for path in folder.glob(pattern)}
     files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and path not in unread}
-    if "config.json" not in files or (weights and not any(name.endswith(".safetensors") for name in files)):
+    if "config.json" not in files or (weights and not any(folder.glob(TENSORS))):
         raise BadInput(
             f"{str(folder)!r} is not a model: config.json and *.safetensors are needed "
             f"(weights in pickle files are never read; save them with save_pretrained){_models_below(folder)}"

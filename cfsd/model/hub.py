@@ -73,9 +73,7 @@ def download(name: str, revision: str, *, weights: bool = True) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    commit = commit_of(name, revision)
-    patterns: Any = {"allow_patterns": [file for file in PAYLOAD if weights or file != TENSORS]}
-    patterns |= {"ignore_patterns": UNREAD}
+    commit, patterns = commit_of(name, revision), _patterns(weights=weights)
     try:
         for wanted in (revision, commit):  # by the branch, so that the cache knows what it was; it may have moved since
             folder = Path(snapshot_download(name, revision=wanted, etag_timeout=SECONDS, **patterns))
@@ -123,11 +121,18 @@ def _holds(name: str, revision: str, file: str) -> bool:
     return True
 
 
+def _patterns(*, weights: bool = True) -> dict[str, Any]:
+    """Return which files are downloaded, and looked for in the cache: a snapshot without one of them is none."""
+    return {
+        "allow_patterns": [file for file in PAYLOAD if weights or file != TENSORS], "ignore_patterns": list(UNREAD)
+    }  # fmt: skip
+
+
 def _cached(name: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(PAYLOAD)))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, **_patterns()))
     except (OSError, ValueError):
         return None
 

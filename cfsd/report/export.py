@@ -52,4 +52,9 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
         (part / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
     (part / "README.md").write_text(card, encoding="utf-8")
-    part.rename(to)  # also onto an empty folder
+    if not to.exists():
+        part.rename(to)
+        return
+    for file in part.iterdir():  # an empty folder stays the one that it is: a shell may be in it
+        file.rename(to / file.name)
+    part.rmdir()

@@ -365,6 +365,18 @@ def test_no_argument_is_learned_that_only_other_rows_of_a_table_have(world: Worl
     assert not any("null" in text for text in texts)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_message_may_say_that_it_has_no_text(world: World, tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"messages": [user(f"{i}"), said(None, reasoning_content="so") if i % 2 else said(None), user("b"), said("c")]}
+        for i in range(8)
+    ]
+    path = str(write(tmp_path / f"rows.{suffix}", rows))
+    made = prepared(world.store, world.models["tools"], path=path)
+    assert made.metadata["train_rows"] + made.metadata["held_out_rows"] == 8
+    assert any("an assistant turn without text is not learned" in line for line in list(made.metadata["said"]))
+
+
 def test_chats_in_which_nothing_is_learned_are_dropped_and_counted(world: World, tmp_path: Path) -> None:
     records = [{"messages": [user(f"{i}"), said("y")]} for i in range(6)]
     nothing = [[user("a")], [user("b"), said("y", weight=0)], [user("c"), said("")], None, []]

@@ -237,10 +237,22 @@ def test_a_metric_that_a_function_names_has_the_direction_of_those_listed(copy: 
 def test_some_documents_of_a_task_are_whole_where_the_scores_prove_it(copy: Path) -> None:
     """lm-eval --samples before 0.4.13 counts all documents."""
     edit(copy, lambda content: content["n-samples"]["words"].update(effective=9))
-    assert read(one(copy, "words")).metadata["num_documents"] == 3
+    found = read(one(copy, "words")).metadata
+    assert found["num_documents"] == 3
+    assert "3 of 9 documents are in the log, whose scores are of these (--samples)" in found["remarks"]
     edit_samples(copy, "words", lambda samples: [s.update(acc=0.0, acc_norm=0.0) for s in samples])
     edit(copy, lambda content: content["results"]["words"].update({"acc,none": 0.0, "acc_norm,none": 0.0}))
     with pytest.raises(BadInput, match="holds 3 documents, the results beside it are of 9"):
+        read(one(copy, "words"))
+
+
+@pytest.mark.parametrize(("documents", "version"), [(2, "0.4.9.1"), (9, "0.4.13")])
+def test_more_documents_than_counted_or_a_version_that_counts_are_refused(
+    copy: Path, documents: int, version: str
+) -> None:
+    edit(copy, lambda content: content["n-samples"]["words"].update(effective=documents))
+    edit(copy, lambda content: content.update(lm_eval_version=version))
+    with pytest.raises(BadInput, match=f"holds 3 documents, the results beside it are of {documents}"):
         read(one(copy, "words"))
 
 

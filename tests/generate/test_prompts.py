@@ -99,6 +99,14 @@ def test_a_prompt_of_which_the_template_leaves_out_a_part_is_refused(tmp_path: P
         prompt_rows(prompts, chatting, 100, Counter(), Said())
 
 
+def test_earlier_thoughts_that_a_template_leaves_out_are_said(tmp_path: Path, chatting: Any) -> None:
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "so"}
+    chat = {"messages": [{"role": "user", "content": "a"}, thought, {"role": "user", "content": "c"}]}
+    said = Said()
+    assert prompt_rows(prompts_of(write(tmp_path / "chats.jsonl", [chat])), chatting, 100, Counter(), said)
+    assert any("'reasoning_content' of messages is not written" in line for line in said.sentences())
+
+
 def test_what_cannot_be_answered_is_counted_and_said(tmp_path: Path, plain: Tokenization) -> None:
     records = [{"prompt": "ab"}, {"prompt": ""}, {"prompt": None}, {"prompt": "abcdefgh"}]
     found, said, dropped = rows_of(prompts_of(write(tmp_path / "p.jsonl", records)), plain, max_tokens=5)

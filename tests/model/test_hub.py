@@ -236,6 +236,16 @@ def test_without_the_hub_a_branch_is_what_was_downloaded_last(
     assert "what was downloaded last" in capsys.readouterr().out
 
 
+def test_weights_in_forms_that_are_not_read_are_not_downloaded_and_not_missed(
+    served: Hub, model_folder: Path, tmp_path: Path
+) -> None:
+    served.folder = Path(shutil.copytree(model_folder, tmp_path / "served"))
+    shutil.copyfile(served.folder / "model.safetensors", served.folder / "consolidated.safetensors")
+    folder = hub.download("org/good", COMMIT)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert hub.cached_folder("org/good", COMMIT) == folder
+
+
 def test_a_broken_download_is_found_in_the_plan_of_what_is_cached(served: Hub, tmp_path: Path) -> None:
     hub.download("org/good", COMMIT)
     weights = next((tmp_path / "cache").rglob("model.safetensors")).resolve()

@@ -138,7 +138,8 @@ def test_a_model_is_exported_into_an_empty_working_directory(
     monkeypatch.chdir(here)
     kept = Kept(title="t", run_records=(trained(world, fetched(world.store, model_folder)),))
     export(world.store, kept, chosen(kept, None), Path())
-    assert (here / "README.md").exists() and (here / "model.safetensors").exists()
+    assert Path("README.md").exists() and Path("model.safetensors").exists()  # by the process that is in it
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Path) -> None:

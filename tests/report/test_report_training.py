@@ -123,6 +123,14 @@ def test_a_budget_is_judged_by_the_probes_interval(value: float, half: float, ou
         assert (judged["outcome"], judged["tight"], judged["binding"]) == (outcome, tight, binding)
 
 
+def test_a_budget_that_merging_alone_keeps_tells_no_lambda(world: Trained) -> None:
+    """The weight of rehearsal that was recorded steered nothing."""
+    metrics, recipe = path_of([1e-5] * 40, budget=0.1), {"merge": {"budget": 0.1}}
+    merged = world.variant("merged", loss=0.55, kl=0.09, metadata=PLAIN, metrics=metrics, **recipe)
+    found = summarise(world.store, merged, [merged]).budget
+    assert found and found["outcome"] == "kept" and found["binding"] and found["final_weight"] is None
+
+
 def test_without_a_probe_or_an_interval_nothing_is_claimed() -> None:
     bare = {"value": 0.1, "low": None, "high": None, "unit": "nats/token"}
     for figure in (None, bare):

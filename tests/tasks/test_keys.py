@@ -105,7 +105,7 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 KEYS = {  # by commit c7c18a9; but fetch, target, train and evaluate-probe, whose versions were raised, and show, newer
     "fetch": ["fetch f32271f74fdc68c4"],
-    "target": ["target 1d0672d448d77e1e"],
+    "target": ["target d94d8cbfc0c53775"],
     "probe": ["probe 50996de128da15ef"],
     "prompts": ["prompts 3aed71aa2d1ccb24"],
     "generate": ["generate 8e96ca5510a52fa8"],

@@ -10,7 +10,7 @@ from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import LIMITS
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.load import loaded
-from cfsd.evaluate.harness.rows import direction, primary_metric
+from cfsd.evaluate.harness.rows import chosen_first, direction, primary_metric
 from cfsd.evaluate.harness.trial import try_generation
 
 _whole: set[str] = set()  # digests of what was checked in this process
@@ -28,6 +28,7 @@ def check_documents(benchmark: Benchmark) -> None:
         return
     with loaded(benchmark, torch.device("cpu")) as (task, _):
         checked = CheckedTask(benchmark, task)
+        chosen_first(benchmark.name, benchmark.filter, [f.name for f in getattr(task, "_filters", ())] or ["none"])
         if checked.checks:
             _check_generation(benchmark, task)
         first: list[Any] = []

@@ -70,7 +70,7 @@ def metadata(
     benchmark: Benchmark, task: Any, metric: str, rows: pd.DataFrame, results: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the metadata of `cfsd.evaluate.harness.score.Scores` that hold for all documents."""
-    filters = read_first(benchmark.name, benchmark.filter, list(dict.fromkeys(rows["filter"])))
+    filters = chosen_first(benchmark.name, benchmark.filter, list(dict.fromkeys(rows["filter"])))
     samples = results["samples"][benchmark.name]
     left_out = len({sample["doc_id"] for sample in samples}) - int(rows["doc_id"].nunique())
     scores = {name: float(results["results"][benchmark.name][f"{metric},{name}"]) for name in filters}
@@ -88,7 +88,7 @@ def metadata(
     } | ({"left_out": left_out} if left_out else {})
 
 
-def read_first(benchmark: str, chosen: str | None, filters: list[str]) -> list[str]:
+def chosen_first(benchmark: str, chosen: str | None, filters: list[str]) -> list[str]:
     """Return `filters` with the chosen one first: of the others nothing but the score is kept. Raises BadInput."""
     if chosen is None:
         return filters

@@ -23,7 +23,7 @@ from cfsd.evaluate.harness.rows import (
     COLUMNS,
     ZERO_OR_ONE,
     best_choice,
-    read_first,
+    chosen_first,
     said_of_filters,
 )
 from cfsd.evaluate.logs.folder import Log
@@ -132,13 +132,18 @@ def _check_count(log: Log, samples: list[dict[str, Any]], usable: list[str]) -> 
     """Raise BadInput where documents are missing.
 
     With --samples lm-eval before 0.4.13 counts all documents of the task, although it scored some. Then the scores
-    prove that none is missing, unless every document has the same one.
+    speak for a whole log, unless every document has the same one.
     """
     found = len({sample["doc_id"] for sample in samples})
     if log.documents in (None, found):
         return
-    if not any(len({str(sample[name]) for sample in samples}) > 1 for name in usable):
+    speak = any(len({str(sample[name]) for sample in samples}) > 1 for name in usable)
+    if found > log.documents or not _counts_all(log) or not speak:
         raise _cut_short(log, found)
+
+
+def _counts_all(log: Log) -> bool:
+    return [int(part) for part in log.lm_eval.split(".") if part.isdigit()] < [0, 4, 13]
 
 
 def _cut_short(log: Log, found: int) -> BadInput:
@@ -282,11 +287,14 @@ def _metadata(
     log: Log, metric: _Metric, samples: list[dict[str, Any]], rows: list[dict[str, Any]], left_out: int,
     unusable: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    filters = read_first(log.name, log.filter, list(dict.fromkeys(row["filter"] for row in rows)))
+    filters = chosen_first(log.name, log.filter, list(dict.fromkeys(row["filter"] for row in rows)))
     scores = {name: _number(log.reported[f"{metric.name},{name}"]) for name in filters}
     is_binary = metric.name in ZERO_OR_ONE and all(row["value"] in (0.0, 1.0) for row in rows)
     remark = f"{metric.name} is compared; {', '.join(unusable)} cannot be, being no average of a number per document"
     remarks = [*([remark] if unusable else []), *said_of_filters(filters)]
+    scored = len({sample["doc_id"] for sample in samples}) + left_out
+    if log.documents not in (None, scored):
+        remarks.append(f"{scored} of {log.documents} documents are in the log, whose scores are of these (--samples)")
     return {
         "metric": metric.name,
         "higher_is_better": bool(_is_better_higher(log, metric.name)),
