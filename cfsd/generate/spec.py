@@ -141,8 +141,8 @@ class GenerateSpec(Spec):
     length: PositiveInt = Field(128, description="Most tokens per sequence after the start token or prompt")
     source: Literal[Source, "mixed", "auto"] = Field(
         "auto",
-        description="auto: template where the base has a chat template and rehearsal is by divergence (loss kl), not to a "
-        "budget and without fill, else context-free; context-free: from the start token alone, the method; "
+        description="auto: template where the base has a chat template and rehearsal is by divergence (loss kl), not "
+        "to a budget and without fill, else context-free; context-free: from the start token alone, the method; "
         "template: after the chat template's text before a user turn; contextual: after target prompts; replay: "
         "documents of yours; earlier-prompts: after the prompts of `earlier` targets; earlier-rows: the rows of "
         "these themselves; mixed: see fractions",
