@@ -240,11 +240,14 @@ def _figures(
     return Line(label, "", cells, marks, is_part)
 
 
+def side_of(figure: Fig) -> int | None:
+    """Return 1 or -1 where the whole interval is above or below 0, 0 where it holds it, None where there is none."""
+    return None if figure["low"] is None else int(figure["low"] > 0) - int(figure["high"] < 0)
+
+
 def sign_of(figure: Fig | None) -> int:
     """Return 1 or -1 where the whole interval is on that side of 0, else 0."""
-    if figure is None or figure["low"] is None:
-        return 0
-    return int(figure["low"] > 0) - int(figure["high"] < 0)
+    return (figure and side_of(figure)) or 0
 
 
 def summary_frame(summaries: list[Summary]) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from cfsd.report.table import (
     modes_of,
     number,
     shown,
+    side_of,
     unit_called,
     unit_of,
     variant_of,
@@ -106,13 +107,6 @@ def joined_figure(figures: list[Figure]) -> Fig:
     if 1 < len(figures) < seeds.FEWEST and len(ends) == len(figures):
         mean = mean.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})
     return mean.model_dump()
-
-
-def side_of(figure: Fig) -> int | None:
-    """Return 1 or -1 where the whole interval is above or below 0, 0 where it holds it, None where there is none."""
-    if figure["low"] is None:
-        return None
-    return int(figure["low"] > 0) - int(figure["high"] < 0)
 
 
 def verdict(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> str:
