@@ -1,8 +1,11 @@
 """Methods at equal gain: each at the strength chosen for it, along learning rates, over all reported seeds."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from matplotlib.figure import Figure as Picture
 
 from benchmarks._methods_grid import RATE, Study
 from benchmarks._methods_run import Runner
@@ -37,7 +40,31 @@ def sweep_rates(study: Study, runner: Runner, chosen: Mapping[str, str]) -> None
     found = {cost: [match.model_dump(mode="json") for match in of_cost] for cost, of_cost in matches.items()}
     file.write_text(json.dumps({"chosen": dict(chosen), "factors": FACTORS, "matches": found}, indent=1) + "\n")
     file.with_suffix(".md").write_text(f"{text}\n\n{DEFINITION}.\n")
+    picture(matches).savefig(study.pictures / f"{file.stem}.png", dpi=120)
     print(file, flush=True)
+
+
+def picture(matches: Mapping[str, Sequence[Match]]) -> Picture:
+    """Return a panel per cost: each method's, with its interval, at the largest gain that all sweeps reach."""
+    found = {cost: of_cost[0] for cost, of_cost in matches.items() if of_cost}
+    figure = Picture(figsize=(4.5 * max(1, len(found)), 5), layout="constrained")
+    if not found:
+        return figure
+    last = list(found.values())[-1]
+    order = [entry.method for entry in sorted(last.methods, key=lambda e: math.inf if e.cost is None else e.cost.value)]
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].invert_yaxis()
+    for axes, (cost, match) in zip(panels, found.items(), strict=True):
+        axes.set_xlabel(f"{cost.replace('_', ' ')} at a gain of {match.gain.value:.2f} nats per token")
+        axes.set_xscale("log" if COSTS[cost] else "linear")
+        axes.grid(axis="both", color="0.93")
+        for entry in match.methods:
+            if entry.cost and entry.cost.low is not None:
+                place = order.index(entry.method)
+                axes.plot([entry.cost.low, entry.cost.high], [place, place], color="C0", linewidth=2)
+                axes.plot(entry.cost.value, place, "o", color="C0")
+    return figure
 
 
 def _rates(study: Study, method: str, chosen: Mapping[str, str]) -> list[float]:

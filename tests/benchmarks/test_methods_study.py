@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks._methods_grid import PLAIN, Study, study_of, technical_documents, tiny_documents, write_documents
+from benchmarks._methods_rates import picture as picture_at_equal_gain
 from benchmarks._methods_table import (
     EVEN,
     ODD,
@@ -25,8 +26,10 @@ from benchmarks._methods_table import (
     picture,
     units_of,
 )  # fmt: skip
+from benchmarks._result import RESULTS
 from cfsd.evaluate.benchmark_files import BUNDLED
 from cfsd.statistics.forgetting import Measure
+from cfsd.statistics.matched_gain import Match
 from cfsd.statistics.seeds import FEWEST
 
 DOCUMENTS = 20
@@ -206,3 +209,14 @@ def test_the_picture_has_both_costs_and_every_seed() -> None:
         dots = [line for line in panel.lines if line.get_marker() == "." and len(line.get_xdata()) == 2]
         assert len(dots) == 3
         assert {"finetune", "kl [stored]", "EWC"} <= {text.get_text() for text in panel.texts}
+
+
+def test_the_picture_at_equal_gain_has_every_method_the_one_that_lost_least_first() -> None:
+    found = json.loads((RESULTS / "methods-tiny-rates.json").read_text())["matches"]
+    matches = {cost: [Match.model_validate(match) for match in of_cost] for cost, of_cost in found.items()}
+    divergence, forgetting = picture_at_equal_gain(matches).axes
+    names = [label.get_text() for label in divergence.get_yticklabels()]
+    costs = {entry.method: entry.cost for entry in matches["mean_forgetting"][0].methods}
+    assert sorted(names) == sorted(costs) and len(names) == 19
+    values = [cost.value for name in names if (cost := costs[name])]
+    assert values == sorted(values) and divergence.get_xscale() == "log" != forgetting.get_xscale()
