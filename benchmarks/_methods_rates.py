@@ -3,19 +3,32 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure as Picture
 
+from benchmarks._interval_picture import interval_picture
 from benchmarks._methods_grid import RATE, Study
 from benchmarks._methods_run import Runner
 from benchmarks._methods_table import ODD, half, tables_of, units_of
 from cfsd.recipe import Recipe
-from cfsd.report.table import shown
+from cfsd.report.summary import Fig
+from cfsd.report.table import POINTS, shown
+from cfsd.statistics.figures import Figure
 from cfsd.statistics.matched_gain import DEFINITION, Match, Trained, matched
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the chosen strength's own learning rate
-COSTS = {"probe_kl": True, "mean_forgetting": False}  # by whether it is compared in its logarithm
+
+
+class Cost(NamedTuple):
+    """Whether a cost is compared in its logarithm; what it is called in the picture, and multiplied by."""
+
+    log: bool
+    head: str
+    factor: float = 1
+
+
+COSTS = {"probe_kl": Cost(True, "probe_kl"), "mean_forgetting": Cost(False, "mean forgetting, points", POINTS)}
 
 
 def sweep_rates(study: Study, runner: Runner, chosen: Mapping[str, str]) -> None:
@@ -28,11 +41,11 @@ def sweep_rates(study: Study, runner: Runner, chosen: Mapping[str, str]) -> None
     }  # fmt: skip
     matches: dict[str, list[Match]] = {}
     seeds = min(len(study.seeds), len({seed for _, _, seed in units}))
-    for cost, log in COSTS.items():
+    for cost, kind in COSTS.items():
         models = [
             Trained(method, rate, str(seed), u["target_gain"], u[cost]) for (method, rate, seed), u in units.items()
         ]
-        matches[cost] = matched(models, log=log)
+        matches[cost] = matched(models, log=kind.log)
     text = "\n\n".join(f"{cost}, at equal gain over {seeds} seeds\n\n{_table(m)}" for cost, m in matches.items())
     print(f"\n{text}\n\n{DEFINITION}.", flush=True)
     study.results.mkdir(parents=True, exist_ok=True)
@@ -40,31 +53,23 @@ def sweep_rates(study: Study, runner: Runner, chosen: Mapping[str, str]) -> None
     found = {cost: [match.model_dump(mode="json") for match in of_cost] for cost, of_cost in matches.items()}
     file.write_text(json.dumps({"chosen": dict(chosen), "factors": FACTORS, "matches": found}, indent=1) + "\n")
     file.with_suffix(".md").write_text(f"{text}\n\n{DEFINITION}.\n")
-    picture(matches).savefig(study.pictures / f"{file.stem}.png", dpi=120)
+    if all(matches.values()):  # there is a gain that methods have in common
+        picture(matches).savefig(study.pictures / f"{file.stem}.png", dpi=120)
     print(file, flush=True)
 
 
 def picture(matches: Mapping[str, Sequence[Match]]) -> Picture:
-    """Return a panel per cost: each method's, with its interval, at the largest gain that all sweeps reach."""
-    found = {cost: of_cost[0] for cost, of_cost in matches.items() if of_cost}
-    figure = Picture(figsize=(4.5 * max(1, len(found)), 5), layout="constrained")
-    if not found:
-        return figure
-    last = list(found.values())[-1]
-    order = [entry.method for entry in sorted(last.methods, key=lambda e: math.inf if e.cost is None else e.cost.value)]
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    panels[0].set_yticks(range(len(order)), order)
-    panels[0].invert_yaxis()
-    for axes, (cost, match) in zip(panels, found.items(), strict=True):
-        axes.set_xlabel(f"{cost.replace('_', ' ')} at a gain of {match.gain.value:.2f} nats per token")
-        axes.set_xscale("log" if COSTS[cost] else "linear")
-        axes.grid(axis="both", color="0.93")
-        for entry in match.methods:
-            if entry.cost and entry.cost.low is not None:
-                place = order.index(entry.method)
-                axes.plot([entry.cost.low, entry.cost.high], [place, place], color="C0", linewidth=2)
-                axes.plot(entry.cost.value, place, "o", color="C0")
-    return figure
+    """Return what each method costs at the largest gain that all sweeps reach, the one that forgot least first."""
+    found = {cost: {entry.method: entry.cost for entry in of_cost[0].methods} for cost, of_cost in matches.items()}
+    forgot = found["mean_forgetting"]
+    order = sorted(forgot, key=lambda method: math.inf if (cost := forgot[method]) is None else cost.value)
+    rows = {method: [_shown_as(kind, found[name][method]) for name, kind in COSTS.items()] for method in order}
+    heads, logarithmic = [kind.head for kind in COSTS.values()], [kind.head for kind in COSTS.values() if kind.log]
+    return interval_picture(rows, heads, logarithmic)
+
+
+def _shown_as(kind: Cost, cost: Figure | None) -> Fig | None:
+    return cost.scaled(kind.factor, cost.unit).model_dump() if cost else None
 
 
 def _rates(study: Study, method: str, chosen: Mapping[str, str]) -> list[float]:

@@ -7,12 +7,11 @@ the marks of each part; the words around them are written by hand.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure as Picture
-
 from benchmarks import _study_choice, _study_cost
+from benchmarks._interval_picture import interval_picture
 from benchmarks._methods_grid import ROOT
 from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
@@ -102,7 +101,7 @@ def block_of(made: Made) -> Iterator[str]:
     figures = {name: list(_figures(of_seeds, benchmarks)) for name, of_seeds in repeats.items()}
     yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
     PICTURES.mkdir(exist_ok=True)
-    _picture(figures, heads).savefig(PICTURES / f"{made.name}.png", dpi=120)
+    interval_picture(figures, heads).savefig(PICTURES / f"{made.name}.png", dpi=120)
     yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
 
@@ -132,24 +131,6 @@ def _figures(of_seeds: list[Summary], benchmarks: list[str]) -> Iterator[Fig | N
 
 def _shown(figure: Fig | None) -> str:
     return shown(figure) if figure else "-"
-
-
-def _picture(figures: Mapping[str, list[Fig | None]], heads: Sequence[str]) -> Picture:
-    """Return a panel per measure, with a line per variant: its mean and interval."""
-    picture = Picture(figsize=(2.6 * len(heads), 1.2 + 0.3 * len(figures)), layout="constrained")
-    panels = picture.subplots(1, len(heads), sharey=True, squeeze=False)[0]
-    panels[0].set_yticks(range(len(figures)), figures)
-    panels[0].invert_yaxis()
-    for place, (axes, head) in enumerate(zip(panels, heads, strict=True)):
-        axes.set_title(head, fontsize=9)
-        axes.axvline(0, color="0.8", zorder=0)
-        axes.grid(axis="y", color="0.93")
-        for line, row in enumerate(figures.values()):
-            if figure := row[place]:
-                ends = [figure["value"] if figure[end] is None else figure[end] for end in ("low", "high")]
-                axes.plot(ends, [line, line], color="C0", linewidth=2)
-                axes.plot(figure["value"], line, "o", color="C0")
-    return picture
 
 
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:

@@ -1,0 +1,30 @@
+"""A picture of many methods: a panel per measure, a line per method with its value and interval."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from matplotlib.figure import Figure as Picture
+
+from cfsd.report.summary import Fig
+
+
+def interval_picture(
+    rows: Mapping[str, Sequence[Fig | None]], heads: Sequence[str], logarithmic: Collection[str] = ()
+) -> Picture:
+    """Return the figures of each row, one for each of `heads`; panels of those in `logarithmic` have such an axis."""
+    picture = Picture(figsize=(2.6 * max(3, len(heads)), 1.2 + 0.3 * len(rows)), layout="constrained")
+    panels = picture.subplots(1, len(heads), sharey=True, squeeze=False)[0]
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
+    for place, (axes, head) in enumerate(zip(panels, heads, strict=True)):
+        axes.set_title(head, fontsize=9)
+        axes.grid(axis="y", color="0.93")
+        if head in logarithmic:
+            axes.set_xscale("log")
+        else:
+            axes.axvline(0, color="0.8", zorder=0)
+        for line, row in enumerate(rows.values()):
+            if figure := row[place]:
+                ends = [figure["value"] if figure[end] is None else figure[end] for end in ("low", "high")]
+                axes.plot(ends, [line, line], color="C0", linewidth=2)
+                axes.plot(figure["value"], line, "o", color="C0")
+    return picture
