@@ -7,7 +7,7 @@ from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import AUTO, CHATS, CONTEXT_FREE, UNPROMPTED, GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
-from cfsd.model.folder import has_chat_template
+from cfsd.model.checkpoint import lacks_chat_template
 from cfsd.recipe import Recipe
 from cfsd.spec import CONTROL_SEEDS, WATCHED_SEEDS, seed_of
 from cfsd.stages import CHAT, GENERATE, PROBE, PROMPTS
@@ -61,7 +61,7 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
         found[UNPROMPTED if mode.name == AUTO else mode.name] = own
         if mode.name == CHAT:
             _check_chat(base, own)
-        if mode.name == AUTO and _may_have_chats(base):
+        if mode.name == AUTO and not lacks_chat_template(base):
             try:
                 _check_chat(base, own)
             except BadInput as error:
@@ -70,13 +70,6 @@ def modes_of(base: Artifact, probe: ProbeSpec, say: Say = lambda _: None) -> dic
                 found[CHAT] = own
                 say("probe: text without a prompt and chats are measured, as the base has a chat template")
     return found
-
-
-def _may_have_chats(base: Artifact) -> bool:
-    """Return whether the base has a chat template; one that is not fetched yet has, unless it is known to have none."""
-    if not base.content:
-        return base.metadata.get("chat_template") is not False
-    return has_chat_template(Store(home()).path(base, weights=False))
 
 
 def _check_chat(base: Artifact, spec: ProbeSpec | Prompts) -> None:
@@ -94,7 +87,7 @@ def corpus_settings(base: Artifact, recipe: Recipe) -> GenerateSpec:
 
 def _why_no_chats(base: Artifact, length: int) -> str:
     """Return why no row can begin with the base's chat template, empty if rows can."""
-    if not _may_have_chats(base):
+    if lacks_chat_template(base):
         return "the base has no chat template"
     try:
         _check_template(base, length)

