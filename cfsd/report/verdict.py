@@ -53,6 +53,12 @@ LEARNED_THAN = {
     -1: "learned less than {} (difference {} nats per token)",
     None: "has too few held-out rows to say whether it learned more or less than {} (difference {} nats per token)",
 }
+HELD_OUT_LOSS = {  # of one that is not shown to have learned, by the sign of its gain less the other one's
+    1: "has a lower held-out loss than {} (difference in gain {} nats per token)",
+    0: LEARNED_THAN[0],
+    -1: "has a higher held-out loss than {} (difference in gain {} nats per token)",
+    None: LEARNED_THAN[None],
+}
 MOVED = {
     1: "moved {} as far from the base",
     0: "is not shown to have moved more or less far from the base",
@@ -173,9 +179,10 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
     named = f"“{other.name}”"
     gain, moved, in_chats, lost = (comparisons.of(one.name, other.name, measure) for measure in COMPARED)
     if gain:
-        if gain.sign() == 0 and one.gain and side_of(one.gain) != 1:
-            yield f"is not shown to have learned the target (gain {shown(one.gain)} nats per token)"
-        yield LEARNED_THAN[gain.sign()].format(named, shown(gain.figure()))
+        unlearned = one.gain and (side := side_of(one.gain)) in (0, -1)
+        if one.gain and unlearned:
+            yield LEARNED[side].format(shown(one.gain))
+        yield (HELD_OUT_LOSS if unlearned else LEARNED_THAN)[gain.sign()].format(named, shown(gain.figure()))
     if moved and one.moved and other.moved:
         unmoved = min(one.moved["value"], other.moved["value"]) <= UNMOVED
         against = "" if gain else f" {'of' if unmoved else 'than' if moved.sign() == 0 else 'as'} {named}"
@@ -271,12 +278,16 @@ def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]
     other = next(iter(_others(one, variants, comparisons)), one)
     gain = comparisons.of(one.name, other.name, "target_gain")
     if gain and gain.sign():
-        larger = max(_value(one.gain), _value(other.gain))
-        share = f" (they differ by {number(abs(gain.value) / larger * POINTS)} % of the larger gain)"
+        gains = _value(one.gain), _value(other.gain)
+        part = f" (they differ by {_share(gain.value, max(gains))} % of the larger gain)" if min(gains) > 0 else ""
         yield (
-            f"“{one.name}” and “{other.name}” did not learn equally{share if larger > 0 else ''}: what they lost is "
-            "not compared at equal gain."
+            f"“{one.name}” and “{other.name}” did not learn equally{part}: what they lost is not compared at equal "
+            "gain."
         )
+
+
+def _share(difference: float, of: float) -> str:
+    return number(abs(difference) / of * POINTS)
 
 
 def _of_comparisons(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:

@@ -207,6 +207,20 @@ def test_that_neither_is_shown_to_have_learned_is_said_too() -> None:
     assert "and may have moved 1.00 times as far" in said
 
 
+@pytest.mark.parametrize(
+    ("gain", "first"),
+    [
+        (-0.5, "became worse at the target (gain -0.500 [-0.600, -0.400] nats per token)"),
+        (0.0, "is not shown to have learned the target (gain 0 [-0.100, 0.100] nats per token)"),
+    ],
+)
+def test_of_one_that_learned_nothing_it_is_not_said_that_it_learned_more(gain: float, first: str) -> None:
+    said = compared([summary("idle", 0.01, gain=gain), summary("hot", 0.01, gain=-1.0)])[0]
+    apart = f"has a lower held-out loss than “hot” (difference in gain {1 + gain:.3g}"
+    assert said.startswith(f"“idle” {first}, {apart}")
+    assert "learned more" not in said
+
+
 def test_a_model_that_did_not_move_is_compared_by_its_figures() -> None:
     said = compared([summary("a", 0.05), summary("b", 0.05, kl=0.0)])[0]
     assert "and moved 0 nats per token from the base, against 0.100 (difference -0.100 [" in said
@@ -222,7 +236,8 @@ def test_the_best_is_compared_with_one_that_it_can_be_compared_with() -> None:
 
 
 def test_the_share_by_which_learning_differs_is_of_the_larger_gain() -> None:
-    for gains, share in (((0.5, -0.1), " (they differ by 120 % of the larger gain)"), ((-0.1, -0.5), "")):
+    four_fifths = " (they differ by 80.0 % of the larger gain)"
+    for gains, share in (((0.5, 0.1), four_fifths), ((0.5, -0.1), ""), ((0.0, -0.5), ""), ((-0.1, -0.5), "")):
         two = [summary(name, 0.01, gain=gain) for name, gain in zip("ab", gains, strict=True)]
         (remark,) = remarks(two, paired(two))
         assert remark == f"“a” and “b” did not learn equally{share}: what they lost is not compared at equal gain."
