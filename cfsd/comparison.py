@@ -140,10 +140,13 @@ class Comparison(BaseModel):
                     f"variant {name!r} sets {section}.seed to {seed}, but {section}.seed is what the {self.seeds} "
                     f"repeats vary (seeds_vary has {part}); leave it out of the variant, or {part} out of seeds_vary"
                 )
-        if set(self.seeds_vary) == {"corpus"} and not recipe.generate.rows:
+        why = {"corpus": not recipe.generate.rows and "it samples none (generate.rows is 0)"}
+        why["train"] = _draws_nothing(recipe) and "its training draws nothing (train.dropout is 0, no LoRA)"
+        if all(why.get(part) for part in self.seeds_vary):
+            reasons = " and ".join(f"{part}: {why[part]}" for part in self.seeds_vary)
             raise BadInput(
-                f"seeds_vary has only corpus, and variant {name!r} samples none (generate.rows is 0): its "
-                f"{self.seeds} repeats would be one and the same; add train and mix to seeds_vary"
+                f"seeds_vary names nothing that varies in variant {name!r} ({reasons}): its {self.seeds} repeats would "
+                "be one and the same; add mix to seeds_vary"
             )
 
     @classmethod
@@ -158,6 +161,11 @@ class Comparison(BaseModel):
         content = read_with_recipe(Path(path), overrides or [], "compare")
         given = {"seeds": seeds, "seeds_vary": seeds_vary}
         return validated(cls, content | {name: value for name, value in given.items() if value}, str(path))
+
+
+def _draws_nothing(recipe: Recipe) -> bool:
+    """Say whether another seed of the training gives the same model, as far as a recipe tells."""
+    return recipe.train.dropout == 0 and not recipe.train.methods.lora.is_on()
 
 
 def _swept(name: str, changes: dict[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from cfsd.baseline.file import Baseline, BaselineFigure, Measured, other_documents, provenance
 from cfsd.recipe import Recipe
-from cfsd.report.markdown import inert
+from cfsd.report.markdown import plain, row
 from cfsd.stages import GENERATE, MIX, SELECT, TRAIN
 from cfsd.statistics.gate import Finding, Judgement, logarithms
 from tasks import record
@@ -45,8 +45,10 @@ def changes(known: Baseline, recipe: Recipe) -> list[str]:
 
 
 def _abridged(before: str, after: str) -> str:
-    """Return `before -> after`; of long texts, the part around their first difference."""
-    at = next((i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), SHOWN)
+    """Return `before -> after` on one line; of long texts, the part around their first difference."""
+    before, after = (text.replace("\n", "\\n") for text in (before, after))
+    shorter = min(len(before), len(after))
+    at = next((i for i in range(shorter) if before[i] != after[i]), shorter)
     first = max(0, at - CONTEXT) if max(len(before), len(after)) > SHOWN else 0
     return " -> ".join(("…" if first else "") + text[first:][:SHOWN] for text in (before, after))
 
@@ -100,33 +102,33 @@ def _bounds(finding: Finding) -> str:
 def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence[str]) -> str:
     """Return the figures as a Markdown table, and below it the notes and how to read it."""
     rows = [
-        f"| {f.name} | {_in_unit(f.before, f)} | {_in_unit(f.after, f)} | {_shown(f.worsening, f)} | {_bounds(f)} "
-        f"| {_shown(f.margin, f)} | {f.p_value:.2g}{' (significant)' if f.significant else ''} "
-        f"| {f.outcome.upper()}{f': needs {f.needed}' if f.needed else ''} |"
-        for f in judgement.findings
-    ]
-    now = provenance(recipe)
-    return inert(
-        "\n".join(
-            [
-                "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
-                "|---|---|---|---|---|---|---|---|",
-                *rows,
-                "",
-                *(f"* {note}" for note in notes),
-                f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
-                f"* now: commit {now.commit}, recipe {now.recipe_digest}",
-                "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline "
-                "would be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the "
-                "baseline's geometric mean.",
-            ]
+        row(
+            f.name, _in_unit(f.before, f), _in_unit(f.after, f), _shown(f.worsening, f), _bounds(f),
+            _shown(f.margin, f), f"{f.p_value:.2g}{' (significant)' if f.significant else ''}",
+            f.outcome.upper() + (f": needs {f.needed}" if f.needed else ""),
         )
+        for f in judgement.findings
+    ]  # fmt: skip
+    now = provenance(recipe)
+    return "\n".join(
+        [
+            "| figure | baseline | now | worse by | 90 % interval | margin | p | verdict |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            *(f"* {plain(note)}" for note in notes),
+            f"* baseline: {len(known.seeds)} seeds, {origin(known)}, recipe {known.provenance.recipe_digest}",
+            f"* now: commit {now.commit}, recipe {now.recipe_digest}",
+            "* FAIL: worse by more than the margin, and every fresh seed worse than further seeds of the baseline "
+            "would be (Holm, 1 % over all figures). PASS: the whole interval is below the margin. Times: of the "
+            "baseline's geometric mean.",
+        ]
     )
 
 
 def listed(made: Baseline) -> str:
     """Return the figures of a new baseline as a Markdown table."""
-    rows = [f"| {name} | {' | '.join(_listed(figure))} | {figure.unit} |" for name, figure in made.figures.items()]
+    rows = [row(name, *_listed(figure), figure.unit) for name, figure in made.figures.items()]
     head = ["| figure | mean | deviation between seeds | margin | unit |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows, "", f"* {origin(made)}, recipe {made.provenance.recipe_digest}"])
 

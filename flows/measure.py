@@ -166,6 +166,8 @@ def measure_command(
         return
     _check_used({"--tokenizer": tokenizer}, "the tokenizer of a model that is not behind a server is its own")
     asked = asked_of((base, tuned), named, str(target) if target else None, prompts, set_)
+    if margin is not None and not asked.evaluate.benchmarks:
+        raise BadInput("--margin is of benchmarks, and none is measured; name one or more: --benchmark instructions")
     asked.check(on)
     with prefect_server():
         result = measure(*asked, on)

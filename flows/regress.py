@@ -16,13 +16,22 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from cfsd.baseline.file import Baseline, baseline_of, guarded, read_baseline, with_margins, write_baseline
+from cfsd.baseline.file import (
+    Baseline,
+    UnreadableBaseline,
+    baseline_of,
+    guarded,
+    read_baseline,
+    with_margins,
+    write_baseline,
+)
 from cfsd.errors import BadInput, CfsdError
 from cfsd.generate.spec import AUTO
 from cfsd.machine import Machine, home
 from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
-from cfsd.report.place import report_folder, slug
+from cfsd.report.markdown import plain
+from cfsd.report.place import card_name, report_folder, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.stages import CHAT
 from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
@@ -92,11 +101,31 @@ def regress(
 
 
 def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) -> Baseline | None:
-    """Return the baseline to judge by or, where it is not `needed`, the one to replace, if there is one.
+    """Return the baseline to judge by or, where it is not `needed`, the one to replace, if there is one to be read.
 
     Raises:
-        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure.
+        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure; or the file
+            with the recipe's name is another recipe's.
     """
+    try:
+        known = _read(recipe, given, needed=needed)
+    except UnreadableBaseline:
+        if needed:
+            raise
+        return None
+    if known and given is None and known.name != recipe.name:
+        raise BadInput(
+            f"{baseline_file(recipe, given)} is the baseline of {known.name!r}, not of {recipe.name!r}; name a file of "
+            "this recipe's own (--baseline FILE), or rename the recipe"
+        )
+    if known and needed:
+        benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
+        chats = {"chat_kl"} if {AUTO, CHAT} & {mode.name for mode in recipe.probe.modes} else set()
+        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks)
+    return known
+
+
+def _read(recipe: Recipe, given: str | None, *, needed: bool) -> Baseline | None:
     if given == CHAMPION:
         known = registry.champion(recipe.name)
         if known is None and needed:
@@ -104,14 +133,9 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
                 f"MLflow has no champion of {recipe.name!r} yet; make the first one: "
                 "--baseline champion --update-baseline"
             )
-    else:
-        file = baseline_file(recipe, given)
-        known = read_baseline(file) if needed or file.is_file() else None
-    if known and needed:
-        benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
-        chats = {"chat_kl"} if {AUTO, CHAT} & {mode.name for mode in recipe.probe.modes} else set()
-        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks)
-    return known
+        return known
+    file = baseline_file(recipe, given)
+    return read_baseline(file) if needed or file.is_file() else None
 
 
 def baseline_file(recipe: Recipe, given: str | None) -> Path:
@@ -152,8 +176,10 @@ def _replace(made: Baseline, given: str | None, recipe: Recipe, result: Result, 
     """Put a new baseline into its file, or make its model the champion; return a sentence that says so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
-        write_baseline(file := baseline_file(recipe, given), made)
-        return f"{seeds} written to {file}"
+        file = baseline_file(recipe, given)
+        instead = ", in place of one that could not be read" if file.is_file() and not made.provenance.replaces else ""
+        write_baseline(file, made)
+        return f"{seeds} written to {file}{instead}"
     version = _register(made, recipe, result, run_id, f"first of its kind, {seeds}: nothing was judged")
     return f"{seeds}: {_succeed(recipe, version, enough=True, approval=False)}"
 
@@ -161,7 +187,7 @@ def _replace(made: Baseline, given: str | None, recipe: Recipe, result: Result, 
 def _register(made: Baseline, recipe: Recipe, result: Result, run_id: str | None, verdict: str) -> int | None:
     """Register the model of the first fresh seed, not of the best one, as the candidate; return its version."""
     first = result.run_records[0]
-    card = (result.folder / f"model-card-{slug(first.name)}.md").read_text()
+    card = (result.folder / card_name(first.name)).read_text()
     return registry.register(recipe.name, first.artifacts["final"], made, run_id, card=card, verdict=verdict)
 
 
@@ -187,7 +213,7 @@ def _publish(
     """Show the verdict on the terminal, in Prefect and in MLflow, and return the flow's state."""
     folder = report_folder(home(), title, run_records)
     files = [folder / "verdict.md", *([folder / "verdict.json"] if judgement else [])]
-    files[0].write_text(f"# {title}\n\n{sentence}\n\n{body}\n")
+    files[0].write_text(f"# {plain(title)}\n\n{plain(sentence)}\n\n{body}\n")
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
     record.conclusion(run_id, {}, files, verdict=sentence)

@@ -182,8 +182,13 @@ def test_a_variants_own_seed_for_what_varies_is_refused(content: dict[str, Any],
 
 
 def test_repeats_that_would_be_one_and_the_same_are_refused(content: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"'finetune' samples none.*add train and mix"):
+    with pytest.raises(BadInput, match=r"varies in variant 'finetune' \(corpus: it samples none.*add mix"):
         comparison(content, seeds=2, seeds_vary=["corpus"]).recipes()
+    still = content | {"train": {"dropout": 0}}
+    with pytest.raises(BadInput, match=r"'finetune' \(train: its training draws nothing .* and corpus"):
+        comparison(still, seeds=2, seeds_vary=["train", "corpus"]).recipes()
+    low_rank = content | {"train": {"dropout": 0, "methods": {"lora": {"rank": 2}}}}  # its weights are drawn
+    assert len(comparison(low_rank, seeds=2, seeds_vary=["train"]).recipes()) == 4
     with pytest.raises(
         BadInput, match=r"seeds_vary: repeats that vary nothing are equal: name one or more of train, mix"
     ):

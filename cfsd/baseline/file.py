@@ -1,5 +1,6 @@
 """Baseline: what the seeds of a recipe came to, with where that comes from; JSON that a team commits."""
 
+import json
 import os
 import platform
 import re
@@ -12,10 +13,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
 from cfsd.errors import BadInput
 from cfsd.machine import COUNTED_PACKAGES
+from cfsd.overrides import validated
 from cfsd.recipe import Recipe
 from cfsd.statistics.figures import FRACTION, NATS, SKEWED
 from cfsd.statistics.gate import (
@@ -33,6 +35,11 @@ LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
 MEAN = "mean_forgetting"
+REMEDY = "correct it, or make it anew: --update-baseline"
+
+
+class UnreadableBaseline(BadInput):
+    """A file or a champion's figures that are no baseline, or were edited to what cannot be."""
 
 
 class Measured(NamedTuple):
@@ -40,7 +47,7 @@ class Measured(NamedTuple):
 
     unit: str
     higher_is_better: bool
-    zero_or_one: bool
+    reach: float  # by how much one document may change: 1 of a score from 0 to 1; 0: any amount, as of nats
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
     documents: str  # digest of which documents these are
@@ -50,6 +57,11 @@ class Measured(NamedTuple):
     def value(self) -> float:
         """Return the figure."""
         return float(self.sums.sum() / self.counts.sum())
+
+    @property
+    def least_spread(self) -> float:
+        """Return what one document is worth, by which seeds may be apart although a few of them agree by chance."""
+        return self.reach / len(self.sums)
 
 
 def _mean_parts(runs: Sequence[dict[str, Measured]]) -> dict[str, float]:
@@ -194,8 +206,8 @@ def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
 def _figure(name: str, runs: Sequence[Measured]) -> BaselineFigure:
     first, values = runs[0], [_short(run.value) for run in runs]
     sums = np.stack([run.sums for run in runs])
-    spread = 1 / len(first.sums) if first.zero_or_one else 0.0
-    least = max(LEAST_MARGIN.get(first.unit, 0.0), 2 * spread)
+    spread = max(run.least_spread for run in runs)
+    least = max(LEAST_MARGIN.get(first.unit, LEAST_MARGIN[FRACTION] * first.reach), 2 * spread)
     skewed = name in SKEWED
     margin = margin_factor_of(values, least=least) if skewed else margin_of(values, least=least, least_spread=spread)
     return BaselineFigure(
@@ -242,7 +254,8 @@ def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]])
         document_variance=sum(weight**2 * _variance(baseline, part, runs) for part, weight in parts.items()),
         num_documents=min(len(runs[0][part].sums) for part in parts),
         as_ratio=name in SKEWED,
-        **figure.model_dump(include={"unit", "higher_is_better", "margin", "least_spread"}),
+        least_spread=max(figure.least_spread, 0.0 if figure.parts else runs[0][name].least_spread),
+        **figure.model_dump(include={"unit", "higher_is_better", "margin"}),
     )
 
 
@@ -302,13 +315,13 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def parsed(text: bytes | str, where: str) -> Baseline:
-    """Return the baseline that `text` from `where` holds. Raises BadInput."""
+    """Return the baseline that `text` from `where` holds. Raises UnreadableBaseline."""
     try:
-        return Baseline.model_validate_json(text)
-    except ValidationError as error:
-        raise BadInput(
-            f"{where} is not a baseline of version 1 or 2: {error}\nmake it anew: --update-baseline"
-        ) from error
+        return validated(Baseline, json.loads(text), f"baseline {where}")
+    except ValueError as error:  # no JSON, or no text
+        raise UnreadableBaseline(f"baseline {where} is not JSON: {error}\n{REMEDY}") from error
+    except BadInput as error:
+        raise UnreadableBaseline(f"{error}\n{REMEDY}") from error
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

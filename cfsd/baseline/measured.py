@@ -12,7 +12,7 @@ from cfsd.report.scores import first_scores, loss_fall, metric_of, response_pair
 from cfsd.spec import digest_of
 from cfsd.stages import CHAT
 from cfsd.statistics.figures import FRACTION, NATS
-from cfsd.statistics.forgetting import chance_correction, worsening
+from cfsd.statistics.forgetting import chance_correction, reach_of, worsening
 from cfsd.statistics.pairing import paired_by_document
 from cfsd.store.artifact import Store
 from cfsd.store.tables import read_rows
@@ -24,14 +24,14 @@ def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
     if before.target and after.target:
         gains, counts = loss_fall(*response_pair(store, before.target, after.target))
         rows = run_record.artifacts["target"].content  # not of the scores: their last bits are another machine's
-        figures["target_gain"] = Measured(NATS, True, False, gains, counts, _digest(rows, counts))
+        figures["target_gain"] = Measured(NATS, True, 0, gains, counts, _digest(rows, counts))
     for name, scores, mode in (("probe_kl", after.probe, UNPROMPTED), ("chat_kl", after.chat, CHAT)):
         kl: Any = table(store, scores, "divergence") if scores else ()
         if len(kl):  # of chats none may have an answer
             counts, sums = (kl[column].to_numpy(float) for column in ("count", "kl"))
             place = store.path(run_record.artifacts[role_of(mode)])
             sampled = read_rows(place, "corpus", ["token_ids"])  # without its floats, for the same reason
-            figures[name] = Measured(NATS, False, False, sums, counts, _digest(sampled, counts))
+            figures[name] = Measured(NATS, False, 0, sums, counts, _digest(sampled, counts))
     return figures | {f"forgetting/{name}": _benchmark(store, run_record, name) for name in before.benchmarks}
 
 
@@ -43,7 +43,7 @@ def _benchmark(store: Store, run_record: RunRecord, name: str) -> Measured:
     return Measured(
         unit={"binary": FRACTION, "perplexity": NATS}.get(metric.kind, metric.metric),
         higher_is_better=False,  # forgetting is worse where it is more
-        zero_or_one=metric.kind == "binary",
+        reach=reach_of(metric, base, tuned) or 0.0,
         sums=worsening(metric, base, tuned),
         counts=counts,
         documents=_digest(pairs["doc_hash"].tolist(), counts),

@@ -14,7 +14,7 @@ from cfsd.report.corpus.page import write_corpus_page
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.figures.shown import shown_figure
 from cfsd.report.model_card import has_card, model_card
-from cfsd.report.place import RUN_RECORDS, slug
+from cfsd.report.place import RUN_RECORDS, card_name
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord
 from cfsd.report.shown import shown_answers
@@ -119,10 +119,10 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list
     files = [folder / "summary.json"]
     write_summary(files[0], summaries, comparisons.entries, comparisons.matched)
     cards = [(r, s) for r, s in zip(run_records, summaries, strict=True) if has_card(r)]
-    slugs = [slug(run_record.name) for run_record, _ in cards]
+    names = [card_name(run_record.name) for run_record, _ in cards]
     for i, (run_record, summary) in enumerate(cards):
-        number = f"-{i}" if slugs.count(slugs[i]) > 1 else ""
-        files.append(folder / f"model-card-{slugs[i]}{number}.md")
+        number = f"-{i}" if names.count(names[i]) > 1 else ""
+        files.append((folder / names[i]).with_stem(Path(names[i]).stem + number))
         files[-1].write_text(model_card(store, run_record, summary, comparisons), encoding="utf-8")
     return Numbers(summaries, comparisons), files
 

@@ -1,10 +1,12 @@
 """The verdict on two models with a margin: in words, and as files in the report's folder."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cfsd.report.markdown import inert
+from cfsd.report.markdown import plain, row
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of
+from cfsd.statistics.discoveries import change_of
 from cfsd.statistics.figures import Figure
 from cfsd.statistics.gate import Finding, Judgement, Outcome
 from cfsd.statistics.margin import judge_losses, unguarded
@@ -19,38 +21,43 @@ def write_verdict(folder: Path, summary: Summary, points: float) -> tuple[Outcom
     """Write verdict.md and verdict.json; return the outcome, and the verdict in a sentence."""
     lost = forgotten_of(summary)
     mean = Figure.model_validate(summary.mean_forgetting) if summary.mean_forgetting else None
-    judgement = judge_losses(lost, mean, points / 100)
-    notes = [f"not guarded, being no score from 0 to 1: {', '.join(names)}" for names in [unguarded(lost)] if names]
-    sentence = _sentence(judgement, points)
-    text = inert("\n".join([f"# {summary.name}", "", sentence, "", *_table(judgement), "", *_listed([*notes, HOW])]))
+    judgement, others = judge_losses(lost, mean, points / 100), unguarded(lost)
+    worse = [entry.benchmark for entry in lost if entry.benchmark in others and change_of(entry) == "worse"]
+    if worse and judgement.outcome == "pass":
+        judgement = judgement.model_copy(update={"outcome": "cannot tell"})
+    sentence = _sentence(judgement, points, worse) + _not_judged(others)
+    head = [f"# {plain(summary.name)}", "", plain(sentence)]
+    text = "\n".join([*head, "", *_table(judgement), "", f"* {HOW}"])
     (folder / "verdict.md").write_text(f"{text}\n", encoding="utf-8")
     (folder / "verdict.json").write_text(judgement.model_dump_json(indent=1), encoding="utf-8")
     return judgement.outcome, sentence
 
 
-def _sentence(judgement: Judgement, points: float) -> str:
+def _not_judged(others: Mapping[str, str]) -> str:
+    return f" (not judged: {'; '.join(f'{name}, {why}' for name, why in others.items())})" if others else ""
+
+
+def _sentence(judgement: Judgement, points: float, worse: Sequence[str]) -> str:
     named = [finding for finding in judgement.findings if finding.outcome == judgement.outcome]
     if judgement.outcome == "pass":
         return f"PASS: none of {len(named)} figures lost {points:g} points"
     if judgement.outcome == "fail":
         return f"FAIL: lost more than {points:g} points: {'; '.join(f'{f.name} {_points(f.worsening)}' for f in named)}"
-    open_ = "; ".join(f"{f.name} {_points(f.worsening)} [{_bounds(f)}], needs {f.needed}" for f in named)
-    return (
-        f"CANNOT TELL whether more than {points:g} points were lost: {open_ or 'no benchmark has a score from 0 to 1'}"
-    )
+    open_ = [f"{f.name} {_points(f.worsening)} [{_bounds(f)}], needs {f.needed}" for f in named]
+    open_ += [f"{name} became worse, which is not in points" for name in worse]
+    reasons = "; ".join(open_) or "no benchmark has a score from 0 to 1"
+    return f"CANNOT TELL whether more than {points:g} points were lost: {reasons}"
 
 
 def _table(judgement: Judgement) -> list[str]:
     rows = [
-        f"| {f.name} | {_points(f.worsening)} | {_bounds(f)} | {_points(f.margin)} | {f.p_value:.2g} "
-        f"| {f.outcome.upper()}{f': needs {f.needed}' if f.needed else ''} |"
+        row(
+            f.name, _points(f.worsening), _bounds(f), _points(f.margin), f"{f.p_value:.2g}",
+            f.outcome.upper() + (f": needs {f.needed}" if f.needed else ""),
+        )
         for f in judgement.findings
-    ]
+    ]  # fmt: skip
     return ["| figure | points lost | 95 % interval | margin | p | verdict |", "|---|--:|---|--:|--:|---|", *rows]
-
-
-def _listed(lines: list[str]) -> list[str]:
-    return [f"* {line}" for line in lines]
 
 
 def _points(value: float) -> str:

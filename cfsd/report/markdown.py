@@ -22,6 +22,11 @@ def cell(text: str) -> str:
     return plain(text).replace("|", "\\|")
 
 
+def row(*cells: str) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(map(cell, cells))} |"
+
+
 def fenced(text: str, language: str = "") -> str:
     """Return `text` as a block of code, whose fence is longer than any within it."""
     longest = max(map(len, re.findall("`+", text)), default=0)

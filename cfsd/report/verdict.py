@@ -269,7 +269,18 @@ def remarks(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> lis
     repeats = {len(v.repeats) for v in variants} - {1}
     over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
     compared = [*_unequal(variants, comparisons), *_of_comparisons(variants, comparisons)]
-    return [*budget_lines(summaries), *compared, *over]
+    return [*budget_lines(summaries), *compared, *over, *_equal_repeats(variants)]
+
+
+def _equal_repeats(variants: list[Variant]) -> Iterator[str]:
+    """Yield which variants have repeats that are one and the same model, over which no interval means anything."""
+    figures = {v.name: [[figure_of(s, measure) for measure in COMPARED] for s in v.repeats] for v in variants}
+    equal = [name for name, (first, *rest) in figures.items() if any(first) and rest and all(r == first for r in rest)]
+    if equal:
+        yield (
+            f"The seeds of {quoted(equal)} gave the same figures to the last digit: what they vary changes nothing "
+            "there, so that intervals over seeds say nothing about other seeds."
+        )
 
 
 def _unequal(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:

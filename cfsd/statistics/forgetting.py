@@ -137,7 +137,7 @@ def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
     documents = pairs[["filter", "doc_id", "doc_hash"]].astype(str).itertuples(index=False)
     names = tuple(":".join((name, *document)) for document in documents)
-    reach = None if measure.kind == "perplexity" else _reach(base, tuned)
+    reach = reach_of(measure, base, tuned)
     return Units(names, worsening(measure, base, tuned), counts, _unit(measure), reach, part_of=name)
 
 
@@ -146,6 +146,11 @@ def chance_corrected_units(name: str, measure: Measure, before: pd.DataFrame, af
     units, pairs = benchmark_units(name, measure, before, after), paired_by_document(before, after)
     correction = chance_correction(measure, *(pairs[side].to_numpy() for side in ("base", "tuned")))
     return None if correction is None else units._replace(unit=FRACTION, scale=correction)
+
+
+def reach_of(measure: Measure, base: Floats, tuned: Floats) -> float | None:
+    """Return the largest possible change of a document: of scores beyond 1 the largest seen; None of a perplexity."""
+    return None if measure.kind == "perplexity" else _reach(base, tuned)
 
 
 def worsening(measure: Measure, base: Floats, tuned: Floats) -> Floats:

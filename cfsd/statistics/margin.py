@@ -23,7 +23,7 @@ def judge_losses(lost: Sequence[BenchmarkForgetting], mean: Figure | None, margi
     `margin`: a fraction, 0.02 is 2 points; it holds for each benchmark that is scored from 0 to 1 where more is better,
     and for their chance-corrected mean. Holm's correction bounds the probability of any wrong FAIL by 1 %.
     """
-    guarded = [entry for entry in lost if is_guarded(entry)]
+    guarded = [entry for entry in lost if not _why_unguarded(entry)]
     figures = {entry.benchmark: entry.forgetting for entry in guarded} | ({MEAN: mean} if mean else {})
     p_values = [1.0 if e.p_value is None else e.p_value for e in guarded] + ([_p(mean)] if mean else [])
     documents = [entry.num_documents for entry in guarded]
@@ -40,14 +40,15 @@ def judge_losses(lost: Sequence[BenchmarkForgetting], mean: Figure | None, margi
     return Judgement(outcome=found[0].outcome if found else "cannot tell", findings=tuple(found))
 
 
-def is_guarded(entry: BenchmarkForgetting) -> bool:
-    """Say whether a margin in points holds for a benchmark."""
-    return entry.higher_is_better and entry.retention_note != NO_SCORE
+def unguarded(lost: Iterable[BenchmarkForgetting]) -> dict[str, str]:
+    """Return the benchmarks that are not judged, with the reason why a margin in points does not hold for them."""
+    return {entry.benchmark: why for entry in lost if (why := _why_unguarded(entry))}
 
 
-def unguarded(lost: Iterable[BenchmarkForgetting]) -> list[str]:
-    """Return the benchmarks that are not judged."""
-    return [entry.benchmark for entry in lost if not is_guarded(entry)]
+def _why_unguarded(entry: BenchmarkForgetting) -> str:
+    if not entry.higher_is_better:
+        return "of which less is better"
+    return NO_SCORE if entry.retention_note == NO_SCORE else ""
 
 
 def _p(figure: Figure) -> float:

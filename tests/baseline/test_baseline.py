@@ -47,12 +47,12 @@ def runs(count: int, seed: int = 0, *, loss: float = 0.0, documents: str = "same
         shares = {name: (rng.uniform(size=DOCUMENTS) < 0.2 + loss).astype(float) for name in ("half", "none")}
         ones, tokens = np.ones(DOCUMENTS), rng.integers(5, 6, DOCUMENTS).astype(float)
         benchmarks = {
-            f"forgetting/{name}": Measured(FRACTION, False, True, lost, ones, documents, correction)
+            f"forgetting/{name}": Measured(FRACTION, False, 1, lost, ones, documents, correction)
             for (name, lost), correction in zip(shares.items(), (2.0, 1.0), strict=True)
         }
-        gain = Measured(NATS, True, False, rng.normal(5, 0.5, DOCUMENTS), tokens, documents)
+        gain = Measured(NATS, True, 0, rng.normal(5, 0.5, DOCUMENTS), tokens, documents)
         level = rng.lognormal(-6, 0.3)  # seeds scatter by factors
-        kl = Measured(NATS, False, False, level * rng.lognormal(-0.3, 0.8, DOCUMENTS) * tokens, tokens, documents)
+        kl = Measured(NATS, False, 0, level * rng.lognormal(-0.3, 0.8, DOCUMENTS) * tokens, tokens, documents)
         found.append({"target_gain": gain, "probe_kl": kl, **benchmarks})
     return found
 
@@ -93,6 +93,28 @@ def test_the_same_again_passes_and_what_forgets_fails(recipe: Recipe) -> None:
     assert honest.outcome != "fail" and worse.outcome == "fail"
     failed = {finding.name for finding in worse.findings if finding.outcome == "fail"}
     assert {"forgetting/half", "forgetting/none", MEAN} >= failed and MEAN in failed
+
+
+@pytest.mark.parametrize("reach", [1.0, 100.0])  # ROUGE, chrF
+def test_a_graded_score_that_was_always_the_same_may_change_by_a_document(recipe: Recipe, reach: float) -> None:
+    def scored(of_one_document: float) -> Run:
+        lost = np.zeros(DOCUMENTS)
+        lost[0] = of_one_document * reach
+        graded = Measured("f1", False, reach, lost, np.ones(DOCUMENTS), "same")
+        return runs(1)[0] | {"forgetting/graded": graded}
+
+    known = baseline_of(recipe, range(5), [scored(0.0)] * 5, [10.0] * 5, replaces="")
+    old = known.figures["forgetting/graded"].model_copy(update={"margin": 0.0, "least_spread": 0.0})
+    for baseline in (known, known.model_copy(update={"figures": known.figures | {"forgetting/graded": old}})):
+        (finding,) = (f for f in judge(guarded(baseline, [scored(0.05)] * 2)).findings if f.name.endswith("graded"))
+        assert finding.outcome != "fail" and finding.worsening == pytest.approx(0.05 * reach / DOCUMENTS)
+    (finding,) = (f for f in judge(guarded(known, [worse(scored(0.0), reach)] * 2)).findings if f.outcome == "fail")
+    assert finding.name == "forgetting/graded"
+
+
+def worse(run: Run, reach: float) -> Run:
+    graded = run["forgetting/graded"]
+    return run | {"forgetting/graded": graded._replace(sums=graded.sums + 0.3 * reach)}
 
 
 def test_other_documents_are_less_sharp_and_named(recipe: Recipe) -> None:
@@ -179,6 +201,9 @@ def test_the_verdict_shows_a_ratio_as_a_factor_and_in_nats(recipe: Recipe) -> No
     )
     assert warnings(known, recipe, [1.0], worse[0])[0] == known.said[0]
     assert f"times ({0.002:+.3g})" in listed(known)
+    odd = found.model_copy(update={"findings": (first.model_copy(update={"name": "a|b<script>"}),)})
+    assert "| a\\|b\\<script> | " in table(odd, known, recipe, ["[x](http://e)"])
+    assert "* [x\\](http:\\//e)" in table(odd, known, recipe, ["[x](http://e)"])
 
 
 def test_a_figure_that_is_not_measured_any_more_is_named(recipe: Recipe) -> None:

@@ -108,6 +108,7 @@ def test_a_plan_says_what_would_be_compared(capsys: pytest.CaptureFixture[str]) 
         ),
         ({"samples": False, "plan": True}, "--plan is for --samples"),
         ({"margin": 100}, "--margin 100 is not possible"),
+        ({"base": "tiny", "tuned": "tiny", "samples": False, "margin": 2}, "--margin is of benchmarks, and none is"),
     ],
 )
 def test_a_mistake_ends_before_a_server_starts(given: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_without_a_baseline_nothing_runs(run: Run, recipe_file: Path, home: Path
 
 def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path) -> None:
     from cfsd.baseline.file import Provenance
-    from flows._verdict import changes
+    from flows._verdict import _abridged, changes
     from flows.regress import reseeded
 
     recipe = Recipe.load(recipe_file)
@@ -95,6 +96,9 @@ def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path
     assert changes(older, recipe) == []  # a field that came later has its default
     strange = known.model_copy(update={"recipe": known.recipe | {"gone": 1}})
     assert changes(strange, recipe) == ["gone: 1 -> absent"]
+    long = "answer in a box at the very end of it all, please. {prompt}"
+    before, after = ({"target": {"prompt": text}} for text in (long, f"{long}\nAnswer:"))
+    assert _abridged(before["target"]["prompt"], after["target"]["prompt"]).endswith(" {prompt}\\nAnswer:")
     more = recipe.model_dump(mode="json")
     more["evaluate"]["benchmarks"] = [*more["evaluate"]["benchmarks"], {"name": "facts"}]
     (change,) = changes(known.model_copy(update={"recipe": more}), recipe)
@@ -108,6 +112,28 @@ def test_what_the_recipe_does_not_measure_is_told_before_anything_runs(run: Run,
     done = run("regress", tmp_path / "less.yaml", "--baseline", baseline)
     assert done.returncode == 2 and "guards forgetting/tiny_rev, which this recipe does not measure" in done.stderr
     assert not (home / "store").exists()
+
+
+def test_a_baseline_that_cannot_be_read_can_be_replaced_and_another_recipes_cannot(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import regress
+
+    recipe, shipped = Recipe.load(recipe_file), ROOT / "deployments" / "baselines" / "tiny.json"
+    broken = tmp_path / "b.json"
+    broken.write_text(shipped.read_text().replace('"margin_is": "factor"', '"margin_is": "quotient"'))
+    assert regress.known_baseline(recipe, str(broken), needed=False) is None
+    with pytest.raises(BadInput, match=r"figures\.probe_kl\.margin_is: .*\ncorrect it, or make it anew"):
+        regress.known_baseline(recipe, str(broken))
+
+    monkeypatch.setattr(regress, "BASELINES", tmp_path)
+    for name in ("Тест", "Экзамен"):  # slugs of these kept no letter
+        renamed = recipe.model_copy(update={"name": name})
+        shutil.copy(shipped, regress.baseline_file(renamed, None))
+        for needed in (True, False):
+            with pytest.raises(BadInput, match=f"is the baseline of 'tiny', not of '{name}'"):
+                regress.known_baseline(renamed, None, needed=needed)
+    assert len(list(tmp_path.glob("recipe-*.json"))) == 2
 
 
 def test_seeds_vary_all_but_what_is_measured_on(recipe_file: Path) -> None:

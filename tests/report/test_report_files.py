@@ -11,6 +11,7 @@ import pytest
 from cfsd.errors import BadInput, StoreError
 from cfsd.report.export import chosen, export
 from cfsd.report.files import RUN_RECORDS, Kept, keep, read_kept, write_files
+from cfsd.report.place import LONGEST, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact
 from tests.conftest import ROOT, fetched
@@ -26,6 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".png"}
+
+
+def test_titles_keep_places_of_their_own() -> None:
+    assert slug("v2 ж=0.5") != slug("v2 ф=0.5") and slug("demo v2: (x)") == "demo-v2-x"
+    long = [slug(f"{'x' * LONGEST} seed={n}") for n in (5, 6)]
+    assert long[0] != long[1] and all(len(name) <= LONGEST and slug(name) == name for name in long)
+    assert slug("数学") != slug("поэзия") and slug("!!") == "run"
 
 
 def test_a_report_is_made_again_from_what_lies_in_it(world: World, tmp_path: Path) -> None:

@@ -207,6 +207,13 @@ def test_that_neither_is_shown_to_have_learned_is_said_too() -> None:
     assert "and may have moved 1.00 times as far" in said
 
 
+def test_seeds_that_change_nothing_are_said() -> None:
+    still, moved = [summary(f"a seed={n}", 0.01) for n in range(3)], [summary(f"b seed={n}", 0.01) for n in range(3)]
+    moved[2] = moved[2].model_copy(update={"probe_kl": figure(0.1001, 0.01)})
+    said = [remark for remark in remarks([*still, *moved]) if "the same figures to the last digit" in remark]
+    assert len(said) == 1 and said[0].startswith("The seeds of “a” gave")
+
+
 @pytest.mark.parametrize(
     ("gain", "first"),
     [

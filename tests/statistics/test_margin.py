@@ -59,7 +59,9 @@ def test_the_worst_decides_and_the_mean_counts() -> None:
 
 def test_what_is_no_score_is_not_guarded() -> None:
     text = lost("prose", 800, 100, 1000, PERPLEXITY)
-    assert text.forgetting.unit == "nats/word" and unguarded([text, lost("facts", 8, 8, 10)]) == ["prose"]
+    assert text.forgetting.unit == "nats/word" and unguarded([text, lost("facts", 8, 8, 10)]) == {
+        "prose": "of which less is better"
+    }
     assert judge_losses([text], None, 0.05).outcome == "cannot tell"
 
 
