@@ -9,7 +9,7 @@ was compared.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,8 @@ from cfsd.train.memory import Shapes, load_of, training_memory
 
 GIB = 2**30
 KEPT_BYTES = 4  # of each weight of a model that was trained or merged, in float32
+WEIGHT_BYTES = {stages.FETCH: 4, stages.TRAIN: 12 + KEPT_BYTES}  # while it trains, a checkpoint with AdamW's moments
+OF_DISK = (*WEIGHT_BYTES, stages.PROBE, stages.GENERATE)  # the stages that take most of it
 CHECKED = 1.5
 CUDA_RATE = 1e14  # FLOPs a second of one large GPU in bfloat16: a guess
 REACHED = 0.85  # of a matrix product's rate, by a pass over many tokens
@@ -403,9 +405,14 @@ def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> floa
     return PROCESS_BYTES + 4 * (2 * weights + (4 * machine.micro_batch_tokens + 5 * CHUNK) * vocabulary)
 
 
-def disk_bytes(recipe: Recipe, weights: float | None) -> float:
-    """Return about how many bytes the artifacts of `recipe` take, base and a checkpoint while training included."""
-    corpus = recipe.generate.rows * recipe.generate.length
+def disk_bytes(recipe: Recipe, weights: float | None, left: Collection[str] = OF_DISK) -> float:
+    """Return about how many bytes the stages of `recipe` that are `left` write, checkpoints while training included."""
     per_token = recipe.generate.top_logprobs + recipe.generate.stored_tail()
-    stored = 4 * per_token * corpus  # an id and a log-probability, two bytes each
-    return 16 * (recipe.probe.rows * recipe.probe.length + corpus) + stored + 20 * (weights or 0)
+    rows_of = {  # tokens, and the bytes of each: an id and a log-probability, two bytes each, beside the row's columns
+        stages.PROBE: (recipe.probe.rows * recipe.probe.length, 16),
+        stages.GENERATE: (recipe.generate.rows * recipe.generate.length, 16 + 4 * per_token),
+    }
+    sampled = sum(tokens * each for stage, (tokens, each) in rows_of.items() if stage in left)
+    of_a_weight = sum(each for stage, each in WEIGHT_BYTES.items() if stage in left)
+    only_merged = KEPT_BYTES if stages.MERGE in left and stages.TRAIN not in left else 0
+    return sampled + (of_a_weight + only_merged) * (weights or 0)

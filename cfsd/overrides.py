@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises BadInput."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe, as of <(sed …), can be read
         what = "is a folder" if path.is_dir() else "does not exist"
         raise BadInput(f"recipe {str(path)!r} {what} (working directory {Path.cwd()})")
     try:
@@ -93,7 +93,7 @@ def _value(text: str) -> Any:
         value = yaml.load(text, _Loader)
     except NO_YAML as error:
         raise BadInput(f"--set value {text[:80]!r} is not valid YAML: {_reason(error)}") from error
-    if isinstance(value, dict) and all(inner is None for inner in value.values()):
+    if isinstance(value, dict) and value and all(inner is None for inner in value.values()):
         return text  # `{answer}` is a template, although YAML reads a mapping
     return value
 

@@ -22,6 +22,7 @@ from flows._folders import check_data_folder, home_from_command_line, settle_use
 from flows._proxies import check_proxies, keep_loopback_from_proxies, leave_out_socks
 
 SERVERS = "servers.json"
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after each start of the machine
 BEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 HEARTBEAT_SECONDS = "30"  # the least that Prefect takes; three without one, and a run has crashed
 OWN_DATABASE = ("HOST", "NAME", "DRIVER", "USER")  # PREFECT_SERVER_DATABASE_…: parts of a URL that Prefect makes
@@ -39,6 +40,8 @@ def settle_environment() -> None:
     with suppress(OSError):  # check_environment says it
         home().mkdir(parents=True, exist_ok=True)
         settle_user_folders()
+    if not os.environ.get("MLFLOW_TRACKING_URI"):  # Compose files hand an unset variable on as an empty one
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     for name, value in _defaults().items():
         os.environ.setdefault(name, value)
 
@@ -126,11 +129,23 @@ def recorded_servers() -> dict[str, dict[str, Any]]:
 def is_alive(entry: dict[str, Any]) -> bool:
     """Say whether the process of a servers.json entry runs; its number alone may be another's by now."""
     try:
-        process = psutil.Process(entry["pid"])
-        same = abs(process.create_time() - entry["started"]) < 2
+        process, started = psutil.Process(entry["pid"]), entry["started"]
+        same = started == started_at(entry["pid"])
+        if isinstance(started, float):  # of a version that kept the time of day
+            same = abs(process.create_time() - started) < 2
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, TypeError, ValueError):
         return False
+
+
+def started_at(pid: int) -> str:
+    """Return when a process began: in which boot of the machine, and after how long, which no clock that is set moves.
+
+    Raises:
+        psutil.Error: There is no such process.
+    """
+    boot = BOOT.read_text().strip() if BOOT.is_file() else "this boot"
+    return f"{psutil.Process(pid).create_time() - psutil.boot_time():.2f} s into {boot}"
 
 
 def check_prefect_settings() -> None:

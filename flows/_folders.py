@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 from cfsd.errors import BadEnvironment, BadInput
 from cfsd.machine import HOME_VARIABLE, expanded_user, home
@@ -65,8 +66,7 @@ def check_data_folder() -> None:
 
 
 def _try_link(folder: Path) -> None:
-    link = folder / f".link-{os.getpid()}"
-    link.unlink(missing_ok=True)
+    link = folder / f".link-{uuid4().hex}"  # machines that share a folder may have processes of the same number
     try:
         link.symlink_to("nowhere")
     except OSError as error:

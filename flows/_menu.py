@@ -15,6 +15,7 @@ from cfsd.machine import home
 from cfsd.overrides import read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "deployments" / "recipes"
+FILES = "*.y*ml"
 OWN = "recipes"  # the folder of the data folder
 Kind = Literal["recipe", "comparison", "sequence"]
 MARKS: dict[str, Kind] = {"targets": "sequence", "variants": "comparison", "sweeps": "comparison"}
@@ -33,7 +34,7 @@ def menu(kind: Kind) -> dict[str, Path]:
 
 
 def _of_kind(folder: Path, kind: Kind) -> list[Path]:
-    return [file for file in sorted(folder.glob("*.yaml")) if kind_of(file) == kind]
+    return [file for file in sorted(folder.glob(FILES)) if kind_of(file) == kind]
 
 
 def kind_of(file: Path) -> Kind | None:
@@ -49,7 +50,7 @@ def kind_of(file: Path) -> Kind | None:
 
 def unreadable() -> list[str]:
     """Return a line for each file of the own recipes that no menu offers."""
-    files = sorted(own_recipes().glob("*.yaml"))
+    files = sorted(own_recipes().glob(FILES))
     return [
         f"{file} is in no menu: it is not a recipe, a comparison or a sequence" for file in files if not kind_of(file)
     ]

@@ -160,8 +160,12 @@ def _disk_bytes(plans: list[Plan]) -> float:
     left = [plan for plan in plans if not all(step.cached for step in plan.steps)]
     weights = {id(plan): parameters_of(plan.recipe, plan.base) or 0 for plan in left}
     models = {_mark(step): weights[id(plan)] for plan in left for step in plan.steps if _leaves_a_model(step)}
-    largest = max((disk_bytes(plan.recipe, weights[id(plan)]) for plan in left), default=0.0)
+    largest = max((disk_bytes(plan.recipe, weights[id(plan)], _open(plan)) for plan in left), default=0.0)
     return largest + KEPT_BYTES * (sum(models.values()) - max(models.values(), default=0.0))
+
+
+def _open(plan: Plan) -> set[str]:
+    return {step.stage for step in plan.steps if not step.cached}
 
 
 def _leaves_a_model(step: Planned) -> bool:

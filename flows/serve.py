@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +30,15 @@ from cfsd.store.locks import held
 from flows._addresses import BACKEND_VARIABLE
 from flows._cli import Home, start
 from flows._deployed import POOL_VARIABLE, deploy, make_pools, pool, run
-from flows._environment import BEAT, HEARTBEAT_SECONDS, SERVERS, is_alive, mlflow_database, recorded_servers
+from flows._environment import (
+    BEAT,
+    HEARTBEAT_SECONDS,
+    SERVERS,
+    is_alive,
+    mlflow_database,
+    recorded_servers,
+    started_at,
+)
 from flows._menu import own_recipes, unreadable
 from flows._prefect_api import database_advice, prefect_lock
 from flows._servers import HOST, answers, log_of, start_server
@@ -61,11 +70,12 @@ def up(ports: dict[str, int]) -> dict[str, dict[str, Any]]:
 def down() -> list[str]:
     """End the servers that this home started and return their names."""
     ended = []
-    for name, entry in reversed(recorded_servers().items()):
-        if is_alive(entry):
-            _end_group(entry)
-            ended.append(name)
-    (home() / SERVERS).unlink(missing_ok=True)
+    with held(home() / ".serve.lock", f"waiting for another process that starts the servers of {home()}"):
+        for name, entry in reversed(recorded_servers().items()):
+            if is_alive(entry):
+                _end_group(entry)
+                ended.append(name)
+        (home() / SERVERS).unlink(missing_ok=True)
     return ended
 
 
@@ -76,7 +86,9 @@ def _keep(running: dict[str, dict[str, Any]]) -> None:
 def _start_pages(running: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
     """Start what has pages and does not run, all at once, and keep what has started also where another one fails."""
     starts = {"prefect": _start_prefect, "mlflow": _start_mlflow, "reports": _start_reports}
-    missing = {name: free_port(ports[name], f"--{name}-port") for name in starts if name not in running}
+    missing: dict[str, int] = {}
+    for name in (name for name in starts if name not in running):
+        missing[name] = free_port(ports[name], f"--{name}-port", missing.values())
     writing = threading.Lock()
 
     def begin(name: str) -> None:
@@ -161,13 +173,14 @@ def _started(
     name: str, command: list[str], url: str, health: str, environment: dict[str, str], advice: str = ""
 ) -> dict[str, Any]:
     process = start_server(name, command, health, advice=advice, env=environment, cwd=ROOT)
-    started = psutil.Process(process.pid).create_time()
-    return {"url": url, "pid": process.pid, "started": started, "log": str(log_of(name))}
+    return {"url": url, "pid": process.pid, "started": started_at(process.pid), "log": str(log_of(name))}
 
 
-def free_port(first: int, option: str = "--prefect-port") -> int:
-    """Return the first port from `first` on that nobody listens on, and say who listens on `first`."""
+def free_port(first: int, option: str = "--prefect-port", promised: Collection[int] = ()) -> int:
+    """Return the first port from `first` on that nobody listens on, nor is going to, and say who listens on `first`."""
     for port in range(first, min(first + 50, 65536)):
+        if port in promised:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -177,7 +190,8 @@ def free_port(first: int, option: str = "--prefect-port") -> int:
                     raise BadEnvironment(f"port {port} needs rights that you do not have; give {option}") from error
                 continue
         if port != first:
-            print(f"port {first} is taken ({listener(first)}); {port} is used, or give another with {option}")
+            whose = "by another server of these" if first in promised else listener(first)
+            print(f"port {first} is taken ({whose}); {port} is used, or give another with {option}")
         return port
     raise BadEnvironment(f"no free port between {first} and {first + 49} on {HOST}; give another with {option}")
 

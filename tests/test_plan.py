@@ -33,7 +33,7 @@ from cfsd.model.folder import count_parameters
 from cfsd.recipe import Recipe
 from cfsd.stages import CHAT, EVALUATE_CHAT, EVALUATE_PROBE, EVALUATE_TARGET, FETCH, FISHER, GENERATE, SHOW, TRAIN
 from cfsd.store.artifact import Artifact
-from flows._plan import Plan, checked, costs, print_plans, walk
+from flows._plan import Plan, _disk_bytes, checked, costs, print_plans, walk
 from flows.mitigate import pipeline
 from tests.conftest import ROOT, write_rows
 
@@ -204,6 +204,9 @@ def test_every_model_that_is_left_to_train_needs_its_place_on_the_disk(
     alone = disk_bytes(recipe, count_parameters(model_folder))
     model = KEPT_BYTES * count_parameters(model_folder)
     needed, machine = alone + (25 - 1 + 4) * model, Machine(device="cpu")  # the largest is in `alone`
+    walked = walk(recipe, machine, pipeline)
+    trained = walked._replace(steps=[step._replace(cached=step.stage == "train") for step in walked.steps])
+    assert 0 < _disk_bytes([trained]) < alone - 12 * count_parameters(model_folder)  # no checkpoint any more
     for free, fits in ((needed + 2 * model, True), (needed - 2 * model, False)):
         usage = shutil.disk_usage(ROOT)._replace(free=int(free))
         monkeypatch.setattr("flows._plan.shutil.disk_usage", lambda _, usage=usage: usage)

@@ -68,6 +68,10 @@ def test_an_override_of_the_wrong_form_is_refused() -> None:
             parse_overrides([text])
 
 
+def test_an_override_may_empty_a_mapping_and_a_template_is_none() -> None:
+    assert parse_overrides(["a={}", "b={answer}", "c={x: 1}"]) == {"a": {}, "b": "{answer}", "c": {"x": 1}}
+
+
 def test_an_override_whose_value_is_no_yaml_is_refused() -> None:
     with pytest.raises(BadInput):
         parse_overrides(["name=[a"])

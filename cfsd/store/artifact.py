@@ -157,10 +157,10 @@ class Store:
     def damage(self, folder: Path, manifest: dict[str, Any], *, full: bool = False) -> list[str]:
         """Return the names of the files that are missing or differ from the manifest.
 
-        `full` reads every byte; otherwise files of known size and mtime are trusted. What is still in the shared store
-        is not missing.
+        `full` reads every byte, so that `find` knows it, too; otherwise files of known size and mtime are trusted.
+        What is still in the shared store is not missing.
         """
-        read = sha256_of_file if full else self.memory.sha256
+        read = self.memory.sha256_anew if full else self.memory.sha256
         files = manifest["files"].items()
         if self.sharing and (folder / PARTIAL).exists():
             files = [(name, sha) for name, sha in files if os.path.lexists(folder / name)]

@@ -29,7 +29,9 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 PLAIN_WIDTH = 160  # of tables in files and pipes
 
 app = typer.Typer(no_args_is_help=True, help="What the store of a data folder holds, and the store that a team shares.")
-Home = Annotated[Path | None, typer.Option("--home", help="Data folder; default: $CFSD_HOME, else ./data")]
+Home = Annotated[
+    str | None, typer.Option("--home", metavar="FOLDER", help="Data folder; default: $CFSD_HOME, else ./data")
+]
 Shared = Annotated[
     str | None,
     typer.Option("--store", metavar="URL", help="Shared store, as s3://bucket/team; default: $CFSD_STORE"),
@@ -38,12 +40,12 @@ Keys = Annotated[list[str] | None, typer.Argument(help="Keys, or what they begin
 console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def opened(folder: Path | None, url: str | None) -> Store:
+def opened(folder: str | None, url: str | None) -> Store:
     """Return the store that the options name. Raises BadInput."""
     if folder is not None:
-        if not str(folder).strip(" ."):
+        if not folder.strip():
             raise BadInput("--home is empty; give a folder, or leave it out for $CFSD_HOME, else ./data")
-        os.environ[HOME_VARIABLE] = str(expanded_user(folder).absolute())
+        os.environ[HOME_VARIABLE] = str(expanded_user(Path(folder)).absolute())
     if url is not None:
         os.environ[STORE_VARIABLE] = url
     if not home().is_dir():

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 class DigestMemory:
-    """sha256 of files, read again only when size or mtime changed.
+    """sha256 of files, read again only when size or mtime changed; of files outside of `home` also when ctime did.
 
-    Paths below `home` are remembered relative to it, so that a moved data folder is not hashed anew.
-    A lost update between two processes costs a second reading, nothing else.
+    A link outside of `home` is what it leads to. Paths below `home` are remembered relative to it, so that a moved data
+    folder is not hashed anew. A lost update between two processes costs a second reading, nothing else.
     """
 
     def __init__(self, home: Path) -> None:
@@ -50,17 +51,30 @@ class DigestMemory:
 
     def sha256(self, path: Path) -> str:
         """Return the sha256 of `path`."""
-        status = path.stat()
-        name, stamp = self._name(path), [status.st_size, status.st_mtime_ns]
-        known = self._load().get(name)
-        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
-            return str(known[2])
+        name, stamp = self._name_and_stamp(path)
+        known = self._known(name, stamp)
+        return known if known is not None else self._read(path, name, stamp)
+
+    def sha256_anew(self, path: Path) -> str:
+        """Return the sha256 of `path`, read in full; where the memory has another one, it is corrected."""
+        name, stamp = self._name_and_stamp(path)
+        digest = sha256_of_file(path)
+        if self._known(name, stamp) not in (None, digest):
+            with suppress(PermissionError):  # a data folder that can only be read
+                self.remember({name: [*stamp, digest]})
+        return digest
+
+    def _read(self, path: Path, name: str, stamp: list[int]) -> str:
         digest = sha256_of_file(path)
         self.remember({name: [*stamp, digest]})
         return digest
 
+    def _known(self, name: str, stamp: list[int]) -> str | None:
+        known = self._load().get(name)
+        return str(known[-1]) if isinstance(known, list) and known[:-1] == stamp else None
+
     def remember(self, entries: dict[str, list[Any]]) -> None:
-        """Add entries of name -> [size, mtime_ns, sha256]."""
+        """Add entries of name -> [size, mtime_ns, sha256], outside of `home` with ctime_ns before the digest."""
         self.home.mkdir(parents=True, exist_ok=True)
         write_json(self.file, self._load() | entries)
 
@@ -71,9 +85,12 @@ class DigestMemory:
             return {}
         return loaded if isinstance(loaded, dict) else {}
 
-    def _name(self, path: Path) -> str:
-        absolute = path.absolute()
-        return str(absolute.relative_to(self.home)) if absolute.is_relative_to(self.home) else str(absolute)
+    def _name_and_stamp(self, path: Path) -> tuple[str, list[int]]:
+        status, absolute = path.stat(), path.absolute()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if absolute.is_relative_to(self.home):
+            return str(absolute.relative_to(self.home)), stamp
+        return str(path.resolve()), [*stamp, status.st_ctime_ns]  # mtimes are copied with files, this one is not
 
 
 def digest_of_files(digests: dict[str, str]) -> str:

@@ -7,7 +7,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,20 @@ class Journal:
     _told: float = field(default=float("-inf"), init=False)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append `values` at `step`, durable when this returns."""
+        """Append `values` at `step`, durable when this returns; after a line that a crash cut short they begin anew."""
         now = time.time()
         lines = (json.dumps({"time": now, "step": step, "name": k, "value": float(v)}) for k, v in values.items())
         with (self.folder / METRICS).open("a") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+            file.write(self._after_a_cut() + "".join(f"{line}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+    def _after_a_cut(self) -> str:
+        with (self.folder / METRICS).open("rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                return ""
+            file.seek(-1, os.SEEK_END)
+            return "" if file.read(1) == b"\n" else "\n"
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Record that `done` of `total` `unit` are finished; of calls in quick succession the first and the last."""
@@ -57,6 +64,15 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        yield from whole_lines(file)
+
+
+def whole_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the records of those lines of metrics that are whole."""
+    for line in lines:
+        try:
+            record = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record

@@ -36,7 +36,7 @@ def used(path: Path, *, alone: bool = False) -> Iterator[bool]:
     Whoever shares it waits for the one that holds it alone, who never waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with path.open("a+b") as file:  # NFS takes a lock that many share only on a file that is open for reading, too
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
         except BlockingIOError:
@@ -48,9 +48,10 @@ def used(path: Path, *, alone: bool = False) -> Iterator[bool]:
 def check_locks(folder: Path) -> None:
     """Raise BadEnvironment where the filesystem of `folder` has no locks, OSError where nothing can be written."""
     path = folder / ".locks-work"
-    with path.open("wb") as file:
+    with path.open("a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return  # another process tries the same
         except OSError as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cfsd.store.artifact import ERROR, LOG, Draft
-from cfsd.store.journal import METRICS, PROGRESS
+from cfsd.store.journal import METRICS, PROGRESS, whole_lines
 from tasks.record.client import console, say, tracked
 from tasks.record.progress import progress_artifact
 from tasks.record.runs import describe, ended, open_step
@@ -142,5 +142,5 @@ class Follower:
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
         self.offset += len(whole.encode())
-        if records := [json.loads(line) for line in whole.splitlines()]:
+        if records := list(whole_lines(whole.splitlines(keepends=True))):
             self.send(records)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import requests
 from hypothesis import given, settings
@@ -26,11 +27,11 @@ from sqlalchemy import create_engine
 
 from cfsd.errors import BadEnvironment, BadInput, CfsdError
 from cfsd.store.disk import full_disk
-from cfsd.store.locks import held
+from cfsd.store.locks import check_locks, held, used
 from flows import _prefect_api, _servers
 from flows._addresses import check_addresses, sqlite_url
 from flows._cli import start
-from flows._environment import check_prefect_settings, mlflow_database, recorded_servers
+from flows._environment import check_prefect_settings, is_alive, mlflow_database, recorded_servers, started_at
 from flows._explained import explained
 from flows._folders import CACHES, check_data_folder, home_from_command_line, settle_user_folders
 from flows._proxies import check_proxies, keep_loopback_from_proxies, leave_out_socks
@@ -413,6 +414,39 @@ def test_a_temporary_folder_without_room_is_replaced(
 
 
 # servers that do not start, ports, locks
+
+
+def test_locks_work_as_on_nfs_which_makes_them_locks_of_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", fcntl.lockf)  # which needs files that are open for reading, or for writing
+    check_locks(tmp_path)
+    with used(tmp_path / "lock") as shared:
+        assert shared
+    with used(tmp_path / "lock", alone=True) as alone:
+        assert alone
+
+
+def test_a_clock_that_is_set_loses_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"url": "", "pid": os.getpid(), "started": started_at(os.getpid())}
+    booted = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted + 3600)  # as NTP does it to both
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted + 3600)
+    assert is_alive(entry) and not is_alive(entry | {"started": "1.00 s into another boot"})
+    of_an_older_version = entry | {"started": psutil.Process().create_time()}
+    assert is_alive(of_an_older_version) and not is_alive(of_an_older_version | {"started": 5.0})
+
+
+def test_servers_that_start_together_take_ports_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    first = free_port(23000)
+    second = free_port(first, "--mlflow-port", [first])
+    assert second > first and f"port {first} is taken (by another server of these)" in capsys.readouterr().out
+
+
+def test_an_empty_address_of_mlflow_is_none(tmp_path: Path) -> None:
+    code = "import flows, os; print(os.environ['MLFLOW_TRACKING_URI'])"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "", "CFSD_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == f"sqlite:///{tmp_path}/mlflow.db", done.stderr
+
 
 STARTS: dict[str, tuple[str, str]] = {
     "words": (

@@ -96,7 +96,7 @@ def test_the_order_of_rows_counts() -> None:
 
 
 def test_memory_reads_again_when_size_or_mtime_changed(tmp_path: Path) -> None:
-    memory, file = DigestMemory(tmp_path / "home"), tmp_path / "file"
+    memory, file = DigestMemory(tmp_path), tmp_path / "file"
     file.write_text("one")
     os.utime(file, ns=(5, 5))
     first = memory.sha256(file)
@@ -105,6 +105,21 @@ def test_memory_reads_again_when_size_or_mtime_changed(tmp_path: Path) -> None:
     assert memory.sha256(file) == first  # size and mtime are trusted
     os.utime(file, ns=(6, 6))
     assert memory.sha256(file) == sha256_of_file(file) != first
+
+
+def test_outside_of_the_data_folder_other_files_of_the_same_size_and_mtime_are_read(tmp_path: Path) -> None:
+    memory, link = DigestMemory(tmp_path / "home"), tmp_path / "latest"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(5, 5))
+    found = []
+    for name in ("a", "b"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        found.append(memory.sha256(link))
+    (tmp_path / "b").write_text("c")
+    os.utime(tmp_path / "b", ns=(5, 5))  # as tar and images set it
+    assert len({*found, memory.sha256(link)}) == 3
 
 
 def test_a_damaged_memory_costs_a_second_reading_only(tmp_path: Path) -> None:

@@ -95,14 +95,25 @@ def test_a_key_may_be_cut_where_it_is_the_only_one(cfsd: Cfsd, store: Store) -> 
     assert cfsd("show", "")[0] == 2
 
 
+@pytest.mark.parametrize("folder", [".", "./"])
+def test_the_data_folder_may_be_the_working_directory(
+    cfsd: Cfsd, world: dict[str, Artifact], store: Store, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(store.home)
+    assert cfsd("ls", "--home", folder)[0] == 0
+    assert "--home is empty" in cfsd("ls", "--home", "")[2]
+
+
 def test_verify_reads_every_byte(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
     assert cfsd("verify") == (0, "everything is as it was made", "")
     file = store.path(world["tuned"]) / "a.txt"
     status = file.stat()
     file.write_text("Tuned")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.find("model", "b" * 16)  # size and mtime are as they were
     code, out, _ = cfsd("verify")
-    assert code == 1 and f"damaged: model {'b' * 16} (a.txt)" in out
+    assert code == 1 and f"damaged: model {'b' * 16} (a.txt)" in out and "the next run that needs it makes it" in out
+    assert store.find("model", "b" * 16) is None
     assert cfsd("verify", "a")[0] == 0
     (store.path(world["base"]) / "manifest.json").write_text("{")
     code, out, _ = cfsd("verify", "a", "c")
