@@ -191,8 +191,9 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     total, unknown = seconds_of(found), [step.stage for step, cost in found if not step.cached and cost.seconds is None]
     console.print(_total(total, unknown, rate, own))
     console.print(f"disk: about {_disk_bytes(plans) / GIB:.1f} GiB for what is left to do")
-    for line in dict.fromkeys(line for plan in plans for line in (*_assumed(plan), *map(_not_here, plan.lacking))):
+    for line in dict.fromkeys(line for plan in plans for line in _assumed(plan)):
         console.print(line, markup=False)
+    print_lacking(plans, console)
     if devices > 1:
         longest = max(seconds_of(costs([plan], own, rate)) for plan in plans)
         console.print(at_once(total, longest, devices))
@@ -213,8 +214,10 @@ def _assumed(plan: Plan) -> Iterator[str]:
         )
 
 
-def _not_here(lacking: str) -> str:
-    return f"not on this machine as it is: {lacking}"
+def print_lacking(plans: list[Plan], console: Console) -> None:
+    """Print what keeps the plans from running on this machine."""
+    for reason in dict.fromkeys(reason for plan in plans for reason in plan.lacking):
+        console.print(f"not on this machine as it is: {reason}", markup=False)
 
 
 def seconds_of(found: Iterable[tuple[Planned, Estimate]]) -> float:

@@ -18,13 +18,15 @@ from cfsd.report.place import report_folder
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.store.artifact import Artifact, Store
 from cfsd.target_sequence import Earlier, TargetSequence, trained_on
-from flows._cli import Home, On, Plan, Set, console, machine_of, start
+from flows._cli import Home, On, Set, console, machine_of, start
+from flows._cli import Plan as PlanOption
 from flows._conclude import Result, show_files
-from flows._plan import Pipeline, checked, print_plans
+from flows._plan import Pipeline, Plan, checked, planned, print_lacking, print_plans
 from flows._temporary_server import prefect_server
 from flows.mitigate import mitigate, pipeline
 from tasks import record
 from tasks.evaluate import Role, evaluate_probe, evaluate_target
+from tasks.fetch import planned_on
 from tasks.report import InTurn, write_sequence
 
 ROLES: tuple[Role, Role] = ("base", "tuned")
@@ -65,9 +67,29 @@ def stages(sequence: TargetSequence, machine: Machine, train: Pipeline) -> list[
     """Train on each target, starting from the model of the one before."""
     run_records: list[RunRecord] = []
     for name, recipe in sequence.recipes().items():
-        on = trained_on(recipe, Store(home()).path(run_records[-1].artifacts["final"])) if run_records else recipe
-        run_records.append(train(on, machine).model_copy(update={"name": name}))
+        before = run_records[-1].artifacts["final"] if run_records else None
+        if before and not before.content:  # it is planned
+            with planned_on(before):
+                made = train(recipe, machine)
+        else:
+            made = train(trained_on(recipe, Store(home()).path(before)) if before else recipe, machine)
+        run_records.append(made.model_copy(update={"name": name}))
     return run_records
+
+
+def planned_in_turn(sequence: TargetSequence, machine: Machine) -> list[Plan]:
+    """Return what a sequence would do: a plan for each stage, on the model before it, and one for what is scored."""
+    plans: list[Plan] = []
+
+    def walked(recipe: Recipe, machine: Machine) -> RunRecord:
+        with planned() as steps:
+            run_record = pipeline(recipe, machine)
+        plans.append(Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"]))
+        return run_record
+
+    with planned() as scoring:
+        in_turn(sequence, machine, walked)
+    return [*plans, plans[0]._replace(steps=scoring)]
 
 
 def measured(run_records: list[RunRecord], recipe: Recipe, machine: Machine) -> Measured:
@@ -106,15 +128,16 @@ def continual_command(
         int | None, typer.Option(min=1, help="Repeats of the whole sequence, each with seeds of its own")
     ] = None,
     home: Home = None,
-    plan: Plan = False,
+    plan: PlanOption = False,
 ) -> None:
     """Train on several targets in turn and say what is left of the earlier ones and of the base."""
     given = {"earlier": earlier, "earlier_fraction": earlier_fraction, "seeds": seeds}
     loaded, on = TargetSequence.load(sequence, set_, **given), machine_of(machine)
-    with checked(recipes_of(loaded.repeats()), on, pipeline, only_plan=plan) as plans:
+    repeats = loaded.repeats()
+    with checked(recipes_of(repeats), on, pipeline, only_plan=plan) as on_first:
         if plan:
-            print_plans(plans, on, console)
-            console.print("Each stage is planned on the first base, since the model before it is not there yet.")
+            print_plans([p for repeat in repeats for p in planned_in_turn(repeat, on)], on, console)
+            print_lacking(on_first, console)
             return
         with prefect_server():
             result = continual(loaded, on)

@@ -1,17 +1,39 @@
 """Bring a model into the store: linked, downloaded, dequantised or, for `tiny`, made from its committed weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.stages import FETCH
 from cfsd.store.artifact import Artifact, Draft
 from tasks._stage import stage
 
+_not_made: ContextVar[Artifact | None] = ContextVar("not_made", default=None)
+
+
+@contextmanager
+def planned_on(model: Artifact) -> Iterator[None]:
+    """Within the block, of a plan, let the base be a model that another plan is going to make."""
+    token = _not_made.set(model)
+    try:
+        yield
+    finally:
+        _not_made.reset(token)
+
 
 def fetch_model(checkpoint: Checkpoint, machine: Machine) -> Artifact:
     """Make a transformers folder of the checkpoint; a plan knows of one that is not made if it has a chat template."""
-    base = _fetch_model(checkpoint, machine)
+    base = _fetch_made(made, machine) if (made := _not_made.get()) else _fetch_model(checkpoint, machine)
     known = {} if base.content else {"chat_template": checkpoint.has_chat_template()}
     return base.model_copy(update={"metadata": base.metadata | known})
+
+
+@stage(FETCH, "model")
+def _fetch_made(draft: Draft, model: Artifact, machine: Machine) -> None:
+    """Stand in a plan for the fetching of a model that is not there yet."""
+    raise NotImplementedError
 
 
 @stage(FETCH, "model")

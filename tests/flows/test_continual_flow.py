@@ -1,17 +1,21 @@
 """Targets in turn: each stage starts from the model before, and every model is scored on every target."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cfsd.errors import BadInput
+from cfsd.machine import Machine
 from cfsd.report.files import read_kept
 from cfsd.report.sequence.files import read_measured
 from cfsd.store.artifact import Store
 from cfsd.store.tables import read_rows
 from cfsd.target_sequence import TargetSequence
+from flows._plan import costs
+from flows.continual import planned_in_turn
 from tests.conftest import Run
 
 SECOND = {"target.prompt": "{response}=", "target.response": "{prompt}", "train.epochs": 1}
@@ -26,7 +30,17 @@ def sequence_file(recipe_file: Path) -> Path:
     return file
 
 
+def planned(sequence_file: Path) -> Counter[tuple[str, bool]]:
+    machine = Machine(device="cpu", threads=1)
+    plans = planned_in_turn(TargetSequence.load(sequence_file), machine)
+    return Counter((step.stage, step.cached) for step, _ in costs(plans, machine, 1e9))
+
+
 def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run, home: Path) -> None:
+    before = planned(sequence_file)
+    assert before["generate", False] == before["fetch", False] == before["train", False] == 2
+    # 3 models on 2 targets, the one between on the second target both as tuned and as the second stage's base
+    assert before["evaluate-target", False] == 7 and before["evaluate-probe", False] == 3
     done = run("continual", sequence_file, "--machine", "threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path(done.stdout.strip().splitlines()[-1]).parent
@@ -54,6 +68,9 @@ def test_every_stage_starts_from_the_model_before(sequence_file: Path, run: Run,
     assert measured and [len(row) for row in measured.scored] == [2, 2, 2]
     assert measured.probes[0] == first.after.probe  # the first stage's own base is the first base
     assert Store(home).path(second.artifacts["final"]).is_dir()
+    after = planned(sequence_file)
+    assert all(cached for _, cached in after) and after["generate", True] == after["fetch", True] == 2
+    assert after["evaluate-target", True] == before["evaluate-target", False]
 
 
 @pytest.mark.slow

@@ -148,8 +148,8 @@ def test_a_recipe_of_ones_own_is_in_the_menu_after_the_next_deployment(home: Pat
     (own / "broken.yaml").write_text("name: [")
     assert menu("recipe")["mine"] == own / "mine.yaml" and menu("recipe")["own/tiny"] == own / "tiny.yaml"
     assert menu("recipe")["tiny"] == TINY
-    (own / "other.yml").write_bytes(TINY.read_bytes())
-    assert menu("recipe")["other"] == own / "other.yml"
+    (own / "zero.yml").write_bytes(TINY.read_bytes())
+    assert menu("recipe")["zero"] == own / "zero.yml"
     assert schema_of(mitigate_form)["properties"]["recipe"]["enum"][:2] == ["mine", "own/tiny"]
     [line] = unreadable()
     assert line.startswith(str(own / "broken.yaml"))
