@@ -19,6 +19,7 @@ from cfsd.generate.trial import SLOWER, check_sampling, slower_path
 from cfsd.machine import Machine
 from cfsd.model.architecture import auxiliary_loss, context_of
 from cfsd.model.checkpoint import Checkpoint
+from cfsd.select.embed import _means
 from cfsd.store.artifact import Store
 from cfsd.train.adapters import adapt, trained_by
 from cfsd.train.loss.objective import Objective, head_of, losses
@@ -38,6 +39,15 @@ def test_a_familys_row_of_the_table_is_measured_again(name: str) -> None:
     line = line_of(measure(family(name)))
     assert "INEXACT" not in line
     assert line in PAGE.read_text().splitlines(), "python -m benchmarks.architectures writes the page"
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_a_familys_rows_have_a_vector_each(name: str) -> None:
+    """Selection reads them from the part before the output layer, which not every class names alike."""
+    model = family(name).model()
+    width = model.get_output_embeddings().weight.shape[1]
+    vectors = _means(model, [[START, 5, 6], [START, 7]], width, 64)
+    assert vectors.shape == (2, width) and bool((vectors[0] != vectors[1]).any())
 
 
 PHI = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}

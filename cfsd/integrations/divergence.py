@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from cfsd.errors import BadInput
 from cfsd.integrations.corpus import corpus_folder
-from cfsd.integrations.rehearsal import BorrowedObjective
+from cfsd.integrations.rehearsal import BorrowedObjective, check_present
 from cfsd.machine import Machine
 from cfsd.model.undisturbed import mode_kept
 from cfsd.store.tables import read_rows
@@ -33,7 +33,9 @@ class DivergenceCallback(TrainerCallback):
                 "at least one sample, such as probe='data/store/corpus/KEY'"
             )
         self.trainer, self.every = trainer, every
-        self._objective = BorrowedObjective(trainer.model, MEASURED)
+        check_present(trainer.model)
+        with trainer.accelerator.autocast():  # some attention takes no float32
+            self._objective = BorrowedObjective(trainer.model, MEASURED)
         found = {name: _counted(name, corpus_folder(folder))[:rows] for name, folder in samples.items()}
         most = Machine().micro_batch_tokens
         model = self._objective.model
@@ -47,7 +49,9 @@ class DivergenceCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure where it is due."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            asked = control.should_log  # which a log takes back, although the trainer's own is yet to come
             Trainer.log(self.trainer, self.measure())  # not the log of a subclass, which empties its own means
+            control.should_log = asked
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

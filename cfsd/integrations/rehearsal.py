@@ -86,14 +86,13 @@ class Rehearsing(Trainer):
         check_stored(self.corpus, self.rehearsal)
         super().__init__(*args, **named)
         check_training(self)
+        check_present(self.model)
         self._rows = CorpusRows(self.corpus)
-        self._objective = BorrowedObjective(self.model, self.rehearsal)
-        model = self._objective.model
+        with self.accelerator.autocast():  # some attention takes no float32
+            self._objective = BorrowedObjective(self.model, self.rehearsal)
+            check_base(self.corpus, self._objective.model, max_gap)
         if self.args.neftune_noise_alpha:  # noise in the embeddings, from a hook of the training mode
             self._objective.drops = self._objective.apart = True
-        if not any(parameter.is_meta for parameter in model.parameters()):  # another process has the weights
-            with self.accelerator.autocast():
-                check_base(self.corpus, model, max_gap)
         self._batches: Batches | None = None
         self._rehearsed_step = -1
         self._since_log: list[list[float]] = []  # of each step, this process' share of loss, divergence and its tokens
@@ -127,8 +126,10 @@ class Rehearsing(Trainer):
 
         Processes' gradients, and losses, are averaged: each counts as many times as there are processes.
         """
-        share = self._share()
         model.train()
+        if callable(to_training := getattr(self.optimizer, "train", None)):  # schedule-free: back from its averages
+            to_training()
+        share = self._share()
         total = divergence = 0.0
         alone = nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
         with alone, self._objective.borrowed():
@@ -188,7 +189,11 @@ def check_training(trainer: Any) -> None:
         "DeepSpeed, which takes an optimizer step with every backward pass": accelerator.distributed_type
         == DistributedType.DEEPSPEED,
         "tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
+        "a layer-wise optimizer or LOMO, which takes a step with every backward pass": any(
+            kind in str(getattr(trainer.args, "optim", "")).lower() for kind in ("layerwise", "lomo")
+        ),
         "nn.DataParallel, one process with several GPUs": trainer.args.n_gpu > 1,
+        "a model that is spread over several devices (device_map)": getattr(trainer, "is_model_parallel", False),
         "torch_compile, which would not see that the forward pass changes": trainer.args.torch_compile,
         "auto_find_batch_size, which takes the first step again and would not rehearse in it": getattr(
             trainer.args, "auto_find_batch_size", False
@@ -202,4 +207,13 @@ def check_training(trainer: Any) -> None:
         raise BadInput(
             f"rehearsal does not work with {found[0]}; allowed: one process, several under torchrun or accelerate "
             "launch (DDP, FSDP), with or without LoRA"
+        )
+
+
+def check_present(model: Any) -> None:
+    """Raise BadInput where the weights of `model` are with another process, so that nothing can be tried with it."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BadInput(
+            "the model has no weights in this process, as with FSDP's cpu_ram_efficient_loading; set "
+            "fsdp_cpu_ram_efficient_loading: false, so that every process loads them"
         )

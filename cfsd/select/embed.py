@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from cfsd.errors import NotFinite
 from cfsd.machine import Machine
 from cfsd.model.batching import arrange, pad
+from cfsd.model.decoder import decoder_of
 from cfsd.model.loading import load_for_measuring
 from cfsd.store.artifact import Artifact, Draft
 from cfsd.store.digests import write_json
@@ -68,7 +69,7 @@ def open_embedding(folder: Path) -> Array:
 def _means(model: PreTrainedModel, rows: list[list[int]], width: int, max_tokens: int) -> Array:
     """Return the mean hidden state of each row; padding is known by length. B rows, T tokens, D numbers."""
     means = np.empty((len(rows), width), dtype=np.float32)
-    backbone: Any = model.base_model
+    backbone: Any = decoder_of(model)
     with torch.inference_mode():
         for group in arrange([len(row) for row in rows], max_tokens):
             token_ids_BT = pad([rows[i] for i in group]).to(model.device)

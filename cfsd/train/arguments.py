@@ -16,7 +16,8 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
     """Return the arguments of one process, but for the number of steps, which is not known yet."""
     device = machine.resolved_device()
     sharded = machine.resolved_sharding() == "shard"
-    kernels = device == "cuda" and is_liger_kernel_available()
+    # beside a live base, which has none, the two would not be one function where training begins
+    kernels = device == "cuda" and is_liger_kernel_available() and not spec.needs_base()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=spec.learning_rate,

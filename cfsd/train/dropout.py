@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cfsd.model.decoder import decoder_of
 from cfsd.model.undisturbed import mode_kept, seeded
-from cfsd.train.loss.packed import decoder_of
 
 TRIAL = (2, 16)  # rows, tokens
 

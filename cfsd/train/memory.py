@@ -95,7 +95,7 @@ def load_of(spec: TrainSpec, machine: Machine) -> Load:
         machine.micro_batch_tokens,
         machine.resolved_training_processes(),
         sharded=machine.resolved_sharding() == "shard",
-        checkpointing=machine.gradient_checkpointing,
+        checkpointing=machine.gradient_checkpointing and not spec.methods.lora.dropout,  # rehearsal passes without
         bfloat16=spec.in_bfloat16(machine),
         adapter=spec.methods.adapter(),
         optimizer=spec.optimizer,

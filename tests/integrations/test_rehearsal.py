@@ -17,7 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import TrainingArguments
+from transformers import AttentionInterface, AttentionMaskInterface, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.training_args import OptimizerNames
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.divergence import divergence
@@ -194,6 +197,15 @@ def test_the_callback_logs_the_divergence_along_each_sample(world: World, tmp_pa
     assert trainer.model.training
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_the_callback_leaves_the_trainers_own_log_alone(world: World, tmp_path: Path, every: int) -> None:
+    trainer = trainer_of(world, tmp_path, given={"logging_steps": 2, "max_steps": 4})
+    trainer.add_callback(DivergenceCallback(trainer, every=every, probe=world.store.path(world.sample)))
+    trainer.train()
+    steps = {name: [e["step"] for e in trainer.state.log_history if name in e] for name in ("probe_kl", "loss")}
+    assert steps == {"probe_kl": list(range(every, 5, every)), "loss": [2, 4]}
+
+
 def divergence_along(world: World, trainer: Any, folder: Path) -> float:
     rows = read_rows(folder, "corpus", ["token_ids", "logprobs"])
     masks = [[value is not None for value in row["logprobs"]] for row in rows]
@@ -296,6 +308,9 @@ PROMPTS = SimpleNamespace(active_peft_config=SimpleNamespace(is_prompt_learning=
     ({"args.n_gpu": 2}, "nn.DataParallel, one process with several GPUs"),
     ({"args.torch_compile": True}, "torch_compile, which"),
     ({"args.auto_find_batch_size": True}, "auto_find_batch_size, which takes the first step again"),
+    ({"args.optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "a layer-wise optimizer or LOMO"),
+    ({"args.optim": "adalomo"}, "a layer-wise optimizer or LOMO"),
+    ({"is_model_parallel": True}, "a model that is spread over several devices"),
     ({"model_init": lambda: None}, "model_init, which makes a new model"),
     ({"model": PROMPTS}, "PEFT's prompt learning"),
 ])  # fmt: skip
@@ -309,6 +324,57 @@ def test_trainings_in_which_it_would_be_wrong_are_refused(change: dict[str, Any]
         setattr(getattr(trainer, holder) if holder else trainer, attribute, value)
     with pytest.raises(BadInput, match=f"rehearsal does not work with {named}"):
         check_training(trainer)
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused(world: World, tmp_path: Path) -> None:
+    """As on all processes but the first under FSDP with cpu_ram_efficient_loading."""
+    trainer = trainer_of(world, tmp_path)
+    trainer.model.to("meta")
+    with pytest.raises(BadInput, match="set fsdp_cpu_ram_efficient_loading: false"):
+        DivergenceCallback(trainer, every=1, probe=world.store.path(world.sample))
+
+
+def no_float32(module: Any, query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Any:
+    """Attention as FlashAttention's is called by transformers: cast under autocast, refused otherwise."""
+    if query.dtype == torch.float32:
+        assert torch.is_autocast_enabled("cpu"), "FlashAttention only supports fp16 and bf16"
+        query, key, value = (part.bfloat16() for part in (query, key, value))
+    return sdpa_attention_forward(module, query, key, value, *more, **named)
+
+
+def test_an_attention_that_takes_no_float32_is_only_used_under_autocast(world: World, tmp_path: Path) -> None:
+    AttentionInterface.register("no_float32", no_float32)
+    AttentionMaskInterface.register("no_float32", sdpa_mask)
+    model = base_of(world)
+    model.set_attn_implementation("no_float32")
+    trainer = trainer_of(world, tmp_path, model, given={"bf16": True, "max_steps": 2})
+    trainer.add_callback(DivergenceCallback(trainer, every=1, probe=world.store.path(world.sample)))
+    trainer.train()
+    assert len(logged(trainer, "rehearsal_loss")) == len(logged(trainer, "probe_kl")) == 2
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers: evaluation is at other weights until the next call of train()."""
+
+    mode = "train"
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_rehearsal_is_at_the_weights_that_are_trained_after_an_evaluation_at_others(
+    world: World, tmp_path: Path
+) -> None:
+    given = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    trainer = trainer_of(world, tmp_path, given=given, eval_dataset=Plain(world))
+    trainer.optimizer = Averaging(trainer.model.parameters(), lr=1e-3)
+    seen, share = [], trainer._share
+    trainer._share = lambda: (seen.append(trainer.optimizer.optimizer.mode), share())[1]
+    trainer.train()
+    assert seen == ["train"] * 3 and len(logged(trainer, "eval_loss")) == 3
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from cfsd.mix.weigh import weigh
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import CORPUS, LOSSES, TARGET, read_rows, shard_path, table_of, write_shard
-from cfsd.train.batches.mixture import MixtureRows
+from cfsd.train.batches.mixture import Mask, MixtureRows
 from cfsd.train.methods import Methods
 from tests.conftest import fetched_with_nan, write_rows
 
@@ -152,6 +152,20 @@ def test_every_response_token_has_the_weight_of_the_formula(
     assert metadata["smallest_weight"] == pytest.approx(min(shown))
     assert metadata["median_weight"] == pytest.approx(statistics.median(shown))
     assert metadata["largest_weight"] == pytest.approx(max(shown))
+
+
+@pytest.mark.parametrize("flow", ["off", "sample", "token"])
+def test_of_tokens_that_stm_leaves_the_mean_weight_is_one(world: World, flow: Flow) -> None:
+    every = [loss for tokens in world.by_hand() for loss in tokens]
+    mask = Mask(world.store.path(world.losses), lambda nll: nll < statistics.median(every))
+    rows = MixtureRows(world.store.path(world.mixed(flow)), mask=mask)
+    found: list[float] = []
+    for row in (rows[i] for i in range(rows.sources().count("target"))):
+        inner = row.weights or [1.0] * len(row.token_ids)
+        found += [row.weight * w for w, on in zip(inner, row.supervised, strict=True) if on]
+    assert len(found) == len(every) // 2 and statistics.fmean(found) == pytest.approx(1, rel=1e-5)
+    assert (len(set(found)) > 1) == (flow != "off")
+    assert rows[len(rows) - 1].weight == 1.0  # of the rehearsal
 
 
 @pytest.mark.parametrize("flow", ["sample", "token"])

@@ -43,6 +43,44 @@ def case(dtype: torch.dtype = torch.float64, softcap: float | None = None, scale
     return Case(given, next_N, normal(N).abs(), normal(N, D), head, softcap, scale)
 
 
+def test_what_is_only_measured_makes_no_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trained output layer it would be as large as the layer."""
+    c = case()
+    wanted = token_losses(c.given[0], Head(*c.given[1:]), c.next_N, c.coefficient_N).loss_N
+    monkeypatch.setattr(token_loss._Chunk, "slope", None)
+    with torch.no_grad():
+        found = token_losses(c.given[0], Head(*c.given[1:]), c.next_N, c.coefficient_N)
+    assert torch.equal(found.loss_N, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_float16_a_token_among_thousands_keeps_its_slope(kind: str) -> None:
+    """1/16384 of a flat law is below float16's least number."""
+    many, width = 4000, 16
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(many, width, generator=generator) * 0.1).requires_grad_()
+    hidden = torch.randn(N, width, generator=generator)
+    next_N, coefficient_N = torch.randint(0, many, (N,), generator=generator), torch.full((N,), 1 / 16384)
+    law_NV = ((hidden + 0.1) @ weight.detach().T).log_softmax(-1)
+    top = law_NV.topk(K)
+    drawn_N = law_NV.gather(1, next_N[:, None])[:, 0]
+    rest_N = law_NV.scatter(1, top.indices, -torch.inf).logsumexp(-1)
+    stored = Stored(top.indices, top.values, rest_N, drawn_N)
+    live = Reference(hidden_MD=hidden + 0.1, head=Head(weight.detach()))
+    reference = {"nll": None, "kl": live, "sampled": Reference(stored), "bucket": Reference(stored, "bucket")}[kind]
+
+    def gradients(*, half: bool) -> list[Tensor]:
+        states, weight.grad = hidden.clone().requires_grad_(), None
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total = token_losses(states, Head(weight), next_N, coefficient_N, reference).total
+        (total * 65536).backward()
+        assert states.grad is not None and weight.grad is not None
+        return [states.grad / 65536, weight.grad / 65536]
+
+    for wanted, found in zip(gradients(half=False), gradients(half=True), strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.01
+
+
 def log_distribution(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> Tensor:

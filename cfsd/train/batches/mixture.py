@@ -34,6 +34,7 @@ class MixtureRows:
         if mask:
             place = table.column_names.index("supervised")
             table = table.set_column(place, "supervised", _masked(table, mask))
+        self._target_scale = _to_mean_one(table) if mask else 1.0
         encoded = pc.dictionary_encode(table["source"])
         self._table = table.drop_columns(["row_id", "source"]).append_column("source", encoded)
 
@@ -44,12 +45,12 @@ class MixtureRows:
     def __getitem__(self, index: int) -> Row:
         """Return one row."""
         row = {name: self._table[name][index] for name in self._table.column_names}
-        weights = row.get("token_weights")
+        weights, source = row.get("token_weights"), row["source"].as_py()
         return Row(
-            row["source"].as_py(),
+            source,
             _list(row["token_ids"]),
             _list(row["supervised"]),
-            row["weight"].as_py(),
+            row["weight"].as_py() * (self._target_scale if source == "target" else 1.0),
             _list(weights) if weights is not None and weights.is_valid else None,
             row["corpus_row"].as_py(),
         )
@@ -81,6 +82,17 @@ def _places(mixture: pa.Table, corpus: Path | None) -> list[int | None]:
     numbers = {key: number for number, key in enumerate(known)}
     keys = zip(mixture["source"].to_pylist(), mixture["row_id"].to_pylist(), strict=True)
     return [numbers.get(key) for key in keys]
+
+
+def _to_mean_one(mixture: pa.Table) -> float:
+    """Return what the target's weights are multiplied by, so that those of its supervised tokens are 1 on average."""
+    rows = mixture.filter(pc.equal(mixture["source"], "target"))
+    lengths = pc.list_value_length(rows["token_ids"]).to_numpy()
+    counted = pc.list_flatten(rows["supervised"]).to_numpy(zero_copy_only=False)
+    weights = np.repeat(rows["weight"].to_numpy().astype(np.float64), lengths)
+    if "token_weights" in rows.column_names:
+        weights *= pc.list_flatten(rows["token_weights"]).to_numpy()
+    return float(counted.sum() / weights[counted].sum())
 
 
 def _masked(mixture: pa.Table, mask: Mask) -> pa.Array:

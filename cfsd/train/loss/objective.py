@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsd.model.architecture import auxiliary_loss
+from cfsd.model.decoder import decoder_of
 from cfsd.model.undisturbed import mode_kept
 from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.dropout import has_dropout
-from cfsd.train.loss.packed import decoder_of, packed_forward, prepare_packed
+from cfsd.train.loss.packed import packed_forward, prepare_packed
 from cfsd.train.loss.token_loss import Head, Reference, TargetLoss, token_losses
 from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
@@ -79,7 +80,8 @@ class Objective:
         if self.head_of(self.model) is None:
             notes.append("the output is more than one linear layer: all logits of a micro-batch are held at once")
         if self.drops:
-            notes.append("rehearsal rows pass the model apart from the target's, without its dropout")
+            without = "its dropout, and without gradient checkpointing where that is on"
+            notes.append(f"rehearsal rows pass the model apart from the target's, without {without}")
         return notes
 
     def remove(self) -> None:
@@ -255,4 +257,5 @@ def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
         return False
     own, theirs = (part.to(torch.promote_types(part.dtype, torch.float32)).softmax(-1) for part in (logits, wanted))
     apart = 0.5 * (own - theirs).abs().sum(-1).max()
-    return bool(apart <= (MAX_APART if model.dtype.itemsize > 2 else MAX_APART_HALF))  # not with NaN
+    halves = model.dtype.itemsize <= 2 or torch.is_autocast_enabled(model.device.type)
+    return bool(apart <= (MAX_APART_HALF if halves else MAX_APART))  # not with NaN

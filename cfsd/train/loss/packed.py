@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cfsd.model.architecture import sees_all
+from cfsd.model.decoder import decoder_of
 from cfsd.model.undisturbed import mode_kept
 
 ATTENTION = "cfsd_packed"
@@ -62,17 +63,6 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return what gives the hidden states before the output layer; where there is no such part, the model itself.
-
-    `base_model` is found by a name, which some classes give wrongly (Llama 4's text model).
-    """
-    inner: nn.Module = model.base_model
-    if inner is not model:
-        return inner
-    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
-
-
 @torch.no_grad()
 def prepare_packed(model: PreTrainedModel) -> bool:
     """Make `model` ready for `packed_forward`, and say whether it is; where it is not, it stays as it was.
@@ -85,7 +75,9 @@ def prepare_packed(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu" or plain != "sdpa" or not sees_all(config.to_dict()):
         return False
     model.set_attn_implementation(ATTENTION)
-    if _agree(model):
+    with torch.autocast("cpu", enabled=False):  # to see more than rounding
+        agree = _agree(model)
+    if agree:
         return True
     model.set_attn_implementation(plain)
     return False

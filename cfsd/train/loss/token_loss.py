@@ -117,7 +117,9 @@ def token_losses(
 ) -> TokenLosses:  # fmt: skip
     """Return the losses of N tokens: those of `target` for the first, of `reference` for the last M, else -log p."""
     apply: Any = _ChunkedLoss.apply
-    return TokenLosses(*apply(hidden_ND, head.weight_VD, head.bias_V, head, next_N, coefficient_N, reference, target))
+    differentiated = torch.is_grad_enabled()  # within it never
+    inputs = hidden_ND, head.weight_VD, head.bias_V, head, next_N, coefficient_N, reference, target
+    return TokenLosses(*apply(*inputs, differentiated))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -126,14 +128,16 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: Head, next_N: Tensor,
-        coefficient_N: Tensor, reference: Reference | None, target: TargetLoss | None,
+        coefficient_N: Tensor, reference: Reference | None, target: TargetLoss | None, differentiated: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         device = hidden_ND.device.type
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        if cast == torch.float16:  # slopes of a token among thousands are below its least number
+            cast = torch.float32
         inputs = (hidden_ND, weight_VD, bias_V)
         grads = [
-            None if t is None or not need else torch.zeros_like(t, dtype=exact)
+            torch.zeros_like(t, dtype=exact) if t is not None and need and differentiated else None
             for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
         parts = [hidden_ND.new_zeros(len(next_N), dtype=exact) for _ in range(4)]
@@ -158,7 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor, *_: Any) -> Any:
         grads = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
         ctx.grads = []
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
