@@ -30,6 +30,7 @@ class Manners:
     strings: bool = False  # give pieces of text, no ids
     text_prompts: bool = False  # refuse ids as prompts
     chat: bool = True
+    no_content: int = 0  # of so many chats the first is answered with null; 1: each
     extra_start: bool = False  # put a start token before every prompt
     list_end: bool = True
     count_end: bool = False  # although it is not listed
@@ -54,7 +55,7 @@ class Loopback:
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.now = self.most = 0
+        self.now = self.most = self.chats = 0
         self.distributions = _laws.setdefault(model, {})
         self.url = ""
 
@@ -95,7 +96,12 @@ class Loopback:
         prompt = "".join(message["content"] for message in body["messages"])
         answer = self.complete({**body, "prompt": prompt})
         (choice,) = answer["choices"]
-        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": choice["text"]}}]}
+        with self.lock:
+            self.chats += 1
+            silent = self.manners.no_content and self.chats % self.manners.no_content == 1 % self.manners.no_content
+        content, finish = (None, "length") if silent else (choice["text"], choice["finish_reason"])
+        message = {"role": "assistant", "content": content}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request that is in order."""

@@ -13,7 +13,6 @@ from cfsd.spec import digest_of
 from cfsd.stages import CHAT
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.forgetting import chance_correction, reach_of, worsening
-from cfsd.statistics.pairing import paired_by_document
 from cfsd.store.artifact import Store
 from cfsd.store.tables import read_rows
 
@@ -37,8 +36,7 @@ def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
 
 def _benchmark(store: Store, run_record: RunRecord, name: str) -> Measured:
     scores = [side.benchmarks[name] for side in (run_record.before, run_record.after)]
-    metric = metric_of(scores[0])
-    pairs = paired_by_document(*(first_scores(store, artifact) for artifact in scores))
+    metric, pairs = metric_of(scores[0]).paired(*(first_scores(store, artifact) for artifact in scores))
     base, tuned, counts = (pairs[column].to_numpy(float) for column in ("base", "tuned", "count"))
     return Measured(
         unit={"binary": FRACTION, "perplexity": NATS}.get(metric.kind, metric.metric),

@@ -102,6 +102,11 @@ class Benchmark(Spec):
                     f"{', '.join(OUTPUT_TYPES)}; correct it"
                 )
             self.check_answers(str(kind))
+            if self.thinking_end is not None and definition.config.get("gen_prefix"):
+                raise BadInput(
+                    f"benchmark {self.name} begins the answer itself (gen_prefix), so that no reasoning comes before "
+                    "it: leave thinking_end out"
+                )
         _check_data(self.name, definition)
         if not is_hub(definition):
             check_settings(self.name, definition)

@@ -103,7 +103,19 @@ def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) ->
         if written := {role: ends for role, ends in endings.items() if ends}:
             answers[name] = written
         said += [f"{name}: {warning}" for role, metadata in scores.items() for warning in _warnings(role, metadata)]
+        said += [f"{name}: {warning}" for warning in _decoded_otherwise(*scores.values())]
     return {"answers": answers, "evaluation_warnings": list(dict.fromkeys(said))}
+
+
+def _decoded_otherwise(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that answers were written by other rules, which may be all that a difference shows."""
+    own = base.get("decoding", {}), tuned.get("decoding", {})
+    if own[0] != own[1]:
+        said = [", ".join(f"{name}={value}" for name, value in one.items()) or "none" for one in own]
+        yield (
+            f"answers were decoded by each checkpoint's own generation_config.json, and these differ (base: {said[0]}; "
+            f"tuned: {said[1]}); give both folders the same one"
+        )
 
 
 def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -115,7 +127,7 @@ def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:
     if (share := metadata.get("unfinished", 0)) > WORTH_SAYING:
         yield f"{share:.0%} of the {role} model's answers never came out of their reasoning and count as empty"
     if left_out := metadata.get("left_out"):
-        yield f"the metric does not apply to {left_out} documents, which are left out"
+        yield f"the metric does not apply to {left_out} of the {role} model's answers, which are left out"
     yield from (f"lm-eval: {said}" for said in list(metadata.get("warnings", ()))[:MAX_SAID])
 
 

@@ -49,6 +49,19 @@ class Measure(BaseModel):
     chance: float | None = Field(ge=0, lt=1)
     kind: Literal["binary", "mean", "perplexity"]
     per: str = "token"
+    left_out: int | None = None  # documents without a value, of a metric that need not apply to an answer; None: of all
+
+    def paired(self, before: pd.DataFrame, after: pd.DataFrame) -> tuple[Self, pd.DataFrame]:
+        """Return the scores of both models paired, and the measure with the kind that holds for both.
+
+        A metric that gave one model 0 and 1 alone may give the other a share.
+
+        Raises: ValueError naming the documents, as `paired_by_document`, and for several filters or impossible counts.
+        """
+        pairs = paired_by_document(before, after, common=self.left_out is not None)
+        _check_pairs(pairs, self)
+        between = self.kind == "binary" and not pairs[["base", "tuned"]].isin([0.0, 1.0]).to_numpy().all()
+        return self.model_copy(update={"kind": "mean"} if between else {}), pairs
 
     @model_validator(mode="after")
     def _perplexity_is_a_loss(self) -> Self:
@@ -101,12 +114,11 @@ def benchmark_forgetting(
     One row per document: `doc_id`, `filter`, `doc_hash`, `value`, `count` (tokens for a perplexity, else 1).
     The result does not depend on the order of the rows, and is fixed by `seed`.
 
-    Raises: ValueError naming benchmark and documents: unpaired, repeated or different ones, values not finite or not of
-        the measure's kind, several filters at once.
+    Raises: ValueError naming benchmark and documents: unpaired, repeated or different ones, values not finite, several
+        filters at once.
     """
     try:
-        pairs = paired_by_document(before, after)
-        _check_kind(pairs, measure)
+        measure, pairs = measure.paired(before, after)
     except ValueError as error:
         raise ValueError(f"benchmark {name}: {error}") from error
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
@@ -133,7 +145,7 @@ def benchmark_forgetting(
 
 def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units:
     """Return a benchmark's forgetting document by document; for arguments and errors see `benchmark_forgetting`."""
-    pairs = paired_by_document(before, after)
+    measure, pairs = measure.paired(before, after)
     base, tuned, counts = (pairs[column].to_numpy() for column in ("base", "tuned", "count"))
     documents = pairs[["filter", "doc_id", "doc_hash"]].astype(str).itertuples(index=False)
     names = tuple(":".join((name, *document)) for document in documents)
@@ -143,7 +155,7 @@ def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd
 
 def chance_corrected_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units | None:
     """Return the same as a part of mean forgetting; None where the benchmark does not count for it."""
-    units, pairs = benchmark_units(name, measure, before, after), paired_by_document(before, after)
+    units, (measure, pairs) = benchmark_units(name, measure, before, after), measure.paired(before, after)
     correction = chance_correction(measure, *(pairs[side].to_numpy() for side in ("base", "tuned")))
     return None if correction is None else units._replace(unit=FRACTION, scale=correction)
 
@@ -241,7 +253,7 @@ def mean_forgetting(forgotten: Iterable[BenchmarkForgetting]) -> Figure | None:
     return mean_of([figure for _, figure in corrected], FRACTION) if corrected else None
 
 
-def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:
+def _check_pairs(pairs: pd.DataFrame, measure: Measure) -> None:
     filters = sorted(pairs["filter"].unique())
     if len(filters) > 1:
         raise ValueError(f"scores of several filters ({', '.join(map(str, filters))}); give those of one")
@@ -251,6 +263,3 @@ def _check_kind(pairs: pd.DataFrame, measure: Measure) -> None:
         refuse(pairs, tokenless, "without a positive count of tokens")
         return
     refuse(pairs, counts != 1, "with a count other than 1, which only a perplexity may have")
-    if measure.kind == "binary":
-        between = ((sums != 0) & (sums != 1)).any(axis=1)
-        refuse(pairs, between, f"whose {measure.metric} is neither 0 nor 1; its kind is mean, not binary")

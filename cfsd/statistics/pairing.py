@@ -8,14 +8,18 @@ KEY = ["filter", "doc_id"]
 COLUMNS = [*KEY, "doc_hash", "value", "count"]
 
 
-def paired_by_document(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+def paired_by_document(before: pd.DataFrame, after: pd.DataFrame, *, common: bool = False) -> pd.DataFrame:
     """Return one row per document, sorted: `filter`, `doc_id`, `doc_hash`, `count`, `base`, `tuned`.
+
+    `common`: documents on one side only are left out, as of a metric that does not apply to every answer.
 
     Raises: ValueError naming the documents: missing columns, no rows, a document repeated, on one side only, or with
         another hash or count on the other side, a value that is not finite.
     """
     sides = [_checked(side, frame) for side, frame in (("base", before), ("tuned", after))]
     joined = sides[0].merge(sides[1], on=KEY, how="outer", suffixes=("_base", "_tuned"), indicator=True)
+    if common and (joined["_merge"] == "both").any():
+        joined = joined[joined["_merge"] == "both"]
     for side, only in (("base", "left_only"), ("tuned", "right_only")):
         refuse(joined, joined["_merge"] == only, f"scored for the {side} model only; score both on the same")
     changed = joined["doc_hash_base"] != joined["doc_hash_tuned"]

@@ -118,6 +118,21 @@ def test_an_end_mark_may_be_a_special_token(chain: Any, tmp_path: Path) -> None:
     assert list(scores_of(*chain, tmp_path, name, thinking_end="<t>").rows["value"]) == [1]
 
 
+@pytest.mark.parametrize("penalty", [None, 1.5])
+def test_a_checkpoints_own_limit_is_not_the_benchmarks(chain: Any, tmp_path: Path, penalty: float | None) -> None:
+    model, tokenizer = copy.deepcopy(chain[0]), chain[1]
+    name = written(tmp_path, "c")
+    model.generation_config.max_new_tokens, model.generation_config.repetition_penalty = 20, penalty
+    rows, metadata = scores_of(model, tokenizer, tmp_path, name)
+    assert metadata["max_gen_toks"] == 6 and len(rows["answer"][0].split(" [")[0]) <= 6
+    assert metadata.get("decoding") == (None if penalty is None else {"repetition_penalty": "1.5"})
+
+
+def test_reasoning_before_an_answer_that_is_begun_already_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"questions begins the answer itself \(gen_prefix\).*leave thinking_end out"):
+        Benchmark(name="questions", thinking_end="</think>").check()
+
+
 def test_answers_at_the_limit_are_counted_without_reasoning_too(chain: Any, tmp_path: Path) -> None:
     name = written(tmp_path, "abcd")
     rows, metadata = scores_of(*chain, tmp_path, name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +191,35 @@ def test_a_server_that_fails_on_the_way_is_named_without_its_key(
             log_scores(model, benchmark, home, max_length=None, in_flight=2)
     assert "secret" not in str(caught.value) + "".join(capfd.readouterr())
     assert "secret" not in "".join(path.read_text() for path in home.rglob("*") if path.is_file())
+
+
+def test_answers_without_content_are_counted_and_refused_where_there_are_no_others(world: World, home: Path) -> None:
+    """As of a reasoning parser that met the limit before the reasoning ended."""
+    from cfsd.evaluate.harness.served import log_scores
+    from cfsd.evaluate.served import find_served
+
+    benchmark = Benchmark(name="instructions", limit=4, max_gen_toks=4)
+    for every, share in ((4, "1 of 4"), (1, "4 of 4")):
+        manners = Manners(no_content=every)
+        with serving(world.servers[0].model, world.servers[0].tokenizer, manners) as server:
+            model = find_served(f"{server.url}/v1", [benchmark], None)
+            expected = nullcontext([]) if every > 1 else pytest.raises(BadInput, match=f"{share} answers came without")
+            with expected:
+                said = log_scores(model, benchmark, home, max_length=None, in_flight=1)
+                assert any(f"{share} answers came without content, 1 of them cut at the limit" in line for line in said)
+
+
+@pytest.mark.parametrize(("given", "limit"), [
+    ({"max_tokens": 3, "max_gen_toks": 5}, 5), ({"max_new_tokens": 7}, 7), ({}, 256),
+    ({"do_sample": False, "temperature": 0.7, "max_tokens": 2}, 2),
+])  # fmt: skip
+def test_a_server_is_asked_for_what_a_model_in_memory_would_write(given: dict[str, Any], limit: int) -> None:
+    from cfsd.evaluate.harness.served import Chats
+
+    chats = Chats(model="m", base_url="http://127.0.0.1:1/v1/chat/completions")
+    sent = chats._create_payload([{"role": "user", "content": "a"}], generate=True, gen_kwargs=given)
+    assert (sent["max_tokens"], sent["temperature"]) == (limit, 0)
+    assert not {"max_new_tokens", "max_gen_toks", "do_sample"} & set(sent)
 
 
 def test_documents_that_are_cut_are_said(world: World, home: Path) -> None:

@@ -36,7 +36,7 @@ def test_shares_are_in_the_table_and_large_ones_are_warned_of(run_record: tuple[
     assert warnings([summary]) == [
         "Warning: cap: 30% of the tuned model's answers were cut off at 256 tokens (raise the benchmark's "
         "max_gen_toks).",
-        "Warning: cap: the metric does not apply to 3 documents, which are left out.",
+        "Warning: cap: the metric does not apply to 3 of the tuned model's answers, which are left out.",
         "Warning: cap: lm-eval: it is long.",
     ]
 

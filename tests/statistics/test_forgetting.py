@@ -333,13 +333,29 @@ def _changed(column: str, value: Any) -> pd.DataFrame:
         ("value", float("inf"), r"value that is not a finite number.*: 4 \(none\)"),
         ("value", "N/A", r"value that is not a finite number.*: 4 \(none\)"),
         ("value", None, r"value that is not a finite number.*: 4 \(none\)"),
-        ("value", 0.5, r"neither 0 nor 1.*: 4 \(none\)"),
         ("doc_id", 5, r"more than once.*: 5 \(none\)"),
     ],
 )
 def test_documents_that_cannot_be_compared_are_named(column: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         benchmark_forgetting("quiz", ACCURACY, frame(np.ones(10)), _changed(column, value))
+
+
+def test_a_share_on_one_side_makes_a_mean_of_both() -> None:
+    """As of an accuracy per document over several questions, of which the base answers none or all."""
+    tuned = np.ones(10) * 0.5
+    found = benchmark_forgetting("quiz", ACCURACY, frame(np.ones(10)), frame(tuned))
+    assert found.forgetting.value == 0.5 and found.right_to_wrong is None
+    measure = ACCURACY.model_copy(update={"kind": "mean"})
+    assert found == benchmark_forgetting("quiz", measure, frame(np.ones(10)), frame(tuned))
+
+
+def test_a_metric_that_does_not_apply_to_every_answer_is_compared_where_it_applies_to_both() -> None:
+    measure, whole = ACCURACY.model_copy(update={"left_out": 0}), frame(np.ones(10))
+    found = benchmark_forgetting("quiz", measure, whole, whole.iloc[2:])
+    assert found.num_documents == 8
+    with pytest.raises(ValueError, match="2 of 10 documents scored for the base model only"):
+        benchmark_forgetting("quiz", ACCURACY, whole, whole.iloc[2:])
 
 
 def test_frames_without_rows_or_columns_are_refused() -> None:

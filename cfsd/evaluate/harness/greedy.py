@@ -22,7 +22,8 @@ from cfsd.generate.packed_weights import packed_weights
 WITHOUT_EFFECT = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version",
     "_from_model_config", "use_cache", "output_attentions", "output_hidden_states", "cache_implementation",
-    "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
 
 
@@ -30,8 +31,13 @@ def is_greedy(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Return whether `generate` with these settings takes the likeliest token at each step and does nothing else."""
     if settings.get("do_sample") or settings.get("temperature") or set(settings) - {"do_sample", "temperature"}:
         return False
+    return model.generation_config is not None and not own_settings(model)
+
+
+def own_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the settings of the checkpoint's generation_config that change greedy answers, as repetition_penalty."""
     own: Any = model.generation_config
-    return own is not None and not set(own.to_diff_dict()) - WITHOUT_EFFECT
+    return {n: value for n, value in own.to_diff_dict().items() if n not in WITHOUT_EFFECT} if own is not None else {}
 
 
 @torch.inference_mode()

@@ -112,6 +112,7 @@ class BatchedModel(HFLM):  # type: ignore[misc]
         if (written := self._written(context, [text for text in stop if text != end], **settings)) is not None:
             return written
         try:
+            settings |= {"max_new_tokens": self.answers.limit}  # or the checkpoint's own would count, not max_length
             generated: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
         except (TypeError, ValueError) as error:  # of settings that do not go together, or with this model
             raise BadInput(f"benchmark {self.benchmark.name}: its generation_kwargs do not work ({error})") from error

@@ -85,7 +85,7 @@ def metadata(
         "score": scores[filters[0]],
         "scores": scores,
         "lm_eval": version("lm_eval"),
-    } | ({"left_out": left_out} if left_out else {})
+    } | ({"left_out": left_out} if _aggregation(task, metric) == "nanmean" else {})
 
 
 def chosen_first(benchmark: str, chosen: str | None, filters: list[str]) -> list[str]:

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsd.data.chat import dated_template
 from cfsd.errors import BadInput
-from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.harness.batch_sizes import Batches
 from cfsd.evaluate.harness.checked_task import CheckedTask
+from cfsd.evaluate.harness.greedy import own_settings
 from cfsd.evaluate.harness.language_model import BatchedModel, Progress
 from cfsd.evaluate.harness.load import loaded
 from cfsd.evaluate.harness.rows import metadata, primary_metric, said_of_filters, table
@@ -36,7 +37,8 @@ class Scores(NamedTuple):
     scores (per filter), lm_eval (version), warnings (lm-eval's own, such as cut documents). Where they apply:
     remarks (what was cut, or taken one of several ways, a line each), left_out (documents to which a nanmean does not
     apply), chat_template (true), and of written answers max_gen_toks (their limit, tokens), at_limit (the share that
-    reached it), limit_is_meant (true) and, with `thinking_end`, unfinished (the share whose reasoning did not end).
+    reached it), limit_is_meant (true), decoding (settings of the checkpoint's own that change answers) and, with
+    `thinking_end`, unfinished (the share whose reasoning did not end).
     """
 
     rows: pd.DataFrame
@@ -99,6 +101,8 @@ def score(
         known = metadata(benchmark, task, metric, rows, results) | lm.answers.metadata()
         known |= {"chat_template": True} if benchmark.is_chat() else {}
         known |= {"limit_is_meant": True} if benchmark.limit_is_meant() else {}
+        written_by = own_settings(model) if task.OUTPUT_TYPE == WRITTEN else {}
+        known |= {"decoding": {name: str(value) for name, value in written_by.items()}} if written_by else {}
         remarks = [*lm.window.said(), *checked.said(), *said_of_filters(known["filters"])]
         known |= {"remarks": remarks} if remarks else {}
         return Scores(rows, known | {"warnings": warnings[:MAX_WARNINGS]})

@@ -10,10 +10,10 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-from lm_eval.models.utils import handle_stop_sequences
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from cfsd.errors import CfsdError, Crashed
+from cfsd.errors import BadInput, CfsdError, Crashed
 from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import length_limit
 from cfsd.evaluate.harness.checked_task import CheckedTask
@@ -47,12 +47,56 @@ def log_scores(
                 evaluation_tracker=tracker, task_manager=TaskManager(include_defaults=False),
             )  # fmt: skip
         _save(tracker, results, CHAT if model.tokenizer is None else COMPLETIONS)
-        said = [*checked.said(), *(lm.window.said() if isinstance(lm, Completions) else ())]
+        said = [*checked.said(), *(lm.window.said() if isinstance(lm, Completions) else ()), *lm.unanswered.said()]
         return [f"benchmark {benchmark.name}: {line}" for line in said]
+
+
+class Unanswered:
+    """Counts answers without content, as servers give them whose reasoning parser met the limit."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self.asked = self.empty = self.cut = 0
+
+    def count(self, outputs: Any) -> None:
+        """Count the answers of the endpoint's response, or responses."""
+        for output in outputs if isinstance(outputs, list) else [outputs]:
+            for choice in output.get("choices", ()):
+                content = choice["message"].get("content") if "message" in choice else choice.get("text")
+                self.asked += 1
+                self.empty += content is None
+                self.cut += content is None and choice.get("finish_reason") == "length"
+
+    def said(self) -> list[str]:
+        """Return a line where there were any. Raises BadInput where there were no others."""
+        if not self.empty:
+            return []
+        said = (
+            f"{self.empty} of {self.asked} answers came without content, {self.cut} of them cut at the limit, as of a "
+            "model that reasons first; raise max_gen_toks, or turn the reasoning off at the server"
+        )
+        if self.empty == self.asked:
+            raise BadInput(said)
+        return [f"{said}; they count as empty"]
 
 
 class Chats(LocalChatCompletion):  # type: ignore[misc]
     """Sends chats to the chat endpoint. Differs from lm-eval's own: answers end at every stop sequence."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Take what lm-eval's class takes."""
+        super().__init__(**settings)
+        self.unanswered = Unanswered()
+
+    def _create_payload(self, *args: Any, gen_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+        asked = normalize_gen_kwargs(gen_kwargs or {}, self._max_gen_toks)  # as for a model in memory
+        payload: dict[str, Any] = super()._create_payload(*args, gen_kwargs=asked, **kwargs)
+        return payload
+
+    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
+        """Return the answers of a response."""
+        self.unanswered.count(outputs)
+        return list(super().parse_generations(outputs, **kwargs))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests to write."""
@@ -77,6 +121,16 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
     """
 
     tokenizer: Any
+
+    def __init__(self, **settings: Any) -> None:
+        """Take what lm-eval's class takes."""
+        super().__init__(**settings)
+        self.unanswered = Unanswered()
+
+    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
+        """Return the answers of a response."""
+        self.unanswered.count(outputs)
+        return list(LocalCompletionsAPI.parse_generations(outputs, **kwargs))
 
     def prepare(self, benchmark: Benchmark, task: Any) -> None:
         """Get ready for `task`. Raises BadInput for a chat benchmark and a tokenizer without a template."""
@@ -116,8 +170,9 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
         self._check_texts(requests)
         return _ended(super().generate_until(requests, disable_tqdm), requests)
 
-    def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        payload: dict[str, Any] = super()._create_payload(*args, **kwargs)
+    def _create_payload(self, *args: Any, gen_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+        asked = normalize_gen_kwargs(gen_kwargs or {}, self._max_gen_toks)  # as for a model in memory
+        payload: dict[str, Any] = super()._create_payload(*args, gen_kwargs=asked, **kwargs)
         return payload | ({"stop": payload["stop"][:MOST_STOPS]} if "stop" in payload else {})
 
     def _check_texts(self, requests: list[Any]) -> None:
