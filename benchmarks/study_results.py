@@ -21,7 +21,7 @@ from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import Figure
+from cfsd.statistics.figures import FRACTION, Figure
 
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 BEGIN, END = "<!-- made by python -m benchmarks.study_results: {} -->", "<!-- end of {} -->"
@@ -136,12 +136,18 @@ def _shown(figure: Fig | None) -> str:
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
     """Yield the difference of each variant from the two that come first, measure by measure, where one is found."""
     for place, reference in enumerate((first, *others[:1])):
-        yield f"Less `{reference}`, paired (Holm over all pairs; differences that are not listed were not found):\n"
+        yield f"Less `{reference}`, paired (differences that are not listed were not found):\n"
         for name in others[place:]:
             found = [entry for entry in (_between(e, name, reference) for e in comparisons) if entry and entry.sign()]
             if found:
-                yield f"* {name}: " + "; ".join(f"{entry.measure} {shown(entry.figure())}" for entry in found)
+                yield f"* {name}: " + "; ".join(map(_difference, found))
         yield ""
+
+
+def _difference(entry: Compared) -> str:
+    if entry.unit == FRACTION:
+        return f"{entry.measure} {shown(entry.figure(), POINTS)} points"
+    return f"{entry.measure} {shown(entry.figure())}"
 
 
 def _between(entry: Compared, one: str, other: str) -> Compared | None:

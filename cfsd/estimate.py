@@ -41,9 +41,6 @@ CUDA_RATE = 1e14  # FLOPs a second of one large GPU in bfloat16: a guess
 REACHED = 0.85  # of a matrix product's rate, by a pass over many tokens
 DECODED = 0.8  # where each token waits for the one before
 IN_BFLOAT16 = 0.7  # of a training step's time that goes to products, which some CPUs make faster in bfloat16
-CALL_SECONDS = 0.75e-3  # of each layer at each call of a model, however few tokens
-UPDATE_SECONDS = 1.5e-9  # of each trained weight at each step: AdamW
-LOGIT_SECONDS = 5e-9  # of each entry of a distribution that is summed over
 TAIL_SECONDS = 3e-6  # of each sample of the tail that is stored with a token
 BYTES_PER_SECOND = 1.2e9  # weights that are read from the disk, or written
 PROCESS_SECONDS = 5.0  # until a fresh process trains
@@ -359,20 +356,43 @@ def estimate(stage: str, inputs: Inputs, job: Job, rate: float) -> Estimate:
     return Estimate(work.tokens or None, memory, None if weights is None else _seconds(stage, work, job, weights, rate))
 
 
+class Pace(NamedTuple):
+    """Seconds beside those of large products, and how many processes share them."""
+
+    call: float  # of each layer at each call of a model, however few tokens
+    update: float  # of each trained weight at each step: AdamW
+    logit: float  # of each entry of a distribution that is summed over
+    processes: int = 1
+    shards: int = 1  # of the weights that are updated
+
+
+ON_CPU = Pace(0.75e-3, 1.5e-9, 5e-9)  # fitted to runs
+# guesses: 20 launches of 10 us; 28 bytes of a weight, and of an entry, at 1.4e12 bytes a second
+ON_CUDA = Pace(0.2e-3, 2e-11, 2e-11)
+
+
+def _pace(stage: str, machine: Machine) -> Pace:
+    """Return the pace of a stage, whose work GPUs divide where it is training or sampling."""
+    if machine.resolved_device() != "cuda":
+        return ON_CPU
+    if stage == stages.TRAIN:
+        processes = machine.resolved_training_processes()
+        return ON_CUDA._replace(processes=processes, shards=processes if machine.resolved_sharding() == "shard" else 1)
+    return ON_CUDA._replace(processes=machine.resolved_processes() if stage in stages.SAMPLING else 1)
+
+
 def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> float:
     shapes, machine = shapes_of(job.recipe, job.base), job.machine
-    if machine.resolved_device() == "cuda":
-        processes = {stages.TRAIN: machine.resolved_training_processes}.get(stage, machine.resolved_processes)
-        rate *= processes() if stage in (stages.TRAIN, *stages.SAMPLING) else 1
-    elif stage == stages.TRAIN and job.recipe.train.in_bfloat16(machine):
+    pace = _pace(stage, machine)
+    if machine.resolved_device() != "cuda" and stage == stages.TRAIN and job.recipe.train.in_bfloat16(machine):
         rate *= _bfloat16_gain(machine)
     share = DECODED if work.decoded else REACHED
     vocabulary, layers = (shapes.vocabulary, shapes.layers) if shapes else (50_000, USUAL_LAYERS)
     return (
-        work.passes * work.tokens * 2 * weights / (rate * share)
-        + work.calls * layers * CALL_SECONDS
-        + work.updates * weights * UPDATE_SECONDS
-        + work.logits * vocabulary * LOGIT_SECONDS
+        work.passes * work.tokens * 2 * weights / (rate * share * pace.processes)
+        + work.calls * layers * pace.call / pace.processes
+        + work.updates * weights * pace.update / pace.shards
+        + work.logits * vocabulary * pace.logit
         + work.moved * 4 * weights / BYTES_PER_SECOND
         + work.seconds
     )

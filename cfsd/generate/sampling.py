@@ -39,11 +39,18 @@ class Turns(NamedTuple):
     """After the end of a text `between` is inserted and the row continues, at most `more` times.
 
     `last_ends` are the tokens that end the last text, where they are others than those that end the ones before it.
+    `closing` is the token that closes a text before it continues: inserted first where another end was sampled.
     """
 
     more: int = 0
     between: Sequence[int] = ()
     last_ends: Sequence[int] = ()
+    closing: int | None = None
+
+    def inserted(self, end: int) -> list[int]:
+        """Return what is inserted after the sampled token `end`."""
+        closed = self.closing in (None, end)
+        return [*([] if closed else [int(self.closing or 0)]), *self.between]
 
 
 class Rows(NamedTuple):
@@ -125,8 +132,9 @@ class Batch:
         self.length = torch.full((count,), self.capacity, device=device)  # tokens of the row, once it has ended
         self.alive = torch.arange(count, device=device)  # the rows of the batch that still go through the model
         self.turns_left = torch.full((count,), rows.turns.more, device=device)
-        self.inserting = torch.full((count,), -1, device=device)  # place in turns.between; -1: the row is sampled
-        self.between = torch.tensor(list(rows.turns.between) or [0], device=device)
+        self.inserting = torch.full((count,), -1, device=device)  # place in `between`; -1: the row is sampled
+        self.between = torch.tensor([-1 if (token := rows.turns.closing) is None else token, *rows.turns.between])
+        self.between = self.between.to(device)  # the closing token first, which no end is where there is none
         self.read_eos_ids = torch.tensor(self.eos_ids or [-1], device=device)
         self.last_ends = torch.tensor(list(rows.turns.last_ends) or self.eos_ids or [-1], device=device)
 
@@ -173,15 +181,14 @@ class Batch:
         alive = self.alive
         inserting_B = self.inserting[alive]
         inserting_B = torch.where(inserting_B >= 0, inserting_B + 1, inserting_B)
-        inserting_B = inserting_B.masked_fill(inserting_B >= len(self.turns.between), -1)
         more_B = self.turns_left[alive] > 0
         ends_B = torch.where(more_B, torch.isin(token_B, self.read_eos_ids), torch.isin(token_B, self.last_ends))
         end_B = sampled_B & ends_B
         another_B = end_B & more_B
         self.turns_left[alive] -= another_B.long()
-        if self.turns.between:
-            inserting_B = inserting_B.masked_fill(another_B, 0)
-        self.inserting[alive] = inserting_B
+        closed_B = (token_B == self.between[0]) | (self.turns.closing is None)
+        inserting_B = torch.where(another_B, closed_B.long(), inserting_B)
+        self.inserting[alive] = inserting_B.masked_fill(inserting_B >= len(self.between), -1)
         over_B = (end_B & ~another_B) | (after_B + 1 >= self.spec.length)
         newly_B = over_B & ~self.ended[alive]
         self.length[alive] = torch.where(newly_B, self.at + 1, self.length[alive])

@@ -128,7 +128,8 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
     if turn.end_id is None:
         return Rows(ids, prompts, base.eos_ids)
     of_answer = (*base.eos_ids, turn.end_id if turn.answer_end_id is None else turn.answer_end_id)
-    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=Turns(1, turn.between_ids, of_answer))
+    turns = Turns(1, turn.between_ids, of_answer, closing=turn.end_id)
+    return Rows(ids, prompts, (*base.eos_ids, turn.end_id), turns=turns)
 
 
 def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, setting: str) -> None:
@@ -156,13 +157,17 @@ def check_chat(base: Artifact, spec: ProbeSpec, store: Store) -> None:
 def answer_places(rows: Sequence[Sequence[int]], base: Tokenization) -> list[int]:
     """Return the place of the answer's first token in each row of mode chat, the row's length where there is none.
 
-    The user's turn ends, as for the sampler, with the first sampled token that is an end; then the template opens the
-    assistant's, and what follows was sampled again.
+    The user's turn ends, as for the sampler, with the first sampled token that is an end; then the template closes it,
+    where that was another token, and opens the assistant's, and what follows was sampled again.
     """
     turn, end_id = chat_turn(base.tokenizer)
     ends, first = {*base.eos_ids, end_id}, len(turn.prefix_ids)
-    of_user = [next((t for t in range(first, len(row)) if row[t] in ends), len(row)) for row in rows]
-    return [min(len(row), end + 1 + len(turn.between_ids)) for row, end in zip(rows, of_user, strict=True)]
+    turns = Turns(1, turn.between_ids, closing=end_id)
+    of_user = [next((t for t in range(first, len(row)) if row[t] in ends), None) for row in rows]
+    return [
+        len(row) if end is None else min(len(row), end + 1 + len(turns.inserted(row[end])))
+        for row, end in zip(rows, of_user, strict=True)
+    ]
 
 
 def _contextual(asked: Asked) -> Iterator[Start]:

@@ -247,6 +247,26 @@ def test_the_last_turn_has_ends_of_its_own(world: World) -> None:
         assert last.index(7) == len(last) - 1 if s.finish_reason == "eos" else 7 not in last
 
 
+@pytest.mark.parametrize("between", [[5, 6], []])
+def test_a_turn_that_another_token_ended_is_closed_before_the_next_is_opened(world: World, between: list[int]) -> None:
+    """As where a chat's user ends with the end of a text: without it the assistant's turn would not be opened."""
+    closing, spec = 9, GenerateSpec(length=40, seed=9)
+    turns = Turns(1, between, closing=closing)
+    ends = (*world.eos_ids, closing)
+    samples = sample(world.model, Rows(range(80), [[world.start]] * 80, ends, "template", turns), spec)
+    seen = set()
+    for s in samples:
+        if (end := next((t for t in range(1, len(s.token_ids)) if s.token_ids[t] in ends), None)) is None:
+            continue
+        after = [*([] if s.token_ids[end] == closing else [closing]), *between]
+        assert turns.inserted(s.token_ids[end]) == after
+        given = s.token_ids[end + 1 : end + 1 + len(after)]
+        assert given == after[: len(given)] and set(s.logprobs[end + 1 : end + 1 + len(given)]) <= {None}
+        assert all(value is not None for value in s.logprobs[end + 1 + len(after) :])
+        seen.add(s.token_ids[end] == closing)
+    assert seen == {True, False}
+
+
 def test_no_text_ends_before_the_least_length(world: World) -> None:
     spec = GenerateSpec(length=12, seed=3, min_length=5)
     counts = [len(s.token_ids) - 1 for s in sampled(world, spec, range(300))]

@@ -118,7 +118,7 @@ class _Sampler:
                 return row.sample("eos", self.spec.top_logprobs)
             if end is not None:
                 turns -= 1
-                row.give(self.wanted.turns.between[: until - len(row.token_ids)])
+                row.give(self.wanted.turns.inserted(tokens[end])[: until - len(row.token_ids)])
             elif len(tokens) < room and not answer.stopped:
                 raise self._cut_short(len(tokens), room)
         return row.sample("length", self.spec.top_logprobs)
