@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from cfsd.data.contents import Contents
 
 ROWS = 1024  # turned into Python at once
 SAID = ("content", "value")  # of a message: null says that it has no text, absent that it is no message
+SHORT: dict[str, Any] = {  # numbers of fewer than 64 bits, as Arrow and data sets call them
+    "halffloat": np.float16, "float16": np.float16, "float": np.float32, "float32": np.float32,
+}  # fmt: skip
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -86,6 +91,11 @@ def _check_end(source: Any) -> None:
     source.seek(0)
 
 
+def shortest(value: Any, kind: str) -> Any:
+    """Return a number by the digits that tell it from others of its `kind`: 3.14, not 3.140000104904175."""
+    return float(str(SHORT[kind](value))) if isinstance(value, float) else value
+
+
 def _columns(names: list[str], column: str | None) -> list[str] | None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two columns are called {min(twice)!r}; rename one")
@@ -99,7 +109,12 @@ def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
-    yield from ((f"row {number}", without_nulls(record)) for number, record in enumerate(records, before + 1))
+    short = {field.name: str(field.type) for field in batch.schema if str(field.type) in SHORT}
+    for number, record in enumerate(records, before + 1):
+        yield (
+            f"row {number}",
+            without_nulls(record | {name: shortest(record[name], kind) for name, kind in short.items()}),
+        )
 
 
 def _record(one: Any, row: int) -> Any:

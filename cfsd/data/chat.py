@@ -98,7 +98,7 @@ class Rendering:
             if not learned:
                 continue
             before = self.render(self.messages[:turn], open_turn=True)
-            after = self.render(self.messages[: turn + 1])
+            after = self._begun(self.render(self.messages[: turn + 1]))
             if not self.text.startswith(after):
                 raise BadInput(
                     f"{self.chat.place}: this model's chat template rewrites earlier turns, so the loss cannot be "
@@ -110,7 +110,26 @@ class Rendering:
                     f"{self.chat.place}: this model's chat template opens an assistant's turn with {before[-30:]!r}, "
                     f"but writes turn {turn + 1} otherwise, so the loss cannot be laid on it; give prompt and response"
                 )
+            if not turn and not before.endswith(self._opening()):
+                raise BadInput(
+                    f"{self.chat.place}: this model's chat template opens a turn of the assistant only after others; "
+                    f"{self._remedy([])}"
+                )
             yield len(before), len(after)
+
+    def _begun(self, after: str) -> str:
+        """Return the text of the first turns without a token that the template writes at the end of any chat."""
+        if self.text.startswith(after):
+            return after
+        ends = (end for end in self.tokenizer.all_special_tokens if after.endswith(end) and self.text.endswith(end))
+        begun = (after.removesuffix(end) for end in ends)
+        return next((text for text in begun if self.text.startswith(text)), after)
+
+    def _opening(self) -> str:
+        """Return what opens a turn of the assistant after a user's; empty where that cannot be told."""
+        asked: list[Message] = [{"role": "user", "content": "x"}]
+        closed, opened = self.attempt(asked), self.attempt(asked, open_turn=True)
+        return opened[len(closed) :] if closed and opened and opened.startswith(closed) else ""
 
     def _apply(self, messages: list[Message], **settings: Any) -> Any:
         return self.tokenizer.apply_chat_template([messages], chat_template=self.template, **settings)

@@ -1,6 +1,7 @@
 """Files: what the user names at one place of a recipe, found, checked, identified and read as records."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from cfsd.machine import home
 from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.\d])")  # how files of a split begin
 READ_BY_CHECKS = 1 << 24  # bytes: files of so much are read whole by a check, of larger ones the first record
 REMEMBERED_FROM = 1 << 20  # bytes; a digest is remembered through a file that a thousand small ones would rewrite
 
@@ -55,6 +57,13 @@ class Files(NamedTuple):
             raise ValueError(
                 f"holds {others[0]!r} and {len(others) - 1} more files that are not {', '.join(self.suffixes)}; "
                 f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
+            )
+        splits = sorted({match[0] for name in kept if (match := SPLIT.match(Path(name).name.lower()))})
+        if "train" in splits[:-1] + splits[1:] and said is not None:
+            said.add(
+                f"files of several splits ({', '.join(splits)}) are all read; name those that are meant by a pattern, "
+                f"as {self.path.rstrip('/')}/train*",
+                repr(self.path),
             )
         if others and said is not None:
             said.add(f"{others[0]!r} and {len(others) - 1} more files of other kinds are left out", repr(self.path))

@@ -12,7 +12,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from cfsd.data.arrow_records import without_nulls
+from cfsd.data.arrow_records import SHORT, shortest, without_nulls
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.model.hub import DATA, commit_of
@@ -143,13 +143,16 @@ def hub_records(
     try:
         loaded = load_dataset(name, subset, revision=commit, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
-        yield from (
-            Located(f"{name!r} row {number}", without_nulls(record)) for number, record in enumerate(records, 1)
-        )
+        kinds = {column: getattr(feature, "dtype", "") for column, feature in records.features.items()}
+        short = {column: kind for column, kind in kinds.items() if kind in SHORT}
+        for number, record in enumerate(records, 1):
+            exact = record | {column: shortest(record[column], kind) for column, kind in short.items()}
+            yield Located(f"{name!r} row {number}", without_nulls(exact))
     # RuntimeError: the data set is a script; the others: files that are not what their names say
     except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error
         raise BadInput(
-            f"data set {name}@{revision} could not be loaded: {reason}; check the id, the split "
-            f"{split!r} and the network, or give a local file"
+            f"data set {name}@{revision} could not be loaded: {reason}; check the id, the split {split!r}, the "
+            f"configuration ({f'subset is {subset!r}' if subset else 'set `subset` where there are several'}) and the "
+            "network, or give a local file"
         ) from error

@@ -2,12 +2,12 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from cfsd.data.chat import Rendering
-from cfsd.data.conversation import Conversation, read_row
+from cfsd.data.conversation import Conversation, Message, read_row
 from cfsd.data.records import HALVES, Located, Said, whole_characters
 from cfsd.data.shapes import Shape
 from cfsd.data.target import Target, first_rows, records_of, shape_of_rows
@@ -148,7 +148,7 @@ class _Reading:
             chat = chat._replace(learned=[i == last for i in range(len(chat.learned))])
         contents = [message.get("content", "") for message in chat.messages]
         said = "\n".join(content for content, learned in zip(contents, chat.learned, strict=True) if learned)
-        first = contents[0] if contents else ""
+        first = _asked(chat.messages)
         if not any(chat.learned):
             return Row([], [], first, said)
         if any(map(self.special.search, contents)):
@@ -172,6 +172,12 @@ class _Reading:
         if unknown is not None and unknown in made.ids and str(self.tokenizer.unk_token) not in text:
             notes[UNKNOWN] += 1
         return made.ids, made.supervised
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    """Return the user's first words, not those of a system message before them."""
+    first = next((m for m in messages if m["role"] == "user"), messages[0] if messages else {})
+    return str(first.get("content", ""))
 
 
 def _predicted(supervised: list[bool]) -> list[bool]:

@@ -35,7 +35,8 @@ class Target(OnHub):
 
     version: ClassVar[int] = 3  # 3: nulls within lists of a table are absent; turns without text are not learned
     neutral: ClassVar[dict[str, Any]] = {
-        "turns": "all", "rewrite": "off", "rewrite_answer": None, "rewrite_lengths": 3.0, "rewrite_temperature": 1.0,
+        "turns": "all", "subset": None, "rewrite": "off", "rewrite_answer": None, "rewrite_lengths": 3.0,
+        "rewrite_temperature": 1.0,
     }  # fmt: skip
     prefix: ClassVar[str] = DATA
 
@@ -51,6 +52,7 @@ class Target(OnHub):
     )
     name: str | None = Field(None, description="hub: the data set's id; gym: the generator, as `gsm_symbolic`")
     split: str = Field("train", description="hub, and files that hold several splits")
+    subset: str | None = Field(None, description="hub only: one of the data set's configurations, if it has several")
     config: dict[str, JsonValue] = Field({}, description="gym only: the generator's own settings")
     prompt: str = Field(
         "prompt",
@@ -176,7 +178,7 @@ def records_of(target: Target, said: Said | None = None) -> Iterator[Located]:
     if target.kind == "gym":
         return _gym(target)
     if target.kind == "hub":
-        return hub_records(target.name or "", target.revision or MAIN, target.split)
+        return hub_records(target.name or "", target.revision or MAIN, target.split, target.subset)
     return target.files().records(Said() if said is None else said)
 
 

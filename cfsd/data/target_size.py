@@ -1,11 +1,14 @@
 """How large a target is, read off its first rows before a model is there that could tokenise them."""
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from cfsd.data.contents import PACKED
 from cfsd.data.conversation import Conversation, read_row
 from cfsd.data.files import READ_BY_CHECKS
 from cfsd.data.records import Located
@@ -55,8 +58,21 @@ def _number(target: Target, head: Sequence[Located], others: Iterator[Located]) 
     """Return how many rows there are: counted where that is quick, else by the size of the files."""
     if target.kind == "gym":
         return target.rows or 0
-    size = sum(path.stat().st_size for path in target.files().find().values())
-    if len(head) < LOOKED_AT or size <= READ_BY_CHECKS:
+    files = list(target.files().find().values())
+    if len(head) < LOOKED_AT or sum(path.stat().st_size for path in files) <= READ_BY_CHECKS:
         return len(head) + sum(1 for _ in others)
-    known = round(size / fmean(len(str(row.record).encode(errors="replace")) for row in head))
+    texts = [str(row.record).encode(errors="replace") for row in head]
+    known = round(sum(_rows_in(path, texts) for path in files))
     return min(known, target.rows or known)
+
+
+def _rows_in(path: Path, head: Sequence[bytes]) -> float:
+    """Return about how many rows a large file has: a table says it, of others their size does, as if packed by zlib."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq  # late: settings are read without pyarrow
+
+        return float(pq.read_metadata(path).num_rows)
+    each = fmean(map(len, head))
+    if path.suffix.lower() in PACKED.values():
+        each *= len(zlib.compress(b"".join(head))) / sum(map(len, head))
+    return path.stat().st_size / each

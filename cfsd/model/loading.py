@@ -1,6 +1,7 @@
 """Models and tokenizers as the store holds them: loaded, cached for measuring, and saved."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         own = max(tokenizer.get_vocab().values(), default=0)
         tokenizer.encode(tokenizer.decode([own]))  # some mistakes show in use; other texts it may rightly refuse
     except Exception as error:  # whatever a broken file makes of another library
-        raise BadInput(
-            f"the tokenizer in {folder} cannot be loaded ({brief(error)}); copy the tokenizer files again"
-        ) from error
+        alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        remedy = "copy the tokenizer files again"
+        if alone and find_spec("sentencepiece") is None:
+            remedy = "tokenizer.model alone is read with more packages: pip install sentencepiece protobuf"
+        raise BadInput(f"the tokenizer in {folder} cannot be loaded ({brief(error)}); {remedy}") from error
     return tokenizer
 
 

@@ -22,4 +22,6 @@ def token_count(kind: str, folder: Path | None) -> Count:
     if not file or not file.is_file():
         return lambda text: len(text.encode(errors="replace")) / BYTES_PER_TOKEN
     tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()  # which some were saved with, and which would give every text one length
+    tokenizer.no_truncation()
     return lambda text: float(len(tokenizer.encode(text, add_special_tokens=False)))

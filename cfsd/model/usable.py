@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from cfsd.errors import BadInput
 from cfsd.model.folder import MAX_NAMED, brief, listed, read_object, weight_files
 
+WITH_MASKS = ("gpt2", "gpt_neo", "gptj", "codegen")
+MASK = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias|causal_mask)$")  # no layer of these has a bias of its name
 TEXT_MODEL = (  # saves the text model of a multimodal checkpoint, and its tokenizer
     "from transformers import AutoModelForImageTextToText as M, AutoModelForCausalLM as C, AutoTokenizer as T; "
     "m = M.from_pretrained({folder}); c = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
@@ -72,6 +75,11 @@ def _check_text(config: PretrainedConfig, folder: Path, name: str) -> None:
     raise BadInput(f"model {name!r} is of type {config.model_type!r}, which reads more than text; {remedy}")
 
 
+def _is_mask(key: str, folder: Path) -> bool:
+    """Say whether a tensor is a constant of attention that old versions of transformers saved with the weights."""
+    return bool(MASK.search(key)) and read_object(folder / "config.json").get("model_type") in WITH_MASKS
+
+
 def check_weights(folder: Path, name: str) -> None:
     """Check that the tensors in `folder` are those of the architecture, as transformers maps their names.
 
@@ -83,7 +91,7 @@ def check_weights(folder: Path, name: str) -> None:
     loading, faults = _loading_info(folder, name), []
     if missing := sorted(loading["missing_keys"]):
         faults.append(f"lacks {listed(missing)}")
-    if unexpected := sorted(loading["unexpected_keys"]):
+    if unexpected := sorted(key for key in loading["unexpected_keys"] if not _is_mask(key, folder)):
         faults.append(f"holds {listed(unexpected)}, which its architecture does not have")
     if mismatched := sorted(loading["mismatched_keys"]):
         shapes = [f"{key} {tuple(stored)} where {tuple(wanted)} is needed" for key, stored, wanted in mismatched]

@@ -35,6 +35,9 @@ TEMPLATES = {
     "{{ m['content'] if loop.last else m['content'].split(')')[-1] }}<|end|>{% endgeneration %}"
     "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}",
+    "ends every chat": CHAT + "{% if not add_generation_prompt %}<eos>{% endif %}",  # as Phi's
+    "opens inside": "{% for m in messages %}<|turn|>{{ m['role'] }}:{{ m['content'] }}<|end|>"
+    "{% if loop.last and add_generation_prompt %}<|turn|>assistant:{% endif %}{% endfor %}",  # as Zephyr's
     "undefined": "{{ messages[0]['persona']['name'] }}" + CHAT,
     "strips": CHAT.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"),
     "arguments as text": CHAT.replace(
@@ -97,6 +100,28 @@ def prompts(word: str) -> list[dict[str, Any]]:
 
 
 ONE = "<|turn|>user:w<|end|><|turn|>assistant:"
+
+
+def test_a_token_at_the_end_of_any_chat_does_not_hide_earlier_turns(world: World, tmp_path: Path) -> None:
+    (texts, *_), _ = world.read(chat(said("a"), user("b"), said("c")), tmp_path, "ends every chat")
+    assert texts == (ONE + "<|turn|>user:b<|end|><|turn|>assistant:", "a<|end|>c<|end|><eos>")
+    (texts, *_), _ = world.read(chat(said("a"), user("b")), tmp_path, "ends every chat")
+    assert texts[1].removesuffix("<eos>") == "a<|end|>"
+
+
+def test_where_only_others_are_followed_by_an_opening_the_assistant_cannot_begin(world: World, tmp_path: Path) -> None:
+    (texts, *_), _ = world.read(chat(said("yes")), tmp_path, "opens inside")
+    assert texts == (ONE, "yes<|end|>")
+    with pytest.raises(BadInput, match=r"only after others.*give it a user's turn before, or mark that turn weight: 0"):
+        world.read(lambda w: {"messages": [said(w), user("b"), said("c")]}, tmp_path, "opens inside")
+
+
+def test_the_held_out_question_is_the_users_and_not_the_system_message(world: World, tmp_path: Path) -> None:
+    make = lambda w: {"messages": [{"role": "system", "content": "Be brief."}, user(w), said("yes")]}  # noqa: E731
+    made = world.prepared([make(f"{i:02}w") for i in range(6)], tmp_path)
+    assert {row["prompt"] for row in rows_of(world.store, made)} == {f"{i:02}w" for i in range(6)}
+
+
 SHAPES: dict[str, tuple[Make, str, str]] = {
     "messages": (chat(said("yes")), ONE, "yes<|end|>"),
     "messages as JSON text": (lambda w: {"messages": json.dumps([user(w), said("yes")])}, ONE, "yes<|end|>"),

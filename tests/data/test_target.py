@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from cfsd.data.files import Files
+from cfsd.data.records import Said
 from cfsd.data.stage import prepare
-from cfsd.data.target import Target
+from cfsd.data.target import Target, records_of
 from cfsd.errors import BadInput
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Artifact, Store, key_of
@@ -68,6 +71,44 @@ def test_every_file_kind_gives_the_same_rows(store: Store, base: Artifact, tmp_p
     )
     reference = prepared(store, base, path=str(write(tmp_path / "same.jsonl")), **COLUMNS)
     assert made.content == reference.content
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16(), pa.float64()])
+def test_numbers_of_a_table_are_read_as_they_were_written(
+    store: Store, base: Artifact, tmp_path: Path, kind: pa.DataType
+) -> None:
+    answers = ["3.14", "0.1", "12.5", "7.0", "1e-05", "0.3"]
+    numbers = pa.array(np.array([float(a) for a in answers]).astype(kind.to_pandas_dtype()), kind)
+    table = pa.table({"question": list("abcdef"), "answer": numbers})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    made = prepared(store, base, path=str(tmp_path / "rows.parquet"), **COLUMNS)
+    read = {row["prompt"]: row["response"] for row in rows_of(store, made)}
+    assert [read[q] for q in "abcdef"] == answers
+
+
+def test_files_named_after_several_splits_are_said(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl", "testing.jsonl"):
+        write(tmp_path / name)
+    said = Said()
+    list(Files(str(tmp_path), "target", "target.path").records(said))
+    assert said.sentences() == []
+    write(tmp_path / "test.jsonl")
+    list(Files(str(tmp_path), "target", "target.path").records(said))
+    (line,) = said.sentences()
+    assert "files of several splits (test, train) are all read; name those that are meant by a pattern" in line
+
+
+def test_a_configuration_of_a_data_set_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("main", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write(tmp_path / "set" / name / "train.jsonl", [{"prompt": name, "response": "x"}])
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("main", "other"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.setattr("cfsd.data.records.commit_of", lambda name, revision: None)
+    target = Target(kind="hub", name=str(tmp_path / "set"), subset="other", seed=0)
+    assert [row.record["prompt"] for row in records_of(target)] == ["other"]
+    with pytest.raises(BadInput, match=r"Config name is missing(?s:.*)set `subset` where there are several"):
+        list(records_of(target.model_copy(update={"subset": None})))
 
 
 def test_the_loss_lies_on_the_response_and_its_end(store: Store, base: Artifact, tmp_path: Path) -> None:

@@ -165,3 +165,16 @@ def test_ids_that_cannot_be_are_refused_before_anything_runs(kind: str, model: P
 
 def test_a_text_ends_with_the_tokenizers_end_token_where_the_models_files_name_it(base: Artifact, store: Store) -> None:
     assert json.loads((store.path(base) / "generation_config.json").read_text())["eos_token_id"] == EOS
+
+
+def test_a_tokenizer_that_needs_another_package_names_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    monkeypatch.setattr("cfsd.model.loading.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"tokenizer\.model alone is read with more packages: pip install sentencepiece"):
+        load_tokenizer(folder)

@@ -57,6 +57,24 @@ def test_whole_models_of_several_families_pass(family: str, tmp_path: Path) -> N
     examine(Checkpoint(kind="folder", path=str(save_model(tmp_path / family, family=family))))
 
 
+@pytest.mark.parametrize(
+    ("family", "names"), [("gpt2", ("attn.bias", "attn.masked_bias")), ("llama", ())], ids=["gpt2", "llama"]
+)
+def test_masks_that_old_versions_saved_with_the_weights_are_no_weights(
+    family: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / family, family=family)
+    weights = load_file(folder / "model.safetensors")
+    added = names or ("model.layers.0.self_attn.attn.masked_bias",)
+    prefix = "transformer.h.0." if names else ""
+    save_file(weights | {prefix + name: torch.tensor(-1e9) for name in added}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    if names:
+        examine(Checkpoint(kind="folder", path=str(folder)))
+    else:
+        assert "which its architecture does not have" in refusal(folder)
+
+
 def test_shards_and_files_beside_them_pass_and_are_counted_once(model: Path) -> None:
     parameters = count_parameters(model)
     whole = load_file(model / "model.safetensors")
