@@ -433,7 +433,7 @@ def disk_bytes(recipe: Recipe, weights: float | None, left: Collection[str] = OF
         stages.GENERATE: (recipe.generate.rows * recipe.generate.length, 16 + 4 * per_token),
     }
     sampled = sum(tokens * each for stage, (tokens, each) in rows_of.items() if stage in left)
-    each = WEIGHT_BYTES | ({stages.TRAIN: KEPT_BYTES} if recipe.train.methods.lora.is_on() else {})  # beside its own few
+    each = WEIGHT_BYTES | ({stages.TRAIN: KEPT_BYTES} if recipe.train.methods.lora.is_on() else {})
     of_a_weight = sum(number for stage, number in each.items() if stage in left)
     only_merged = KEPT_BYTES if stages.MERGE in left and stages.TRAIN not in left else 0
     return sampled + (of_a_weight + only_merged) * (weights or 0)
