@@ -117,20 +117,25 @@ def test_the_default_source_is_chosen_by_the_pairs_of_seeds() -> None:
 
 
 def test_what_a_point_saved_costs_is_counted_in_passes() -> None:
-    def made(tokens: int, sampled: int, lost: float) -> dict[str, Any]:
-        benchmarks = {"instructions": {"forgetting": {"value": lost}}}
-        return {"training": {"tokens": tokens, "corpus_tokens": sampled}, "benchmarks": benchmarks}
+    def made(tokens: int, corpus: int, rehearsed: int = 100) -> dict[str, Any]:
+        training = {"tokens": tokens, "corpus_tokens": corpus, "rehearsal_tokens": rehearsed}
+        return {"training": training, "benchmarks": {"instructions": {}}}
 
-    variants = {"finetune seed=0": made(1000, 0, 0.3), "finetune seed=1": made(1000, 0, 0.2)}
-    variants |= {
-        "kl seed=0": made(2000, 900, 0.1),
-        "kl seed=1": made(2000, 1100, 0.0),
-        "worse seed=0": made(2000, 10, 0.5),
-    }
-    lines = "".join(_study_cost.block({"part": {"variants": variants}})).splitlines()
-    # 3 * 1000 passes of training and 1000 of sampling more than 3 * 1000, for 25 - 5 points
-    assert "| part: kl | 1,000 | 2,000 | 2.33 | 20.0 | 0.2 |" in lines
-    assert "| part: worse | 10 | 2,000 | 2.00 | -25.0 | none saved |" in lines
+    def saved(variant: str, value: float, low: float, high: float) -> dict[str, Any]:
+        ends = {"one": "finetune", "other": variant, "value": value, "low": low, "high": high}
+        p = 0.001 if low > 0 else 0.4
+        known = {"measure": "benchmarks/instructions", "unit": "fraction", "seeds": 2, "paired": True}
+        return ends | known | {"p_value": p, "adjusted_p": p}
+
+    variants = {"finetune seed=0": made(1000, 0, 0), "finetune seed=1": made(1000, 0, 0)}
+    variants |= {"kl seed=0": made(2000, 900), "kl seed=1": made(2000, 1100), "unsure seed=0": made(2000, 10)}
+    variants |= {"EWC seed=0": made(1000, 5000, 0)}  # a corpus that is not rehearsed
+    comparisons = [saved("kl", 0.2, 0.1, 0.3), saved("unsure", 0.05, -0.1, 0.2)]
+    lines = "".join(_study_cost.block({"part": {"variants": variants, "comparisons": comparisons}})).splitlines()
+    # 3 * 1000 passes of training and 1000 of the corpus more than 3 * 1000, for 20 points
+    assert "| part: kl | 1,000 | 2,000 | 2.33 | 20.0 [10.0, 30.0] | 0.2 |" in lines
+    assert "| part: unsure | 10 | 2,000 | 2.00 | 5.00 [-10.0, 20.0] | - |" in lines
+    assert not any("EWC" in line for line in lines)
 
 
 def test_no_order_is_both_taught_and_asked() -> None:
