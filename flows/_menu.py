@@ -15,7 +15,7 @@ from cfsd.machine import home
 from cfsd.overrides import read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "deployments" / "recipes"
-FILES = "*.y*ml"
+SUFFIXES = (".yaml", ".yml")
 OWN = "recipes"  # the folder of the data folder
 Kind = Literal["recipe", "comparison", "sequence"]
 MARKS: dict[str, Kind] = {"targets": "sequence", "variants": "comparison", "sweeps": "comparison"}
@@ -34,7 +34,17 @@ def menu(kind: Kind) -> dict[str, Path]:
 
 
 def _of_kind(folder: Path, kind: Kind) -> list[Path]:
-    return [file for file in sorted(folder.glob(FILES)) if kind_of(file) == kind]
+    return [file for file in _files(folder) if kind_of(file) == kind and file not in _hidden(folder)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
+
+
+def _hidden(folder: Path) -> list[Path]:
+    """Return the files whose name another one has with the first of SUFFIXES."""
+    first, *others = SUFFIXES
+    return [file for file in _files(folder) if file.suffix in others and file.with_suffix(first).exists()]
 
 
 def kind_of(file: Path) -> Kind | None:
@@ -50,10 +60,10 @@ def kind_of(file: Path) -> Kind | None:
 
 def unreadable() -> list[str]:
     """Return a line for each file of the own recipes that no menu offers."""
-    files = sorted(own_recipes().glob(FILES))
-    return [
-        f"{file} is in no menu: it is not a recipe, a comparison or a sequence" for file in files if not kind_of(file)
-    ]
+    own = own_recipes()
+    why = {file: "it is not a recipe, a comparison or a sequence" for file in _files(own) if not kind_of(file)}
+    why |= {file: f"{file.with_suffix(SUFFIXES[0]).name} has its name" for file in _hidden(own)}
+    return [f"{file} is in no menu: {reason}" for file, reason in why.items()]
 
 
 class Chosen(NamedTuple):

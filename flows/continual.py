@@ -84,7 +84,9 @@ def planned_in_turn(sequence: TargetSequence, machine: Machine) -> list[Plan]:
     def walked(recipe: Recipe, machine: Machine) -> RunRecord:
         with planned() as steps:
             run_record = pipeline(recipe, machine)
-        plans.append(Plan(recipe, steps, run_record.artifacts["base"], run_record.artifacts["target"]))
+        base = run_record.artifacts["base"]
+        known = base if base.content or not plans else plans[0].base  # of a model that is not made: sizes, tokenizer
+        plans.append(Plan(recipe, steps, known, run_record.artifacts["target"]))
         return run_record
 
     with planned() as scoring:

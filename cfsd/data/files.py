@@ -59,10 +59,12 @@ class Files(NamedTuple):
                 f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
             )
         splits = sorted({match[0] for name in kept if (match := SPLIT.match(Path(name).name.lower()))})
-        if "train" in splits[:-1] + splits[1:] and said is not None:
+        if "train" in splits and len(splits) > 1 and said is not None:
+            meant = next(Path(name).parent for name in kept if SPLIT.match(Path(name).name.lower()))
+            folder = Path(self.path).expanduser().is_dir()
+            as_in = f", as {Path(self.path, meant, 'train*').as_posix()}" if folder else ""
             said.add(
-                f"files of several splits ({', '.join(splits)}) are all read; name those that are meant by a pattern, "
-                f"as {self.path.rstrip('/')}/train*",
+                f"files of several splits ({', '.join(splits)}) are all read; name those that are meant{as_in}",
                 repr(self.path),
             )
         if others and said is not None:

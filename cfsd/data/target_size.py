@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from cfsd.data.contents import PACKED
+from cfsd.data.contents import PACKED, contents_of
 from cfsd.data.conversation import Conversation, read_row
 from cfsd.data.files import READ_BY_CHECKS
 from cfsd.data.records import Located
@@ -68,7 +68,7 @@ def _number(target: Target, head: Sequence[Located], others: Iterator[Located]) 
 
 def _rows_in(path: Path, head: Sequence[bytes]) -> float:
     """Return about how many rows a large file has: a table says it, of others their size does, as if packed by zlib."""
-    if path.suffix.lower() == ".parquet":
+    if contents_of(path).suffix == ".parquet":  # what it holds counts, not its name
         import pyarrow.parquet as pq  # late: settings are read without pyarrow
 
         return float(pq.read_metadata(path).num_rows)

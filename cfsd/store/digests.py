@@ -60,7 +60,7 @@ class DigestMemory:
         name, stamp = self._name_and_stamp(path)
         digest = sha256_of_file(path)
         if self._known(name, stamp) not in (None, digest):
-            with suppress(PermissionError):  # a data folder that can only be read
+            with suppress(OSError):  # a data folder that can only be read
                 self.remember({name: [*stamp, digest]})
         return digest
 

@@ -16,18 +16,18 @@ from cfsd.model.token_counts import token_count
 ROWS = 3000
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "lines.parquet"])
 def test_large_files_are_counted_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     records = [{"prompt": f"How much is {n} times {n + 1}?", "response": str(n * (n + 1))} for n in range(ROWS)]
     text, file = "".join(f"{json.dumps(record)}\n" for record in records), tmp_path / name
-    if name.endswith("parquet"):
+    if name == "rows.parquet":
         pq.write_table(pa.Table.from_pylist(records), file)
     else:
         file.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     monkeypatch.setattr(target_size, "READ_BY_CHECKS", 0)
     found = target_size.size_of_target(Target(path=str(file), seed=0), lambda text: float(len(text)))
     assert found and found.rows == pytest.approx(ROWS, rel=0.5)
-    assert found.rows == ROWS or not name.endswith("parquet")
+    assert found.rows == ROWS or name != "rows.parquet"
 
 
 def test_a_tokenizer_that_was_saved_with_padding_counts_the_texts_own_tokens(

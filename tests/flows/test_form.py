@@ -150,9 +150,12 @@ def test_a_recipe_of_ones_own_is_in_the_menu_after_the_next_deployment(home: Pat
     assert menu("recipe")["tiny"] == TINY
     (own / "zero.yml").write_bytes(TINY.read_bytes())
     assert menu("recipe")["zero"] == own / "zero.yml"
+    (own / "mine.yml").write_bytes(TINY.read_bytes())
+    assert menu("recipe")["mine"] == own / "mine.yaml"
     assert schema_of(mitigate_form)["properties"]["recipe"]["enum"][:2] == ["mine", "own/tiny"]
-    [line] = unreadable()
-    assert line.startswith(str(own / "broken.yaml"))
+    first, second = unreadable()
+    assert first.startswith(str(own / "broken.yaml"))
+    assert second == f"{own / 'mine.yml'} is in no menu: mine.yaml has its name"
 
 
 def test_a_name_that_is_in_no_menu_is_refused_with_the_list(home: Path) -> None:

@@ -61,8 +61,8 @@ class Unanswered:
     def count(self, outputs: Any) -> None:
         """Count the answers of the endpoint's response, or responses."""
         for output in outputs if isinstance(outputs, list) else [outputs]:
-            for choice in output.get("choices", ()):
-                content = choice["message"].get("content") if "message" in choice else choice.get("text")
+            for choice in output.get("choices") or ():
+                content = (choice["message"] or {}).get("content") if "message" in choice else choice.get("text")
                 self.asked += 1
                 self.empty += content is None
                 self.cut += content is None and choice.get("finish_reason") == "length"

@@ -307,7 +307,7 @@ def _metadata(
         "scores": scores,
         "lm_eval": log.lm_eval,
         **({"per": metric.per} if metric.kind == "perplexity" else {}),
-        **({"left_out": left_out} if left_out else {}),
+        **({"left_out": left_out} if left_out or metric.kind == "nanmean" else {}),
         **({"chat_template": True} if log.conditions.chat_template else {}),
         **({"remarks": remarks} if remarks else {}),
     }  # fmt: skip
