@@ -122,15 +122,21 @@ def _grow(file: Path, tables: dict[str, list[str]], runs: int) -> None:
     """Copy the rows that the real run left, with identities of their own, until the first table has `runs` rows."""
     with sqlite3.connect(file, timeout=60) as database:
         counted, (identity, *_) = next(iter(tables.items()))
-        each, all_there = (
-            database.execute(f"SELECT count(*) FROM {counted} WHERE {condition}").fetchone()[0]
-            for condition in (_real(identity), "1")
-        )
+        each, all_there, last = (
+            database.execute(f"SELECT {what} FROM {counted} WHERE {condition}").fetchone()[0]
+            for what, condition in (
+                ("count(*)", _real(identity)), ("count(*)", "1"),
+                (f"max(substr({identity}, {len(MARK) + 1}, 4))", f"NOT {_real(identity)}"),
+            )
+        )  # fmt: skip
+        first = (
+            int(last, 16) + 1 if last else 0
+        )  # the questions run cached runs, so that there are more real ones each time
         for table, identities in tables.items():
             columns = [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
             real = f"CREATE TEMP TABLE real_{table} AS SELECT * FROM {table} WHERE {_real(identities[0])}"
             database.execute(real)
-            for number in range(all_there // each - 1, runs // each):
+            for number in range(first, first + max(0, runs - all_there) // each):
                 values = ", ".join(_copied(column, column in identities, number) for column in columns)
                 database.execute(f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} FROM real_{table}")
 
