@@ -129,9 +129,7 @@ def _grow(file: Path, tables: dict[str, list[str]], runs: int) -> None:
                 (f"max(substr({identity}, {len(MARK) + 1}, 4))", f"NOT {_real(identity)}"),
             )
         )  # fmt: skip
-        first = (
-            int(last, 16) + 1 if last else 0
-        )  # the questions run cached runs, so that there are more real ones each time
+        first = int(last, 16) + 1 if last else 0  # not by counting: the questions leave real runs, too
         for table, identities in tables.items():
             columns = [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
             real = f"CREATE TEMP TABLE real_{table} AS SELECT * FROM {table} WHERE {_real(identities[0])}"

@@ -1,6 +1,6 @@
 """Records of Parquet and of Arrow, as a file or as a stream (what `datasets` saves)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,9 +91,13 @@ def _check_end(source: Any) -> None:
     source.seek(0)
 
 
-def shortest(value: Any, kind: str) -> Any:
-    """Return a number by the digits that tell it from others of its `kind`: 3.14, not 3.140000104904175."""
-    return float(str(SHORT[kind](value))) if isinstance(value, float) else value
+def as_written(record: dict[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Return the record with numbers of SHORT `kinds`, by column, by the digits that tell them apart there.
+
+    Of 32 bits it is 3.14, not 3.140000104904175.
+    """
+    short = {name: SHORT[kind] for name, kind in kinds.items() if kind in SHORT and isinstance(record[name], float)}
+    return record | {name: float(str(number(record[name]))) for name, number in short.items()}
 
 
 def _columns(names: list[str], column: str | None) -> list[str] | None:
@@ -109,12 +113,9 @@ def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
-    short = {field.name: str(field.type) for field in batch.schema if str(field.type) in SHORT}
+    kinds = {field.name: kind for field in batch.schema if (kind := str(field.type)) in SHORT}
     for number, record in enumerate(records, before + 1):
-        yield (
-            f"row {number}",
-            without_nulls(record | {name: shortest(record[name], kind) for name, kind in short.items()}),
-        )
+        yield f"row {number}", without_nulls(as_written(record, kinds))
 
 
 def _record(one: Any, row: int) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -58,18 +58,21 @@ class Files(NamedTuple):
                 f"holds {others[0]!r} and {len(others) - 1} more files that are not {', '.join(self.suffixes)}; "
                 f"move them out, or name those that are meant by a pattern, as {self.path.rstrip('/')}/*.jsonl"
             )
-        splits = sorted({match[0] for name in kept if (match := SPLIT.match(Path(name).name.lower()))})
-        if "train" in splits and len(splits) > 1 and said is not None:
-            meant = next(Path(name).parent for name in kept if SPLIT.match(Path(name).name.lower()))
-            folder = Path(self.path).expanduser().is_dir()
-            as_in = f", as {Path(self.path, meant, 'train*').as_posix()}" if folder else ""
-            said.add(
-                f"files of several splits ({', '.join(splits)}) are all read; name those that are meant{as_in}",
-                repr(self.path),
-            )
+        if said is not None:
+            self._say_splits(kept, said)
         if others and said is not None:
             said.add(f"{others[0]!r} and {len(others) - 1} more files of other kinds are left out", repr(self.path))
         return kept
+
+    def _say_splits(self, names: Iterable[str], said: Said) -> None:
+        """Say where files of a training split are read beside those of others."""
+        found = {match[0]: Path(name).parent for name in names if (match := SPLIT.match(Path(name).name.lower()))}
+        if "train" not in found or len(found) == 1:
+            return
+        pattern = Path(self.path, found["train"], "train*").as_posix()
+        as_in = f", as {pattern}" if Path(self.path).expanduser().is_dir() else ""
+        splits = ", ".join(sorted(found))
+        said.add(f"files of several splits ({splits}) are all read; name those that are meant{as_in}", repr(self.path))
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of each file by its name within the folder, in order."""

@@ -12,7 +12,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from cfsd.data.arrow_records import SHORT, shortest, without_nulls
+from cfsd.data.arrow_records import as_written, without_nulls
 from cfsd.errors import BadInput
 from cfsd.machine import home
 from cfsd.model.hub import DATA, commit_of
@@ -144,10 +144,8 @@ def hub_records(
         loaded = load_dataset(name, subset, revision=commit, split=split, cache_dir=str(home() / "datasets"))
         records = loaded.select_columns([column]) if column in loaded.column_names else loaded
         kinds = {column: getattr(feature, "dtype", "") for column, feature in records.features.items()}
-        short = {column: kind for column, kind in kinds.items() if kind in SHORT}
         for number, record in enumerate(records, 1):
-            exact = record | {column: shortest(record[column], kind) for column, kind in short.items()}
-            yield Located(f"{name!r} row {number}", without_nulls(exact))
+            yield Located(f"{name!r} row {number}", without_nulls(as_written(record, kinds)))
     # RuntimeError: the data set is a script; the others: files that are not what their names say
     except (OSError, ValueError, RuntimeError, DatasetsError, TypeError, KeyError, NotImplementedError) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error

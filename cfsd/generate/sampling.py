@@ -49,8 +49,9 @@ class Turns(NamedTuple):
 
     def inserted(self, end: int) -> list[int]:
         """Return what is inserted after the sampled token `end`."""
-        closed = self.closing in (None, end)
-        return [*([] if closed else [int(self.closing or 0)]), *self.between]
+        if self.closing is None or self.closing == end:
+            return [*self.between]
+        return [self.closing, *self.between]
 
 
 class Rows(NamedTuple):

@@ -80,8 +80,8 @@ class Unanswered:
         return [f"{said}; they count as empty"]
 
 
-class Chats(LocalChatCompletion):  # type: ignore[misc]
-    """Sends chats to the chat endpoint. Differs from lm-eval's own: answers end at every stop sequence."""
+class AskedAlike(LocalCompletionsAPI):  # type: ignore[misc]
+    """Asks a server for what a model in memory would write, and counts answers without content."""
 
     def __init__(self, **settings: Any) -> None:
         """Take what lm-eval's class takes."""
@@ -89,7 +89,7 @@ class Chats(LocalChatCompletion):  # type: ignore[misc]
         self.unanswered = Unanswered()
 
     def _create_payload(self, *args: Any, gen_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
-        asked = normalize_gen_kwargs(gen_kwargs or {}, self._max_gen_toks)  # as for a model in memory
+        asked = normalize_gen_kwargs(gen_kwargs or {}, self._max_gen_toks)
         payload: dict[str, Any] = super()._create_payload(*args, gen_kwargs=asked, **kwargs)
         return payload
 
@@ -97,6 +97,10 @@ class Chats(LocalChatCompletion):  # type: ignore[misc]
         """Return the answers of a response."""
         self.unanswered.count(outputs)
         return list(super().parse_generations(outputs, **kwargs))
+
+
+class Chats(AskedAlike, LocalChatCompletion):  # type: ignore[misc]
+    """Sends chats to the chat endpoint. Differs from lm-eval's own: answers end at every stop sequence."""
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests to write."""
@@ -113,7 +117,7 @@ def _ended(answers: list[str], requests: list[Any]) -> list[str]:
     return ended
 
 
-class Completions(LocalCompletionsAPI):  # type: ignore[misc]
+class Completions(AskedAlike):
     """Sends token ids to the completions endpoint.
 
     Differs from lm-eval's own: what begins with special tokens, what is cut and what ends an answer are as for a model
@@ -121,16 +125,6 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
     """
 
     tokenizer: Any
-
-    def __init__(self, **settings: Any) -> None:
-        """Take what lm-eval's class takes."""
-        super().__init__(**settings)
-        self.unanswered = Unanswered()
-
-    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
-        """Return the answers of a response."""
-        self.unanswered.count(outputs)
-        return list(LocalCompletionsAPI.parse_generations(outputs, **kwargs))
 
     def prepare(self, benchmark: Benchmark, task: Any) -> None:
         """Get ready for `task`. Raises BadInput for a chat benchmark and a tokenizer without a template."""
@@ -170,9 +164,8 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
         self._check_texts(requests)
         return _ended(super().generate_until(requests, disable_tqdm), requests)
 
-    def _create_payload(self, *args: Any, gen_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
-        asked = normalize_gen_kwargs(gen_kwargs or {}, self._max_gen_toks)  # as for a model in memory
-        payload: dict[str, Any] = super()._create_payload(*args, gen_kwargs=asked, **kwargs)
+    def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._create_payload(*args, **kwargs)
         return payload | ({"stop": payload["stop"][:MOST_STOPS]} if "stop" in payload else {})
 
     def _check_texts(self, requests: list[Any]) -> None:
