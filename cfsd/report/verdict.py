@@ -179,10 +179,11 @@ def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: 
     named = f"“{other.name}”"
     gain, moved, in_chats, lost = (comparisons.of(one.name, other.name, measure) for measure in COMPARED)
     if gain:
-        unlearned = one.gain and (side := side_of(one.gain)) in (0, -1)
-        if one.gain and unlearned:
+        words = LEARNED_THAN
+        if one.gain and (side := side_of(one.gain)) in (0, -1):
             yield LEARNED[side].format(shown(one.gain))
-        yield (HELD_OUT_LOSS if unlearned else LEARNED_THAN)[gain.sign()].format(named, shown(gain.figure()))
+            words = HELD_OUT_LOSS
+        yield words[gain.sign()].format(named, shown(gain.figure()))
     if moved and one.moved and other.moved:
         unmoved = min(one.moved["value"], other.moved["value"]) <= UNMOVED
         against = "" if gain else f" {'of' if unmoved else 'than' if moved.sign() == 0 else 'as'} {named}"

@@ -157,14 +157,17 @@ class Store:
     def damage(self, folder: Path, manifest: dict[str, Any], *, full: bool = False) -> list[str]:
         """Return the names of the files that are missing or differ from the manifest.
 
-        `full` reads every byte, so that `find` knows it, too; otherwise files of known size and mtime are trusted.
+        `full` reads every byte, and lets `find` do so of damaged files; otherwise known size and mtime are trusted.
         What is still in the shared store is not missing.
         """
-        read = self.memory.sha256_anew if full else self.memory.sha256
+        read = sha256_of_file if full else self.memory.sha256
         files = manifest["files"].items()
         if self.sharing and (folder / PARTIAL).exists():
             files = [(name, sha) for name, sha in files if os.path.lexists(folder / name)]
-        return [n for n, sha in files if not (folder / n).is_file() or read(folder / n) != sha]
+        damaged = [n for n, sha in files if not (folder / n).is_file() or read(folder / n) != sha]
+        if full:
+            self.memory.forget(folder / n for n in damaged if (folder / n).is_file())
+        return damaged
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""

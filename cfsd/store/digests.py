@@ -52,26 +52,19 @@ class DigestMemory:
     def sha256(self, path: Path) -> str:
         """Return the sha256 of `path`."""
         name, stamp = self._name_and_stamp(path)
-        known = self._known(name, stamp)
-        return known if known is not None else self._read(path, name, stamp)
-
-    def sha256_anew(self, path: Path) -> str:
-        """Return the sha256 of `path`, read in full; where the memory has another one, it is corrected."""
-        name, stamp = self._name_and_stamp(path)
-        digest = sha256_of_file(path)
-        if self._known(name, stamp) not in (None, digest):
-            with suppress(OSError):  # a data folder that can only be read
-                self.remember({name: [*stamp, digest]})
-        return digest
-
-    def _read(self, path: Path, name: str, stamp: list[int]) -> str:
+        known = self._load().get(name)
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
         digest = sha256_of_file(path)
         self.remember({name: [*stamp, digest]})
         return digest
 
-    def _known(self, name: str, stamp: list[int]) -> str | None:
-        known = self._load().get(name)
-        return str(known[-1]) if isinstance(known, list) and known[:-1] == stamp else None
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Drop what is remembered of files, which are read again when they are asked for."""
+        names = {self._name_and_stamp(path)[0] for path in paths}
+        if names:
+            with suppress(OSError):  # a data folder that can only be read
+                write_json(self.file, {name: entry for name, entry in self._load().items() if name not in names})
 
     def remember(self, entries: dict[str, list[Any]]) -> None:
         """Add entries of name -> [size, mtime_ns, sha256], outside of `home` with ctime_ns before the digest."""
