@@ -1,4 +1,4 @@
-"""Do divergences foretell what people notice? Over all trainings of the study that were measured alike."""
+"""Do divergences foretell what people notice? Over all trainings of the study that were scored on the same."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -20,8 +22,11 @@ PREDICTORS = {  # of a variant in a part's file -> how it is called
     "probe_kl": "probe_kl", "chat_kl": "chat_kl", "target_divergence": "divergence on the target",
     "weight_distance": "distance of weights, 1/1000",
 }  # fmt: skip
+COLOURS = colormaps["tab20"]
 SCALES = {"weight_distance": 1000}  # of the picture
-LOST = ("instructions", "questions")
+LOST = {  # benchmark -> unit of what it lost, how many make one of its score's, decimals
+    "instructions": ("points", 100, 1), "questions": ("points", 100, 1), "technical_english": ("nats", 1, 3),
+}  # fmt: skip
 
 
 def weight_distance(base: Path, tuned: Path) -> float:
@@ -44,7 +49,7 @@ def _names(file: Path) -> list[str]:
 
 
 class Run(NamedTuple):
-    """One training: its part, its variant, what may predict, and the points that it lost."""
+    """One training: its part, its variant, what may predict, and what it lost on the benchmarks it was scored on."""
 
     part: str
     variant: str
@@ -53,16 +58,15 @@ class Run(NamedTuple):
 
 
 def runs_of(parts: dict[str, dict[str, Any]]) -> list[Run]:
-    """Return the trainings of all parts that have every predictor and what is to be predicted."""
+    """Return the trainings of all parts that have every predictor and any loss to be predicted."""
     found = []
     for part, content in parts.items():
         for name, figures in content["variants"].items():
             predictors = {key: _value(figures.get(key)) for key in PREDICTORS}
-            lost = {
-                key: figures["benchmarks"][key]["forgetting"]["value"] for key in LOST if key in figures["benchmarks"]
-            }
-            if None not in predictors.values() and len(lost) == len(LOST):
-                found.append(Run(part, variant_of(name), predictors, {key: 100 * value for key, value in lost.items()}))
+            scored = figures["benchmarks"]
+            lost = {key: LOST[key][1] * scored[key]["forgetting"]["value"] for key in LOST if key in scored}
+            if None not in predictors.values() and lost:
+                found.append(Run(part, variant_of(name), predictors, lost))
     return found
 
 
@@ -74,22 +78,28 @@ def block(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the table: how well each predictor orders the trainings, and foretells those of other variants."""
     variants = {(run.part, run.variant) for run in runs}
     yield (
-        f"{len(runs)} trainings of {len(variants)} variants. Order: Spearman's correlation with the points lost, over "
-        "all trainings, within a part (mean of the parts) and of the variants' means. Foretold: the mean error, in "
-        "points, of a line through the logarithm that is fitted without the variant which is foretold (in any part), "
-        "beside that of the others' mean.\n"
+        f"{len(runs)} trainings of {len(variants)} variants; each loss over those that were scored on its benchmark. "
+        "Order: Spearman's correlation with what was lost, over all trainings, within a part (mean of the parts) and "
+        "of the variants' means. Foretold: the mean error of a line through the logarithm that is fitted without the "
+        "variant which is foretold (in any part), beside that of the others' mean.\n"
     )
-    rows = [["lost", "predictor", "order", "within a part", "of variants", "error foretold, points", "of the mean"]]
+    rows = [
+        ["lost", "trainings", "predictor", "order", "within a part", "of variants", "error foretold", "of the mean"]
+    ]
     for lost in LOST:
-        y = np.array([run.lost[lost] for run in runs])
-        for key, name in PREDICTORS.items():
-            x = np.log([run.predictors[key] for run in runs])
-            error, of_mean = _foretold(x, y, [run.variant for run in runs])
-            means = [_mean(values, runs) for values in (x, y)]
-            within = [_order(x[chosen], y[chosen]) for chosen in _parts(runs)]
-            order = [f"{value:.2f}" for value in (_order(x, y), np.mean(within), _order(*means))]
-            rows.append([lost, name, *order, f"{error:.1f}", f"{of_mean:.1f}"])
+        rows += _rows(lost, [run for run in runs if lost in run.lost])
     yield markdown(rows)
+
+
+def _rows(lost: str, runs: Sequence[Run]) -> Iterator[list[str]]:
+    (unit, _, decimals), y = LOST[lost], np.array([run.lost[lost] for run in runs])
+    for key, name in PREDICTORS.items() if runs else ():
+        x = np.log([run.predictors[key] for run in runs])
+        means = [_mean(values, runs) for values in (x, y)]
+        within = [_order(x[chosen], y[chosen]) for chosen in _parts(runs)]
+        order = [f"{value:.2f}" for value in (_order(x, y), np.mean(within), _order(*means))]
+        errors = [f"{error:.{decimals}f}" for error in _foretold(x, y, [run.variant for run in runs])]
+        yield [f"{lost}, {unit}", str(len(runs)), name, *order, *errors]
 
 
 def _order(x: Any, y: Any) -> float:
@@ -124,21 +134,22 @@ def picture(runs: Sequence[Run]) -> Picture:
     figure = Picture(figsize=(4 * len(PREDICTORS), 3.6 * len(LOST)), layout="constrained")
     panels = figure.subplots(len(LOST), len(PREDICTORS), sharey="row")
     variants, parts = list(dict.fromkeys(run.variant for run in runs)), list(dict.fromkeys(run.part for run in runs))
-    for row, lost in zip(panels, LOST, strict=True):
-        row[0].set_ylabel(f"{lost} lost, points")
+    labelled: dict[str, Line2D] = {}
+    for row, (lost, (unit, *_)) in zip(panels, LOST.items(), strict=True):
+        row[0].set_ylabel(f"{lost} lost, {unit}")
+        scored = [run for run in runs if lost in run.lost]
         for axes, (key, name) in zip(row, PREDICTORS.items(), strict=True):
-            for part, variant in dict.fromkeys((run.part, run.variant) for run in runs):
-                chosen = [run for run in runs if (run.part, run.variant) == (part, variant)]
-                marker, colour = "os^Dv<>"[parts.index(part) % 7], f"C{variants.index(variant) % 10}"
+            for part, variant in dict.fromkeys((run.part, run.variant) for run in scored):
+                chosen = [run for run in scored if (run.part, run.variant) == (part, variant)]
+                marker, colour = "os^Dv<>"[parts.index(part) % 7], COLOURS(variants.index(variant) % COLOURS.N)
                 scale = SCALES.get(key, 1)
                 x, y = [scale * run.predictors[key] for run in chosen], [run.lost[lost] for run in chosen]
-                axes.plot(x, y, marker, color=colour, label=f"{variant} ({part})")
+                (labelled[f"{variant} ({part})"],) = axes.plot(x, y, marker, color=colour)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.axhline(0, color="0.8", zorder=0)
             axes.set_xlabel(name)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.legend(labelled.values(), labelled, loc="outside right upper", fontsize=8)
     return figure

@@ -9,7 +9,8 @@ there nothing is executed. What a part found is in benchmarks/results/study/PART
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,8 +26,10 @@ from cfsd.estimate import rate_of
 from cfsd.machine import Machine
 from cfsd.machine import home as data_folder
 from cfsd.recipe import Recipe
+from cfsd.report.compared import Compared
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summary import Summary
+from cfsd.report.table import variant_of
 from cfsd.store.artifact import Store
 from flows._cli import Home, On, machine_of, start
 from flows._conclude import Result
@@ -40,6 +43,7 @@ REAL_TEXT: dict[str, dict[str, JsonValue]] = {  # variants that read files which
     "real text, kl": {"generate.source": "replay"},
     "real text, nll": {"generate.source": "replay", "generate.top_logprobs": 0, "train.rehearsal.loss": "nll"},
 }
+REFERENCES = 2  # variants that come first, with which the page compares the others
 OF_A_RUN = {"name", "seconds", "executed", "cached", "moved", "shown", "training"}  # of a summary: not in the file
 
 
@@ -137,8 +141,15 @@ def _found(name: str, part: Part, result: Result) -> dict[str, Any]:
         "question": part.question,
         "recipes": part.recipes,
         "variants": {summary.name: _variant(summary, run_record) for summary, run_record in pairs},
-        "comparisons": [entry.model_dump(mode="json") for entry in result.comparisons.entries],
+        "comparisons": [entry.model_dump(mode="json") for entry in _with_a_reference(result)],
     }
+
+
+def _with_a_reference(result: Result) -> Iterator[Compared]:
+    """Yield the pairs with a variant that comes first: of 45 variants, all pairs would be megabytes."""
+    names = dict.fromkeys(variant_of(summary.name) for summary in result.summaries)
+    references = {*islice(names, REFERENCES)}
+    yield from (entry for entry in result.comparisons.entries if references & {entry.one, entry.other})
 
 
 def _variant(summary: Summary, run_record: RunRecord) -> dict[str, Any]:

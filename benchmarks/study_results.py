@@ -15,7 +15,7 @@ from benchmarks._interval_picture import interval_picture
 from benchmarks._methods_grid import ROOT
 from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
-from benchmarks.study import FOUND, PARTS
+from benchmarks.study import FOUND, PARTS, REFERENCES
 from cfsd.report.compared import Compared
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, by_variant, shown
@@ -31,6 +31,8 @@ MEASURES = {  # of summary.json -> column
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
 ENDS = ("value", "low", "high")
+MANY = 20  # variants, which are compared with the first alone, on the measures in BRIEF
+BRIEF = ("target_gain", "probe_kl", "mean_forgetting")
 
 
 class Made(NamedTuple):
@@ -97,8 +99,8 @@ def block_of(made: Made) -> Iterator[str]:
     )
     benchmarks = list(summaries[0].benchmarks)
     losses = [f"{name} lost, {'points' if _is_share(summaries[0], name) else 'nats'}" for name in benchmarks]
-    heads = [*MEASURES.values(), *losses]
     figures = {name: list(_figures(of_seeds, benchmarks)) for name, of_seeds in repeats.items()}
+    heads, figures = _measured([*MEASURES.values(), *losses], figures)
     yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
     PICTURES.mkdir(exist_ok=True)
     interval_picture(figures, heads).savefig(PICTURES / f"{made.name}.png", dpi=120)
@@ -129,16 +131,25 @@ def _figures(of_seeds: list[Summary], benchmarks: list[str]) -> Iterator[Fig | N
         yield lost | {end: lost[end] * unit for end in ENDS if lost[end] is not None}
 
 
+def _measured(heads: list[str], figures: dict[str, list[Fig | None]]) -> tuple[list[str], dict[str, list[Fig | None]]]:
+    """Return the columns in which any variant has a figure."""
+    kept = [place for place in range(len(heads)) if any(row[place] for row in figures.values())]
+    return [heads[place] for place in kept], {name: [row[i] for i in kept] for name, row in figures.items()}
+
+
 def _shown(figure: Fig | None) -> str:
     return shown(figure) if figure else "-"
 
 
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
-    """Yield the difference of each variant from the two that come first, measure by measure, where one is found."""
-    for place, reference in enumerate((first, *others[:1])):
-        yield f"Less `{reference}`, paired (differences that are not listed were not found):\n"
+    """Yield the difference of each variant from those that come first, measure by measure, where one is found."""
+    many = len(others) >= MANY
+    listed = [entry for entry in comparisons if not many or entry.measure in BRIEF]
+    for place, reference in enumerate([first, *others][: 1 if many else REFERENCES]):
+        of = f" on {', '.join(BRIEF)}" if many else ""
+        yield f"Less `{reference}`, paired{of} (differences that are not listed were not found):\n"
         for name in others[place:]:
-            found = [entry for entry in (_between(e, name, reference) for e in comparisons) if entry and entry.sign()]
+            found = [entry for entry in (_between(e, name, reference) for e in listed) if entry and entry.sign()]
             if found:
                 yield f"* {name}: " + "; ".join(map(_difference, found))
         yield ""

@@ -1,6 +1,7 @@
 """The study: its parts are recipes that can run, what is made is not made again, and its page is what was found."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks import _study_choice, _study_cost, orders, study, study_results
 from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
+from cfsd.report.compared import Compared
 from tests.conftest import ROOT, write_rows
 
 
@@ -96,11 +98,40 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
     variants = {f"v{variant} seed={seed}": made(variant, seed) for variant in range(5) for seed in range(3)}
     runs = runs_of({"one": {"variants": variants}, "of tiny": {"variants": {"w": {"benchmarks": {}}}}})
     assert len(runs) == 15 and {run.variant for run in runs} == {f"v{variant}" for variant in range(5)}
-    (row,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | chat_kl" in line]
-    assert row.split(" | ")[2:6] == ["1.00", "1.00", "1.00", "0.0"] and float(row.split(" | ")[6].rstrip(" |")) > 3
-    (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions | probe_kl" in line]
-    assert abs(float(other.split(" | ")[2])) < 0.5 and float(other.split(" | ")[5]) > 3
-    assert len(picture(runs).axes) == 8
+    (row,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions, points | 15 | chat_kl" in line]
+    assert row.split(" | ")[3:7] == ["1.00", "1.00", "1.00", "0.0"] and float(row.split(" | ")[7].rstrip(" |")) > 3
+    (other,) = [line for line in "\n".join(block(runs)).splitlines() if "instructions, points | 15 | probe_kl" in line]
+    assert abs(float(other.split(" | ")[3])) < 0.5 and float(other.split(" | ")[6]) > 3
+    assert len(picture(runs).axes) == 12
+
+
+def test_a_loss_is_foretold_over_the_trainings_that_were_scored_on_it() -> None:
+    def made(chat_kl: float, **lost: float) -> dict[str, Any]:
+        divergences = dict.fromkeys(["probe_kl", "chat_kl", "target_divergence"], {"value": chat_kl})
+        scored = {name: {"forgetting": {"value": value}} for name, value in lost.items()}
+        return {**divergences, "weight_distance": chat_kl, "benchmarks": scored}
+
+    both = {f"v{i}": made(0.1 * 2**i, instructions=0.1 * i, technical_english=0.2 * i) for i in range(4)}
+    one = {f"w{i}": made(0.1 * 2**i, instructions=0.1 * i) for i in range(4)}
+    lines = "\n".join(block(runs_of({"both": {"variants": both}, "one": {"variants": one}}))).splitlines()
+    assert "| instructions, points | 8 | chat_kl | 1.00 | 1.00 | 1.00 | 0.0 | 11.4 |" in lines
+    assert "| technical_english, nats | 4 | chat_kl | 1.00 | 1.00 | 1.00 | 0.000 | 0.267 |" in lines
+    assert not any("questions" in line for line in lines), "no training was scored on them"
+
+
+def test_many_variants_are_compared_with_the_first_alone() -> None:
+    def pair(one: str, other: str, measure: str) -> Compared:
+        known = {"unit": "nats per token", "value": 0.5, "low": 0.4, "high": 0.6, "seeds": 5, "paired": True}
+        return Compared(one=one, other=other, measure=measure, p_value=0.001, adjusted_p=0.001, **known)
+
+    names = [f"v{place}" for place in range(study_results.MANY + 1)]
+    entries = [pair(*sides, m) for sides in combinations(names, 2) for m in ("probe_kl", "reverse_kl")]
+    lines = list(study_results._pairs(entries, *names))
+    assert lines[1] == "* v1: probe_kl -0.500 [-0.600, -0.400]" and len(lines) == len(names) + 1
+    few = list(study_results._pairs(entries, *names[:3]))
+    assert [line for line in few if line.startswith("* v2")] == [
+        "* v2: probe_kl -0.500 [-0.600, -0.400]; reverse_kl -0.500 [-0.600, -0.400]"
+    ] * 2  # less v0, and less v1
 
 
 def test_the_default_source_is_chosen_by_the_pairs_of_seeds() -> None:
