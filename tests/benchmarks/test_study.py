@@ -107,7 +107,7 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
 
 def test_a_loss_is_foretold_over_the_trainings_that_were_scored_on_it() -> None:
     def made(chat_kl: float, **lost: float) -> dict[str, Any]:
-        divergences = dict.fromkeys(["probe_kl", "chat_kl", "target_divergence"], {"value": chat_kl})
+        divergences = {key: {"value": chat_kl} for key in ("probe_kl", "chat_kl", "target_divergence")}
         scored = {name: {"forgetting": {"value": value}} for name, value in lost.items()}
         return {**divergences, "weight_distance": chat_kl, "benchmarks": scored}
 
