@@ -1,5 +1,6 @@
 """Stage mix: target rows and rehearsal rows as one table, written as they are read."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import JsonValue
 from cfsd.mix.flow_weights import Weights, flow_weights
 from cfsd.mix.spec import MixSpec
 from cfsd.store.artifact import Draft
-from cfsd.store.tables import SEQUENCE, TableWriter, batches, count_true, mixture_schema, num_rows
+from cfsd.store.tables import BATCHES, SEQUENCE, TableWriter, batches, count_true, mixture_schema, num_rows
 
 SHARD_BYTES = 16 << 20  # of one shard, about; no more waits in memory
 
@@ -22,6 +23,8 @@ Columns = list[pa.Array]
 def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | None = None) -> None:
     """Write the `mixture` table: target rows first, then the corpus, each supervised where its loss lies.
 
+    BATCHES beside it says what a global batch holds and in which order, for training. In the metadata alone that
+    would not count in the content, and training with other batches be taken for cached.
     Of a corpus row the tokens that have a log-probability count: sampled ones, not prompt tokens. Log-probabilities
     themselves stay in the corpus, where `corpus_row` finds them. With FLOW, and only then, there are `losses` of the
     base on the target rows, from which they (or their tokens) get weights; rehearsal rows weigh 1.
@@ -41,7 +44,9 @@ def mix(target: Path, corpus: Path, spec: MixSpec, draft: Draft, losses: Path | 
         done += batch.num_rows
         draft.journal.progress(done, total, "rows")
     writer.close()
-    draft.metadata |= _metadata(rows, tokens, spec) | _weight_metadata(spec, weights)
+    asked = _batches(spec, rehearses=rows.total() > rows["target"])
+    (draft.folder / BATCHES).write_text(json.dumps(asked))
+    draft.metadata |= _metadata(rows, tokens) | asked | _weight_metadata(spec, weights)
 
 
 def _mixed(target: Path, corpus: Path, weights: Weights | None) -> Iterator[pa.RecordBatch]:
@@ -87,7 +92,12 @@ def _weighed(batch: pa.RecordBatch, weights: Weights, row: int) -> Columns:
     return [pa.array(weights.row_R[rows]), lists_like(batch["supervised"], pa.array(weight_T))]
 
 
-def _metadata(rows: Counter[str], tokens: Counter[str], spec: MixSpec) -> dict[str, JsonValue]:
+def _batches(spec: MixSpec, *, rehearses: bool) -> dict[str, JsonValue]:
+    tokens = spec.rehearsal_tokens if rehearses else 0
+    return {"batch_target_rows": spec.target_rows, "batch_rehearsal_tokens": tokens, "seed": spec.seed}
+
+
+def _metadata(rows: Counter[str], tokens: Counter[str]) -> dict[str, JsonValue]:
     target_rows, target_tokens = rows.pop("target", 0), tokens.pop("target", 0)
     return {
         "target_rows": target_rows,
@@ -96,9 +106,6 @@ def _metadata(rows: Counter[str], tokens: Counter[str], spec: MixSpec) -> dict[s
         "rehearsal_tokens": tokens.total(),
         "rehearsal_rows_by_source": dict(rows),
         "rehearsal_tokens_by_source": dict(tokens),
-        "batch_target_rows": spec.target_rows,
-        "batch_rehearsal_tokens": spec.rehearsal_tokens if rows else 0,
-        "seed": spec.seed,
     }
 
 

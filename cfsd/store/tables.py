@@ -138,6 +138,9 @@ def corpus_schema(top_logprobs: int, vocabulary: int, tail_samples: int = 0) -> 
     return pa.schema([*CORPUS, *((name, pa.list_(kind)) for name, kind in stored.items())])
 
 
+BATCHES = "batches.json"  # beside a mixture: its global batches, by their sizes and the seed of their order
+
+
 def mixture_schema(*, token_weights: bool) -> pa.Schema:
     """Return the columns of a mixture; `token_weights` has an entry per token, null where all of a row's are 1."""
     return MIXTURE.append(pa.field("token_weights", pa.list_(pa.float32()))) if token_weights else MIXTURE

@@ -17,8 +17,10 @@ from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import TARGET, corpus_schema, read_rows, shards, table_of, write_shard
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
+from cfsd.train.batches.loading import batches_of
 from cfsd.train.batches.micro_batches import Row
 from cfsd.train.batches.mixture import MixtureRows
+from cfsd.train.spec import TrainSpec
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -159,6 +161,25 @@ def test_a_mixture_without_rehearsal_draws_none(store: Store, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("changed", [{"target_rows": 3}, {"rehearsal_tokens": 9}, {"seed": 6}])
+def test_other_batches_are_another_mixture(store: Store, tmp_path: Path, changed: dict[str, int]) -> None:
+    """Stages count what they read by its content: a training with other batches is not one that is there."""
+    write_target(tmp_path, 3)
+    write_corpus(tmp_path, TEXTS)
+    given = MixSpec(target_rows=2, rehearsal_tokens=3, seed=5)
+    one, other = (mixed(store, tmp_path, spec) for spec in (given, given.model_copy(update=changed)))
+    assert one.content != other.content
+    train = TrainSpec(learning_rate=1e-3)
+    plans = [batches_of(store, made, train, 100).plan for made in (one, other)]
+    assert plans[0] != plans[1]
+
+
+def test_without_rehearsal_its_tokens_make_no_other_mixture(store: Store, tmp_path: Path) -> None:
+    write_target(tmp_path, 3)
+    one, other = (mixed(store, tmp_path, MixSpec(rehearsal_tokens=tokens, seed=0)) for tokens in (3, 400))
+    assert (one.key == other.key, one.content == other.content) == (False, True)
+
+
 def test_the_mixture_is_one_table_however_it_is_cut(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +189,7 @@ def test_the_mixture_is_one_table_however_it_is_cut(
     whole = mixed(store, tmp_path, MixSpec(seed=0))
     most, batch = 100, 220
     monkeypatch.setattr("cfsd.mix.stage.SHARD_BYTES", most)
-    cut = mixed(store, tmp_path, MixSpec(seed=1))
+    cut = mixed(store, tmp_path, MixSpec(seed=0, flow_average="row"))  # another key
     sizes = [pq.read_table(path).nbytes for path in shards(store.path(cut), "mixture")]
     assert len(sizes) > 5 and all(size < most + batch for size in sizes)
     assert cut.content == whole.content

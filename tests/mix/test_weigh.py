@@ -246,6 +246,7 @@ def test_losses_of_another_target_are_never_used(store: Store, tmp_path: Path) -
 
 
 def test_losses_are_in_the_key_of_a_mixture_only_with_flow(world: World) -> None:
+    from cfsd.store.tables import BATCHES
     from tasks._stage import Planned, planning
     from tasks.mix import mix_rows
     from tasks.weigh import weigh_target
@@ -263,5 +264,5 @@ def test_losses_are_in_the_key_of_a_mixture_only_with_flow(world: World) -> None
         planning.reset(token)
     assert scored[0] is None
     assert scored[1] and scored[1].key == key_of("weigh", world.base, world.target)
-    assert keys[:2] == [key_of("mix", world.target, world.target, off)] * 2
+    assert keys[:2] == [key_of("mix", world.target, world.target, off, BATCHES)] * 2
     assert len(set(keys[1:])) == 3

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -30,7 +31,7 @@ from cfsd.mix.weigh import weigh
 from cfsd.model.loading import load_model, load_tokenizer, read_start_token
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.journal import read_metrics
-from cfsd.store.tables import read_rows
+from cfsd.store.tables import BATCHES, read_rows
 from cfsd.train.batches.loading import batches_of
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import fisher
@@ -284,8 +285,15 @@ def test_weights_that_are_not_finite_are_never_saved(world: World) -> None:
 
 def one_step(world: World) -> Artifact:
     """Return the plain mixture in one global batch."""
-    metadata = world.plain.metadata | {"batch_target_rows": 1000}
-    return world.plain.model_copy(update={"metadata": metadata})
+
+    def work(draft: Draft) -> None:
+        folder, left_out = world.store.path(world.plain), shutil.ignore_patterns("manifest.json")
+        shutil.copytree(folder, draft.folder, dirs_exist_ok=True, ignore=left_out)
+        asked = json.loads((folder / BATCHES).read_text()) | {"batch_target_rows": 1000}
+        (draft.folder / BATCHES).write_text(json.dumps(asked))
+        draft.metadata |= world.plain.metadata
+
+    return world.store.make("mixture", "one batch", work)[0]
 
 
 def test_bfloat16_bases_give_bfloat16_models(world: World, tmp_path: Path) -> None:

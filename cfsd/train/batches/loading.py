@@ -1,5 +1,6 @@
 """What a training reads: the micro-batches of each global batch, one rank's share at a time."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ from torch.utils.data import Dataset
 
 from cfsd.errors import BadInput
 from cfsd.store.artifact import Artifact, Store
+from cfsd.store.tables import BATCHES
 from cfsd.train.batches.global_batches import GlobalBatch, plan_batches
 from cfsd.train.batches.micro_batches import MicroBatch, micro_batches_of
 from cfsd.train.batches.mixture import Mask, MixtureRows
@@ -106,15 +108,16 @@ def batches_of(
     Raises BadInput where rows that must be fresh run out, or where a step has none to read the divergence from.
     """
     metadata: dict[str, Any] = mixture.metadata
+    asked = json.loads((store.path(mixture) / BATCHES).read_text())
     rows = MixtureRows(store.path(mixture), distributions.corpus if distributions else None, mask)
-    wanted = metadata["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0
+    wanted = asked["batch_rehearsal_tokens"] if spec.rehearsal.weight else 0
     plan = plan_batches(
         rows.sources(),
         rows.supervised_tokens(),
-        target_rows=metadata["batch_target_rows"],
+        target_rows=asked["batch_target_rows"],
         rehearsal_tokens=wanted,
         epochs=spec.epochs,
-        seed=metadata["seed"],
+        seed=asked["seed"],
         refresh=spec.rehearsal.refresh,
     )
     blind = sum(0 not in batch.views for batch in plan)
