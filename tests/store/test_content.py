@@ -131,6 +131,19 @@ def test_a_damaged_memory_costs_a_second_reading_only(tmp_path: Path) -> None:
     assert memory.sha256(file) == first
 
 
+def test_what_another_process_remembers_is_found(tmp_path: Path) -> None:
+    """The memory is parsed once while it is the same file, and again when another process replaced it."""
+    file = tmp_path / "file"
+    file.write_text("one")
+    memory = DigestMemory(tmp_path)
+    memory.sha256(file)
+    (stamped,) = json.loads(memory.file.read_text()).values()
+    write_json(memory.file, {"file": [*stamped[:-1], "told by another"]}, indent=None)
+    assert memory.sha256(file) == "told by another"
+    memory.forget([file])
+    assert memory.sha256(file) == sha256_of_file(file)
+
+
 def test_names_and_digests_of_files_both_count() -> None:
     files = {"a": "1", "b": "2"}
     assert digest_of_files(files) == digest_of_files(dict(reversed(files.items())))
