@@ -14,7 +14,7 @@ def interval_picture(
     picture = Picture(figsize=(2.6 * max(3, len(heads)), 1.2 + 0.3 * len(rows)), layout="constrained")
     panels = picture.subplots(1, len(heads), sharey=True, squeeze=False)[0]
     panels[0].set_yticks(range(len(rows)), rows)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
     for place, (axes, head) in enumerate(zip(panels, heads, strict=True)):
         axes.set_title(head, fontsize=9)
         axes.grid(axis="y", color="0.93")

@@ -28,6 +28,7 @@ BEGIN, END = "<!-- made by python -m benchmarks.study_results: {} -->", "<!-- en
 MEASURES = {  # of summary.json -> column
     "target_gain": "target gain", "probe_kl": "probe_kl", "chat_kl": "chat_kl",
 }  # fmt: skip
+DIVERGENCES = ("probe_kl", "chat_kl")  # of many variants, over orders of magnitude: on logarithmic axes
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
 ENDS = ("value", "low", "high")
@@ -103,7 +104,8 @@ def block_of(made: Made) -> Iterator[str]:
     heads, figures = _measured([*MEASURES.values(), *losses], figures)
     yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
     PICTURES.mkdir(exist_ok=True)
-    interval_picture(figures, heads).savefig(PICTURES / f"{made.name}.png", dpi=120)
+    logarithmic = DIVERGENCES if len(figures) > MANY else ()
+    interval_picture(figures, heads, logarithmic).savefig(PICTURES / f"{made.name}.png", dpi=120)
     yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
 
