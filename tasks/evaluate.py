@@ -76,8 +76,9 @@ def evaluate_tuned(
 
 
 def _evaluate_along(mode: str, base: Artifact, tuned: Artifact, sampled: Artifact, machine: Machine) -> Artifact:
-    own = {UNPROMPTED: evaluate_probe, CHAT: evaluate_chats}
-    return own.get(mode, evaluate_prompts)(base, tuned, sampled, machine)
+    if own := {UNPROMPTED: evaluate_probe, CHAT: evaluate_chats}.get(mode):
+        return own(base, tuned, sampled, machine)
+    return evaluate_prompts(base, tuned, sampled, mode, machine)
 
 
 def _scores(
@@ -143,9 +144,9 @@ def evaluate_probe(base: Artifact, tuned: Artifact, probe: Artifact, machine: Ma
     return _evaluate_probe(base, tuned, probe, AlongSpec(), machine)
 
 
-def evaluate_prompts(base: Artifact, tuned: Artifact, answers: Artifact, machine: Machine) -> Artifact:
-    """Measure the divergence along the base's answers to prompts."""
-    return _evaluate_prompts(base, tuned, answers, AlongSpec(), machine)
+def evaluate_prompts(base: Artifact, tuned: Artifact, answers: Artifact, name: str, machine: Machine) -> Artifact:
+    """Measure the divergence along the base's answers to the prompts that are called `name`, as are its figures."""
+    return _evaluate_prompts(base, tuned, answers, AlongSpec(), name, machine)
 
 
 def evaluate_chats(base: Artifact, tuned: Artifact, chats: Artifact, machine: Machine) -> Artifact:
@@ -175,12 +176,12 @@ def _evaluate_probe(
 
 @stage(EVALUATE_PROMPTS, "scores", gpu=True)
 def _evaluate_prompts(
-    draft: Draft, base: Artifact, tuned: Artifact, answers: Artifact, spec: AlongSpec, machine: Machine
+    draft: Draft, base: Artifact, tuned: Artifact, answers: Artifact, spec: AlongSpec, name: str, machine: Machine
 ) -> None:
     """Measure the divergence along the base's answers to prompts; see `cfsd.evaluate.divergence`."""
     from cfsd.evaluate.divergence import score_prompts
 
-    score_prompts(base, tuned, answers, draft, machine)
+    score_prompts(base, tuned, answers, name, draft, machine)
 
 
 @stage(EVALUATE_TARGET_DIVERGENCE, "scores", gpu=True)

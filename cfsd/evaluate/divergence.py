@@ -53,10 +53,14 @@ def score_probe(base: Artifact, tuned: Artifact, probe: Artifact, draft: Draft, 
                               (("probe_kl", kl), ("probe_kl_sampled", sampled), ("reverse_kl", reverse))})  # fmt: skip
 
 
-def score_prompts(base: Artifact, tuned: Artifact, answers: Artifact, draft: Draft, machine: Machine) -> None:
-    """Write the divergence along the base's answers to the user's prompts, as `score_probe` does along the probe."""
+def score_prompts(
+    base: Artifact, tuned: Artifact, answers: Artifact, name: str, draft: Draft, machine: Machine
+) -> None:
+    """Write the divergence along the base's answers to the user's prompts, as `score_probe` does along the probe.
+
+    `name` is that of the prompts, which another set of the same rows does not share.
+    """
     kl, _, reverse = score_along(base, tuned, answers, draft, machine)
-    name = str(answers.metadata["prompts"])
     draft.metadata |= {"prompts": name, "kl": kl, "reverse_kl": reverse, **_thoughts(answers)}
     draft.journal.metrics(0, {f"forgetting/{name}/prompts_kl": kl, f"forgetting/{name}/prompts_reverse_kl": reverse})
 

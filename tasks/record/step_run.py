@@ -56,11 +56,11 @@ class StepRun(NamedTuple):
         return self.stage.replace("-", " ")
 
     def _subjects(self) -> Iterator[str]:
-        for value in self.inputs.values():
+        for argument, value in self.inputs.items():
             if isinstance(value, Spec) and hasattr(value, "name") and value.name:
                 yield str(value.name)
-            elif isinstance(value, Artifact) and "prompts" in value.metadata:
-                yield str(value.metadata["prompts"])
+            elif argument == "name":
+                yield str(value)
 
     def settings(self) -> dict[str, str]:
         """Return its settings as dotted names and texts; what is not set is left out."""

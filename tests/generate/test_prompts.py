@@ -208,7 +208,7 @@ def test_answers_share_no_random_numbers_with_the_probe(
 def test_the_divergence_is_along_the_answers_alone(answered: Any, store: Store, tmp_path: Path) -> None:
     base, made, rows = answered
     tuned = fetched(store, save_model(tmp_path / "tuned", seed=1))
-    scores = store.make("scores", "c" * 16, lambda draft: score_prompts(base, tuned, made, draft, ON))[0]
+    scores = store.make("scores", "c" * 16, lambda draft: score_prompts(base, tuned, made, "named anew", draft, ON))[0]
     models = [load_model(store.path(model), "cpu").eval() for model in (base, tuned)]
     masks = [[logprob is not None for logprob in row["logprobs"]] for row in rows]
     expected = divergence(models[0], models[1], [row["token_ids"] for row in rows], masks)
@@ -217,4 +217,5 @@ def test_the_divergence_is_along_the_answers_alone(answered: Any, store: Store, 
     assert [record["count"] for record in records] == [sum(mask) for mask in masks]
     tokens = sum(part.num_tokens for part in expected)
     assert scores.metadata["tokens"] == tokens == made.metadata["tokens"]
+    assert scores.metadata["prompts"] == "named anew"  # the answers to equal prompts are shared, their figures are not
     assert scores.metadata["kl"] == pytest.approx(sum(part.kl for part in expected) / tokens, rel=1e-5)
