@@ -86,7 +86,7 @@ def _scores(
 ) -> Scores:  # fmt: skip
     return Scores(
         benchmarks={b.name: evaluate_benchmark(model, b, role, machine) for b in spec.benchmarks},
-        texts={t.name: evaluate_text(model, t, role, machine) for t in spec.texts},
+        texts={t.name: evaluate_text(model, t, t.name, role, machine) for t in spec.texts},
         target=evaluate_target(model, target, spec.held_out_rows, role, machine) if target else None,
         shown=show_answers(base, model, target, spec.show, role, machine) if spec.show.is_on() else None,
     )
@@ -104,8 +104,12 @@ def evaluate_benchmark(draft: Draft, model: Artifact, benchmark: Benchmark, role
 
 
 @stage(EVALUATE_TEXT, "scores", gpu=True)
-def evaluate_text(draft: Draft, model: Artifact, text: Text, role: Role, machine: Machine) -> None:
-    """Measure how well the user's own text is predicted; see `cfsd.evaluate.perplexity`."""
+def evaluate_text(draft: Draft, model: Artifact, text: Text, name: str, role: Role, machine: Machine) -> None:
+    """Measure how well the user's own text is predicted; see `cfsd.evaluate.perplexity`.
+
+    `name` is the text's, which is not in its digest: figures are called by it, so that it is in the key here.
+    """
+    assert name == text.name
     from cfsd.evaluate.perplexity import score_text
 
     score_text(model, text, draft, machine)

@@ -43,7 +43,7 @@ class StepRun(NamedTuple):
 
     def name(self) -> str:
         """Return a name for people, such as `evaluate tiny_rev · tuned`."""
-        words = [self._noun(), *self._subjects()]
+        words = [self._noun(), *dict.fromkeys(self._subjects())]
         role = "tuned" if self.stage in AGAINST_BASE else self.inputs.get("role")
         return " ".join(words) + (f" · {role}" if role else "")
 

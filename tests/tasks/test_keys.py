@@ -11,6 +11,7 @@ from cfsd.data.target import Target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.show import Show
 from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.text import Text
 from cfsd.filter.spec import FilterSpec
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
@@ -30,6 +31,7 @@ from tasks.evaluate import (
     evaluate_prompts,
     evaluate_target,
     evaluate_target_divergence,
+    evaluate_text,
     show_answers,
 )
 from tasks.fetch import fetch_model
@@ -194,3 +196,13 @@ def test_stages_of_methods_run_only_where_they_are_asked_for(home: Path) -> None
     own = Target(path=str(ROWS), seed=0, rewrite="self")
     assert planned(lambda: prepare_target(BASE, own.as_given(), ON)) == KEYS["target"]
     assert len(planned(lambda: rewrite_target(BASE, TARGET, own.rewriting(), ON))) == 1
+
+
+def test_what_figures_are_called_by_is_in_the_key(home: Path, tmp_path: Path) -> None:
+    """Equal texts, or answers to equal prompts, under another name have figures of another name."""
+    (tmp_path / "mine.txt").write_text("a text")
+    one, other = (Text(name=name, path=str(tmp_path / "mine.txt")) for name in ("one", "other"))
+    assert one.digest() == other.digest()
+    texts = [planned(lambda text=text: evaluate_text(BASE, text, text.name, "base", ON)) for text in (one, other)]
+    prompts = [planned(lambda name=name: evaluate_prompts(BASE, TUNED, PROBE, name, ON)) for name in ("one", "other")]
+    assert texts[0] != texts[1] and prompts[0] != prompts[1]
