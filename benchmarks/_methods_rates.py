@@ -46,7 +46,7 @@ def sweep_rates(study: Study, runner: Runner, chosen: Mapping[str, str]) -> None
             Trained(method, rate, str(seed), u["target_gain"], u[cost]) for (method, rate, seed), u in units.items()
         ]
         matches[cost] = matched(models, log=kind.log)
-    text = "\n\n".join(f"{cost}, at equal gain over {seeds} seeds\n\n{_table(m)}" for cost, m in matches.items())
+    text = "\n\n".join(f"{cost}, at equal gain over {seeds} seeds\n\n{gain_table(m)}" for cost, m in matches.items())
     print(f"\n{text}\n\n{DEFINITION}.", flush=True)
     study.results.mkdir(parents=True, exist_ok=True)
     file = study.results / f"methods-{study.name}-rates.json"
@@ -82,7 +82,7 @@ def _recipe(study: Study, method: str, strength: str, rate: float, seed: int) ->
     return study.recipe(changes, seed, f"{method} {strength} at {rate:g} seed={seed}")
 
 
-def _table(matches: Sequence[Match]) -> str:
+def gain_table(matches: Sequence[Match]) -> str:
     """Return a row per method: what it lost at each gain, and how that differs from the first method's."""
     if not matches:
         return "no gain that two methods have in common"

@@ -55,6 +55,7 @@ class Part(NamedTuple):
     seeds: int
     taught_by: str = ""  # the recipe whose model is fine-tuned; empty: the comparison's own base
     real_text: Mapping[str, dict[str, JsonValue]] = {}  # variants beside those of the file
+    at_equal_gain: bool = False  # whether its sweeps are compared where they have learned the same
 
     def teaching(self) -> Recipe | None:
         """Return the recipe of the model that is fine-tuned, None where that is the comparison's own base."""
@@ -89,6 +90,7 @@ PARTS = {
     "sources-chats": Part("What should it rehearse where the target is chats?", "study-sources-chats.yaml", 5),
     "taught": Part("What holds a skill that was taught before?", "study-taught.yaml", 5, "study-teach.yaml"),
     "order": Part("Does the published order of methods hold here?", "study-order.yaml", 3, real_text=REAL_TEXT),
+    "frontier": Part("What is lost at equal gain?", "study-frontier.yaml", 2, at_equal_gain=True),
     "ablations-tiny": Part("What does each setting do?", "study-ablations-tiny.yaml", 5),
 }
 
@@ -142,6 +144,7 @@ def _found(name: str, part: Part, result: Result) -> dict[str, Any]:
         "recipes": part.recipes,
         "variants": {summary.name: _variant(summary, run_record) for summary, run_record in pairs},
         "comparisons": [entry.model_dump(mode="json") for entry in _with_a_reference(result)],
+        "matched": [entry.model_dump(mode="json") for entry in result.comparisons.matched if part.at_equal_gain],
     }
 
 

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 from benchmarks import _study_choice, _study_cost
 from benchmarks._interval_picture import interval_picture
 from benchmarks._methods_grid import ROOT
+from benchmarks._methods_rates import gain_table
 from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
 from benchmarks.study import FOUND, PARTS, REFERENCES
 from cfsd.report.compared import Compared
+from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
 from cfsd.statistics import seeds
 from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.matched_gain import MatchedGain
 
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 BEGIN, END = "<!-- made by python -m benchmarks.study_results: {} -->", "<!-- end of {} -->"
@@ -107,7 +110,19 @@ def block_of(made: Made) -> Iterator[str]:
     logarithmic = DIVERGENCES if len(figures) > MANY else ()
     interval_picture(figures, heads, logarithmic).savefig(PICTURES / f"{made.name}.png", dpi=120)
     yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
+    if made.content.get("matched"):
+        yield from _at_equal_gain(made)
+        return
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
+
+
+def _at_equal_gain(made: Made) -> Iterator[str]:
+    """Yield a table per cost of what every method loses at the gains that all have, and the frontier's figure."""
+    for entry in map(MatchedGain.model_validate, made.content["matched"]):
+        yield f"{entry.measure} at equal gain, over {entry.covers}, beside the difference from the first method:\n"
+        yield gain_table(entry.gains)
+    frontier_figure(made.summaries(), base=False).savefig(PICTURES / f"{made.name}-gain.png", dpi=120)
+    yield f"\n![Learned against lost, each method along its sweep]({PICTURES.name}/{made.name}-gain.png)\n"
 
 
 def _covered(count: int) -> str:

@@ -14,7 +14,9 @@ from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
 from cfsd.report.compared import Compared
+from cfsd.statistics.matched_gain import MatchedGain, matched
 from tests.conftest import ROOT, write_rows
+from tests.statistics.test_matched_gain import LINES, models_of
 
 
 @pytest.fixture
@@ -117,6 +119,20 @@ def test_a_loss_is_foretold_over_the_trainings_that_were_scored_on_it() -> None:
     assert "| instructions, points | 8 | chat_kl | 1.00 | 1.00 | 1.00 | 0.0 | 11.4 |" in lines
     assert "| technical_english, nats | 4 | chat_kl | 1.00 | 1.00 | 1.00 | 0.000 | 0.267 |" in lines
     assert not any("questions" in line for line in lines), "no training was scored on them"
+
+
+def test_swept_methods_are_shown_where_they_learned_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table per cost in place of pairs of variants, which differ in what they learned."""
+    monkeypatch.setattr(study_results, "PICTURES", tmp_path / "results")
+    gains = tuple(matched(models_of(LINES), log=False))
+    entry = MatchedGain(
+        measure="probe_kl", logarithmic=False, seeds=2, covers="documents", variants={}, gains=gains
+    ).model_dump(mode="json")
+    content = json.loads((study.FOUND / "order.json").read_text()) | {"matched": [entry]}
+    text = "\n".join(study_results.block_of(study_results.Made("swept", content)))
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith(("| wise", "| rate"))}
+    assert rows["| wise"].startswith("| wise | 8.00 [8.00, 8.00] | 6.50") and "(+3 of wise)" in rows["| rate"]
+    assert "Less `" not in text and (tmp_path / "results" / "swept-gain.png").stat().st_size > 10_000
 
 
 def test_many_variants_are_compared_with_the_first_alone() -> None:
