@@ -30,10 +30,13 @@ STAGES = {
     "evaluate-probe": ("scores", "progress.json"),
 }
 SOURCES = {"probe": "probe", "generate": "context-free"}
-SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code
+SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code, and either ends all stages alike
 KILLED = [pytest.param(s, marks=SLOW if s == "probe" else ()) for s in STAGES]
 STOPPED = [
-    *(pytest.param(s, signal.SIGINT, marks=SLOW if s in ("probe", "evaluate-probe") else ()) for s in STAGES),
+    *(
+        pytest.param(s, signal.SIGINT, marks=SLOW if s in ("probe", "generate", "evaluate-probe") else ())
+        for s in STAGES
+    ),
     ("train", signal.SIGTERM),
 ]
 
