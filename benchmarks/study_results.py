@@ -7,7 +7,7 @@ the marks of each part; the words around them are written by hand.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import _study_choice, _study_cost
@@ -35,7 +35,7 @@ DIVERGENCES = ("probe_kl", "chat_kl")  # of many variants, over orders of magnit
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
 ENDS = ("value", "low", "high")
-MANY = 20  # variants, which are compared with the first alone, on the measures in BRIEF
+MANY = 20  # variants; more are compared with the first alone, on the measures in BRIEF
 BRIEF = ("target_gain", "probe_kl", "mean_forgetting")
 
 
@@ -107,7 +107,7 @@ def block_of(made: Made) -> Iterator[str]:
     heads, figures = _measured([*MEASURES.values(), *losses], figures)
     yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
     PICTURES.mkdir(exist_ok=True)
-    logarithmic = DIVERGENCES if len(figures) > MANY else ()
+    logarithmic = DIVERGENCES if _are_many(figures) else ()
     interval_picture(figures, heads, logarithmic).savefig(PICTURES / f"{made.name}.png", dpi=120)
     yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
     if made.content.get("matched"):
@@ -123,6 +123,10 @@ def _at_equal_gain(made: Made) -> Iterator[str]:
         yield gain_table(entry.gains)
     frontier_figure(made.summaries(), base=False).savefig(PICTURES / f"{made.name}-gain.png", dpi=120)
     yield f"\n![Learned against lost, each method along its sweep]({PICTURES.name}/{made.name}-gain.png)\n"
+
+
+def _are_many(variants: Collection[str]) -> bool:
+    return len(variants) > MANY
 
 
 def _covered(count: int) -> str:
@@ -160,7 +164,7 @@ def _shown(figure: Fig | None) -> str:
 
 def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[str]:
     """Yield the difference of each variant from those that come first, measure by measure, where one is found."""
-    many = len(others) >= MANY
+    many = _are_many([first, *others])
     listed = [entry for entry in comparisons if not many or entry.measure in BRIEF]
     for place, reference in enumerate([first, *others][: 1 if many else REFERENCES]):
         of = f" on {', '.join(BRIEF)}" if many else ""
