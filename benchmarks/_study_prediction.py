@@ -1,4 +1,4 @@
-"""Do divergences foretell what people notice? Over all trainings of the study that were scored on the same."""
+"""Do divergences predict what people notice? Over all trainings of the study that were scored on the same."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -75,16 +75,17 @@ def _value(figure: Any) -> Any:
 
 
 def block(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the table: how well each predictor orders the trainings, and foretells those of other variants."""
+    """Yield the table: how well each predictor orders the trainings, and predicts those of other variants."""
     variants = {(run.part, run.variant) for run in runs}
     yield (
-        f"{len(runs)} trainings of {len(variants)} variants; each loss over those that were scored on its benchmark. "
-        "Order: Spearman's correlation with what was lost, over all trainings, within a part (mean of the parts) and "
-        "of the variants' means. Foretold: the mean error of a line through the logarithm that is fitted without the "
-        "variant which is foretold (in any part), beside that of the others' mean.\n"
+        f"{len(runs)} trainings of {len(variants)} variants; for each loss, those that were scored on its benchmark. "
+        "Spearman's rank correlation between predictor and loss: over all trainings, within a part (mean of the parts), "
+        "and of the variants' means. Out-of-sample error: the mean absolute error of a line in the predictor's "
+        "logarithm, fitted to all trainings but those of the variant that is predicted (in any part), and of "
+        "predicting their mean loss.\n"
     )
     rows = [
-        ["lost", "trainings", "predictor", "order", "within a part", "of variants", "error foretold", "of the mean"]
+        ["loss", "trainings", "predictor", "Spearman", "within a part", "of variants", "error", "error of the mean"]
     ]
     for lost in LOST:
         rows += _rows(lost, [run for run in runs if lost in run.lost])
@@ -98,7 +99,7 @@ def _rows(lost: str, runs: Sequence[Run]) -> Iterator[list[str]]:
         means = [_mean(values, runs) for values in (x, y)]
         within = [_order(x[chosen], y[chosen]) for chosen in _parts(runs)]
         order = [f"{value:.2f}" for value in (_order(x, y), np.mean(within), _order(*means))]
-        errors = [f"{error:.{decimals}f}" for error in _foretold(x, y, [run.variant for run in runs])]
+        errors = [f"{error:.{decimals}f}" for error in _predicted(x, y, [run.variant for run in runs])]
         yield [f"{lost}, {unit}", str(len(runs)), name, *order, *errors]
 
 
@@ -118,8 +119,8 @@ def _mean(values: NDArray[Any], runs: Sequence[Run]) -> list[float]:
     return [float(np.mean(group)) for group in groups.values()]
 
 
-def _foretold(x: NDArray[Any], y: NDArray[Any], variants: Sequence[str]) -> tuple[float, float]:
-    """Return the mean absolute error of a line and of the mean, each variant foretold from the others."""
+def _predicted(x: NDArray[Any], y: NDArray[Any], variants: Sequence[str]) -> tuple[float, float]:
+    """Return the mean absolute error of a line and of the mean, each variant predicted from the others."""
     errors, of_mean = [], []
     for variant in dict.fromkeys(variants):
         held_out = np.array([name == variant for name in variants])

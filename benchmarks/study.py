@@ -1,11 +1,12 @@
 """The study behind docs/results.md: comparisons on real models, each made again by the same command.
 
-python -m benchmarks.study [PARTS] [--plan] [--home FOLDER] [--machine devices=2]
+python -m benchmarks.study [PARTS] [--plan] [--seeds 2] [--base MODEL] [--home FOLDER] [--machine devices=2]
 make study ARGS=--plan
 
 Parts run in turn. Every training and every score is cached: interrupted, the same command goes on, and where all is
 there nothing is executed. What a part found is in benchmarks/results/study/PART.json, with the keys of its artifacts;
-`python -m benchmarks.study_results` makes the page and its figures from these files.
+`python -m benchmarks.study_results` makes the page and its figures from these files. With `--base` another model takes
+the place of the recipes'; what is found on it is in PART@MODEL.json, and on a page beside it.
 """
 
 import json
@@ -19,6 +20,7 @@ from pydantic import JsonValue
 
 from benchmarks._methods_grid import RECIPES, replay_file, technical_documents, write_documents
 from benchmarks._result import RESULTS, markdown
+from benchmarks._study_base import fitted
 from benchmarks._study_prediction import weight_distance
 from cfsd.comparison import Comparison
 from cfsd.errors import BadInput
@@ -54,17 +56,17 @@ class Part(NamedTuple):
     recipes: str  # the comparison, in deployments/recipes
     seeds: int
     taught_by: str = ""  # the recipe whose model is fine-tuned; empty: the comparison's own base
+    base: str = ""  # in place of the recipes'
     real_text: Mapping[str, dict[str, JsonValue]] = {}  # variants beside those of the file
     at_equal_gain: bool = False  # whether its sweeps are compared where they have learned the same
 
     def teaching(self) -> Recipe | None:
         """Return the recipe of the model that is fine-tuned, None where that is the comparison's own base."""
-        return Recipe.load(RECIPES / self.taught_by) if self.taught_by else None
+        return Recipe.load(RECIPES / self.taught_by, self._based(self.base)) if self.taught_by else None
 
     def comparison(self) -> Comparison:
         """Return the comparison; its base is the taught model once that is there."""
-        model = self._taught()
-        loaded = Comparison.load(RECIPES / self.recipes, [f"base={model}"] if model else [], self.seeds)
+        loaded, _ = fitted(self._loaded(self._taught() or self.base))
         if not self.real_text:
             return loaded
         write_documents(technical_documents(), real := replay_file("demo", data_folder() / "studies"))
@@ -72,10 +74,21 @@ class Part(NamedTuple):
         added = {name: changes | read for name, changes in self.real_text.items()}
         return loaded.model_copy(update={"variants": loaded.variants | added})
 
+    def notes(self) -> list[str]:
+        """Return what is done otherwise than the recipes say, as the base lacks something."""
+        return fitted(self._loaded(self.base))[1]
+
     def plans(self, machine: Machine) -> list[Plan]:
         """Return what is done and left to do: a plan for each training."""
         recipes = [*filter(None, [self.teaching()]), *self.comparison().recipes().values()]
         return [walk(recipe, machine, pipeline) for recipe in recipes]
+
+    def _loaded(self, base: str | Path | None) -> Comparison:
+        return Comparison.load(RECIPES / self.recipes, self._based(base), self.seeds)
+
+    @staticmethod
+    def _based(base: str | Path | None) -> list[str]:
+        return [f"base={base}"] if base else []
 
     def _taught(self) -> Path | None:
         if not (recipe := self.teaching()):
@@ -100,13 +113,25 @@ def study_command(
     machine: On = [],  # noqa: B006
     home: Home = None,
     plan: Annotated[bool, typer.Option("--plan", help="List what is done, and what the rest takes")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats per variant; default: the part's own")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A model in place of the recipes', as ./gemma-3-270m or org/name@revision")
+    ] = None,
 ) -> None:
     """Make what docs/results.md shows, or say what is left of it."""
     if strange := [name for name in parts or [] if name not in PARTS]:
         raise BadInput(f"{', '.join(strange)}: no such part of the study; allowed: {', '.join(PARTS)}")
     on = machine_of(machine)
     for name in parts or PARTS:
-        (_print if plan else _run)(name, PARTS[name], on)
+        part = PARTS[name]._replace(base=base or "", seeds=seeds or PARTS[name].seeds)
+        for note in part.notes():
+            print(f"{name}: {note}", flush=True)
+        (_print if plan else _run)(f"{name}@{_short(base)}" if base else name, part, on)
+
+
+def _short(base: str) -> str:
+    """Return what a model is called in the names of files."""
+    return Path(base.partition("@")[0]).name
 
 
 def _print(name: str, part: Part, machine: Machine) -> None:
@@ -139,7 +164,7 @@ def _run(name: str, part: Part, machine: Machine) -> None:
 def _found(name: str, part: Part, result: Result) -> dict[str, Any]:
     pairs = zip(result.summaries, result.run_records, strict=True)
     return {
-        "command": f"python -m benchmarks.study {name}",
+        "command": f"python -m benchmarks.study {name.partition('@')[0]}{part.base and f' --base {part.base}'}",
         "question": part.question,
         "recipes": part.recipes,
         "variants": {summary.name: _variant(summary, run_record) for summary, run_record in pairs},

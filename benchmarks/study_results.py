@@ -3,11 +3,13 @@
 python -m benchmarks.study_results
 
 Reads benchmarks/results/study/*.json, which `python -m benchmarks.study` writes, and trains nothing. It writes between
-the marks of each part; the words around them are written by hand.
+the marks of each part; the words around them are written by hand. What was found on another base and has no
+marks gets a page of its own beside its file.
 """
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import _study_choice, _study_cost
@@ -59,8 +61,11 @@ class Made(NamedTuple):
 def main() -> None:
     """Write tables and figures of all parts that were made into the page."""
     page, parts = PAGE.read_text(), found_parts()
-    for name, content in parts.items():
-        page = _with(page, name, "\n".join(block_of(Made(name, content))))
+    for name, content in (parts | found_elsewhere()).items():
+        if name in parts or BEGIN.format(name) in page:
+            page = _with(page, name, "\n".join(block_of(Made(name, content))))
+        else:
+            write_page_of(Made(name, content))
     if set(_study_choice.PARTS) <= set(parts):
         page = _with(page, CHOICE, "\n".join(_study_choice.block(parts)))
     page = _with(page, COST, "\n".join(_study_cost.block(parts)))
@@ -75,8 +80,20 @@ def found_parts() -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
+def write_page_of(made: Made) -> None:
+    """Write a page for what was found on another base."""
+    page, question = FOUND / f"{made.name}.md", made.content["question"]
+    page.write_text(f"# {made.name}: {question}\n\n" + "\n".join(block_of(made, FOUND / "pictures")))
+    print(page)
+
+
+def found_elsewhere() -> dict[str, dict[str, Any]]:
+    """Return what was found on another base, by part@model."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(FOUND.glob("*@*.json"))}
+
+
 def prediction_block(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield how well divergences foretell what benchmarks lose, and the picture of it."""
+    """Yield how well divergences predict what benchmarks lose, and the picture of it."""
     yield from block(runs)
     PICTURES.mkdir(exist_ok=True)
     picture(runs).savefig(PICTURES / f"{PREDICTION}.png", dpi=120)
@@ -91,8 +108,12 @@ def _with(page: str, name: str, block: str) -> str:
     return f"{before}{begin}\n\n{block}\n{end}{after}"
 
 
-def block_of(made: Made) -> Iterator[str]:
-    """Yield the table of a part, its figure, and the pairs that differ from the first variant."""
+def block_of(made: Made, folder: Path | None = None) -> Iterator[str]:
+    """Yield the table of a part, its figure, and the pairs that differ from the first variant.
+
+    Figures are drawn into `folder`, by default the one of docs/results.md, and linked from the folder above it.
+    """
+    pictures = folder or PICTURES
     summaries, comparisons = made.summaries(), made.comparisons()
     repeats = by_variant((summary.name, summary) for summary in summaries)
     count = max(map(len, repeats.values()))
@@ -106,23 +127,23 @@ def block_of(made: Made) -> Iterator[str]:
     figures = {name: list(_figures(of_seeds, benchmarks)) for name, of_seeds in repeats.items()}
     heads, figures = _measured([*MEASURES.values(), *losses], figures)
     yield markdown([["variant", *heads], *([name, *map(_shown, row)] for name, row in figures.items())])
-    PICTURES.mkdir(exist_ok=True)
+    pictures.mkdir(exist_ok=True)
     logarithmic = DIVERGENCES if _are_many(figures) else ()
-    interval_picture(figures, heads, logarithmic).savefig(PICTURES / f"{made.name}.png", dpi=120)
-    yield f"![What each variant learned and lost, with intervals]({PICTURES.name}/{made.name}.png)\n"
+    interval_picture(figures, heads, logarithmic).savefig(pictures / f"{made.name}.png", dpi=120)
+    yield f"![What each variant learned and lost, with intervals]({pictures.name}/{made.name}.png)\n"
     if made.content.get("matched"):
-        yield from _at_equal_gain(made)
+        yield from _at_equal_gain(made, pictures)
         return
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
 
 
-def _at_equal_gain(made: Made) -> Iterator[str]:
+def _at_equal_gain(made: Made, pictures: Path) -> Iterator[str]:
     """Yield a table per cost of what every method loses at the gains that all have, and the frontier's figure."""
     for entry in map(MatchedGain.model_validate, made.content["matched"]):
         yield f"{entry.measure} at equal gain, over {entry.covers}, beside the difference from the first method:\n"
         yield gain_table(entry.gains)
-    frontier_figure(made.summaries(), base=False).savefig(PICTURES / f"{made.name}-gain.png", dpi=120)
-    yield f"\n![Learned against lost, each method along its sweep]({PICTURES.name}/{made.name}-gain.png)\n"
+    frontier_figure(made.summaries(), base=False).savefig(pictures / f"{made.name}-gain.png", dpi=120)
+    yield f"\n![Learned against lost, each method along its sweep]({pictures.name}/{made.name}-gain.png)\n"
 
 
 def _are_many(variants: Collection[str]) -> bool:

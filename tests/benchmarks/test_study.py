@@ -13,6 +13,7 @@ from benchmarks import _study_choice, _study_cost, orders, study, study_results
 from benchmarks._study_prediction import block, picture, runs_of
 from benchmarks.study import PARTS, Part, study_command
 from cfsd.errors import BadInput
+from cfsd.model.tiny import shipped
 from cfsd.report.compared import Compared
 from cfsd.statistics.matched_gain import MatchedGain, matched
 from tests.conftest import ROOT, write_rows
@@ -29,7 +30,12 @@ def small(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Part:
         "train": {"learning_rate": 1e-3, "epochs": 1}, "evaluate": {"benchmarks": [], "show": "none"},
     }  # fmt: skip
     (tmp_path / "teach.yaml").write_text(yaml.safe_dump(recipe | {"name": "teach"}))
-    comparison = {"recipe": recipe, "variants": {"finetune": {"generate.rows": 0}, "rehearse": {}}}
+    variants: dict[str, Any] = {
+        "finetune": {"generate.rows": 0},
+        "rehearse": {},
+        "chats": {"generate.source": "template"},
+    }
+    comparison = {"recipe": recipe, "variants": variants}
     (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     monkeypatch.setattr(study, "FOUND", tmp_path / "found")
     part = Part("Does it?", str(tmp_path / "comparison.yaml"), 1, str(tmp_path / "teach.yaml"))
@@ -54,6 +60,7 @@ def test_what_is_made_is_listed_as_done_and_not_made_again(
     study_command([], plan=True)
     assert "small: Does it? 0 of 3 points are done" in capsys.readouterr().out
     study_command(["small"])
+    assert "small: without chats: the base has no chat template" in capsys.readouterr().out
     found = json.loads((study.FOUND / "small.json").read_text())
     assert list(found["variants"]) == ["finetune", "rehearse"] and found["comparisons"]
     keys = found["variants"]["rehearse"]["keys"]
@@ -67,6 +74,36 @@ def test_what_is_made_is_listed_as_done_and_not_made_again(
     again = json.loads((study.FOUND / "small.json").read_text())
     assert again == found
     assert " s: " not in capsys.readouterr().out, "a stage was executed"
+
+
+@pytest.mark.processes
+def test_a_part_on_a_base_of_the_users_own_lies_beside_the_studys(
+    server: str, small: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped(own := tmp_path / "own-model")
+    monkeypatch.setattr(study, "PARTS", {"small": small._replace(taught_by="")})
+    study_command(["small"], base=str(own), seeds=2)
+    (file,) = study.FOUND.iterdir()
+    found = json.loads(file.read_text())
+    assert file.name == "small@own-model.json" and found["command"].endswith(f"small --base {own}")
+    assert [*found["variants"]] == [f"{name} seed={seed}" for name in ("finetune", "rehearse") for seed in (0, 1)]
+    monkeypatch.setattr(study_results, "FOUND", study.FOUND)
+    study_results.write_page_of(study_results.Made(file.stem, found))
+    page = (study.FOUND / "small@own-model.md").read_text()
+    assert page.startswith("# small@own-model: Does it?") and "| rehearse |" in page
+    (picture_file,) = (study.FOUND / "pictures").iterdir()
+    assert f"(pictures/{picture_file.name})" in page
+
+
+def test_a_base_without_a_chat_template_is_asked_in_another_form(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    own, theirs = PARTS["frontier"], PARTS["frontier"]._replace(base="tiny")
+    names = [benchmark.name for benchmark in theirs.comparison().recipe.evaluate.benchmarks]
+    assert names == ["instructions_completion", "technical_english"]
+    assert {*own.comparison().sweeps} - {*theirs.comparison().sweeps} == {"chats"} and own.notes() == []
+    assert theirs.notes() == [
+        "without chats: the base has no chat template", "instructions_completion in place of instructions"
+    ]  # fmt: skip
 
 
 def test_a_part_that_does_not_exist_is_refused(home: Path) -> None:
@@ -107,7 +144,7 @@ def test_what_orders_the_losses_is_told_from_what_does_not() -> None:
     assert len(picture(runs).axes) == 12
 
 
-def test_a_loss_is_foretold_over_the_trainings_that_were_scored_on_it() -> None:
+def test_a_loss_is_predicted_over_the_trainings_that_were_scored_on_it() -> None:
     def made(chat_kl: float, **lost: float) -> dict[str, Any]:
         divergences = {key: {"value": chat_kl} for key in ("probe_kl", "chat_kl", "target_divergence")}
         scored = {name: {"forgetting": {"value": value}} for name, value in lost.items()}
