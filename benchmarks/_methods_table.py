@@ -45,7 +45,11 @@ def tables_of(store: Store, run_record: RunRecord) -> Tables:
     before, after = run_record.before, run_record.after
     assert before.target and after.target and after.probe
     benchmarks = {
-        name: (metric_of(base), first_scores(store, base), first_scores(store, after.benchmarks[name]))
+        name: (
+            metric_of(base, after.benchmarks[name]),
+            first_scores(store, base),
+            first_scores(store, after.benchmarks[name]),
+        )
         for name, base in before.benchmarks.items()
     }
     target = table(store, before.target, "responses"), table(store, after.target, "responses")

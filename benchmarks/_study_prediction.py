@@ -79,9 +79,9 @@ def block(runs: Sequence[Run]) -> Iterator[str]:
     variants = {(run.part, run.variant) for run in runs}
     yield (
         f"{len(runs)} trainings of {len(variants)} variants; for each loss, those that were scored on its benchmark. "
-        "Spearman's rank correlation between predictor and loss: over all trainings, within a part (mean of the parts), "
+        "Spearman's rank correlation of predictor and loss: over all trainings, within a part (mean of the parts), "
         "and of the variants' means. Out-of-sample error: the mean absolute error of a line in the predictor's "
-        "logarithm, fitted to all trainings but those of the variant that is predicted (in any part), and of "
+        "logarithm, fitted to all trainings but the predicted variant's (in any part), and of "
         "predicting their mean loss.\n"
     )
     rows = [

@@ -92,6 +92,23 @@ def _unlike(base: LoggedModel, tuned: LoggedModel) -> Iterator[str]:
             f"The base was computed by {base.computed() or 'an unknown engine'}, the tuned by "
             f"{tuned.computed() or 'an unknown engine'}: some answers may differ by rounding alone."
         )
+    yield from _given_otherwise(base, tuned)
+
+
+def _given_otherwise(base: LoggedModel, tuned: LoggedModel) -> Iterator[str]:
+    """Yield the arguments of lm-eval's model that differ, a sentence for each pair of values."""
+    names, apart = [name for name in base.names() if name in tuned.names()], dict[str, list[str]]()
+    for name in names:
+        one, other = base.log(name).arguments, tuned.log(name).arguments
+        for key in {**one, **other}:
+            before, after = (side.get(key, "its default") for side in (one, other))
+            is_known = key != "max_length" or (key in one and key in other)  # not every model of lm-eval says it
+            if before != after and is_known:
+                apart.setdefault(f"{key} was {before} for the base and {after} for the tuned model", []).append(name)
+    for what, of in apart.items():
+        on = "" if of == names else f" on {', '.join(of)}"
+        cut = ", to which prompts are cut" if what.startswith("max_length ") else ""
+        yield f"In lm-eval, {what}{cut}; this alone may change scores{on}."
 
 
 def _listed(versions: list[str]) -> str:

@@ -22,7 +22,7 @@ from prefect import flow
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
-from cfsd.evaluate.spec import EvaluateSpec, check_comparable
+from cfsd.evaluate.spec import EvaluateSpec, check_comparable, check_windows
 from cfsd.generate.spec import ProbeSpec, check_context
 from cfsd.machine import Machine, served_at
 from cfsd.model.adapter import Adapter
@@ -74,6 +74,7 @@ def measure(
         probe.check_base(models[0])
         check_modes(models[0], probe)
         evaluate.check_base(models[0])
+        check_windows(*models, evaluate)
         check_benchmarks(models[0], evaluate, machine)
         sampled = sample_along(models[0], probe, machine)
         rows = prepare_target(models[0], _fitting(target, models[1]), machine) if target else None

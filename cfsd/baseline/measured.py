@@ -36,7 +36,7 @@ def measured(store: Store, run_record: RunRecord) -> dict[str, Measured]:
 
 def _benchmark(store: Store, run_record: RunRecord, name: str) -> Measured:
     scores = [side.benchmarks[name] for side in (run_record.before, run_record.after)]
-    metric, pairs = metric_of(scores[0]).paired(*(first_scores(store, artifact) for artifact in scores))
+    metric, pairs = metric_of(*scores).paired(*(first_scores(store, artifact) for artifact in scores))
     base, tuned, counts = (pairs[column].to_numpy(float) for column in ("base", "tuned", "count"))
     return Measured(
         unit={"binary": FRACTION, "perplexity": NATS}.get(metric.kind, metric.metric),

@@ -13,6 +13,7 @@ from cfsd.evaluate.benchmark_files import BUNDLED, Definition, is_hub
 from cfsd.evaluate.benchmark_settings import check_settings, length_limit
 from cfsd.spec import Spec, digest_of
 
+ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
 WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
 OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", WRITTEN)
 
@@ -151,6 +152,10 @@ class Benchmark(Spec):
     def is_chat(self) -> bool:
         """Return whether prompts go into the model's chat template, as set here or in the metadata of its YAML."""
         return self.chat_template or bool(self._metadata().get("chat_template"))
+
+    def reads_whole_texts(self) -> bool:
+        """Return whether each document is one text, of which every token is predicted in windows of the context."""
+        return self.find().config.get("output_type") == ROLLING
 
     def limit_is_meant(self) -> bool:
         """Return whether an answer that is cut off at the YAML's own limit is no reason to doubt its score."""

@@ -10,6 +10,7 @@ from cfsd.evaluate.show import Show
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
 from cfsd.model.checkpoint import lacks_chat_template
+from cfsd.model.context import context_of
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 
@@ -71,6 +72,29 @@ class EvaluateSpec(Spec):
         if isinstance(context, int) and not base.metadata.get("context_why"):  # a reason holds for sampling only
             for benchmark in self.benchmarks:
                 benchmark.check_context(context)
+
+
+def check_windows(base: Artifact, tuned: Artifact, spec: EvaluateSpec) -> None:
+    """Raise BadInput where whole texts would be read in windows of another length by each model.
+
+    A token is predicted better after more text, so that the same weights would seem to lose or gain.
+    """
+    contexts = [context_of(model) for model in (base, tuned)]
+    least = min(contexts)
+    for text in spec.texts:
+        own = [min(text.window, context) for context in contexts]
+        if own[0] != own[1]:
+            raise BadInput(
+                f"text {text.name}: base reads {own[0]} tokens at once and tuned {own[1]}, as their contexts differ, "
+                f"which alone changes what is measured; set its window to at most {least}"
+            )
+    rolling = [benchmark.name for benchmark in spec.benchmarks if benchmark.reads_whole_texts()]
+    if rolling and contexts[0] != contexts[1]:
+        raise BadInput(
+            f"benchmark {rolling[0]} reads whole texts in windows of the model's context, {contexts[0]} tokens of base "
+            f"and {contexts[1]} of tuned, which alone changes its score; leave it out, or measure its texts by "
+            f"evaluate.texts with a window of at most {least}"
+        )
 
 
 class AlongSpec(Spec):

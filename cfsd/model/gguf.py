@@ -11,7 +11,7 @@ def write_plain(file: Path, folder: Path) -> None:
 
     transformers refuses to save a model read from GGUF, so its weights move into a fresh plain one.
     """
-    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    place: Any = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     quantised = AutoModelForCausalLM.from_pretrained(**place)
     config: Any = quantised.config
     if hasattr(config, "quantization_config"):

@@ -44,7 +44,7 @@ class ScoreTables:
         scored = {}
         for name, before in self.before.benchmarks.items():
             sides = (first_scores(self.store, artifact) for artifact in (before, self.after.benchmarks[name]))
-            scored[name] = (metric_of(before), *sides)
+            scored[name] = (metric_of(before, self.after.benchmarks[name]), *sides)
         return scored
 
     @cached_property

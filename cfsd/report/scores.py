@@ -25,9 +25,14 @@ def first_scores(store: Store, artifact: Artifact) -> Any:
     return rows[rows["filter"] == filters[0]]
 
 
-def metric_of(artifact: Artifact) -> Measure:
-    """Return what is known of the metric of a benchmark's scores."""
-    return Measure.model_validate({n: value for n, value in artifact.metadata.items() if n in Measure.model_fields})
+def metric_of(before: Artifact, after: Artifact) -> Measure:
+    """Return what is known of the metric of a benchmark's scores, which are of the models before and after."""
+    known = {name: value for name, value in before.metadata.items() if name in Measure.model_fields}
+    if "left_out" in after.metadata:  # a log says so only of a model with an answer to which the metric does not apply
+        known.setdefault("left_out", 0)
+    if known["kind"] == "perplexity":
+        known["chance"] = None  # scores of 1.1 and before may have one that was meant for another metric
+    return Measure.model_validate(known)
 
 
 def loss_fall(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

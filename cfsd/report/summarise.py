@@ -104,6 +104,7 @@ def answers_of(before: Mapping[str, Artifact], after: Mapping[str, Artifact]) ->
             answers[name] = written
         said += [f"{name}: {warning}" for role, metadata in scores.items() for warning in _warnings(role, metadata)]
         said += [f"{name}: {warning}" for warning in _decoded_otherwise(*scores.values())]
+        said += [f"{name}: {warning}" for warning in _on_one_only(scores)]
     return {"answers": answers, "evaluation_warnings": list(dict.fromkeys(said))}
 
 
@@ -116,6 +117,13 @@ def _decoded_otherwise(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Ite
             f"answers were decoded by each checkpoint's own generation_config.json, and these differ (base: {said[0]}; "
             f"tuned: {said[1]}); give both folders the same one"
         )
+
+
+def _on_one_only(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what holds for one model's scores alone, such as documents that its shorter context cut."""
+    remarks = {role: list(metadata.get("remarks", ())) for role, metadata in scores.items()}
+    for role, other in (("base", "tuned"), ("tuned", "base")):
+        yield from (f"of the {role} model alone: {line}" for line in remarks[role] if line not in remarks[other])
 
 
 def _warnings(role: str, metadata: Mapping[str, Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from cfsd.statistics.figures import (
     mean_per_token,
     share_difference,
 )
-from cfsd.statistics.intervals import Floats, bootstrap_change, is_above, mcnemar_p, sign_flip_p
+from cfsd.statistics.intervals import Floats, bootstrap_change, is_above, mcnemar_p, mean_change_p
 from cfsd.statistics.pairing import paired_by_document, refuse
 from cfsd.statistics.power import detectable_change, detectable_share
 from cfsd.statistics.retention import retention_of
@@ -73,7 +73,8 @@ class Measure(BaseModel):
 class BenchmarkForgetting(BaseModel):
     """Forgetting on one benchmark; `base`, `tuned`, `forgetting` in its own unit (perplexities: see `Measure.per`).
 
-    `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents. Near 0.05 it
+    `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents (below its
+    resolution of 1/5000 a t test: `cfsd.statistics.intervals.mean_change_p`). Near 0.05 it
     may disagree with the interval, since McNemar's test is the more cautious of the two.
     `detectable`: smallest worsening that is detected with 80 % power at 5 %, in the benchmark's unit; above 1 where
     no drop of a share is; None without an interval, or with one of width 0.
@@ -139,7 +140,7 @@ def benchmark_forgetting(
         retention_note=note,
         perplexity_factor=exponential(forgetting) if measure.kind == "perplexity" else None,
         interval_method=method,
-        **_tested(measure, worse, forgetting, seed),
+        **_tested(measure, worse, counts, reach_of(measure, base, tuned), forgetting, seed),
     )
 
 
@@ -180,9 +181,11 @@ def chance_correction(measure: Measure, base: Floats, tuned: Floats) -> float | 
     return 1 / (1 - measure.chance)
 
 
-def _tested(measure: Measure, worse: Floats, forgetting: Figure, seed: int) -> dict[str, Any]:
+def _tested(
+    measure: Measure, worse: Floats, counts: Floats, reach: float | None, forgetting: Figure, seed: int
+) -> dict[str, Any]:
     if measure.kind != "binary":
-        p, detectable = sign_flip_p(worse, seed=seed), detectable_change(forgetting)
+        p, detectable = mean_change_p(worse, counts, reach, seed=seed), detectable_change(forgetting)
         return {"p_value": p, "detectable": detectable, "test": PERMUTATION}
     lost, gained, total = int((worse > 0).sum()), int((worse < 0).sum()), len(worse)
     return {

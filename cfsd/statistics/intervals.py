@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 Z = float(special.ndtri(0.975))
 RESAMPLES = 2000
 SIGN_FLIPS = 4999
+RESOLUTION = 1 / (SIGN_FLIPS + 1)
 MIN_ROWS = 5
 CELLS = 1 << 17  # of one block of resamples; larger blocks leave the cache: 2 to 3 times slower
 
@@ -130,7 +131,23 @@ def sign_flip_p(changes: Floats, *, seed: int) -> float:
     for start in range(0, SIGN_FLIPS, block):
         signs = rng.integers(0, 2, (min(block, SIGN_FLIPS - start), len(sizes)), dtype=np.int8) * 2.0 - 1.0
         extreme += int(np.count_nonzero(np.abs(signs @ sizes) >= seen))
-    return (extreme + 1) / (SIGN_FLIPS + 1)
+    return (extreme + 1) * RESOLUTION
+
+
+def mean_change_p(changes: Floats, counts: Floats, reach: float | None, *, seed: int) -> float:
+    """Return the two-sided p that paired `changes` have a mean of 0: that of the permutation test.
+
+    Where it is at that test's resolution, it is `ratio_p` in its place: a change could otherwise not be found among
+    hundreds of tests that are adjusted for each other, however large it is. That is of scores with the documents that
+    `bootstrap_change` adds (`reach`), or of sums over `counts` tokens (None), and never below 2^(1-n), the smallest p
+    of a permutation test when n documents changed.
+    """
+    p = sign_flip_p(changes, seed=seed)
+    if p > RESOLUTION:
+        return p
+    sums, of = (changes[counts > 0], counts[counts > 0]) if reach is None else (padded(changes, reach), None)
+    below = ratio_p(sums, np.ones(len(sums)) if of is None else of)
+    return p if below is None else min(p, max(below, 2.0 ** (1 - np.count_nonzero(changes))))
 
 
 def ratio_p(sums: Floats, counts: Floats) -> float | None:

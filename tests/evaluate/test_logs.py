@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from cfsd.errors import BadInput, NotFinite
@@ -17,6 +20,7 @@ from cfsd.evaluate.benchmark_files import BUNDLED
 from cfsd.evaluate.logs.alike import check_alike
 from cfsd.evaluate.logs.folder import Log, logs_in
 from cfsd.evaluate.logs.rows import read
+from cfsd.report.scores import metric_of
 from cfsd.store.artifact import Artifact, Store
 
 LOGS = Path(__file__).parent / "lm_eval_logs"
@@ -194,6 +198,35 @@ def test_documents_to_which_a_metric_does_not_apply_are_left_out(copy: Path) -> 
     edit(copy, lambda content: content["results"]["sums"].update({"exact_match,strict": 0.5}))
     found = read(one(copy, "sums"))
     assert found.metadata["left_out"] == 1 and found.metadata["num_documents"] == 2
+
+
+@pytest.mark.parametrize("of_base", [[], [0]])
+@pytest.mark.parametrize("of_tuned", [[], [0], [0, 2]])
+def test_a_metric_that_may_not_apply_is_paired_where_it_applies_to_both(
+    copy: Path, tmp_path: Path, of_base: list[int], of_tuned: list[int]
+) -> None:
+    """Documents are compared by what was asked, not by those that have a value."""
+    other = Path(shutil.copytree(copy, tmp_path / "tuned"))
+    for folder, without in ((copy, of_base), (other, of_tuned)):
+        values = {0: 0.25, 1: 0.5, 2: 0.75} | dict.fromkeys(without, math.nan)
+        edit_samples(folder, "words", lambda own, values=values: [s.update(acc=values[s["doc_id"]]) for s in own])
+        there = [value for value in values.values() if not math.isnan(value)]
+        reported = {"words": {"acc,none": sum(there) / len(there)}}
+        edit(folder, lambda content, reported=reported: content["results"].update(reported))
+    models = [logs_in(folder).only([Benchmark(name="words")]) for folder in (copy, other)]
+    check_alike(*models)
+    sides = [read(model.log("words")) for model in models]
+    artifacts: list[Any] = [SimpleNamespace(metadata=side.metadata) for side in sides]
+    _, pairs = metric_of(*artifacts).paired(*(pd.DataFrame(side.rows) for side in sides))
+    assert set(pairs["doc_id"]) == {0, 1, 2} - {*of_base, *of_tuned}
+
+
+def test_a_perplexity_has_no_score_of_guessing(copy: Path) -> None:
+    """What the metadata states is of another metric; what the user states is refused."""
+    edit(copy, lambda content: content["configs"]["prose"].update(metadata={"chance": 0.25}))
+    assert read(one(copy, "prose")).metadata["chance"] is None
+    with pytest.raises(BadInput, match=r"prose: chance is 0.5, but its \w+ is a perplexity"):
+        read(one(copy, "prose", chance=0.5))
 
 
 def test_one_of_several_filters_reads_the_answers_and_that_is_said(copy: Path) -> None:

@@ -1,6 +1,7 @@
 """What users give that cannot be scored as it stands: each is named, or comes out right."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from pydantic import ValidationError
 
 from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.harness.check import check_documents
 from cfsd.evaluate.harness.score import score
-from cfsd.evaluate.spec import EvaluateSpec
+from cfsd.evaluate.spec import EvaluateSpec, check_windows
+from cfsd.model.tiny import shipped
 from cfsd.statistics.forgetting import TOO_FEW, Measure, benchmark_forgetting
+from cfsd.store.artifact import Artifact, Store
+from tests.conftest import fetched
 from tests.evaluate.test_score import CHOICE, READ, scores_of, write
 from tests.evaluate.test_score import model as model
 from tests.evaluate.test_score import tokenizer as tokenizer
@@ -170,6 +175,60 @@ def test_documents_that_a_nanmean_does_not_apply_to_are_left_out(model: Any, tok
     assert list(rows["doc_id"]) == [0, 2, 4, 6]
     with pytest.raises(BadInput, match="its odd is NaN for every document"):
         scores_of(model, tokenizer, tmp_path / "all", odd(tmp_path / "all", "float('nan')", "nanmean"))
+
+
+def last_word(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a task with a perplexity and an accuracy, as lambada's."""
+    metrics = [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    ]
+    changes = {"output_type": "loglikelihood", "metric_list": metrics, "metadata": metadata}
+    task = inline(folder, **changes) | {"doc_to_target": "{{choices[0]}}"}
+    return {name: value for name, value in task.items() if name != "doc_to_choice"}
+
+
+def test_a_stated_score_of_guessing_is_not_the_perplexitys(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    task = last_word(tmp_path, {"chance": 0})
+    mine = Benchmark.model_validate({"task": task, "metric": "perplexity"})
+    check_documents(mine)
+    metadata = score(model, tokenizer, mine).metadata
+    assert metadata["kind"] == "perplexity" and metadata["chance"] is None
+    accuracy = Benchmark.model_validate({"task": task, "metric": "acc"})
+    assert score(model, tokenizer, accuracy).metadata["chance"] == 0.0
+    with pytest.raises(BadInput, match=r"chance is 0.5, but its perplexity is a perplexity, .* take chance out"):
+        check_documents(mine.model_copy(update={"chance": 0.5}))
+
+
+@pytest.fixture
+def contexts(tmp_path: Path) -> tuple[Artifact, Artifact]:
+    """The same model twice, the second one with a shorter context."""
+    store = Store(tmp_path / "home")
+    shipped(tmp_path / "base")
+    tuned = Path(shutil.copytree(tmp_path / "base", tmp_path / "tuned"))
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    return fetched(store, tmp_path / "base"), fetched(store, tuned)
+
+
+def test_texts_are_read_in_equal_windows(contexts: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    """The same weights seemed to lose 0.14 nats per token, as one of two read 24 tokens at once."""
+    (tmp_path / "own.txt").write_text("rev:abc=cba\n" * 20)
+    text = {"name": "own", "path": str(tmp_path / "own.txt")}
+    with pytest.raises(BadInput, match=r"text own: base reads 256 tokens at once and tuned 24.*window to at most 24"):
+        check_windows(*contexts, EvaluateSpec.model_validate({"texts": [text]}))
+    check_windows(*contexts, EvaluateSpec.model_validate({"texts": [text | {"window": 24}]}))
+    check_windows(contexts[0], contexts[0], EvaluateSpec.model_validate({"texts": [text]}))
+
+
+def test_whole_texts_of_a_benchmark_are_read_in_equal_windows(contexts: tuple[Artifact, Artifact]) -> None:
+    rolling = EvaluateSpec.model_validate({"benchmarks": ["technical_english"]})
+    with pytest.raises(
+        BadInput, match=r"technical_english reads whole texts in windows.* 256 tokens of base and 24 of"
+    ):
+        check_windows(*contexts, rolling)
+    check_windows(contexts[0], contexts[0], rolling)
+    check_windows(*contexts, EvaluateSpec.model_validate({"benchmarks": ["tiny_rev"]}))
 
 
 def test_texts_and_benchmarks_are_named_once(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import BUNDLED
+from cfsd.evaluate.logs.folder import logs_in
 from flows._cli import NO_VERDICT
+from flows._logs import _given_otherwise
 from flows.measure import measure_command
 from tests.conftest import ROOT, Run
 from tests.evaluate.test_logs import LOGS, edit, edit_samples
@@ -83,6 +85,20 @@ def test_logs_and_models_give_the_same_figures(run: Run, tmp_path: Path) -> None
 
 
 BASE, TUNED = LOGS / "0.4.5", LOGS / "0.4.9.1"
+
+
+def test_other_arguments_of_the_model_are_said(tmp_path: Path) -> None:
+    base, tuned = (Path(shutil.copytree(LOGS / "0.4.9.1", tmp_path / name)) for name in ("base", "tuned"))
+    alike = list(_given_otherwise(logs_in(base), logs_in(tuned)))
+    edit(tuned, lambda content: content.update(max_length=22))
+    edit(tuned, lambda content: content["config"].update(model_args="pretrained=model,add_bos_token=True"))
+    said = list(_given_otherwise(logs_in(base), logs_in(tuned)))
+    assert alike == [] and said == [
+        "In lm-eval, max_length was 64 for the base and 22 for the tuned model, to which prompts are cut; this alone "
+        "may change scores.",
+        "In lm-eval, add_bos_token was its default for the base and True for the tuned model; this alone may change "
+        "scores.",
+    ]
 
 
 def test_a_plan_says_what_would_be_compared(capsys: pytest.CaptureFixture[str]) -> None:

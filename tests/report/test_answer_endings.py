@@ -48,6 +48,18 @@ def test_a_limit_that_is_part_of_the_benchmark_is_no_reason_to_doubt_it(tmp_path
     assert found["evaluation_warnings"] == [] and found["answers"]["cap"]["tuned"]["at_limit"] == 0.3
 
 
+def test_what_was_cut_for_one_model_alone_is_said(tmp_path: Path) -> None:
+    scores = World(tmp_path).scores("base", "cap", 60)
+    sides = [
+        scores.model_copy(update={"metadata": scores.metadata | {"remarks": ["as filter x reads them", *cut]}})
+        for cut in ([], ["3 of 60 documents were cut"])
+    ]
+    found = answers_of({"cap": sides[0]}, {"cap": sides[1]})
+    assert found["evaluation_warnings"] == ["cap: of the tuned model alone: 3 of 60 documents were cut"]
+    found = answers_of({"cap": sides[1]}, {"cap": sides[0]})
+    assert found["evaluation_warnings"] == ["cap: of the base model alone: 3 of 60 documents were cut"]
+
+
 def test_benchmarks_of_choices_say_nothing_of_it(tmp_path: Path) -> None:
     found: Any = {"cap": World(tmp_path).scores("base", "cap", 60)}
     assert answers_of(found, found) == {"answers": {}, "evaluation_warnings": []}

@@ -120,7 +120,7 @@ def test_tenths_of_variants_with_probes_of_their_own_have_ranges_of_their_own(
     page = report_of(world, [one, other.model_copy(update={"after": after})], tmp_path / "report.html")
     section = page.part("On the probe", "What moved most")
     bins = summarise(world.store, one).moved
-    assert bins and "tenth 10" in section
+    assert bins and "bin 10" in section
     low, high = (bins["by_entropy"][9][end] for end in ("low", "high"))
     assert f"at {number(low)} to {number(high)}" in section and f"at {number(2 * low)} to {number(2 * high)}" in section
 

@@ -44,9 +44,9 @@ def ends(figure: Figure) -> tuple[float, float]:
     return figure.low, figure.high
 
 
-def test_without_any_change_the_detectable_drop_follows_the_rule_of_three() -> None:
+def test_without_any_change_the_detectable_drop_is_that_of_the_exact_test() -> None:
     figures = forgotten(ACCURACY, *right_and_wrong(60, 0, 0, 40))
-    assert figures.detectable == pytest.approx(2.8016 * np.sqrt(0.03 / 100), rel=1e-4)
+    assert figures.detectable == pytest.approx(0.07906, rel=1e-4)  # P(Poisson(7.906) >= 6) is 0.8
 
 
 # --- 0/1 scores: values
@@ -169,6 +169,23 @@ def test_sign_flip_test_agrees_with_scipy() -> None:
         n_resamples=np.inf,
     )
     assert sign_flip_p(before - after, seed=0) == pytest.approx(expected.pvalue, abs=0.03)
+
+
+def test_a_large_loss_of_a_graded_score_is_found_among_hundreds_of_benchmarks() -> None:
+    """A permutation test of 4,999 swaps has no p below 1/5000, which Holm's correction raises above 1 % among 51."""
+    rng = np.random.default_rng(2)
+    before = rng.uniform(0.6, 1.0, 800)
+    figures = forgotten(SCORE, before, before - rng.uniform(0.4, 0.6, 800))
+    assert figures.p_value is not None and figures.p_value < 1e-50
+    nats = forgotten(PERPLEXITY, rng.uniform(10, 20, 800), rng.uniform(30, 40, 800), [10] * 800)
+    assert nats.p_value is not None and nats.p_value < 1e-50
+
+
+def test_a_loss_on_few_documents_is_no_surer_than_their_swaps_allow() -> None:
+    before = np.array([0.9] * 20)
+    figures = forgotten(SCORE, before, before - 0.5 + np.linspace(0, 1e-9, 20))
+    assert figures.p_value == pytest.approx(2.0**-19)  # all of 20 were lost, by one of 2^20 swaps and its opposite
+    assert forgotten(SCORE, before[:10], before[:10] - 0.5).p_value == pytest.approx(2.0**-9, abs=0.002)
 
 
 def test_perplexity_weighs_documents_by_their_tokens() -> None:

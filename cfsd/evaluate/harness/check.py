@@ -10,7 +10,7 @@ from cfsd.evaluate.benchmark import WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import LIMITS
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.load import loaded
-from cfsd.evaluate.harness.rows import chosen_first, direction, primary_metric
+from cfsd.evaluate.harness.rows import check_no_chance, chosen_first, direction, is_perplexity, primary_metric
 from cfsd.evaluate.harness.trial import try_generation
 
 _whole: set[str] = set()  # digests of what was checked in this process
@@ -57,7 +57,10 @@ def _try(benchmark: Benchmark, task: Any, document: Any, requests: list[Any]) ->
     for name in requests[0].filtered_resps:
         values = task.process_results(document, [request.filtered_resps[name] for request in requests])
         found |= {f"{metric},{name}": value for metric, value in values.items()}
-    direction(benchmark, task, primary_metric(benchmark, task, found))
+    metric = primary_metric(benchmark, task, found)
+    direction(benchmark, task, metric)
+    if is_perplexity(task, metric):
+        check_no_chance(benchmark.name, metric, benchmark.chance)
 
 
 def _made_up(task: Any, document: Any) -> Any:

@@ -107,8 +107,13 @@ def _aggregation(task: Any, metric: str) -> str:
     return getattr(task.aggregation()[metric], "__name__", "custom")
 
 
+def is_perplexity(task: Any, metric: str) -> bool:
+    """Return whether a metric's score is an average over log-likelihoods."""
+    return _aggregation(task, metric) in PERPLEXITIES
+
+
 def _kind(task: Any, metric: str, rows: pd.DataFrame) -> str:
-    if _aggregation(task, metric) in PERPLEXITIES:
+    if is_perplexity(task, metric):
         return "perplexity"
     # The name counts too: a mean metric that is 0 or 1 everywhere by chance must not change kind between models.
     return "binary" if metric in ZERO_OR_ONE and rows["value"].isin([0.0, 1.0]).all() else "mean"
@@ -126,7 +131,7 @@ def _row(benchmark: Benchmark, lm: Any, task: Any, metric: str, sample: dict[str
     value = check_number(where, metric, value)
     if not math.isfinite(value):
         raise NotFinite(f"{where}: its {metric} is {value}")
-    if _aggregation(task, metric) in PERPLEXITIES:
+    if is_perplexity(task, metric):
         value, count = -value, sum(_num_tokens(lm, *arguments) for arguments in sample["arguments"])
         answer = f"{value:.2f} nats, {count} tokens"
     return {
@@ -187,7 +192,13 @@ def best_choice(metric: str, choices: list[str], answers: list[tuple[float, bool
 
 
 def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str, Any]]) -> float | None:
-    """Return the expected score of guessing: the benchmark's, that of the YAML's metadata, or from the choices."""
+    """Return the expected score of guessing: the benchmark's, that of the YAML's metadata, or from the choices.
+
+    Raises: BadInput if the benchmark gives one to a perplexity, which has none.
+    """
+    if is_perplexity(task, metric):  # the YAML's is of another of its metrics
+        check_no_chance(benchmark.name, metric, benchmark.chance)
+        return None
     stated = benchmark.chance if benchmark.chance is not None else (task.get_config("metadata") or {}).get("chance")
     if stated is not None:
         return float(stated)
@@ -198,6 +209,15 @@ def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str
     pairs = [_choices_and_right(task, sample) for sample in samples]
     chance = float(np.mean([len(_as_list(right)) / len(choices) for choices, right in pairs]))
     return chance if chance < 1 else None
+
+
+def check_no_chance(name: str, metric: str, chance: float | None) -> None:
+    """Raise BadInput where the user gives a chance level to a perplexity."""
+    if chance is not None:
+        raise BadInput(
+            f"benchmark {name}: chance is {chance}, but its {metric} is a perplexity, which guessing has no score of; "
+            "take chance out, or choose another metric"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -5,11 +5,10 @@ from typing import Any
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.logs.folder import Conditions, Log, LoggedModel
-from cfsd.evaluate.logs.rows import Logged, read
+from cfsd.evaluate.logs.rows import Asked, Logged, read
 
 SHOWN = 40  # characters of a setting, or around the first difference of two prompts
 MUST_AGREE = ("metric", "kind", "per", "higher_is_better", "chance", "filters")
-Documents = dict[Any, dict[str, Any]]
 
 
 def check_alike(base: LoggedModel, tuned: LoggedModel) -> dict[str, Logged]:
@@ -70,25 +69,31 @@ def _differences(base: Log, tuned: Log, before: Logged, after: Logged) -> Iterat
 
 
 def _of_documents(before: Logged, after: Logged) -> Iterator[str]:
-    one, other = (_documents(side) for side in (before, after))
+    one, other = (_asked(side) for side in (before, after))
     for role, own, others in (("base", one, other), ("tuned", other, one)):
         if only := [key for key in own if key not in others]:
             yield f"{len(only)} of {len(own)} documents were scored for the {role} model only (first: {only[0][1]})"
     both = [key for key in one if key in other]
-    if changed := [key for key in both if one[key]["doc_hash"] != other[key]["doc_hash"]]:
+    if changed := [key for key in both if one[key].document != other[key].document]:
         yield f"{len(changed)} of {len(both)} documents are others (doc_hash; first: {changed[0][1]})"
         return  # so prompts and answers are others, too
-    for place, what in enumerate(("prompts (prompt_hash", "right answers (target_hash")):
-        if changed := [key for key in both if before.asked[key][place] != after.asked[key][place]]:
-            first = changed[0]
-            texts = "" if place else _first_difference(one[first]["prompt"], other[first]["prompt"])
-            yield f"{len(changed)} of {len(both)} {what}; first: document {first[1]}) are others{texts}"
+    if changed := [key for key in both if one[key].prompt != other[key].prompt]:
+        texts = [_prompt(side, changed[0]) for side in (before, after)]
+        apart = "" if None in texts else _first_difference(*texts)
+        yield f"{len(changed)} of {len(both)} prompts (prompt_hash; first: document {changed[0][1]}) are others{apart}"
+    if changed := [key for key in both if one[key].target != other[key].target]:
+        yield f"{len(changed)} of {len(both)} right answers (target_hash; first: document {changed[0][1]}) are others"
 
 
-def _documents(side: Logged) -> Documents:
-    """Return the rows of the first filter, by filter and document; the others have the same documents."""
+def _asked(side: Logged) -> dict[tuple[str, Any], Asked]:
+    """Return what was asked, as the first filter has it; the others have the same documents."""
     first = side.metadata["filters"][0]
-    return {(row["filter"], row["doc_id"]): row for row in side.rows if row["filter"] == first}
+    return {key: asked for key, asked in side.asked.items() if key[0] == first}
+
+
+def _prompt(side: Logged, key: tuple[str, Any]) -> Any:
+    """Return the prompt of a document, None of one to which the metric does not apply."""
+    return next((row["prompt"] for row in side.rows if (row["filter"], row["doc_id"]) == key), None)
 
 
 def _first_difference(one: str, other: str) -> str:

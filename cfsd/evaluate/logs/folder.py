@@ -9,14 +9,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from cfsd.errors import BadInput
-from cfsd.evaluate.benchmark import Benchmark
+from cfsd.evaluate.benchmark import ROLLING, Benchmark
 from cfsd.spec import Spec
 from cfsd.store.digests import sha256_of_file
 
 DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")  # results_DATE, samples_NAME_DATE
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 SAMPLES = "samples_"
-ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
+ARGUMENTS = (  # of lm-eval's model: they decide what it is asked, or what of its answer counts
+    "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
+)  # fmt: skip
 SHORTER = {"local-completions": 1, "openai-completions": 1, "vllm": 2}  # windows than the max_length that they log
 RERUN = "run lm-eval again with --output_path and --log_samples"
 
@@ -77,11 +79,12 @@ class Log(Spec):
     documents: int | None = None
     known_chance: float | None = None
     lm_eval: str = ""
+    arguments: dict[str, JsonValue] = {}  # of lm-eval's model, as far as they may change what it is asked
     metric: str | None = None
     filter: str | None = None
     chance: float | None = None
 
-    neutral: ClassVar[dict[str, Any]] = {"filter": None}
+    neutral: ClassVar[dict[str, Any]] = {"filter": None, "arguments": {}}
 
     def _identity(self) -> dict[str, Any]:
         return {name: value for name, value in super()._identity().items() if name != "path"}
@@ -252,6 +255,7 @@ def _log(name: str, run: _Results, samples: Mapping[Any, Path]) -> Log:
             documents=(content.get("n-samples", {}).get(name) or {}).get("effective"),
             known_chance=metadata.get("chance"),
             lm_eval=str(content.get("lm_eval_version") or ""),
+            arguments=_arguments(content),
         )
     except (ValidationError, AttributeError, TypeError, KeyError) as error:
         raise BadInput(f"{run.path}: what it says of {name} is not lm-eval's ({error}); {RERUN}") from error
@@ -280,6 +284,15 @@ def _window(content: Mapping[str, Any]) -> int | None:
     """Return how many tokens of a whole text are read at once; None where the log does not say."""
     known = content.get("max_length")
     return known - SHORTER.get(_source(content), 0) if isinstance(known, int) else None
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's arguments that may change what it is asked, and the tokens that a prompt is cut to."""
+    given = (content.get("config") or {}).get("model_args") or {}
+    if isinstance(given, str):  # before lm-eval 0.4.9: "pretrained=org/name,add_bos_token=True"
+        given = dict(part.partition("=")[::2] for part in given.split(","))
+    known = {name: str(given[name]) for name in ARGUMENTS if name in given}
+    return known | ({"max_length": content["max_length"]} if content.get("max_length") else {})
 
 
 def _source(content: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from cfsd.evaluate.harness.rows import (
     COLUMNS,
     ZERO_OR_ONE,
     best_choice,
+    check_no_chance,
     chosen_first,
     said_of_filters,
 )
@@ -39,16 +40,24 @@ CHOICES = re.compile(r"\d{1,4}|\[\d{1,4}(, \d{1,4})*\]")  # the numbers of the r
 TOLERANCE = 1e-6  # relative, of a score that is computed again
 
 
+class Asked(NamedTuple):
+    """Digests of what a model was asked."""
+
+    document: str
+    prompt: str
+    target: str
+
+
 class Logged(NamedTuple):
     """Rows with the columns COLUMNS, metadata as of `cfsd.evaluate.harness.score.Scores`, and what was asked.
 
     Of a perplexity the tokens are not known: `per` in the metadata says whether `count` is of words, bytes or
-    documents. `asked` has the digests of prompt and target by (filter, doc_id).
+    documents. `asked` is by (filter, doc_id), with the documents to which the metric does not apply.
     """
 
     rows: list[dict[str, Any]]
     metadata: dict[str, Any]
-    asked: dict[tuple[str, Any], tuple[str, str]]
+    asked: dict[tuple[str, Any], Asked]
 
 
 class _Metric(NamedTuple):
@@ -81,9 +90,7 @@ def read(log: Log) -> Logged:
     metric = _primary(log, found)
     applies = [s for s in samples if metric.kind != "nanmean" or not math.isnan(_number(s[metric.name]) or 0)]
     rows = [_row(log, metric, sample) for sample in applies]
-    asked = {
-        (s["filter"], s["doc_id"]): (_prompt_digest(s), s.get("target_hash") or _sha(s["target"])) for s in samples
-    }
+    asked = {(s["filter"], s["doc_id"]): _asked(s) for s in samples}
     unusable = [name for name, kind in found if kind is None]
     left_out = len({s["doc_id"] for s in samples}) - len({row["doc_id"] for row in rows})
     return Logged(rows, _metadata(log, metric, applies, rows, left_out, unusable), asked)
@@ -298,7 +305,7 @@ def _metadata(
     return {
         "metric": metric.name,
         "higher_is_better": bool(_is_better_higher(log, metric.name)),
-        "chance": _chance(log, metric.name, samples),
+        "chance": _chance(log, metric, samples),
         "kind": metric.kind if metric.kind == "perplexity" else "binary" if is_binary else "mean",
         "num_documents": len({row["doc_id"] for row in rows}),
         "num_fewshot": log.conditions.num_fewshot or 0,
@@ -313,14 +320,20 @@ def _metadata(
     }  # fmt: skip
 
 
-def _chance(log: Log, metric: str, samples: list[dict[str, Any]]) -> float | None:
-    """Return the expected score of guessing: the user's, that of the task's metadata, or from the choices."""
+def _chance(log: Log, metric: _Metric, samples: list[dict[str, Any]]) -> float | None:
+    """Return the expected score of guessing: the user's, that of the task's metadata, or from the choices.
+
+    Raises: BadInput if the user gives one to a perplexity, which has none.
+    """
+    if metric.kind == "perplexity":  # the metadata's is of another of its metrics
+        check_no_chance(log.name, metric.name, log.chance)
+        return None
     stated = log.chance if log.chance is not None else log.known_chance
     if stated is not None:
         return float(stated)
-    if metric not in CHOICE_ACCURACIES or log.conditions.output_type != "multiple_choice":
+    if metric.name not in CHOICE_ACCURACIES or log.conditions.output_type != "multiple_choice":
         return None
-    if not all(_number(sample.get(metric)) in (0, 1) for sample in samples):  # a probability, as of truthfulqa_mc2
+    if not all(_number(sample.get(metric.name)) in (0, 1) for sample in samples):  # a probability, as of truthfulqa_mc2
         return None
     chances = []
     for sample in samples:
@@ -351,8 +364,9 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _prompt_digest(sample: dict[str, Any]) -> str:
-    return sample.get("prompt_hash") or _sha(next(iter(next(iter(sample["arguments"].values())).values())))
+def _asked(sample: dict[str, Any]) -> Asked:
+    prompt = sample.get("prompt_hash") or _sha(next(iter(next(iter(sample["arguments"].values())).values())))
+    return Asked(sample["doc_hash"], prompt, sample.get("target_hash") or _sha(sample["target"]))
 
 
 def _sha(text: Any) -> str:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, plain_axes, short, styles, write_legend
+from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, legend_label, plain_axes, styles, write_legend
 from cfsd.report.table import sweep_of
 from cfsd.report.training import Panel
 
@@ -41,7 +41,7 @@ def _opacities(names: Sequence[str]) -> dict[str, float]:
 
 
 def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float], models: Mapping[str, str]) -> Figure:
-    labels = {name: short(models[name]) for name in panel.lines}
+    labels = {name: legend_label(models[name]) for name in panel.lines}
     columns = max(1, min(3, LETTERS // (4 + max(map(len, labels.values())))))
     rows = -(-len(labels) // columns) if len(models) > 1 else 0
     figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")

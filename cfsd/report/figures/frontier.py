@@ -153,11 +153,17 @@ def plain_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def write_legend(figure: Figure, columns: int) -> None:
-    """Write a legend below the axes, each name as it is written."""
+    """Write a legend below the axes, each name as it is written; lines are labelled with `legend_label`."""
     place: Any = {"loc": "outside lower center", "ncols": columns}
     legend = figure.legend(**place, frameon=False, fontsize=SIZE - 1, labelcolor=INK)
     for text in legend.get_texts():
         text.set_parse_math(False)
+        text.set_text(text.get_text().removeprefix(" "))
+
+
+def legend_label(name: str) -> str:
+    """Return the label of a line: matplotlib leaves those that begin with an underscore out of a legend."""
+    return f" {short(name)}"
 
 
 def set_names(axis: Any, names: Iterable[str], *, slanted: str = "") -> None:
@@ -169,8 +175,9 @@ def set_names(axis: Any, names: Iterable[str], *, slanted: str = "") -> None:
 
 
 def short(name: str) -> str:
-    """Return a name that fits beside a point or into a legend."""
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    """Return a name that fits beside a point or into a legend; of a long one beginning and end, where values stand."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def forest_figures(summaries: list[Summary]) -> dict[str, Figure]:

@@ -15,9 +15,9 @@ from cfsd.report.figures.frontier import (
     certain,
     errorbar,
     frontier_points,
+    legend_label,
     plain_axes,
     scaled,
-    short,
     styles,
     write_legend,
 )
@@ -72,7 +72,7 @@ def _means(points: Sequence[Point]) -> list[Point]:
 
 def _draw_method(axes: Axes, method: str, points: Sequence[Point], style: Style) -> None:
     xs, ys = ([getattr(point, axis)["value"] for point in points] for axis in "xy")
-    axes.plot(xs, ys, color=style.color, marker=style.marker, ms=5, lw=1, label=short(method))
+    axes.plot(xs, ys, color=style.color, marker=style.marker, ms=5, lw=1, label=legend_label(method))
 
 
 def _draw_crossings(axes: Axes, matched: MatchedGain, look: dict[str, Style]) -> None:

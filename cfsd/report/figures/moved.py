@@ -1,13 +1,14 @@
 """The pictures of where models moved: divergence by position in the text, and by how open the base left it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cfsd.report.figures.frontier import WIDTH, plain_axes, short, styles, write_legend
+from cfsd.report.figures.frontier import WIDTH, legend_label, plain_axes, short, styles, write_legend
 from cfsd.report.figures.labels import interval
 
 HEIGHT, LEGEND_ROW = 2.8, 0.21  # inches
@@ -20,28 +21,39 @@ Bins = Mapping[str, Mapping[str, Sequence[Bin]]]  # variant -> by_position, by_e
 
 def moved_figures(name: str, bins: Bins, names: Sequence[str]) -> dict[str, Figure]:
     """Return two figures, a line per variant of `bins`; `names` are all variants of the report, for their looks."""
-    by_position = _figure(bins, "by_position", names, lambda bin_, at: (bin_["low"] * bin_["high"]) ** 0.5)
-    by_entropy = _figure(bins, "by_entropy", names, lambda bin_, at: at)
+    by_position = _figure(bins, "by_position", names, _middles)
+    by_entropy = _figure(bins, "by_entropy", names, _tenths)
     plain_axes(by_position.axes[0], "position, tokens", NATS)
     plain_axes(by_entropy.axes[0], "tenth by the entropy of the base (right: more open)", NATS)
     _write_positions(by_position.axes[0], sorted({b["low"] for own in bins.values() for b in own["by_position"]}))
     return {f"{name} by position": by_position, f"{name} by entropy": by_entropy}
 
 
-def _figure(bins: Bins, by: str, names: Sequence[str], place: Callable[[Bin, int], float]) -> Figure:
+def _figure(bins: Bins, by: str, names: Sequence[str], places: Callable[[Sequence[Bin]], list[float]]) -> Figure:
     look, columns = styles(names), max(1, min(3, LETTERS // (4 + max(len(short(name)) for name in bins))))
     rows = -(-len(bins) // columns) if len(bins) > 1 else 0
     figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
     axes = figure.subplots()
     for name, own in bins.items():
-        style: Any = {"color": look[name].color, "marker": look[name].marker, "ms": 4, "lw": 1.4, "label": short(name)}
-        places = [place(bin_, at) for at, bin_ in enumerate(own[by], 1)]
+        style: Any = {"color": look[name].color, "marker": look[name].marker, "ms": 4, "lw": 1.4}
         values = [bin_["kl"]["value"] for bin_ in own[by]]
-        axes.errorbar(places, values, yerr=_reach(own[by]), elinewidth=1, capsize=2, **style)
+        axes.errorbar(
+            places(own[by]), values, yerr=_reach(own[by]), elinewidth=1, capsize=2, label=legend_label(name), **style
+        )
     axes.set_ylim(bottom=0)
     if rows:
         write_legend(figure, columns)
     return figure
+
+
+def _middles(bins: Sequence[Bin]) -> list[float]:
+    return [float(bin_["low"] * bin_["high"]) ** 0.5 for bin_ in bins]
+
+
+def _tenths(bins: Sequence[Bin]) -> list[float]:
+    """Return at which tenth of the tokens each bin ends: tokens that share an entropy may fill two."""
+    ends = list(accumulate(bin_["tokens"] for bin_ in bins))
+    return [10 * end / ends[-1] for end in ends]
 
 
 def _reach(bins: Sequence[Bin]) -> list[list[float]]:
