@@ -189,7 +189,7 @@ def _pairs(comparisons: list[Compared], first: str, *others: str) -> Iterator[st
     listed = [entry for entry in comparisons if not many or entry.measure in BRIEF]
     for place, reference in enumerate([first, *others][: 1 if many else REFERENCES]):
         of = f" on {', '.join(BRIEF)}" if many else ""
-        yield f"Less `{reference}`, paired{of} (differences that are not listed were not found):\n"
+        yield f"Paired differences from `{reference}`{of} (what is not listed is not significant):\n"
         for name in others[place:]:
             found = [entry for entry in (_between(e, name, reference) for e in listed) if entry and entry.sign()]
             if found:

@@ -50,7 +50,7 @@ class Differences(NamedTuple):
 
     best: str
     against: Table  # the best variant less each other one, a column per quantity
-    matrices: list[Table]  # row less column, for every pair
+    matrices: list[Table]  # row minus column, for every pair
     is_open: bool
     benchmarks: list[tuple[Compared, str]]  # on which two variants differ, with the difference as text
     num_benchmarks: int  # differences tested

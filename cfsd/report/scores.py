@@ -31,7 +31,7 @@ def metric_of(before: Artifact, after: Artifact) -> Measure:
     if "left_out" in after.metadata:  # a log says so only of a model with an answer to which the metric does not apply
         known.setdefault("left_out", 0)
     if known["kind"] == "perplexity":
-        known["chance"] = None  # scores of 1.1 and before may have one that was meant for another metric
+        known["chance"] = None  # older scores may have one that was meant for another metric
     return Measure.model_validate(known)
 
 

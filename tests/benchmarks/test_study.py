@@ -169,7 +169,7 @@ def test_swept_methods_are_shown_where_they_learned_the_same(tmp_path: Path, mon
     text = "\n".join(study_results.block_of(study_results.Made("swept", content)))
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith(("| wise", "| rate"))}
     assert rows["| wise"].startswith("| wise | 8.00 [8.00, 8.00] | 6.50") and "(+3 of wise)" in rows["| rate"]
-    assert "Less `" not in text and (tmp_path / "results" / "swept-gain.png").stat().st_size > 10_000
+    assert "Paired differences" not in text and (tmp_path / "results" / "swept-gain.png").stat().st_size > 10_000
 
 
 def test_many_variants_are_compared_with_the_first_alone() -> None:
