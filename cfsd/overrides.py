@@ -51,6 +51,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """Return a text, of which JSON may have written a character in two halves."""
+    try:
+        return str(loader.construct_scalar(node)).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError as error:
+        line = node.start_mark.line + 1
+        raise yaml.MarkedYAMLError(problem=f"half of a character stands alone in line {line}") from error
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _whole)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises BadInput."""
     if path.is_dir() or not path.exists():  # a pipe, as of <(sed …), can be read

@@ -79,6 +79,7 @@ class Recipe(Spec):
         check_earlier(self.generate, self.earlier)
         check_rehearsal(self.generate, self.train)
         check_drawn_tokens(self.generate, self.filter, self.select, self.train.rehearsal)
+        check_selected(self.select, self.generate)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
         if unknown := sorted(set(self.train.watch.benchmarks) - known):
             raise ValueError(f"train.watch.benchmarks {unknown} are not in evaluate.benchmarks {sorted(known)}")
@@ -168,6 +169,15 @@ def _seeded(target: Any, seed: Any) -> Any:
     if isinstance(target, Target):
         return target if target.seed is not None else target.model_copy(update={"seed": seed})
     return {**target, "seed": seed} if isinstance(target, dict) and target.get("seed") is None else target
+
+
+def check_selected(select: SelectSpec, generate: GenerateSpec) -> None:
+    """Raise ValueError where more rows are to be kept than are sampled, as far as that is known before."""
+    wanted = select.corpus_rows
+    if wanted and generate.rows and generate.source != "mixed" and wanted > generate.rows:  # mixed counts tokens
+        raise ValueError(
+            f"select.corpus_rows is {wanted}, but generate.rows is {generate.rows}; lower the first or raise the second"
+        )
 
 
 def check_earlier(generate: GenerateSpec, earlier: tuple[Target, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from prefect import flow
 
+from cfsd.filter.spec import check_kept
 from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
@@ -42,6 +43,7 @@ def pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     base, target, selected_target, rehearsed = (
         run_record.artifacts[role] for role in ("base", "target", "selected_target", "selected_corpus")
     )
+    check_kept(run_record.artifacts["corpus"], run_record.artifacts["filtered"])
     sampled = sample_along(base, recipe.probe, machine)
     probe = sampled[UNPROMPTED]
     losses = weigh_target(base, selected_target, recipe.mix, recipe.train.methods, machine)

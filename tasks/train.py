@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 from cfsd.evaluate.benchmark import Benchmark
-from cfsd.machine import Machine
+from cfsd.machine import Machine, home
 from cfsd.stages import TRAIN
-from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.artifact import Artifact, Draft, Store
+from cfsd.train.methods import Methods
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from tasks._stage import inherited, stage
 
@@ -28,6 +29,16 @@ def train_model(
     inputs |= {"along": of_base.along} if held and held.stored else {}
     read = corpus if spec.rehearsal.reads_corpus() else None
     return _train(base=base, mixture=mixture, corpus=read, fisher=of_base.fisher, **inputs, spec=spec, machine=machine)
+
+
+def check_adapter(base: Artifact, methods: Methods) -> None:
+    """Raise BadInput where an adapter names layers that the base, once it is there, does not have."""
+    adapter = methods.adapter()
+    names_layers = adapter and (adapter.targets or adapter.parameters or adapter.kind == "osf")
+    if names_layers and base.content:
+        from cfsd.train.adapters import check_layers  # PEFT takes seconds to import
+
+        check_layers(Store(home()).path(base, weights=False), methods)
 
 
 @stage(TRAIN, "model", gpu=True)

@@ -21,7 +21,7 @@ from cfsd.model.architecture import auxiliary_loss, context_of
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.select.embed import _means
 from cfsd.store.artifact import Store
-from cfsd.train.adapters import adapt, trained_by
+from cfsd.train.adapters import adapt, check_layers, trained_by
 from cfsd.train.loss.objective import Objective, head_of, losses
 from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
@@ -234,6 +234,23 @@ def test_experts_are_trained_where_they_are_named_and_named_where_they_are_not()
         adapt(lora(targets=["up_proj"]), family("Qwen3-MoE").model())
     with pytest.raises(BadInput, match=r"lora\.targets gate_up_proj: .*dropout"):
         adapt(lora(targets=["gate_up_proj"], dropout=0.1), family("Qwen3-MoE").model())
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "message"),
+    [
+        ("Qwen3-MoE", lora(targets=["up_prj"]), r"lora\.targets up_prj: .* or of the experts down_proj, gate_up_proj"),
+        ("Llama", lora(target_parameters=["experts.up"]), r"lora\.target_parameters experts\.up: .* allowed: none"),
+        ("GPT-2", Methods.model_validate({"osft": {"preserved": 0.5}}), "osft is for models of linear layers"),
+    ],
+)
+def test_names_of_layers_are_checked_by_the_configuration_alone(
+    name: str, methods: Methods, message: str, tmp_path: Path
+) -> None:
+    family(name).model().config.save_pretrained(tmp_path)
+    check_layers(tmp_path, lora(targets=["c_attn"] if name == "GPT-2" else ["q_proj"]))
+    with pytest.raises(BadInput, match=message):
+        check_layers(tmp_path, methods)
 
 
 def test_what_peft_stands_beside_nowhere_is_refused_where_it_is_named() -> None:

@@ -1,5 +1,6 @@
 """A recipe loads, names every mistake, and is known by what it computes rather than by what it is called."""
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,23 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -
         read_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(BadInput, match="does not exist"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+def test_a_character_that_json_wrote_in_two_halves_is_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "\U0001f600 one", "n": "caf\u00e9"}))
+    assert "\\ud83d" in (tmp_path / "recipe.yaml").read_text()
+    assert read_yaml(tmp_path / "recipe.yaml") == {"name": "\U0001f600 one", "n": "caf\u00e9"}
+    assert parse_overrides(['name="\\ud83d\\ude00"']) == {"name": "\U0001f600"}
+    (tmp_path / "recipe.yaml").write_text('a: 1\nname: "\\ud83d"')
+    with pytest.raises(BadInput, match="half of a character stands alone in line 2"):
+        read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_no_more_rows_are_selected_than_are_sampled(content: dict[str, Any]) -> None:
+    changed = content | {"generate": {"rows": 8}, "select": {"corpus_rows": 9}}
+    with pytest.raises(BadInput, match=r"select\.corpus_rows is 9, but generate.rows is 8; lower the first"):
+        validated(Recipe, changed, "here")
+    assert validated(Recipe, changed | {"generate": {"rows": 0}}, "here").select.corpus_rows == 9
 
 
 def comparison(content: dict[str, Any], **changed: Any) -> Comparison:

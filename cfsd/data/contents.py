@@ -103,6 +103,12 @@ def named_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def key_suffix(path: Path) -> str:
+    """Return what of a file's name decides how it is read: its suffix, and the one before that of a packed file."""
+    own = path.suffix
+    return named_suffix(path) + own if own.lower() in PACKED.values() else own
+
+
 def _text_suffix(suffix: str, head: bytes) -> str:
     """Return `suffix`, or that of JSON if the file is named as a table and begins with an object."""
     if suffix not in (".csv", ".tsv", ".parquet", ".arrow"):

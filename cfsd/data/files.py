@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from cfsd.data.arrow_records import arrow_records
-from cfsd.data.contents import FAILURES, PACKED, WHOLE, contents_of, named_suffix
+from cfsd.data.contents import FAILURES, PACKED, WHOLE, contents_of, key_suffix, named_suffix
 from cfsd.data.csv_records import csv_records
 from cfsd.data.json_records import json_records
 from cfsd.data.paths import check_file, files_of
@@ -81,7 +81,7 @@ class Files(NamedTuple):
     def content(self) -> str:
         """Return the digest of what the files hold, in order; of their names only the endings count."""
         digests = enumerate(self.digests().items())
-        return digest_of_files({f"{i}{Path(name).suffix}": digest for i, (name, digest) in digests})
+        return digest_of_files({f"{i}{key_suffix(Path(name))}": digest for i, (name, digest) in digests})
 
     def is_one_file(self) -> bool:
         """Return whether one file is named as such."""

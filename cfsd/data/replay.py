@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cfsd.data.contents import key_suffix
 from cfsd.data.files import ROWS, Files
 from cfsd.data.records import Said, column_texts, hub_records
 from cfsd.errors import BadInput
@@ -47,7 +48,7 @@ class Replay(OnHub):
         if self.kind == "file":
             digests = self.files().digests()
             if self.files().is_one_file():  # of the name only the suffix counts
-                digests = {Path(self.path or "").suffix: digest for digest in digests.values()}
+                digests = {key_suffix(Path(self.path or "")): digest for digest in digests.values()}
             settings["path"] = digest_of_files(digests)
         return settings
 

@@ -30,6 +30,7 @@ UNKNOWN = "characters that this tokenizer does not know become its unknown token
 LOST = "characters that this tokenizer has no token for are left out"
 NO_RESPONSE = "with an empty response"
 MERGED = "whose response has no token of its own"
+LETTERS = 4  # of a token, on average at most: a text with more may be too long
 NO_TURN = "without a turn of the assistant that is learned"
 
 
@@ -108,6 +109,7 @@ class _Reading:
         self.notes: Counter[str] = Counter()
         self.of_files = Said()
         self.written_roles: set[str] = set()
+        self.too_long = f"longer than max_length={target.max_length}"
         self.recognised = ""
         added = {token for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
         self.ends = added & {*tokens.eos_ids, *tokens.end()}
@@ -133,7 +135,7 @@ class _Reading:
             if not any(row.supervised):
                 self.dropped[lacking] += 1
             elif len(row.token_ids) > self.target.max_length:
-                self.dropped[f"longer than max_length={self.target.max_length}"] += 1
+                self.dropped[self.too_long] += 1
             elif (digest := _digest(row.token_ids)) in seen:  # a copy in the held-out part would be no evidence
                 self.dropped["seen before"] += 1
             else:
@@ -148,7 +150,7 @@ class _Reading:
             raise BadInput(f"target {located.place} is nested too deeply to be read") from None
         read = read_row(shape, located, notes)
         if isinstance(read, Conversation):
-            return self._chat_row(read, notes), NO_TURN
+            return self._chat_row(read, notes)
         return self._text_row(f"target {located.place}", *read, notes)
 
     def _text_row(self, place: str, prompt: str, response: str, notes: Counter[str]) -> tuple[Row, str]:
@@ -165,7 +167,7 @@ class _Reading:
         supervised = [False] * len(front) + supervised + [True] * len(end)
         return Row(front + ids + end, _predicted(supervised), prompt, response), NO_RESPONSE
 
-    def _chat_row(self, chat: Conversation, notes: Counter[str]) -> Row:
+    def _chat_row(self, chat: Conversation, notes: Counter[str]) -> tuple[Row, str]:
         if self.target.turns == "last":
             last = max((i for i, learned in enumerate(chat.learned) if learned), default=None)
             chat = chat._replace(learned=[i == last for i in range(len(chat.learned))])
@@ -173,14 +175,21 @@ class _Reading:
         said = "\n".join(content for content, learned in zip(contents, chat.learned, strict=True) if learned)
         first = _asked(chat.messages)
         if not any(chat.learned):
-            return Row([], [], first, said)
+            return Row([], [], first, said), NO_TURN
         if any(map(self.special.search, contents)):
             notes[SPECIAL] += 1
         rendering = Rendering(self.tokenizer, chat)
+        if self._is_too_long(chat.place, rendering.text):
+            return Row([], [], first, said), self.too_long
         spans = rendering.spans(notes)
         check_written(rendering, spans or (), self.written_roles, notes)
         ids, supervised = rendering.mask() if spans is None else self._tokens(chat.place, rendering.text, spans, notes)
-        return Row(ids, _predicted(supervised), first, said)
+        return Row(ids, _predicted(supervised), first, said), NO_TURN
+
+    def _is_too_long(self, place: str, text: str) -> bool:
+        """Say whether a chat has too many tokens, before its turns are looked for: that takes the square of them."""
+        most = self.target.max_length
+        return len(text) > LETTERS * most and len(self._tokens(place, text, [], Counter())[0]) > most
 
     def _tokens(self, place: str, text: str, spans: list[Span], notes: Counter[str]) -> tuple[list[int], list[bool]]:
         try:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,9 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span
         return _by_prefixes(tokenizer, text, spans)
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
-    places = [_place(text, begin, end, spans) for begin, end in offsets]
+    lasts = [last for _, last in spans]
+    near = (bisect_left(lasts, begin) for begin, _ in offsets)  # the first span that does not end before the token
+    places = [_place(text, begin, end, spans[i : i + 2]) for (begin, end), i in zip(offsets, near, strict=True)]
     ids, shared = list(encoded["input_ids"]), sum(both for _, both in places)
     return Tokens(ids, [inside for inside, _ in places], shared, "".join(_lost(text, offsets)))
 

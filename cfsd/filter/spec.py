@@ -4,7 +4,9 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from cfsd.errors import BadInput
 from cfsd.spec import Spec
+from cfsd.store.artifact import Artifact
 
 
 class FilterSpec(Spec):
@@ -47,3 +49,15 @@ class FilterSpec(Spec):
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low} {least} is above {high} {most}: every row would be rejected; swap them")
         return self
+
+
+def check_kept(corpus: Artifact, filtered: Artifact) -> None:
+    """Raise BadInput where rows were sampled and a filter left none: the training would be plain fine-tuning."""
+    if corpus.metadata.get("rows") and filtered.metadata.get("rows") == 0:
+        rejected = filtered.metadata.get("rejected")
+        reasons = rejected.items() if isinstance(rejected, dict) else ()
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        raise BadInput(
+            f"the filter left none of {corpus.metadata['rows']} rows to rehearse ({why}); loosen `filter`, or set "
+            "generate.rows to 0 for plain fine-tuning"
+        )

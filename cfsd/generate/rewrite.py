@@ -166,13 +166,34 @@ class _Writer:
         return [self.tokens.start, *request["input_ids"], *before[begun:]]
 
     def _sampled(self, asked: Sequence[Asked]) -> list[Sample]:
-        if not asked:
-            return []
-        ends = {one.row["token_ids"][one.last] for one in asked} | {*self.tokens.eos_ids}
-        rows = Rows([one.row["row_id"] for one in asked], [one.prompt for one in asked], sorted(ends), STREAM)
-        longest = max(self._most(one) for one in asked)
-        settings = {"rows": len(asked), "length": longest, "temperature": self.spec.temperature, "seed": self.spec.seed}
-        return sample(self.model, rows, GenerateSpec.model_validate(settings), where="the rewrites")
+        """Return a rewrite for each row; what is drawn for one does not depend on the rows beside it."""
+        ends = sorted({one.row["token_ids"][one.last] for one in asked} | {*self.tokens.eos_ids})
+        sampled: dict[int, Sample] = {}
+        for group in self._groups(asked):
+            own = [asked[i] for i in group]
+            rows = Rows([one.row["row_id"] for one in own], [one.prompt for one in own], ends, STREAM)
+            longest = max(map(self._most, own))
+            settings = {
+                "rows": len(own),
+                "length": longest,
+                "temperature": self.spec.temperature,
+                "seed": self.spec.seed,
+            }
+            found = sample(self.model, rows, GenerateSpec.model_validate(settings), where="the rewrites")
+            sampled.update(zip(group, found, strict=True))
+        return [sampled[i] for i in range(len(asked))]
+
+    def _groups(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """Divide the rows, by their number, so that the longest prompt and answer of a group fit into the context."""
+        groups: list[list[int]] = []
+        prompt = most = 0
+        for i in sorted(range(len(asked)), key=lambda i: self._most(asked[i])):
+            prompt, most = max(prompt, len(asked[i].prompt)), max(most, self._most(asked[i]))
+            if not groups or prompt + most > self.context:
+                groups.append([])
+                prompt, most = len(asked[i].prompt), self._most(asked[i])
+            groups[-1].append(i)
+        return [sorted(group) for group in groups]
 
     def _fault(self, one: Asked, said: Sample, tokens: list[int], text: str) -> str | None:
         """Return why the rewrite is not taken, None if it is."""

@@ -5,13 +5,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput, NotFinite
 from cfsd.generate.key_value_cache import preallocated
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.architecture import context_of
+from cfsd.model.loading import skeleton
 from cfsd.process.child import is_out_of_memory
 
 PROMPTS, LENGTH = (1, 3), 12  # tokens
@@ -67,10 +68,5 @@ def _difference(model: PreTrainedModel) -> float:
 
 def slower_path(folder: Path) -> str | None:
     """Return the line that says that a model of this configuration is sampled by a slower path; reads no weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (RuntimeError, NotImplementedError):  # a class that looks at numbers while it is made
-        return None
-    return None if preallocated(model, 1) else SLOWER
+    model = skeleton(folder)
+    return None if model is None or preallocated(model, 1) else SLOWER

@@ -23,23 +23,31 @@ def score_responses(
     """Return per row the summed -log p of its supervised tokens and how many are the model's first choice.
 
     All of them first choice is the same as: greedy decoding of the prompt writes exactly this response.
-    `per_token` adds `token_nll`, the -log p of each supervised token.
+    `per_token` adds `token_nll`, the -log p of each supervised token. At most `max_tokens` positions have logits at a
+    time: a longer row passes through the model several times, each time for a part of them.
     """
     scores: dict[int, dict[str, Any]] = {}
     for group in arrange([len(row["token_ids"]) for row in rows], max_tokens):
         token_ids_BT = pad([rows[i]["token_ids"] for i in group]).to(model.device)
         wanted_BT = pad([rows[i]["supervised"] for i in group], torch.bool)[:, 1:].to(model.device)
         columns = wanted_BT.any(0).nonzero()[:, 0]
-        output: Any = model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=columns)
-        for place, i in enumerate(group):
-            logits_NV = output.logits[place][wanted_BT[place, columns]].float()
-            next_N = token_ids_BT[place, 1:][wanted_BT[place]]
-            nll_N = torch.nn.functional.cross_entropy(logits_NV, next_N, reduction="none")
+        nll = {i: list[Tensor]() for i in group}
+        correct = dict.fromkeys(group, 0)
+        for part in columns.split(max(1, max_tokens // len(group))):
+            output: Any = model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=part)
+            for place, i in enumerate(group):
+                wanted_N = wanted_BT[place, part]
+                logits_NV, next_N = output.logits[place][wanted_N].float(), token_ids_BT[place, part + 1][wanted_N]
+                nll[i].append(torch.nn.functional.cross_entropy(logits_NV, next_N, reduction="none"))
+                correct[i] += int((logits_NV.argmax(-1) == next_N).sum())
+            del output
+        for i in group:
+            nll_N = torch.cat(nll[i])
             scores[i] = {
                 **{k: rows[i][k] for k in ("row_id", "prompt", "response") if k in rows[i]},
                 "nll": nll_N.double().sum().item(),
-                "correct": int((logits_NV.argmax(-1) == next_N).sum()),
-                "count": len(next_N),
+                "correct": correct[i],
+                "count": len(nll_N),
                 **({"token_nll": nll_N.tolist()} if per_token else {}),
             }
         on_progress(len(scores))

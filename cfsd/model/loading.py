@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -100,6 +101,17 @@ def load_model(folder: Path, device: str, precision: str | None = None) -> PreTr
     )
     loaded.config.return_dict = True  # some old configs ask for tuples
     model: PreTrainedModel = loaded.to(device)
+    return model
+
+
+def skeleton(folder: Path) -> PreTrainedModel | None:
+    """Return the model in `folder` without numbers, on torch's device `meta`; None of a class that asks for some."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (RuntimeError, NotImplementedError):
+        return None
     return model
 
 

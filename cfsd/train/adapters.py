@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from cfsd.errors import BadInput
-from cfsd.model.loading import load_model
+from cfsd.model.loading import load_model, skeleton
 from cfsd.model.undisturbed import mode_kept
 from cfsd.store.digests import write_json
 from cfsd.train.methods import Methods
@@ -44,16 +44,33 @@ def adapt(methods: Methods, model: PreTrainedModel) -> nn.Module:
     return adapted
 
 
+def check_layers(folder: Path, methods: Methods) -> None:
+    """Raise BadInput where an adapter names layers that the model in `folder` does not have; reads no weights.
+
+    Layers that PEFT cannot stand beside are found by `adapt`, which tries them.
+    """
+    adapter, model = methods.adapter(), skeleton(folder)
+    if adapter and model is not None:
+        _named(adapter, _all_linear_layers(model), model)
+
+
+def _named(adapter: Adapter, layers: dict[str, nn.Module], model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return the layers and the fused parameters that an adapter stands beside."""
+    if adapter.kind == "osf":
+        linear: dict[str, nn.Module] = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        if not linear:
+            raise BadInput("osft is for models of linear layers, which this one (of Conv1D, as GPT-2) has none of")
+        return _targets(adapter.targets, linear, model, "osft")[0], []
+    modules, parameters = _targets(adapter.targets, layers, model, "lora")
+    return modules, parameters + _experts(adapter.parameters, model)
+
+
 def _config(adapter: Adapter, model: PreTrainedModel) -> Any:
     """Return PEFT's config. Without a task type PEFT passes all arguments of a call on as they are."""
     layers = _linear_layers(model)
+    modules, parameters = _named(adapter, layers, model)
     if adapter.kind == "osf":
-        layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-        if not layers:
-            raise BadInput("osft is for models of linear layers, which this one (of Conv1D, as GPT-2) has none of")
-        return OSFConfig(**adapter.settings, target_modules=_targets(adapter.targets, layers, model, "osft")[0])
-    modules, parameters = _targets(adapter.targets, layers, model, "lora")
-    parameters += _experts(adapter.parameters, model)
+        return OSFConfig(**adapter.settings, target_modules=modules)
     turned = any(isinstance(layer, Conv1D) for layer in layers.values())
     config: Any = LoraConfig(
         **adapter.settings, target_modules=modules, target_parameters=sorted({*parameters}) or None,
@@ -153,14 +170,18 @@ def _is_allowed(config: LoraConfig, model: nn.Module, name: str) -> bool:
     return True
 
 
+def _all_linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+
+
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the linear layers but the head, by full name, that a matrix can stand beside.
 
     It is tried: not those that give more than a product (Llama 4's router), and not those whose weights the model reads
     without calling them (Mamba's time step), where the added matrices would have no effect.
     """
-    head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    layers = _all_linear_layers(model)
     given: dict[str, Any] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, output, name=name: given.update({name: output}))

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cfsd.data.chat import Rendering
 from cfsd.errors import BadInput
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Artifact, Store
@@ -408,6 +410,24 @@ def test_chats_in_which_nothing_is_learned_are_dropped_and_counted(world: World,
     records += [{"messages": messages} for messages in nothing]
     made = world.prepared(records, tmp_path)
     assert made.metadata["dropped"] == {"without a turn of the assistant that is learned": 5}
+
+
+def test_of_a_chat_that_is_too_long_no_turn_is_looked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is found by writing all before it again: the square of the turns, for a row that is dropped."""
+    written, own = Counter[int](), Rendering._render
+
+    def counted(self: Rendering, messages: list[Any], **settings: Any) -> str:
+        written[len(self.messages if hasattr(self, "messages") else messages)] += 1
+        return own(self, messages, **settings)
+
+    monkeypatch.setattr(Rendering, "_render", counted)
+    records = [{"messages": [user(f"{i}"), said("y")]} for i in range(6)]
+    records += [{"messages": [turn for _ in range(200) for turn in (user("again"), said("yes"))]}]
+    made = world.prepared(records, tmp_path)
+    assert made.metadata["dropped"] == {f"longer than max_length={world.models['plain'].metadata['context']}": 1}
+    assert written[400] == 1 and written[2] > 6
 
 
 def test_the_report_reads_what_is_learned(world: World, tmp_path: Path) -> None:

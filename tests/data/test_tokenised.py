@@ -9,7 +9,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from cfsd.data.tokenised import added_in_front, tokenise
+from cfsd.data.tokenised import _place, added_in_front, tokenise
 from cfsd.errors import BadInput
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched
@@ -52,6 +52,19 @@ def test_the_tokens_are_those_that_lm_eval_scores(kind: str, prompt: str, respon
     if clean:  # lm-eval scores the prompt's last spaces as well
         spaces = continuation[: len(continuation) - len(after)]
         assert continuation == spaces + after and not tokens.decode(spaces).strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_many_spans_each_token_finds_its_own(kind: str) -> None:
+    """Only the spans near a token are looked at; the result is that of looking at all of them."""
+    tokens, text = tokenizer(kind), "the cat  sat on\n\nthe 😀 mat, unhappy. " * 6
+    if not tokens.is_fast:
+        pytest.skip("a tokenizer without offsets has its spans in turn")
+    for width, gap in ((1, 0), (1, 1), (3, 2), (7, 1), (2, 9)):
+        spans = [(first, first + width) for first in range(2, len(text) - width, width + gap)]
+        made = tokenise(tokens, text, spans)
+        offsets = tokens(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert made.supervised == [_place(text, begin, end, spans)[0] for begin, end in offsets]
 
 
 @pytest.mark.parametrize("kind", KINDS)

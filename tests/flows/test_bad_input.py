@@ -65,6 +65,14 @@ CASES: dict[str, Case] = {
     "longer than the context": (_set("generate.length=500"), "set generate.length to at most 127"),
     "disk too small": (_set("generate.rows=1000000000000"), "GiB free"),
     "malformed override": (_set("train.epochs"), "is not of the form field.name=value"),
+    "a layer that the base has not": (
+        _set("train.methods.lora.rank=2", "train.methods.lora.targets=[q_prj]"),
+        "lora.targets q_prj: this model has no such linear layer; allowed: down_proj",
+    ),
+    "more rows selected than sampled": (
+        _set("select.corpus_rows=5000"),
+        "select.corpus_rows is 5000, but generate.rows",
+    ),
     "no chat template": (_set("target.messages=prompt"), "column 'prompt' is not a list of messages"),
 }
 
@@ -77,6 +85,16 @@ def test_one_clear_message(name: str, run: Run, recipe_file: Path, tmp_path: Pat
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not list((tmp_path / "data" / "store" / "corpus").glob("*/corpus-*")), "something was sampled first"
+
+
+def test_a_filter_that_leaves_nothing_ends_before_training(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    """It would be plain fine-tuning in silence. The corpus itself can be made, to see what was rejected."""
+    strict = ("--set", "filter.min_tokens=1000")
+    done = run("mitigate", recipe_file, *strict)
+    assert done.returncode == 2 and "the filter left none of " in done.stderr, done.stdout + done.stderr
+    assert "fewer than 1000 tokens); loosen `filter`, or set generate.rows to 0" in done.stderr
+    assert not (tmp_path / "data" / "store" / "mixture").exists()
+    assert run("mitigate", recipe_file, *strict, "--until", "filter").returncode == 0
 
 
 def test_recipe_that_is_not_there(run: Run) -> None:

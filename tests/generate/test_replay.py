@@ -1,6 +1,7 @@
 """Replayed documents: every kind of file gives the same rows, cut and ended as sampled rows are."""
 
 import csv
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy.stats import chisquare
 
 from cfsd.data.replay import Replay, documents
 from cfsd.errors import BadInput
+from cfsd.evaluate.text import Text
 from cfsd.generate.replay_rows import replay_rows
 from cfsd.model.loading import Tokenization, load_tokenizer
 
@@ -159,6 +161,18 @@ def test_what_counts_is_content_not_path(home: Path, tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
     as_text = two.rename(tmp_path / "b.txt")  # read as one document
     assert Replay(path=str(as_text)).digest() != digests[0]
+
+
+def test_of_packed_files_both_endings_count(home: Path, tmp_path: Path) -> None:
+    """`.txt.gz` is one document and `.jsonl.gz` is records: the same bytes, and another corpus."""
+    packed = gzip.compress(write(tmp_path / "docs.jsonl", TEXTS).read_bytes())
+    digests = {}
+    for name in ("docs.txt.gz", "docs.jsonl.gz", "other.jsonl.gz"):
+        (tmp_path / name).write_bytes(packed)
+        text = Text(name="own", path=str(tmp_path / name))
+        digests[name] = (replay_of(tmp_path / name).digest(), text.digest())
+    assert digests["docs.jsonl.gz"] == digests["other.jsonl.gz"]
+    assert not {*digests["docs.txt.gz"]} & {*digests["docs.jsonl.gz"]}
 
 
 def test_a_folder_counts_by_its_files_names_and_contents(home: Path, tmp_path: Path) -> None:

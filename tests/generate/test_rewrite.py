@@ -19,6 +19,7 @@ from cfsd.stages import REWRITE
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from cfsd.store.tables import read_rows, shard_path
 from tests.conftest import fetched, write_rows
+from tests.data.test_target import write
 from tests.inputs import CHAT, save
 
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=8)
@@ -142,6 +143,25 @@ def test_shards_of_another_size_are_not_continued() -> None:
     """A draft with shards of 8 rows, continued in shards of 25, would lose rows: its environment must differ."""
     other = MACHINE.model_copy(update={"sampling_rows": 25})
     assert MACHINE.environment(REWRITE) != other.environment(REWRITE)
+
+
+def test_a_long_prompt_and_a_long_answer_of_different_rows_need_not_fit_together(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": letter * 30, "response": "ab"} for letter in "abcd"]
+    rows += [{"prompt": letter, "response": "abcdefgh"} for letter in "abcd"]
+    wanted = Target(path=str(write(tmp_path / "mixed.jsonl", rows)), held_out=1, seed=0)
+    target = world.store.make("target", "2" * 16, lambda draft: prepare(world.base, wanted, draft))[0]
+    needed: list[tuple[int, int]] = []
+
+    def sized(model: Any, rows: Any, spec: Any, **settings: Any) -> list[Sample]:
+        needed.append((len(rows.prompts), max(map(len, rows.prompts)) + spec.length))
+        return sample(model, rows, spec, **settings)
+
+    monkeypatch.setattr(module, "sample", sized)
+    world.store.make("target", "3" * 16, lambda draft: rewrite(world.base, target, LOOSE, draft, MACHINE))
+    assert sum(count for count, _ in needed) == 7 and len(needed) == 2
+    assert all(most <= world.base.metadata["context"] for _, most in needed)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,18 @@ def test_supervised_turns_with_gaps_between_them_are_found(model: PreTrainedMode
     assert found["count"] == 3
 
 
+def test_a_row_above_the_limit_has_its_logits_in_parts(model: PreTrainedModel) -> None:
+    long = row(0, [0, 4, 5], [(7 * i) % 30 + 2 for i in range(61)])
+    whole = score_responses(model, [long], 1000, lambda done: None, per_token=True)[0]
+    most: list[int] = []
+    head = model.get_output_embeddings().register_forward_hook(lambda *args: most.append(args[2].shape[1]))
+    parts = score_responses(model, [long], 16, lambda done: None, per_token=True)[0]
+    head.remove()
+    assert most == [16, 16, 16, 13] and (parts["correct"], parts["count"]) == (whole["correct"], 61)
+    assert parts["nll"] == pytest.approx(whole["nll"], rel=1e-6)
+    assert parts["token_nll"] == pytest.approx(whole["token_nll"], rel=1e-5)
+
+
 def test_the_target_score_is_over_held_out_rows(store: Store, base: Artifact, tmp_path: Path) -> None:
     target = Target(path=str(write_rows(tmp_path / "rows.jsonl")), held_out=10, seed=0)
     made = store.make("target", key_of("prepare", base, target), lambda draft: prepare(base, target, draft))[0]
