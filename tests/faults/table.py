@@ -90,7 +90,7 @@ TABLE: dict[str, list[Row]] = {
         Row("a manifest is damaged in any way", "the artifact counts as absent", f"{STORE}test_damaged_artifacts.py::test_fields_of_a_manifest_changed_or_dropped"),
         Row("files swapped, links that lead nowhere, a file in place of the folder", "what is damaged is named, and made again", f"{STORE}test_damaged_artifacts.py::test_damage_is_named_and_mended"),
         Row("bits change on the disk under an unchanged date", "`verify` reads every byte and names the file", f"{STORE}test_artifact.py::test_verify_reads_every_byte_and_names_file_and_remedy"),
-        Row("the memory of digests is damaged", "files are read again", f"{STORE}test_damaged_artifacts.py::test_a_broken_memory_of_digests_is_not_believed"),
+        Row("the cache of file digests is damaged", "files are read again", f"{STORE}test_damaged_artifacts.py::test_a_broken_memory_of_digests_is_not_believed"),
         Row("a draft was begun with other package versions or settings of the machine", "it starts anew and says so", f"{STORE}test_artifact.py::test_a_draft_of_another_environment_starts_anew_and_says_so"),
         Row("the mark of a draft is damaged", "it starts anew", f"{STORE}test_damaged_artifacts.py::test_a_draft_with_a_broken_mark_starts_anew"),
         Row("the disk fills up in a short stage (`mix`)", "one message, exit code 2; with room again, the next run makes that stage alone", f"{FAULTS}test_faults.py::test_a_disk_that_fills_up_in_a_stage_is_named_and_costs_that_stage[mix]"),
@@ -102,7 +102,7 @@ TABLE: dict[str, list[Row]] = {
         Row("the data folder was moved", "nothing runs again", f"{FLOWS}test_flows.py::test_a_moved_data_folder_runs_nothing_again"),
         Row("object storage goes away in the middle of a push", "the run completes and says so; the next one ends the push", f"{STORE}test_shared_store.py::test_a_server_killed_in_the_middle_of_a_push_costs_nothing"),
         Row("a push is killed", "others see nothing of it; the next run ends it", f"{STORE}test_shared_store.py::test_a_push_that_is_killed_shows_nothing_and_the_next_run_ends_it"),
-        Row("an artifact in the shared store has a byte changed", "it is refused when it is read, and mended", f"{STORE}test_shared_store.py::test_a_changed_byte_is_refused_when_it_is_read_and_mended_by_the_next_run"),
+        Row("an artifact in the shared store has a byte changed", "it is refused when it is read, and repaired by the next run", f"{STORE}test_shared_store.py::test_a_changed_byte_is_refused_when_it_is_read_and_mended_by_the_next_run"),
         Row("a clock that is ten years back and another PYTHONHASHSEED", "the same keys, the same contents; with the right clock nothing runs again", f"{FAULTS}test_faults.py::test_another_clock_and_another_hash_seed_change_no_key_and_no_content"),
         Row("no HOME, no temporary folder with room", "folders below the data folder take their place", f"{ENVIRONMENT}test_a_temporary_folder_without_room_is_replaced"),
     ],
@@ -121,7 +121,7 @@ TABLE: dict[str, list[Row]] = {
 }  # fmt: skip
 INTRODUCTION = """# What can fail, and what happens then
 
-Each fault below is made for real by the test beside it: processes are killed, servers ended, files cut, disks filled. Two
+The test beside each fault below really causes it: processes are killed, servers ended, files cut, disks filled. Two
 things hold for all of them: what is finished stays as it is, and the same command again completes, without making
 anything twice.
 
@@ -141,7 +141,7 @@ LIMITS = """
 * Bits that change on a disk under an unchanged size and date are found by `cfsd store verify`, not by every run.
 * Locks are the kernel's, so a data folder on a network disk needs one whose locks work between machines; the start of
   every command tries a lock, but only on its own machine.
-* A training over several machines was not killed for real: there is one machine to test on.
+* No training over several machines was killed: there is one machine to test on.
 """
 
 
