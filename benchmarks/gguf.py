@@ -6,6 +6,7 @@ A quantised file is rounded: for work of your own, take the model that it was co
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -21,10 +22,12 @@ def gguf_command(
 ) -> None:
     """Write the model in a GGUF file as a plain folder of float32 weights."""
     if not file.is_file():
-        raise BadInput(f"{file} is not a file; give a model's GGUF file")
+        raise BadInput(f"{str(file)!r} is not a file; give a model's GGUF file")
     if folder.exists():
-        raise BadInput(f"{folder} is there already; give a new folder")
-    write_plain(file, folder)
+        raise BadInput(f"{str(folder)!r} is there already; give a new folder")
+    with TemporaryDirectory(dir=folder.absolute().parent) as draft:  # nothing half done is taken for a model
+        write_plain(file, made := Path(draft, folder.name))
+        made.rename(folder)
     print(folder)
 
 
