@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from cfsd.errors import BadInput
-from cfsd.overrides import override, read_with_recipe, validated
+from cfsd.overrides import flattened, override, read_with_recipe, validated
 from cfsd.recipe import Recipe
 from cfsd.spec import REPEAT, seed_of
 
@@ -43,6 +43,11 @@ class Comparison(BaseModel):
         "rows (mix), the corpus (generate.seed), the probe. What is not named is shared. Target rows and benchmark "
         "items always are",
     )
+
+    @field_validator("variants", "sweeps")
+    @classmethod
+    def _field_by_field(cls, variants: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+        return {name: flattened(Recipe, changes) for name, changes in variants.items()}
 
     @field_validator("variants", "sweeps")
     @classmethod

@@ -402,7 +402,8 @@ def _memory(stage: str, inputs: Inputs, job: Job) -> float | None:
     """Return bytes per process."""
     shapes, machine, copies = shapes_of(job.recipe, job.base), job.machine, COPIES.get(stage)
     if stage == stages.TRAIN and shapes:
-        return training_memory(shapes, load_of(job.recipe.train, machine)).total()
+        process = 0 if machine.resolved_device() == "cuda" else PROCESS_BYTES
+        return training_memory(shapes, load_of(job.recipe.train, machine)).total() + process
     weights = parameters_of(job.recipe, job.base)
     if weights is None or not copies:
         return None

@@ -1,8 +1,9 @@
 """Recipes in YAML: reading, overrides of dotted fields, and validation errors that name file and field."""
 
+import re
 import reprlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 # what a YAML reader raises for a month 13, a number of 5000 digits, brackets in brackets without end
+PLACEHOLDER = re.compile(r"\{\w+\}")  # of a template
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 
 
@@ -89,25 +91,33 @@ def _reason(error: BaseException) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def parse_overrides(texts: list[str]) -> dict[str, Any]:
-    """Return {"a.b": value} of `a.b=value` texts, values read as YAML. Raises BadInput."""
+def parse_overrides(texts: list[str], option: str = "--set") -> dict[str, Any]:
+    """Return {"a.b": value} of `a.b=value` texts, values read as YAML, templates as they are. Raises BadInput."""
     parsed = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name:
-            raise BadInput(f"--set {text!r} is not of the form field.name=value")
-        parsed[name] = _value(value)
+            raise BadInput(f"{option} {text!r} is not of the form field.name=value")
+        parsed[name] = _value(value, option)
     return parsed
 
 
-def _value(text: str) -> Any:
+def _value(text: str, option: str) -> Any:
+    is_template = bool(PLACEHOLDER.search(text))
     try:
         value = yaml.load(text, _Loader)
     except NO_YAML as error:
-        raise BadInput(f"--set value {text[:80]!r} is not valid YAML: {_reason(error)}") from error
-    if isinstance(value, dict) and value and all(inner is None for inner in value.values()):
-        return text  # `{answer}` is a template, although YAML reads a mapping
-    return value
+        if is_template:
+            return text
+        raise BadInput(f"{option} value {text[:80]!r} is not valid YAML: {_reason(error)}") from error
+    return text if is_template and _is_misread(value, text) else value
+
+
+def _is_misread(value: Any, text: str) -> bool:
+    """Say whether YAML made a mapping of a template, as of `{answer}` and `Question: {prompt}`, or took its spaces."""
+    if isinstance(value, dict):
+        return all(inner is None or (isinstance(inner, dict) and _is_misread(inner, text)) for inner in value.values())
+    return bool(value == text.strip())
 
 
 def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -165,6 +175,28 @@ def override(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
             raise BadInput(f"{name!r} cannot be set: {head} is {inner!r} here, not a mapping")
         changed[head] = override(inner, {rest: value})
     return changed
+
+
+def flattened(model: type[BaseModel], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return changes of `model` with the fields of a section one by one: {train: {epochs: 2}} is {train.epochs: 2}.
+
+    So the rest of the section stays as it is. A mapping with `kind` is another one in place of it, as is a `base`.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in changes.items():
+        if isinstance(value, dict) and value and "kind" not in value and name != "base" and _is_section(model, name):
+            flat |= flattened(model, {f"{name}.{inner}": given for inner, given in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _is_section(model: type[BaseModel] | None, name: str) -> bool:
+    for part in name.split("."):
+        field = model.model_fields.get(part) if model else None
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return model is not None
 
 
 def validated(model: type[M], content: Any, where: str) -> M:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.overrides import override, read_with_recipe, validated
+from cfsd.overrides import flattened, override, read_with_recipe, validated
 from cfsd.recipe import Recipe
 from cfsd.spec import REPEAT, seed_of
 
@@ -45,6 +45,11 @@ class TargetSequence(BaseModel):
         1, description="Repeats of the whole sequence, with seeds of their own for corpus, order of rows and training"
     )
 
+    @field_validator("targets")
+    @classmethod
+    def _field_by_field(cls, targets: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+        return {name: flattened(Recipe, changes) for name, changes in targets.items()}
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.earlier == "unprompted" and self.earlier_fraction != SHARE:
@@ -59,6 +64,11 @@ class TargetSequence(BaseModel):
             )
         seeds = {"seed", *(f"{part}.seed" for part in VARIED)}
         for name, changes in self.targets.items():
+            if "seed" in changes:
+                raise ValueError(
+                    f"target {name!r} sets seed, which only fills seeds that are empty, and none is any more; set "
+                    "train.seed, mix.seed or generate.seed"
+                )
             if self.seeds > 1 and (fixed := sorted(seeds & changes.keys())):
                 raise ValueError(f"target {name!r} sets {fixed[0]}, which the {self.seeds} repeats vary: leave it out")
         return self

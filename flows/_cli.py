@@ -45,7 +45,7 @@ Plan = Annotated[bool, typer.Option("--plan", help="Say what would run and what 
 
 def machine_of(changes: list[str]) -> Machine:
     """Return the machine that `--machine` describes. Raises BadInput."""
-    return validated(Machine, override({}, parse_overrides(changes)), "--machine")
+    return validated(Machine, override({}, parse_overrides(changes, "--machine")), "--machine")
 
 
 def start(command: Callable[..., None], word: str = "", failed: int = 1) -> None:

@@ -41,6 +41,9 @@ def _of_the_system(error: OSError) -> CfsdError | None:
     if error.errno in RIGHTS:
         place = error.filename2 or error.filename or "a file"
         return BadEnvironment(f"{place} cannot be used: {error.strerror}; change its rights, or choose another place")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and error.filename:
+        place = error.filename2 or error.filename
+        return BadEnvironment(f"{place} cannot be written: {error.strerror}; choose another place")
     if error.errno in LIMITS:
         named = f" ({error.filename})" if error.filename else ""
         return BadEnvironment(f"{error.strerror}{named}: {LIMITS[error.errno]}")

@@ -147,12 +147,18 @@ def _checked_here(check: Callable[[], object]) -> None:
 
 
 def _check_disk(plans: list[Plan]) -> None:
-    needed, free = _disk_bytes(plans), shutil.disk_usage(home()).free
+    store = home() / "store"  # may be a link to another disk
+    place = store if store.exists() else home()
+    needed, free = _disk_bytes(plans), shutil.disk_usage(place).free
     if needed > free:
         lacks(
-            f"what is left to do needs about {needed / GIB:.1f} GiB, but the disk of {home()} has {free / GIB:.1f} GiB "
+            f"what is left to do needs about {_size(needed)}, but the disk of {place} has {_size(free)} "
             "free; free some, choose another data folder with --home, lower generate.rows, or train fewer variants"
         )
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count * 1024 / GIB:.1f} MiB"
 
 
 def _disk_bytes(plans: list[Plan]) -> float:

@@ -20,6 +20,7 @@ from cfsd.baseline.file import (
     Baseline,
     UnreadableBaseline,
     baseline_of,
+    check_place,
     guarded,
     read_baseline,
     with_margins,
@@ -254,6 +255,8 @@ def regress_command(
         check_asked(is_champion=baseline == CHAMPION)
     known = known_baseline(loaded, baseline, needed=not update_baseline)
     fresh_seeds(known, baseline, seeds, update=update_baseline)
+    if update_baseline and baseline != CHAMPION:
+        check_place(baseline_file(loaded, baseline))
     with checked([loaded], on, pipeline), prefect_server():
         state = regress(loaded, baseline, seeds, update_baseline, on, approval, return_state=True)
         try:

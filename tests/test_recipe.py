@@ -268,6 +268,55 @@ def test_a_file_for_another_command_is_refused_with_the_command_that_takes_it(
         LOADERS[asked](path)
 
 
+def test_a_section_in_a_variant_changes_its_fields_and_keeps_the_rest(content: dict[str, Any]) -> None:
+    """`train: {epochs: 2}` gave the learning rate and the loss their defaults, and said nothing."""
+    plain = content | {"train": {"learning_rate": 1e-3, "rehearsal": {"weight": 3}}}
+    nested: dict[str, Any] = {"train": {"epochs": 7, "rehearsal": {"final_weight": 1}}, "generate": {"rows": 9}}
+    dotted: dict[str, Any] = {"train.epochs": 7, "train.rehearsal.final_weight": 1, "generate.rows": 9}
+    recipes = comparison(plain, variants={"nested": nested, "dotted": dotted}).recipes()
+    assert recipes["nested"].digest() == recipes["dotted"].digest()
+    assert (recipes["nested"].train.learning_rate, recipes["nested"].train.rehearsal.weight) == (1e-3, 3)
+    whole = comparison(plain, variants={"v": {"generate": {"source": "mixed", "fractions": {"context-free": 1.0}}}})
+    assert whole.variants["v"]["generate.fractions"] == {"context-free": 1.0}  # a field, not a section
+    swept = comparison(plain, sweeps={"rate": {"train": {"learning_rate": [1e-4, 1e-5]}}}).recipes()
+    assert swept["rate learning_rate=0.0001"].train.rehearsal.weight == 3
+
+
+def test_another_target_or_base_takes_the_place_of_the_recipes(content: dict[str, Any]) -> None:
+    gym = {"kind": "gym", "name": "chain_sum", "rows": 90, "prompt": "{question}", "response": "{answer}"}
+    whole = {"target": gym | {"path": None}, "base": {"kind": "folder", "path": "."}}
+    assert comparison(content, variants={"v": whole}).variants["v"] == whole
+
+
+def test_settings_that_turn_nothing_on_are_refused(content: dict[str, Any]) -> None:
+    for changes, message in (
+        ({"train": {"methods": {"lora": {"alpha": 32}}}}, "alpha has no effect without rank"),
+        ({"target": content["target"] | {"name": "openai/gsm8k"}}, "name is for a target of kind hub or gym"),
+        ({"target": content["target"] | {"config": {"a": 1}}}, "config is for a target of kind gym, and this is of"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            validated(Recipe, content | changes, "here")
+    off = validated(Recipe, content | {"train": {"methods": {"lora": {"rank": 0, "alpha": 32}}}}, "here")  # of a sweep
+    assert off.digest() == validated(Recipe, content, "here").digest()
+    assert validated(Recipe, off.model_dump(mode="json"), "again").digest() == off.digest()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Question: {prompt}", "{prompt} is", " so {response}", " {response}", "Q {prompt} A ", "{response}", "a: b: {c}"],
+)
+def test_a_template_on_the_command_line_is_as_it_is_written(text: str) -> None:
+    assert parse_overrides([f"target.prompt={text}"]) == {"target.prompt": text}
+
+
+def test_what_is_no_template_is_read_as_yaml() -> None:
+    given = ["a=[facts, {name: mine}]", "b={x: 1}", "c= 1e-3", "d={a: {b: 2}}", "e=null"]
+    parsed = parse_overrides(given)
+    assert parsed == {"a": ["facts", {"name": "mine"}], "b": {"x": 1}, "c": "1e-3", "d": {"a": {"b": 2}}, "e": None}
+    with pytest.raises(BadInput, match="--machine 'threads' is not of the form"):
+        parse_overrides(["threads"], "--machine")
+
+
 def test_a_sweep_is_a_variant_per_value_with_its_plain_values_in_all(content: dict[str, Any]) -> None:
     found = comparison(content, sweeps=SWEPT).recipes()
     assert list(found) == ["finetune", "rehearse", "wise alpha=0.25", "wise alpha=0.5", "wise alpha=0.75"]

@@ -324,6 +324,15 @@ def parsed(text: bytes | str, where: str) -> Baseline:
         raise UnreadableBaseline(f"{error}\n{REMEDY}") from error
 
 
+def check_place(path: Path) -> None:
+    """Raise BadInput where no baseline can be written, or where another kind of file would be replaced by it."""
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise BadInput(f"a baseline cannot be written to {path}: {folder} is not a folder that can be written to")
+    if path.exists() and not (path.is_file() and path.suffix == ".json"):
+        raise BadInput(f"{path} is there and is no baseline; give a file that is new or ends in .json")
+
+
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write `baseline` so that a reader sees an old or a new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

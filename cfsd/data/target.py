@@ -30,6 +30,11 @@ class RewriteSpec(Spec):
     seed: NonNegativeInt | None = Field(None, description="Of the sampling")
 
 
+OF_KINDS = {  # which fields belong to which kinds alone
+    "path": ("file",), "name": ("hub", "gym"), "subset": ("hub",), "config": ("gym",), "revision": ("hub",),
+}  # fmt: skip
+
+
 class Target(OnHub):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
@@ -106,6 +111,11 @@ class Target(OnHub):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        for name, kinds in OF_KINDS.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(
+                    f"{name} is for a target of kind {' or '.join(kinds)}, and this is of kind {self.kind}; take it out"
+                )
         if self.kind == "file" and not self.path:
             raise ValueError("a target of kind file needs `path`")
         if self.kind == "hub" and not self.name:

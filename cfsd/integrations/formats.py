@@ -25,7 +25,8 @@ from cfsd.errors import BadInput
 from cfsd.integrations import Format
 from cfsd.integrations.corpus import base_of, corpus_folder
 from cfsd.model.loading import load_tokenizer
-from cfsd.store.tables import batches, shards
+from cfsd.store.new_folder import new_folder
+from cfsd.store.tables import batches, num_rows, shards
 
 IGNORED = -100  # the label of what is not learned
 NO_LOGPROB = -1e9  # where a distribution has no entry, as axolotl pads
@@ -39,11 +40,16 @@ def write_corpus(asked: str | Path, to: Path, form: Format, *, jsonl: bool = Fal
     """Write the corpus that `asked` names into the new folder `to`, and return what is to be said of it.
 
     `jsonl` true: JSON lines in place of Parquet. Raises BadInput: there is no such corpus, `to` is not new, or for
-    text there is no tokenizer, or no row that can be written as text.
+    text there is no tokenizer, or no row that can be written as text; or the corpus has no rows.
     """
     corpus = corpus_folder(asked)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise BadInput(f"{to} exists and is not an empty folder; give another one")
+    with new_folder(to) as part:
+        if not num_rows(corpus, "corpus"):
+            raise BadInput(f"the corpus {corpus.name} has no rows; give one that has some")
+        return _written(corpus, part, form, jsonl=jsonl)
+
+
+def _written(corpus: Path, to: Path, form: Format, *, jsonl: bool) -> list[str]:
     if form == "llama-factory":
         if (base := base_of(corpus)) is None:
             raise BadInput(
@@ -113,8 +119,6 @@ def _write_text(corpus: Path, to: Path, tokenizer: PreTrainedTokenizerBase) -> l
     total = sum(1 for _ in token_rows(corpus))
     file = _write(to, DATASET, True, _text_rows(corpus, tokenizer, left_out))
     if left_out.total() == total:
-        file.unlink()
-        to.rmdir()
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise BadInput(
             f"none of the {total} rows of the corpus {corpus.name} can be written as text ({reasons}); LLaMA-Factory "
@@ -142,7 +146,6 @@ def _text_rows(corpus: Path, tokenizer: PreTrainedTokenizerBase, left_out: Count
 
 
 def _write(to: Path, name: str, jsonl: bool, rows: Rows) -> Path:
-    to.mkdir(parents=True, exist_ok=True)
     file = to / f"{name}.{'jsonl' if jsonl else 'parquet'}"
     write: Callable[[Path, Rows], None] = _write_lines if jsonl else _write_parquet
     write(file, rows)

@@ -11,6 +11,7 @@ from cfsd.report.model_card import has_card, model_card
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
 from cfsd.store.artifact import Store
+from cfsd.store.new_folder import new_folder
 
 
 def chosen(kept: Kept, variant: str | None) -> RunRecord:
@@ -36,25 +37,13 @@ def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
             measured by.
         StoreError: the model is gone or damaged.
     """
-    to = to.absolute()  # "." has no name, and none beside it
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise BadInput(f"{to} exists and is not an empty folder; give another one")
-    model = run_record.artifacts["final"]
-    store.verify(model)
-    files = payload_of(store.path(model))
-    check_store(store, kept)
-    summary, comparisons = summarise(store, run_record, kept.run_records), comparisons_of(store, kept.run_records)
-    card = model_card(store, run_record, summary, comparisons)
-    part = to.with_name(f".{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, file in files.items():
-        (part / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
-    (part / "README.md").write_text(card, encoding="utf-8")
-    if not to.exists():
-        part.rename(to)
-        return
-    for file in part.iterdir():  # an empty folder stays the one that it is: a shell may be in it
-        file.rename(to / file.name)
-    part.rmdir()
+    with new_folder(to) as part:
+        model = run_record.artifacts["final"]
+        store.verify(model)
+        check_store(store, kept)
+        summary, comparisons = summarise(store, run_record, kept.run_records), comparisons_of(store, kept.run_records)
+        card = model_card(store, run_record, summary, comparisons)
+        for name, file in payload_of(store.path(model)).items():
+            (part / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, part / name)  # a base's weights may be links: what they lead to is copied
+        (part / "README.md").write_text(card, encoding="utf-8")

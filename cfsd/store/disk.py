@@ -20,8 +20,14 @@ def full_disk(error: BaseException, folder: Path) -> BadEnvironment | None:
     found = [cause for cause in causes if _says_full(cause)]
     if not found and _free(folder) > NOTHING_LEFT:
         return None
-    named = next((cause.filename for cause in found if isinstance(cause, OSError) and cause.filename), None)
-    return disk_is_full(_nearest(Path(str(named))) if named else folder)
+    named = [Path(str(name)) for cause in found if isinstance(cause, OSError) for name in _names(cause)]
+    places = [*map(_nearest, named), folder]
+    return disk_is_full(next(filter(is_full, places), places[0]))
+
+
+def _names(error: OSError) -> list[str | bytes]:
+    """Return the files that an error names, of a copy the one that is written first."""
+    return [name for name in (error.filename2, error.filename) if name]
 
 
 def disk_is_full(folder: Path) -> BadEnvironment:

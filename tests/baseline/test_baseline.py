@@ -13,6 +13,7 @@ from cfsd.baseline.file import (
     Measured,
     as_text,
     baseline_of,
+    check_place,
     commit_here,
     guarded,
     other_documents,
@@ -267,3 +268,14 @@ def test_what_was_edited_to_pieces_is_refused(recipe: Recipe, changes: dict[str,
         changes = {"figures": {name: f for name, f in content["figures"].items() if name != "forgetting/half"}}
     with pytest.raises(BadInput, match=f"(?s){message}.*--update-baseline"):
         parsed(json.dumps(content | changes), "b.json")
+
+
+def test_a_place_for_a_baseline_is_looked_at_before_anything_is_trained(tmp_path: Path) -> None:
+    check_place(tmp_path / "new" / "folder" / "mine.json")
+    (tmp_path / "mine.json").write_text("broken")
+    check_place(tmp_path / "mine.json")
+    (tmp_path / "recipe.yaml").write_text("base: tiny")
+    with pytest.raises(BadInput, match=r"recipe\.yaml is there and is no baseline; give a file that is new"):
+        check_place(tmp_path / "recipe.yaml")
+    with pytest.raises(BadInput, match="is not a folder that can be written to"):
+        check_place(tmp_path / "recipe.yaml" / "base.json")

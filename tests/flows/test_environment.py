@@ -549,6 +549,12 @@ def test_a_full_disk_is_found_behind_other_errors(home: Path) -> None:
     assert full_disk(ValueError("odd"), home) is None
 
 
+def test_of_a_copy_the_disk_that_is_written_to_is_named(tmp_path: Path) -> None:
+    """shutil names the file that is read, too, and its disk had room."""
+    error = OSError(errno.ENOSPC, "No space left on device", "/proc/self/status", None, str(tmp_path / "part" / "file"))
+    assert str(tmp_path) in str(full_disk(error, Path("/proc")))
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.stage import generate
-from cfsd.integrations.formats import write_corpus
+from cfsd.integrations import formats
+from cfsd.integrations.formats import token_rows, write_corpus
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Store
@@ -80,6 +82,29 @@ def test_a_folder_that_holds_something_is_left_alone(corpus: Path, tmp_path: Pat
     (tmp_path / "mine").write_text("")
     with pytest.raises(BadInput, match="exists and is not an empty folder"):
         write_corpus(corpus, tmp_path, "trl")
+
+
+def test_what_failed_leaves_nothing_behind(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a file lay there, and the same command was refused for it."""
+    monkeypatch.setattr(
+        formats, "token_rows", lambda corpus: chain(islice(token_rows(corpus), 3), ({}[row] for row in "x"))
+    )
+    with pytest.raises(KeyError):
+        write_corpus(corpus, tmp_path / "out", "trl", jsonl=True)
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    write_corpus(corpus, tmp_path / "out", "trl", jsonl=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "corpus.jsonl"]
+
+
+def test_a_corpus_without_rows_is_refused(store: Store, base: Artifact, tmp_path: Path) -> None:
+    """As one of which a filter rejected all."""
+    work = lambda draft: write_shard(draft.folder, "corpus", 0, table_of(CORPUS, []))  # noqa: E731
+    empty = store.path(store.make("corpus", "e" * 16, work, inputs=[base])[0])
+    with pytest.raises(BadInput, match=r"the corpus e+ has no rows"):
+        write_corpus(empty, tmp_path / "out", "trl")
+    assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()

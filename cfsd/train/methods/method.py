@@ -116,7 +116,16 @@ class MethodSet(Spec):
     @field_validator("*")
     @classmethod
     def _off_is_neutral(cls, method: Method) -> Method:
-        return method if method.is_on() else type(method)()
+        """Take what is off as nothing given, but for settings that were meant to turn it on."""
+        if method.is_on():
+            return method
+        neutral = type(method)()
+        given = [name for name in method.model_fields_set if getattr(method, name) != getattr(neutral, name)]
+        if given and method.strength not in method.model_fields_set:
+            raise ValueError(
+                f"{', '.join(sorted(given))} has no effect without {method.strength}: give that too, or leave it out"
+            )
+        return neutral
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
