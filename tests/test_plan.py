@@ -181,7 +181,7 @@ def test_what_is_not_here_is_refused_where_something_would_run(home: Path, monke
     free = shutil.disk_usage(ROOT)._replace(free=2**20)
     monkeypatch.setattr("flows._plan.shutil.disk_usage", lambda _: free)
     tiny = Recipe.load(RECIPES / "tiny.yaml", [f"target.path={RECIPES / 'tiny_target.jsonl'}"])
-    with pytest.raises(NotHere, match=r"0\.0 GiB free"), checked([tiny], Machine(device="cpu"), pipeline):
+    with pytest.raises(NotHere, match=r"1\.0 MiB free"), checked([tiny], Machine(device="cpu"), pipeline):
         pass
 
 
