@@ -181,7 +181,7 @@ def test_the_example_of_a_target_kind_is_one(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE pairs (prompt, response)")
         connection.execute("INSERT INTO pairs VALUES ('a', 'b')")
     records = example("target-kind")["sqlite_records"]
-    target = Target(path=str(tmp_path / "rows.db"), name="pairs")
+    target = Target(path=str(tmp_path / "rows.db")).model_copy(update={"name": "pairs"})
     assert list(records(target)) == [("'pairs' row 1", {"prompt": "a", "response": "b"})]
     with pytest.raises(BadInput, match="no readable table 'others'"):
         list(records(target.model_copy(update={"name": "others"})))
