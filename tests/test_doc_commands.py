@@ -28,7 +28,7 @@ ELSEWHERE = {  # the beginning of a command -> why it is not run here
     "docker ": "needs docker: tests/test_deployments.py reads the files",
     "kubectl ": "needs a cluster: tests/test_deployments.py reads the files",
     "export ": "names servers of an example",
-    "PREFECT_API_URL=": "names servers of an example: tests/flows/test_queue.py",
+    "python -m flows.serve worker": "works until it is stopped: tests/flows/test_queue.py",
     "python -m benchmarks.": "benchmarks and studies: tests/benchmarks",
     "python -m flows.mitigate mine.yaml --machine engine=server": "needs a server: tests/generate/test_shards.py",
     "python -m flows.mitigate mine.yaml --until filter --machine engine=server": "the same",
