@@ -164,13 +164,18 @@ def _run(name: str, part: Part, machine: Machine) -> None:
 def _found(name: str, part: Part, result: Result) -> dict[str, Any]:
     pairs = zip(result.summaries, result.run_records, strict=True)
     return {
-        "command": f"python -m benchmarks.study {name.partition('@')[0]}{part.base and f' --base {part.base}'}",
+        "command": _command(name.partition("@")[0], part),
         "question": part.question,
         "recipes": part.recipes,
         "variants": {summary.name: _variant(summary, run_record) for summary, run_record in pairs},
         "comparisons": [entry.model_dump(mode="json") for entry in _with_a_reference(result)],
         "matched": [entry.model_dump(mode="json") for entry in result.comparisons.matched if part.at_equal_gain],
     }
+
+
+def _command(name: str, part: Part) -> str:
+    seeds = f" --seeds {part.seeds}" if part.seeds != PARTS[name].seeds else ""
+    return f"python -m benchmarks.study {name}{part.base and f' --base {part.base}'}{seeds}"
 
 
 def _with_a_reference(result: Result) -> Iterator[Compared]:

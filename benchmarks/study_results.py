@@ -94,6 +94,11 @@ def found_elsewhere() -> dict[str, dict[str, Any]]:
 
 def prediction_block(runs: Sequence[Run]) -> Iterator[str]:
     """Yield how well divergences predict what benchmarks lose, and the picture of it."""
+    own = [run for run in runs if not PARTS[run.part].taught_by]
+    if len(own) < len(runs):
+        yield "On the model itself:\n"
+        yield from block(own)
+        yield "With the trainings on the model that was taught before, another base:\n"
     yield from block(runs)
     PICTURES.mkdir(exist_ok=True)
     picture(runs).savefig(PICTURES / f"{PREDICTION}.png", dpi=120)
