@@ -114,7 +114,8 @@ class Target(OnHub):
         for name, kinds in OF_KINDS.items():
             if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].get_default():
                 raise ValueError(
-                    f"{name} is for a target of kind {' or '.join(kinds)}, and this is of kind {self.kind}; take it out"
+                    f"{name} is for a target of kind {' or '.join(kinds)}, and this is of kind {self.kind}; "
+                    "take it out, or set it to null"
                 )
         if self.kind == "file" and not self.path:
             raise ValueError("a target of kind file needs `path`")

@@ -27,7 +27,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.3,
 }  # fmt: skip
 SMALLER = {
-    "target.kind": "file", "target.rows": 40, "target.held_out": 8, "target.max_length": 400, "probe.rows": 32,
+    "target.kind": "file", "target.name": None, "target.revision": None, "target.subset": None,
+    "target.rows": 40, "target.held_out": 8, "target.max_length": 400, "probe.rows": 32,
     "probe.length": 40, "generate.rows": 48, "generate.length": 40, "mix.target_rows": 8, "mix.rehearsal_tokens": 160,
     "evaluate.held_out_rows": 8, "train.learning_rate": 1e-3,
 }  # fmt: skip
