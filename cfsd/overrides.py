@@ -13,9 +13,8 @@ from cfsd.model.checkpoint import expanded
 
 M = TypeVar("M", bound=BaseModel)
 
-
-# what a YAML reader raises for a month 13, a number of 5000 digits, brackets in brackets without end
 PLACEHOLDER = re.compile(r"\{\w+\}")  # of a template
+# what a YAML reader raises for a month 13, a number of 5000 digits, brackets in brackets without end
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 
 

@@ -15,7 +15,7 @@ from cfsd.spec import Spec, digest_of
 
 ROLLING = "loglikelihood_rolling"  # a long text is read in windows, and what a window begins with is less likely
 WRITTEN = "generate_until"  # the output type whose answers the model writes; lm-eval's default
-OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", WRITTEN)
+OUTPUT_TYPES = ("loglikelihood", ROLLING, "multiple_choice", WRITTEN)
 
 
 class Benchmark(Spec):

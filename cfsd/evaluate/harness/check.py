@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from cfsd.errors import BadInput
-from cfsd.evaluate.benchmark import WRITTEN, Benchmark
+from cfsd.evaluate.benchmark import ROLLING, WRITTEN, Benchmark
 from cfsd.evaluate.benchmark_settings import LIMITS
 from cfsd.evaluate.harness.checked_task import CheckedTask
 from cfsd.evaluate.harness.load import loaded
@@ -65,7 +65,7 @@ def _try(benchmark: Benchmark, task: Any, document: Any, requests: list[Any]) ->
 
 def _made_up(task: Any, document: Any) -> Any:
     if task.OUTPUT_TYPE != WRITTEN:
-        return -1.0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else (-1.0, False)
+        return -1.0 if task.OUTPUT_TYPE == ROLLING else (-1.0, False)
     right = task.doc_to_target(document)
     if isinstance(right, int) and task.config.doc_to_choice is not None:
         right = task.doc_to_choice(document)[right]
