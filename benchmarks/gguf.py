@@ -6,13 +6,13 @@ A quantised file is rounded: for work of your own, take the model that it was co
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from cfsd.errors import BadInput
 from cfsd.model.gguf import write_plain
+from cfsd.store.new_folder import new_folder
 from flows._cli import start
 
 
@@ -23,11 +23,8 @@ def gguf_command(
     """Write the model in a GGUF file as a plain folder of float32 weights."""
     if not file.is_file():
         raise BadInput(f"{str(file)!r} is not a file; give a model's GGUF file")
-    if folder.exists():
-        raise BadInput(f"{str(folder)!r} is there already; give a new folder")
-    with TemporaryDirectory(dir=folder.absolute().parent) as draft:  # nothing half done is taken for a model
-        write_plain(file, made := Path(draft, folder.name))
-        made.rename(folder)
+    with new_folder(folder) as part:
+        write_plain(file, part)
     print(folder)
 
 

@@ -118,8 +118,18 @@ def test_it_goes_on_from_its_state_through_json() -> None:
         ({"budget": 0.1, "refresh": "once"}, "leave refresh at cycle"),
         ({"budget": 0}, "greater than 0"),
         ({"weight": -1}, "greater than or equal to 0"),
+        ({"reference": "base"}, r"reference has no effect without rehearsal\.loss: kl"),
+        ({"tail": "bucket"}, r"tail has no effect without rehearsal\.loss: kl"),
+        ({"budget_rate": 0.5}, r"budget_rate has no effect without rehearsal\.budget"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(given: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         RehearsalSpec.model_validate(given)
+
+
+def test_what_a_variant_inherits_without_effect_leaves_its_training_the_same() -> None:
+    inherited = RehearsalSpec(loss="nll", reference="base", tail="bucket", budget=None, budget_rate=0.5)
+    assert inherited.digest() == RehearsalSpec().digest()
+    live = RehearsalSpec(loss="kl", reference="base", tail="bucket")
+    assert live.digest() == RehearsalSpec(loss="kl", reference="base").digest() != RehearsalSpec(loss="kl").digest()
