@@ -14,7 +14,7 @@ def test_a_folder_that_is_there_or_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not a file; give a model's GGUF file"):
         gguf_command(tmp_path / "absent.gguf", tmp_path / "new")
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(BadInput, match="not an empty folder; give a new folder"):
+    with pytest.raises(BadInput, match="not an empty folder; give another one"):
         gguf_command(tmp_path / "model.gguf", tmp_path)
 
 
