@@ -104,6 +104,7 @@ PARTS = {
     "taught": Part("What holds a skill that was taught before?", "study-taught.yaml", 5, "study-teach.yaml"),
     "order": Part("Does the published order of methods hold here?", "study-order.yaml", 3, real_text=REAL_TEXT),
     "frontier": Part("What is lost at equal gain?", "study-frontier.yaml", 2, at_equal_gain=True),
+    "frontier-chats": Part("What is lost at equal gain of chats?", "study-frontier-chats.yaml", 2, at_equal_gain=True),
     "ablations-tiny": Part("What does each setting do?", "study-ablations-tiny.yaml", 5),
 }
 
