@@ -105,7 +105,7 @@ def table(judgement: Judgement, known: Baseline, recipe: Recipe, notes: Sequence
         row(
             f.name, _in_unit(f.before, f), _in_unit(f.after, f), _shown(f.worsening, f), _bounds(f),
             _shown(f.margin, f), f"{f.p_value:.2g}{' (significant)' if f.significant else ''}",
-            f.outcome.upper() + (f": needs {f.needed}" if f.needed else ""),
+            f.verdict(),
         )
         for f in judgement.findings
     ]  # fmt: skip

@@ -51,12 +51,9 @@ def _sentence(judgement: Judgement, points: float, worse: Sequence[str]) -> str:
 
 def _table(judgement: Judgement) -> list[str]:
     rows = [
-        row(
-            f.name, _points(f.worsening), _bounds(f), _points(f.margin), f"{f.p_value:.2g}",
-            f.outcome.upper() + (f": needs {f.needed}" if f.needed else ""),
-        )
+        row(f.name, _points(f.worsening), _bounds(f), _points(f.margin), f"{f.p_value:.2g}", f.verdict())
         for f in judgement.findings
-    ]  # fmt: skip
+    ]
     return ["| figure | points lost | 95 % interval | margin | p | verdict |", "|---|--:|---|--:|--:|---|", *rows]
 
 

@@ -77,6 +77,10 @@ class Finding(BaseModel):
     significant: bool
     needed: str = ""
 
+    def verdict(self) -> str:
+        """Return the outcome as tables show it, with what it would take to tell."""
+        return self.outcome.upper() + (f": needs {self.needed}" if self.needed else "")
+
 
 class Judgement(BaseModel):
     """The findings, worst first, and the outcome of the whole: the worst of theirs."""
