@@ -106,6 +106,7 @@ PARTS = {
     "frontier": Part("What is lost at equal gain?", "study-frontier.yaml", 2, at_equal_gain=True),
     "frontier-chats": Part("What is lost at equal gain of chats?", "study-frontier-chats.yaml", 2, at_equal_gain=True),
     "ablations-tiny": Part("What does each setting do?", "study-ablations-tiny.yaml", 5),
+    "ablations": Part("What does each setting do on a real model?", "study-ablations.yaml", 2),
 }
 
 
