@@ -58,6 +58,8 @@ class Comparison(BaseModel):
                     f"variant {name!r} sets seed, which only fills seeds that are empty, and none is any more; "
                     "set train.seed or mix.seed, or repeat every variant with `seeds`"
                 )
+            if "name" in changes:
+                raise ValueError(f"variant {name!r} sets name, but its own name is {name!r}: leave it out")
         return variants
 
     @field_validator("sweeps")

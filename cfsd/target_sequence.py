@@ -69,6 +69,11 @@ class TargetSequence(BaseModel):
                     f"target {name!r} sets seed, which only fills seeds that are empty, and none is any more; set "
                     "train.seed, mix.seed or generate.seed"
                 )
+            if name != next(iter(self.targets)) and any(field.partition(".")[0] == "base" for field in changes):
+                raise ValueError(
+                    f"target {name!r} sets base, but starts from the model of the target before it: leave it out, or "
+                    "set it in the recipe or the first target"
+                )
             if self.seeds > 1 and (fixed := sorted(seeds & changes.keys())):
                 raise ValueError(f"target {name!r} sets {fixed[0]}, which the {self.seeds} repeats vary: leave it out")
         return self

@@ -17,6 +17,7 @@ from cfsd.report.run_record import RunRecord
 from flows._cli import console
 from flows._conclude import Result, conclude
 from flows._named import call_flow_run
+from flows._plan import usable
 from tasks import record
 from tasks.logs import check_logs, keep_logs, scores_of_logs
 
@@ -36,7 +37,7 @@ def measure_logs(
     remarks = [line for known in check_logs(before, after) for line in _remarks(known)]
     name = f"measure {after.name} against {before.name}"
     call_flow_run(name, [f"model:{after.name}", f"base:{before.name}"])
-    with record.variant(name) as variant:
+    with usable(CPU), record.variant(name) as variant:
         notes = [NO_DIVERGENCE, *said, *before.said, *after.said, *_unlike(before, after), *remarks]
         for note in notes:
             record.say(note)

@@ -69,13 +69,27 @@ def checked(
     if _checked.get():
         yield []
         return
-    with Store(home()).in_use(), _lacking_noted(only_plan):
-        _check_devices(machine)
-        check_shared_store()
+    with _lacking_noted(only_plan), usable(machine):
         plans = [_check(recipe, machine, pipeline) for recipe in recipes]
         _check_disk(plans)
-        with once_checked():
-            yield [plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ()))) for plan in plans]
+        yield [plan._replace(lacking=tuple(dict.fromkeys(lacking.get() or ()))) for plan in plans]
+
+
+@contextmanager
+def usable(machine: Machine) -> Iterator[None]:
+    """Keep `cfsd store gc` away for the block, after a look at the devices, the cluster and the shared store.
+
+    Raises:
+        BadInput: One of them cannot be used.
+    """
+    if _checked.get():
+        yield
+        return
+    with Store(home()).in_use(), once_checked():
+        _check_devices(machine)
+        check_cluster(machine)
+        check_shared_store()
+        yield
 
 
 def _check_devices(machine: Machine) -> None:
@@ -130,8 +144,7 @@ def _check(recipe: Recipe, machine: Machine, pipeline: Pipeline) -> Plan:
         of_base()
         check_model(recipe.base)
 
-    cluster, sharding = partial(check_cluster, machine), partial(check_sharding, recipe.train, machine)
-    checks: list[Callable[[], object]] = [base, *others, cluster, sharding]
+    checks: list[Callable[[], object]] = [base, *others, partial(check_sharding, recipe.train, machine)]
     for check in checks:
         _checked_here(check)
     return walk(recipe, machine, pipeline)

@@ -4,6 +4,7 @@ python -m flows.approve tiny --by ada                 here, at the terminal
 python -m flows.regress … --baseline champion --approve    asks in Prefect's pages: the run pauses until it is resumed
 """
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +53,8 @@ def approve(recipe_name: str, version: int | None = None, wait_seconds: Annotate
     try:
         said = pause_flow_run(wait_for_input=form, timeout=wait_seconds, poll_interval=POLL_SECONDS)
     except FlowPauseTimeout:
-        return f"the champion stays: nobody answered within {wait_seconds} s; later: python -m flows.approve {name}"
+        later = f"python -m flows.approve {shlex.quote(recipe_name)} --by YOUR_NAME"
+        return f"the champion stays: nobody answered within {wait_seconds} s; later: {later}"
     return decide(recipe_name, asked.version, said)
 
 

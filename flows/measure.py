@@ -34,7 +34,7 @@ from flows._cli import NO_VERDICT, Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
 from flows._named import call_flow_run
-from flows._plan import planned
+from flows._plan import planned, usable
 from flows._served import measure_served
 from flows._temporary_server import prefect_server
 from tasks import record
@@ -65,7 +65,7 @@ def measure(
     label = f"adapter {adapter.label()} merged into {base.label()}" if adapter else tuned.label()
     name = f"measure {adapter.label() if adapter else tuned.label()} against {base.label()}"
     call_flow_run(name, [f"model:{tuned.label()}", f"base:{base.label()}"])
-    with record.variant(name) as variant:
+    with usable(machine), record.variant(name) as variant:
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
@@ -169,9 +169,10 @@ def measure_command(
     asked = asked_of((base, tuned), named, str(target) if target else None, prompts, set_)
     if margin is not None and not asked.evaluate.benchmarks:
         raise BadInput("--margin is of benchmarks, and none is measured; name one or more: --benchmark instructions")
-    asked.check(on)
-    with prefect_server():
-        result = measure(*asked, on)
+    with usable(on):
+        asked.check(on)
+        with prefect_server():
+            result = measure(*asked, on)
     _show(result, margin)
 
 

@@ -6,6 +6,7 @@ python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,8 +79,8 @@ def regress(
     known = known_baseline(recipe, baseline, needed=not update_baseline)
     numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
     title = f"{recipe.name} gate"
-    with checked([recipe], machine, pipeline), record.comparison(title) as run_id:
-        recipes = {f"{recipe.name} seed={number}": reseeded(recipe, number) for number in numbers}
+    recipes = reseeded_by_name(recipe, numbers)
+    with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
         run_records = run_variants(recipes, machine, run_id)
         result = conclude(title, run_records, [run_id])
         runs = [registry.guarded_figures(run_record) for run_record in run_records]
@@ -87,7 +88,10 @@ def regress(
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
+            edited = known.edited_margins() & set(made.figures) if known else set()
+            made = with_margins(made, known, edited) if known else made
             sentence = _replace(made, baseline, recipe, result, run_id)
+            sentence += f"; margins that were edited are kept: {', '.join(sorted(edited))}" if edited else ""
             return _publish(title, run_records, run_id, sentence, listed(made))
         judgement = judge(guarded(known, runs))
         notes = warnings(known, recipe, seconds, runs[0])
@@ -105,9 +109,11 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
     """Return the baseline to judge by or, where it is not `needed`, the one to replace, if there is one to be read.
 
     Raises:
-        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure; or the file
-            with the recipe's name is another recipe's.
+        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure; the file
+            with the recipe's name is another recipe's; or a new one cannot be written where it is to be.
     """
+    if not needed and given != CHAMPION:
+        check_place(baseline_file(recipe, given))
     try:
         known = _read(recipe, given, needed=needed)
     except UnreadableBaseline:
@@ -166,6 +172,11 @@ def reseeded(recipe: Recipe, number: int) -> Recipe:
     seeds = {f"{part}.seed": number for part in RESEEDED}
     changed = override(recipe.model_dump(mode="json"), {**seeds, "name": f"{recipe.name}: seed={number}"})
     return validated(Recipe, changed, f"seed {number}")
+
+
+def reseeded_by_name(recipe: Recipe, numbers: Iterable[int]) -> dict[str, Recipe]:
+    """Return the recipe once for each seed, by the name of its run."""
+    return {f"{recipe.name} seed={number}": reseeded(recipe, number) for number in numbers}
 
 
 def trained_seconds(run_record: RunRecord) -> float:
@@ -254,10 +265,8 @@ def regress_command(
     if approval:
         check_asked(is_champion=baseline == CHAMPION)
     known = known_baseline(loaded, baseline, needed=not update_baseline)
-    fresh_seeds(known, baseline, seeds, update=update_baseline)
-    if update_baseline and baseline != CHAMPION:
-        check_place(baseline_file(loaded, baseline))
-    with checked([loaded], on, pipeline), prefect_server():
+    numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
+    with checked(reseeded_by_name(loaded, numbers).values(), on, pipeline), prefect_server():
         state = regress(loaded, baseline, seeds, update_baseline, on, approval, return_state=True)
         try:
             state.result()

@@ -227,6 +227,8 @@ def test_repeats_never_repeat_a_seed_that_was_written_out(content: dict[str, Any
 def test_a_variants_seed_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"variant 'two' sets seed.*train\.seed"):
         comparison(content, variants={"one": {}, "two": {"seed": 9}})
+    with pytest.raises(BadInput, match="variant 'two' sets name, but its own name is 'two': leave it out"):
+        comparison(content, variants={"one": {}, "two": {"name": "three"}})
 
 
 def test_a_variant_with_the_name_of_a_repeat_is_refused(content: dict[str, Any]) -> None:

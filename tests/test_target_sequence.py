@@ -74,6 +74,9 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"generate": {"top_logprobs": 8, "tail_samples": 0}}, {"earlier": "rows"}, "source=mixed: set generate.tail",
     ),
     "seeds": ({}, {"seeds": 0}, "greater than 0"),
+    "a base in the middle": (
+        {}, {"targets": {"rotate": {"base": "tiny"}, "twice": {"base.start_token": "a"}}}, "'twice' sets base",
+    ),
     "a seed that fills nothing": (
         {}, {"targets": {"rotate": {}, "twice": {"seed": 7}}}, "target 'twice' sets seed, which only fills seeds",
     ),

@@ -1,6 +1,7 @@
 """Baseline: what the seeds of a recipe came to, with where that comes from; JSON that a team commits."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ from cfsd.statistics.gate import (
 
 LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
+EDITED = 1e-4  # of a margin: rounding is less
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
 MEAN = "mean_forgetting"
 REMEDY = "correct it, or make it anew: --update-baseline"
@@ -166,6 +168,14 @@ class Baseline(BaseModel):
                 raise ValueError(f"{name} is made of {', '.join(gone)}, which are not among its figures")
         return self
 
+    def edited_margins(self) -> set[str]:
+        """Return the figures whose margin is another than the one that their values make."""
+        return {
+            name
+            for name, figure in self.figures.items()
+            if not math.isclose(figure.margin, _own_margin(name, figure), rel_tol=EDITED)
+        }
+
     def check_measured(self, names: Iterable[str]) -> None:
         """Raise BadInput unless every guarded figure is among `names`, or made of those."""
         if lacking := sorted({name for name, figure in self.figures.items() if not figure.parts} - set(names)):
@@ -194,10 +204,14 @@ def baseline_of(
     )
 
 
-def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
-    """Return `baseline` with the margins of `known`, so that what follows a champion is not judged more mildly."""
+def with_margins(baseline: Baseline, known: Baseline, names: Iterable[str] | None = None) -> Baseline:
+    """Return `baseline` with the margins of `known`, those of `names` alone if given.
+
+    So what follows a champion is not judged more mildly, and what a team decided outlives a new baseline.
+    """
+    kept = {*known.figures} if names is None else {*names}
     figures = {
-        name: figure.model_copy(update={"margin": known.figures.get(name, figure).margin})
+        name: figure.model_copy(update={"margin": known.figures[name].margin}) if name in kept else figure
         for name, figure in baseline.figures.items()
     }
     return baseline.model_copy(update={"figures": figures})
@@ -206,16 +220,13 @@ def with_margins(baseline: Baseline, known: Baseline) -> Baseline:
 def _figure(name: str, runs: Sequence[Measured]) -> BaselineFigure:
     first, values = runs[0], [_short(run.value) for run in runs]
     sums = np.stack([run.sums for run in runs])
-    spread = max(run.least_spread for run in runs)
-    least = max(LEAST_MARGIN.get(first.unit, LEAST_MARGIN[FRACTION] * first.reach), 2 * spread)
-    skewed = name in SKEWED
-    margin = margin_factor_of(values, least=least) if skewed else margin_of(values, least=least, least_spread=spread)
+    spread = _short(max(run.least_spread for run in runs))
     return BaselineFigure(
         unit=first.unit,
         higher_is_better=first.higher_is_better,
-        margin=_short(margin),
-        margin_is="factor" if skewed else "difference",
-        least_spread=_short(spread),
+        margin=_margin(name, first.unit, values, spread, len(first.sums)),
+        margin_is="factor" if name in SKEWED else "difference",
+        least_spread=spread,
         values=tuple(values),
         documents=Documents(
             digest=first.documents,
@@ -229,12 +240,26 @@ def _figure(name: str, runs: Sequence[Measured]) -> BaselineFigure:
 def _mean(figures: dict[str, BaselineFigure], parts: dict[str, float]) -> BaselineFigure:
     weighted = np.array([weight * np.array(figures[name].values) for name, weight in parts.items()])
     values = [_short(value) for value in weighted.sum(axis=0)]
-    spread = float(np.linalg.norm([w * figures[name].least_spread for name, w in parts.items()]))
-    margin = margin_of(values, least=LEAST_MARGIN[FRACTION], least_spread=spread)
+    spread = _short(float(np.linalg.norm([w * figures[name].least_spread for name, w in parts.items()])))
     return BaselineFigure(
-        unit=FRACTION, higher_is_better=False, margin=_short(margin), least_spread=_short(spread),
+        unit=FRACTION, higher_is_better=False, margin=_margin(MEAN, FRACTION, values, spread), least_spread=spread,
         values=tuple(values), parts=parts,
     )  # fmt: skip
+
+
+def _own_margin(name: str, figure: BaselineFigure) -> float:
+    documents = len(figure.documents.sums) if figure.documents else None
+    return _margin(name, figure.unit, figure.values, figure.least_spread, documents)
+
+
+def _margin(name: str, unit: str, values: Sequence[float], spread: float, documents: int | None = None) -> float:
+    """Return the margin that a figure of these `values` has if nobody edits it; without `documents`, one of a mean."""
+    least = LEAST_MARGIN.get(unit, LEAST_MARGIN[FRACTION] * spread * (documents or 1))
+    if documents is not None:
+        least = max(least, 2 * spread)
+    if name in SKEWED:
+        return _short(margin_factor_of(values, least=least))
+    return _short(margin_of(values, least=least, least_spread=spread))
 
 
 def guarded(baseline: Baseline, runs: Sequence[dict[str, Measured]]) -> list[Guarded]:

@@ -109,7 +109,7 @@ def _error_of(folder: Path, code: int) -> CfsdError:
 
 def silent_end(folder: Path, code: int) -> str:
     """Return how a process ended that wrote no error: its code, the likely cause and the end of the draft's log."""
-    tail = "\n".join((folder / LOG).read_text().splitlines()[-15:])
+    tail = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-15:])
     cause = ""
     if code == -signal.SIGKILL:
         cause = f"; if no user killed it, the memory was full: {memory_remedies((folder / REQUEST).read_text())}"

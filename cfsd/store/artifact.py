@@ -160,14 +160,15 @@ class Store:
         `full` reads every byte, and lets `find` do so of damaged files; otherwise known size and mtime are trusted.
         What is still in the shared store is not missing.
         """
-        read = sha256_of_file if full else self.memory.sha256
-        files = manifest["files"].items()
+        files = {folder / name: sha for name, sha in manifest["files"].items()}
         if self.sharing and (folder / PARTIAL).exists():
-            files = [(name, sha) for name, sha in files if os.path.lexists(folder / name)]
-        damaged = [n for n, sha in files if not (folder / n).is_file() or read(folder / n) != sha]
+            files = {path: sha for path, sha in files.items() if os.path.lexists(path)}
+        there = [path for path in files if path.is_file()]
+        read = {path: sha256_of_file(path) for path in there} if full else self.memory.sha256s(there)
+        damaged = [path for path, sha in files.items() if read.get(path) != sha]
         if full:
-            self.memory.forget(folder / n for n in damaged if (folder / n).is_file())
-        return damaged
+            self.memory.forget(path for path in damaged if path in read)
+        return [str(path.relative_to(folder)) for path in damaged]
 
     def verify(self, artifact: Artifact) -> None:
         """Read the whole artifact. Raises StoreError naming what is damaged and what to do."""

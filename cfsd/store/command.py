@@ -20,12 +20,17 @@ from cfsd.errors import BadInput
 from cfsd.machine import HOME_VARIABLE, expanded_user, home
 from cfsd.store.artifact import Store
 from cfsd.store.digests import sha256_of_file
-from cfsd.store.inventory import Doomed, Entry, Limits, collectable, delete, entries, named, references
+from cfsd.store.inventory import IN_PART, Doomed, Entry, Limits, collectable, delete, entries, named, references
 from cfsd.store.manifest import MANIFEST
 from cfsd.store.remote import STORE_VARIABLE, Damaged, Realisation, SharedStore
 from cfsd.store.sharing import Sharing
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+NOT_PUSHED = {
+    "damaged": "damaged here: run its recipe again, or push it from another data folder",
+    IN_PART: "here in part only: push it from a data folder where it is whole",
+    "draft": "a draft: run its recipe again, which completes it",
+}
 PLAIN_WIDTH = 160  # of tables in files and pipes
 
 app = typer.Typer(no_args_is_help=True, help="What the store of a data folder holds, and the store that a team shares.")
@@ -168,6 +173,10 @@ def _verified(store: Store, keys: list[str] | None) -> dict[str, list[str]]:
         bar = progress.add_task("reading", total=sum(entry.size for entry in chosen))
         for entry in chosen:
             manifest = entry.manifest
+            if manifest and entry.state == IN_PART:  # what is in the shared store alone is not read
+                manifest = manifest | {
+                    "files": {n: s for n, s in manifest["files"].items() if (entry.folder / n).exists()}
+                }
             found = [MANIFEST] if manifest is None else store.damage(entry.folder, manifest, full=True)
             bad |= {f"{entry.kind} {entry.key}": found} if found else {}
             progress.advance(bar, entry.size)
@@ -242,10 +251,14 @@ def push_command(
     there = opened(home, store)
     remote = _sharing(there).remote
     remote.check()
-    chosen = [entry for entry in _chosen(entries(there), keys) if entry.state == "whole"]
+    wanted = _chosen(entries(there), keys)
+    chosen = [entry for entry in wanted if entry.state == "whole" or (entry.state == IN_PART and not again)]
+    left = [entry for entry in wanted if entry not in chosen and (keys or entry.state == "damaged")]
+    for entry in left:
+        _say(f"{entry.kind} {entry.key} is not pushed, as it is {NOT_PUSHED[entry.state]}")
     missing = [entry for entry in chosen if not there.share(entry.artifact(), _say, again=again)]
     console.print(f"{len(chosen) - len(missing)} of {len(chosen)} are in {remote}", markup=False)
-    if missing:
+    if missing or left:
         raise typer.Exit(1)
 
 

@@ -53,13 +53,22 @@ class DigestMemory:
 
     def sha256(self, path: Path) -> str:
         """Return the sha256 of `path`."""
-        name, stamp = self._name_and_stamp(path)
-        known = self._load().get(name)
-        if isinstance(known, list) and known[:-1] == stamp:
-            return str(known[-1])
-        digest = sha256_of_file(path)
-        self.remember({name: [*stamp, digest]})
-        return digest
+        return self.sha256s([path])[path]
+
+    def sha256s(self, paths: Iterable[Path]) -> dict[Path, str]:
+        """Return the sha256 of each path, and remember those that were read in one write of the whole memory."""
+        known, found, read = self._load(), dict[Path, str](), dict[str, list[Any]]()
+        for path in paths:
+            name, stamp = self._name_and_stamp(path)
+            entry = known.get(name)
+            if isinstance(entry, list) and entry[:-1] == stamp:
+                found[path] = str(entry[-1])
+            else:
+                found[path] = sha256_of_file(path)
+                read[name] = [*stamp, found[path]]
+        if read:
+            self.remember(read)
+        return found
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Drop what is remembered of files, which are read again when they are asked for."""
@@ -72,7 +81,14 @@ class DigestMemory:
     def remember(self, entries: dict[str, list[Any]]) -> None:
         """Add entries of name -> [size, mtime_ns, sha256], outside of `home` with ctime_ns before the digest."""
         self.home.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, self._load() | entries, indent=None)
+        write_json(self.file, self._load() | entries, durable=False, indent=None)  # lost, it costs one reading
+
+    def forget_gone(self) -> None:
+        """Drop what is remembered of files that are not there any more."""
+        known = self._load()
+        kept = {name: entry for name, entry in known.items() if (self.home / name).exists()}  # absolute: as it is
+        if len(kept) < len(known):
+            write_json(self.file, kept, durable=False, indent=None)
 
     def _load(self) -> dict[str, list[Any]]:
         """Return all that is remembered, for reading: parsed again only where the file is another one.

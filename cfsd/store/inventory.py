@@ -21,6 +21,7 @@ from cfsd.store.sharing import PARTIAL
 
 NAME = re.compile(r"([0-9a-f]{16})(\.draft)?")
 DAY = 86400.0
+IN_PART = "in part"  # the rest is in the shared store
 Place = tuple[str, str]  # kind and key
 REGISTERED = "registered"  # below the data folder: a file for each model that a registry elsewhere names
 
@@ -54,7 +55,7 @@ class Entry(NamedTuple):
             return "damaged"
         if all((self.folder / name).is_file() for name in self.manifest["files"]):
             return "whole"
-        return "in part" if (self.folder / PARTIAL).exists() else "damaged"
+        return IN_PART if (self.folder / PARTIAL).exists() else "damaged"
 
     @property
     def created(self) -> float:
@@ -246,6 +247,7 @@ def delete(store: Store, limits: Limits) -> list[Doomed]:
         for folder in store.root.glob("*/.*"):  # what a killed process left of a deletion or of something brought
             if not folder.parent.name.startswith(".") and folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
+        store.memory.forget_gone()
         return gone
 
 
@@ -253,6 +255,7 @@ def _deleted(store: Store, entry: Entry) -> bool:
     try:
         with _lock(store, entry).acquire(timeout=0):
             gone = entry.folder.with_name(f".{entry.folder.name}.deleted")
+            shutil.rmtree(gone, ignore_errors=True)  # of one that was killed
             entry.folder.rename(gone)  # at once, so that nobody finds half of it
             if gone.is_dir():
                 shutil.rmtree(gone)

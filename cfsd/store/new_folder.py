@@ -7,17 +7,21 @@ from pathlib import Path
 
 from cfsd.errors import BadInput
 
+PART = ".part"
+
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """Yield a folder beside `to` that takes its place at the end; after an error nothing of it is left.
+    """Yield a folder that takes the place of `to` at the end; after an error nothing of it is left.
+
+    It is made beside `to`, or in it where `to` is an empty folder: that may be a disk of its own, or one's only place.
 
     Raises: BadInput if `to` exists and is not an empty folder.
     """
     to = to.absolute()  # "." has no name, and none beside it
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and (not to.is_dir() or any(file.name != PART for file in to.iterdir())):
         raise BadInput(f"{to} exists and is not an empty folder; give another one")
-    part = to.with_name(f".{to.name}.part")
+    part = to / PART if to.exists() else to.with_name(f".{to.name}{PART}")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -29,9 +33,9 @@ def new_folder(to: Path) -> Iterator[Path]:
 
 
 def _put(part: Path, to: Path) -> None:
-    if not to.exists():
+    if part.parent != to:
         part.rename(to)
         return
-    for file in part.iterdir():  # an empty folder stays the one that it is: a shell may be in it
+    for file in part.iterdir():
         file.rename(to / file.name)
     part.rmdir()

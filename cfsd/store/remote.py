@@ -88,13 +88,16 @@ class SharedStore:
             with self._reached():
                 if self.scheme in LOCAL and not (above := Path(self.root).parent).is_dir():
                     raise FileNotFoundError(errno.ENOENT, "no such folder", str(above))
-                known = self._read(MARK)
+                self._check_layout()
                 self._write(MARK, json.dumps({"store": "cfsd", "layout": LAYOUT}).encode())
         except Away as away:
             if refusal := _refusal(away.__cause__):
                 _away_until.pop(self.url, None)
                 raise BadEnvironment(f"the shared store {self} {refusal}") from away
             raise
+
+    def _check_layout(self) -> None:
+        known = self._read(MARK)
         if known is not None and (not isinstance(mark := _json(known), dict) or mark.get("layout") != LAYOUT):
             raise BadEnvironment(f"the shared store {self} has another layout than {LAYOUT}; give another place")
 

@@ -19,6 +19,7 @@ from cfsd.baseline.file import (
     other_documents,
     parsed,
     read_baseline,
+    with_margins,
     write_baseline,
 )
 from cfsd.baseline.measured import measured
@@ -279,3 +280,16 @@ def test_a_place_for_a_baseline_is_looked_at_before_anything_is_trained(tmp_path
         check_place(tmp_path / "recipe.yaml")
     with pytest.raises(BadInput, match="is not a folder that can be written to"):
         check_place(tmp_path / "recipe.yaml" / "base.json")
+
+
+def test_a_margin_that_a_team_edited_outlives_a_new_baseline(recipe: Recipe) -> None:
+    content = json.loads(as_text(made(recipe)))
+    assert parsed(json.dumps(content), "b.json").edited_margins() == set()
+    content["figures"]["target_gain"]["margin"] = 0.5
+    content["figures"]["probe_kl"]["margin"] = 9
+    known = parsed(json.dumps(content), "b.json")
+    assert known.edited_margins() == {"target_gain", "probe_kl"}
+    fresh = baseline_of(recipe, range(5, 10), runs(5, 7), [1.0] * 5, "")
+    kept = with_margins(fresh, known, known.edited_margins())
+    assert (kept.figures["target_gain"].margin, kept.figures["probe_kl"].margin) == (0.5, 9)
+    assert kept.figures["forgetting/half"] == fresh.figures["forgetting/half"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cfsd.errors import BadInput
 from tests.conftest import ROOT, Run, save_model, write_rows
 from tests.model.test_adapter import trained
 from tests.tasks.test_record import elsewhere, runs
@@ -29,6 +30,13 @@ def summary_of(done: Any) -> dict[str, Any]:
     assert path.name == "summary.json"
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
+
+
+def test_what_repeats_vary_needs_repeats(comparison_file: Path) -> None:
+    from flows.compare import compare_command
+
+    with pytest.raises(BadInput, match="corpus is about repeats, and every variant runs once: add --seeds 3"):
+        compare_command(comparison_file, seeds_vary="corpus")
 
 
 def test_variants_share_what_they_can(run: Run, comparison_file: Path, tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_a_baseline_that_cannot_be_read_can_be_replaced_and_another_recipes_cann
     broken = tmp_path / "b.json"
     broken.write_text(shipped.read_text().replace('"margin_is": "factor"', '"margin_is": "quotient"'))
     assert regress.known_baseline(recipe, str(broken), needed=False) is None
+    (notes := tmp_path / "notes.txt").write_text("a thesis")
+    with pytest.raises(BadInput, match=r"notes\.txt is there and is no baseline"):  # from the form as well
+        regress.known_baseline(recipe, str(notes), needed=False)
     with pytest.raises(BadInput, match=r"figures\.probe_kl\.margin_is: .*\ncorrect it, or make it anew"):
         regress.known_baseline(recipe, str(broken))
 

@@ -85,6 +85,7 @@ def test_facts_come_back(child: Callable[[str], Path]) -> None:
         ("raise MemoryError('full')", OutOfMemory, r"full.*machine\.micro_batch_tokens"),
         ("raise ValueError('odd')", Crashed, "ValueError: odd"),
         ("print('last words', flush=True); os._exit(3)", Crashed, "(?s)code 3.*last words"),
+        (r"os.write(1, b'cut \xe2\x82'); os._exit(3)", Crashed, "(?s)code 3.*cut"),
         ("raise StoreError('damaged')", StoreError, "^damaged$"),
         ("raise BadEnvironment('no server')", BadEnvironment, "^no server$"),
         ("raise OSError(28, 'No space left on device', str(folder))", BadEnvironment, "^the disk of .*draft is full"),

@@ -14,6 +14,7 @@ from cfsd.report.files import RUN_RECORDS, Kept, keep, read_kept, write_files
 from cfsd.report.place import LONGEST, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact
+from cfsd.store.new_folder import new_folder
 from tests.conftest import ROOT, fetched
 from tests.report.test_report import SELECTED, World
 
@@ -147,7 +148,18 @@ def test_a_model_is_exported_into_an_empty_working_directory(
     kept = Kept(title="t", run_records=(trained(world, fetched(world.store, model_folder)),))
     export(world.store, kept, chosen(kept, None), Path())
     assert Path("README.md").exists() and Path("model.safetensors").exists()  # by the process that is in it
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*")) and not list(here.glob(".*"))
+
+
+def test_an_empty_folder_may_be_a_disk_of_its_own(tmp_path: Path) -> None:
+    (to := tmp_path / "mounted").mkdir()
+    (to / ".part").mkdir()  # of an export that was killed
+    with new_folder(to) as part:
+        assert part.parent == to  # nothing is moved from another disk
+        (part / "model").write_text("whole")
+    assert [path.name for path in to.iterdir()] == ["model"]
+    with pytest.raises(BadInput, match="is not an empty folder"), new_folder(to):
+        pass
 
 
 def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Path) -> None:

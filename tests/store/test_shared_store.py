@@ -413,6 +413,16 @@ def test_a_place_that_is_not_there_is_refused(s3: S3Server, tmp_path: Path, monk
     assert "another layout than 1" in refused(f"file://{tmp_path}/team", monkeypatch)
 
 
+def test_another_layout_is_refused_again_and_again(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    mark = tmp_path / "shared" / "cfsd-store.json"
+    mark.write_text(text := '{"store": "cfsd", "layout": 2}')
+    for _ in range(2):
+        with pytest.raises(BadInput, match="has another layout than 1"):
+            SharedStore(f"file://{tmp_path}/shared").check()
+        assert mark.read_text() == text
+
+
 def test_without_credentials_it_is_refused(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

@@ -216,6 +216,32 @@ def test_what_is_damaged_is_not_pushed(cfsd: Cfsd, world: dict[str, Artifact], s
     (store.path(world["base"]) / "a.txt").write_text("Base")
     code, out, _ = cfsd("push", "--store", f"file://{tmp_path}/shared")
     assert code == 1 and "is damaged and is not pushed" in out and "3 of 4 are in" in out
+    (store.place(world["base"]) / "a.txt").unlink()
+    for keys in ((), ("a",)):
+        code, out, _ = cfsd("push", *keys)
+        assert code == 1 and f"model {'a' * 16} is not pushed, as it is damaged here: run its recipe again" in out
+
+
+def test_what_is_here_in_part_is_no_damage(
+    cfsd: Cfsd, world: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cfsd("push", "--store", f"file://{tmp_path}/shared")[0] == 0
+    (other := tmp_path / "other").mkdir()
+    assert cfsd("show", "b", "--home", other)[0] == 0  # which brings its manifest
+    assert cfsd("push", "b", "--home", other)[0] == 0
+    code, out, _ = cfsd("push", "b", "--again", "--home", other)
+    assert code == 1 and "here in part only: push it from a data folder where it is whole" in out
+    monkeypatch.setenv("CFSD_STORE", "")
+    assert cfsd("verify", "--home", other)[0] == 0
+
+
+def test_a_deletion_that_was_killed_does_not_stop_the_next(
+    cfsd: Cfsd, world: dict[str, Artifact], store: Store
+) -> None:
+    (killed := store.root / "corpus" / f".{'d' * 16}.deleted").mkdir()
+    (killed / "a.txt").write_text("of an earlier one")
+    assert cfsd("gc", "--delete")[0] == 0 and present(store) == set("abc")
+    assert not any("dddd" in name for name in json.loads(store.memory.file.read_text()))
 
 
 def test_a_data_folder_that_cannot_be_written_is_read(world: dict[str, Artifact], store: Store) -> None:
