@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsd.evaluate.stage import load_models, write_result
+from cfsd.evaluate.stage import check_finite, load_models, write_result
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
+from cfsd.model.context import context_of
 from cfsd.model.likelihood import score_responses
 from cfsd.model.loading import load_tokenizer, read_start_token
 from cfsd.store.artifact import Artifact, Draft
@@ -22,9 +23,10 @@ def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> N
     folder = draft.store.path(model)
     (loaded,) = load_models([model], draft, machine)
     records = text_likelihoods(
-        loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens,
+        loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens, context_of(model),
         lambda done, total: draft.journal.progress(done, total, "windows"),
     )  # fmt: skip
+    check_finite(records, "nll")
     nll, tokens, size = (sum(record[name] for record in records) for name in ("nll", "tokens", "bytes"))
     loss = {"nats_per_token": nll / tokens, "nats_per_byte": nll / size}
     metadata = {"text": text.name, "documents": len(records), "tokens": tokens, "bytes": size} | loss
@@ -35,7 +37,7 @@ def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> N
 
 
 def text_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, start: int, max_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, start: int, max_tokens: int, context: int,
     on_progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return how well `model` predicts each document of `text` after the `start` token, every token once.
@@ -45,8 +47,7 @@ def text_likelihoods(
     Windows do not overlap but for one token, as lm-eval's rolling likelihood has them: the first of a window is
     predicted from the last of the one before alone.
     """
-    config: Any = model.config.get_text_config()
-    longest = min(text.window, getattr(config, "max_position_embeddings", None) or text.window)
+    longest = min(text.window, context)
     documents = list(text.documents())
     encoded = [[start, *tokenizer.encode(document, add_special_tokens=False)] for document in documents]
     parts = [list(windows(token_ids, longest)) for token_ids in encoded]

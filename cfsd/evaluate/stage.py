@@ -4,12 +4,14 @@ A measurement loads its models, makes a table, and writes it with its figures. I
 (`harness/score.py`, `perplexity.py`, `divergence.py`), and a task of `tasks/evaluate.py` calls it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedModel
 
+from cfsd.errors import NotFinite
 from cfsd.machine import Machine
 from cfsd.model.likelihood import score_responses
 from cfsd.model.loading import load_for_measuring
@@ -32,9 +34,23 @@ def write_result(draft: Draft, table: str, rows: pa.Table, metadata: dict[str, A
 
 
 def per_token(records: Sequence[dict[str, Any]], *columns: str) -> list[float]:
-    """Return the mean per token of `columns`, which are sums over the `count` tokens of each record."""
+    """Return the mean per token of `columns`, which are sums over the `count` tokens of each record.
+
+    Raises: NotFinite naming the first row in which one of them is not.
+    """
+    check_finite(records, *columns)
     tokens = sum(record["count"] for record in records)
     return [sum(record[column] for record in records) / tokens for column in columns]
+
+
+def check_finite(records: Sequence[dict[str, Any]], *columns: str) -> None:
+    """Raise NotFinite where a model gave NaN or no probability at all: no figure would come of it."""
+    for record in records:
+        if odd := [column for column in columns if not math.isfinite(record[column])]:
+            raise NotFinite(
+                f"{odd[0]} of row {record['row_id']} is {record[odd[0]]}: the model's logits are not finite there, and "
+                "nothing can be measured; train it with a lower learning rate, or look for damage in its weights"
+            )
 
 
 def size_of(records: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -72,7 +72,8 @@ def _changed(store: Store, name: str, before: Artifact, after: Artifact, shown: 
     sign = 1 if metadata["higher_is_better"] else -1
     joined["worse"] = sign * (joined["value_base"] - joined["value_tuned"]) / joined["count_base"]
     joined["per"] = metadata.get("per", "token")
-    right_value = metadata["higher_is_better"] if metadata["kind"] == "binary" else None
+    is_binary = metadata["kind"] == "binary" and joined[["value_base", "value_tuned"]].isin([0, 1]).to_numpy().all()
+    right_value = metadata["higher_is_better"] if is_binary else None
     directions = []
     for way, turn, words in (("worse", 1, "right → wrong"), ("better", -1, "wrong → right")):
         rows = joined[turn * joined["worse"] > 0].sort_values("worse", ascending=turn < 0, kind="stable")

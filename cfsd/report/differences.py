@@ -71,7 +71,7 @@ def differences_of(summaries: list[Summary], comparisons: Comparisons) -> Differ
     against = {other: cells(first, [other], list(titles)) for other in names if other != first}
     matrices = [Table(title, names, {n: cells(n, names, [m]) for n in names}) for m, title in titles.items()]
     of_benchmarks = [c for c in comparisons.entries if c.measure.startswith(BENCHMARK)]
-    found = [(c, _text(c)) for c in of_benchmarks if c.sign()]
+    found = [(c, f"{_text(c)} {unit_called(c.unit).lost}") for c in of_benchmarks if c.sign()]
     return Differences(
         first, Table("", list(titles.values()), against), matrices if len(names) > 2 else [], len(names) <= MAX_OPEN,
         found, len(of_benchmarks),

@@ -1,5 +1,6 @@
 """The verdict on two models with a margin: in words, and as files in the report's folder."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,4 +63,4 @@ def _points(value: float) -> str:
 
 
 def _bounds(finding: Finding) -> str:
-    return f"{_points(finding.low)} to {_points(finding.high)}"
+    return f"{_points(finding.low)} to {_points(finding.high)}" if math.isfinite(finding.high) else "not known"

@@ -16,6 +16,7 @@ KINDS = {
 }  # fmt: skip
 AS_BASE, AS_EXPECTED = "as the base, word for word", "as expected"
 SHORTER, AT_ONCE, NO_ROOM = "ends here, where the base goes on", "ends at once", "no room for an answer"
+ALIKE = "the base's words, which end otherwise"
 
 
 class Answer(NamedTuple):
@@ -113,5 +114,6 @@ def _answer(base: dict[str, Any] | None, own: dict[str, Any], artifact: Artifact
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(words, known, strict=False))))
     same, other = "".join(words[:shared]), "".join(words[shared : shared + 1])
     first = other.lstrip()
-    note = note or ("" if first else SHORTER if same else AT_ONCE)
+    if not first:
+        note = note or (SHORTER if same and shared < len(known) else ALIKE if same else AT_ONCE)
     return Answer(same + other.removesuffix(first), first, own["answer"][len(same) + len(other) :], note)

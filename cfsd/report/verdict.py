@@ -6,6 +6,7 @@ out, and the words say so.
 
 import math
 from collections.abc import Iterable, Iterator
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from cfsd.generate.spec import UNPROMPTED
@@ -226,7 +227,8 @@ def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
     unsettled = [e for v in variants for s in v.repeats for e in forgotten_of(s) if change_of(e) == "unsettled"]
     if rest or unsettled:
         seeded = " in every seed" if any(len(v.repeats) > 1 for v in rest or variants) else ""
-        said.append(f"no {'' if rest else 'other '}benchmark shows a loss{seeded}{who}")
+        but = "" if rest else "other " if any(_surely_worse(v.repeats) for v in variants) else "single "
+        said.append(f"no {but}benchmark shows a loss{seeded}{who}")
     if unsettled:
         said.append(_power(unsettled))
     text = "; ".join(said)
@@ -245,8 +247,14 @@ def _change(variant: Variant) -> str:
 def _surely_worse(summaries: list[Summary]) -> list[str]:
     """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
     worse = set.intersection(*({e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries))
-    benchmarks = {name: result for name, result in summaries[0].benchmarks.items() if name in worse}
-    return [f"{name} ({change_of_score(result)} {unit_of(result).score})" for name, result in benchmarks.items()]
+    named = [name for name in summaries[0].benchmarks if name in worse]
+    means = {name: _mean_scores([summary.benchmarks[name] for summary in summaries]) for name in named}
+    return [f"{name} ({change_of_score(result)} {unit_of(result).score})" for name, result in means.items()]
+
+
+def _mean_scores(repeats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a benchmark's result with the means of its scores over the repeats."""
+    return repeats[0] | {role: fmean(result[role] for result in repeats) for role in ("base", "tuned")}
 
 
 def _power(entries: list[BenchmarkForgetting]) -> str:

@@ -127,17 +127,20 @@ def _backward_transfer(transfer: Floats, changes: Sequence[Figure], unit: str) -
 def stability(stages: Sequence[BenchmarkForgetting]) -> Stability:
     """Return how one general benchmark held, from its comparison with the base at each of the stages 1 to T.
 
-    Raises: ValueError without stages, or for several benchmarks, metrics or bases.
+    The base's score is that on the last stage's documents: a metric that does not apply to some answers compares
+    other documents at each stage.
+
+    Raises: ValueError without stages, or for several benchmarks or metrics.
     """
-    kinds = {(stage.benchmark, stage.metric, stage.base, stage.num_documents) for stage in stages}
+    kinds = {(stage.benchmark, stage.metric) for stage in stages}
     if len(kinds) != 1:
-        raise ValueError(f"{len(stages)} stages of {len(kinds)} kinds {sorted(kinds)}; give one benchmark, one base")
+        raise ValueError(f"{len(stages)} stages of {len(kinds)} kinds {sorted(kinds)}; give one benchmark and metric")
     lost = [stage.forgetting.value for stage in stages]
     worst = int(np.argmax(lost))
     return Stability(
         benchmark=stages[0].benchmark,
         metric=stages[0].metric,
-        scores=(stages[0].base, *(stage.tuned for stage in stages)),
+        scores=(stages[-1].base, *(stage.tuned for stage in stages)),
         final=stages[-1].forgetting,
         worst=lost[worst],
         worst_stage=worst + 1,

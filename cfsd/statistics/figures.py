@@ -35,7 +35,8 @@ class Figure(BaseModel):
 def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
     """Return sum(sums)/sum(counts) in nats per token, with a bootstrap over rows (one row per sequence).
 
-    For `probe_kl` and losses. Rows without tokens add nothing. No interval below 5 rows.
+    For `probe_kl` and losses. Rows without tokens add nothing. No interval below 5 rows, or
+    where few rows hold most tokens (`cfsd.statistics.intervals.effective_rows`).
 
     Raises: ValueError for different shapes, no tokens at all, a number that is not finite, or a sum without tokens.
     """

@@ -28,7 +28,7 @@ from cfsd.statistics.units import Units
 
 WALD = "adjusted Wald interval for paired shares (Bonett and Price)"
 BOOTSTRAP = "studentised bootstrap over paired documents"
-TOO_FEW = "none: fewer than 5 documents, or a metric that cannot change"
+TOO_FEW = "none: fewer than 5 documents, a few that hold most tokens, or a metric that cannot change"
 MCNEMAR = "exact McNemar"
 PERMUTATION = "paired permutation"
 NO_SCORE = "not a score from 0 to 1"

@@ -58,7 +58,8 @@ class Finding(BaseModel):
     """The judgement of one figure; `worsening`, `low`, `high` positive = worse.
 
     `before`, `after`: means over seeds in `unit`, geometric ones where `as_ratio`. All else is in `unit`, too, or,
-    where `as_ratio`, the logarithm of a factor: exp(worsening) = after / before.
+    where `as_ratio`, the logarithm of a factor: exp(worsening) = after / before. `low`, `high` are infinite (`null` in
+    JSON) where no interval is known.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -16,6 +16,7 @@ RESAMPLES = 2000
 SIGN_FLIPS = 4999
 RESOLUTION = 1 / (SIGN_FLIPS + 1)
 MIN_ROWS = 5
+FEWEST_EFFECTIVE = 3.5
 CELLS = 1 << 17  # of one block of resamples; larger blocks leave the cache: 2 to 3 times slower
 
 
@@ -43,7 +44,11 @@ def paired_share_bounds(up: ArrayLike, down: ArrayLike, total: int) -> tuple[Flo
 
 
 def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | None:
-    """Return the interval of sum(sums)/sum(counts), resampling rows; None below 5 rows.
+    """Return the interval of sum(sums)/sum(counts), resampling rows; None below 5 rows or 3.5 `effective_rows`.
+
+    Where one row holds most of the counts, resamples have it or not, and say nothing of what another such row would
+    be: with 9,000 of 9,950 tokens in one of 20 rows it covered 0.08. From 3.5 effective rows on it covered 0.86 or more
+    of normal and of exponential rows.
 
     Studentised, because rows are skewed: it covers 0.93-0.94 at 50 to 96 rows, the percentile bootstrap 0.90-0.92.
     Of width 0 where all rows have the same quotient.
@@ -52,7 +57,7 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
     Differs: a resample's standard error counts as at least a quarter of the whole sample's; otherwise a
     resample of one row over and over gives an infinite bound.
     """
-    if len(sums) < MIN_ROWS:
+    if len(sums) < MIN_ROWS or effective_rows(counts) < FEWEST_EFFECTIVE:
         return None
     ratio = sums.sum() / counts.sum()
     rest = sums - ratio * counts
@@ -67,6 +72,11 @@ def bootstrap_ratio(sums: Floats, counts: Floats, *, seed: int) -> Interval | No
     low, high = np.quantile(shift / np.maximum(errors, error / 4), [0.025, 0.975])
     widen = error * np.sqrt(len(sums) / (len(sums) - 1))
     return Interval(float(ratio - high * widen), float(ratio - low * widen))
+
+
+def effective_rows(counts: Floats) -> float:
+    """Return as how many rows of equal counts these are worth: sum(counts)^2 / sum(counts^2)."""
+    return float(counts.sum() ** 2 / (counts @ counts)) if len(counts) else 0.0
 
 
 def resampled_sums(columns: Floats, seed: int) -> Floats:
@@ -160,12 +170,12 @@ def ratio_p(sums: Floats, counts: Floats) -> float | None:
     one skewed law, or of two unequally skewed ones; 0.067, 0.054, 0.044 (20, 50, 128) of a log-normal with sigma 1.
 
     Source: Hall 1992, On the removal of skewness by transformation, JRSS B 54(1), equation 2.4.
-    Differs: rows count as sum(counts)^2 / sum(counts^2), which is their number where all counts are equal.
+    Differs: rows count as `effective_rows`, which is their number where all counts are equal.
     """
     if len(sums) < MIN_ROWS:
         return None
-    total = counts.sum()
-    ratio, rows = sums.sum() / total, total**2 / (counts @ counts)
+    total, rows = counts.sum(), effective_rows(counts)
+    ratio = sums.sum() / total
     rest = (sums - ratio * counts) / (1 - counts / total)
     error = np.sqrt(rest @ rest) / total
     if error == 0:

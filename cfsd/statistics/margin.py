@@ -68,15 +68,14 @@ def _finding(
 ) -> Finding:
     p_value, significant = p
     outcome: Outcome = "cannot tell"
-    low, high = (math.inf if bound is None else bound for bound in (figure.low, figure.high))
+    low, high = (-math.inf, math.inf) if figure.low is None or figure.high is None else (figure.low, figure.high)
     if figure.value > margin and significant:
         outcome = "fail"
     elif high < margin or high <= 0:
         outcome = "pass"
     return Finding(
         name=name, unit=FRACTION, outcome=outcome, before=score[0], after=score[1], worsening=figure.value,
-        low=figure.value if math.isinf(low) else low, high=figure.value if math.isinf(high) else high, margin=margin,
-        p_value=p_value, significant=significant,
+        low=low, high=high, margin=margin, p_value=p_value, significant=significant,
         needed=_needed(figure.value, high, margin, documents, family) if outcome == "cannot tell" else "",
     )  # fmt: skip
 

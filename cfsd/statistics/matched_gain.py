@@ -44,7 +44,7 @@ class AtGain(BaseModel):
 
     `strengths`: the two neighbours that it lies between, or the one that it has exactly; none for a method that was
     not swept. `crossings`: at how many places along its strengths the method has this gain; above 1 the least cost
-    counts. `reached`: the share of resamples in which it has the gain; below 0.95 an interval has no bounds.
+    counts. `reached`: the share of resamples in which it has the gain; below 0.975 an interval has no bounds.
     """
 
     model_config = ConfigDict(frozen=True)

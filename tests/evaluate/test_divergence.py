@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsd.errors import BadInput
+from cfsd.errors import BadInput, NotFinite
 from cfsd.evaluate.divergence import CHUNK, check_fit, divergence, score_probe
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
@@ -15,7 +15,7 @@ from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows
-from tests.conftest import fetched, save_model
+from tests.conftest import fetched, fetched_with_nan, save_model
 from tests.train.test_objective import LENGTH, START, TEXTS, entropy_and_kl, log_distribution, toy
 
 ROWS = [[0, *((7 * i + j * j) % 31 for j in range(3 + 6 * i))] for i in range(11)]
@@ -116,3 +116,14 @@ def test_a_row_that_one_model_does_not_attend_to_is_refused_by_its_name() -> Non
     check_fit([[0] * 8, [0]], models)
     with pytest.raises(BadInput, match=r"a row of 9 tokens does not fit the tuned model, which attends to 8 tokens"):
         check_fit([[0], [0] * 9], models)
+
+
+def test_a_model_that_gives_no_numbers_is_named_and_nothing_is_kept(store: Store, tmp_path: Path) -> None:
+    """Beyond what the trial of a loaded model reaches; a stored NaN would end every later report."""
+    base = fetched(store, save_model(tmp_path / "base", family="gpt2", seed=3))
+    tuned = fetched_with_nan(store, tmp_path / "tuned", 20)
+    spec = ProbeSpec(rows=8, length=30, seed=0)
+    held, _ = store.make("corpus", "a" * 16, lambda draft: probe(base, spec, draft, MACHINE))
+    with pytest.raises(NotFinite, match=r"kl of row \d is nan: the model's logits are not finite there"):
+        store.make("scores", "b" * 16, lambda draft: score_probe(base, tuned, held, draft, MACHINE))
+    assert store.find("scores", "b" * 16) is None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,10 +58,13 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def edit_samples(folder: Path, name: str, change: Callable[[list[dict[str, Any]]], object]) -> None:
     """Change the samples of a benchmark."""
-    path = file_of(folder, f"samples_{name}")
-    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    samples = samples_of(folder, name)
     change(samples)
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    file_of(folder, f"samples_{name}").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def samples_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file_of(folder, f"samples_{name}").read_text().splitlines()]
 
 
 def one(folder: Path, name: str, **chosen: Any) -> Log:
@@ -444,6 +448,16 @@ def test_what_differs_is_named_with_what_agrees(name: str, copy: Path) -> None:
     everything = ["checks", "last_word", "prose", "sums", "words"]
     unlike = {"generation": "sums", "window": "prose"}.get(name, "words")
     assert name == "template" or rest == [n for n in everything if n != unlike]
+
+
+def test_answers_that_one_model_has_right_in_part_are_compared(copy: Path) -> None:
+    def graded(samples: list[dict[str, Any]]) -> None:
+        samples[0]["exact_match"] = 0.5
+
+    edit_samples(copy, "sums", graded)
+    strict = [s["exact_match"] for s in samples_of(copy, "sums") if s["filter"] == "strict"]
+    edit(copy, lambda content: content["results"]["sums"].update({"exact_match,strict": fmean(strict)}))
+    assert "sums" in check_alike(logs_in(LOGS / "0.4.9.1"), logs_in(copy))
 
 
 def test_windows_are_compared_as_the_engine_cuts_them(copy: Path) -> None:

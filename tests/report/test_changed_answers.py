@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from cfsd.report.changed_answers import MAX_ITEMS, Changed, changed_answers
@@ -85,3 +87,15 @@ def test_of_errors_the_lower_is_right(world: World) -> None:
     assert (lost.items[0].base.mark, lost.items[0].tuned.mark) == ("right", "wrong")
     lines = lines_of([summarise(world.store, run_record.model_copy(update={"before": turned[0], "after": turned[1]}))])
     assert "cap: acc, %, lower is better" in [line.label for line in lines]
+
+
+def test_answers_that_are_right_in_part_are_not_called_wrong(world: World) -> None:
+    run_record = only(world, 100, 60)
+    graded = world.store.path(run_record.after.benchmarks["cap"])
+    joined = pd.read_parquet(next(graded.glob("scores*.parquet")))
+    joined["value"] = joined["value"].where(joined["value"] == 1, 0.5)
+    tables = {"scores": pa.Table.from_pandas(joined, preserve_index=False)}
+    half = world.artifact("scores", "graded", run_record.after.benchmarks["cap"].metadata, tables)
+    after = run_record.after.model_copy(update={"benchmarks": {"cap": half}})
+    (lost,) = changed(world, run_record.model_copy(update={"after": after}))["cap"].directions
+    assert (lost.words, lost.items[0].base.mark, lost.items[0].tuned.mark) == ("scored worse", "1.00", "0.500")

@@ -2,8 +2,10 @@
 
 from matplotlib.figure import Figure
 
-from cfsd.report.figures.frontier import LONGEST_NAME, legend_label, short, write_legend
+from cfsd.report.figures.curves import curve_figures
+from cfsd.report.figures.frontier import LONGEST_NAME, legend_label, short, svg_of, write_legend
 from cfsd.report.figures.moved import moved_figures
+from cfsd.report.training import Panel
 
 
 def test_names_that_begin_with_an_underscore_are_in_the_legend_as_they_are_written() -> None:
@@ -13,6 +15,12 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend_as_they_are_writt
         axes.plot([0, 1], [0, 1], label=legend_label(name))
     write_legend(figure, 3)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_plain", "rehearse", "$x$"]
+
+
+def test_an_axis_has_the_name_of_a_benchmark_as_it_is_written() -> None:
+    panel = Panel("cost", "cost_$_in_$: acc, %", {"v": ([1.0, 2.0], [2.0, 3.0])})
+    drawn = curve_figures([panel], ["v"], {"v": "v"})["cost"]
+    assert "cost_$_in_$: acc, %" in svg_of(drawn, "cost", "")
 
 
 def test_long_names_keep_the_value_at_their_end() -> None:

@@ -14,8 +14,9 @@ from cfsd.report.figures.shown import shown_figure
 from cfsd.report.files import Kept, check_store, write_files
 from cfsd.report.model_card import model_card
 from cfsd.report.run_record import RunRecord
-from cfsd.report.shown import AS_BASE, AS_EXPECTED, AT_ONCE, NO_ROOM, SHORTER, Answer, shown_answers
+from cfsd.report.shown import ALIKE, AS_BASE, AS_EXPECTED, AT_ONCE, NO_ROOM, SHORTER, Answer, _answer, shown_answers
 from cfsd.report.summarise import summarise
+from cfsd.store.artifact import Artifact
 from cfsd.store.tables import SHOWN, table_of
 from tests.report.test_report import HOSTILE, World, report_of
 
@@ -70,6 +71,19 @@ def test_words_in_common_and_the_first_other_one(world: World, variants: list[Ru
     assert [item.answers["rehearse"].note.partition(";")[0] for item in items] == [AS_BASE] * 6
     assert [item.answers["rehearse"].text() for item in items] == BASE
     assert items[0].how == "the likeliest token each time" and items[5].how == "temperature 1"
+
+
+def test_only_what_ends_before_the_base_does_is_said_to(world: World) -> None:
+    def noted(own: str, base: str) -> str:
+        rows = [
+            {"answer": text, "answer_ids": [number], "finish_reason": "eos", "expected": ""}
+            for number, text in enumerate((base, own))
+        ]
+        return _answer(rows[0], rows[1], Artifact(kind="scores", key="k", content="c", metadata={"length": 9})).note
+
+    assert noted("Paris", "Paris is it.") == SHORTER
+    assert noted("Paris is it.", "Paris is it.") == ALIKE  # by another end token
+    assert noted("Paris is it.\n", "Paris is it.") == ALIKE
 
 
 def test_the_report_opens_with_the_answers_and_they_are_text(

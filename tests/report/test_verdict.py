@@ -144,6 +144,13 @@ def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
         "“a” lost 50.0 [48.0, 52.0] points on average over 1 benchmark and became worse at b (90.0 → 65.0 %)" in several
     )
     assert "; “b” became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; with 100" in several
+    seeds = [
+        with_benchmarks(mixed, c=benchmark(fall, 0.05)).model_copy(update={"name": f"a seed={seed}"})
+        for seed, fall in enumerate((0.2, 0.3, 0.7))
+    ]
+    assert "became worse at c (90.0 → 50.0 %)" in verdict(seeds)  # the mean of 70, 60 and 20
+    average = with_benchmarks(summary("a", 0.05), b=benchmark(0.05, 0.2, q_value=0.3))
+    assert "on average over 1 benchmark; no single benchmark shows a loss" in verdict([average])
     loss = benchmark(0.2, 0.05) | {"chance_corrected": None}
     lost = with_benchmarks(summary("a", 0.1), b=benchmark(0.0, 0.05), wiki=loss)
     assert "on average over 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean

@@ -137,3 +137,8 @@ def test_every_number_is_printed_with_its_definition() -> None:
     assert "stage 1: 0.8 0.25 -" in matrix
     assert "backward_transfer: -0.2 fraction\n  1/(T-1)" in matrix
     assert "average_forgetting: 0.225 fraction\n  1/(T-1)" in matrix
+
+
+def test_a_metric_that_does_not_apply_to_some_answers_has_other_documents_at_each_stage() -> None:
+    stages = [stage(5), stage(6).model_copy(update={"num_documents": 99, "base": 0.5})]
+    assert stability(stages).scores == (0.5, stages[0].tuned, stages[1].tuned)

@@ -69,6 +69,7 @@ def test_too_few_documents_cannot_tell() -> None:
     unknown = Figure(value=0.5, low=None, high=None, unit="fraction")
     (finding,) = judge_losses([lost("facts", 3, 0, 3).model_copy(update={"forgetting": unknown})], None, 0.05).findings
     assert finding.outcome == "cannot tell" and finding.needed == "5 documents or more"
+    assert '"low":null,"high":null' in finding.model_dump_json()
     (finding,) = judge_losses([lost("facts", 76, 70, 100)], None, 0.02).findings
     enough = int(finding.needed.split()[1])
     assert finding.outcome == "cannot tell" and enough > 100

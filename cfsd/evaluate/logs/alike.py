@@ -8,7 +8,7 @@ from cfsd.evaluate.logs.folder import Conditions, Log, LoggedModel
 from cfsd.evaluate.logs.rows import Asked, Logged, read
 
 SHOWN = 40  # characters of a setting, or around the first difference of two prompts
-MUST_AGREE = ("metric", "kind", "per", "higher_is_better", "chance", "filters")
+MUST_AGREE = ("metric", "per", "higher_is_better", "chance", "filters")  # `per` is of perplexities alone
 
 
 def check_alike(base: LoggedModel, tuned: LoggedModel) -> dict[str, Logged]:
@@ -61,9 +61,10 @@ def _differences(base: Log, tuned: Log, before: Logged, after: Logged) -> Iterat
         one, other = getattr(base.conditions, name), getattr(tuned.conditions, name)
         if one != other and not (name == "window" and None in (one, other)):  # not every model of lm-eval says it
             yield f"its {field.description} is {_apart(one, other)}"
+    shares = before.metadata["kind"] != after.metadata["kind"]  # one has answers that are right in part
     for name in MUST_AGREE:
         one, other = before.metadata.get(name), after.metadata.get(name)
-        if one != other:
+        if one != other and not (name == "chance" and shares and None in (one, other)):
             yield f"its {name.replace('_', ' ')} is {_apart(one, other)}"
     yield from _of_documents(before, after)
 

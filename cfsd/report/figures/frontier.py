@@ -142,8 +142,8 @@ def _reach(figure: Fig) -> list[list[float]]:
 
 def plain_axes(axes: Axes, x: str, y: str) -> None:
     """Give `axes` its labels and the look of every figure."""
-    axes.set_xlabel(x, size=SIZE, color=INK)
-    axes.set_ylabel(y, size=SIZE, color=INK)
+    axes.set_xlabel(x, size=SIZE, color=INK, parse_math=False)  # names of benchmarks may have dollar signs
+    axes.set_ylabel(y, size=SIZE, color=INK, parse_math=False)
     axes.tick_params(labelsize=SIZE - 1, colors=INK, color=LINE)
     axes.grid(color=LINE, lw=0.5, alpha=0.5)
     axes.set_axisbelow(True)
