@@ -80,6 +80,7 @@ class Recipe(Spec):
         check_rehearsal(self.generate, self.train)
         check_drawn_tokens(self.generate, self.filter, self.select, self.train.rehearsal)
         check_selected(self.select, self.generate)
+        check_rehearsed(self.generate, self.mix, self.train.rehearsal)
         known = {benchmark.name for benchmark in self.evaluate.benchmarks}
         if unknown := sorted(set(self.train.watch.benchmarks) - known):
             raise ValueError(f"train.watch.benchmarks {unknown} are not in evaluate.benchmarks {sorted(known)}")
@@ -169,6 +170,15 @@ def _seeded(target: Any, seed: Any) -> Any:
     if isinstance(target, Target):
         return target if target.seed is not None else target.model_copy(update={"seed": seed})
     return {**target, "seed": seed} if isinstance(target, dict) and target.get("seed") is None else target
+
+
+def check_rehearsed(generate: GenerateSpec, mix: MixSpec, rehearsal: RehearsalSpec) -> None:
+    """Raise ValueError where a corpus is sampled and weighed, and no row of it is mixed in."""
+    if generate.rows and rehearsal.weight and not mix.rehearsal_tokens:
+        raise ValueError(
+            f"mix.rehearsal_tokens is 0, so that none of the corpus' {generate.rows} rows is rehearsed: raise it, or "
+            "set generate.rows to 0 for plain fine-tuning"
+        )
 
 
 def check_selected(select: SelectSpec, generate: GenerateSpec) -> None:
@@ -261,16 +271,18 @@ def bends(generate: GenerateSpec, filtering: FilterSpec, selecting: SelectSpec) 
 
 
 def check_supply(generate: GenerateSpec, mix: MixSpec, train: TrainSpec, train_rows: int) -> None:
-    """Raise BadInput when the corpus has too few rows for a training that measures its budget on unseen rows.
+    """Raise BadInput when the corpus has too few rows for a training that takes only unseen ones.
 
     This is checked before sampling, as if no row ended early; the training itself counts the real rows.
     """
     steps = train.epochs * -(-train_rows // mix.target_rows)
     per_step = mix.rehearsal_tokens - generate.length  # at least: a step takes whole rows while they fit
     needed, available = (steps - 1) * per_step, generate.rows * generate.length
-    if train.rehearsal.budget and available < needed:
+    rehearsal = train.rehearsal
+    wants = "rehearsal.budget reads the divergence on" if rehearsal.budget else "rehearsal.refresh fresh takes"
+    if rehearsal.weight and (rehearsal.budget or rehearsal.refresh == "fresh") and available < needed:
         raise BadInput(
-            f"train.rehearsal.budget reads the divergence on rows that were not seen before: {steps} steps of "
+            f"train.{wants} rows that were not seen before: {steps} steps of "
             f"{mix.rehearsal_tokens} tokens, but generate.rows={generate.rows} of at most {generate.length} tokens "
             f"hold {available:,}; raise generate.rows to {-(-needed // generate.length):,} or more, or lower "
             "mix.rehearsal_tokens or train.epochs"

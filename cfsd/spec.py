@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 # Added to the probe's seed: these samples share no row with the probe or with each other.
 WATCHED_SEEDS, CONTROL_SEEDS = 1_000_003, 2_000_003
@@ -34,13 +34,33 @@ class Spec(BaseModel):
         """Return 16 hex digits over the spec's class, version and settings."""
         return digest_of([type(self).__name__, self.version, self._identity()])
 
+    @model_validator(mode="after")
+    def _refuse_unread(self) -> Self:
+        for name, needed in self.unread().items():
+            decided_by = needed.replace(":", " ").partition(" ")[0]
+            if getattr(self, name) != self._default(name) and decided_by not in self.model_fields_set:
+                raise ValueError(f"{name} has no effect without {needed}: give that too, or leave it out")
+        return self
+
+    def unread(self) -> dict[str, str]:
+        """Return the settings that have no effect beside the others, each with what gives it one: that field first.
+
+        Given without that field they are refused. Beside it, as where a variant turns off what its recipe turned on,
+        they are taken, and count as their defaults.
+        """
+        return {}
+
     def _identity(self) -> dict[str, Any]:
         """Return what counts for the digest: nested specs by their own digest."""
-        return {
-            name: _identified(getattr(self, name))
+        unread = self.unread()
+        values = {
+            name: _identified(self._default(name) if name in unread else getattr(self, name))
             for name in sorted(type(self).model_fields)
-            if name not in self.neutral or getattr(self, name) != self.neutral[name]
         }
+        return {n: v for n, v in values.items() if n not in self.neutral or v != _identified(self.neutral[n])}
+
+    def _default(self, name: str) -> Any:
+        return type(self).model_fields[name].get_default(call_default_factory=True)
 
 
 class Seeded(Protocol):

@@ -22,7 +22,7 @@ from tasks.generate import check_modes, check_source, generate_corpus
 from tasks.report import write_corpus_page
 from tasks.select import select_corpus, select_target
 from tasks.target import prepare_target, rewrite_target
-from tasks.train import check_adapter
+from tasks.train import check_training
 
 
 def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
@@ -33,7 +33,7 @@ def corpus_pipeline(recipe: Recipe, machine: Machine) -> RunRecord:
     if base.content:
         recipe.check_modes(modes)
     check_benchmarks(base, recipe.evaluate, machine)
-    check_adapter(base, recipe.train.methods)
+    check_training(base, recipe.train, machine)
     target = prepare_target(base, recipe.target.as_given(), machine)
     selected_target = select_target(base, target, recipe.select, machine)
     recipe.check_target(selected_target)

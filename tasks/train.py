@@ -6,7 +6,6 @@ from cfsd.evaluate.benchmark import Benchmark
 from cfsd.machine import Machine, home
 from cfsd.stages import TRAIN
 from cfsd.store.artifact import Artifact, Draft, Store
-from cfsd.train.methods import Methods
 from cfsd.train.spec import TrainRequest, TrainSpec, Watched
 from tasks._stage import inherited, stage
 
@@ -31,14 +30,19 @@ def train_model(
     return _train(base=base, mixture=mixture, corpus=read, fisher=of_base.fisher, **inputs, spec=spec, machine=machine)
 
 
-def check_adapter(base: Artifact, methods: Methods) -> None:
-    """Raise BadInput where an adapter names layers that the base, once it is there, does not have."""
-    adapter = methods.adapter()
-    names_layers = adapter and (adapter.targets or adapter.parameters or adapter.kind == "osf")
-    if names_layers and base.content:
+def check_training(base: Artifact, spec: TrainSpec, machine: Machine) -> None:
+    """Raise BadInput where the base, once it is there, lacks layers that an adapter names, or has unwanted dropout."""
+    adapter, sharded = spec.methods.adapter(), machine.sharding == "shard"
+    if not base.content:
+        return
+    if adapter and (adapter.targets or adapter.parameters or adapter.kind == "osf"):
         from cfsd.train.adapters import check_layers  # PEFT takes seconds to import
 
-        check_layers(Store(home()).path(base, weights=False), methods)
+        check_layers(Store(home()).path(base, weights=False), spec.methods)
+    if sharded or spec.methods.divergence():
+        from cfsd.train.dropout import check_layers_drop
+
+        check_layers_drop(Store(home()).path(base, weights=False), spec, sharded=sharded)
 
 
 @stage(TRAIN, "model", gpu=True)

@@ -22,9 +22,10 @@ from cfsd.model.checkpoint import Checkpoint
 from cfsd.select.embed import _means
 from cfsd.store.artifact import Store
 from cfsd.train.adapters import adapt, check_layers, trained_by
+from cfsd.train.dropout import check_layers_drop
 from cfsd.train.loss.objective import Objective, head_of, losses
 from cfsd.train.methods import Methods
-from cfsd.train.spec import RehearsalSpec
+from cfsd.train.spec import RehearsalSpec, TrainSpec
 from tests.conftest import fetched, save_model
 
 LIVE = RehearsalSpec(loss="kl", reference="base")
@@ -251,6 +252,19 @@ def test_names_of_layers_are_checked_by_the_configuration_alone(
     check_layers(tmp_path, lora(targets=["c_attn"] if name == "GPT-2" else ["q_proj"]))
     with pytest.raises(BadInput, match=message):
         check_layers(tmp_path, methods)
+
+
+def test_dropout_in_the_way_is_found_by_the_configuration_alone(tmp_path: Path) -> None:
+    for name in ("GPT-2", "Llama"):
+        family(name).model().config.save_pretrained(tmp_path / name)
+    held = TrainSpec.model_validate({"methods": {"target_divergence": {"weight": 1, "reference": "base"}}})
+    check_layers_drop(tmp_path / "Llama", held, sharded=True)
+    check_layers_drop(tmp_path / "GPT-2", held.model_copy(update={"dropout": 0.0}), sharded=True)
+    check_layers_drop(tmp_path / "GPT-2", TrainSpec(), sharded=False)
+    with pytest.raises(BadInput, match="which pass with dropout"):
+        check_layers_drop(tmp_path / "GPT-2", held, sharded=False)
+    with pytest.raises(BadInput, match="sharding is shard, but the base has dropout"):
+        check_layers_drop(tmp_path / "GPT-2", TrainSpec(), sharded=True)
 
 
 def test_what_peft_stands_beside_nowhere_is_refused_where_it_is_named() -> None:

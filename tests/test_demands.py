@@ -1,18 +1,21 @@
 """What a training asks of the corpus is told before anything is sampled, with what to change."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from cfsd.data.replay import Replay
+from cfsd.data.target import Target
 from cfsd.errors import BadInput
 from cfsd.filter.spec import FilterSpec
 from cfsd.generate.spec import GenerateSpec
 from cfsd.mix.spec import MixSpec
 from cfsd.recipe import Recipe, check_drawn_tokens, check_rehearsal, check_supply
 from cfsd.select.spec import SelectSpec
-from cfsd.train.spec import TrainSpec
+from cfsd.spec import Spec
+from cfsd.train.spec import TrainSpec, WatchSpec
 
 REPLAY = Replay(path="documents.jsonl")
 
@@ -171,4 +174,46 @@ def test_a_corpus_that_cannot_last_a_budget_is_told_by_the_settings(rows: int, e
         return
     with pytest.raises(BadInput, match=r"20 steps of 110 tokens, but generate\.rows=189 of at most 10.*to 190 or more"):
         check_supply(corpus, mix, training, 80)
+    with pytest.raises(BadInput, match=r"rehearsal\.refresh fresh takes rows that were not seen before"):
+        check_supply(corpus, mix, train(refresh="fresh").model_copy(update={"epochs": 2}), 80)
     check_supply(corpus, mix, train(), 80)  # no budget, no demand
+
+
+def test_a_corpus_of_which_nothing_would_be_rehearsed_is_refused() -> None:
+    content = {"name": "n", "base": "tiny", "target": {"path": "rows.jsonl"}, "mix": {"rehearsal_tokens": 0}}
+    with pytest.raises(ValidationError, match="none of the corpus' 1024 rows is rehearsed: raise it, or set"):
+        Recipe.model_validate(content)
+    Recipe.model_validate(content | {"generate": {"rows": 0}})
+    Recipe.model_validate(content | {"train": {"rehearsal": {"weight": 0}}})
+
+
+@pytest.mark.parametrize(
+    ("spec", "unread", "read"),
+    [
+        (MixSpec, {"flow_average": "row"}, {"flow": "off"}),
+        (WatchSpec, {"rows": 64}, {"every": 0}),
+        (SelectSpec, {"method": "random"}, {"target_rows": None}),
+        (Target, {"path": "rows.jsonl", "rewrite_lengths": 2.0}, {"rewrite": "off"}),
+        (GenerateSpec, {"tail_samples": 8}, {"top_logprobs": 0}),
+        (GenerateSpec, {"source": "replay", "replay": REPLAY, "temperature": 0.7}, None),
+    ],
+)
+def test_what_nothing_reads_is_refused_alone_and_counts_for_nothing_where_it_is_inherited(
+    spec: type[Spec],
+    unread: dict[str, Any],
+    read: dict[str, Any] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "documents.jsonl").write_text("{}")
+    needed = {name: value for name, value in unread.items() if name in ("path", "source", "replay")}
+    if read is not None:
+        with pytest.raises(ValidationError, match=r"has no effect without .*: give that too, or leave it out"):
+            spec.model_validate(unread)
+    assert spec.model_validate(unread | (read or {})).digest() == spec.model_validate(needed).digest()
+
+
+def test_documents_are_not_called_biased_by_settings_of_a_sampling_that_is_none() -> None:
+    assert replayed(temperature=0.7).biases() == [] and generate(temperature=0.7).biases() == ["temperature=0.7"]

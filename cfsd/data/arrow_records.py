@@ -1,6 +1,6 @@
 """Records of Parquet and of Arrow, as a file or as a stream (what `datasets` saves)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def arrow_records(contents: Contents, column: str | None) -> Iterator[tuple[str,
         before = 0
         for batch in _batches(contents, column):
             for first in range(0, batch.num_rows, ROWS):
-                yield from _records(batch.slice(first, ROWS), before + first)
+                yield from records_of_batch(batch.slice(first, ROWS), before + first)
             before += batch.num_rows
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None
@@ -91,13 +91,29 @@ def _check_end(source: Any) -> None:
     source.seek(0)
 
 
-def as_written(record: dict[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Return the record with numbers of SHORT `kinds`, by column, by the digits that tell them apart there.
+def _as_written(value: Any, kind: Any) -> Any:
+    """Return a value of the Arrow type `kind` with its SHORT numbers by the digits that tell them apart there.
 
     Of 32 bits it is 3.14, not 3.140000104904175.
     """
-    short = {name: SHORT[kind] for name, kind in kinds.items() if kind in SHORT and isinstance(record[name], float)}
-    return record | {name: float(str(number(record[name]))) for name, number in short.items()}
+    import pyarrow as pa
+
+    if isinstance(value, float) and (number := SHORT.get(str(kind))):
+        return float(str(number(value)))
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return value | {field.name: _as_written(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and _has_short(kind):
+        return [_as_written(item, kind.value_type) for item in value]
+    return value
+
+
+def _has_short(kind: Any) -> bool:
+    """Say whether there are SHORT numbers in it, but for lists of numbers: no text is made of those."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return str(kind.value_type) not in SHORT and _has_short(kind.value_type)
+    return any(_has_short(field.type) for field in kind) if pa.types.is_struct(kind) else str(kind) in SHORT
 
 
 def _columns(names: list[str], column: str | None) -> list[str] | None:
@@ -106,16 +122,17 @@ def _columns(names: list[str], column: str | None) -> list[str] | None:
     return [column] if column in names else None
 
 
-def _records(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
-    """Yield the records of `batch`, of which the file has `before` others before it."""
+def records_of_batch(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
+    """Yield the records of `batch`, of which there are `before` others before it. Raises ValueError naming the row."""
     try:
         batch.validate(full=True)  # places within a damaged file may lead anywhere in memory
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
-    kinds = {field.name: kind for field in batch.schema if (kind := str(field.type)) in SHORT}
+    short = [field for field in batch.schema if _has_short(field.type)]
     for number, record in enumerate(records, before + 1):
-        yield f"row {number}", without_nulls(as_written(record, kinds))
+        written = {field.name: _as_written(record[field.name], field.type) for field in short}
+        yield f"row {number}", without_nulls(record | written)
 
 
 def _record(one: Any, row: int) -> Any:

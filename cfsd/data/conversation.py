@@ -23,6 +23,11 @@ RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_p
 NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
 UNREAD = "beside the chats, columns {} are not read"
 MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
+NO_CALLS: tuple[str, list[Any]] = (
+    "tool_calls",
+    [],
+)  # of exports that give every message the field: templates ask whether it is there
+NOT_JSON = "arguments of tool calls that are no JSON of a mapping are written as they stand"
 EMPTY_TURN = "an assistant turn without text is not learned"
 KNOWN = {*ROLES.values(), "developer"}
 UNKNOWN = "the role {!r} is no user, assistant, system or tool; the chat template writes it as it stands"
@@ -140,9 +145,17 @@ def _called(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
-    except json.JSONDecodeError:
+        return call | {"function": function | {"arguments": _arguments(function["arguments"])}}
+    except ValueError:
         return call
+
+
+def _arguments(text: str) -> Any:
+    """Return what the JSON text of arguments says, nothing where it is empty. Raises ValueError, of any depth too."""
+    try:
+        return json.loads(text) if text.strip() else {}
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class _Reader:
@@ -153,7 +166,7 @@ class _Reader:
 
     def message(self, given: Message) -> tuple[Message, bool]:
         """Return a message as templates take it, and whether it is learned."""
-        fields = {name: value for name, value in given.items() if value is not None}
+        fields = {name: value for name, value in given.items() if value is not None and (name, value) != NO_CALLS}
         said = "from" if "from" in fields and "role" not in fields else "role"
         role = self._role(fields.pop(said, None), given)
         content = fields.pop("value" if said == "from" and "value" in fields else "content", None)
@@ -164,6 +177,7 @@ class _Reader:
             self._refuse(given, f"has the field {bad[0]!r}, which is not text; remove it, or write text or tool_calls")
         if said == "from" and given["from"] == "function_call":
             fields, content = fields | {"tool_calls": self._calls(content, given)}, None
+        self._say_arguments(fields.get("tool_calls"))
         message = {"role": role, **fields}
         if content is not None or not fields.get("tool_calls"):
             message["content"] = self._content(content, given)
@@ -190,6 +204,18 @@ class _Reader:
                 kind = part.get("type") if isinstance(part, dict) else part
                 self._refuse(given, f"has content that is not text ({kind!r:.30}); keep parts of type text")
         return "".join(part["text"] for part in content)
+
+    def _say_arguments(self, calls: Any) -> None:
+        for call in calls if isinstance(calls, list) else []:
+            function = call.get("function") if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                try:
+                    known = isinstance(_arguments(arguments), dict)
+                except ValueError:
+                    known = False
+                if not known:
+                    self.notes[NOT_JSON] += 1
 
     def _calls(self, content: Any, given: Message) -> list[dict[str, Any]]:
         try:

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     """How a row is read.
 
     texts: `prompt` and `response` are parts of text; `short`, if any, is the prompt of a row whose `input` is empty.
-    `by_name`: the settings do not name the columns, so that those beside them are refused or said.
+    `by_name`: the settings do not name the columns, so that those beside them that belong to a prompt are refused.
     turns: two columns hold lists of messages, of which those of the second are learned. messages: one column does.
     """
 
@@ -59,17 +59,16 @@ def shape_of(prompt: str, response: str, messages: str | None, rows: Sequence[Lo
 
 def texts_of(shape: Shape, row: Located, notes: Counter[str]) -> tuple[str, str]:
     """Return prompt and response of a row of shape `texts`. Raises BadInput at a value that is no text."""
-    if shape.by_name:
-        _check_beside(shape, row, notes)
+    _check_beside(shape, row, notes)
     short = bool(shape.short) and not text_of(row.record.get("input"), row.place, "input").strip()
     return fill(shape.short if short else shape.prompt, row, notes), fill(shape.response, row, notes)
 
 
 def _check_beside(shape: Shape, row: Located, notes: Counter[str]) -> None:
-    """Raise BadInput at a filled column that belongs to the prompt, and count other columns that are not read."""
+    """Count columns that are not read. Raises BadInput where no setting names any and the prompt lacks one of them."""
     read = {part.path[0] for part in (*shape.prompt, *shape.response) if part.path}
     beside = [name for name in row.record if name not in read]
-    for name in CONTEXT:
+    for name in CONTEXT if shape.by_name else ():
         if name in beside and str(row.record[name] or "").strip() not in ("", "[]"):
             raise BadInput(
                 f"{row.place} has a column {name!r}, for which the prompt has no place; set target.prompt to a "
@@ -84,7 +83,7 @@ def listed(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(value.strip())  # as pandas writes a list into a CSV file
             except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -98,7 +97,7 @@ def _pair(
     if all(_holds_messages(rows, column) for column in (prompt, response)):
         said = f"columns {prompt!r} and {response!r} hold messages: the chat template writes them"
         return Shape("turns", (prompt, response), recognised=said)
-    if holding := [column for column in (prompt, response) if _holds_messages(rows, column, written=False)]:
+    if holding := [column for column in (prompt, response) if _holds_messages(rows, column)]:
         raise BadInput(
             f"column {holding[0]!r} of the target holds lists of messages, but the other of {prompt!r} and "
             f"{response!r} does not ({rows[0].place}); give both as lists of messages, or both as texts"

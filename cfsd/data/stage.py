@@ -31,6 +31,8 @@ LOST = "characters that this tokenizer has no token for are left out"
 NO_RESPONSE = "with an empty response"
 MERGED = "whose response has no token of its own"
 LETTERS = 4  # of a token, on average at most: a text with more may be too long
+ENDED = "the chat template closes a turn with no token: the model's end token is put after the last one of a chat"
+OPEN_TURN = "the chat template closes turns with no token: those before a chat's last one teach no end"
 NO_TURN = "without a turn of the assistant that is learned"
 
 
@@ -114,6 +116,8 @@ class _Reading:
         added = {token for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
         self.ends = added & {*tokens.eos_ids, *tokens.end()}
         self.special = special_tokens(self.tokenizer)
+        known_ids = {*self.tokenizer.all_special_ids, *tokens.eos_ids}
+        self.marks = known_ids | {i for i, known in self.tokenizer.added_tokens_decoder.items() if known.special}
 
     def said(self) -> Iterator[str]:
         if self.recognised:
@@ -184,7 +188,33 @@ class _Reading:
         spans = rendering.spans(notes)
         check_written(rendering, spans or (), self.written_roles, notes)
         ids, supervised = rendering.mask() if spans is None else self._tokens(chat.place, rendering.text, spans, notes)
+        ids, supervised = self._closed(ids, supervised, notes)
         return Row(ids, _predicted(supervised), first, said), NO_TURN
+
+    def _closed(self, ids: list[int], supervised: list[bool], notes: Counter[str]) -> tuple[list[int], list[bool]]:
+        """Return a chat's tokens with an end after each learned turn, where the template closes it with no token.
+
+        The next token counts if the model ends texts at it, as GLM's `<|user|>`; after the last turn comes the model's
+        end token. A turn in between that nothing ends is said.
+        """
+        learned = list(supervised)
+        for last in (t for t, own in enumerate(supervised) if own and not any(supervised[t + 1 : t + 2])):
+            if self._ends_turn(ids, supervised, last):
+                continue
+            if last + 1 == len(ids):
+                notes[ENDED] += 1
+                return ids + self.tokens.end(), learned + [True] * len(self.tokens.end())
+            if ids[last + 1] in self.tokens.eos_ids:
+                learned[last + 1] = True
+            else:
+                notes[OPEN_TURN] += 1
+        return ids, learned
+
+    def _ends_turn(self, ids: list[int], supervised: list[bool], last: int) -> bool:
+        """Say whether a learned turn ends with a special token, before spaces if there are any."""
+        while supervised[last] and not str(self.tokenizer.decode([ids[last]])).strip():
+            last -= 1
+        return ids[last] in self.marks
 
     def _is_too_long(self, place: str, text: str) -> bool:
         """Say whether a chat has too many tokens, before its turns are looked for: that takes the square of them."""

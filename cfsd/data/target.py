@@ -95,6 +95,11 @@ class Target(OnHub):
     )
     rewrite_temperature: PositiveFloat = Field(1.0, description="rewrite only: of the sampling")
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect where responses stay as they are."""
+        settings = ("rewrite_answer", "rewrite_lengths", "rewrite_temperature")
+        return dict.fromkeys(settings, "rewrite: self") if self.rewrite == "off" else {}
+
     @field_validator("rewrite", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:

@@ -14,6 +14,8 @@ from cfsd.store.artifact import Artifact
 
 Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
 EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
+WRITTEN: tuple[Source, ...] = ("replay", "earlier-rows")  # whose texts are there already
+SAMPLING = ("temperature", "top_p", "top_k", "min_length")
 SHARDS_PER_SOURCE = 1_000_000
 TAIL_SAMPLES = 32  # the fewest that ended within 10 % of the base in memory in every run: docs/decisions/0049
 UNPROMPTED, AUTO = "unprompted", "auto"
@@ -182,6 +184,13 @@ class GenerateSpec(Spec):
             raise ValueError(f"min_length {self.min_length} is above length {self.length}")
         return self
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect where nothing is sampled, or no distribution stored."""
+        sampled = any(source not in WRITTEN for source in self.sources())
+        return ({} if self.top_logprobs else {"tail_samples": "top_logprobs"}) | (
+            {} if sampled else dict.fromkeys(SAMPLING, "source: one that is sampled")
+        )
+
     def _identity(self) -> dict[str, Any]:
         return {k: v for k, v in super()._identity().items() if k != "tail_samples" or self.top_logprobs}
 
@@ -219,7 +228,8 @@ class GenerateSpec(Spec):
     def biases(self) -> list[str]:
         """Return which settings make the rows follow another distribution than the model's own."""
         neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_length": 0, "fill": False}
-        return [f"{name}={getattr(self, name)}" for name, value in neutral.items() if getattr(self, name) != value]
+        read = {name: value for name, value in neutral.items() if name not in self.unread()}
+        return [f"{name}={getattr(self, name)}" for name, value in read.items() if getattr(self, name) != value]
 
 
 def check_context(base: Artifact, spec: ProbeSpec | Prompts | GenerateSpec, name: str) -> None:

@@ -24,6 +24,10 @@ class MixSpec(Spec):
         "token", description="flow only: what counts the same before weights: every token, or every row as in the paper"
     )
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect on rows that are not weighed."""
+        return {"flow_average": "flow"} if self.flow == "off" else {}
+
     @field_validator("flow", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:

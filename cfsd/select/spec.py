@@ -26,6 +26,10 @@ class SelectSpec(Spec):
     )
     seed: NonNegativeInt | None = Field(None, description="random only; empty: the recipe's")
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect where all rows are kept."""
+        return {} if self.target_rows or self.corpus_rows else {"method": "target_rows or corpus_rows"}
+
     def wanted(self, kind: str) -> int | None:
         """Return how many rows of an artifact of `kind` are kept; None: all."""
         return self.target_rows if kind == "target" else self.corpus_rows

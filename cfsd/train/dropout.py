@@ -1,14 +1,18 @@
 """Dropout of a model in training: whether there is any, and turning it off."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cfsd.errors import BadInput
 from cfsd.model.decoder import decoder_of
+from cfsd.model.loading import skeleton
 from cfsd.model.undisturbed import mode_kept, seeded
+from cfsd.train.spec import TrainSpec
 
 TRIAL = (2, 16)  # rows, tokens
 
@@ -24,6 +28,29 @@ class Place(NamedTuple):
 def has_dropout(model: PreTrainedModel) -> bool:
     """Say whether training drops anything at random: by a layer, a number that attention reads, or as is tried."""
     return any(True for _ in _of_layers(model)) or _passes_differ(model)
+
+
+def check_dropout(spec: TrainSpec, *, drops: bool, sharded: bool) -> None:
+    """Raise BadInput where a model that drops something cannot be trained so."""
+    if drops and sharded:  # a process without rehearsal rows would wait
+        raise BadInput(
+            "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
+            "set train.dropout to 0, or machine.sharding to replicate"
+        )
+    if drops and spec.methods.divergence():
+        raise BadInput(
+            "train.methods.target_divergence compares the model with the base on target rows, which pass with dropout: "
+            "the divergence would not be 0 at the base; set train.dropout to 0, and lora.dropout if that is set"
+        )
+
+
+def check_layers_drop(folder: Path, spec: TrainSpec, *, sharded: bool) -> None:
+    """Raise BadInput as `check_dropout` by the layers of the model in `folder`; reads no weights.
+
+    Probabilities that a model reads from its config as it goes are found once it is loaded.
+    """
+    model = skeleton(folder) if spec.dropout is None else None
+    check_dropout(spec, drops=model is not None and any(True for _ in _of_layers(model)), sharded=sharded)
 
 
 def turn_off_dropout(model: PreTrainedModel) -> Callable[[], None]:

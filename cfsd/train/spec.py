@@ -55,6 +55,10 @@ class WatchSpec(Spec):
             raise ValueError("watch.stop_above and watch.benchmarks need watch.every: set it to a number of steps")
         return self
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect where nothing is measured."""
+        return {} if self.every else {"rows": "every", "held_out_rows": "every"}
+
 
 class RehearsalSpec(Spec):
     """The rehearsal's share of the loss: `weight` x mean loss per rehearsal token of the global batch."""
@@ -110,12 +114,6 @@ class RehearsalSpec(Spec):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        for name, needed in self._unread().items():
-            decided_by = needed.partition(":")[0]
-            if getattr(self, name) != type(self).model_fields[name].default and decided_by not in self.model_fields_set:
-                raise ValueError(
-                    f"rehearsal.{name} has no effect without rehearsal.{needed}: give that too, or leave it out"
-                )
         if self.final_weight and not self.weight:
             raise ValueError("rehearsal.final_weight needs a weight above 0 to start from: set rehearsal.weight")
         if self.budget and self.final_weight:
@@ -129,8 +127,8 @@ class RehearsalSpec(Spec):
             )
         return self
 
-    def _unread(self) -> dict[str, str]:
-        """Return the settings that have no effect on this rehearsal, with what gives them one."""
+    def unread(self) -> dict[str, str]:
+        """Return the settings that have no effect on this rehearsal."""
         stored = self.loss == "kl" and self.reference == "stored"
         return (
             ({} if self.loss == "kl" else {"reference": "loss: kl"})
@@ -139,9 +137,8 @@ class RehearsalSpec(Spec):
         )
 
     def _identity(self) -> dict[str, Any]:
-        unread = {name: type(self).model_fields[name].default for name in self._unread()}
         steered = {"steering": self.steering, "budget": self.steered_to()} if self.budget else {}
-        return super()._identity() | unread | steered  # what is merged for other modes' sake is not training's
+        return super()._identity() | steered  # what is merged for other modes' sake is not training's
 
     def reads_corpus(self) -> bool:
         """Say whether the training reads what is stored with the corpus: distributions or log-probabilities."""

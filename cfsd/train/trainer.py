@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from cfsd.errors import BadInput, NotFinite, Stopped
+from cfsd.errors import NotFinite, Stopped
 from cfsd.machine import peak_memory
 from cfsd.model.loading import halve_layers, load_model, load_quantised, save_model
 from cfsd.model.rounding import EXACT, Rounding, is_rounded, rounding_of
@@ -35,7 +35,7 @@ from cfsd.train.batches.mixture import Mask
 from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.callbacks import StepRecorder, StopOnSignal
 from cfsd.train.controller import Controller
-from cfsd.train.dropout import turn_off_dropout
+from cfsd.train.dropout import check_dropout, turn_off_dropout
 from cfsd.train.loss.objective import Losses, Objective, losses
 from cfsd.train.penalties import Anchors, Penalty, penalties_of
 from cfsd.train.spec import TrainRequest, TrainSpec
@@ -166,16 +166,7 @@ def _objective(
     objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods)
     if args.bf16 and objective.base and not sharded:
         halve_layers(objective.base)
-    if objective.drops and sharded:  # a process without rehearsal rows would wait
-        raise BadInput(
-            "machine.sharding is shard, but the base has dropout, and rehearsal rows pass it apart, without dropout; "
-            "set train.dropout to 0, or machine.sharding to replicate"
-        )
-    if objective.drops and spec.methods.divergence():
-        raise BadInput(
-            "train.methods.target_divergence compares the model with the base on target rows, which pass with dropout: "
-            "the divergence would not be 0 at the base; set train.dropout to 0, and lora.dropout if that is set"
-        )
+    check_dropout(spec, drops=objective.drops, sharded=sharded)
     return objective
 
 

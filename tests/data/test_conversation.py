@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from cfsd.data.chat import Rendering
+from cfsd.data.conversation import NOT_JSON
+from cfsd.data.stage import ENDED, OPEN_TURN
 from cfsd.errors import BadInput
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Artifact, Store
@@ -47,6 +49,11 @@ TEMPLATES = {
         "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}",
     ),
     "content of every turn": TOOLS_TOO.replace("{{ m['content'] }}", "{{ m['content'][:9] }}"),
+    "closes with nothing": CHAT.replace("<|end|>", "\n"),  # as Falcon's
+    "the next turn ends it": "{% for m in messages %}{% if m['role'] == 'user' %}<eos>{% endif %}{{ m['role'] }}:"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",  # as GLM's
+    "asks for the field": "{% for m in messages %}{% if 'tool_calls' in m %}"
+    "{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}" + CHAT,  # as Llama's
     "concatenates": "{{ messages[0]['content'] + 1 }}" + CHAT,
 }
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
@@ -451,10 +458,58 @@ def test_columns_beside_a_pair_are_said_and_empty_ones_are_not_refused(world: Wo
     assert unread == "beside prompt and response, columns 'context', 'system', 'tools' are not read; rows: 6"
     row["system"] = "be brief"
     read, made = world.read(lambda w: {"prompt": w, **row}, tmp_path, prompt="{system} {prompt}")
-    assert (read[0], made.metadata["said"]) == (("be brief w", "y<eos>"), [])
+    assert (read[0], len(list(made.metadata["said"]))) == (("be brief w", "y<eos>"), 1)
+    assert "columns 'context', 'tools' are not read" in str(made.metadata["said"])
 
 
 def test_a_role_of_another_name_is_said(world: World, tmp_path: Path) -> None:
     read, made = world.read(lambda w: {"messages": [{"role": "prompter", "content": w}, said("y")]}, tmp_path)
     assert read[0] == ("<|turn|>prompter:w<|end|><|turn|>assistant:", "y<|end|>")
     assert any("role 'prompter' is no user" in line for line in list(made.metadata["said"]))
+
+
+def test_a_turn_that_the_template_closes_with_no_token_teaches_an_end_where_there_is_one(
+    world: World, tmp_path: Path
+) -> None:
+    turns = chat(said("a"), user("b"), said("c"))
+    (texts, *_), made = world.read(turns, tmp_path, "closes with nothing")
+    assert texts[1] == "a\nc\n<eos>"
+    assert [line.partition("; rows")[0] for line in list(made.metadata["said"])][-2:] == [OPEN_TURN, ENDED]
+    (texts, *_), made = world.read(turns, tmp_path, "the next turn ends it")
+    assert texts[1] == "a<eos>c<eos>" and OPEN_TURN not in str(made.metadata["said"])
+    (texts, *_), made = world.read(turns, tmp_path)
+    assert texts[1] == "a<|end|>c<|end|>" and ENDED not in str(made.metadata["said"])
+
+
+def test_an_empty_list_of_calls_is_none(world: World, tmp_path: Path) -> None:
+    plain, _ = world.read(chat(said("a")), tmp_path, "asks for the field")
+    filled, _ = world.read(chat(said("a", tool_calls=[])), tmp_path, "asks for the field")
+    assert filled == plain
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "'a'"])
+def test_arguments_that_are_no_json_are_said(world: World, tmp_path: Path, arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    _, made = world.read(chat(said("", tool_calls=[call])), tmp_path, "arguments as text")
+    assert NOT_JSON in str(made.metadata["said"])
+
+
+@pytest.mark.parametrize("arguments", ["[" * 3000, "9" * 5000])
+def test_arguments_that_no_parser_takes_are_text(world: World, tmp_path: Path, arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    with pytest.raises(BadInput, match="6 longer than max_length=256"):
+        world.read(chat(said("", tool_calls=[call])), tmp_path, "arguments as text")
+
+
+def test_a_call_without_arguments_is_none_of_these(world: World, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": ""}}
+    texts, made = world.read(chat(said("", tool_calls=[call])), tmp_path, "tools", max_length=2000)
+    assert '"arguments": {}' in texts[0][1] and NOT_JSON not in str(made.metadata["said"])
+
+
+def test_a_chat_written_as_text_beside_a_plain_response_is_refused(world: World, tmp_path: Path) -> None:
+    def make(word: str) -> dict[str, Any]:
+        return {"prompt": json.dumps([user(word)]), "response": "y"}
+
+    with pytest.raises(BadInput, match="column 'prompt' of the target holds lists of messages"):
+        world.read(make, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from cfsd.data.files import Files
-from cfsd.data.records import Said
+from cfsd.data.records import Said, hub_records
 from cfsd.data.stage import prepare
 from cfsd.data.target import Target, records_of
 from cfsd.errors import BadInput
@@ -84,6 +84,29 @@ def test_numbers_of_a_table_are_read_as_they_were_written(
     made = prepared(store, base, path=str(tmp_path / "rows.parquet"), **COLUMNS)
     read = {row["prompt"]: row["response"] for row in rows_of(store, made)}
     assert [read[q] for q in "abcdef"] == answers
+
+
+def test_numbers_within_a_table_are_read_as_they_were_written(store: Store, base: Artifact, tmp_path: Path) -> None:
+    values = pa.array([{"v": 3.14, "all": [0.1]}] * 6, pa.struct({"v": pa.float32(), "all": pa.list_(pa.float32())}))
+    pq.write_table(pa.table({"question": list("abcdef"), "of": values}), tmp_path / "rows.parquet")
+    made = prepared(store, base, path=str(tmp_path / "rows.parquet"), prompt="question", response="{of[v]}")
+    assert {row["response"] for row in rows_of(store, made)} == {"3.14"}
+
+
+def test_images_and_sounds_of_a_data_set_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a hub's loader replaced by one of a data set in memory; the network is not there."""
+    import datasets
+
+    cell = {"bytes": b"neither of both", "path": None}
+    columns = {"question": ["q"], "n": [0.1], "image": [cell], "sound": [cell]}
+    made = datasets.Dataset.from_dict({name: cells * 1100 for name, cells in columns.items()})
+    made = made.cast_column("image", datasets.Image()).cast_column("sound", datasets.Audio())
+    made = made.cast_column("n", datasets.Value("float32"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr("cfsd.data.records.commit_of", lambda *_: "a" * 40)
+    found = list(hub_records("org/name", "main", "train"))
+    assert [found[i].place for i in (0, 1099)] == ["'org/name' row 1", "'org/name' row 1100"]
+    assert all(row.record == {"question": "q", "n": 0.1, "image": cell, "sound": cell} for row in found)
 
 
 def test_files_named_after_several_splits_are_said(tmp_path: Path) -> None:
