@@ -87,7 +87,9 @@ def _paired(one: Units, other: Units) -> Units | None:
     counts = one.counts[ours]
     if names[0] != names[1] or not np.array_equal(counts, other.counts[theirs]):
         return None
-    reach = None if one.reach is None or other.reach is None else max(one.reach, other.reach)
+    reach = None if one.reach is None or other.reach is None else one.reach + other.reach
+    if one.reach == other.reach == 1:  # scores from 0 to 1, of which the base's cancel out
+        reach = 1.0
     return Units(names[0], one.sums[ours] - other.sums[theirs], counts, one.unit, reach, one.scale)
 
 

@@ -169,6 +169,19 @@ def test_units_are_paired_by_name_in_whatever_order() -> None:
     assert back.figure.value == -difference([one], [other]).figure.value
 
 
+def test_two_models_that_moved_in_opposite_directions_are_further_apart_than_either_moved() -> None:
+    rng = np.random.default_rng(0)
+    worse, better = 40 + rng.normal(0, 5, 60), -40 + rng.normal(0, 5, 60)
+    sides = [
+        [Units(tuple(map(str, range(60))), change, np.ones(60), "bleu", reach=float(abs(change).max()))]
+        for change in (worse, better)
+    ]
+    figure = difference(*sides).figure
+    assert figure.low is not None and figure.high is not None
+    half = 1.96 * (worse - better).std(ddof=1) / np.sqrt(60)
+    assert figure.value - figure.low > half and figure.high - figure.value > half
+
+
 def test_without_common_units_the_two_intervals_decide_and_it_is_said() -> None:
     rng = np.random.default_rng(8)
     base = sequences(rng)
