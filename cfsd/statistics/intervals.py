@@ -95,11 +95,12 @@ def resampled_sums(columns: Floats, seed: int) -> Floats:
 def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | None:
     """Return the interval of the mean of paired `changes`, of which most may be 0; None below 5 documents.
 
-    `reach` is the largest change that the metric allows. Two documents are added that changed by s either way: by
-    `reach` if hardly any document changed, by as much as the others if many did. As in `paired_share_bounds`, the
-    interval so has a width where no document changed. With 1 document in 20 changed, out of 50, the percentile
-    bootstrap covered 0.75 and this one 0.99. Over 7 distributions of change it covered 0.93 or more from 50
-    documents on; at 20 documents, all changed and skewed, only 0.88.
+    `reach` is the largest change that the metric allows. Two documents are added that are by s above and below the
+    mean: by `reach` if hardly any document changed, by as much as the others if many did. As in `paired_share_bounds`,
+    the interval so has a width where no document changed. With 1 document in 20 changed, out of 50, the percentile
+    bootstrap covered 0.75 and this one 0.99. Over 14 distributions of change it covered 0.93 or more from 50
+    documents on; at 20 documents, all changed and skewed, only 0.88. Around 0 in place of the mean the two documents
+    pull a large loss towards 0: of 50 that all changed by 0.4, give or take 0.05, such an interval covered 0.87.
     """
     if reach == 0 or len(changes) < MIN_ROWS:
         return None
@@ -110,8 +111,9 @@ def bootstrap_change(changes: Floats, *, reach: float, seed: int) -> Interval | 
 
 def padded(changes: Floats, reach: float) -> Floats:
     """Return paired `changes` with the two documents that `bootstrap_change` adds."""
-    size = imagined_change(changes, reach)
-    return np.append(changes, [size, -size])
+    mean = changes.mean()
+    size = imagined_change(np.where(changes != 0, changes - mean, 0.0), reach)
+    return np.append(changes, [mean + size, mean - size])
 
 
 def imagined_change(changes: Floats, reach: float) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from scipy import special
 
 from cfsd.statistics.figures import Figure, figure_of
-from cfsd.statistics.intervals import MIN_ROWS, RESAMPLES, Floats, Interval, Z, imagined_change, resampled_sums
+from cfsd.statistics.intervals import MIN_ROWS, RESAMPLES, Floats, Interval, Z, padded, resampled_sums
 from cfsd.statistics.seeds import FEWEST
 from cfsd.statistics.units import Units
 
@@ -185,19 +185,20 @@ def _resampled(figures: Sequence[Sequence[Units]], methods: Sequence[str], seed:
 def _group(group: Sequence[tuple[int, Units]], methods: Sequence[str], seed: int) -> Floats:
     """Return sum(sums)/sum(counts) of figures on the same units: as measured, then in every resample.
 
-    As in `bootstrap_change`, scores get two imagined documents that changed either way, the same for a method's models.
+    As in `bootstrap_change`, scores get two imagined documents, above and below a model's mean, by as much for all of
+    a method's models.
     """
     parts = [part for _, part in group]
     sums_RM, counts_RM = (np.stack([getattr(part, name) for part in parts], axis=1) for name in ("sums", "counts"))
     value_M, rows = sums_RM.sum(0) / counts_RM.sum(0), len(sums_RM)
     sums_BM, counts_BM = np.split(resampled_sums(np.hstack([sums_RM, counts_RM]), seed), 2, axis=1)
-    sizes = [0.0 if part.reach is None else imagined_change(part.sums, part.reach) for part in parts]
+    sizes = [0.0 if part.reach is None else float(np.ptp(padded(part.sums, part.reach)[-2:])) / 2 for part in parts]
     rng = np.random.default_rng([seed, 1])
     for name in dict.fromkeys(methods):
         own = [m for m, method in enumerate(methods) if method == name]
         if size := max(sizes[m] for m in own):
             up_B, down_B = rng.binomial(rows + 2, 1 / (rows + 2), (2, RESAMPLES))
-            sums_BM[:, own] += size * (up_B - down_B)[:, None]
+            sums_BM[:, own] += 2 * value_M[own] + size * (up_B - down_B)[:, None]
             counts_BM[:, own] += 2
     return np.vstack([value_M, value_M + _widening(rows) * (sums_BM / counts_BM - value_M)])
 

@@ -179,7 +179,7 @@ def test_two_models_that_moved_in_opposite_directions_are_further_apart_than_eit
     figure = difference(*sides).figure
     assert figure.low is not None and figure.high is not None
     half = 1.96 * (worse - better).std(ddof=1) / np.sqrt(60)
-    assert figure.value - figure.low > half and figure.high - figure.value > half
+    assert (figure.value - figure.low, figure.high - figure.value) == pytest.approx((half, half), rel=0.1)
 
 
 def test_without_common_units_the_two_intervals_decide_and_it_is_said() -> None:

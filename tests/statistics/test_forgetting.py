@@ -13,7 +13,7 @@ from scipy import stats
 
 from cfsd.statistics.figures import Figure, mean_per_token, paired_share_difference, share_of
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
-from cfsd.statistics.intervals import sign_flip_p
+from cfsd.statistics.intervals import bootstrap_change, sign_flip_p
 from cfsd.statistics.pairing import paired_by_document
 
 Floats = NDArray[np.float64]
@@ -247,6 +247,14 @@ def test_target_gain_is_positive_where_the_loss_fell_and_pairing_sharpens_it() -
     alone_low, alone_high = ends(mean_per_token(tuned, counts, seed=0))
     assert high - low < 0.2 * (alone_high - alone_low)
     assert mean_per_token(base - base, counts, seed=0).value == 0.0
+
+
+@pytest.mark.parametrize("scatter", [0.05, 0.14])
+def test_a_large_loss_that_nearly_all_documents_share_is_covered(scatter: float) -> None:
+    rng = np.random.default_rng(1)
+    samples = [rng.normal(0.4, scatter, 50) for _ in range(200)]
+    found = [bootstrap_change(changes, reach=1.0, seed=seed) for seed, changes in enumerate(samples)]
+    assert sum(bounds is not None and bounds.low <= 0.4 <= bounds.high for bounds in found) >= 0.92 * 200
 
 
 def test_where_one_document_holds_most_tokens_no_interval_is_known() -> None:
