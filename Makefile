@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DONE = $(VENV)/.installed
 PART ?= overhead
-WORKERS ?= 2
+# more than two cores have: many tests wait for servers and processes of their own
+WORKERS ?= 3
 
 .PHONY: help setup demo demo-tiny test fast coverage gate slow check docs docs-refusals docs-picture format bench study up down clean
 
@@ -26,7 +27,7 @@ demo: $(DONE)  ## A real model learns a task: plain fine-tuning forgets, rehears
 demo-tiny: $(DONE)  ## The same on a model of five string skills (2 minutes)
 	$(BIN)/python -m flows.compare deployments/recipes/demo-tiny.yaml
 
-test: $(DONE)  ## All tests but the slow ones (about 10 minutes)
+test: $(DONE)  ## All tests but the slow ones (about 20 minutes of two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 fast: $(DONE)  ## Tests that start no server and no further process (under 2 minutes)
