@@ -205,7 +205,8 @@ class Server(MlflowClient):
         self, run_id: str, step: StepRun, model: Artifact, address: str, figures: Mapping[str, float]
     ) -> None:
         """Name the model that a run made: its settings and where it is. Weights stay where they are."""
-        if self.model_of(model):
+        if known := self.model_of(model):
+            self.link_model(run_id, known)
             return
         tags = {"cfsd.key": model.key, "cfsd.content": model.content, "cfsd.address": address,
                 "mlflow.model.isExternal": "true"}  # fmt: skip
@@ -226,8 +227,10 @@ class Server(MlflowClient):
             self.log_model_artifacts(model.model_id, folder)
 
     def link_model(self, run_id: str, model: str) -> None:
-        """Show a logged model as what came of a run."""
-        self.log_outputs(run_id, [LoggedModelOutput(model, 0)])
+        """Show a logged model as what came of a run, once: MLflow fails at a second link of the two."""
+        outputs = self.get_run(run_id).outputs
+        if model not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+            self.log_outputs(run_id, [LoggedModelOutput(model, 0)])
 
     def model_of(self, artifact: Artifact) -> str | None:
         """Return the id of the logged model that stands for an artifact."""

@@ -28,6 +28,8 @@ from mlflow.utils.validation import _validate_metric_name
 
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.report.compared import NOTHING
+from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Draft, Store
 from tasks import record
 from tasks.record import client as record_client
@@ -36,6 +38,7 @@ from tasks.record.description import NOTE, described
 from tasks.record.reach import unreachable
 from tasks.record.server import Server, accepted
 from tasks.record.server import server as record_server
+from tasks.report import Report
 from tests.conftest import ROOT, Run, write_recipe
 
 ON = ["--machine", "threads=1"]
@@ -445,3 +448,20 @@ def test_the_page_of_a_run_is_known_where_a_server_shows_it(
     )
     assert run_url("abc") == page
     assert run_url(None) is None
+
+
+def test_a_merged_model_is_linked_to_its_variant_once_and_figures_follow(
+    home: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merge is no run of its own, so that its model is named on the variant's; MLflow fails at a second link."""
+    made, _ = store.make("model", "0" * 16, lambda draft: draft.metadata.update(parameters=1))
+    base, _ = store.make("model", "1" * 16, lambda draft: draft.metadata.update(parameters=2))
+    merged = RunRecord(name="half", artifacts={"base": base, "tuned": base, "final": made})
+    report = Report([], NOTHING, {}, [], "half\n\nverdict", run_records=[merged])
+    monkeypatch.setattr("tasks.record.against_base.note_scores", lambda *_: None)  # there are none
+    with recording_into(tmp_path / "mlflow.db", monkeypatch), record.variant("half") as variant:
+        for _ in range(2):
+            record.conclusion(variant.run_id, {"probe_kl": 0.1}, [], report=report)
+    assert "MLflow refuses" not in capsys.readouterr().out
+    (found,) = runs(tmp_path / "mlflow.db")
+    assert len(found.outputs.model_outputs) == 1 and found.data.metrics["probe_kl"] == 0.1
