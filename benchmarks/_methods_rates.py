@@ -82,20 +82,20 @@ def _recipe(study: Study, method: str, strength: str, rate: float, seed: int) ->
     return study.recipe(changes, seed, f"{method} {strength} at {rate:g} seed={seed}")
 
 
-def gain_table(matches: Sequence[Match]) -> str:
-    """Return a row per method: what it lost at each gain, and how that differs from the first method's."""
+def gain_table(matches: Sequence[Match], factor: float = 1) -> str:
+    """Return a row per method: `factor` times what it lost at each gain, and how that differs from the first's."""
     if not matches:
         return "no gain that two methods have in common"
     first, *others = dict.fromkeys(entry.method for match in matches for entry in match.methods)
     heads = [f"{match.gain.value:.3f} nats ({match.at})" for match in matches]
     lines = [f"| method | {' | '.join(heads)} |", f"| --- |{' --: |' * len(matches)}"]
     for method in (first, *others):
-        cells = [_cell(match, method, first) for match in matches]
+        cells = [_cell(match, method, first, factor) for match in matches]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(match: Match, method: str, first: str) -> str:
+def _cell(match: Match, method: str, first: str, factor: float) -> str:
     cost = next((entry.cost for entry in match.methods if entry.method == method), None)
     if cost is None:
         return "not reached"
@@ -104,5 +104,5 @@ def _cell(match: Match, method: str, first: str) -> str:
          if {entry.one, entry.other} == {method, first}),
         (1, None),
     )  # fmt: skip
-    told = f" ({sign * apart.value:+.3g} of {first})" if apart else ""
-    return f"{shown(cost.model_dump())}{told}"
+    told = f" ({sign * factor * apart.value:+.3g} of {first})" if apart else ""
+    return f"{shown(cost.model_dump(), factor)}{told}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import _study_choice, _study_cost
+from benchmarks._gain_picture import gain_picture
 from benchmarks._interval_picture import interval_picture
 from benchmarks._methods_grid import ROOT
 from benchmarks._methods_rates import gain_table
@@ -20,7 +21,6 @@ from benchmarks._result import markdown
 from benchmarks._study_prediction import Run, block, picture, runs_of
 from benchmarks.study import FOUND, PARTS, REFERENCES
 from cfsd.report.compared import Compared
-from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
@@ -137,18 +137,20 @@ def block_of(made: Made, folder: Path | None = None) -> Iterator[str]:
     interval_picture(figures, heads, logarithmic).savefig(pictures / f"{made.name}.png", dpi=120)
     yield f"![What each variant learned and lost, with intervals]({pictures.name}/{made.name}.png)\n"
     if made.content.get("matched"):
-        yield from _at_equal_gain(made, pictures)
+        gain_picture(figures, heads, DIVERGENCES).savefig(pictures / f"{made.name}-gain.png", dpi=120)
+        yield f"![Learned against lost, each method along its sweep]({pictures.name}/{made.name}-gain.png)\n"
+        yield from _at_equal_gain(made)
         return
     yield "\n".join(_pairs(comparisons, *repeats)) + "\n"
 
 
-def _at_equal_gain(made: Made, pictures: Path) -> Iterator[str]:
-    """Yield a table per cost of what every method loses at the gains that all have, and the frontier's figure."""
+def _at_equal_gain(made: Made) -> Iterator[str]:
+    """Yield a table per cost of what every method loses at the gains that all have."""
     for entry in map(MatchedGain.model_validate, made.content["matched"]):
-        yield f"{entry.measure} at equal gain, over {entry.covers}, beside the difference from the first method:\n"
-        yield gain_table(entry.gains)
-    frontier_figure(made.summaries(), base=False).savefig(pictures / f"{made.name}-gain.png", dpi=120)
-    yield f"\n![Learned against lost, each method along its sweep]({pictures.name}/{made.name}-gain.png)\n"
+        unit, factor = ("nats per token", 1) if entry.logarithmic else ("points", POINTS)
+        what = f"{entry.measure}, {unit}, at equal gain, over {entry.covers}"
+        yield f"{what}, beside the difference from the first method:\n"
+        yield gain_table(entry.gains, factor) + "\n"
 
 
 def _are_many(variants: Collection[str]) -> bool:
