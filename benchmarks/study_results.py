@@ -36,9 +36,10 @@ MEASURES = {  # of summary.json -> column
 DIVERGENCES = ("probe_kl", "chat_kl")  # of many variants, over orders of magnitude: on logarithmic axes
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
+MEAN = "mean_forgetting"  # a share, shown in points
 ENDS = ("value", "low", "high")
 MANY = 20  # variants; more are compared with the first alone, on the measures in BRIEF
-BRIEF = ("target_gain", "probe_kl", "mean_forgetting")
+BRIEF = ("target_gain", "probe_kl", MEAN)
 
 
 class Made(NamedTuple):
@@ -147,7 +148,7 @@ def block_of(made: Made, folder: Path | None = None) -> Iterator[str]:
 def _at_equal_gain(made: Made) -> Iterator[str]:
     """Yield a table per cost of what every method loses at the gains that all have."""
     for entry in map(MatchedGain.model_validate, made.content["matched"]):
-        unit, factor = ("nats per token", 1) if entry.logarithmic else ("points", POINTS)
+        unit, factor = ("points", POINTS) if entry.measure == MEAN else ("nats per token", 1)
         what = f"{entry.measure}, {unit}, at equal gain, over {entry.covers}"
         yield f"{what}, beside the difference from the first method:\n"
         yield gain_table(entry.gains, factor) + "\n"
