@@ -23,10 +23,8 @@ RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_p
 NOT_ASSISTANT = "turns that are marked to be learned are not, unless they are the assistant's"
 UNREAD = "beside the chats, columns {} are not read"
 MEANT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal")  # fields that are part of the text
-NO_CALLS: tuple[str, list[Any]] = (
-    "tool_calls",
-    [],
-)  # of exports that give every message the field: templates ask whether it is there
+# of exports that give every message the field: templates ask whether it is there
+NO_CALLS: tuple[str, list[Any]] = ("tool_calls", [])
 NOT_JSON = "arguments of tool calls that are no JSON of a mapping are written as they stand"
 EMPTY_TURN = "an assistant turn without text is not learned"
 KNOWN = {*ROLES.values(), "developer"}

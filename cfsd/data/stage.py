@@ -201,10 +201,11 @@ class _Reading:
         for last in (t for t, own in enumerate(supervised) if own and not any(supervised[t + 1 : t + 2])):
             if self._ends_turn(ids, supervised, last):
                 continue
-            if last + 1 == len(ids):
+            end = self.tokens.end()
+            if end and last + 1 == len(ids):
                 notes[ENDED] += 1
-                return ids + self.tokens.end(), learned + [True] * len(self.tokens.end())
-            if ids[last + 1] in self.tokens.eos_ids:
+                return ids + end, [*learned, True]
+            if last + 1 < len(ids) and ids[last + 1] in self.tokens.eos_ids:
                 learned[last + 1] = True
             else:
                 notes[OPEN_TURN] += 1
@@ -212,7 +213,7 @@ class _Reading:
 
     def _ends_turn(self, ids: list[int], supervised: list[bool], last: int) -> bool:
         """Say whether a learned turn ends with a special token, before spaces if there are any."""
-        while supervised[last] and not str(self.tokenizer.decode([ids[last]])).strip():
+        while last and supervised[last] and not str(self.tokenizer.decode([ids[last]])).strip():
             last -= 1
         return ids[last] in self.marks
 
