@@ -77,6 +77,7 @@ def test_what_is_made_is_listed_as_done_and_not_made_again(
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_part_on_a_base_of_the_users_own_lies_beside_the_studys(
     server: str, small: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,13 +30,11 @@ STAGES = {
     "evaluate-probe": ("scores", "progress.json"),
 }
 SOURCES = {"probe": "probe", "generate": "context-free"}
-SLOW = pytest.mark.slow  # 40 s each; probe and generate are sampled by the same code, and either ends all stages alike
-KILLED = [pytest.param(s, marks=SLOW if s == "probe" else ()) for s in STAGES]
+# 40 s each or more; probe and generate are sampled by the same code, and either ends all stages alike
+SLOW = pytest.mark.slow
+KILLED = [pytest.param(s, marks=() if s in ("generate", "train") else SLOW) for s in STAGES]
 STOPPED = [
-    *(
-        pytest.param(s, signal.SIGINT, marks=SLOW if s in ("probe", "generate", "evaluate-probe") else ())
-        for s in STAGES
-    ),
+    *(pytest.param(s, signal.SIGINT, marks=() if s == "train" else SLOW) for s in STAGES),
     ("train", signal.SIGTERM),
 ]
 
