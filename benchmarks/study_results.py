@@ -26,6 +26,7 @@ from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
 from cfsd.statistics import seeds
 from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.margin import MEAN
 from cfsd.statistics.matched_gain import MatchedGain
 
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
@@ -36,7 +37,6 @@ MEASURES = {  # of summary.json -> column
 DIVERGENCES = ("probe_kl", "chat_kl")  # of many variants, over orders of magnitude: on logarithmic axes
 PREDICTION = "prediction"  # over all parts
 CHOICE, COST = "choice", "cost"
-MEAN = "mean_forgetting"  # a share, shown in points
 ENDS = ("value", "low", "high")
 MANY = 20  # variants; more are compared with the first alone, on the measures in BRIEF
 BRIEF = ("target_gain", "probe_kl", MEAN)

@@ -36,10 +36,12 @@ class Spec(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_unread(self) -> Self:
-        for name, needed in self.unread().items():
+        unread = self.unread()
+        for needed in dict.fromkeys(unread.values()):
+            names = sorted(n for n in unread if unread[n] == needed and getattr(self, n) != self._default(n))
             decided_by = needed.replace(":", " ").partition(" ")[0]
-            if getattr(self, name) != self._default(name) and decided_by not in self.model_fields_set:
-                raise ValueError(f"{name} has no effect without {needed}: give that too, or leave it out")
+            if names and decided_by not in self.model_fields_set:
+                raise ValueError(f"{', '.join(names)} has no effect without {needed}: give that too, or leave it out")
         return self
 
     def unread(self) -> dict[str, str]:

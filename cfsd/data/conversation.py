@@ -139,13 +139,19 @@ def _parsed(message: Message) -> Message:
 
 
 def _called(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    function = _function_with_text(call)
+    if function is None:
         return call
     try:
         return call | {"function": function | {"arguments": _arguments(function["arguments"])}}
     except ValueError:
         return call
+
+
+def _function_with_text(call: Any) -> dict[str, Any] | None:
+    """Return the function of a call whose arguments are text; None of any other."""
+    function = call.get("function") if isinstance(call, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("arguments"), str) else None
 
 
 def _arguments(text: str) -> Any:
@@ -205,15 +211,14 @@ class _Reader:
 
     def _say_arguments(self, calls: Any) -> None:
         for call in calls if isinstance(calls, list) else []:
-            function = call.get("function") if isinstance(call, dict) else None
-            arguments = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(arguments, str):
-                try:
-                    known = isinstance(_arguments(arguments), dict)
-                except ValueError:
-                    known = False
-                if not known:
-                    self.notes[NOT_JSON] += 1
+            if (function := _function_with_text(call)) is None:
+                continue
+            try:
+                known = isinstance(_arguments(function["arguments"]), dict)
+            except ValueError:
+                known = False
+            if not known:
+                self.notes[NOT_JSON] += 1
 
     def _calls(self, content: Any, given: Message) -> list[dict[str, Any]]:
         try:

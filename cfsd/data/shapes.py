@@ -163,9 +163,9 @@ def _check_column(column: str, known: list[str], place: str) -> None:
         )
 
 
-def _holds_messages(rows: Sequence[Located], column: str, *, written: bool = True) -> bool:
-    """Say whether the first value of `column` that is not null is a list of messages, as such or `written` as text."""
+def _holds_messages(rows: Sequence[Located], column: str) -> bool:
+    """Say whether the first value of `column` that is not null is a list of messages, as such or as text."""
     value = next((row.record[column] for row in rows if row.record.get(column) is not None), None)
     if isinstance(value, str):
-        return written and all({"role", "content"} <= message.keys() for message in listed(value) or [{}])
+        return all({"role", "content"} <= message.keys() for message in listed(value) or [{}])
     return any({"role", "from"} & message.keys() for message in listed(value) or [])

@@ -144,7 +144,7 @@ def _where(entry: Entry, name: str) -> str:
     file = entry.folder / name
     if file.exists():
         return f"{_bytes(file.stat().st_size)}{' (link)' if file.is_symlink() else ''}"
-    return "shared" if entry.state == "in part" else "missing"
+    return "shared" if entry.state == IN_PART else "missing"
 
 
 @app.command("verify")

@@ -93,6 +93,11 @@ class Method(Spec, ABC):
     def is_on(self) -> bool:
         """Say whether the settings ask for anything."""
 
+    def unread(self) -> dict[str, str]:
+        """Return what has no effect while the method is off: all but its strength."""
+        others = type(self).model_fields.keys() - {self.strength}
+        return {} if self.is_on() else dict.fromkeys(others, self.strength)
+
     def pull(self) -> Pull | None:
         """Return what is added to the gradient of every global batch."""
         return None
@@ -116,16 +121,8 @@ class MethodSet(Spec):
     @field_validator("*")
     @classmethod
     def _off_is_neutral(cls, method: Method) -> Method:
-        """Take what is off as nothing given, but for settings that were meant to turn it on."""
-        if method.is_on():
-            return method
-        neutral = type(method)()
-        given = [name for name in method.model_fields_set if getattr(method, name) != getattr(neutral, name)]
-        if given and method.strength not in method.model_fields_set:
-            raise ValueError(
-                f"{', '.join(sorted(given))} has no effect without {method.strength}: give that too, or leave it out"
-            )
-        return neutral
+        """Take what is off as nothing given."""
+        return method if method.is_on() else type(method)()
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
