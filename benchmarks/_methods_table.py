@@ -9,7 +9,8 @@ import pandas as pd
 
 from cfsd.report.compared import Comparisons
 from cfsd.report.comparisons import compared
-from cfsd.report.figures.frontier import frontier_figure, styles
+from cfsd.report.figures.frontier import frontier_figure
+from cfsd.report.figures.look import styles
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import first_scores, gain_units, metric_of, table
 from cfsd.report.summary import Summary

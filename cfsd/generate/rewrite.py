@@ -133,6 +133,8 @@ class _Writer:
             return "without an end token"
         if last == first:
             return "without words"
+        if self._has_words(ids[last : first + spans[0]]):
+            return "with a special token inside"
         one = Asked(row, first, last, [])
         try:
             prompt = self._prompt(one)
@@ -141,6 +143,10 @@ class _Writer:
         if len(prompt) + self._most(one) > self.context:
             return "too long to be shown to the base"
         return one._replace(prompt=prompt)
+
+    def _has_words(self, tokens: list[int]) -> bool:
+        """Say whether more than what ends a row is in `tokens`."""
+        return bool(self.tokenizer.decode([token for token in tokens if token not in self.ends]).strip())
 
     def _most(self, one: Asked) -> int:
         return 1 + int(self.spec.lengths * (one.last - one.first))

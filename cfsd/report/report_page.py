@@ -7,10 +7,12 @@ from typing import Any
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.compared import Comparisons
 from cfsd.report.differences import differences_of
-from cfsd.report.figures import curves
-from cfsd.report.figures import frontier as figures
+from cfsd.report.figures.curves import curve_figures
+from cfsd.report.figures.forest import forest_figures
+from cfsd.report.figures.frontier import QUANTITIES, frontier_figure, frontier_points
 from cfsd.report.figures.matched_gain import matched_figure
 from cfsd.report.figures.moved import moved_figures
+from cfsd.report.figures.svg import embedded
 from cfsd.report.moved import Moved, sections_of
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import write_page
@@ -58,7 +60,7 @@ def write_report(
         how_matched=matched_gain.DEFINITION,
         moved=moved,
         drawn=_drawn(store, run_records, summaries, moved)
-        | figures.embedded({"matched": {m.measure: matched_figure(summaries, m) for m in comparisons.matched}}),
+        | embedded({"matched": {m.measure: matched_figure(summaries, m) for m in comparisons.matched}}),
         changed=changed_answers(store, run_records),
         **provenance_of(store, run_records, summaries),
     )
@@ -68,11 +70,11 @@ def _drawn(
     store: Store, run_records: list[RunRecord], summaries: list[Summary], moved: list[Moved]
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     panels, models = panels_of(store, run_records), names_of_models(run_records)
-    drawn = curves.curve_figures(panels, [summary.name for summary in summaries], models)
-    measured = [name for name in figures.QUANTITIES if figures.frontier_points(summaries, name)]
-    return figures.embedded({
-        "frontier": {name: figures.frontier_figure(summaries, [name]) for name in measured},
-        "forest": figures.forest_figures(summaries),
+    drawn = curve_figures(panels, [summary.name for summary in summaries], models)
+    measured = [name for name in QUANTITIES if frontier_points(summaries, name)]
+    return embedded({
+        "frontier": {name: frontier_figure(summaries, [name]) for name in measured},
+        "forest": forest_figures(summaries),
         **{f"moved {m.name}": moved_figures(m.name, m.bins, [s.name for s in summaries]) for m in moved},
         "curves": {name: figure for name, figure in drawn.items() if not name.startswith(WATCH)},
         "watched": {name: figure for name, figure in drawn.items() if name.startswith(WATCH)},

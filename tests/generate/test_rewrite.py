@@ -124,6 +124,21 @@ def test_of_a_chat_the_request_is_a_user_turn_and_the_rewrite_the_assistants(
         assert tokenizer.decode(learned) == "own words<|end|>" and new["token_ids"][:first] == old["token_ids"][:first]
 
 
+def test_a_response_with_a_special_token_inside_stays_whole(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beginning alone was said again, and the rest followed as it was."""
+    monkeypatch.setattr(module, "REQUEST", "{question} {answer}. again")
+    save(tmp_path / "chats", CHAT)
+    base, rows = fetched(store, tmp_path / "chats"), tmp_path / "rows.jsonl"
+    texts = ["abc<|turn|>def"] * 6
+    rows.write_text("".join(json.dumps({"prompt": f"name {i}", "response": t}) + "\n" for i, t in enumerate(texts)))
+    target = store.make("target", "0" * 16, lambda draft: prepare(base, Target(path=str(rows), held_out=2), draft))[0]
+    made = store.make("target", "1" * 16, lambda draft: rewrite(base, target, LOOSE, draft, MACHINE))[0]
+    assert made.metadata["stayed"] == {"with a special token inside": 4} and made.metadata["rewritten"] == 0
+    assert read_rows(store.path(made), "train") == read_rows(store.path(target), "train")
+
+
 def test_it_goes_on_after_a_kill_and_a_seed_decides(world: World) -> None:
     whole = world.rewritten(LOOSE)
 

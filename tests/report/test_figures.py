@@ -3,8 +3,9 @@
 from matplotlib.figure import Figure
 
 from cfsd.report.figures.curves import curve_figures
-from cfsd.report.figures.frontier import LONGEST_NAME, legend_label, short, svg_of, write_legend
+from cfsd.report.figures.look import LONGEST_NAME, legend_label, short, write_legend
 from cfsd.report.figures.moved import moved_figures
+from cfsd.report.figures.svg import svg_of
 from cfsd.report.training import Panel
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import JsonValue
 from rich.console import Console
@@ -18,7 +19,10 @@ from rich.console import Console
 from cfsd.recipe import Recipe
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.figures.curves import curve_figures
-from cfsd.report.figures.frontier import forest_figures, frontier_figure, styles, svg_of
+from cfsd.report.figures.forest import forest_figures
+from cfsd.report.figures.frontier import frontier_figure
+from cfsd.report.figures.look import styles
+from cfsd.report.figures.svg import svg_of
 from cfsd.report.files import Kept, write_files
 from cfsd.report.measures import MEASURES, Measure, ScoreTables
 from cfsd.report.report_page import write_report
@@ -524,6 +528,22 @@ def test_a_sweep_is_joined_in_its_order_in_one_colour_and_named_in_part() -> Non
     assert len({look[s.name] for s in swept}) == 1 and len(set(look.values())) == 3
     written = {text.get_text() for text in axes.texts} - {""}
     assert {"base", "finetune", "wise alpha=0.1", "1.0"} < written and len(written) < len(order)
+
+
+def test_many_variants_are_told_apart_by_a_legend() -> None:
+    """42 points with their names written beside them were a heap of text."""
+    rates, seeds = ("1e-05", "0.0001", "0.0003"), (0, 1)
+    names = [f"{method} rate={rate} seed={seed}" for method in "abcdefg" for rate in rates for seed in seeds]
+    drawn = frontier_figure([summary(n, 0.1, kl=0.1, gain=20 + i) for i, n in enumerate([*names, "plain"])])
+    (legend,) = drawn.legends
+    written = [text.get_text() for text in legend.get_texts()]
+    assert written == [*(f"{method}, 1e-05 to 0.0003" for method in "abcdefg"), "plain"]
+    assert all(axes.get_xlim()[0] > 0 and not axes.texts for axes in drawn.axes)
+    sizes = {line.get_markersize() for axes in drawn.axes for line in axes.lines if line.get_marker() == "o"}
+    assert len(sizes) == len(rates)
+    FigureCanvasAgg(drawn).draw()
+    below, lowest = legend.get_window_extent(), min(axes.get_tightbbox().y0 for axes in drawn.axes)
+    assert below.y0 >= 0 and below.y1 <= lowest + 1 and below.x1 <= drawn.bbox.width
 
 
 def test_sweeps_of_several_seeds_and_single_points_are_not_mixed() -> None:

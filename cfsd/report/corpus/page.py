@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cfsd.report.corpus.view import CorpusView, Histogram, describe_corpus
-from cfsd.report.figures.frontier import COLOURS, WIDTH, embedded, plain_axes, write_legend
+from cfsd.report.figures.look import COLOURS, WIDTH, plain_axes, write_legend
+from cfsd.report.figures.svg import embedded
 from cfsd.report.rendering import write_page
 from cfsd.store.artifact import Artifact, Store
 

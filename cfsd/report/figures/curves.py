@@ -6,15 +6,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cfsd.report.figures.frontier import INK, SIZE, WIDTH, Style, legend_label, plain_axes, styles, write_legend
+from cfsd.report.figures.look import (
+    INK,
+    SIZE,
+    WIDTH,
+    Style,
+    legend_label,
+    legend_shape,
+    plain_axes,
+    styles,
+    write_legend,
+)
 from cfsd.report.table import sweep_of
 from cfsd.report.training import Panel
 
 HEIGHT = 2.8  # inches, without a legend
-LEGEND_ROW = 0.21  # inches
 PALEST = 0.35  # opacity of the first of a sweep; the last is opaque
 FEW = 12  # points up to which each has its marker
-LETTERS = 46  # of a legend's row
 LONGEST = 30  # letters of an axis label on one line
 MAX_BANDS = 3  # lines up to which each has its band of chance; of more, the bands hide one another
 BAND = 0.12  # its opacity
@@ -42,9 +50,8 @@ def _opacities(names: Sequence[str]) -> dict[str, float]:
 
 def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float], models: Mapping[str, str]) -> Figure:
     labels = {name: legend_label(models[name]) for name in panel.lines}
-    columns = max(1, min(3, LETTERS // (4 + max(map(len, labels.values())))))
-    rows = -(-len(labels) // columns) if len(models) > 1 else 0
-    figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
+    columns, inches = legend_shape([models[name] for name in labels] if len(models) > 1 else ())
+    figure = Figure((WIDTH, HEIGHT + inches), layout="constrained")
     axes = figure.subplots()
     plain_axes(axes, "optimizer step", panel.label.replace(", ", ",\n") if len(panel.label) > LONGEST else panel.label)
     if panel.is_log:
@@ -62,7 +69,7 @@ def _curve(panel: Panel, look: Mapping[str, Style], opacity: Mapping[str, float]
     if len(panel.bands) <= MAX_BANDS:
         for name, ends in panel.bands.items():
             axes.axhspan(*sorted(ends), color=look[name].color, alpha=BAND, lw=0, zorder=0)
-    if rows:
+    if inches:
         write_legend(figure, columns)
     return figure
 

@@ -5,7 +5,7 @@ points of others.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cfsd.report.summary import Fig
+from cfsd.report.figures.point import Point, interval
 
 FAR = 16  # typographic points from the marker beyond which a line leads to the name
 MISLEADING = 25.0  # typographic points further that a name may lie rather than nearer to another point than to its own
@@ -21,20 +21,6 @@ SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 PLACES = [(side, far) for far in (8, FAR, 26, 38, 52, 70) for side in SIDES]
 
 Floats = NDArray[np.float64]  # ..._N4: N boxes in pixels: left, bottom, right, top; _P: of P places
-
-
-class Point(NamedTuple):
-    """A point's two figures, in the units of the axes, and its name; "" is not written."""
-
-    name: str
-    x: Fig
-    y: Fig
-
-
-def interval(figure: Fig) -> tuple[float, float]:
-    """Return the two ends of a figure's interval, which are its value where it has none."""
-    low, high = (figure["value"] if figure[end] is None else figure[end] for end in ("low", "high"))
-    return low, high
 
 
 def write_names(axes: Axes, points: Sequence[Point], *, size: float, color: str) -> None:

@@ -7,28 +7,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cfsd.report.figures.frontier import (
-    LABELS,
+from cfsd.report.figures.frontier import LABELS, frontier_points
+from cfsd.report.figures.look import (
+    LEGEND_ROW,
     LINE,
     WIDTH,
     Style,
-    certain,
     errorbar,
-    frontier_points,
     legend_label,
     plain_axes,
-    scaled,
     styles,
     write_legend,
 )
-from cfsd.report.figures.labels import Point
+from cfsd.report.figures.point import Point, certain, scaled
 from cfsd.report.summary import Summary
 from cfsd.report.table import POINTS, by_variant, sweep_of, variant_of
 from cfsd.statistics.figures import FRACTION
 from cfsd.statistics.matched_gain import MatchedGain
 
 HEIGHT = 4.0  # inches, without a legend
-LEGEND_ROW = 0.21  # inches
 COLUMNS = 3
 
 

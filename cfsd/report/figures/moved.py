@@ -8,11 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cfsd.report.figures.frontier import WIDTH, legend_label, plain_axes, short, styles, write_legend
-from cfsd.report.figures.labels import interval
+from cfsd.report.figures.look import WIDTH, legend_label, legend_shape, plain_axes, styles, write_legend
+from cfsd.report.figures.point import interval
 
-HEIGHT, LEGEND_ROW = 2.8, 0.21  # inches
-LETTERS = 46  # of a legend's row
+HEIGHT = 2.8  # inches, without a legend
 NATS = "divergence, nats per token"
 
 Bin = Mapping[str, Any]
@@ -30,9 +29,9 @@ def moved_figures(name: str, bins: Bins, names: Sequence[str]) -> dict[str, Figu
 
 
 def _figure(bins: Bins, by: str, names: Sequence[str], places: Callable[[Sequence[Bin]], list[float]]) -> Figure:
-    look, columns = styles(names), max(1, min(3, LETTERS // (4 + max(len(short(name)) for name in bins))))
-    rows = -(-len(bins) // columns) if len(bins) > 1 else 0
-    figure = Figure((WIDTH, HEIGHT + LEGEND_ROW * rows), layout="constrained")
+    look = styles(names)
+    columns, inches = legend_shape(bins if len(bins) > 1 else ())
+    figure = Figure((WIDTH, HEIGHT + inches), layout="constrained")
     axes = figure.subplots()
     for name, own in bins.items():
         style: Any = {"color": look[name].color, "marker": look[name].marker, "ms": 4, "lw": 1.4}
@@ -41,7 +40,7 @@ def _figure(bins: Bins, by: str, names: Sequence[str], places: Callable[[Sequenc
             places(own[by]), values, yerr=_reach(own[by]), elinewidth=1, capsize=2, label=legend_label(name), **style
         )
     axes.set_ylim(bottom=0)
-    if rows:
+    if inches:
         write_legend(figure, columns)
     return figure
 

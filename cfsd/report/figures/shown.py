@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 
-from cfsd.report.figures.frontier import INK, LINE, short
+from cfsd.report.figures.look import INK, LINE, short
 from cfsd.report.shown import AS_BASE, Answer, Item, Section
 
 SIZE, LINE_INCHES, GAP = 9, 0.163, 0.16  # of text in points; of a line of it, and between rows, in inches

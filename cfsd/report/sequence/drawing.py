@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cfsd.report.figures import frontier as figures
+from cfsd.report.figures.look import COLOURS, INK, SIZE, WIDTH, Style, errorbar, plain_axes, set_names, short
+from cfsd.report.figures.point import certain, scaled
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, number
 from cfsd.statistics.continual import Continual
@@ -35,7 +36,7 @@ def matrix_figure(scores: Continual, *, losses: bool) -> Figure:
     """
     R = np.array(scores.matrix, dtype=float)  # NaN where not measured
     rows, columns = R.shape
-    figure = Figure((max(figures.WIDTH, LABELS + CELL[0] * columns), 0.9 + CELL[1] * rows), layout="constrained")
+    figure = Figure((max(WIDTH, LABELS + CELL[0] * columns), 0.9 + CELL[1] * rows), layout="constrained")
     axes = figure.subplots()
     low, high = (np.nanmin(R), 0.0) if losses else (0.0, 1.0)
     share = (R - low) / (high - low) if high > low else R * 0 + 1
@@ -53,22 +54,22 @@ def matrix_figure(scores: Continual, *, losses: bool) -> Figure:
 
 def _write_score(axes: Axes, t: int, j: int, score: float) -> None:
     """Write the score of target j after stage t: bold from the target's own stage on, italic before it."""
-    style: Any = {"ha": "center", "va": "center", "size": figures.SIZE + 1, "color": CELL_INK}
+    style: Any = {"ha": "center", "va": "center", "size": SIZE + 1, "color": CELL_INK}
     if np.isnan(score):
-        axes.text(j, t, "-", **style | {"size": figures.SIZE, "color": figures.INK})
+        axes.text(j, t, "-", **style | {"size": SIZE, "color": INK})
     else:
         axes.text(j, t, number(score), **style | ({"weight": "bold"} if t > j else {"style": "italic"}))
 
 
 def _label_axes(axes: Axes, targets: Sequence[str]) -> None:
-    is_slanted = max(len(figures.short(name)) for name in targets) * len(targets) > 36
+    is_slanted = max(len(short(name)) for name in targets) * len(targets) > 36
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
-    figures.set_names(axes.xaxis, targets, slanted="left" if is_slanted else "")
-    figures.set_names(axes.yaxis, stages_of(targets))
-    axes.set_xlabel("score on the held-out rows of", size=figures.SIZE, color=figures.INK)
-    axes.set_ylabel("model", size=figures.SIZE, color=figures.INK)
-    axes.tick_params(labelsize=figures.SIZE, colors=figures.INK, length=0)
+    set_names(axes.xaxis, targets, slanted="left" if is_slanted else "")
+    set_names(axes.yaxis, stages_of(targets))
+    axes.set_xlabel("score on the held-out rows of", size=SIZE, color=INK)
+    axes.set_ylabel("model", size=SIZE, color=INK)
+    axes.tick_params(labelsize=SIZE, colors=INK, length=0)
     axes.spines[:].set_visible(False)
 
 
@@ -78,20 +79,20 @@ def since_base_figures(since: Sequence[Summary]) -> dict[str, Figure]:
     for name, (label, factor) in SINCE_BASE.items():
         measured = [getattr(summary, name) for summary in since]
         if all(measured):
-            stages = [figures.certain(0.0), *(figures.scaled(each, factor) for each in measured)]
+            stages = [certain(0.0), *(scaled(each, factor) for each in measured)]
             drawn[name] = _since_base(["first base", *(summary.name for summary in since)], stages, label)
     return drawn
 
 
 def _since_base(names: Sequence[str], stages: Sequence[Fig], label: str) -> Figure:
-    figure = Figure((figures.WIDTH, 2.8), layout="constrained")
+    figure = Figure((WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
-    figures.plain_axes(axes, "", f"{label} (up: worse)")
-    axes.axhline(0, color=figures.INK, lw=1)
-    axes.plot([stage["value"] for stage in stages], color=figures.COLOURS[0], lw=1.4)
+    plain_axes(axes, "", f"{label} (up: worse)")
+    axes.axhline(0, color=INK, lw=1)
+    axes.plot([stage["value"] for stage in stages], color=COLOURS[0], lw=1.4)
     for index, stage in enumerate(stages):
-        figures.errorbar(axes, figures.certain(index), stage, figures.Style(figures.COLOURS[0], "o"))
-    is_slanted = sum(len(figures.short(name)) for name in names) > 48
-    figures.set_names(axes.xaxis, names, slanted="right" if is_slanted else "")
+        errorbar(axes, certain(index), stage, Style(COLOURS[0], "o"))
+    is_slanted = sum(len(short(name)) for name in names) > 48
+    set_names(axes.xaxis, names, slanted="right" if is_slanted else "")
     axes.set_xlim(-0.35, len(stages) - 0.65)
     return figure

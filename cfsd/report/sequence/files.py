@@ -6,7 +6,8 @@ from typing import Any
 
 from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures.curves import curve_figures
-from cfsd.report.figures.frontier import embedded, forest_figures
+from cfsd.report.figures.forest import forest_figures
+from cfsd.report.figures.svg import embedded
 from cfsd.report.files import SCHEMA, Kept, check_artifacts, read_part, write_numbers
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import rendered, write_page
