@@ -164,10 +164,19 @@ class Comparison(BaseModel):
         seeds: int | None = None,
         seeds_vary: list[str] | None = None,
     ) -> Self:
-        """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'."""
+        """Return the comparison of a YAML file; overrides apply to its recipe, before the variants'.
+
+        Raises BadInput, also where `seeds_vary` is given and nothing is repeated.
+        """
         content = read_with_recipe(Path(path), overrides or [], "compare")
         given = {"seeds": seeds, "seeds_vary": seeds_vary}
-        return validated(cls, content | {name: value for name, value in given.items() if value}, str(path))
+        found = validated(cls, content | {name: value for name, value in given.items() if value}, str(path))
+        if seeds_vary and found.seeds == 1:
+            raise BadInput(
+                f"seeds_vary ({', '.join(seeds_vary)}) is about repeats, and every variant runs once: give seeds, too, "
+                "such as 3"
+            )
+        return found
 
 
 def _draws_nothing(recipe: Recipe) -> bool:

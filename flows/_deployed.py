@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -16,6 +19,8 @@ from cfsd.machine import without_password
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "deployments"
+TAG = "cfsd"  # of every deployment of ours
+MOST = 200  # deployments that Prefect returns at a time
 POOL_VARIABLE = "CFSD_POOL"
 POOLS = {"cpu": "Machines without a GPU", "gpu": "Machines with CUDA"}
 
@@ -54,8 +59,25 @@ def _automate(client: SyncPrefectClient, file: Path) -> None:
 
 
 def deploy(environment: dict[str, str]) -> None:
-    """Deploy all of deployments/prefect.yaml to the server that `environment` names. Raises BadEnvironment."""
-    run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"], environment)
+    """Deploy all of deployments/prefect.yaml to the server that `environment` names. Raises BadEnvironment.
+
+    Schedules are given to new deployments alone: Prefect would replace those that people added, changed or paused.
+    """
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        known = {deployment.name for deployment in client.read_deployments(limit=MOST) if TAG in deployment.tags}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(without_schedules(yaml.safe_load((FILES / "prefect.yaml").read_text()), known)))
+        run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment)
+
+
+def without_schedules(config: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the content of a prefect.yaml, in which the deployments called `known` have no schedules."""
+    deployments = [
+        {name: value for name, value in deployment.items() if name != "schedules" or deployment["name"] not in known}
+        for deployment in config["deployments"]
+    ]
+    return config | {"deployments": deployments}
 
 
 def run(words: list[str], environment: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,8 +11,10 @@ from pydantic import ValidationError
 from cfsd.baseline.file import Baseline, BaselineFigure, Measured, other_documents, provenance
 from cfsd.recipe import Recipe
 from cfsd.report.markdown import plain, row
+from cfsd.report.run_record import RunRecord
 from cfsd.stages import GENERATE, MIX, SELECT, TRAIN
 from cfsd.statistics.gate import Finding, Judgement, logarithms
+from cfsd.store.artifact import Store
 from tasks import record
 
 RESEEDED = (GENERATE, SELECT, MIX, TRAIN)  # the parts whose seed is varied
@@ -34,6 +37,19 @@ def warnings(known: Baseline, recipe: Recipe, seconds: Sequence[float], run: dic
     if before and after > SLOWER * before:
         notes.append(f"slower: training took {after:.0f} s, at most {before:.0f} s in the baseline (only a warning)")
     return notes
+
+
+def found_trained(store: Store, run_records: Sequence[RunRecord]) -> list[str]:
+    """Return a note on trainings that were not made now: neither code nor package versions are part of a key."""
+    steps = [step for run_record in run_records for step in run_record.steps if step.stage == TRAIN]
+    dates = [store.manifest(step.artifact)["created"] for step in steps if not step.executed]
+    if not dates:
+        return []
+    first = datetime.fromtimestamp(min(dates), UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return [
+        f"{len(dates)} of {len(steps)} trainings were found in the store, the oldest of {first}: code and packages "
+        "that changed since are not judged by them; for that, let --home name an empty folder"
+    ]
 
 
 def changes(known: Baseline, recipe: Recipe) -> list[str]:

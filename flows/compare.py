@@ -11,7 +11,6 @@ import typer
 from prefect import flow
 
 from cfsd.comparison import Comparison
-from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, conclude, show
@@ -50,8 +49,6 @@ def compare_command(
     """Run every variant of a recipe and put them into one table, one figure and one report."""
     parts = [part.strip() for part in seeds_vary.split(",")] if seeds_vary else None
     loaded, on = Comparison.load(comparison, set_, seeds, parts), machine_of(machine)
-    if parts and loaded.seeds == 1:
-        raise BadInput(f"--seeds-vary {seeds_vary} is about repeats, and every variant runs once: add --seeds 3")
     with checked(loaded.recipes().values(), on, pipeline, only_plan=plan) as plans:
         if plan:
             print_plans(plans, on, console)

@@ -44,7 +44,7 @@ from flows._named import name_flow_run
 from flows._parallel import run_variants
 from flows._plan import checked
 from flows._temporary_server import prefect_server
-from flows._verdict import RESEEDED, listed, origin, sentence_of, table, warnings
+from flows._verdict import RESEEDED, found_trained, listed, origin, sentence_of, table, warnings
 from flows.approve import approve, check_asked
 from flows.mitigate import pipeline
 from tasks import record, registry
@@ -90,11 +90,12 @@ def regress(
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
             edited = known.edited_margins() & set(made.figures) if known else set()
             made = with_margins(made, known, edited) if known else made
-            sentence = _replace(made, baseline, recipe, result, run_id)
+            sentence = _replace(made, baseline, recipe, result, run_id, approval=approval)
             sentence += f"; margins that were edited are kept: {', '.join(sorted(edited))}" if edited else ""
+            sentence += "".join(f"; {note}" for note in found_trained(Store(home()), run_records))
             return _publish(title, run_records, run_id, sentence, listed(made))
         judgement = judge(guarded(known, runs))
-        notes = warnings(known, recipe, seconds, runs[0])
+        notes = warnings(known, recipe, seconds, runs[0]) + found_trained(Store(home()), run_records)
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
             successor = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
@@ -120,10 +121,11 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
         if needed:
             raise
         return None
-    if known and given is None and known.name != recipe.name:
+    if known and given in (None, CHAMPION) and known.name != recipe.name:
+        place = f"the champion {registry.model_name(recipe.name)!r}" if given else str(baseline_file(recipe, given))
         raise BadInput(
-            f"{baseline_file(recipe, given)} is the baseline of {known.name!r}, not of {recipe.name!r}; name a file of "
-            "this recipe's own (--baseline FILE), or rename the recipe"
+            f"{place} is the baseline of {known.name!r}, not of {recipe.name!r}; name a file of this recipe's own "
+            "(--baseline FILE), or rename the recipe"
         )
     if known and needed:
         benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
@@ -184,7 +186,9 @@ def trained_seconds(run_record: RunRecord) -> float:
     return float(Store(home()).manifest(run_record.artifacts["tuned"])["seconds"])
 
 
-def _replace(made: Baseline, given: str | None, recipe: Recipe, result: Result, run_id: str | None) -> str:
+def _replace(
+    made: Baseline, given: str | None, recipe: Recipe, result: Result, run_id: str | None, *, approval: bool
+) -> str:
     """Put a new baseline into its file, or make its model the champion; return a sentence that says so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
@@ -193,7 +197,7 @@ def _replace(made: Baseline, given: str | None, recipe: Recipe, result: Result, 
         write_baseline(file, made)
         return f"{seeds} written to {file}{instead}"
     version = _register(made, recipe, result, run_id, f"first of its kind, {seeds}: nothing was judged")
-    return f"{seeds}: {_succeed(recipe, version, enough=True, approval=False)}"
+    return f"{seeds}: {_succeed(recipe, version, enough=True, approval=approval)}"
 
 
 def _register(made: Baseline, recipe: Recipe, result: Result, run_id: str | None, verdict: str) -> int | None:

@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from prefect import Task, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -23,6 +25,7 @@ from tasks import record
 P = ParamSpec("P")
 UNKNOWN = ""  # the content of an artifact that a plan has not made yet
 GPU_SLOT = "gpu"
+SOON = 5  # seconds after which a run says that it waits
 
 
 class Planned(NamedTuple):
@@ -155,12 +158,22 @@ def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-def gpu_slot(machine: Machine, *, needed: bool) -> AbstractContextManager[None]:
+@contextmanager
+def gpu_slot(machine: Machine, *, needed: bool) -> Iterator[None]:
     """Hold as many of the server's `gpu` slots as this process sees GPUs, while a stage computes on them."""
     if not needed or machine.resolved_device() != "cuda":
-        return nullcontext()
+        yield
+        return
     slots = min(machine.visible_devices(), gpu_slots(machine))
-    return concurrency(GPU_SLOT, occupy=slots, strict=True, raise_on_lease_renewal_failure=False)
+    held = partial(concurrency, GPU_SLOT, occupy=slots, strict=True, raise_on_lease_renewal_failure=False)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(timeout_seconds=SOON))
+        except AcquireConcurrencySlotTimeoutError:
+            record.say(f"waiting for other runs to free {slots} of the `{GPU_SLOT}` slots; those of a killed run are "
+                       f"free after five minutes (prefect gcl inspect {GPU_SLOT})")  # fmt: skip
+            stack.enter_context(held())
+        yield
 
 
 def gpu_slots(machine: Machine) -> int:

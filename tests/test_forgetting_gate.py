@@ -255,6 +255,13 @@ def test_two_models_without_a_baseline_are_shown_as_measured(tmp_path: Path, git
     assert "| tuned | forgetting of facts | 5 points | 4 to 6.1 |" in github.comments[0]["body"]
 
 
+def test_a_gate_that_crashed_after_a_seed_says_that_there_is_no_verdict(tmp_path: Path, github: GitHub) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"schema": 2, "variants": {}}))
+    run, report = Run(tmp_path, github), '"$CFSD_HOME"/reports/seed-5'
+    assert run(f"mkdir -p {report} && cp {tmp_path}/summary.json {report}/; exit 4") == 4
+    assert "The gate came to no verdict: it ended with code 4." in github.comments[0]["body"]
+
+
 def test_two_logs_of_any_trainer_are_compared_in_a_comment(tmp_path: Path, github: GitHub, server: str) -> None:
     logs = ROOT / "tests" / "evaluate" / "lm_eval_logs"
     measure = f"{sys.executable} -m flows.measure --samples {logs}/0.4.5 {logs}/0.4.9.1"

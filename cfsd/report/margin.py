@@ -13,8 +13,8 @@ from cfsd.statistics.gate import Finding, Judgement, Outcome
 from cfsd.statistics.margin import judge_losses, unguarded
 
 HOW = (
-    "FAIL: lost more than the margin, and more than chance explains (Holm, 1 % over all figures). PASS: the whole "
-    "95 % interval is below the margin."
+    "FAIL: the loss on these documents is above the margin, and chance does not explain a loss (Holm, 1 % over all "
+    "figures); on others it may be below the margin where the interval is. PASS: the whole 95 % interval is below it."
 )
 
 

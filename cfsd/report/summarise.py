@@ -150,7 +150,10 @@ def headline(summary: Summary) -> dict[str, float]:
         flat |= with_bounds(name, figure)
     flat |= {f"target/{name}": value for name, value in summary.target.items()}
     for name, b in summary.benchmarks.items():
-        flat |= {f"base/{name}/{b['metric']}": b["base"], f"eval/{name}/{b['metric']}": b["tuned"]}
+        # Steps log a perplexity under its own name, and the figures here are its logarithm per token.
+        unit = b["forgetting"]["unit"]
+        metric = unit.replace("/", "_per_") if unit.startswith("nats") else b["metric"]
+        flat |= {f"base/{name}/{metric}": b["base"], f"eval/{name}/{metric}": b["tuned"]}
     return flat | _of_training(summary)
 
 

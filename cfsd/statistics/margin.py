@@ -21,7 +21,8 @@ def judge_losses(lost: Sequence[BenchmarkForgetting], mean: Figure | None, margi
     """Return FAIL where a loss is above `margin` and significant, PASS where its whole interval is below it.
 
     `margin`: a fraction, 0.02 is 2 points; it holds for each benchmark that is scored from 0 to 1 where more is better,
-    and for their chance-corrected mean. Holm's correction bounds the probability of any wrong FAIL by 1 %.
+    and for their chance-corrected mean. Holm's correction bounds by 1 % the probability of any FAIL where nothing was
+    lost. That the loss on all such documents is above the margin, too, is certain only where the interval is above it.
     """
     guarded = [entry for entry in lost if not _why_unguarded(entry)]
     figures = {entry.benchmark: entry.forgetting for entry in guarded} | ({MEAN: mean} if mean else {})

@@ -125,7 +125,7 @@ class Store:
     def _known(self, kind: str, key: str) -> Path:
         """Return the folder of an artifact, with the manifest of the shared store where it was not there."""
         folder = self.root / kind / key
-        if self.sharing and not folder.exists():
+        if self.sharing and (not folder.exists() or self.sharing.is_elsewhere(folder)):
             self.sharing.discover(kind, key)
         return folder
 
@@ -161,7 +161,7 @@ class Store:
         What is still in the shared store is not missing.
         """
         files = {folder / name: sha for name, sha in manifest["files"].items()}
-        if self.sharing and (folder / PARTIAL).exists():
+        if self.sharing and (folder / PARTIAL).exists() and not self.sharing.is_elsewhere(folder):
             files = {path: sha for path, sha in files.items() if os.path.lexists(path)}
         there = [path for path in files if path.is_file()]
         read = {path: sha256_of_file(path) for path in there} if full else self.memory.sha256s(there)

@@ -118,7 +118,8 @@ def references(home: Path, *, whole: bool = False) -> dict[Place, list[str]]:
     `whole`: one that cannot be read raises StoreError, and is not left out.
     """
     found: dict[Place, list[str]] = defaultdict(list)
-    for file in [*sorted((home / "reports").glob("*/*.json")), *sorted((home / REGISTERED).glob("*.json"))]:
+    reports = home / "reports"
+    for file in [*sorted(reports.glob("*/**/*.json")), *sorted((home / REGISTERED).glob("*.json"))]:
         try:
             content = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
@@ -128,7 +129,7 @@ def references(home: Path, *, whole: bool = False) -> dict[Place, list[str]]:
                     "deleted; restore the file, or delete its report"
                 ) from error
             continue
-        name = file.parent.name if file.parent.name != REGISTERED else content[REGISTERED]
+        name = file.relative_to(reports).parts[0] if file.is_relative_to(reports) else content[REGISTERED]
         for place in sorted(set(_named_in(content))):
             if name not in found[place]:
                 found[place].append(name)

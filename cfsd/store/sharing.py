@@ -32,8 +32,15 @@ class Sharing:
         self.root, self.memory, self.remote = root, memory, remote
         self.marks = root / ".shared" / remote.name
 
+    def is_elsewhere(self, folder: Path) -> bool:
+        """Say whether the rest of what is in `folder` in part is in another shared store than this one."""
+        return (folder / PARTIAL).exists() and _text(folder / PARTIAL) != str(self.remote)
+
     def discover(self, kind: str, key: str) -> bool:
-        """Put the manifest of what the shared store holds in place; needs no lock, as the folder appears whole."""
+        """Put the manifest of what the shared store holds in place; needs no lock, as the folder appears whole.
+
+        What is here in part from another shared store is taken as this one's, where this one has the same.
+        """
         try:
             known = self.remote.realisation(kind, key)
             if known is None or known.digest == _text(self._mark(kind, key, refused=True)):
@@ -44,7 +51,13 @@ class Sharing:
         except Away as away:
             tell_once(away)
             return False
-        return self._place(known, self.root / kind / key)
+        folder = self.root / kind / key
+        if self.is_elsewhere(folder):
+            if (own := own_realisation(folder)) is None or own.digest != known.digest:
+                return False
+            (folder / PARTIAL).write_text(f"{self.remote}\n")
+            return True
+        return self._place(known, folder)
 
     def _place(self, known: Realisation, folder: Path) -> bool:
         draft = folder.with_name(f".{known.key}.{uuid4().hex}")
@@ -218,7 +231,7 @@ def tell_once(away: StoreError, say: Say = print) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text().strip()
     except FileNotFoundError:
         return ""
 

@@ -35,7 +35,9 @@ def summary_of(done: Any) -> dict[str, Any]:
 def test_what_repeats_vary_needs_repeats(comparison_file: Path) -> None:
     from flows.compare import compare_command
 
-    with pytest.raises(BadInput, match="corpus is about repeats, and every variant runs once: add --seeds 3"):
+    with pytest.raises(
+        BadInput, match=r"corpus\) is about repeats, and every variant runs once: give seeds, too, such as 3"
+    ):
         compare_command(comparison_file, seeds_vary="corpus")
 
 

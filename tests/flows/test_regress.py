@@ -155,8 +155,20 @@ def test_the_nightly_deployment_guards_the_shipped_recipe() -> None:
     assert [schedule["cron"] for schedule in nightly["schedules"]] == ["17 3 * * *"]
 
 
+def test_a_refresh_of_the_menus_leaves_schedules_as_people_made_them() -> None:
+    from flows._deployed import without_schedules
+
+    config = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    assert without_schedules(config, []) == config
+    refreshed = without_schedules(config, ["regress", "mitigate"])
+    (gate,) = (deployment for deployment in refreshed["deployments"] if deployment["name"] == "regress")
+    assert "schedules" not in gate and gate["parameters"] == {"recipe": "tiny"}
+
+
 @pytest.mark.slow
 def test_the_deployment_on_a_real_server(recipe_file: Path, home: Path, server: str, tmp_path: Path) -> None:
+    from flows._deployed import deploy
+
     recipe, api = Recipe.load(recipe_file), f"{server}/api"
     files = {name: tmp_path / f"{name}.json" for name in ("COMPLETED", "FAILED")}
     for file, scale in zip(files.values(), ({}, {"probe_kl": 0.01}), strict=True):
@@ -174,7 +186,14 @@ def test_the_deployment_on_a_real_server(recipe_file: Path, home: Path, server: 
     prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
     prefect("--no-prompt", "deploy", "--name", "regress", "--prefect-file", "deployments/prefect.yaml")
     deployment = ask(f"{api}/deployments/name/regress/regress")
-    assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["17 3 * * *"]
+    own = [{"schedule": {"cron": "0 2 * * *"}, "active": True, "parameters": {"recipe": "mine"}}]
+    ask(f"{api}/deployments/{deployment['id']}/schedules", own)
+    deploy(environment | {"PREFECT_API_URL": api})  # as another `make up`
+    deployment = ask(f"{api}/deployments/name/regress/regress")
+    assert {s["schedule"]["cron"]: s["parameters"] for s in deployment["schedules"]} == {
+        "17 3 * * *": {}, "0 2 * * *": {"recipe": "mine"},
+    }  # fmt: skip
+    assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["17 3 * * *", "0 2 * * *"]
     for expected, file in files.items():
         parameters = {"recipe": "mine", "baseline": str(file), "seeds": 1, "machine": {"device": "cpu", "threads": 1}}
         started = ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
@@ -230,6 +249,8 @@ def test_the_champion_moves_on_pass_alone_shown_with_a_learning_rate_of_zero(
     assert state.message.startswith("PASS") and version == 1, "one seed is no baseline"
     state, version = judged(still)
     assert state.message.startswith("PASS") and version == 2, state.message
+    verdicts = sorted((home / "reports").glob("*/verdict.md"), key=lambda file: file.stat().st_mtime_ns)
+    assert "trainings were found in the store" in verdicts[-1].read_text(), "seed 5 had been trained before"
     successor = known_baseline(still, CHAMPION)
     assert successor and successor.seeds == (5, 6, 7, 8, 9) and successor.provenance.replaces
     faulty = Recipe.load(recipe_file, ["train.learning_rate=0.03", f"name={name}"])

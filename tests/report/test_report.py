@@ -426,6 +426,15 @@ def test_a_measure_in_the_table_of_measures_reaches_every_place(world: World, tm
     assert ["least gain of a row" in text and "1.40" in text for text in shown_in] == [True] * 3
 
 
+def test_a_perplexity_benchmark_has_one_unit_under_one_name() -> None:
+    """The step logs lm-eval's perplexity as word_perplexity, and the variant's run nats per token."""
+    nats = benchmark(0.1, 0.05) | {"forgetting": figure(0.1, 0.05, "nats/token"), "metric": "word_perplexity"}
+    flat = headline(summary("a", 0.1).model_copy(update={"benchmarks": {"prose": nats, "b": benchmark(0.1, 0.05)}}))
+    own = {name for name in flat if name.startswith(("base/", "eval/"))}
+    assert {name for name in own if "prose" in name} == {"base/prose/nats_per_token", "eval/prose/nats_per_token"}
+    assert {name for name in own if "/b/" in name} == {"base/b/acc", "eval/b/acc"}
+
+
 # --- table, terminal, numbers, figures -----------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from cfsd.report.sequence.repeats import over_repeats, read_repeats, write_repea
 from cfsd.report.sequence.retention import WHOLE, Retention, gaps_of, retention_of
 from cfsd.report.sequence.verdict import learned_and_lost
 from cfsd.report.summarise import summarise
+from cfsd.statistics.figures import FRACTION, Figure
 from tests.report.test_report import Page, World, summary
 
 TARGETS = ("sums", "maps", "poems")
@@ -206,6 +207,18 @@ def test_figures_over_seeds_have_intervals_of_rows_and_seeds(world: World) -> No
     assert figures["backward_transfer"].value == pytest.approx(np.mean([t.value for t in transfers if t]))
     assert figures["backward_transfer_exact"].value == pytest.approx(-(15 + 2) / 20 / 2)
     assert figures["probe_kl"].value == pytest.approx(0.3, rel=0.1)
+
+
+def test_an_interval_over_seeds_ends_where_shares_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of both earlier targets are lost, in every seed but for a few: [-101, -95] points was printed."""
+    wide = Figure(value=-0.98, low=-1.01, high=-0.9, unit=FRACTION)
+    monkeypatch.setattr("cfsd.report.sequence.repeats.over_seeds", lambda seeds: wide)
+    kept, measured = repeats_of(world, 1)[0]
+    stages = [summarise(world.store, run_record) for run_record in kept.run_records]
+    retention = retention_of(world.store, kept.run_records, stages, measured)
+    found = over_repeats(world.store, [measured], [retention])
+    assert found.figures["backward_transfer_exact"].low == -1.0 and found.figures["probe_kl"].low == -1.01
+    assert found.exact[3][0].low == 0.0 and found.losses[3][0].low == -1.01
 
 
 def test_the_page_over_seeds_says_the_way_and_is_made_again_from_its_folder(world: World, tmp_path: Path) -> None:

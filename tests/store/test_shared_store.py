@@ -121,6 +121,36 @@ def test_without_the_shared_store_a_part_is_made_again_and_that_is_said(
     assert said == [f"of thing {KEY} a part is in a shared store only, and CFSD_STORE is not set: it is made again"]
 
 
+def test_a_part_from_another_shared_store_comes_from_this_one_or_is_made_again(
+    on_disk: Path, two: tuple[Store, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as whole, so that each run ended at the first of them, after it was deleted."""
+    for key in (KEY, OTHER):
+        two[0].make("thing", key, write(key))
+        assert two[1].find("thing", key)
+    monkeypatch.setenv("CFSD_STORE", f"file://{tmp_path}/moved")
+    Store(tmp_path / "three").make("thing", KEY, write(KEY))
+    moved = Store(two[1].home)
+    assert moved.find("thing", OTHER) is None
+    remade, executed = moved.make("thing", OTHER, write(OTHER))
+    assert executed and there(moved, remade) == WHOLE
+    made, executed = moved.make("thing", KEY, write(KEY))
+    assert (moved.path(made) / "part" / "ä b.txt").read_text() == KEY and there(moved, made) == WHOLE
+    moved.verify(made)
+
+
+def test_a_part_from_a_shared_store_that_moved_is_not_made_again(
+    on_disk: Path, two: tuple[Store, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two[0].make("thing", KEY, write())
+    assert two[1].find("thing", KEY)
+    on_disk.rename(tmp_path / "moved")
+    monkeypatch.setenv("CFSD_STORE", f"file://{tmp_path}/moved")
+    moved = Store(two[1].home)
+    made, executed = moved.make("thing", KEY, never)
+    assert not executed and (moved.path(made) / "model.safetensors").read_text() == "weights"
+
+
 def test_what_is_damaged_here_comes_from_the_shared_store(on_disk: Path, two: tuple[Store, Store]) -> None:
     one, said = two[0], list[str]()
     made, _ = one.make("thing", KEY, write())

@@ -45,8 +45,8 @@ def make(store: Store, kind: str, key: str, *inputs: Artifact, text: str = "x", 
     return made
 
 
-def report(store: Store, name: str, *artifacts: Artifact) -> None:
-    folder = store.home / "reports" / name
+def report(store: Store, name: str, *artifacts: Artifact, below: str = "") -> None:
+    folder = store.home / "reports" / name / below
     folder.mkdir(parents=True)
     steps = [{"stage": "any", "artifact": artifact.model_dump(mode="json")} for artifact in artifacts]
     (folder / "run_records.json").write_text(json.dumps({"schema": 1, "run_records": [{"steps": steps}]}))
@@ -138,6 +138,14 @@ def test_gc_keeps_what_is_young_or_small_and_what_that_was_made_from(
     assert "2 could be deleted" in cfsd("gc", "--older-than", "0")[1]
     assert "0 could be deleted" in cfsd("gc", "--older-than", "0", "--larger-than", "1")[1]
     assert cfsd("gc", "--older-than", "0", "--delete")[0] == 0 and present(store) == set("abc")
+
+
+def test_gc_keeps_what_the_pages_of_one_seed_refer_to(cfsd: Cfsd, store: Store) -> None:
+    """They lie one folder deeper than the page over all seeds, which names no artifact."""
+    crossed = make(store, "scores", "c", text="of another target")
+    report(store, "in-turn-12345678", crossed, below="in-turn-seed-1")
+    assert "0 could be deleted" in cfsd("gc")[1]
+    assert "in-turn-12345678" in cfsd("show", "c")[1]
 
 
 def test_a_broken_reference_is_said(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:

@@ -14,11 +14,12 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.flow_runs import resume_flow_run
 
 from cfsd.baseline.file import Baseline, baseline_of, with_margins
-from cfsd.errors import CfsdError
+from cfsd.errors import BadInput, CfsdError
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.inventory import Limits, collectable, references
 from flows.approve import Decision, approve, decide
+from flows.regress import CHAMPION, known_baseline
 from tasks import record, registry
 from tasks.record import client
 from tasks.record.server import server
@@ -142,6 +143,14 @@ def test_the_champion_is_read_back_and_each_passed_model_is_a_version(recipe: Re
     version = MlflowClient().get_model_version_by_alias(registry.model_name(recipe.name), "champion")
     assert version.version == 2 and version.tags["cfsd.model"] == MODELS[1].key
     assert float(version.tags["cfsd.target_gain"]) == pytest.approx(1.0, abs=0.1)
+
+
+def test_another_recipes_champion_is_refused(recipe: Recipe, home: Path) -> None:
+    """MLflow takes no slash, so that a/b and a-b share a registered model."""
+    slashed, dashed = (recipe.model_copy(update={"name": name}) for name in ("a/b", "a-b"))
+    assert promoted(dashed, MODELS[0], made(dashed)) == 1
+    with pytest.raises(BadInput, match="the champion 'a-b' is the baseline of 'a-b', not of 'a/b'"):
+        known_baseline(slashed, CHAMPION)
 
 
 def test_the_same_model_asked_for_again_is_the_same_version(recipe: Recipe, home: Path) -> None:

@@ -50,11 +50,13 @@ def outcome_of(folder: Path | None, code: str) -> str:
 def body_of(folder: Path | None, name: str, code: str) -> str:
     """Return the comment in Markdown: its mark, verdict, table, figure and where it comes from."""
     if folder is None:
-        text = f"The gate came to no verdict: it ended with code {code}. The job's log says why."
+        text = no_verdict(code)
     elif (verdict := folder / "verdict.md").is_file():
         text = re.sub(r"\A# .*\n+", "", verdict.read_text(encoding="utf-8"))
     else:
         text = table_of(read(folder / "summary.json"))
+        if code not in OUTCOMES:  # a seed before the one that failed left its figures
+            text = f"{no_verdict(code)} Before that, these were measured:\n\n{text}"
     figure = figure_of(read(folder / "verdict.json").get("findings", [])) if folder else ""
     room = LONGEST - len(figure)
     if len(text) > room:
@@ -62,6 +64,11 @@ def body_of(folder: Path | None, name: str, code: str) -> str:
     return "\n\n".join(
         part for part in (mark(name), f"## {plain(name)}", plain(text).strip(), figure, origin()) if part
     )
+
+
+def no_verdict(code: str) -> str:
+    """Return the sentence of a gate that ended otherwise than with an outcome."""
+    return f"The gate came to no verdict: it ended with code {code}. The job's log says why."
 
 
 def mark(name: str) -> str:

@@ -183,12 +183,16 @@ def _choices_and_right(task: Any, sample: dict[str, Any]) -> tuple[list[str], An
 
 
 def best_choice(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> int:
-    """Return the number of the likeliest choice, per character or byte where `metric` is."""
+    """Return the number of the choice that `metric` takes: the likeliest, by its length or what the prompt adds.
+
+    For acc_mutual_info the likelihoods without a prompt follow those with it.
+    """
     lengths = [1] * len(choices)
     if metric in ("acc_norm", "acc_bytes"):
         lengths = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
-    likelihoods = [likelihood for likelihood, _ in answers[: len(choices)]]
-    return int(np.argmax(np.array(likelihoods) / lengths))
+    likelihoods = np.array([likelihood for likelihood, _ in answers])
+    alone = likelihoods[len(choices) :] if metric == "acc_mutual_info" else 0
+    return int(np.argmax((likelihoods[: len(choices)] - alone) / lengths))
 
 
 def _chance(benchmark: Benchmark, task: Any, metric: str, samples: list[dict[str, Any]]) -> float | None:

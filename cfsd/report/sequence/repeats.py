@@ -1,5 +1,6 @@
 """Several repeats of one sequence of targets, each with seeds of its own: the R matrix and its figures over seeds."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from cfsd.report.sequence.files import read_measured, write_sequence_files
 from cfsd.report.sequence.retention import Retention
 from cfsd.report.table import POINTS
 from cfsd.statistics.figures import FRACTION, NATS, Figure, mean_of, mean_per_token, share_of
+from cfsd.statistics.intervals import Interval
 from cfsd.statistics.seeds import DEFINITION, over_seeds
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.digests import write_json
@@ -39,6 +41,8 @@ LINES = {
     "probe_kl": Line("probe_kl of the last model from the first base, nats/token"),
     "mean_forgetting": Line("mean forgetting of the last model since the first base, points", POINTS),
 }
+ANY, SHARE = Interval(-math.inf, math.inf), Interval(0.0, 1.0)
+POSSIBLE = {"final_exact": SHARE, "backward_transfer_exact": Interval(-1.0, 1.0)}
 
 
 class OverSeeds(BaseModel):
@@ -69,23 +73,23 @@ def over_repeats(store: Store, measured: Sequence[Measured], retained: Sequence[
     return OverSeeds(
         targets=retained[0].losses.targets,
         seeds=len(retained),
-        losses=_over([seed.losses for seed in cells], is_share=False),
-        exact=_over([seed.exact for seed in cells], is_share=True),
-        figures={name: _mean([seed[name] for seed in each], is_share=name == "final_exact") for name in shared},
+        losses=_over([seed.losses for seed in cells]),
+        exact=_over([seed.exact for seed in cells], SHARE),
+        figures={name: _mean([seed[name] for seed in each], POSSIBLE.get(name, ANY)) for name in shared},
     )
 
 
-def _over(matrices: Sequence[list[list[Figure]]], *, is_share: bool) -> tuple[Row, ...]:
+def _over(matrices: Sequence[list[list[Figure]]], possible: Interval = ANY) -> tuple[Row, ...]:
     rows = zip(*matrices, strict=True)
-    return tuple(tuple(_mean(cell, is_share=is_share) for cell in zip(*row, strict=True)) for row in rows)
+    return tuple(tuple(_mean(cell, possible) for cell in zip(*row, strict=True)) for row in rows)
 
 
-def _mean(seeds: Sequence[Figure], *, is_share: bool) -> Figure:
-    """Return the figure over seeds; the interval of a share ends at 0 and 1."""
+def _mean(seeds: Sequence[Figure], possible: Interval) -> Figure:
+    """Return the figure over seeds, with the interval cut to `possible` values."""
     found = over_seeds(seeds)
-    if not is_share or found.low is None or found.high is None:
+    if found.low is None or found.high is None:
         return found
-    return found.model_copy(update={"low": max(found.low, 0.0), "high": min(found.high, 1.0)})
+    return found.model_copy(update={"low": max(found.low, possible.low), "high": min(found.high, possible.high)})
 
 
 def _cells(store: Store, measured: Measured) -> Cells:
