@@ -24,12 +24,13 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable, check_windows
 from cfsd.generate.spec import ProbeSpec, check_context
-from cfsd.machine import Machine, served_at
+from cfsd.machine import Machine, home, served_at
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.tokenizer_difference import read_otherwise
 from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord, roles_of
-from cfsd.store.artifact import Artifact
+from cfsd.store.artifact import Artifact, Store
 from flows._cli import NO_VERDICT, Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
@@ -69,6 +70,9 @@ def measure(
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
+        notes = read_otherwise(Store(home()), *models)
+        for note in notes:
+            record.say(note)
         for model in models:  # TUNED may attend to fewer tokens than BASE
             check_context(model, probe, "probe")
         probe.check_base(models[0])
@@ -82,7 +86,7 @@ def measure(
         after = evaluate_tuned(*models, rows, sampled, evaluate, machine)
         roles = {"base": models[0], "final": models[1], **roles_of(sampled)} | ({"target": rows} if rows else {})
         run_record = RunRecord(name=label, artifacts=roles, before=before, after=after, steps=tuple(variant.steps))
-        return conclude(name, [run_record], [variant.run_id])
+        return conclude(name, [run_record], [variant.run_id], notes)
 
 
 def _fitting(target: Target, tuned: Artifact) -> Target:

@@ -21,6 +21,7 @@ from cfsd.model.adapter import Adapter
 from cfsd.model.adapter_folder import ADAPTER_WEIGHTS
 from cfsd.model.folder import brief, listed
 from cfsd.model.loading import load_model, load_tokenizer, save_model
+from cfsd.model.tokenizer_difference import differences
 
 PROBE_TOKENS = 16
 MAX_CHANGE = 1e-3  # of the logits' deviation: what float32 may change when two products become one
@@ -178,12 +179,7 @@ def _check_tokenizer(base: Path, adapter: Adapter) -> list[str]:
             f"such as {token!r} ({number}); a divergence between them is not defined: measure against the base it was "
             "trained from, with the same tokens added"
         )
-    parts = {
-        "chat template": own.chat_template != theirs.chat_template,
-        "end token": own.eos_token_id != theirs.eos_token_id,
-        "start of a text": own("a b").input_ids != theirs("a b").input_ids,
-    }
-    if changed := [name for name, differs in parts.items() if differs]:
+    if changed := differences(own, theirs):
         return [f"adapter {adapter.label()} has another {', '.join(changed)} in its tokenizer; the base's is used"]
     return []
 

@@ -8,6 +8,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from cfsd.errors import BadInput
+from cfsd.evaluate.harness.rows import best_choice
 from tests.evaluate.test_score import CHOICE, READ, WRITE, scores_of, write
 from tests.evaluate.test_score import model as model
 from tests.evaluate.test_score import tokenizer as tokenizer
@@ -124,3 +125,10 @@ def test_a_file_that_is_read_elsewhere_is_said(model: Any, tokenizer: Any, tmp_p
     (path.parent / "own.py").write_text(read % "../list.json" + use)
     (remark,) = scores_of(model, tokenizer, path.parent, "pick").metadata["remarks"]
     assert remark.startswith(f"its Python reads {tmp_path / 'list.json'}, outside the folder of its YAML")
+
+
+def test_the_answer_that_is_shown_is_the_one_that_was_scored() -> None:
+    """lm-eval's acc_mutual_info takes the choice that the prompt makes likeliest, against the choice by itself."""
+    answers = [(-1.0, False), (-2.0, False), (-0.1, False), (-5.0, False)]
+    assert [best_choice(metric, ["a", "b"], answers) for metric in ("acc", "acc_mutual_info")] == [0, 1]
+    assert best_choice("acc_norm", ["a", "bbbb"], answers) == 1
