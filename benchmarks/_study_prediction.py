@@ -58,16 +58,23 @@ class Run(NamedTuple):
 
 
 def runs_of(parts: dict[str, dict[str, Any]]) -> list[Run]:
-    """Return the trainings of all parts that have every predictor and any loss to be predicted."""
-    found = []
+    """Return the trainings of all parts that have every predictor and any loss to be predicted.
+
+    One that several parts have counts once, in the first of them, and its variants are one, under the first's name.
+    """
+    found: dict[tuple[float, ...], Run] = {}  # by all predictors: a training had another key in an earlier version
+    names: dict[str, str] = {}
     for part, content in parts.items():
         for name, figures in content["variants"].items():
             predictors = {key: _value(figures.get(key)) for key in PREDICTORS}
             scored = figures["benchmarks"]
             lost = {key: LOST[key][1] * scored[key]["forgetting"]["value"] for key in LOST if key in scored}
             if None not in predictors.values() and lost:
-                found.append(Run(part, variant_of(name), predictors, lost))
-    return found
+                training, run = tuple(predictors.values()), Run(part, variant_of(name), predictors, lost)
+                first = found.get(training, run)
+                found[training] = first._replace(lost=lost | first.lost)
+                names[run.variant] = first.variant
+    return [run._replace(variant=names[run.variant]) for run in found.values()]
 
 
 def _value(figure: Any) -> Any:

@@ -155,11 +155,18 @@ def test_a_loss_is_predicted_over_the_trainings_that_were_scored_on_it() -> None
         return {**divergences, "weight_distance": chat_kl, "benchmarks": scored}
 
     both = {f"v{i}": made(0.1 * 2**i, instructions=0.1 * i, technical_english=0.2 * i) for i in range(4)}
-    one = {f"w{i}": made(0.1 * 2**i, instructions=0.1 * i) for i in range(4)}
+    one = {f"w{i}": made(0.1 * 2**i + 1e-9, instructions=0.1 * i + 1e-9) for i in range(4)}
     lines = "\n".join(block(runs_of({"both": {"variants": both}, "one": {"variants": one}}))).splitlines()
     assert "| instructions, points | 8 | chat_kl | 1.00 | 1.00 | 1.00 | 0.0 | 11.4 |" in lines
     assert "| technical_english, nats | 4 | chat_kl | 1.00 | 1.00 | 1.00 | 0.000 | 0.267 |" in lines
     assert not any("questions" in line for line in lines), "no training was scored on them"
+
+    again = {f"x rate={i} seed=0": made(0.1 * 2**i, instructions=0.1 * i, questions=0.3) for i in range(3)}
+    runs = runs_of({"both": {"variants": both}, "again": {"variants": again}})
+    assert [run.variant for run in runs] == ["v0", "v1", "v2", "v3"], "one that two parts have was counted twice"
+    assert [set(run.lost) for run in runs[2:]] == [
+        {"instructions", "technical_english", "questions"}, {"instructions", "technical_english"},
+    ]  # fmt: skip
 
 
 def test_swept_methods_are_shown_where_they_learned_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
