@@ -56,7 +56,8 @@ def difference_over_seeds(pairs: Sequence[tuple[Parts, Parts]]) -> Difference:
     """
     if len(pairs) >= seeds.FEWEST and (averaged := _averaged(pairs)):
         values = [_value(one) - _value(other) for one, other in pairs]
-        return _of_many(values, [_of_units(averaged).figure], paired=True)
+        found = _of_many(values, [_of_units(averaged).figure], paired=True)
+        return found._replace(figure=_possible(found.figure, averaged))
     each = tuple(difference(*pair) for pair in pairs)
     paired = all(found.paired for found in each)
     if len(each) == 1:
@@ -102,6 +103,14 @@ def _averaged(pairs: Sequence[tuple[Parts, Parts]]) -> list[Units]:
     return [
         first._replace(sums=np.mean([parts[i].sums for parts in joined], axis=0)) for i, first in enumerate(joined[0])
     ]
+
+
+def _possible(figure: Figure, parts: Sequence[Units]) -> Figure:
+    """Return `figure` with its interval cut to what the scores allow: a share falls by 100 points at most."""
+    if figure.low is None or figure.high is None or any(part.reach is None for part in parts):
+        return figure
+    most = float(np.mean([part.scale * (part.reach or 0.0) for part in parts]))
+    return figure.model_copy(update={"low": max(figure.low, -most), "high": min(figure.high, most)})
 
 
 def _of_units(parts: list[Units]) -> Difference:

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from transformers import TrainingArguments
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.spec import seed_of
 from cfsd.train.spec import TrainSpec
@@ -31,7 +34,7 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
         ddp_find_unused_parameters=False,
         gradient_checkpointing=machine.gradient_checkpointing and not sharded,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        fsdp="full_shard auto_wrap" if sharded else "",
+        fsdp="full_shard auto_wrap" if sharded else "",  # see settle_sharding
         fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
         if sharded
         else None,
@@ -49,3 +52,26 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process that sees several GPUs would get nn.DataParallel
     return arguments
+
+
+def settle_sharding(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Where `args` shard, let accelerate shard the layers that `model` has, and add its gradients up in float32.
+
+    Text models of families that also see or hear name layers that they lack, which accelerate refuses. Its own policy
+    in bfloat16 also sums gradients, and rounds what the model returns, our losses, in bfloat16.
+
+    Raises BadInput where the model's class names no layer that it has.
+    """
+    if args.fsdp_plugin_args is None:
+        return
+    there = {type(module).__name__ for module in model.modules()}
+    names = sorted(there & {*(model._no_split_modules or ())})
+    if not names:
+        raise BadInput(
+            f"machine.sharding is shard, but {type(model).__name__} names no layers by which it could be sharded; set "
+            "it to replicate"
+        )
+    args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+    if args.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy

@@ -28,7 +28,7 @@ from cfsd.stages import ALONG
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
 from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, quantised_note, trained_by
-from cfsd.train.arguments import training_arguments
+from cfsd.train.arguments import settle_sharding, training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.batches.mixture import Mask
@@ -52,7 +52,11 @@ class RehearsalTrainer(Trainer):
         penalties: list[Penalty], spec: TrainSpec,
     ) -> None:  # fmt: skip
         """Train `model`, which an Objective has taken over, on `data`; `recorder` gets each step's figures."""
+        config: Any = model.config
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal(), recorder])
+        if use_cache is not None:  # Trainer turns it off, and the tuned model would be saved so
+            config.use_cache = use_cache
         if (adapter := spec.methods.adapter()) and adapter.kind == "osf":
             self.add_callback(KeepDirections())
         self.data, self.recorder, self.penalties, self.spec = data, recorder, penalties, spec
@@ -74,7 +78,8 @@ class RehearsalTrainer(Trainer):
         weight = self.controller.weight(self.state.global_step)
         sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
         for left, micro_batch in zip(reversed(range(len(share.micro_batches))), share.micro_batches, strict=True):
-            with self.accelerator.no_sync(model) if left else nullcontext():
+            # Sharded, what is not exchanged is a whole gradient in every process.
+            with self.accelerator.no_sync(model) if left and not self.is_fsdp_enabled else nullcontext():
                 sums += self._backward(model, micro_batch, weight)
         if self.data.world > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
@@ -145,6 +150,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
         del data.plan[recorder.stopped_at :]
     args.max_steps = len(data)
     penalties = penalties_of(spec.methods, base_folder, store.path(request.fisher) if request.fisher else None)
+    settle_sharding(args, model)
     trainer = RehearsalTrainer(trained, args, data, recorder, penalties, spec)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < len(data) and recorder.stopped_at is None:

@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsd.errors import CfsdError, Crashed, Stopped
 from cfsd.machine import Machine
@@ -33,43 +35,58 @@ TWO = ONE.model_copy(update={"training_processes": 2})
 __all__ = ["signals_given_back"]
 
 SHARDED = """
-import os, torch
+import torch
+from types import SimpleNamespace
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from cfsd.store.artifact import Store
-from cfsd.model.loading import load_model
 from cfsd.train.loss.objective import Objective, losses
 from cfsd.process.child import serve_request
 from cfsd.train.spec import TrainRequest
 from cfsd.train.batches.loading import batches_of
+from tests.train.test_distributed import base_in_float64
+
+def sharded(model):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    named = {"mixed_precision": "no", "is_main_process": True, "device": torch.device("cpu")}
+    return fsdp2_prepare_model(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), **named), model)
 
 def work(folder, text):
     request = TrainRequest.model_validate_json(text)
     distributed.init_process_group("gloo")
     store, world, rank = Store(request.home), distributed.get_world_size(), distributed.get_rank()
-    model = load_model(store.path(request.base), "cpu", "float64")
-    Objective(model, request.spec.rehearsal)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    whole = {name: p.numel() for name, p in model.named_parameters()}
-    held = {name: p.to_local().numel() for name, p in model.named_parameters()}
-    assert 2 * sum(held.values()) == sum(whole.values()), "each rank holds half"
-    share = batches_of(store, request.mixture, request.spec, 64, None, rank, world)[0]
-    total = torch.zeros((), dtype=torch.float64)
-    for i, micro_batch in enumerate(share.micro_batches):
-        model.set_requires_gradient_sync(i + 1 == len(share.micro_batches))
-        loss = losses(model, micro_batch, 0.7).loss
-        (world * loss).backward()
-        total += loss.detach()
-    distributed.all_reduce(total)
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    if rank == 0:
-        torch.save(grads, folder / "grads.pt")
-    return {"loss": float(total), "micro_batches": len(share.micro_batches)}
+    share, found = batches_of(store, request.mixture, request.spec, 64, None, rank, world)[0], []
+    for tied in (False, True):
+        model = base_in_float64(store, request.base, tied=tied)
+        Objective(model, request.spec.rehearsal)
+        model = sharded(model)
+        whole = sum(p.numel() for p in model.parameters())
+        assert 2 * sum(p.to_local().numel() for p in model.parameters()) == whole, "each rank holds half"
+        total = torch.zeros((), dtype=torch.float64)
+        for micro_batch in share.micro_batches:
+            loss = losses(model, micro_batch, 0.7).loss
+            (world * loss).backward()
+            total += loss.detach()
+        distributed.all_reduce(total)
+        found.append(float(total))
+        grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        if rank == 0:
+            torch.save(grads, folder / f"grads-{tied}.pt")
+    return {"losses": found, "micro_batches": len(share.micro_batches)}
 
 serve_request(work)
 """
+
+
+def base_in_float64(store: Store, base: Artifact, *, tied: bool) -> PreTrainedModel:
+    """Return the base; `tied` gives it one matrix for both embeddings, as most small models have."""
+    model: Any = load_model(store.path(base), "cpu", "float64")
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -106,27 +123,28 @@ def test_two_processes_train_what_one_trains(world: World) -> None:
 def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As accelerate shards it, which gathers the head with the last norm: before, it was a shard and no product was."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     (tmp_path / "draft").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     text = request_of(world, TWO, SPEC).model_dump_json()
-    metadata = run_in_process("sharded", tmp_path / "draft", text, processes=2)
-    found: dict[str, Tensor] = torch.load(tmp_path / "draft" / "grads.pt", weights_only=True)
-
-    model = load_model(world.store.path(world.base), "cpu", "float64")
-    Objective(model, SPEC.rehearsal)
-    total = 0.0
+    metadata: Any = run_in_process("sharded", tmp_path / "draft", text, processes=2)
     share = batches_of(world.store, world.mixture, SPEC, 64)[0]
-    for micro_batch in share.micro_batches:
-        loss = losses(model, micro_batch, 0.7).loss
-        loss.backward()
-        total += float(loss.detach())
-    assert 1 < int(str(metadata["micro_batches"])) < len(share.micro_batches)
-    assert metadata["loss"] == pytest.approx(total, rel=1e-12)
-    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        assert torch.allclose(found[name], grad, rtol=1e-9, atol=1e-12), name
+    assert 1 < metadata["micro_batches"] < len(share.micro_batches)
+    for tied, found in zip((False, True), metadata["losses"], strict=True):
+        grads: dict[str, Tensor] = torch.load(tmp_path / "draft" / f"grads-{tied}.pt", weights_only=True)
+        model = base_in_float64(world.store, world.base, tied=tied)
+        Objective(model, SPEC.rehearsal)
+        total = 0.0
+        for micro_batch in share.micro_batches:
+            loss = losses(model, micro_batch, 0.7).loss
+            loss.backward()
+            total += float(loss.detach())
+        assert found == pytest.approx(total, rel=1e-12)
+        wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert grads.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            assert torch.allclose(grads[name], grad, rtol=1e-9, atol=1e-12), (tied, name)
 
 
 def second_rank(launcher: psutil.Process) -> psutil.Process:

@@ -154,17 +154,20 @@ class Objective:
     def _states(
         self, model: PreTrainedModel, token_ids_BT: Tensor, real_BT: Tensor, masks: tuple[Tensor, ...]
     ) -> tuple[Tensor, Head]:
-        """Return the hidden states of the tokens that count and the head, or their logits and no head."""
-        head = self.head_of(model)
-        if head is None:
+        """Return the hidden states of the tokens that count and the head, or their logits and no head.
+
+        The head is looked up after the decoder has run: sharded, it is gathered with the last norm, and a shard before.
+        """
+        if self.head_of(model) is None:
             forward = self._plain if model is self.model else model
             logits: Tensor = forward(input_ids=token_ids_BT, use_cache=False).logits
             return _picked(logits[:, :-1], masks), Head(None)
         if self.unpadded:
             hidden_ND = packed_forward(decoder_of(model), token_ids_BT, real_BT)
-            return torch.cat([hidden_ND[nn.functional.pad(mask, (0, 1))[real_BT]] for mask in masks]), head
+            states_ND = torch.cat([hidden_ND[nn.functional.pad(mask, (0, 1))[real_BT]] for mask in masks])
+            return states_ND, self.head_of(model)
         hidden: Tensor = decoder_of(model)(input_ids=token_ids_BT, use_cache=False).last_hidden_state
-        return _picked(hidden[:, :-1], masks), head
+        return _picked(hidden[:, :-1], masks), self.head_of(model)
 
     def _reference(self, micro_batch: MicroBatch, rehearsal_BT: Tensor, spec: RehearsalSpec) -> Reference | None:
         if spec.loss == "nll" or not bool(rehearsal_BT.any()):
