@@ -1,5 +1,6 @@
 """Records of Parquet and of Arrow, as a file or as a stream (what `datasets` saves)."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ SAID = ("content", "value")  # of a message: null says that it has no text, abse
 SHORT: dict[str, Any] = {  # numbers of fewer than 64 bits, as Arrow and data sets call them
     "halffloat": np.float16, "float16": np.float16, "float": np.float32, "float32": np.float32,
 }  # fmt: skip
+JSON = "extension<arrow.json>"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -92,28 +94,34 @@ def _check_end(source: Any) -> None:
 
 
 def _as_written(value: Any, kind: Any) -> Any:
-    """Return a value of the Arrow type `kind` with its SHORT numbers by the digits that tell them apart there.
+    """Return a value of the Arrow type `kind` as it was before it was stored.
 
-    Of 32 bits it is 3.14, not 3.140000104904175.
+    SHORT numbers have the digits that tell them apart there: of 32 bits it is 3.14, not 3.140000104904175. JSON is how
+    `datasets` keeps a column of several types.
     """
     import pyarrow as pa
+
+    if str(kind) == JSON:
+        return None if value is None else json.loads(value)
 
     if isinstance(value, float) and (number := SHORT.get(str(kind))):
         return float(str(number(value)))
     if isinstance(value, dict) and pa.types.is_struct(kind):
         return value | {field.name: _as_written(value[field.name], field.type) for field in kind}
-    if isinstance(value, list) and _has_short(kind):
+    if isinstance(value, list) and _is_otherwise(kind):
         return [_as_written(item, kind.value_type) for item in value]
     return value
 
 
-def _has_short(kind: Any) -> bool:
-    """Say whether there are SHORT numbers in it, but for lists of numbers: no text is made of those."""
+def _is_otherwise(kind: Any) -> bool:
+    """Say whether there are SHORT numbers or JSON in it, but for lists of numbers: no text is made of those."""
     import pyarrow as pa
 
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return str(kind.value_type) not in SHORT and _has_short(kind.value_type)
-    return any(_has_short(field.type) for field in kind) if pa.types.is_struct(kind) else str(kind) in SHORT
+        return str(kind.value_type) not in SHORT and _is_otherwise(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_is_otherwise(field.type) for field in kind)
+    return str(kind) in SHORT or str(kind) == JSON
 
 
 def _columns(names: list[str], column: str | None) -> list[str] | None:
@@ -129,9 +137,9 @@ def records_of_batch(batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         records = batch.to_pylist()
     except (ValueError, OverflowError):
         records = (_record(batch.slice(i, 1), before + i + 1) for i in range(batch.num_rows))
-    short = [field for field in batch.schema if _has_short(field.type)]
+    otherwise = [field for field in batch.schema if _is_otherwise(field.type)]
     for number, record in enumerate(records, before + 1):
-        written = {field.name: _as_written(record[field.name], field.type) for field in short}
+        written = {field.name: _as_written(record[field.name], field.type) for field in otherwise}
         yield f"row {number}", without_nulls(record | written)
 
 

@@ -302,6 +302,22 @@ def test_the_key_of_one_file_is_its_content(home: Path, tmp_path: Path) -> None:
         assert Target(path=str(tmp_path / name))._identity()["path"] == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize("suffix", ["folder", "parquet"])
+def test_a_column_of_several_types_is_read_as_it_was_given(home: Path, tmp_path: Path, suffix: str) -> None:
+    """`datasets` keeps it as JSON, whose text was learned: "Paris" with its quotes, parts of a content as a list."""
+    from datasets import load_dataset
+
+    said = ['Line 1\nLine "2"', [{"type": "text", "text": "parts"}]]
+    turns = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}] for content in said]
+    rows = [{"response": answer, "turns": chat} for answer, chat in zip((4, "Paris"), turns, strict=True)]
+    (tmp_path / "rows.jsonl").write_text(_lines(rows))
+    files = {"data_files": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache"), "split": "train"}
+    made = load_dataset("json", **files)
+    made.save_to_disk(str(tmp_path / "folder"))
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    assert read(tmp_path / ("folder" if suffix == "folder" else "rows.parquet")) == rows
+
+
 @pytest.mark.parametrize("column", [None, "prompt"])
 def test_what_datasets_saved_is_read_without_it(home: Path, tmp_path: Path, column: str | None) -> None:
     from datasets import Dataset, DatasetDict

@@ -531,7 +531,5 @@ def test_osft_leaves_the_largest_directions_of_every_layer_alone(world: World) -
 def test_a_tuned_model_has_the_settings_of_its_base(world: World) -> None:
     """transformers' Trainer turns the cache off, and every exported model was slow where no generation_config told."""
     tuned = trained(world, "settings", world.mixture, spec_with())
-    before, after = (
-        json.loads((world.store.path(model) / "config.json").read_text()) for model in (world.base, tuned)
-    )
+    before, after = (json.loads((world.store.path(model) / "config.json").read_text()) for model in (world.base, tuned))
     assert after == before and after["use_cache"] is True
