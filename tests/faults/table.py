@@ -64,6 +64,7 @@ TABLE: dict[str, list[Row]] = {
         Row("the worker is killed in the middle of a training", "its flow run's children end and the draft stays; with a new worker the recipe goes on at the last checkpoint", f"{FAULTS}test_servers.py::test_a_worker_that_is_killed_loses_nothing"),
         Row("a run is cancelled in the Prefect UI", "its children end, its draft stays, and the next run continues it", f"{FAULTS}test_servers.py::test_a_cancelled_run_ends_its_children_and_keeps_its_draft"),
         Row("the Prefect server is killed in the middle of a run and comes back", "the next run completes; nothing that was finished is made again", f"{FAULTS}test_servers.py::test_a_prefect_server_that_is_killed_and_comes_back_loses_nothing"),
+        Row("a command that holds the GPU is killed, and its temporary Prefect server with it", "its slot is free again when its lease has run out, five minutes at most", f"{FAULTS}test_servers.py::test_a_killed_command_gives_its_gpu_slot_back"),
         Row("the Prefect server is away at the start", "one message with its address and what to do, exit code 2", f"{ENVIRONMENT}test_a_server_that_is_away_is_named"),
         Row("the Prefect server accepts connections and never answers", "the same, after eight seconds", f"{ENVIRONMENT}test_a_server_that_never_answers_is_not_waited_for"),
         Row("something else answers at Prefect's address; a login is wanted; another version", "a message for each", f"{ENVIRONMENT}test_what_is_no_server_of_ours_is_refused"),

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -279,3 +280,35 @@ def test_an_mlflow_that_is_down_is_filled_by_the_next_run(
     for stage in ("probe", "generate", "train", "evaluate-target", "evaluate-probe"):
         assert case.place(stage).name in keys, stage
     door.shut()
+
+
+HOLD = """
+import sys, time
+from flows.mitigate import mitigate  # settles the environment
+from flows._temporary_server import prefect_server
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+
+with prefect_server():
+    if sys.argv[1] == "first":
+        with get_client(sync_client=True) as client:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="gpu", limit=1))
+    with concurrency("gpu", occupy=1, strict=True, lease_duration=60, timeout_seconds=300):
+        print("held", flush=True)
+        time.sleep(600 if sys.argv[1] == "first" else 0)
+"""
+
+
+def test_a_killed_command_gives_its_gpu_slot_back(tmp_path: Path) -> None:
+    """Its lease was in the memory of its server: the slot stayed taken, and every later run of the folder waited."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
+    own = {**kept, "CFSD_HOME": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", HOLD]
+    first = subprocess.Popen([*words, "first"], env=own, stdout=subprocess.PIPE, text=True)
+    assert first.stdout and first.stdout.readline() == "held\n"
+    first.kill()
+    first.wait()
+    began = time.monotonic()
+    assert subprocess.run([*words, "next"], env=own, capture_output=True, text=True, timeout=400).stdout == "held\n"
+    assert time.monotonic() - began > 30, "the lease was not waited for"
