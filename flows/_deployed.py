@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cfsd.errors import BadEnvironment
@@ -20,7 +21,6 @@ from cfsd.machine import without_password
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "deployments"
 TAG = "cfsd"  # of every deployment of ours
-MOST = 200  # deployments that Prefect returns at a time
 POOL_VARIABLE = "CFSD_POOL"
 POOLS = {"cpu": "Machines without a GPU", "gpu": "Machines with CUDA"}
 
@@ -63,11 +63,14 @@ def deploy(environment: dict[str, str]) -> None:
 
     Schedules are given to new deployments alone: Prefect would replace those that people added, changed or paused.
     """
+    config = yaml.safe_load((FILES / "prefect.yaml").read_text())
+    ours = DeploymentFilterName(any_=[deployment["name"] for deployment in config["deployments"]])
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
-        known = {deployment.name for deployment in client.read_deployments(limit=MOST) if TAG in deployment.tags}
+        found = client.read_deployments(deployment_filter=DeploymentFilter(name=ours))
+    known = {deployment.name for deployment in found if TAG in deployment.tags}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "prefect.yaml"
-        file.write_text(yaml.safe_dump(without_schedules(yaml.safe_load((FILES / "prefect.yaml").read_text()), known)))
+        file.write_text(yaml.safe_dump(without_schedules(config, known)))
         run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment)
 
 

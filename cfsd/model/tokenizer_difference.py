@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from cfsd.model.loading import load_tokenizer
 from cfsd.store.artifact import Artifact, Store
 
-CHAT = [{"role": "user", "content": "a b"}]
+TURNS = [{"role": "user", "content": "a b"}]
 
 
 def differences(own: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
@@ -25,7 +25,7 @@ def _chat(tokenizer: Any) -> str | None:
     if not tokenizer.chat_template:
         return None
     try:
-        return str(tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True))
     except Exception:  # of any kind, from the template's own code
         return str(tokenizer.chat_template)
 

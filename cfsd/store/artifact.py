@@ -113,9 +113,14 @@ class Store:
         `weights` false: its safetensors files are not needed, and may stay there.
 
         Raises:
-            StoreError: the shared store, where the rest is, does not answer, or is damaged there.
+            StoreError: the shared store, where the rest is, does not answer, is another one than before, or is damaged.
         """
         folder = self._known(artifact.kind, artifact.key)
+        if self.sharing and self.sharing.is_elsewhere(folder):
+            raise StoreError(
+                f"of {artifact.kind} {artifact.key} a part is here, and the rest in another shared store than "
+                f"{self.sharing.remote}; name that one, or run the recipe again"
+            )
         if self.sharing and (folder / PARTIAL).exists():
             with self.lock(artifact.kind, artifact.key):
                 self._check_content(artifact)

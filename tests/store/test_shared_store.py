@@ -131,6 +131,8 @@ def test_a_part_from_another_shared_store_comes_from_this_one_or_is_made_again(
     monkeypatch.setenv("CFSD_STORE", f"file://{tmp_path}/moved")
     Store(tmp_path / "three").make("thing", KEY, write(KEY))
     moved = Store(two[1].home)
+    with pytest.raises(StoreError, match=r"a part is here, and the rest in another shared store than file://.*/moved"):
+        moved.path(two[0].make("thing", OTHER, never)[0])
     assert moved.find("thing", OTHER) is None
     remade, executed = moved.make("thing", OTHER, write(OTHER))
     assert executed and there(moved, remade) == WHOLE
