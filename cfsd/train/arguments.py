@@ -34,10 +34,8 @@ def training_arguments(spec: TrainSpec, checkpoints: Path, machine: Machine) -> 
         ddp_find_unused_parameters=False,
         gradient_checkpointing=machine.gradient_checkpointing and not sharded,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        fsdp="full_shard auto_wrap" if sharded else "",  # see settle_sharding
-        fsdp_config={"fsdp_version": 2, "activation_checkpointing": machine.gradient_checkpointing}
-        if sharded
-        else None,
+        fsdp=True if sharded else None,  # type: ignore[arg-type]  # its strings are going; see settle_sharding
+        fsdp_config={"version": 2, "activation_checkpointing": machine.gradient_checkpointing} if sharded else None,
         use_liger_kernel=kernels,  # norms, rotations and activations; the loss is ours
         liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False} if kernels else None,
         save_strategy="steps",

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -79,6 +80,35 @@ serve_request(work)
 """
 
 
+AS_ON_GPUS = """
+import os
+from accelerate import state
+from accelerate.utils import DistributedType
+from cfsd.machine import Machine
+from cfsd.process.child import serve_request
+from cfsd.train.spec import TrainRequest
+from cfsd.train.trainer import RehearsalTrainer, fit
+
+# accelerate shards on accelerators alone: it is told that these processes have some
+begin, step = state.AcceleratorState.__init__, RehearsalTrainer.training_step
+
+def begun(self, *given, **named):
+    shared = state.PartialState._shared_state
+    if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+        shared["distributed_type"] = DistributedType.MULTI_GPU
+    begin(self, *given, **named)
+
+def cut(self, *given):
+    assert self.state.global_step < int(os.environ["LAST"]), "cut here"
+    assert self.is_fsdp_enabled
+    return step(self, *given)
+
+state.AcceleratorState.__init__, RehearsalTrainer.training_step = begun, cut
+Machine.resolved_sharding = lambda self: "shard"
+serve_request(lambda folder, text: fit(folder, TrainRequest.model_validate_json(text)))
+"""
+
+
 def base_in_float64(store: Store, base: Artifact, *, tied: bool) -> PreTrainedModel:
     """Return the base; `tied` gives it one matrix for both embeddings, as most small models have."""
     model: Any = load_model(store.path(base), "cpu", "float64")
@@ -145,6 +175,32 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(
         assert grads.keys() == wanted.keys()
         for name, grad in wanted.items():
             assert torch.allclose(grads[name], grad, rtol=1e-9, atol=1e-12), (tied, name)
+
+
+@pytest.mark.slow
+def test_a_sharded_training_is_that_of_one_process_and_goes_on_where_it_was_cut(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By accelerate and the Trainer from the first step to the saved model, on CPUs in the place of GPUs."""
+    (tmp_path / "as_on_gpus.py").write_text(AS_ON_GPUS)
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    text = request_of(world, TWO, SPEC).model_dump_json()
+    monkeypatch.setenv("LAST", "7")
+    with pytest.raises(Crashed, match="cut here"):
+        run_in_process("as_on_gpus", draft, text, processes=2)
+    monkeypatch.setenv("LAST", "1000")
+    metadata = run_in_process("as_on_gpus", draft, text, processes=2)
+    assert metadata["continued_from_step"] == 5 and metadata["steps"] == 20
+    one = trained(world, "as one", world.mixture, SPEC, ONE)
+    wanted, base = weights(world, one), weights(world, world.base)
+    found = load_file(draft / "model.safetensors")
+    assert distance(found, wanted) < 1e-5 and distance(found, base) > 1e-3
+    losses = [(r["step"], r["value"]) for r in read_metrics(draft) if r["name"] == "train/loss"]
+    assert [step for step, _ in losses] == list(range(1, 21))
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in losses_of(world, one)], abs=1e-5)
+    assert (draft / "config.json").read_text() == (world.store.path(one) / "config.json").read_text()
 
 
 def second_rank(launcher: psutil.Process) -> psutil.Process:
