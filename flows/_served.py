@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from cfsd.errors import BadInput
@@ -37,7 +37,7 @@ def _own_folder(above: Path) -> Path:
     """Make a folder named by the time, which no other command has, however many begin in one second."""
     above.mkdir(parents=True, exist_ok=True)
     began = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    for name in (began, *(f"{began}-{number}" for number in count(2))):
+    for name in chain([began], (f"{began}-{number}" for number in count(2))):
         with suppress(FileExistsError):
             (above / name).mkdir()
             return above / name

@@ -24,13 +24,12 @@ from cfsd.errors import BadInput
 from cfsd.evaluate.benchmark_files import files_in, names_in, read
 from cfsd.evaluate.spec import EvaluateSpec, check_comparable, check_windows
 from cfsd.generate.spec import ProbeSpec, check_context
-from cfsd.machine import Machine, home, served_at
+from cfsd.machine import Machine, served_at
 from cfsd.model.adapter import Adapter
 from cfsd.model.checkpoint import Checkpoint
-from cfsd.model.tokenizer_difference import read_otherwise
 from cfsd.overrides import override, parse_overrides, validated
 from cfsd.report.run_record import RunRecord, roles_of
-from cfsd.store.artifact import Artifact, Store
+from cfsd.store.artifact import Artifact
 from flows._cli import NO_VERDICT, Home, On, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._logs import measure_logs, models_of, print_plan
@@ -41,7 +40,7 @@ from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
-from tasks.fetch import check_model, fetch_model
+from tasks.fetch import check_model, fetch_model, told_apart
 from tasks.generate import check_modes, sample_along
 from tasks.logs import check_logs
 from tasks.report import judge_margin
@@ -70,9 +69,7 @@ def measure(
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
-        notes = read_otherwise(Store(home()), *models)
-        for note in notes:
-            record.say(note)
+        notes = told_apart(*models)
         for model in models:  # TUNED may attend to fewer tokens than BASE
             check_context(model, probe, "probe")
         probe.check_base(models[0])

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from cfsd.machine import Machine
+from cfsd.machine import Machine, home
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.stages import FETCH
-from cfsd.store.artifact import Artifact, Draft
+from cfsd.store.artifact import Artifact, Draft, Store
+from tasks import record
 from tasks._stage import stage
 
 _not_made: ContextVar[Artifact | None] = ContextVar("not_made", default=None)
@@ -51,3 +52,13 @@ def check_model(checkpoint: Checkpoint) -> None:
         from cfsd.model.fetching import examine
 
         examine(checkpoint)
+
+
+def told_apart(base: Artifact, tuned: Artifact) -> list[str]:
+    """Return, and say, where two models are put other prompts by their files: `cfsd.model.tokenizer_difference`."""
+    from cfsd.model.tokenizer_difference import read_otherwise
+
+    notes = read_otherwise(Store(home()), base, tuned)
+    for note in notes:
+        record.say(note)
+    return notes
