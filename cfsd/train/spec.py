@@ -33,6 +33,7 @@ Optimizer = Literal[
     "adamw", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
     "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adafactor", "sgd",
 ]  # fmt: skip
+OF_SHARDS = ("adamw", "sgd")  # adafactor adds whole tensors to shards and fails; bitsandbytes' were not tried
 OF_TORCH_AND_TRANSFORMERS = ("adamw", "adafactor", "sgd")  # the others are bitsandbytes'
 
 
@@ -297,5 +298,7 @@ class TrainRequest(BaseModel):
 def check_sharding(spec: TrainSpec, machine: Machine) -> None:
     """Raise BadInput where `machine` would shard what cannot be sharded."""
     reasons = [method.unsharded for method in spec.methods.by_name().values() if method.unsharded]
+    if spec.optimizer not in OF_SHARDS:
+        reasons.append(f"train.optimizer {spec.optimizer} does not update shards ({' and '.join(OF_SHARDS)} do)")
     if machine.resolved_sharding() == "shard" and reasons:
         raise BadInput(f"machine.sharding is shard, but {reasons[0]}: set it to replicate")

@@ -9,7 +9,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cfsd.errors import BadInput
+from cfsd.machine import Machine
 from cfsd.train.arguments import settle_sharding
+from cfsd.train.spec import TrainSpec, check_sharding
 
 
 def model_of(family: str) -> PreTrainedModel:
@@ -34,6 +36,16 @@ def test_the_layers_that_a_model_has_are_sharded_and_gradients_summed_in_float32
     assert args.fsdp_plugin_args["transformer_cls_names_to_wrap"] == layer
     policy: Any = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_an_optimizer_that_cannot_update_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """adafactor failed at its first step, after the corpus was sampled."""
+    monkeypatch.setattr(Machine, "resolved_sharding", lambda _: "shard")
+    check_sharding(TrainSpec(seed=0), Machine())
+    with pytest.raises(
+        BadInput, match=r"but train.optimizer adafactor does not update shards \(adamw and sgd do\)"
+    ):
+        check_sharding(TrainSpec(seed=0, optimizer="adafactor"), Machine())
 
 
 def test_a_model_without_named_layers_is_refused_and_whole_ones_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
