@@ -5,10 +5,10 @@ from itertools import groupby
 
 from matplotlib.figure import Figure as Picture
 
+from cfsd.report.figures.look import styles
+from cfsd.report.figures.point import interval
 from cfsd.report.summary import Fig
-from cfsd.report.table import sweep_of
-
-MARKERS = "osD^vP*X"
+from cfsd.report.table import family_of
 
 
 def gain_picture(
@@ -20,16 +20,16 @@ def gain_picture(
     """
     picture = Picture(figsize=(4.2 * len(heads[1:]), 4.6), layout="constrained")
     panels = picture.subplots(1, len(heads) - 1, squeeze=False)[0]
-    methods = groupby(rows, key=_method)
-    for number, (method, names) in enumerate((method, list(names)) for method, names in methods):
-        look = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)]}
+    looks = styles(rows)
+    for method, names in ((method, list(names)) for method, names in groupby(rows, key=family_of)):
+        look = looks[names[0]]
         for place, axes in enumerate(panels, 1):
             points = [(gain["value"], lost) for n in names if (gain := rows[n][0]) and (lost := rows[n][place])]
-            axes.plot(*zip(*((x, lost["value"]) for x, lost in points), strict=True), color=look["color"], lw=1)
+            axes.plot(*zip(*((x, lost["value"]) for x, lost in points), strict=True), color=look.color, lw=1)
             for size, (x, lost) in enumerate(points):
-                ends = [lost["value"] if lost[end] is None else lost[end] for end in ("low", "high")]
-                axes.plot([x, x], ends, color=look["color"], lw=1, alpha=0.4)
-                axes.plot(x, lost["value"], ms=4 + 2.5 * size, ls="", label=method if not size else None, **look)
+                axes.plot([x, x], interval(lost), color=look.color, lw=1, alpha=0.4)
+                label = method if not size else None
+                axes.plot(x, lost["value"], ms=4 + 2.5 * size, ls="", label=label, **look._asdict())
     for axes, head in zip(panels, heads[1:], strict=True):
         axes.set_title(head, fontsize=9)
         axes.set_xlabel(f"{heads[0]}, nats per token", fontsize=9)
@@ -39,8 +39,3 @@ def gain_picture(
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return picture
-
-
-def _method(name: str) -> str:
-    sweep = sweep_of(name)
-    return sweep.family if sweep else name

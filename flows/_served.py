@@ -1,8 +1,7 @@
 """Two models behind OpenAI-compatible servers, named NAME@URL: lm-eval asks them, and its logs are compared."""
 
-from contextlib import suppress
+import os
 from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
 
 from cfsd.errors import BadInput
@@ -24,21 +23,11 @@ def measure_served(models: tuple[str, str], evaluate: EvaluateSpec, machine: Mac
             "effect; leave it out (--machine in_flight=64 works)"
         )
     found = check_served(models, evaluate, tokenizer)
-    folder = _own_folder(home() / "served")
+    began = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    folder = home() / "served" / f"{began}-{os.getpid()}"  # others may begin in the same second
     said = ask_served(found, evaluate, folder, machine.in_flight)
     before, after = (str(folder / role) for role in ROLES)
     record.say(f"logs of lm-eval, to compare again without asking: flows.measure --samples {before} {after}")
     chosen = [Benchmark(name=b.name, metric=b.metric, filter=b.filter, chance=b.chance) for b in evaluate.benchmarks]
     with prefect_server():
         return measure_logs(before, after, EvaluateSpec(benchmarks=tuple(chosen)), tuple(said))
-
-
-def _own_folder(above: Path) -> Path:
-    """Make a folder named by the time, which no other command has, however many begin in one second."""
-    above.mkdir(parents=True, exist_ok=True)
-    began = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    for name in chain([began], (f"{began}-{number}" for number in count(2))):
-        with suppress(FileExistsError):
-            (above / name).mkdir()
-            return above / name
-    raise AssertionError("numbers do not end")

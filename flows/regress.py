@@ -85,6 +85,7 @@ def regress(
         result = conclude(title, run_records, [run_id])
         runs = [registry.guarded_figures(run_record) for run_record in run_records]
         seconds = [trained_seconds(run_record) for run_record in run_records]
+        found = found_trained(Store(home()), run_records)
         replaces = origin(known) if known else ""
         if update_baseline or known is None:
             made = baseline_of(recipe, numbers, runs, seconds, replaces)
@@ -92,10 +93,10 @@ def regress(
             made = with_margins(made, known, edited) if known else made
             sentence = _replace(made, baseline, recipe, result, run_id, approval=approval)
             sentence += f"; margins that were edited are kept: {', '.join(sorted(edited))}" if edited else ""
-            sentence += "".join(f"; {note}" for note in found_trained(Store(home()), run_records))
+            sentence += "".join(f"; {note}" for note in found)
             return _publish(title, run_records, run_id, sentence, listed(made))
         judgement = judge(guarded(known, runs))
-        notes = warnings(known, recipe, seconds, runs[0]) + found_trained(Store(home()), run_records)
+        notes = warnings(known, recipe, seconds, runs[0]) + found
         if baseline == CHAMPION and judgement.outcome == "pass":
             enough = len(numbers) >= LEAST_SEEDS
             successor = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None

@@ -62,7 +62,7 @@ class Served:
 @contextmanager
 def served(home: Path, **variables: str) -> Iterator[Served]:
     """Start everything over `home`, and end it."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
+    own = bare_environment()
     pages = Served(home, own | variables)
     up = pages.up()
     assert up.returncode == 0, up.stdout + up.stderr
@@ -74,6 +74,11 @@ def served(home: Path, **variables: str) -> Iterator[Served]:
         down = pages.command("down")
     assert down.returncode == 0 and {"prefect", "mlflow", "reports", "worker"} <= set(servers), down.stderr
     assert not any(is_alive(entry) for entry in servers.values())
+
+
+def bare_environment() -> dict[str, str]:
+    """Return this process' environment without what points at the servers and the data folder of the tests."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
 
 
 def ask(url: str, body: dict[str, Any] | None = None, login: str = "") -> Any:

@@ -103,7 +103,6 @@ def _as_written(value: Any, kind: Any) -> Any:
 
     if str(kind) == JSON:
         return None if value is None else json.loads(value)
-
     if isinstance(value, float) and (number := SHORT.get(str(kind))):
         return float(str(number(value)))
     if isinstance(value, dict) and pa.types.is_struct(kind):

@@ -66,6 +66,12 @@ def sweep_of(name: str) -> Sweep | None:
     return Sweep(point[1], seed + number_of_seed, point[2], float(point[2])) if point else None
 
 
+def family_of(name: str) -> str:
+    """Return what shares a look with the variant called `name`: its sweep, else the variant that it is a repeat of."""
+    sweep = sweep_of(name)
+    return sweep.family if sweep else variant_of(name)
+
+
 class Unit(NamedTuple):
     """How a benchmark's scores and losses are shown, and by what they are multiplied for that."""
 

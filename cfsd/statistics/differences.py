@@ -107,10 +107,9 @@ def _averaged(pairs: Sequence[tuple[Parts, Parts]]) -> list[Units]:
 
 def _possible(figure: Figure, parts: Sequence[Units]) -> Figure:
     """Return `figure` with its interval cut to what the scores allow: a share falls by 100 points at most."""
-    if figure.low is None or figure.high is None or any(part.reach is None for part in parts):
-        return figure
-    most = float(np.mean([part.scale * (part.reach or 0.0) for part in parts]))
-    return figure.model_copy(update={"low": max(figure.low, -most), "high": min(figure.high, most)})
+    reaches = [part.scale * part.reach for part in parts if part.reach is not None]
+    most = float(np.mean(reaches)) if len(reaches) == len(parts) else np.inf
+    return figure.within(-most, most)
 
 
 def _of_units(parts: list[Units]) -> Difference:

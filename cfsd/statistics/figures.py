@@ -31,6 +31,12 @@ class Figure(BaseModel):
         low, high = (None if bound is None else bound * factor for bound in (self.low, self.high))
         return Figure(value=self.value * factor, low=low, high=high, unit=unit)
 
+    def within(self, least: float, most: float) -> "Figure":
+        """Return the figure with its interval, if there is one, cut to what is possible."""
+        if self.low is None or self.high is None:
+            return self
+        return self.model_copy(update={"low": max(self.low, least), "high": min(self.high, most)})
+
 
 def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:
     """Return sum(sums)/sum(counts) in nats per token, with a bootstrap over rows (one row per sequence).

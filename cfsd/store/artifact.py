@@ -121,7 +121,7 @@ class Store:
                 f"of {artifact.kind} {artifact.key} a part is here, and the rest in another shared store than "
                 f"{self.sharing.remote}; name that one, or run the recipe again"
             )
-        if self.sharing and (folder / PARTIAL).exists():
+        if self.sharing and self.sharing.has_rest(folder):
             with self.lock(artifact.kind, artifact.key):
                 self._check_content(artifact)
                 self.sharing.bring(folder, weights=weights)
@@ -166,7 +166,7 @@ class Store:
         What is still in the shared store is not missing.
         """
         files = {folder / name: sha for name, sha in manifest["files"].items()}
-        if self.sharing and (folder / PARTIAL).exists() and not self.sharing.is_elsewhere(folder):
+        if self.sharing and self.sharing.has_rest(folder):
             files = {path: sha for path, sha in files.items() if os.path.lexists(path)}
         there = [path for path in files if path.is_file()]
         read = {path: sha256_of_file(path) for path in there} if full else self.memory.sha256s(there)

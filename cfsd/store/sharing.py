@@ -32,9 +32,13 @@ class Sharing:
         self.root, self.memory, self.remote = root, memory, remote
         self.marks = root / ".shared" / remote.name
 
+    def has_rest(self, folder: Path) -> bool:
+        """Say whether what is in `folder` is there in part, and the rest in this shared store."""
+        return _text(folder / PARTIAL) == str(self.remote)
+
     def is_elsewhere(self, folder: Path) -> bool:
         """Say whether the rest of what is in `folder` in part is in another shared store than this one."""
-        return (folder / PARTIAL).exists() and _text(folder / PARTIAL) != str(self.remote)
+        return (folder / PARTIAL).exists() and not self.has_rest(folder)
 
     def discover(self, kind: str, key: str) -> bool:
         """Put the manifest of what the shared store holds in place; needs no lock, as the folder appears whole.

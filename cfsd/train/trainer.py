@@ -52,11 +52,8 @@ class RehearsalTrainer(Trainer):
         penalties: list[Penalty], spec: TrainSpec,
     ) -> None:  # fmt: skip
         """Train `model`, which an Objective has taken over, on `data`; `recorder` gets each step's figures."""
-        config: Any = model.config
-        use_cache = getattr(config, "use_cache", None)
+        args.use_cache = getattr(model.config, "use_cache", False)  # Trainer writes it into the model, which is saved
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[StopOnSignal(), recorder])
-        if use_cache is not None:  # Trainer turns it off, and the tuned model would be saved so
-            config.use_cache = use_cache
         if (adapter := spec.methods.adapter()) and adapter.kind == "osf":
             self.add_callback(KeepDirections())
         self.data, self.recorder, self.penalties, self.spec = data, recorder, penalties, spec

@@ -1,7 +1,6 @@
 """Servers and workers that are killed in the middle of a run: real ones, as `make up` starts them. Two minutes each."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from tests.conftest import ROOT, save_model, write_rows
 from tests.faults.runs import Case, case_in, wait_for
 from tests.faults.test_faults import running
 from tests.faults.test_secrets import PLANTED, leaks
-from tests.served import ask
+from tests.served import ask, bare_environment
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -36,8 +35,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         """Choose free ports."""
         self.folder, self.home = folder, folder / "data"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-        self.environment = kept | PLANTED | {"CFSD_HOME": str(self.home)}
+        self.environment = bare_environment() | PLANTED | {"CFSD_HOME": str(self.home)}
         self.ports = ["--prefect-port", str(free()), "--mlflow-port", str(free())]
 
     def serve(self, *words: str) -> None:
@@ -302,8 +300,7 @@ with prefect_server():
 
 def test_a_killed_command_gives_its_gpu_slot_back(tmp_path: Path) -> None:
     """Its lease was in the memory of its server: the slot stayed taken, and every later run of the folder waited."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "CFSD_"))}
-    own = {**kept, "CFSD_HOME": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
+    own = {**bare_environment(), "CFSD_HOME": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", HOLD]
     first = subprocess.Popen([*words, "first"], env=own, stdout=subprocess.PIPE, text=True)
     assert first.stdout and first.stdout.readline() == "held\n"

@@ -23,6 +23,7 @@ from tests.data.test_target import write
 from tests.inputs import CHAT, save
 
 MACHINE = Machine(device="cpu", threads=1, sampling_rows=8)
+SHORT = "{question} {answer}. again"  # in place of the request, for a model that reads 128 letters
 LOOSE = RewriteSpec(answer="", lengths=12, seed=0)  # a random model ends its texts where it likes
 
 
@@ -43,7 +44,7 @@ class World:
 @pytest.fixture
 def world(store: Store, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """The random model writes letter by letter, and reads 128 of them: the request is a short one."""
-    monkeypatch.setattr(module, "REQUEST", "{question} {answer}. again")
+    monkeypatch.setattr(module, "REQUEST", SHORT)
     return World(store, base, tmp_path)
 
 
@@ -91,16 +92,21 @@ def test_the_base_writes_after_the_request_and_the_rows_own_prompt(
         assert prompt == [start, *tokenizer(text, add_special_tokens=False)["input_ids"], *own]
 
 
+def chat_model_and_target(store: Store, folder: Path, records: list[dict[str, Any]]) -> tuple[Artifact, Artifact]:
+    """Return a model with a chat template, and a target of `records` with two rows held out."""
+    save(folder / "chats", CHAT)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    base, wanted = fetched(store, folder / "chats"), Target(path=str(folder / "rows.jsonl"), held_out=2)
+    return base, store.make("target", "0" * 16, lambda draft: prepare(base, wanted, draft))[0]
+
+
 def test_of_a_chat_the_request_is_a_user_turn_and_the_rewrite_the_assistants(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REQUEST", "{question} {answer}. again")
-    save(tmp_path / "chats", CHAT)
-    base, rows = fetched(store, tmp_path / "chats"), tmp_path / "rows.jsonl"
+    monkeypatch.setattr(module, "REQUEST", SHORT)
     said = [("user", f"name {i} letters") for i in range(12)], [("assistant", f"abc{i}") for i in range(12)]
     turns = [[{"role": role, "content": text} for role, text in chat] for chat in zip(*said, strict=True)]
-    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    target = store.make("target", "0" * 16, lambda draft: prepare(base, Target(path=str(rows), held_out=2), draft))[0]
+    base, target = chat_model_and_target(store, tmp_path, [{"messages": messages} for messages in turns])
     asked: list[list[int]] = []
 
     def answered(model: Any, given: Any, *_: Any, **__: Any) -> list[Sample]:
@@ -128,12 +134,9 @@ def test_a_response_with_a_special_token_inside_stays_whole(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its beginning alone was said again, and the rest followed as it was."""
-    monkeypatch.setattr(module, "REQUEST", "{question} {answer}. again")
-    save(tmp_path / "chats", CHAT)
-    base, rows = fetched(store, tmp_path / "chats"), tmp_path / "rows.jsonl"
-    texts = ["abc<|turn|>def"] * 6
-    rows.write_text("".join(json.dumps({"prompt": f"name {i}", "response": t}) + "\n" for i, t in enumerate(texts)))
-    target = store.make("target", "0" * 16, lambda draft: prepare(base, Target(path=str(rows), held_out=2), draft))[0]
+    monkeypatch.setattr(module, "REQUEST", SHORT)
+    records = [{"prompt": f"name {i}", "response": "abc<|turn|>def"} for i in range(6)]
+    base, target = chat_model_and_target(store, tmp_path, records)
     made = store.make("target", "1" * 16, lambda draft: rewrite(base, target, LOOSE, draft, MACHINE))[0]
     assert made.metadata["stayed"] == {"with a special token inside": 4} and made.metadata["rewritten"] == 0
     assert read_rows(store.path(made), "train") == read_rows(store.path(target), "train")

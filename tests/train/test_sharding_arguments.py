@@ -42,9 +42,7 @@ def test_an_optimizer_that_cannot_update_shards_is_refused(monkeypatch: pytest.M
     """adafactor failed at its first step, after the corpus was sampled."""
     monkeypatch.setattr(Machine, "resolved_sharding", lambda _: "shard")
     check_sharding(TrainSpec(seed=0), Machine())
-    with pytest.raises(
-        BadInput, match=r"but train.optimizer adafactor does not update shards \(adamw and sgd do\)"
-    ):
+    with pytest.raises(BadInput, match=r"but train.optimizer adafactor does not update shards \(adamw and sgd do\)"):
         check_sharding(TrainSpec(seed=0, optimizer="adafactor"), Machine())
 
 

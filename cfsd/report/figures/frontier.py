@@ -23,7 +23,7 @@ from cfsd.report.figures.look import (
 from cfsd.report.figures.point import Point, certain, scaled
 from cfsd.report.measures import figure_of
 from cfsd.report.summary import Summary
-from cfsd.report.table import POINTS, Sweep, sweep_of, variant_of
+from cfsd.report.table import POINTS, Sweep, family_of, sweep_of
 
 MAX_NAMED = 6  # points of a sweep that are named; of more, about so many, evenly
 MAX_WRITTEN = 16  # names that find room beside their points
@@ -46,9 +46,9 @@ def frontier_figure(
     panels = {name: points for name in quantities if (points := frontier_points(summaries, name))}
     look = styles(s.name for s in summaries)
     legend = _legend(panels.values(), look)
-    columns, inches = legend_shape(legend, max(1, len(panels)))
-    size = WIDTH * max(1, len(panels)), height + inches
-    figure = Figure(size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    widths = max(1, len(panels))
+    columns, inches = legend_shape(legend, widths)
+    figure = Figure((WIDTH * widths, height + inches), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
     if not panels:
         figure.text(0.5, 0.5, "no variant has both a gain and a cost", ha="center", color=INK, size=SIZE)
         return figure
@@ -120,8 +120,8 @@ def _legend(panels: Collection[list[Point]], look: Mapping[str, Style]) -> dict[
     for point in filter(None, map(sweep_of, look)):
         swept.setdefault(point.family, []).append(point)
     names = dict.fromkeys(point.name for points in panels for point in points)
-    labels = {name: f"{own.family}{_span(swept[own.family])}" for name in names if (own := sweep_of(name))}
-    return {labels.get(name, variant_of(name)): look[name] for name in names}
+    spans = {name: _span(swept[own.family]) for name in names if (own := sweep_of(name))}
+    return {f"{family_of(name)}{spans.get(name, '')}": look[name] for name in names}
 
 
 def _span(sweep: Sequence[Sweep]) -> str:

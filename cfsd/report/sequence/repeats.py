@@ -86,10 +86,7 @@ def _over(matrices: Sequence[list[list[Figure]]], possible: Interval = ANY) -> t
 
 def _mean(seeds: Sequence[Figure], possible: Interval) -> Figure:
     """Return the figure over seeds, with the interval cut to `possible` values."""
-    found = over_seeds(seeds)
-    if found.low is None or found.high is None:
-        return found
-    return found.model_copy(update={"low": max(found.low, possible.low), "high": min(found.high, possible.high)})
+    return over_seeds(seeds).within(*possible)
 
 
 def _cells(store: Store, measured: Measured) -> Cells:
