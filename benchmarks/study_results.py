@@ -25,8 +25,7 @@ from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import POINTS, by_variant, shown
 from cfsd.report.verdict import joined_figure, over_seeds
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import FRACTION, Figure
-from cfsd.statistics.margin import MEAN
+from cfsd.statistics.figures import FRACTION, MEAN, Figure
 from cfsd.statistics.matched_gain import MatchedGain
 
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"

@@ -91,7 +91,10 @@ def _reason(error: BaseException) -> str:
 
 
 def parse_overrides(texts: list[str], option: str = "--set") -> dict[str, Any]:
-    """Return {"a.b": value} of `a.b=value` texts, values read as YAML, templates as they are. Raises BadInput."""
+    """Return {"a.b": value} of `a.b=value` texts. Raises BadInput.
+
+    Values are read as YAML. A template such as `Question: {question} ###` stays as it stands, unless it is quoted.
+    """
     parsed = {}
     for text in texts:
         name, sign, value = text.partition("=")
@@ -109,14 +112,23 @@ def _value(text: str, option: str) -> Any:
         if is_template:
             return text
         raise BadInput(f"{option} value {text[:80]!r} is not valid YAML: {_reason(error)}") from error
-    return text if is_template and _is_misread(value, text) else value
+    return value if not is_template or _is_meant_as_yaml(value, text.strip()) else text
 
 
-def _is_misread(value: Any, text: str) -> bool:
-    """Say whether YAML made a mapping of a template, as of `{answer}` and `Question: {prompt}`, or took its spaces."""
-    if isinstance(value, dict):
-        return all(inner is None or (isinstance(inner, dict) and _is_misread(inner, text)) for inner in value.values())
-    return bool(value == text.strip())
+def _is_meant_as_yaml(value: Any, text: str) -> bool:
+    """Say whether a text with a placeholder is written as YAML: all of it in quotes, or a list or mapping of values.
+
+    Of others YAML would take a comment away after ` #`, and spaces and ends of lines; `{answer}` would be a mapping.
+    """
+    if isinstance(value, str):
+        return text[0] == text[-1] and text[0] in "\"'"
+    return text[0] in "[{" and _has_values(value)
+
+
+def _has_values(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_values, value.values() if isinstance(value, dict) else value))
+    return value is not None
 
 
 def overridden(recipe: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -209,8 +221,20 @@ def validated(model: type[M], content: Any, where: str) -> M:
             secret = "base_url" in mistake["loc"] or isinstance(mistake["input"], dict)  # a URL may hold a password
             given = "" if mistake["type"] == "missing" or secret else f" (given {shown(mistake['input'])})"
             known = _fields_near(model, mistake["loc"]) if mistake["type"] == "extra_forbidden" else ""
-            lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}")
+            lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}{given}{known}{_remedy(mistake)}")
         raise BadInput(f"{where} is not valid:\n" + "\n".join(lines)) from None
+
+
+def _remedy(mistake: Any) -> str:
+    """Return what to write where YAML reads another thing than is meant."""
+    kind, given = mistake["type"], mistake["input"]
+    if kind == "string_type" and isinstance(given, dict) and not _has_values(given):
+        return "; a template in braces is written in quotes, as '{answer}'"
+    if kind in ("model_type", "dict_type") and given is None:
+        return "; leave the section out, or give its fields"
+    if kind in ("tuple_type", "list_type") and isinstance(given, str):
+        return f"; a list is written as [{given}]"
+    return ""
 
 
 def _fields_near(model: type[BaseModel], place: tuple[Any, ...]) -> str:

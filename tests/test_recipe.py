@@ -305,10 +305,51 @@ def test_settings_that_turn_nothing_on_are_refused(content: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["Question: {prompt}", "{prompt} is", " so {response}", " {response}", "Q {prompt} A ", "{response}", "a: b: {c}"],
+    [
+        "T {a} ### A:",
+        "<u>\n{q}\n<a>\n",
+        "#### {a}",
+        "yes: {a} no",
+        "[{a}]",
+        "[{a}] {b}",
+        "Question: {prompt}",
+        "{prompt} is",
+        " so {response}",
+        " {response}",
+        "Q {prompt} A ",
+        "{response}",
+        "a: b: {c}",
+    ],
 )
 def test_a_template_on_the_command_line_is_as_it_is_written(text: str) -> None:
     assert parse_overrides([f"target.prompt={text}"]) == {"target.prompt": text}
+
+
+def test_a_template_in_quotes_is_read_as_yaml() -> None:
+    assert parse_overrides(['prompt="Q {q}\\nA"']) == {"prompt": "Q {q}\nA"}
+    assert parse_overrides(["prompt=' {q}'", "b=[{name: a, text: '{q}'}]"]) == {
+        "prompt": " {q}", "b": [{"name": "a", "text": "{q}"}],
+    }  # fmt: skip
+
+
+def test_an_empty_prompt_on_the_command_line_is_the_empty_text(content: dict[str, Any]) -> None:
+    changed = override(content, parse_overrides(["target.prompt=", "target.response=text"]))
+    assert validated(Recipe, changed, "here").target.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": {"path": "a.jsonl", "response": {"answer": None}}}, "written in quotes, as '{answer}'"),
+        ({"filter": None}, "leave the section out"),
+        ({"evaluate": {"benchmarks": "facts"}}, r"a list is written as \[facts\]"),
+    ],
+)
+def test_what_yaml_reads_as_another_thing_is_told_with_what_to_write(
+    content: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        validated(Recipe, content | change, "here")
 
 
 def test_what_is_no_template_is_read_as_yaml() -> None:

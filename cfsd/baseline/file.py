@@ -20,7 +20,7 @@ from cfsd.errors import BadInput
 from cfsd.machine import COUNTED_PACKAGES
 from cfsd.overrides import validated
 from cfsd.recipe import Recipe
-from cfsd.statistics.figures import FRACTION, NATS, SKEWED
+from cfsd.statistics.figures import FRACTION, MEAN, NATS, SKEWED
 from cfsd.statistics.gate import (
     LEAST_SEEDS,
     LEAST_VALUE,
@@ -36,7 +36,6 @@ LEAST_MARGIN = {NATS: 0.005, FRACTION: 0.01}  # below this nobody would act
 DIGITS = 6
 EDITED = 1e-4  # of a margin: rounding is less
 NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]*?)\s+\]")
-MEAN = "mean_forgetting"
 REMEDY = "correct it, or make it anew: --update-baseline"
 
 

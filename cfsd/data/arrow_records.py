@@ -97,7 +97,7 @@ def _as_written(value: Any, kind: Any) -> Any:
     """Return a value of the Arrow type `kind` as it was before it was stored.
 
     SHORT numbers have the digits that tell them apart there: of 32 bits it is 3.14, not 3.140000104904175. JSON is how
-    `datasets` keeps a column of several types.
+    `datasets` keeps a column of several types, and a map how Spark keeps a mapping. Raises ValueError.
     """
     import pyarrow as pa
 
@@ -105,6 +105,11 @@ def _as_written(value: Any, kind: Any) -> Any:
         return None if value is None else json.loads(value)
     if isinstance(value, float) and (number := SHORT.get(str(kind))):
         return float(str(number(value)))
+    if isinstance(value, list) and pa.types.is_map(kind):
+        fields = {name: _as_written(entry, kind.item_type) for name, entry in value}
+        if len(fields) < len(value):
+            raise ValueError(f"a map has an entry twice, of {', '.join(map(repr, fields))}")
+        return fields
     if isinstance(value, dict) and pa.types.is_struct(kind):
         return value | {field.name: _as_written(value[field.name], field.type) for field in kind}
     if isinstance(value, list) and _is_otherwise(kind):
@@ -113,14 +118,14 @@ def _as_written(value: Any, kind: Any) -> Any:
 
 
 def _is_otherwise(kind: Any) -> bool:
-    """Say whether there are SHORT numbers or JSON in it, but for lists of numbers: no text is made of those."""
+    """Say whether there are SHORT numbers, JSON or maps in it, but for lists of numbers: no text is made of those."""
     import pyarrow as pa
 
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return str(kind.value_type) not in SHORT and _is_otherwise(kind.value_type)
     if pa.types.is_struct(kind):
         return any(_is_otherwise(field.type) for field in kind)
-    return str(kind) in SHORT or str(kind) == JSON
+    return str(kind) in SHORT or str(kind) == JSON or pa.types.is_map(kind)
 
 
 def _columns(names: list[str], column: str | None) -> list[str] | None:

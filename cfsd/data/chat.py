@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cfsd.data.conversation import Conversation, Message, readings
+from cfsd.data.conversation import Conversation, Message, readings, with_arguments
 from cfsd.data.tokenised import Span
 from cfsd.errors import BadInput
 
+MARKED = {"Xqzargument": "qzx"}  # arguments that no template writes otherwise
 TODAY = datetime(2024, 7, 26)
 # In the template's text: transformers gives templates no functions of ours, only data.
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -44,11 +45,16 @@ class Rendering:
         except ValueError as error:  # several templates, and none of them is the default
             raise BadInput(f"{chat.place} is a chat, but this model has no template for it: {error}") from error
         for messages in readings(chat.messages):
-            if (text := self.attempt(messages)) is not None:
+            if not self._prints_mappings(messages) and (text := self.attempt(messages)) is not None:
                 self.messages, self.text = messages, text
                 return
         self.messages = chat.messages
         self.text = self.render(self.messages)
+
+    def _prints_mappings(self, messages: list[Message]) -> bool:
+        """Say whether the template prints arguments that are mappings, which Python would write with its own quotes."""
+        marked = with_arguments(messages, lambda given: MARKED if isinstance(given, dict) else given)
+        return marked != messages and str(MARKED) in (self.attempt(marked) or "")
 
     def attempt(self, messages: list[Message], *, open_turn: bool = False, without: str = "") -> str | None:
         """Return the text of other messages or `without` one of the variables; None where the template refuses it."""

@@ -46,6 +46,11 @@ def fill(parts: list[Part], row: Located, notes: Counter[str]) -> str:
     return "".join(part.literal + (_text(part.path, row, notes) if part.path else "") for part in parts)
 
 
+def is_blank(parts: list[Part], row: Located) -> bool:
+    """Say whether all columns of a template are blank in `row`, so that nothing but its own words would be left."""
+    return not any(_text(part.path, row, Counter()).strip() for part in parts if part.path)
+
+
 def _part(literal: str, field: str | None, spec: str | None, conversion: str | None, known: Collection[str]) -> Part:
     if field is None:
         return Part(literal, ())

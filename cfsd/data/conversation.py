@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from cfsd.data.records import Located, Record, text_of
@@ -124,28 +124,38 @@ def readings(messages: list[Message]) -> Iterator[list[Message]]:
 
     Arguments of tool calls are mappings, or JSON text; a message of tool calls lacks `content`, or it is empty.
     """
-    for parsed in (True, False):
+    for change in (_as_mapping, _as_text):
         for filled in (False, True):
-            yield [
-                ({"content": ""} if filled else {}) | (_parsed(message) if parsed else message) for message in messages
-            ]
+            yield [({"content": ""} if filled else {}) | message for message in with_arguments(messages, change)]
 
 
-def _parsed(message: Message) -> Message:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [_called(call) for call in calls]}
+def with_arguments(messages: list[Message], change: Callable[[Any], Any]) -> list[Message]:
+    """Return the messages with what `change` makes of the arguments of each tool call."""
+    return [
+        message | {"tool_calls": [_called(call, change) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
 
 
-def _called(call: Any) -> Any:
-    function = _function_with_text(call)
-    if function is None:
+def _called(call: Any, change: Callable[[Any], Any]) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" not in function:
         return call
+    return call | {"function": function | {"arguments": change(function["arguments"])}}
+
+
+def _as_mapping(given: Any) -> Any:
     try:
-        return call | {"function": function | {"arguments": _arguments(function["arguments"])}}
+        fields = _arguments(given) if isinstance(given, str) else given
     except ValueError:
-        return call
+        return given
+    return fields if isinstance(fields, dict) else given
+
+
+def _as_text(given: Any) -> Any:
+    return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given
 
 
 def _function_with_text(call: Any) -> dict[str, Any] | None:
@@ -181,6 +191,10 @@ class _Reader:
             self._refuse(given, f"has the field {bad[0]!r}, which is not text; remove it, or write text or tool_calls")
         if said == "from" and given["from"] == "function_call":
             fields, content = fields | {"tool_calls": self._calls(content, given)}, None
+        if "tool_calls" in fields and (calls := listed(fields["tool_calls"])) is None:
+            self._refuse(given, "has tool_calls that are no list of mappings, nor the JSON text of one")
+        elif "tool_calls" in fields:
+            fields["tool_calls"] = calls
         self._say_arguments(fields.get("tool_calls"))
         message = {"role": role, **fields}
         if content is not None or not fields.get("tool_calls"):

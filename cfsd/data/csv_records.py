@@ -5,16 +5,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from cfsd.data.contents import Contents
+from cfsd.data.records import Said
 
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit of 131,072 is less than a long document
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+QUOTED = "a cell in quotes holds tabs or ends of lines; where these quotes are the text's own, write each of them twice"
 OTHERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 
 
-def csv_records(contents: Contents) -> Iterator[tuple[str, Any]]:
+def csv_records(contents: Contents, said: Said) -> Iterator[tuple[str, Any]]:
     """Yield each record with the line in which it begins; cells that a row lacks are empty.
 
-    Raises ValueError naming the line.
+    Tables divided by tabs are often written without quoting: there a cell in quotes that goes over tabs or lines is
+    said. Raises ValueError naming the line.
     """
     csv.field_size_limit(LONGEST_CELL)
     with contents.text(newline="") as file:
@@ -26,6 +29,8 @@ def csv_records(contents: Contents) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"line {line} is a header again: files were put one behind the other; give a folder")
             if len(cells) > len(header):
                 raise ValueError(f"line {line} has {len(cells)} cells, more than the {len(header)} columns")
+            if contents.suffix == ".tsv" and any("\t" in cell or "\n" in cell for cell in cells):
+                said.add(QUOTED, f"{str(contents.path)!r} line {line}")
             filled = [*cells, *[""] * (len(header) - len(cells))]
             yield f"line {line}", {name: cell for name, cell in zip(header, filled, strict=True) if name}
 

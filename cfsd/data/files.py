@@ -17,7 +17,8 @@ from cfsd.machine import home
 from cfsd.store.digests import DigestMemory, digest_of_files, sha256_of_file
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.\d])")  # how files of a split begin
+# in the names of a split's files, and of folders with them
+SPLIT = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./\d])", re.IGNORECASE)
 READ_BY_CHECKS = 1 << 24  # bytes: files of so much are read whole by a check, of larger ones the first record
 REMEMBERED_FROM = 1 << 20  # bytes; a digest is remembered through a file that a thousand small ones would rewrite
 
@@ -66,11 +67,13 @@ class Files(NamedTuple):
 
     def _say_splits(self, names: Iterable[str], said: Said) -> None:
         """Say where files of a training split are read beside those of others."""
-        found = {match[0]: Path(name).parent for name in names if (match := SPLIT.match(Path(name).name.lower()))}
+        found: dict[str, str] = {}
+        for name in names:
+            if match := SPLIT.search(name):
+                found.setdefault(match[1].lower(), _pattern(name, *match.span(1)))
         if "train" not in found or len(found) == 1:
             return
-        pattern = Path(self.path, found["train"], "train*").as_posix()
-        as_in = f", as {pattern}" if Path(self.path).expanduser().is_dir() else ""
+        as_in = f", as {Path(self.path, found['train']).as_posix()}" if Path(self.path).expanduser().is_dir() else ""
         splits = ", ".join(sorted(found))
         said.add(f"files of several splits ({splits}) are all read; name those that are meant{as_in}", repr(self.path))
 
@@ -126,11 +129,18 @@ class Files(NamedTuple):
             with contents.text() as file:
                 yield "", {self.column: file.read()}
         elif contents.suffix in (".csv", ".tsv"):
-            yield from csv_records(contents)
+            yield from csv_records(contents, said)
         elif contents.suffix in (".parquet", ".arrow"):
             yield from arrow_records(contents, self.column)
         else:
             yield from json_records(contents, self.column, self.split, said)
+
+
+def _pattern(name: str, begin: int, end: int) -> str:
+    """Return a pattern of the files that have the same word where `name` has it, from `begin` to `end`."""
+    folder = name.rfind("/", 0, begin) + 1
+    before = "*" if begin > folder else ""
+    return f"{name[:folder]}{before}{name[begin:end]}*" + ("/*" if "/" in name[end:] else "")
 
 
 def _sha256(path: Path) -> str:

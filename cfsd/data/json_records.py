@@ -23,6 +23,8 @@ def json_records(contents: Contents, column: str | None, split: str, said: Said)
     first, more = _first_lines(contents)
     if not first:
         return
+    if more and _is_list(first):
+        raise ValueError('line 1 is a list, and more lines follow; write each line as an object: {"messages": [...]}')
     if _is_whole(contents, first) or (contents.suffix == ".json" and not more):
         with contents.text() as file:
             whole = _parsed(file.read(), 1)
@@ -42,6 +44,13 @@ def _first_lines(contents: Contents) -> tuple[str, bool]:
     with contents.text() as file:
         lines = (line for line in file if line.strip())
         return next(lines, ""), next(lines, None) is not None
+
+
+def _is_list(line: str) -> bool:
+    try:
+        return isinstance(_parsed(line, 1), list)
+    except ValueError:
+        return False
 
 
 def _is_whole(contents: Contents, first: str) -> bool:
@@ -99,7 +108,7 @@ def _unwrapped(whole: Any, column: str | None, split: str, said: Said, place: st
     """Return the records of a file that is one value: of a list, of a list that an object holds, or that object."""
     if isinstance(whole, list):
         return whole
-    if not isinstance(whole, dict) or column in whole:
+    if not isinstance(whole, dict) or column in whole or any(map(_are_messages, whole.values())):
         return [whole]
     lists = {name: value for name, value in whole.items() if _is_list_of_records(value)}
     if not lists:
@@ -114,10 +123,12 @@ def _unwrapped(whole: Any, column: str | None, split: str, said: Said, place: st
 
 
 def _is_list_of_records(value: Any) -> bool:
-    """Return whether `value` is a list of objects that are no messages of one chat."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        return False
-    return not any({"role", "from"} & item.keys() for item in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _are_messages(value: Any) -> bool:
+    """Say whether `value` is the list of a chat's messages."""
+    return _is_list_of_records(value) and any({"role", "from"} & item.keys() for item in value)
 
 
 def _refuse_columns(whole: dict[str, Any]) -> None:

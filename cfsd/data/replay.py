@@ -15,6 +15,7 @@ from cfsd.model.on_hub import OnHub
 from cfsd.store.digests import digest_of_files
 
 ALLOWED = (*ROWS, ".txt")
+OF_KINDS = {"path": ("file",), "name": ("hub",), "subset": ("hub",), "revision": ("hub",)}
 
 
 class Replay(OnHub):
@@ -35,6 +36,7 @@ class Replay(OnHub):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        self.check_fields("replay", OF_KINDS)
         if self.kind == "file" and not self.path:
             raise ValueError("replay of kind file needs `path`")
         if self.kind == "hub" and not self.name:

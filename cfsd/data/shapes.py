@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from cfsd.data.columns import Part, fill, parse
+from cfsd.data.columns import Part, fill, is_blank, parse
 from cfsd.data.records import Located, text_of
 from cfsd.errors import BadInput
 
@@ -58,10 +58,14 @@ def shape_of(prompt: str, response: str, messages: str | None, rows: Sequence[Lo
 
 
 def texts_of(shape: Shape, row: Located, notes: Counter[str]) -> tuple[str, str]:
-    """Return prompt and response of a row of shape `texts`. Raises BadInput at a value that is no text."""
+    """Return prompt and response of a row of shape `texts`; a response of blank columns is empty, template or not.
+
+    Raises BadInput at a value that is no text.
+    """
     _check_beside(shape, row, notes)
     short = bool(shape.short) and not text_of(row.record.get("input"), row.place, "input").strip()
-    return fill(shape.short if short else shape.prompt, row, notes), fill(shape.response, row, notes)
+    response = "" if is_blank(shape.response, row) else fill(shape.response, row, notes)
+    return fill(shape.short if short else shape.prompt, row, notes), response
 
 
 def _check_beside(shape: Shape, row: Located, notes: Counter[str]) -> None:

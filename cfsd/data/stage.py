@@ -33,6 +33,7 @@ MERGED = "whose response has no token of its own"
 LETTERS = 4  # of a token, on average at most: a text with more may be too long
 ENDED = "the chat template closes a turn with no token: the model's end token is put after the last one of a chat"
 OPEN_TURN = "the chat template closes turns with no token: those before a chat's last one teach no end"
+TURNS = "turns is of no effect: it is for chats, and these rows are prompt and response"
 NO_TURN = "without a turn of the assistant that is learned"
 
 
@@ -112,7 +113,7 @@ class _Reading:
         self.of_files = Said()
         self.written_roles: set[str] = set()
         self.too_long = f"longer than max_length={target.max_length}"
-        self.recognised = ""
+        self.recognised, self.turns_unread = "", False
         added = {token for token, known in self.tokenizer.added_tokens_decoder.items() if known.special}
         self.ends = added & {*tokens.eos_ids, *tokens.end()}
         self.special = special_tokens(self.tokenizer)
@@ -122,6 +123,8 @@ class _Reading:
     def said(self) -> Iterator[str]:
         if self.recognised:
             yield self.recognised
+        if self.turns_unread:
+            yield TURNS
         yield from self.of_files.sentences()
         yield from (f"{note}; rows: {count}" for note, count in self.notes.items())
         yield from (f"rows left out: {count} {reason}" for reason, count in self.dropped.items())
@@ -131,6 +134,7 @@ class _Reading:
         head = first_rows(self.target, records)
         shape = shape_of_rows(self.target, head)
         self.recognised = shape.recognised
+        self.turns_unread = self.target.turns == "last" and shape.kind == "texts"
         seen: set[bytes] = set()
         for located in chain(head, records):
             notes: Counter[str] = Counter()

@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveIn
 from cfsd.data.conversation import read_row
 from cfsd.data.files import Files
 from cfsd.data.records import Located, Said, hub_records
-from cfsd.data.shapes import HEAD, Shape, shape_of
+from cfsd.data.shapes import HEAD, PROMPT, RESPONSE, Shape, shape_of
 from cfsd.errors import BadInput
 from cfsd.model.hub import DATA, MAIN
 from cfsd.model.on_hub import OnHub
@@ -30,15 +30,13 @@ class RewriteSpec(Spec):
     seed: NonNegativeInt | None = Field(None, description="Of the sampling")
 
 
-OF_KINDS = {  # which fields belong to which kinds alone
-    "path": ("file",), "name": ("hub", "gym"), "subset": ("hub",), "config": ("gym",), "revision": ("hub",),
-}  # fmt: skip
+OF_KINDS = {"path": ("file",), "name": ("hub", "gym"), "subset": ("hub",), "config": ("gym",), "revision": ("hub",)}
 
 
 class Target(OnHub):
     """Rows of prompt and response, or of chat messages; the loss is on responses only."""
 
-    version: ClassVar[int] = 3  # 3: nulls within lists of a table are absent; turns without text are not learned
+    version: ClassVar[int] = 4  # 4: a template's own words are no response; arguments of tool calls are JSON
     neutral: ClassVar[dict[str, Any]] = {
         "turns": "all", "subset": None, "rewrite": "off", "rewrite_answer": None, "rewrite_lengths": 3.0,
         "rewrite_temperature": 1.0,
@@ -100,6 +98,11 @@ class Target(OnHub):
         settings = ("rewrite_answer", "rewrite_lengths", "rewrite_temperature")
         return dict.fromkeys(settings, "rewrite: self") if self.rewrite == "off" else {}
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return "" if value is None else value  # what YAML makes of nothing: responses alone are learned
+
     @field_validator("rewrite", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
@@ -116,12 +119,12 @@ class Target(OnHub):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for name, kinds in OF_KINDS.items():
-            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].get_default():
-                raise ValueError(
-                    f"{name} is for a target of kind {' or '.join(kinds)}, and this is of kind {self.kind}; "
-                    "take it out, or set it to null"
-                )
+        self.check_fields("target", OF_KINDS)
+        if self.messages is not None and (self.prompt, self.response) != (PROMPT, RESPONSE):
+            raise ValueError(
+                "prompt and response are not read where messages names a column of chats; take out messages, or both "
+                "of them"
+            )
         if self.kind == "file" and not self.path:
             raise ValueError("a target of kind file needs `path`")
         if self.kind == "hub" and not self.name:

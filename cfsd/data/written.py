@@ -52,7 +52,7 @@ def _check_variables(rendering: Rendering) -> None:
             left_out = rendering.attempt(rendering.messages, without=name) == rendering.text
         else:
             left_out = not re.search(rf"\b{re.escape(name)}\b", rendering.template)
-        if left_out:
+        if left_out and rendering.chat.variables[name]:  # nothing is lost by a false or an empty one
             raise BadInput(
                 f"{rendering.chat.place} gives {name!r}, but this model's chat template has no place for it; remove "
                 "the column, write its text into a message, or take a model whose template takes it"

@@ -2,9 +2,12 @@
 
 Source: Brown et al. 2020, GPT-3, arXiv:2005.14165, section 4 and appendix C: a match is a common 13-gram of
 lower-case words without punctuation, or the whole of an example that is shorter; 8 words at least.
-Differs: the whole text is rejected; the paper removes 200 characters around a match only.
+Differs: the whole text is rejected; the paper removes 200 characters around a match only. Punctuation other than
+apostrophes divides words, so that a special token such as <s> does not join the word beside it. Each character of
+Chinese and Japanese is a word.
 """
 
+import re
 import string
 import sys
 import unicodedata
@@ -19,17 +22,29 @@ Hashes = NDArray[np.int64]
 Reference = Mapping[str, Iterable[str]]  # the texts that no row may overlap, by the name of where they come from
 
 LEAST_WORDS = 8  # shorter reference texts occur by chance
+APOSTROPHES = "'\u2019"
+UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")  # kana, Han
 
 
 @cache
-def _punctuation() -> dict[int, None]:
+def _punctuation() -> dict[int, str]:
     marks = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("P"))
-    return dict.fromkeys([*map(ord, string.punctuation), *marks])
+    return dict.fromkeys([*map(ord, string.punctuation), *marks], " ") | dict.fromkeys(map(ord, APOSTROPHES), "")
 
 
 def words_of(text: str) -> list[str]:
     """Return the words of `text` in lower case, without punctuation."""
-    return text.lower().translate(_punctuation()).split()
+    return UNSPACED.sub(r" \1 ", text.lower().translate(_punctuation())).split()
+
+
+def least_words(size: int) -> int:
+    """Return of how many words a reference text must be to be compared by runs of `size` words."""
+    return min(size, LEAST_WORDS)
+
+
+def count_short(texts: Reference, size: int) -> int:
+    """Return how many reference texts that are not empty have too few words to be compared."""
+    return sum(0 < len(words_of(text)) < least_words(size) for group in texts.values() for text in group)
 
 
 class Grams:
@@ -46,7 +61,7 @@ class Grams:
         for owner, group in enumerate(texts.values()):
             for words in map(words_of, group):
                 length = min(size, len(words))
-                if length >= min(size, LEAST_WORDS):
+                if length >= least_words(size):
                     parts[length].append((owner, _hashes(words, length)))
         self.runs = {length: _sorted(parts[length]) for length in sorted(parts, reverse=True)}
 

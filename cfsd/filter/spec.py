@@ -42,6 +42,10 @@ class FilterSpec(Spec):
         "held-out row of the target; 13 as for GPT-3 (arXiv:2005.14165)",
     )  # fmt: skip
 
+    def _identity(self) -> dict[str, Any]:
+        words = {} if self.overlap_words is None else {"words": 2}  # 2: they end at punctuation, as of special tokens
+        return super()._identity() | words
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         for low, high in (("min_tokens", "max_tokens"), ("min_mean_logprob", "max_mean_logprob")):

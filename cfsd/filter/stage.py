@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cfsd.filter.near_duplicates import duplicates_of
-from cfsd.filter.overlap import Reference
+from cfsd.filter.overlap import Reference, count_short, least_words
 from cfsd.filter.rules import Rows, Rule, Verdict, listed, measured, rules_of
 from cfsd.filter.spec import FilterSpec
 from cfsd.store.artifact import Draft
@@ -70,7 +70,7 @@ def filter_rows(corpus: Path, spec: FilterSpec, draft: Draft, reference: Referen
     else:
         outcomes = list(_judge(corpus, rules, spec.near_duplicates, draft))
     _clear_scratch(draft.folder)
-    draft.metadata |= _metadata(outcomes)
+    draft.metadata |= _metadata(outcomes) | _said(spec, reference)
 
 
 def _clear(folder: Path) -> None:
@@ -154,6 +154,14 @@ def _metadata(outcomes: list[Outcome]) -> dict[str, Any]:
         mean = after.nats / after.tokens
         metadata |= {"mean_logprob": mean, "mean_logprob_shift": mean - before.nats / before.tokens}
     return metadata
+
+
+def _said(spec: FilterSpec, reference: Reference | None) -> dict[str, Any]:
+    """Return what was not compared with `reference`."""
+    if reference is None or spec.overlap_words is None or not (short := count_short(reference, spec.overlap_words)):
+        return {}
+    least = least_words(spec.overlap_words)
+    return {"said": [f"held-back texts of fewer than {least} words, which no row was compared with: {short:,}"]}
 
 
 def _read(corpus: Path, draft: Draft, columns: list[str] | None = None) -> Iterator[Rows]:

@@ -16,7 +16,8 @@ from cfsd.store.digests import DigestMemory, digest_of_files
 LANGUAGE = ("CAUSAL_LM", None)  # the tasks whose adapters change a language model and nothing else
 UNMERGEABLE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
                "CARTRIDGE", "XLORA", "POLY")  # fmt: skip
-LOST = ("loftq", "pissa_niter", "corda")  # initial values: quantised, random, or from data; the base is less these
+# initial values: quantised, random, or from data; the base is less these, and a saved adapter does not say by what
+LOST = ("loftq", "pissa_niter", "corda", "lora_ga")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
              "spiece.model")  # fmt: skip
 

@@ -10,8 +10,13 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 def check_whole(folder: Path) -> None:
-    """Raise BadInput if `folder` holds an adapter in place of a whole model."""
+    """Raise BadInput if `folder` holds an adapter in place of a whole model, or beside one."""
     if (folder / ADAPTER_CONFIG).exists():
+        if (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+            raise BadInput(
+                f"{str(folder)!r} holds a whole model and {ADAPTER_CONFIG} beside it, at which transformers would load "
+                f"the adapter's base; move {ADAPTER_CONFIG} out of the folder"
+            )
         raise BadInput(
             f"{str(folder)!r} holds an adapter, not a whole model; merge it into its base first, and give the folder "
             f"MERGED: {merge_command(folder)}"

@@ -20,6 +20,8 @@ PAYLOAD = (TENSORS, "*.safetensors.index.json", "config.json", "generation_confi
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
            "chat_template*", "additional_chat_templates/*.jinja", "spiece.model")  # fmt: skip
 UNREAD = ("*/*.safetensors", "consolidated*.safetensors")  # weights once more, in forms that transformers does not read
+TEKKEN = "tekken.json"
+QUANTISED = "quantize_config.json"  # of GPTQ's first tools
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # of weights that can be trained
@@ -60,7 +62,9 @@ def payload_of(folder: Path, *, weights: bool = True) -> dict[str, Path]:
             f"(weights in pickle files are never read; save them with save_pretrained){_models_below(folder)}"
         )
     if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in files):
-        raise BadInput(f"{str(folder)!r} has no tokenizer; copy the tokenizer files of the model it was tuned from")
+        but = f" but {TEKKEN}, which is Mistral's own format and is not read" if (folder / TEKKEN).exists() else ""
+        remedy = "copy the tokenizer files of the model it was tuned from"
+        raise BadInput(f"{str(folder)!r} has no tokenizer{but}; {remedy}")
     return files
 
 
@@ -132,7 +136,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             f"{folder / 'config.json'} has model_type {kind!r}, so nobody knows which architecture this is; copy the "
             "model's own config.json"
         )
-    if quantised := config.get("quantization_config"):
+    settings = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
+    if quantised := settings or ({"quant_method": "gptq"} if (folder / QUANTISED).exists() else None):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise BadInput(
             f"model {str(folder)!r} has quantised weights ({method}), which cannot be fine-tuned here; take the "

@@ -11,6 +11,7 @@ from cfsd.statistics.intervals import Floats, Interval, Z, bootstrap_ratio, pair
 
 NATS = "nats/token"
 FRACTION = "fraction"
+MEAN = "mean_forgetting"  # of all benchmarks that have a chance level
 # divergences: above 0, and seeds scatter by factors
 SKEWED = frozenset({"probe_kl", "chat_kl", "chat_user_kl", "target_divergence"})
 OVERFLOW = 700.0  # nats; exp of more is infinite in float64

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from scipy import special  # scipy.stats takes 0.7 s to import, and commands import this module
 
-from cfsd.statistics.figures import FRACTION, Figure
+from cfsd.statistics.figures import FRACTION, MEAN, Figure
 from cfsd.statistics.forgetting import NO_SCORE, BenchmarkForgetting
 from cfsd.statistics.gate import FAMILY_WISE, Finding, Judgement, Outcome, holm
 from cfsd.statistics.intervals import Z, interval_p
 
-MEAN = "mean_forgetting"
 LEAST_TIMES, MOST_TIMES = 1.1, 100  # times as many documents, that are proposed
 
 

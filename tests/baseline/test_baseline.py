@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cfsd.baseline.file import (
-    MEAN,
     Baseline,
     Measured,
     as_text,
@@ -25,7 +24,7 @@ from cfsd.baseline.file import (
 from cfsd.baseline.measured import measured
 from cfsd.errors import BadInput
 from cfsd.recipe import Recipe
-from cfsd.statistics.figures import FRACTION, NATS
+from cfsd.statistics.figures import FRACTION, MEAN, NATS
 from cfsd.statistics.gate import judge
 from cfsd.store.artifact import Artifact
 from cfsd.store.tables import CORPUS, table_of

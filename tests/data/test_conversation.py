@@ -48,6 +48,10 @@ TEMPLATES = {
         "{{ m['content'] }}",
         "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}",
     ),
+    "arguments printed": CHAT.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name }} {{ c.function.arguments }}{% endfor %}",
+    ),
     "content of every turn": TOOLS_TOO.replace("{{ m['content'] }}", "{{ m['content'][:9] }}"),
     "closes with nothing": CHAT.replace("<|end|>", "\n"),  # as Falcon's
     "the next turn ends it": "{% for m in messages %}{% if m['role'] == 'user' %}<eos>{% endif %}{{ m['role'] }}:"
@@ -212,6 +216,9 @@ ON_TOOLS: dict[str, tuple[Make, str, str]] = {
     "documents": (
         chat(said("yes"), documents=[{"title": "t", "text": "d"}]), "<|turn|>documents:d<|end|>" + ONE, "yes<|end|>"
     ),
+    "template settings that are off": (
+        chat(said("yes"), chat_template_kwargs={"think": False, "instructions": "", "xml": None}), ONE, "yes<|end|>"
+    ),
     "template settings": (chat(said("yes"), chat_template_kwargs={"shout": True}), "!" + ONE, "yes<|end|>"),
     "calls without content": (
         chat(said(None, tool_calls=CALL), {"role": "tool", "content": "2"}, said("yes")),
@@ -259,19 +266,18 @@ WRITTEN = '{"name": "add", "arguments": {"a": 1}}'
 CALL_AS_TEXT = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
 
 
-@pytest.mark.parametrize("calls", [CALL, CALL_AS_TEXT])
+@pytest.mark.parametrize("calls", [CALL, CALL_AS_TEXT, json.dumps(CALL)])
 @pytest.mark.parametrize(
     ("template", "written"),
-    [("tools", WRITTEN), ("content of every turn", WRITTEN), ("arguments as text", 'add{"a": 1}')],
+    [
+        ("tools", WRITTEN), ("content of every turn", WRITTEN), ("arguments as text", 'add{"a": 1}'),
+        ("arguments printed", 'add {"a": 1}'),
+    ],
 )  # fmt: skip
 def test_calls_are_given_as_the_template_takes_them(
     world: World, tmp_path: Path, calls: list[Any], template: str, written: str
 ) -> None:
     make = chat({"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "2"}, said("yes"))
-    if template == "arguments as text" and calls is CALL:
-        with pytest.raises(BadInput, match=r"line 1.*TypeError"):
-            world.read(make, tmp_path, template)
-        return
     texts, _ = world.read(make, tmp_path, template)
     assert texts == [(ONE + "<|turn|>tool:2<|end|><|turn|>assistant:", written + "<|end|>yes<|end|>")] * 6
 
@@ -284,6 +290,9 @@ def test_what_is_read_in_one_of_several_ways_is_said(world: World, tmp_path: Pat
 
 
 REFUSED: dict[str, tuple[Make, str, str]] = {
+    "calls that are no list": (
+        chat(said("y", tool_calls="add(1)")), "tools", "line 1.*has tool_calls that are no list of mappings"
+    ),
     "a system message": (
         lambda w: {"messages": [{"role": "system", "content": "Hi."}, user(w), said("y")]},
         "no system", r"line 1.*system role is not supported.*move its text into the user's turn",

@@ -468,3 +468,37 @@ def test_texts_come_back_as_they_were_written(tmp_path: Path, records: list[dict
         (tmp_path / file).write_bytes(write(records))
         files = Files(str(tmp_path / file), "target", "target.path")
         assert [record for _, record in files.records(Said())] == records
+
+
+def read_bytes(path: Path, content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
+    path.write_bytes(content)
+    said = Said()
+    return [record for _, record in Files(str(path), "target", "target.path").records(said)], said.sentences()
+
+
+def test_a_cell_in_quotes_that_goes_over_lines_of_a_tsv_is_said(tmp_path: Path) -> None:
+    rows, said = read_bytes(tmp_path / "a.tsv", b'prompt\tresponse\nq1\t"yes\nq2\tno"\nq3\tz\n')
+    assert rows == [{"prompt": "q1", "response": "yes\nq2\tno"}, {"prompt": "q3", "response": "z"}]
+    assert len(said) == 1 and "a.tsv' line 2" in said[0] and "write each of them twice" in said[0]
+    assert read_bytes(tmp_path / "b.tsv", b'prompt\tresponse\nq1\t"yes, no"\n')[1] == []
+
+
+def test_a_map_of_a_table_is_a_mapping(tmp_path: Path) -> None:
+    kind = pa.list_(pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.float32()))]))
+    table = pa.table({"calls": pa.array([[{"name": "w", "arguments": [("x", 0.1)]}], [{"name": "v"}]], kind)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    rows, _ = read_bytes(tmp_path / "a.parquet", sink.getvalue().to_pybytes())
+    assert rows == [{"calls": [{"name": "w", "arguments": {"x": 0.1}}]}, {"calls": [{"name": "v"}]}]
+
+
+def test_one_chat_with_tools_is_a_record_and_not_the_tools(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}
+    for name in ("a.json", "a.jsonl"):
+        assert read_bytes(tmp_path / name, json.dumps(chat).encode())[0] == [chat]
+
+
+def test_chats_as_bare_lists_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    line = json.dumps([{"role": "user", "content": "a"}]).encode() + b"\n"
+    with pytest.raises(BadInput, match=r"line 1 is a list.*write each line as an object"):
+        read_bytes(tmp_path / "a.jsonl", line * 2)

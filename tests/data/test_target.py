@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from cfsd.data.files import Files
 from cfsd.data.records import Said, hub_records
-from cfsd.data.stage import prepare
+from cfsd.data.replay import Replay
+from cfsd.data.stage import TURNS, prepare
 from cfsd.data.target import Target, records_of
 from cfsd.errors import BadInput
 from cfsd.model.loading import load_tokenizer
@@ -123,6 +124,36 @@ def test_files_named_after_several_splits_are_said(tmp_path: Path) -> None:
     assert said.sentences()[0].endswith("name those that are meant")
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "pattern"),
+    [
+        ("data/train/0.jsonl", "data/test/0.jsonl", "data/train*/*"), ("gsm_train.jsonl", "gsm_test.jsonl", "*train*"),
+        ("Train/0.jsonl", "val/0.jsonl", "Train*/*"),
+    ],
+)  # fmt: skip
+def test_a_split_is_known_wherever_its_name_stands(tmp_path: Path, train: str, test: str, pattern: str) -> None:
+    for name in (train, test):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name)
+    list(Files(str(tmp_path), "target", "target.path").records(said := Said()))
+    assert said.sentences()[0].endswith(f"as {tmp_path}/{pattern}")
+    assert [path.name for path in tmp_path.glob(pattern)] == [Path(train).name]
+
+
+def test_settings_that_a_kind_or_a_shape_does_not_read_are_refused_or_said(
+    store: Store, base: Artifact, tmp_path: Path
+) -> None:
+    path = str(write(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="prompt and response are not read where messages names a column"):
+        Target(path=path, messages="talk", prompt="{question}")
+    with pytest.raises(ValueError, match=r"revision is for a replay of kind hub.*set `kind: hub`"):
+        Replay(path=path, revision="main")
+    with pytest.raises(ValueError, match="has no '@': give what is behind it as `revision`"):
+        Target(kind="hub", name="openai/gsm8k@main")
+    made = prepared(store, base, path=path, turns="last", **COLUMNS)
+    assert TURNS in made.metadata["said"]
+
+
 def test_a_configuration_of_a_data_set_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("main", "other"):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -178,11 +209,14 @@ def test_what_is_dropped_is_counted_by_reason(store: Store, base: Artifact, tmp_
     extra: list[dict[str, Any]] = [
         RECORDS[0], RECORDS[0], {"question": "zz", "answer": "", "note": "x"},
         {"question": "zz", "answer": None, "note": "x"}, {"question": "a" * 30, "answer": "b", "note": "x"},
+        {"question": "zz", "answer": " ", "note": "x"},
     ]  # fmt: skip
     path = str(write(tmp_path / "rows.jsonl", RECORDS + extra))
-    made = prepared(store, base, path=path, max_length=20, **COLUMNS)
-    assert made.metadata["dropped"] == {"seen before": 2, "with an empty response": 2, "longer than max_length=20": 1}
-    assert len(list(rows_of(store, made))) == len(RECORDS)
+    dropped = {"seen before": 2, "with an empty response": 3, "longer than max_length=20": 1}
+    for response in ("answer", " {answer}", "#{answer}"):  # the template's own words are no answer
+        made = prepared(store, base, path=path, max_length=20, **(COLUMNS | {"response": response}))
+        assert made.metadata["dropped"] == dropped
+        assert len(list(rows_of(store, made))) == len(RECORDS)
 
 
 def test_a_model_with_a_short_context_drops_what_it_cannot_attend_to(

@@ -36,6 +36,7 @@ TABLE: dict[str, list[Row]] = {
     "Processes that end": [
         *map(_killed, ("fetch", "target", "generate", "filter", "probe", "mix", "check", "train", "merge")),
         _killed("evaluate-probe", ", the last stage"),
+        Row("killed while it samples, pre-empted and then stopped while it trains", "the run ends with the weights of an undisturbed one; finished shards stay, the training goes on at its last whole checkpoint", f"{INTERRUPT}test_one_run_killed_then_pre_empted_then_stopped_ends_with_the_same_weights"),
         Row("killed in the middle of sampling", "finished shards stay as they are; the draft is continued with the next one", f"{INTERRUPT}test_kill_9_costs_no_finished_work[generate]"),
         Row("killed in the middle of training", "the training goes on at its last whole checkpoint, to the same bits", f"{INTERRUPT}test_kill_9_costs_no_finished_work[train]"),
         Row("a training killed at ten random steps", "the same bits as of one training", "tests/train/test_train_interrupted.py::test_killed_at_ten_random_steps_the_bits_are_those_of_one_training"),

@@ -127,6 +127,9 @@ def test_texts_that_repeat_themselves_or_overlap_are_rejected(store: Store, tmp_
     assert kept == [2]
     assert rejected == {0: "overlaps the book", 1: "top 2-gram above 0.2"}
     assert made.metadata["accepted_by_rule"] == {"repetition": 2 / 3, "overlap_words": 1 / 2}
+    assert "said" not in made.metadata
+    short = made_from(store, corpus, FilterSpec(overlap_words=10), {"one": ["four words are few"]})[0]
+    assert short.metadata["said"] == ["held-back texts of fewer than 8 words, which no row was compared with: 1"]
 
 
 def test_rejects_can_be_read(store: Store, tmp_path: Path) -> None:

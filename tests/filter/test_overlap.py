@@ -30,6 +30,19 @@ def test_case_and_punctuation_do_not_count() -> None:
     assert grams.overlap("And THE CAT - so to speak - sat… on\nthe (mat) didnt it indeed")
 
 
+def test_a_special_token_does_not_hide_the_word_beside_it() -> None:
+    text = "Name the longest river that flows through ten states"
+    grams = Grams({"the book": [text]}, 13)
+    for row in (text, f"<s>{text}", f"{text}</s>", f"<|im_start|>{text}<|im_end|>\n"):
+        assert grams.overlap(row), row
+
+
+def test_each_character_of_chinese_and_japanese_is_a_word() -> None:
+    text = "中国最长的河流是长江还是黄河"
+    assert words_of("日本の river") == ["日", "本", "の", "river"]
+    assert Grams({"the book": [text]}, 13).overlap(f"请问{text}吗")
+
+
 def test_a_short_reference_counts_as_a_whole_if_it_has_enough_words() -> None:
     grams = Grams({"short": [" ".join(WORDS[:LEAST_WORDS])], "shorter": [" ".join(WORDS[20 : 19 + LEAST_WORDS])]}, 13)
     assert grams.overlap(" ".join(WORDS[:30])) == ("short", " ".join(WORDS[:LEAST_WORDS]))

@@ -1,5 +1,6 @@
 """kill -9 and Ctrl-C in the middle of each stage; then the same command again finishes with the same weights."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,26 +31,24 @@ STAGES = {
     "train": ("model", "checkpoints/checkpoint-80/trainer_state.json"),
     "evaluate-probe": ("scores", "progress.json"),
 }
+LATER = {"later in train": ("model", "checkpoints/checkpoint-160/trainer_state.json")}
 SOURCES = {"probe": "probe", "generate": "context-free"}
-# 40 s each or more; probe and generate are sampled by the same code, and either ends all stages alike
-SLOW = pytest.mark.slow
-KILLED = [pytest.param(s, marks=() if s in ("generate", "train") else SLOW) for s in STAGES]
-STOPPED = [
-    *(pytest.param(s, signal.SIGINT, marks=() if s == "train" else SLOW) for s in STAGES),
-    ("train", signal.SIGTERM),
-]
+CUTS = [*((stage, signal.SIGINT) for stage in STAGES), ("train", signal.SIGTERM)]
 
 
-def start(recipe: Path, home: Path) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "flows.mitigate", str(recipe), "--home", str(home), *ON]
-    for change in SLOW_ENOUGH:
-        words += ["--set", change]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+def command(recipe: Path, home: Path) -> list[str]:
+    changes = [word for change in SLOW_ENOUGH for word in ("--set", change)]
+    return [sys.executable, "-m", "flows.mitigate", str(recipe), "--home", str(home), *ON, *changes]
+
+
+def start(recipe: Path, home: Path, **options: Any) -> "subprocess.Popen[str]":
+    words = command(recipe, home)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **options)
 
 
 def middle_of(stage: str, home: Path, process: "subprocess.Popen[str]") -> None:
     """Wait until the draft of `stage` has work in it."""
-    kind, sign = STAGES[stage]
+    kind, sign = (STAGES | LATER)[stage]
     end = time.monotonic() + 120
     while time.monotonic() < end:
         assert process.poll() is None, process.stdout and process.stdout.read()
@@ -93,8 +93,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, server: str) -> Callable[[], 
 
     def give() -> tuple[Path, str]:
         if not made:
-            process = start(recipe, folder / "data")
-            out, _ = process.communicate(timeout=300)
+            out, _ = (process := start(recipe, folder / "data")).communicate(timeout=300)
             assert process.returncode == 0, out
             made.append(final_content(recipe, folder / "data"))
         return recipe, made[0]
@@ -102,38 +101,54 @@ def case(tmp_path_factory: pytest.TempPathFactory, server: str) -> Callable[[], 
     return give
 
 
-@pytest.mark.parametrize("stage", KILLED)
+def test_one_run_killed_then_pre_empted_then_stopped_ends_with_the_same_weights(
+    case: Callable[[], tuple[Path, str]], tmp_path: Path
+) -> None:
+    """A kill -9 while it samples, SIGTERM and then Ctrl-C while it trains: one run on machines that come and go."""
+    recipe, content = case()
+    home = tmp_path / "data"
+    kept = killed_in("generate", recipe, home)
+    stopped_in("train", signal.SIGTERM, recipe, home)
+    words = stopped_in("later in train", signal.SIGINT, recipe, home)
+    assert_finishes(words, recipe, home, content)
+    assert_not_made_again(kept)
+    assert continued_from(home) >= 160
+
+
+@pytest.mark.slow  # 40 s or more for each stage; the run above has a cut of every kind
+@pytest.mark.parametrize("stage", STAGES)
 def test_kill_9_costs_no_finished_work(stage: str, case: Callable[[], tuple[Path, str]], tmp_path: Path) -> None:
     recipe, content = case()
     home = tmp_path / "data"
-    process = start(recipe, home)
-    middle_of(stage, home, process)
-    process.kill()
-    process.wait()
-    kept = _state(home)
-    again = start(recipe, home)
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, out
-    assert final_content(recipe, home) == content
-    for path, mtime in kept.items():  # finished artifacts and shards were not written again
-        made = Path(str(path).replace(".draft", ""))
-        assert made.stat().st_mtime_ns == mtime, f"{path} was made again"
+    kept = killed_in(stage, recipe, home)
+    assert_finishes(command(recipe, home), recipe, home, content)
+    assert_not_made_again(kept)
     if stage == "train":
-        manifests = [path.read_text() for path in (home / "store" / "model").glob("*/manifest.json")]
-        assert any('"continued_from_step": 80' in text for text in manifests)
+        assert continued_from(home) >= 80
 
 
-def _state(home: Path) -> dict[Path, int]:
-    shards = list((home / "store" / "corpus").glob("*/corpus-*.parquet"))
-    return {path: path.stat().st_mtime_ns for path in shards}
-
-
-@pytest.mark.parametrize(("stage", "number"), STOPPED)
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize(("stage", "number"), CUTS)
 def test_ctrl_c_and_pre_emption_end_children_and_say_how_to_continue(
     stage: str, number: int, case: Callable[[], tuple[Path, str]], tmp_path: Path
 ) -> None:
     recipe, content = case()
     home = tmp_path / "data"
+    assert_finishes(stopped_in(stage, number, recipe, home), recipe, home, content)
+
+
+def killed_in(stage: str, recipe: Path, home: Path) -> dict[Path, int]:
+    """Kill a run with -9 in the middle of `stage`; the shards that it had, and when each was written."""
+    process = start(recipe, home)
+    middle_of(stage, home, process)
+    process.kill()
+    process.wait()
+    shards = (home / "store" / "corpus").glob("*/corpus-*.parquet")
+    return {path: path.stat().st_mtime_ns for path in shards}
+
+
+def stopped_in(stage: str, number: int, recipe: Path, home: Path) -> list[str]:
+    """Stop a run with a signal in the middle of `stage`; the command that it gives to continue."""
     process = start(recipe, home)
     middle_of(stage, home, process)
     process.send_signal(number)
@@ -143,9 +158,26 @@ def test_ctrl_c_and_pre_emption_end_children_and_say_how_to_continue(
     assert last.startswith("python -m flows.mitigate") and str(recipe) in last
     assert "Traceback" not in out
     assert not _training_processes(home)
-    done = subprocess.run([sys.executable, *last.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return [sys.executable, *last.split()[1:]]
+
+
+def assert_finishes(words: list[str], recipe: Path, home: Path, content: str) -> None:
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert final_content(recipe, home) == content
+
+
+def assert_not_made_again(kept: dict[Path, int]) -> None:
+    assert kept
+    for path, written in kept.items():
+        made = Path(str(path).replace(".draft", ""))
+        assert made.stat().st_mtime_ns == written, f"{path} was made again"
+
+
+def continued_from(home: Path) -> int:
+    """The step at which the training of the tuned model last went on."""
+    manifests = (json.loads(path.read_text()) for path in (home / "store" / "model").glob("*/manifest.json"))
+    return max(int(manifest["metadata"].get("continued_from_step", 0)) for manifest in manifests)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -155,12 +187,7 @@ def test_a_temporary_server_ends_with_its_command(
     """Ctrl-C in a terminal reaches the whole process group; a kill reaches the command alone."""
     home = tmp_path / "data"
     own = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
-    words = [sys.executable, "-m", "flows.mitigate", str(case()[0]), "--home", str(home), *ON]
-    changes = [word for change in SLOW_ENOUGH for word in ("--set", change)]
-    process = subprocess.Popen(
-        [*words, *changes], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=own,
-        start_new_session=True,
-    )  # fmt: skip
+    process = start(case()[0], home, env=own, start_new_session=True)
     middle_of("generate", home, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)

@@ -136,6 +136,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a wrong value": (_json(r=-1), "does not fit the base"),
     "LoftQ": (_json(init_lora_weights="loftq"), "began with loftq"),
     "a random beginning": (_json(init_lora_weights="pissa_niter_4"), "began with pissa_niter_4"),
+    "a beginning from gradients": (_json(init_lora_weights="lora_ga"), "began with lora_ga"),
     "of a compiled model": (
         _tensors(lambda t: {k.replace("model.model.", "model._orig_mod.model."): v for k, v in t.items()}),
         "_orig_mod.* which the base lacks",

@@ -219,6 +219,11 @@ def dangling(folder: Path) -> None:
     (folder / "model.safetensors").symlink_to(folder / "blobs" / "0")
 
 
+def as_adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def into_subfolder(folder: Path) -> None:
     inner = folder / "checkpoint-50"
     inner.mkdir()
@@ -267,7 +272,10 @@ FILES: dict[str, tuple[Change, str]] = {
     "quantised": (
         lambda f: write_config(f, quantization_config={"quant_method": "gptq"}),
         r"quantised weights \(gptq\).*unquantised"),
-    "an adapter": (written("adapter_config.json", "{}"), "an adapter.*merge_and_unload"),
+    "an adapter": (as_adapter, "an adapter.*merge_and_unload"),
+    "an adapter's config beside": (written("adapter_config.json", "{}"), "a whole model and adapter_config"),
+    "quantised by MLX": (lambda f: write_config(f, quantization={"bits": 4}), "quantised weights"),
+    "quantised by the first GPTQ": (written("quantize_config.json", "{}"), r"quantised weights \(gptq\)"),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
     "in a subfolder": (into_subfolder, "there is a model in .*checkpoint-50: give that folder"),
 }  # fmt: skip

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cfsd.statistics.figures import Figure
+from cfsd.statistics.figures import MEAN, Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting, Measure, benchmark_forgetting, mean_forgetting
-from cfsd.statistics.margin import MEAN, judge_losses, unguarded
+from cfsd.statistics.margin import judge_losses, unguarded
 
 ACCURACY = Measure(metric="acc", higher_is_better=True, chance=0.25, kind="binary")
 PERPLEXITY = Measure(metric="word_perplexity", higher_is_better=False, chance=None, kind="perplexity", per="word")

@@ -42,12 +42,13 @@ def errorbar(axes: Axes, x: Fig, y: Fig, style: Style, *, small: bool = False, *
     """Draw one figure against another, with the intervals that they have; `marker` is matplotlib's."""
     size = {"ms": 4, "lw": 0.6, "capsize": 0} if small else {"ms": 7, "lw": 1.4, "capsize": 2.5}
     look: Any = {"fmt": style.marker, "color": style.color} | size | marker
-    axes.errorbar(x["value"], y["value"], xerr=_reach(x), yerr=_reach(y), **look)
+    axes.errorbar(x["value"], y["value"], xerr=reach(x), yerr=reach(y), **look)
 
 
-def _reach(figure: Fig) -> list[list[float]]:
-    low, high = interval(figure)
-    return [[max(0.0, figure["value"] - low)], [max(0.0, high - figure["value"])]]
+def reach(*figures: Fig) -> list[list[float]]:
+    """Return how far the intervals reach below the values, and above them, as matplotlib's error bars take it."""
+    bounds = [(figure["value"], *interval(figure)) for figure in figures]
+    return [[max(0.0, value - low) for value, low, _ in bounds], [max(0.0, high - value) for value, _, high in bounds]]
 
 
 def plain_axes(axes: Axes, x: str, y: str) -> None:

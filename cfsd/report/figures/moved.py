@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cfsd.report.figures.look import WIDTH, legend_label, legend_shape, plain_axes, styles, write_legend
-from cfsd.report.figures.point import interval
+from cfsd.report.figures.look import WIDTH, legend_label, legend_shape, plain_axes, reach, styles, write_legend
 
 HEIGHT = 2.8  # inches, without a legend
 NATS = "divergence, nats per token"
@@ -35,10 +34,10 @@ def _figure(bins: Bins, by: str, names: Sequence[str], places: Callable[[Sequenc
     axes = figure.subplots()
     for name, own in bins.items():
         style: Any = {"color": look[name].color, "marker": look[name].marker, "ms": 4, "lw": 1.4}
-        values = [bin_["kl"]["value"] for bin_ in own[by]]
-        axes.errorbar(
-            places(own[by]), values, yerr=_reach(own[by]), elinewidth=1, capsize=2, label=legend_label(name), **style
-        )
+        figures = [bin_["kl"] for bin_ in own[by]]
+        values = [figure["value"] for figure in figures]
+        bars: Any = {"yerr": reach(*figures), "elinewidth": 1, "capsize": 2}
+        axes.errorbar(places(own[by]), values, label=legend_label(name), **bars, **style)
     axes.set_ylim(bottom=0)
     if inches:
         write_legend(figure, columns)
@@ -53,13 +52,6 @@ def _tenths(bins: Sequence[Bin]) -> list[float]:
     """Return at which tenth of the tokens each bin ends: tokens that share an entropy may fill two."""
     ends = list(accumulate(bin_["tokens"] for bin_ in bins))
     return [10 * end / ends[-1] for end in ends]
-
-
-def _reach(bins: Sequence[Bin]) -> list[list[float]]:
-    bounds = [interval(bin_["kl"]) for bin_ in bins]
-    values = [bin_["kl"]["value"] for bin_ in bins]
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
-    return [below, [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]]
 
 
 def _write_positions(axes: Axes, firsts: Sequence[float]) -> None:
