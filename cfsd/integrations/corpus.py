@@ -17,7 +17,8 @@ from cfsd.model.undisturbed import mode_kept
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.inventory import Place, entries, named
 from cfsd.store.manifest import read_manifest
-from cfsd.store.tables import batches, shards
+from cfsd.store.sharing import PARTIAL
+from cfsd.store.tables import batches, is_shard, num_rows, shards
 from cfsd.train.batches.micro_batches import Row
 from cfsd.train.batches.mixture import MixtureRows
 from cfsd.train.spec import RehearsalSpec
@@ -32,16 +33,21 @@ def corpus_folder(asked: str | Path) -> Path:
     `asked` is a folder, or a key of the store of CFSD_HOME or ./data, or the beginning of one. Raises BadInput.
     """
     folder = Path(asked).expanduser()
-    if not folder.is_dir():
-        store = Store(home())
-        known = {entry.place: entry for entry in entries(store) if shards(entry.folder, "corpus")}
+    if not folder.is_dir() or (folder / PARTIAL).exists():
+        store, asked = (Store(folder.absolute().parents[2]), folder.name) if folder.is_dir() else (Store(home()), asked)
+        known = {entry.place: entry for entry in entries(store) if entry.manifest and _is_corpus(entry.manifest)}
         folder = store.path(known[named(known, str(asked))].artifact())
-    if not shards(folder, "corpus"):
+    if not shards(folder, "corpus") or folder.name.endswith(".draft"):
         raise BadInput(
             f"{folder} holds no corpus; give a folder store/corpus/KEY of a data folder, or its key: "
             "python -m flows.mitigate recipe.yaml --until filter makes one and prints where it is"
         )
     return folder
+
+
+def _is_corpus(manifest: dict[str, Any]) -> bool:
+    """Say so by the names of its files: those of a shared store may not be here yet."""
+    return any(is_shard(name, "corpus") for name in manifest["files"])
 
 
 def base_of(corpus: Path) -> tuple[Artifact, Path] | None:
@@ -60,6 +66,8 @@ def base_of(corpus: Path) -> tuple[Artifact, Path] | None:
 
 def check_stored(folder: Path, spec: RehearsalSpec) -> None:
     """Raise BadInput where the corpus in `folder` does not hold what the loss of `spec` reads."""
+    if not num_rows(folder, "corpus"):
+        raise BadInput(f"the corpus {folder.name} has no rows, so there is nothing to rehearse. {REMEDY}")
     names = set(pq.read_schema(shards(folder, "corpus")[0]).names)
     if not spec.needs_top():
         return

@@ -15,7 +15,7 @@ from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
 from cfsd.merge.stage import interpolated
-from cfsd.model.folder import stored_precision
+from cfsd.model.folder import stored_formats
 from cfsd.model.loading import load_model, release_models
 from cfsd.model.rounding import exact_folder
 from cfsd.store.artifact import Artifact, Draft
@@ -109,7 +109,7 @@ def _divergences_at(
     ends = [dict(model.named_parameters()) for model in exact]
     device = machine.resolved_device()
     base_model, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in (base, tuned))
-    saved_as, tries = getattr(torch, stored_precision(base)), count()
+    formats, tries = stored_formats(base), count()
     total = sum(map(len, rows.values()))
 
     def along(mode: str, alpha: float, before: int) -> float:
@@ -126,7 +126,7 @@ def _divergences_at(
     def measure(alpha: float) -> dict[str, float]:
         with torch.no_grad():
             for name, parameter in merged.named_parameters():
-                parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(saved_as))
+                parameter.copy_(interpolated(ends[0][name], ends[1][name], alpha).to(getattr(torch, formats.of(name))))
         before = accumulate((len(own) for own in rows.values()), initial=0)
         nats = {mode: along(mode, alpha, done) for mode, done in zip(rows, before, strict=False)}
         named = {f"budget/control_kl{'' if mode == UNPROMPTED else f'/{mode}'}": kl for mode, kl in nats.items()}

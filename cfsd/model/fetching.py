@@ -1,5 +1,6 @@
 """How a checkpoint comes into the store, with its start token and its metadata."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,11 +70,16 @@ def take(source: Path, folder: Path, checkpoint: Checkpoint, *, weights: bool = 
         link = folder / file
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
+        link.symlink_to(_target(path.resolve(), folder.resolve().parent, link))
     try:
         return _examined(folder, checkpoint, weights)
     except BadInput as error:  # what another library says names the folder that it read
         raise BadInput(str(error).replace(str(folder), str(source))) from error
+
+
+def _target(file: Path, models: Path, link: Path) -> Path:
+    """Return where `link` leads: by a relative path within one store, which can be moved as a whole, else absolute."""
+    return Path(os.path.relpath(file, link.parent.resolve())) if file.is_relative_to(models) else file
 
 
 def _examined(folder: Path, checkpoint: Checkpoint, weights: bool) -> dict[str, JsonValue]:

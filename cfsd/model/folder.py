@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -231,23 +231,41 @@ def _checked_tensors(file: Path) -> Iterator[str]:
 
 def count_parameters(folder: Path) -> int:
     """Return how many numbers the weights in `folder` hold, from the files' headers alone."""
-    return _numbers_by_format(folder).total()
+    return sum(size for _, _, size in _headers(folder))
 
 
-def stored_precision(folder: Path) -> str:
-    """Return the number format of most weights in `folder`, such as `bfloat16`, whatever its config says."""
-    numbers = _numbers_by_format(folder)
-    return FORMATS[max(FORMATS, key=lambda name: numbers[name])]
+class StoredFormats(NamedTuple):
+    """The number formats of a model's weights, such as `bfloat16`, whatever its config says."""
+
+    most: str  # of most of the numbers
+    by_tensor: dict[str, str]
+
+    def of(self, name: str) -> str:
+        """Return the format in which a tensor is saved: routers and norms may be kept in more bits than the rest."""
+        return self.by_tensor.get(name, self.most)
+
+    def shortest(self) -> str:
+        """Return the one with the fewest bits."""
+        return min({self.most, *self.by_tensor.values()}, key=lambda name: (not name.endswith("16"), name))
 
 
-def _numbers_by_format(folder: Path) -> Counter[str]:
-    numbers = Counter[str]()
+def stored_formats(folder: Path) -> StoredFormats:
+    """Return the formats of the weights in `folder`, from the files' headers alone."""
+    numbers, by_tensor = Counter[str](), {}
+    for name, number, size in _headers(folder):
+        numbers[number] += size
+        if number in FORMATS:
+            by_tensor[name] = FORMATS[number]
+    return StoredFormats(FORMATS[max(FORMATS, key=lambda name: numbers[name])], by_tensor)
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield the name, the number format and the numbers of each tensor."""
     for file in weight_files(folder):
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_slice(name)
-                numbers[str(tensor.get_dtype())] += math.prod(tensor.get_shape())
-    return numbers
+                yield name, str(tensor.get_dtype()), math.prod(tensor.get_shape())
 
 
 def listed(names: list[str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from cfsd.errors import BadInput
 from cfsd.model.causal import check_predictions
-from cfsd.model.folder import START, brief, payload_of, read_object, stored_precision
+from cfsd.model.folder import START, brief, payload_of, read_object, stored_formats
 from cfsd.model.special_tokens import end_tokens_of
 from cfsd.store.artifact import Artifact, Store
 
@@ -153,9 +153,21 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+def _in_format(tensor: Tensor, number: str | None) -> Tensor:
+    return tensor.to(getattr(torch, number)) if number and tensor.is_floating_point() else tensor
+
+
 def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
-    """Write `model` in the number format of its base, with all other files of the base."""
-    model.to(getattr(torch, stored_precision(base_folder))).save_pretrained(folder)
+    """Write each tensor of `model` in the number format that it has in its base, with all other files of the base."""
+    formats = stored_formats(base_folder)
+    for name, tensor in model.named_parameters():  # a tied one is listed once, and stays tied
+        tensor.data = _in_format(tensor.data, formats.of(name))
+    for name, buffer in model.named_buffers():
+        buffer.data = _in_format(buffer.data, formats.by_tensor.get(name))
+    model.save_pretrained(folder)
+    if model.config.dtype != (most := getattr(torch, formats.most)):  # it is that of the first tensor
+        model.config.dtype = most
+        model.config.save_pretrained(folder)
     for name, path in payload_of(base_folder).items():
         if "safetensors" not in name and not (folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)

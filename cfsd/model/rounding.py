@@ -8,7 +8,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from cfsd.model.folder import ROUNDED_AWAY, stored_precision
+from cfsd.model.folder import ROUNDED_AWAY, stored_formats
 
 EXACT = "float32"  # the folder beside rounded weights that holds them as they were trained
 
@@ -20,7 +20,7 @@ def exact_folder(model: Path) -> Path:
 
 def is_rounded(base: Path) -> bool:
     """Say whether models made from `base`, which are saved in its format, lose bits of the float32 they come in."""
-    number_format: torch.dtype = getattr(torch, stored_precision(base))
+    number_format: torch.dtype = getattr(torch, stored_formats(base).shortest())
     return number_format.itemsize < torch.float32.itemsize
 
 
@@ -59,17 +59,16 @@ def rounding_of(
     theta* is `anchor_of` a parameter's name and value, r rounds: undone = 1 - <r(theta) - r(theta*), theta - theta*> /
     |theta - theta*|^2, 1 where all weights fall back to the base's, 0 where rounding is noise across the change.
     """
-    saved = stored_precision(base)
+    formats = stored_formats(base)
     by: Literal["saving", "measuring"] = "saving" if is_rounded(base) else "measuring"
     if by == "measuring" and device != "cuda":
         return Rounding()
-    precision = saved if by == "saving" else "bfloat16"
-    to: torch.dtype = getattr(torch, precision)
     undone, moved = 0.0, 0.0
     for name, parameter in model.named_parameters():
         anchor = anchor_of(name, parameter)
+        to: torch.dtype = getattr(torch, formats.of(name)) if by == "saving" else torch.bfloat16
         change = parameter - anchor
         left = parameter.to(to).to(change.dtype) - anchor.to(to)
         undone += float(((change - left) * change).sum(dtype=torch.float64))
         moved += float(change.square().sum(dtype=torch.float64))
-    return Rounding(by, precision, undone / moved if moved else 0.0)
+    return Rounding(by, formats.shortest() if by == "saving" else "bfloat16", undone / moved if moved else 0.0)

@@ -249,10 +249,13 @@ def push_command(
 ) -> None:
     """Copy what is complete here, and not there yet, to the shared store. The first realisation there stays."""
     there = opened(home, store)
-    remote = _sharing(there).remote
+    sharing = _sharing(there)
+    remote = sharing.remote
     remote.check()
-    wanted = _chosen(entries(there), keys)
-    chosen = [entry for entry in wanted if entry.state == "whole" or (entry.state == IN_PART and not again)]
+    wanted, held = _chosen(entries(there), keys), set(remote.listed())
+    sharing.forget({entry.place for entry in wanted} - held)
+    known = {IN_PART} if not again else set()  # in part: the rest is in this shared store, or in another one
+    chosen = [entry for entry in wanted if entry.state == "whole" or (entry.state in known and entry.place in held)]
     left = [entry for entry in wanted if entry not in chosen and (keys or entry.state == "damaged")]
     for entry in left:
         _say(f"{entry.kind} {entry.key} is not pushed, as it is {NOT_PUSHED[entry.state]}")

@@ -1,5 +1,6 @@
 """What a data folder's store holds, what refers to it, and what nothing would miss."""
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from cfsd.errors import BadInput, StoreError
+from cfsd.errors import BadEnvironment, BadInput, StoreError
 from cfsd.store.artifact import CHECKPOINTS, DRAFT, INPUTS, Artifact, Store
 from cfsd.store.digests import write_json
 from cfsd.store.locks import used
@@ -92,12 +93,19 @@ def _entry(folder: Path) -> Entry | None:
 
 
 def _led_into(file: Path, folder: Path) -> Iterator[Place]:
-    """Yield the other artifact of this store that a link in `folder` leads into, if it is one and does."""
-    store = os.path.realpath(folder.parents[1])
-    if file.is_symlink() and (target := os.path.realpath(file)).startswith(f"{store}/"):
-        kind, key, *_ = *target.removeprefix(f"{store}/").split("/"), ""
-        if (kind, key) != (folder.parent.name, folder.name):
-            yield kind, key
+    """Yield the other artifact of this store that a link in `folder` leads into, if it is one and does.
+
+    A kind's folder may itself be a link, to another disk. A link to nowhere counts by its names: its store has moved.
+    """
+    if not file.is_symlink():
+        return
+    target = Path(os.path.realpath(file))
+    kinds = {kind.resolve(): kind.name for kind in folder.parents[1].iterdir() if kind.is_dir()}
+    for above in target.parents:
+        kind = kinds.get(above.parent, "" if target.exists() else above.parent.name)
+        if kind in kinds.values() and NAME.fullmatch(above.name):
+            yield from [(kind, above.name)] if (kind, above.name) != (folder.parent.name, folder.name) else []
+            return
 
 
 def _size(file: Path) -> int:
@@ -237,7 +245,24 @@ def _is_locked(store: Store, entry: Entry) -> bool:
 
 
 def delete(store: Store, limits: Limits) -> list[Doomed]:
-    """Delete what is collectable, and return it. Raises StoreError while a run uses the data folder."""
+    """Delete what is collectable, and return it.
+
+    Raises:
+        StoreError: while a run uses the data folder.
+        BadEnvironment: where the data folder cannot be written.
+    """
+    try:
+        return _delete(store, limits)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise BadEnvironment(
+            f"{error.filename} cannot be deleted or written ({error.strerror}); give the command as the user who owns "
+            "it, where it can be written"
+        ) from error
+
+
+def _delete(store: Store, limits: Limits) -> list[Doomed]:
     with used(store.root / ".locks" / "in-use", alone=True) as alone:
         if not alone:
             raise StoreError(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cfsd.errors import BadInput
+from cfsd.machine import expanded_user
 
 PART = ".part"
 
@@ -18,7 +19,7 @@ def new_folder(to: Path) -> Iterator[Path]:
 
     Raises: BadInput if `to` exists and is not an empty folder.
     """
-    to = to.absolute()  # "." has no name, and none beside it
+    to = expanded_user(to).absolute()  # "." has no name, and none beside it
     if to.exists() and (not to.is_dir() or any(file.name != PART for file in to.iterdir())):
         raise BadInput(f"{to} exists and is not an empty folder; give another one")
     part = to / PART if to.exists() else to.with_name(f".{to.name}{PART}")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ S3, LOCAL = ("s3", "s3a"), ("file", "local")
 FLAT = (*S3, "gs", "gcs", "abfs", "abfss", "az")  # have no folders that could be made
 S3_OPTIONS = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 1}}}
 EXAMPLES = "such as s3://bucket/team or file:///mnt/team/store"
+GROUP_FILE = stat.S_IRGRP | stat.S_IWGRP
+GROUP_FOLDER = GROUP_FILE | stat.S_IXGRP
 FORBIDDEN = (PermissionError, NotImplementedError, NotADirectoryError, FileExistsError)
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
 
@@ -88,18 +91,22 @@ class SharedStore:
             with self._reached():
                 if self.scheme in LOCAL and not (above := Path(self.root).parent).is_dir():
                     raise FileNotFoundError(errno.ENOENT, "no such folder", str(above))
-                self._check_layout()
-                self._write(MARK, json.dumps({"store": "cfsd", "layout": LAYOUT}).encode())
+                if not self._is_marked() or self.scheme not in LOCAL:
+                    self._write(MARK, json.dumps({"store": "cfsd", "layout": LAYOUT}).encode())
+                elif not os.access(self.root, os.W_OK):  # the mark is the one's who came first
+                    raise PermissionError(errno.EACCES, "no right to write", self.root)
         except Away as away:
             if refusal := _refusal(away.__cause__):
                 _away_until.pop(self.url, None)
                 raise BadEnvironment(f"the shared store {self} {refusal}") from away
             raise
 
-    def _check_layout(self) -> None:
+    def _is_marked(self) -> bool:
+        """Say whether the mark is there. Raises BadEnvironment where it is another layout's."""
         known = self._read(MARK)
         if known is not None and (not isinstance(mark := _json(known), dict) or mark.get("layout") != LAYOUT):
             raise BadEnvironment(f"the shared store {self} has another layout than {LAYOUT}; give another place")
+        return known is not None
 
     def realisation(self, kind: str, key: str) -> Realisation | None:
         """Return the one that the store holds of the key, None if none; half a manifest is none."""
@@ -143,6 +150,7 @@ class SharedStore:
                 if replace or there.get(name) != path.stat().st_size:
                     self._make_folder(f"{own.place}/{name}")
                     self._fs().put_file(str(path), self._path(f"{own.place}/{name}"))
+                    self._open_to_group(f"{own.place}/{name}")
         published = self._publish(own, anew=first is not None)
         if first and first.digest != own.digest:
             with self._reached():
@@ -180,6 +188,7 @@ class SharedStore:
     def _write(self, name: str, content: bytes, *, only_new: bool = False) -> None:
         self._make_folder(name)
         self._fs().pipe_file(self._path(name), content, mode="create" if only_new else "overwrite")
+        self._open_to_group(name)
 
     def _sizes(self, folder: str) -> dict[str, int]:
         root = self._path(folder).rstrip("/")
@@ -192,6 +201,17 @@ class SharedStore:
     def _make_folder(self, name: str) -> None:
         if self.scheme not in FLAT:
             self._fs().makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+
+    def _open_to_group(self, name: str) -> None:
+        """Let a group that may write to a shared disk write to a new file and the folders above it, whatever umask."""
+        root = Path(self.root)
+        if self.scheme not in LOCAL or not root.stat().st_mode & stat.S_IWGRP:
+            return
+        file = root / name
+        for path in (file, *file.parents[: len(file.relative_to(root).parts) - 1]):
+            known = path.stat()
+            if known.st_uid == os.geteuid():  # others' are theirs to open
+                path.chmod(stat.S_IMODE(known.st_mode) | (GROUP_FOLDER if path.is_dir() else GROUP_FILE))
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

@@ -171,6 +171,11 @@ class Sharing:
         )
         return True
 
+    def forget(self, places: Iterable[tuple[str, str]]) -> None:
+        """Push these again: the shared store does not hold them any more."""
+        for kind, key in places:
+            self._mark(kind, key).unlink(missing_ok=True)
+
     def believe(self, kind: str, key: str) -> None:
         """Try what was refused again: somebody may have mended it."""
         self._mark(kind, key, refused=True).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ A written shard is whole: it appears under its name only when every row is on th
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cfsd.store.digests import DERIVED
+
+SHARD = "{}-[0-9]*.parquet"  # of a table
 
 # logprobs[t] = log p*(token t | tokens < t) in nats; null for prompt tokens, as the start token is
 SEQUENCE = [("row_id", pa.int64()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32()))]
@@ -203,7 +206,12 @@ def table_of(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
 
 def shards(folder: Path, name: str) -> list[Path]:
     """Return the shards of a table in order."""
-    return sorted(folder.glob(f"{name}-[0-9]*.parquet"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+    return sorted(folder.glob(SHARD.format(name)), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+
+
+def is_shard(file: str, name: str) -> bool:
+    """Say whether a file is a shard of the table, by its name."""
+    return fnmatch(file, SHARD.format(name))
 
 
 def batches(folder: Path, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

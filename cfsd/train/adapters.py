@@ -60,9 +60,26 @@ def _named(adapter: Adapter, layers: dict[str, nn.Module], model: PreTrainedMode
         linear: dict[str, nn.Module] = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         if not linear:
             raise BadInput("osft is for models of linear layers, which this one (of Conv1D, as GPT-2) has none of")
-        return _targets(adapter.targets, linear, model, "osft")[0], []
+        return _targets(adapter.targets, _dividable(adapter, linear), model, "osft")[0], []
     modules, parameters = _targets(adapter.targets, layers, model, "lora")
     return modules, parameters + _experts(adapter.parameters, model)
+
+
+def _dividable(adapter: Adapter, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the layers of which the share of directions that stays is one or more, as PEFT counts: rounded down.
+
+    A gate of one row has none. Raises BadInput where `targets` name such a layer.
+    """
+    share: float = adapter.settings["effective_rank"]
+    weights: Any = {name: layer.weight for name, layer in layers.items()}
+    rows = {name: min(weight.shape) for name, weight in weights.items()}
+    small = [name for name in layers if int(rows[name] * share) == 0]
+    if named := [name for name in small if any(_ends([name], wanted) for wanted in adapter.targets)]:
+        raise BadInput(
+            f"osft.targets names {named[0]}: the share {share:g} of its directions, {rows[named[0]]} in all, is less "
+            "than one; leave it out of osft.targets"
+        )
+    return {name: layer for name, layer in layers.items() if name not in small}
 
 
 def _config(adapter: Adapter, model: PreTrainedModel) -> Any:

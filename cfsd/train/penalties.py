@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cfsd.model.folder import CONFIG, weight_files
 from cfsd.model.loading import load_model
 from cfsd.train.methods import Methods
 from cfsd.train.methods.method import Pull
@@ -34,7 +35,7 @@ class Anchors:
         """Look up which file holds which name."""
         self.folder = folder
         self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder) if (folder / CONFIG).exists() else sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
         self._whole: dict[str, Tensor] = {}

@@ -20,11 +20,13 @@ from cfsd.errors import BadInput
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.stage import generate
 from cfsd.integrations import formats
+from cfsd.integrations.corpus import check_stored, corpus_folder
 from cfsd.integrations.formats import token_rows, write_corpus
 from cfsd.machine import Machine
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Artifact, Store
-from cfsd.store.tables import CORPUS, read_rows, table_of, write_shard
+from cfsd.store.tables import CORPUS, read_rows, shards, table_of, write_shard
+from cfsd.train.spec import RehearsalSpec
 from tests.conftest import ROOT, fetched, save_model, write_rows
 
 MACHINE = Machine(device="cpu", threads=1)
@@ -65,6 +67,36 @@ def wanted_of(corpus: Path) -> list[tuple[list[int], list[int]]]:
         (row["token_ids"], [-100 if p is None else t for t, p in zip(row["token_ids"], row["logprobs"], strict=True)])
         for row in rows
     ]
+
+
+def test_a_corpus_that_only_the_shared_store_holds_is_brought(
+    store: Store, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFSD_STORE", f"file://{tmp_path}/shared")
+    corpus = corpus_in(Store(tmp_path / "one"), fetched(Store(tmp_path / "one"), store.path(base)), "c" * 16,
+                       tmp_path / "rows.jsonl", rows=4, source="context-free")  # fmt: skip
+    for asked in ("c" * 16, tmp_path / "three" / "store" / "corpus" / ("c" * 16)):
+        home = tmp_path / ("two" if isinstance(asked, str) else "three")
+        monkeypatch.setenv("CFSD_HOME", str(home))
+        assert Store(home).find("corpus", "c" * 16)
+        assert not shards(home / "store" / "corpus" / ("c" * 16), "corpus")
+        assert read_rows(corpus_folder(asked), "corpus") == read_rows(corpus, "corpus")
+
+
+def test_a_corpus_without_rows_and_one_that_is_not_finished_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_shard(tmp_path / "empty", "corpus", 0, table_of(CORPUS, []))
+    with pytest.raises(BadInput, match="has no rows, so there is nothing to rehearse"):
+        check_stored(tmp_path / "empty", RehearsalSpec())
+    (tmp_path / "empty").rename(tmp_path / "empty.draft")
+    with pytest.raises(BadInput, match="holds no corpus"):
+        corpus_folder(tmp_path / "empty.draft")
+
+
+def test_a_home_in_a_path_is_the_users(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_corpus(corpus, Path("~/out"), "trl")
+    assert (tmp_path / "out" / "corpus.parquet").exists()
 
 
 @pytest.mark.parametrize("jsonl", [False, True])

@@ -24,7 +24,7 @@ from cfsd.errors import BadInput
 from cfsd.machine import Machine
 from cfsd.model.checkpoint import Checkpoint
 from cfsd.model.fetching import examine
-from cfsd.model.folder import count_parameters, stored_precision
+from cfsd.model.folder import count_parameters, stored_formats
 from cfsd.model.loading import load_model
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
@@ -148,7 +148,7 @@ def test_weights_that_are_large_but_finite_are_left_alone(model: Path) -> None:
 def test_weights_in_any_format_of_floats_are_no_quantised_ones(number: torch.dtype, model: Path) -> None:
     write_weights(model, lambda tensors: {name: tensor.to(number) for name, tensor in tensors.items()})
     examine(Checkpoint(kind="folder", path=str(model)))
-    assert stored_precision(model) == str(number).removeprefix("torch.")
+    assert stored_formats(model).most == str(number).removeprefix("torch.")
 
 
 def test_a_config_that_asks_for_tuples_changes_nothing(model: Path) -> None:

@@ -455,6 +455,24 @@ def test_another_layout_is_refused_again_and_again(tmp_path: Path) -> None:
         assert mark.read_text() == text
 
 
+def test_a_folder_of_a_group_serves_all_of_it(on_disk: Path, two: tuple[Store, Store]) -> None:
+    """What one user made there the others may write beside, whatever the umask; the first one's mark stays."""
+    on_disk.mkdir()
+    on_disk.chmod(0o2775)
+    before = os.umask(0o022)
+    try:
+        check_shared_store()
+        made, _ = two[0].make("thing", KEY, write())
+        mark = (on_disk / "cfsd-store.json").stat().st_mtime_ns
+        check_shared_store()
+    finally:
+        os.umask(before)
+    assert (on_disk / "cfsd-store.json").stat().st_mtime_ns == mark
+    for path in on_disk.rglob("*"):
+        assert path.stat().st_mode & 0o060 == 0o060, path
+    assert two[1].find("thing", KEY) == made
+
+
 def test_without_credentials_it_is_refused(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -283,6 +284,50 @@ def test_gc_keeps_what_links_lead_into(cfsd: Cfsd, world: dict[str, Artifact], s
     report(store, "demo-87654321", linked)
     assert "0 could be deleted" in cfsd("gc")[1] and f"from corpus {'d' * 16}" in cfsd("show", "e")[1]
     assert f"model {'e' * 16}" in cfsd("gc", "--even-referenced")[1], "which that would break"
+
+
+def test_gc_keeps_what_links_lead_into_on_another_disk_or_in_a_folder_that_moved(
+    cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path
+) -> None:
+    def link(draft: Draft) -> None:
+        (draft.folder / "a.txt").symlink_to(store.path(world["alone"]).resolve() / "a.txt")
+
+    linked, _ = store.make("model", "e" * 16, link)
+    report(store, "demo-87654321", linked)
+    kind = store.root / "corpus"
+    kind.rename(tmp_path / "another disk")
+    kind.symlink_to(tmp_path / "another disk")
+    for leads in (tmp_path / "another disk", Path("/moved/data/store/corpus")):
+        (file := store.place(linked) / "a.txt").unlink()
+        file.symlink_to(leads / ("d" * 16) / "a.txt")
+        assert "0 could be deleted" in cfsd("gc")[1], leads
+
+
+def test_what_the_shared_store_lost_or_another_one_holds_is_not_taken_as_there(
+    cfsd: Cfsd, world: dict[str, Artifact], store: Store, tmp_path: Path
+) -> None:
+    shared, second = tmp_path / "shared", f"file://{tmp_path}/second"
+    assert cfsd("push", "--store", f"file://{shared}")[0] == 0
+    shutil.rmtree(shared / "model")
+    code, out, _ = cfsd("push")
+    assert code == 0 and "4 of 4" in out and len([*(shared / "model").iterdir()]) == 2
+    (other := tmp_path / "other").mkdir()
+    assert cfsd("show", "b", "--home", other)[0] == 0  # which brings its manifest
+    code, out, _ = cfsd("push", "b", "--home", other, "--store", second)
+    assert code == 1 and "here in part only" in out and "0 of 0" in out
+
+
+def test_gc_that_may_not_delete_says_so(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:
+    script = f'mount --bind {store.home} {store.home} && mount -o remount,ro,bind {store.home} && exec "$@"'
+    command = [sys.executable, "-m", "cfsd", "store", "gc", "--delete"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command], capture_output=True, text=True, cwd=ROOT
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no namespaces here: {done.stderr}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot be deleted or written" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_gc_deletes_nothing_while_a_report_cannot_be_read(cfsd: Cfsd, world: dict[str, Artifact], store: Store) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.osf.layer import OSFLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
-from transformers import GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cfsd.errors import BadInput
 from cfsd.merge.stage import merge
@@ -113,6 +115,15 @@ def test_a_penalty_is_nothing_at_the_base(name: str, folders: dict[str, Path], f
     model, penalty = load_model(folders["llama"], "cpu"), one_penalty(name, folders["llama"], fisher)
     assert penalty.add(model) == penalty.figure == 0
     assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_weights_that_no_model_is_loaded_from_pull_nowhere(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["llama"], folder)
+    old = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(old, folder / "model_old.safetensors")
+    penalty = one_penalty("l2", folder, None)
+    assert penalty.add(load_model(folder, "cpu")) == 0
 
 
 FORMULAS: dict[str, Callable[[float, Tensor, Tensor], Tensor]] = {
@@ -384,6 +395,24 @@ def test_what_osft_adds_is_orthogonal_to_the_directions_that_stay(
         assert change.norm() > 1e-3
         along += [float(part.norm() / change.norm()) for part in (left[:, :kept].T @ change, change @ right[:kept].T)]
     assert max(along) < 1e-3 if put_back else min(along) > 1e-2
+
+
+def gated() -> Qwen2MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1,
+        shared_expert_intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, num_experts=4,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config)
+
+
+def test_osft_leaves_a_layer_out_of_which_no_direction_would_stay() -> None:
+    adapted: Any = adapt(on("osft"), gated())
+    names = {name.rpartition(".")[2] for name, layer in adapted.named_modules() if isinstance(layer, OSFLayer)}
+    assert "q_proj" in names and "shared_expert_gate" not in names
+    wanted = Methods.model_validate({"osft": {"preserved": 0.5, "targets": ["shared_expert_gate"]}})
+    with pytest.raises(BadInput, match=r"shared_expert_gate: the share .* of its directions, 1 in all, is less"):
+        adapt(wanted, gated())
 
 
 def test_osft_is_refused_where_no_layer_is_linear(folders: dict[str, Path]) -> None:

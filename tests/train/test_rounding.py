@@ -1,5 +1,6 @@
 """A base in 16 bits: what is trained is kept in float32 beside what is saved, and what rounding takes back is said."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 from cfsd.evaluate.divergence import score_probe
 from cfsd.merge.stage import merge
 from cfsd.model.loading import load_model
+from cfsd.model.loading import save_model as save_model_of
 from cfsd.model.rounding import EXACT, rounding_of
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import save_model, write_rows
+from tests.model.folders import write_weights
 from tests.train.test_train import MACHINE, World, diverged, signals_given_back, spec_with, trained, weights, world_in
 
 pytestmark = pytest.mark.processes
@@ -51,6 +54,20 @@ def test_the_model_is_saved_as_the_base_is_and_kept_as_it_was_trained(half: Worl
     undone = 1 - float(left @ change) / float(change @ change)
     assert model.metadata["rounding_undid"] == pytest.approx(undone, abs=1e-6)
     assert undone > 0.5 if rate == TINY else undone < 0.01
+
+
+def test_each_tensor_is_saved_in_the_format_that_it_has_in_the_base(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "base")
+    load_model(folder, "cpu", "bfloat16").save_pretrained(folder)
+    write_weights(folder, lambda tensors: {n: t.float() + 1e-4 if "norm" in n else t for n, t in tensors.items()})
+    config = json.loads((folder / "config.json").read_text())
+    formats = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert {*formats.values()} == {torch.float32, torch.bfloat16}
+    save_model_of(load_model(folder, "cpu", "float32"), folder, tmp_path / "saved")
+    before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "saved"))
+    assert {name: tensor.dtype for name, tensor in after.items()} == formats
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == config["dtype"] == "bfloat16"
 
 
 def test_a_training_that_rounding_takes_back_is_told_with_the_remedy(half: World) -> None:
