@@ -158,6 +158,13 @@ def _probe(job: Job, inputs: Inputs) -> Work:
     return _read(job, tokens, 2, tokens)
 
 
+def _chat(job: Job, inputs: Inputs) -> Work:
+    probe = job.recipe.probe
+    sample = next((probe.of(mode) for mode in probe.modes if mode.name == stages.CHAT), probe)
+    tokens = sample.rows * sample.length
+    return _read(job, tokens, 2, tokens)
+
+
 def _answers(job: Job, inputs: Inputs) -> Work:
     sets = job.recipe.probe.own_prompts()  # on average: the stage does not say which set it is
     tokens = sum(prompts.rows * prompts.length for prompts in sets) / max(1, len(sets))
@@ -272,7 +279,7 @@ STAGES: dict[str, Callable[[Job, Inputs], Work | None]] = {
     stages.EVALUATE_TARGET: lambda job, inputs: _read(job, job.held_out()),
     stages.EVALUATE_TARGET_DIVERGENCE: lambda job, inputs: _read(job, job.held_out(), 2),
     stages.EVALUATE_PROBE: _probe,
-    stages.EVALUATE_CHAT: _probe,
+    stages.EVALUATE_CHAT: _chat,
     stages.EVALUATE_PROMPTS: _answers,
     stages.SHOW: _shown,
 } | {

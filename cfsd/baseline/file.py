@@ -53,6 +53,7 @@ class Measured(NamedTuple):
     counts: NDArray[np.float64]
     documents: str  # digest of which documents these are
     correction: float | None = None  # 1/(1 - chance) where it counts for the mean
+    metric: str = ""  # of a benchmark
 
     @property
     def value(self) -> float:
@@ -93,6 +94,7 @@ class BaselineFigure(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: str
+    metric: str = ""  # of a benchmark; empty, too, in files of before it was kept
     higher_is_better: bool
     margin: FiniteFloat = Field(ge=0)
     margin_is: Literal["difference", "factor"] = "difference"
@@ -183,6 +185,18 @@ class Baseline(BaseModel):
                 "measure it, or accept the change with --update-baseline"
             )
 
+    def check_same(self, run: dict[str, Measured]) -> None:
+        """Raise BadInput where a figure of `run` is of another metric than the baseline's of that name."""
+        for name, figure in self.figures.items():
+            if (fresh := run.get(name)) is None:
+                continue
+            sides = (figure.metric, fresh.metric) if figure.metric and fresh.metric else (figure.unit, fresh.unit)
+            if sides[0] != sides[1]:
+                raise BadInput(
+                    f"the baseline {self.name!r} has {name} as {sides[0]}, and this recipe measures it as {sides[1]}; "
+                    "set the metric back, or accept the change with --update-baseline"
+                )
+
 
 def baseline_of(
     recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Measured]], seconds: Sequence[float], replaces: str
@@ -222,6 +236,7 @@ def _figure(name: str, runs: Sequence[Measured]) -> BaselineFigure:
     spread = _short(max(run.least_spread for run in runs))
     return BaselineFigure(
         unit=first.unit,
+        metric=first.metric,
         higher_is_better=first.higher_is_better,
         margin=_margin(name, first.unit, values, spread, len(first.sums)),
         margin_is="factor" if name in SKEWED else "difference",
@@ -265,6 +280,7 @@ def guarded(baseline: Baseline, runs: Sequence[dict[str, Measured]]) -> list[Gua
     """Return what the gate is to judge: every figure of the baseline. Raises BadInput where one is not measured."""
     for run in runs:
         baseline.check_measured(run)
+        baseline.check_same(run)
     return [_guarded(baseline, name, runs) for name in baseline.figures]
 
 

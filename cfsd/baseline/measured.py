@@ -46,6 +46,7 @@ def _benchmark(store: Store, run_record: RunRecord, name: str) -> Measured:
         counts=counts,
         documents=_digest(pairs["doc_hash"].tolist(), counts),
         correction=chance_correction(metric, base, tuned),
+        metric=metric.metric,
     )
 
 

@@ -64,9 +64,9 @@ def _pair(one: str, other: str, ones: Repeats, others: Repeats) -> Iterator[Comp
                 yield _entry(one, other, measure, seeds, difference_over_seeds(repeats))
 
 
-def _asked(parts: Sequence[Units]) -> tuple[tuple[str, str], ...]:
-    """Return what parts a figure has, in which unit: of other benchmarks or metrics it is another figure."""
-    return tuple((part.part_of, part.unit) for part in parts)
+def _asked(parts: Sequence[Units]) -> tuple[tuple[str, str, str], ...]:
+    """Return what parts a figure has, of which metric and unit: of others it is another figure."""
+    return tuple((part.part_of, part.metric, part.unit) for part in parts)
 
 
 def _entry(one: str, other: str, measure: str, seeds: Sequence[str], found: Difference) -> Compared:

@@ -3,6 +3,7 @@
 `summary.json`, the tables of page and terminal, the data frame, the model card and MLflow go through the table.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -126,18 +127,25 @@ class Measure(NamedTuple):
     factor: float = 1  # from the unit of summary.json to that of tables
     scores: tuple[str, str] | None = None
     detectable: Callable[[Sequence[BenchmarkForgetting]], float | None] | None = None
+    least: float = -math.inf  # that is possible, in the unit of summary.json: intervals end there
 
     def figure(self, tables: ScoreTables) -> Figure | None:
         """Return the figure of one variant; None where it was not measured."""
         if self.compute:
             return self.compute(tables)
         assert self.units, f"{self.name}: a measure has a function `compute` or `units`"
-        return figure_of_units(self.units(tables))
+        figure = figure_of_units(self.units(tables))
+        return figure and figure.within(self.least, math.inf)
 
 
 def figure_of(summary: Summary, name: str) -> dict[str, Any] | None:
     """Return a measure of a summary, also of one made before the measure was; None where it was not measured."""
     return getattr(summary, name, None)
+
+
+def least_of(name: str) -> float:
+    """Return the least value of a measure that is possible: 0 of a divergence."""
+    return next((measure.least for measure in MEASURES if measure.name == name), -math.inf)
 
 
 MEASURES = [
@@ -163,18 +171,21 @@ MEASURES = [
         units=lambda m: m.per_row(m.after.probe, "kl"),
         mlflow="probe_kl",
         label="probe_kl, nats/token",
+        least=0,
     ),
     Measure(
         "chat_kl",
         units=lambda m: m.per_row(m.after.chat, "kl", rows_of=role_of(CHAT)),
         mlflow="chat_kl",
         label="chat_kl, nats/token",
+        least=0,
     ),
     Measure(
         "chat_user_kl",
         units=lambda m: m.per_row(m.after.chat, "kl", rows_of=role_of(CHAT), along="user_turns"),
         mlflow="chat_user_kl",
         label="chat_user_kl, nats/token",
+        least=0,
     ),
     Measure("probe_kl_sampled", units=lambda m: m.per_row(m.after.probe, "sampled")),
     Measure(
@@ -182,12 +193,14 @@ MEASURES = [
         units=lambda m: m.per_row(m.after.probe, "reverse_kl"),
         mlflow="reverse_kl",
         label="reverse KL, nats/token",
+        least=0,
     ),
     Measure(
         "target_divergence",
         units=lambda m: m.per_row(m.after.target_divergence, "kl", rows_of="target"),
         mlflow="target_divergence",
         label="target divergence, nats/token",
+        least=0,
     ),
     Measure(
         "mean_forgetting",

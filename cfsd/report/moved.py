@@ -1,5 +1,6 @@
 """Where a model moved from its base: by position, by the base's entropy, and on which tokens, from stored tables."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def bins_along(store: Store, scores: Artifact | None) -> dict[str, list[dict[str
 
 def _as_json(bins: Iterable[Bin]) -> list[dict[str, Any]]:
     return [
-        {"low": b.low, "high": b.high, "tokens": b.tokens, "share": b.share, "kl": b.figure.model_dump()} for b in bins
+        {"low": b.low, "high": b.high, "tokens": b.tokens, "share": b.share, "kl": kl.model_dump()}
+        for b, kl in ((b, b.figure.within(0, math.inf)) for b in bins)
     ]
 
 

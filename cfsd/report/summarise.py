@@ -1,5 +1,6 @@
 """Summary: what one variant learned and forgot, joined from its artifacts; and the same for MLflow."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def _prompts(store: Store, after: Scores, tables: ScoreTables) -> dict[str, dict
     found = {}
     for name, scores in after.prompts.items():
         figures = {column: figure_of_units([of[name]]) for column, of in units.items()}
-        dumped = {column: figure.model_dump() if figure else None for column, figure in figures.items()}
+        dumped = {c: figure.within(0, math.inf).model_dump() if figure else None for c, figure in figures.items()}
         found[name] = {**_sizes(scores), **dumped, "moved": bins_along(store, scores)}
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from cfsd.generate.spec import UNPROMPTED
 from cfsd.model.folder import ROUNDED_AWAY
 from cfsd.report.compared import NOTHING, Compared, Comparisons
-from cfsd.report.measures import figure_of
+from cfsd.report.measures import figure_of, least_of
 from cfsd.report.summary import Fig, Summary
 from cfsd.report.table import (
     POINTS,
@@ -68,10 +68,10 @@ MOVED = {
 }
 LOST_THAN = {1: "lost more on benchmarks", -1: "lost less on benchmarks"}
 LOST = {
-    1: "lost {} points on average over {}",
+    1: "lost {} points above chance {}",
     0: "",
-    -1: "lost {} points on average over {}, which is a gain",
-    None: "has too few documents to say whether it lost anything ({} points on average over {})",
+    -1: "lost {} points above chance {}, which is a gain",
+    None: "has too few documents to say whether it lost anything ({} points above chance {})",
 }
 OUTCOMES = {
     "kept": "kept",
@@ -104,16 +104,19 @@ def variants_of(summaries: list[Summary]) -> list[Variant]:
 def over_seeds(repeats: list[Summary], name: str) -> Fig | None:
     """Return a figure over the repeats, as `joined_figure` does; None where one of them has none."""
     figures = [Figure.model_validate(figure) for s in repeats if (figure := figure_of(s, name)) is not None]
-    return joined_figure(figures) if figures and len(figures) == len(repeats) else None
+    return joined_figure(figures, least_of(name)) if figures and len(figures) == len(repeats) else None
 
 
-def joined_figure(figures: list[Figure]) -> Fig:
-    """Return one figure over those of seeds; of fewer than FEWEST seeds, its ends hold those of every seed."""
+def joined_figure(figures: list[Figure], least: float = -math.inf) -> Fig:
+    """Return one figure over those of seeds; of fewer than FEWEST seeds, its ends hold those of every seed.
+
+    `least` is the smallest value that is possible.
+    """
     mean = figures[0] if len(figures) == 1 else seeds.over_seeds(figures)
     ends = [(f.low, f.high) for f in figures if f.low is not None and f.high is not None]
     if 1 < len(figures) < seeds.FEWEST and len(ends) == len(figures):
         mean = mean.model_copy(update={"low": min(low for low, _ in ends), "high": max(high for _, high in ends)})
-    return mean.model_dump()
+    return mean.within(least, math.inf).model_dump()
 
 
 def verdict(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> str:
@@ -211,9 +214,8 @@ def _distance(one: Fig, other: Fig, moved: Compared) -> str:
 
 
 def _alike(comparisons: Comparisons, one: Variant, other: Variant) -> bool:
-    found = [comparisons.of(one.name, other.name, measure) for measure in COMPARED]
-    signs = [entry.sign() for entry in found if entry]
-    return bool(signs) and not any(signs)
+    found = [entry for entry in comparisons.entries if {entry.one, entry.other} == {one.name, other.name}]
+    return any(entry.measure in COMPARED for entry in found) and not any(entry.sign() for entry in found)
 
 
 def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
@@ -239,7 +241,7 @@ def _change(variant: Variant) -> str:
     average, worse = "", _surely_worse(variant.repeats)
     if variant.lost:
         count = sum(entry.chance_corrected is not None for entry in forgotten_of(variant.repeats[0]))
-        over = f"{count} benchmark{'s' if count > 1 else ''}"
+        over = f"on average over {count} benchmarks" if count > 1 else "on 1 benchmark"
         average = LOST[side_of(variant.lost)].format(shown(variant.lost, POINTS), over)
     return " and ".join(part for part in (average, f"became worse at {listed(worse)}" if worse else "") if part)
 

@@ -10,9 +10,8 @@ import scipy  # its `stats` takes 0.7 s to import, which happens where it is use
 
 from cfsd.statistics.figures import FRACTION
 from cfsd.statistics.forgetting import BenchmarkForgetting
-from cfsd.statistics.power import detectable_change
+from cfsd.statistics.power import LEVEL, detectable_change, detectable_share
 
-LEVEL = 0.05
 DEFINITION = (
     f"A benchmark counts as changed where its two-sided p, adjusted over all benchmarks tested by Benjamini and "
     f"Hochberg, is at most {LEVEL:g}: of those called changed, at most {100 * LEVEL:g} % are expected to be wrong."
@@ -23,15 +22,30 @@ def controlled(forgotten: Sequence[BenchmarkForgetting]) -> list[BenchmarkForget
     """Return the benchmarks with `q_value`: the share of false ones to expect if all up to this one are called changed.
 
     The benchmarks' documents are taken as different ones, so that the tests are independent given the two
-    models. Those without a p-value keep None and do not count.
+    models. Those without a p-value keep None and do not count. `detectable` is that of this control: the drop of one
+    benchmark alone that it finds with 80 % probability.
 
     Source: Benjamini and Hochberg 1995, Controlling the false discovery rate, JRSS B 57(1), through
     `scipy.stats.false_discovery_control`.
     """
-    adjusted = iter(false_discovery([entry.p_value for entry in forgotten if entry.p_value is not None]))
+    tested = [entry.p_value for entry in forgotten if entry.p_value is not None]
+    adjusted, level = iter(false_discovery(tested)), LEVEL / max(1, len(tested))
     return [
-        entry.model_copy(update={"q_value": None if entry.p_value is None else next(adjusted)}) for entry in forgotten
+        entry.model_copy(
+            update={
+                "q_value": None if entry.p_value is None else next(adjusted),
+                "detectable": _detectable(entry, level),
+            }
+        )
+        for entry in forgotten
     ]
+
+
+def _detectable(entry: BenchmarkForgetting, level: float) -> float | None:
+    """Return the smallest drop that is found in a test at `level`, as of the only benchmark that lost anything."""
+    if entry.detectable is None or entry.right_to_wrong is None or entry.wrong_to_right is None:
+        return detectable_change(entry.forgetting, level)
+    return detectable_share(entry.right_to_wrong + entry.wrong_to_right, entry.num_documents, level)
 
 
 def false_discovery(p_values: Sequence[float]) -> list[float]:
@@ -77,9 +91,9 @@ def detectable_mean(forgotten: Iterable[BenchmarkForgetting]) -> float | None:
     for entry in forgotten:
         if (corrected := entry.chance_corrected) is None:
             continue
-        drop, raw = detectable_change(corrected), detectable_change(entry.forgetting)
-        if entry.detectable is not None and drop and raw:
-            drop = entry.detectable * drop / raw
+        drop, raw, own = detectable_change(corrected), detectable_change(entry.forgetting), _detectable(entry, LEVEL)
+        if own is not None and drop and raw:
+            drop = own * drop / raw
         if drop is None:
             return None
         drops.append(drop)

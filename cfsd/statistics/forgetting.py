@@ -76,8 +76,9 @@ class BenchmarkForgetting(BaseModel):
     `p_value`: exact McNemar test for 0/1 scores, otherwise the paired permutation test over documents (below its
     resolution of 1/5000 a t test: `cfsd.statistics.intervals.mean_change_p`). Near 0.05 it
     may disagree with the interval, since McNemar's test is the more cautious of the two.
-    `detectable`: smallest worsening that is detected with 80 % power at 5 %, in the benchmark's unit; above 1 where
-    no drop of a share is; None without an interval, or with one of width 0.
+    `detectable`: smallest worsening that is detected with 80 % power at 5 %, of all benchmarks together after
+    `controlled`, in the benchmark's unit; above 1 where no drop of a share is; None without an interval, or with one of
+    width 0.
     `q_value`: `p_value` after the false-discovery control of `cfsd.statistics.discoveries.controlled`, None before it.
     `retention`: tuned/base, both less chance, as a fraction; None where the base is not above chance, or for the reason
     that `retention_note` gives.
@@ -151,7 +152,9 @@ def benchmark_units(name: str, measure: Measure, before: pd.DataFrame, after: pd
     documents = pairs[["filter", "doc_id", "doc_hash"]].astype(str).itertuples(index=False)
     names = tuple(":".join((name, *document)) for document in documents)
     reach = reach_of(measure, base, tuned)
-    return Units(names, worsening(measure, base, tuned), counts, _unit(measure), reach, part_of=name)
+    return Units(
+        names, worsening(measure, base, tuned), counts, _unit(measure), reach, part_of=name, metric=measure.metric
+    )
 
 
 def chance_corrected_units(name: str, measure: Measure, before: pd.DataFrame, after: pd.DataFrame) -> Units | None:

@@ -13,7 +13,7 @@ class Units(NamedTuple):
     `names` are distinct, and equal for two models where both were measured on the very same text. `reach` is the
     largest change of a unit that a score allows, 1 for right or wrong: then every count is 1, and most units may not
     have changed at all. None for figures per token, which have no bound. `scale` is above 0. `part_of`: of which of
-    several parts of a figure these are the units, as the name of a benchmark.
+    several parts of a figure these are the units, as the name of a benchmark; `metric`: what its documents' scores are.
     """
 
     names: tuple[str, ...]
@@ -23,6 +23,7 @@ class Units(NamedTuple):
     reach: float | None = None
     scale: float = 1.0
     part_of: str = ""
+    metric: str = ""
 
 
 def figure_of_units(parts: Sequence[Units]) -> Figure | None:

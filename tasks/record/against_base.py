@@ -68,7 +68,8 @@ def findings(run_record: RunRecord, summary: Summary) -> Iterator[Finding]:
     before, after = run_record.before, run_record.after
     base = run_record.artifacts["base"].content
     for name, entry in summary.benchmarks.items():
-        numbers = {n: entry[n] for n in ("base", "tuned", "p_value", "q_value") if entry.get(n) is not None}
+        # no q_value: it is of all benchmarks of one report, and these scores may be in several
+        numbers = {n: entry[n] for n in ("base", "tuned", "p_value") if entry.get(n) is not None}
         kept = with_bounds("retention", entry["retention"])
         figures = numbers | with_bounds("forgetting", entry["forgetting"]) | kept
         yield Finding(after.benchmarks[name], before.benchmarks[name].content, figures)

@@ -58,6 +58,22 @@ def runs(count: int, seed: int = 0, *, loss: float = 0.0, documents: str = "same
     return found
 
 
+def test_a_figure_of_another_metric_is_refused(recipe: Recipe) -> None:
+    def of_metric(metric: str, unit: str = FRACTION) -> list[Run]:
+        named = {"metric": metric, "unit": unit}
+        return [run | {"forgetting/half": run["forgetting/half"]._replace(**named)} for run in runs(5)]
+
+    known = baseline_of(recipe, range(5), of_metric("acc"), [10.0] * 5, replaces="")
+    assert known.figures["forgetting/half"].metric == "acc" and guarded(known, of_metric("acc"))
+    with pytest.raises(BadInput, match="forgetting/half as acc, and this recipe measures it as acc_norm"):
+        guarded(known, of_metric("acc_norm"))
+    unnamed = {name: figure.model_copy(update={"metric": ""}) for name, figure in known.figures.items()}
+    before = known.model_copy(update={"figures": unnamed})
+    assert guarded(before, of_metric("acc_norm"))  # a file of before metrics were kept
+    with pytest.raises(BadInput, match="forgetting/half as fraction, and this recipe measures it as nats/token"):
+        guarded(before, of_metric("ppl", NATS))
+
+
 def made(recipe: Recipe, count: int = 5) -> Baseline:
     return baseline_of(recipe, range(count), runs(count), [10.0] * count, replaces="")
 

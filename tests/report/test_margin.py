@@ -6,7 +6,7 @@ from typing import Any
 
 from cfsd.report.margin import write_verdict
 from cfsd.statistics.forgetting import NO_SCORE
-from tests.report.test_report import benchmark, summary
+from tests.report.test_report import benchmark, figure, summary
 
 
 def judged(folder: Path, **benchmarks: Any) -> tuple[str, str]:
@@ -33,3 +33,20 @@ def test_a_benchmark_that_is_not_in_points_is_named_and_keeps_a_pass_from_being_
 def test_a_name_stays_in_its_cell(tmp_path: Path) -> None:
     judged(tmp_path, **{"lead|arc<b>": benchmark(0.0, 0.001)})
     assert "| lead\\|arc\\<b> | 0 | -0.1 to 0.1 | 2 | " in (tmp_path / "verdict.md").read_text()
+
+
+def test_the_mean_of_one_benchmark_is_not_judged_beside_it(tmp_path: Path) -> None:
+    """Of two choices the mean above chance is twice the loss: it failed although nothing lost more than the margin."""
+    lost = summary("m", 0.0).model_copy(
+        update={"benchmarks": {"b": benchmark(0.018, 0.004)}, "mean_forgetting": figure(0.036, 0.004)}
+    )
+    outcome, said = write_verdict(tmp_path, lost, 2)
+    assert outcome == "cannot tell" and "mean_forgetting" not in said
+    two = lost.model_copy(update={"benchmarks": {n: benchmark(0.018, 0.004) for n in ("b", "c")}})
+    outcome, said = write_verdict(tmp_path, two, 2)
+    assert outcome == "fail" and said == "FAIL: lost more than 2 points: mean_forgetting (above chance) 3.6"
+
+
+def test_a_loss_just_above_the_margin_is_not_written_as_the_margin(tmp_path: Path) -> None:
+    lost = summary("m", 0.0).model_copy(update={"benchmarks": {"b": benchmark(0.05004, 0.00001)}})
+    assert write_verdict(tmp_path, lost, 5)[1] == "FAIL: lost more than 5 points: b 5.004"

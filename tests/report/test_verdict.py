@@ -9,7 +9,16 @@ import pytest
 from cfsd.report.compared import Compared, Comparisons
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, shown
-from cfsd.report.verdict import COMPARED, FEW_SEEDS, MANY_SEEDS, remarks, two_sentences, variants_of, verdict
+from cfsd.report.verdict import (
+    COMPARED,
+    FEW_SEEDS,
+    MANY_SEEDS,
+    over_seeds,
+    remarks,
+    two_sentences,
+    variants_of,
+    verdict,
+)
 from cfsd.statistics import seeds
 from cfsd.statistics.discoveries import detectable_mean
 from cfsd.statistics.figures import Figure
@@ -62,13 +71,40 @@ def test_what_two_variants_are_to_each_other_is_said_in_two_sentences() -> None:
         "“finetune” learned more than “rehearse” (difference 0.500 [0.450, 0.550] nats per token), moved 5.00 times as "
         "far from the base (difference 0.400 [0.398, 0.402] nats per token) and lost more on benchmarks (19.0 [18.0, "
         "20.0] points).",
-        "“finetune” lost 20.0 [18.0, 22.0] points on average over 1 benchmark and became worse at b (90.0 → 80.0 %); "
+        "“finetune” lost 20.0 [18.0, 22.0] points above chance on 1 benchmark and became worse at b (90.0 → 80.0 %); "
         f"no benchmark shows a loss for “rehearse”; {UNSEEN}.",
     ]
     assert remarks(unequal, paired(unequal)) == [
         "“finetune” and “rehearse” did not learn equally (they differ by 33.3 % of the larger gain): what they lost is "
         "not compared at equal gain."
     ]
+
+
+def test_variants_that_differ_in_any_measure_are_not_called_alike() -> None:
+    three = [summary("a", 0.5, kl=0.8), summary("b", 0.01, kl=0.2), summary("c", 0.01, kl=0.2)]
+    known = paired(three)
+    assert "is not distinguishable from “c”" in two_sentences(three, known)[0]
+    apart = known.of("b", "c", "probe_kl")
+    assert apart is not None
+    differs = {
+        "measure": "benchmarks/facts",
+        "value": 0.25,
+        "low": 0.2,
+        "high": 0.3,
+        "p_value": 1e-7,
+        "adjusted_p": 1e-7,
+    }
+    more = Comparisons([*known.entries, apart.model_copy(update=differs)])
+    assert "distinguishable" not in two_sentences(three, more)[0]
+
+
+def test_an_interval_of_a_divergence_over_seeds_ends_at_0() -> None:
+    one, values = summary("a", 0.1), (0.02, 0.03, 0.02, 0.03, 0.33)
+    repeats = [one.model_copy(update={"probe_kl": figure(v, 0.001), "target_gain": figure(v, 0.001)}) for v in values]
+    joined = over_seeds(repeats, "probe_kl")
+    assert joined and joined["low"] == 0 < joined["high"]
+    below = over_seeds(repeats, "target_gain")
+    assert below and below["low"] < 0
 
 
 def test_variants_of_another_base_or_target_are_not_compared() -> None:
@@ -117,17 +153,17 @@ def test_a_gain_is_claimed_only_where_its_interval_is_above_zero(gain: dict[str,
 
 
 def test_a_loss_is_claimed_only_where_zero_is_outside() -> None:
-    assert "It lost 5.00 [3.00, 7.00] points on average over 1 benchmark and became worse at b" in verdict(
+    assert "It lost 5.00 [3.00, 7.00] points above chance on 1 benchmark and became worse at b" in verdict(
         [summary("a", 0.05)]
     )
     assert verdict([summary("a", 0.05, gain=None, kl=None)]).startswith("“a” lost 5.00 [3.00")
     unsure = verdict([summary("a", 0.01)])
     assert " lost " not in unsure and f"No benchmark shows a loss; {UNSEEN}." in unsure
-    assert "It lost -5.00 [-7.00, -3.00] points on average over 1 benchmark, which is a gain." in verdict(
+    assert "It lost -5.00 [-7.00, -3.00] points above chance on 1 benchmark, which is a gain." in verdict(
         [summary("a", -0.05)]
     )
     few = summary("a", 0.0).model_copy(update={"mean_forgetting": BARE})
-    assert "It has too few documents to say whether it lost anything (30.0 points on average" in verdict([few])
+    assert "It has too few documents to say whether it lost anything (30.0 points above chance" in verdict([few])
     assert "no benchmark" not in verdict([few]).lower()
 
 
@@ -141,7 +177,7 @@ def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
     assert "became worse" not in verdict([chance])  # among many, one such is no finding
     several = verdict([summary("a", 0.5), worse.model_copy(update={"name": "b"})])
     assert (
-        "“a” lost 50.0 [48.0, 52.0] points on average over 1 benchmark and became worse at b (90.0 → 65.0 %)" in several
+        "“a” lost 50.0 [48.0, 52.0] points above chance on 1 benchmark and became worse at b (90.0 → 65.0 %)" in several
     )
     assert "; “b” became worse at c (90.0 → 70.0 %); no other benchmark shows a loss; with 100" in several
     seeds = [
@@ -150,10 +186,10 @@ def test_a_benchmark_that_alone_became_worse_is_named_with_its_scores() -> None:
     ]
     assert "became worse at c (90.0 → 50.0 %)" in verdict(seeds)  # the mean of 70, 60 and 20
     average = with_benchmarks(summary("a", 0.05), b=benchmark(0.05, 0.2, q_value=0.3))
-    assert "on average over 1 benchmark; no single benchmark shows a loss" in verdict([average])
+    assert "on 1 benchmark; no single benchmark shows a loss" in verdict([average])
     loss = benchmark(0.2, 0.05) | {"chance_corrected": None}
     lost = with_benchmarks(summary("a", 0.1), b=benchmark(0.0, 0.05), wiki=loss)
-    assert "on average over 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean
+    assert "on 1 benchmark and became worse at wiki" in verdict([lost])  # wiki is not in the mean
 
 
 NOT_SHOWN = "is not shown to have moved more or less far from the base"
@@ -267,7 +303,7 @@ def test_of_several_the_one_that_moved_least_among_those_that_learned_most_is_co
         "token), moved a quarter as far from the base (difference -0.600 [-0.602, -0.598] nats per token), lost less "
         "on benchmarks (-49.0 [-52.0, -46.0] points) and is not distinguishable from “c”."
     )  # d moved least, but learned less
-    assert lost.startswith("“a” lost 50.0 [48.0, 52.0] points on average")
+    assert lost.startswith("“a” lost 50.0 [48.0, 52.0] points above chance")
     assert "; “c” lost 3.00 [1.00, 5.00] points" in lost and "; “d” lost 30.0 [28.0, 32.0] points" in lost
     assert lost.endswith(f"; no benchmark shows a loss for “b”; {UNSEEN}.")
     unmeasured = [
@@ -335,9 +371,13 @@ def test_where_no_loss_shows_the_power_of_every_unit_is_said() -> None:
 
 def test_detectable_drop_shrinks_with_more_benchmarks() -> None:
     one = summary("a", 0.0)
-    four = one.model_copy(update={"benchmarks": {str(i): benchmark(0.0, 0.01) for i in range(4)}})
-    assert detectable_mean(forgotten_of(one)) == pytest.approx(0.2)
-    assert detectable_mean(forgotten_of(four)) == pytest.approx(0.1)
+    (alone,) = one.benchmarks.values()
+    four = one.model_copy(update={"benchmarks": {str(i): alone for i in range(4)}})
+    of_one = detectable_mean(forgotten_of(one))
+    assert of_one == pytest.approx(
+        2 * 0.0553 * 2.8016 / 1.96, rel=1e-3
+    )  # from the interval, twice as wide above chance
+    assert detectable_mean(forgotten_of(four)) == pytest.approx(of_one / 2)
     unknown = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.1, None)}})
     assert detectable_mean(forgotten_of(unknown)) == pytest.approx(0.2 * 2.8 / 1.96, rel=1e-3)
     still = one.model_copy(update={"benchmarks": {"b": benchmark(0.0, 0.0, None)}})

@@ -91,3 +91,19 @@ def test_a_p_of_nearly_equal_counts_is_no_more_than_1_after_rounding() -> None:
     p_values = [mcnemar_p(k, k + 1) for k in range(500)]
     assert p_values == pytest.approx([1.0] * 500) and max(p_values) <= 1
     assert max(false_discovery(p_values)) <= 1
+
+
+@pytest.mark.parametrize("tested", [1, 10, 40])
+def test_a_drop_that_is_called_detectable_is_found_beside_the_other_benchmarks(tested: int) -> None:
+    """One of `tested` benchmarks drops by what is printed, 6 % of its 1000 documents change in any case."""
+    changed, documents, rng = 0.06, 1000, np.random.default_rng(tested)
+    quiet = [flipped(f"quiet {i}", 30, 30, total=documents) for i in range(tested)]
+    drop = controlled(quiet)[0].detectable
+    assert drop is not None
+    lost = rng.binomial(documents, np.array([changed / 2] * tested)[:, None], (tested, 4000))
+    gained = rng.binomial(documents, np.array([changed / 2] * tested)[:, None], (tested, 4000))
+    lost[0] = rng.binomial(documents, (changed + drop) / 2, 4000)
+    gained[0] = rng.binomial(documents, (changed - drop) / 2, 4000)
+    p = np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
+    found = stats.false_discovery_control(p, axis=0)[0] <= 0.05
+    assert 0.72 < found.mean() < 0.86

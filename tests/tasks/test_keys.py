@@ -109,13 +109,13 @@ CALLS: dict[str, Callable[[], Any]] = {
 # and evaluate-prompts, which count what they did not (decision 0051)
 KEYS = {
     "fetch": ["fetch f32271f74fdc68c4"],
-    "target": ["target d94d8cbfc0c53775"],
+    "target": ["target ecd9e847a9c52e4d"],
     "probe": ["probe 50996de128da15ef"],
     "prompts": ["prompts 3aed71aa2d1ccb24"],
     "generate": ["generate 8e96ca5510a52fa8"],
     "generate contextual": ["generate 3bb6d55d1bcf1c0c"],
     "filter": ["filter 651f77b8c7961602"],
-    "filter overlap": ["filter f012551b6b86f83c"],
+    "filter overlap": ["filter b3bf281f4f6208b2"],
     "embed": ["embed a7acd6ee85e32510"],
     "select random target": ["select a6dab0ea6c1ad78f"],
     "select random corpus": ["select fc4b61277e01d4e5"],

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from cfsd.report.figures.point import interval
 from cfsd.report.summary import Fig
-from cfsd.report.table import family_of
+from cfsd.report.table import family_of, sweep_of
 
 INK, LINE = "#1b1f24", "#ccd2d9"  # in a page: the page's own, so that they follow light and dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
@@ -33,7 +33,7 @@ class Style(NamedTuple):
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Return the look of each name."""
-    groups = {name: family_of(name) for name in names}
+    groups = {name: (family_of(name), sweep_of(name) is not None) for name in names}  # a variant may be called as one
     order = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
     return {n: Style(COLOURS[order[g] % len(COLOURS)], MARKERS[order[g] % len(MARKERS)]) for n, g in groups.items()}
 
