@@ -100,17 +100,23 @@ class Recipe(Spec):
         That is chats, if the base can write them (`with_chats`), rehearsal is by divergence of a given weight, and
         nothing in the recipe needs text without a prompt.
         """
+        return self.generate.of_auto(CHATS if with_chats and not self.why_no_chats() else CONTEXT_FREE)
+
+    def why_no_chats(self) -> str:
+        """Return what in the recipe keeps `generate.source: auto` from standing for chats; empty: nothing."""
         rehearsal, chats = self.train.rehearsal, self.generate.of_auto(CHATS)
-        unprompted = self.generate.of_auto(CONTEXT_FREE)
-        # by likelihood it was not studied, and a budget is one of text without a prompt
-        if not with_chats or rehearsal.loss != "kl" or rehearsal.budget is not None or self.generate.fill:
-            return unprompted
+        if rehearsal.loss != "kl":
+            return f"train.rehearsal.loss is {rehearsal.loss}, by which chats were not studied"
+        if rehearsal.budget is not None:
+            return "train.rehearsal.budget is steered by text without a prompt (merge.budget keeps chats as well)"
+        if self.generate.fill:
+            return "generate.fill is for text without a prompt"
         try:
             check_rehearsal(chats, self.train)
             check_drawn_tokens(chats, self.filter, self.select, rehearsal)
-        except ValueError:
-            return unprompted
-        return chats
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def chooses_source(self) -> bool:
         """Say whether the base decides what is rehearsed: chats, if it can write them."""

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from cfsd.comparison import Comparison
-from cfsd.machine import Machine
-from cfsd.recipe import Recipe
-from cfsd.target_sequence import TargetSequence
-from flows.fields import Described, sections
+from flows.fields import TITLES, Described, parts
 
 INTRODUCTION = """# Every field
 
@@ -19,24 +15,14 @@ Made from the specs when the site is built; `python -m flows.fields` prints the 
 file; `--set FIELD=VALUE` changes a field of it by its dotted name. Fields of the machine are set by
 `--machine FIELD=VALUE`, change nothing that is estimated and are in no key.
 """
-TITLES: dict[type[BaseModel], str] = {
-    Recipe: "A recipe",
-    Comparison: "A comparison: `python -m flows.compare`",
-    TargetSequence: "Several targets in turn: `python -m flows.continual`",
-    Machine: "The machine: `--machine FIELD=VALUE`",
-}
 
 
 def page() -> str:
     """Return the whole page, as Markdown: one table per spec, each spec once."""
-    seen: set[type[BaseModel]] = set()
-    parts = [INTRODUCTION]
-    for top in TITLES:
-        for prefix, model, fields in sections(top):
-            if model not in seen:
-                parts += _section(prefix, model, fields)
-                seen.add(model)
-    return "\n".join(parts) + "\n"
+    written = [INTRODUCTION]
+    for _, prefix, model, fields in parts():
+        written += _section(prefix, model, fields)
+    return "\n".join(written) + "\n"
 
 
 def _section(prefix: str, model: type[BaseModel], fields: list[Described]) -> Iterator[str]:

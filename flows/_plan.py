@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from cfsd.errors import NotHere
 from cfsd.estimate import (
@@ -27,6 +28,7 @@ from cfsd.estimate import (
 )
 from cfsd.generate.spec import AUTO
 from cfsd.machine import Machine, home, lacking, lacks
+from cfsd.model.checkpoint import lacks_chat_template
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
 from cfsd.stages import MERGE, TRAIN
@@ -198,14 +200,14 @@ def _mark(step: Planned) -> object:
 
 def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
     """Print one line per stage that the recipes need, shared stages once."""
-    first = Column("stage", overflow="fold"), Column("key", no_wrap=True)
+    first = Column("stage", overflow="fold", min_width=24), Column("key", no_wrap=True)
     table = Table(*first, "state", "tokens", "memory", "time", title="plan", box=SIMPLE_HEAD)
     devices = min(machine.resolved_devices(), len(plans))
     own = machine.one_of(devices) if devices > 1 else machine
     rate = rate_of(own)
     found = list(costs(plans, own, rate))
     for step, cost in found:
-        table.add_row(step.stage, step.key or "-", _state(step), *_in_words(cost, step.cached))
+        table.add_row(Text(step.name), step.key or "-", _state(step), *_in_words(cost, step.cached))
     console.print(table)
     total, unknown = seconds_of(found), [step.stage for step, cost in found if not step.cached and cost.seconds is None]
     console.print(_total(total, unknown, rate, own))
@@ -219,8 +221,11 @@ def print_plans(plans: list[Plan], machine: Machine, console: Console) -> None:
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
-    """Yield what the plan takes for granted of a base and a target that are not there yet."""
+    """Yield what `auto` stands for, and what is taken for granted of a base and a target that are not there yet."""
     recipe, base = plan.recipe, plan.base
+    chooses = recipe.generate.rows and recipe.generate.source == AUTO and not lacks_chat_template(base)
+    if chooses and (why := recipe.why_no_chats()):
+        yield f"generate.source is auto: text without a prompt is rehearsed and no chats, as {why}"
     if base.content:
         return
     if AUTO in [mode.name for mode in recipe.probe.modes] and base.metadata.get("chat_template") is None:
@@ -268,13 +273,15 @@ def _total(seconds: float, unknown: list[str], rate: float, machine: Machine) ->
     """Return the sum, where its error is known, and which stages are not in it."""
     cuda = machine.resolved_device() == "cuda"
     measured = f"{rate / 1e9:.0f} GFLOP/s, {'a guess' if cuda else 'measured now'}"
-    words = f"about {_span(seconds)} at {measured}; each of the demo's stages took what its plan says "
-    words += f"within a factor of {CHECKED} on two CPU cores, elsewhere it was not compared"
-    return words + (f"; not counted: {', '.join(dict.fromkeys(unknown))}" if unknown else "")
+    words = f"about {_span(seconds)}, at {measured}"
+    words += f"; not counted: {', '.join(dict.fromkeys(unknown))}" if unknown else ""
+    known = f"On two CPU cores each of the demo's stages took {1 / CHECKED:.2g} to {CHECKED} times what its plan says"
+    return f"{words}. {known}; other machines were not compared"
 
 
 def _span(seconds: float) -> str:
-    return f"{max(1, seconds / 60):.0f} minutes" if seconds < 3 * 3600 else f"{seconds / 3600:.0f} hours"
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} minute{'s' * (minutes > 1)}" if seconds < 3 * 3600 else f"{seconds / 3600:.0f} hours"
 
 
 def _in_words(cost: Estimate, cached: bool) -> tuple[str, str, str]:

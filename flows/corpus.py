@@ -1,8 +1,12 @@
 """The corpus alone: sampled, filtered and selected, with a page to look at before anything is trained.
 
-python -m flows.mitigate recipe.yaml --until filter
+python -m flows.corpus recipe.yaml       the same as python -m flows.mitigate recipe.yaml --until filter
 """
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from prefect import flow
 
 from cfsd.machine import Machine, home
@@ -10,10 +14,11 @@ from cfsd.recipe import Recipe
 from cfsd.report.place import report_folder
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Store
-from flows._cli import console
+from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, link
 from flows._named import name_flow_run
-from flows._plan import checked
+from flows._plan import checked, print_plans
+from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.evaluate import check_benchmarks
 from tasks.fetch import fetch_model
@@ -74,3 +79,29 @@ def show_corpus(result: Result) -> None:
         console.print(f"{role:8} {', '.join(f'{k} {v}' for k, v in metadata.items())}")
         console.print(f"         {Store(home()).whereabouts(artifact)}")
     print(result.folder / "corpus.html", flush=True)
+
+
+def corpus_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML")],
+    set_: Set = [],  # noqa: B006
+    machine: On = [],  # noqa: B006
+    home: Home = None,
+    plan: Plan = False,
+) -> None:
+    """Make the rehearsal corpus of a recipe, and a page that shows it; train nothing."""
+    make_corpus(Recipe.load(recipe, set_), machine_of(machine), plan=plan)
+
+
+def make_corpus(recipe: Recipe, machine: Machine, *, plan: bool) -> None:
+    """Make the corpus and print what it is, or only what that would take."""
+    with checked([recipe], machine, corpus_pipeline, only_plan=plan) as plans:
+        if plan:
+            print_plans(plans, machine, console)
+            return
+        with prefect_server():
+            result = corpus(recipe, machine)
+    show_corpus(result)
+
+
+if __name__ == "__main__":
+    start(corpus_command)

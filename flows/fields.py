@@ -1,4 +1,4 @@
-"""Every field of a recipe and of the machine, with its type, default, unit and effect.
+"""Every field of recipes, comparisons, sequences and the machine, with its type, default, unit and effect.
 
 python -m flows.fields
 """
@@ -9,11 +9,20 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
+from cfsd.comparison import Comparison
 from cfsd.machine import Machine
 from cfsd.recipe import Recipe
+from cfsd.target_sequence import TargetSequence
 
+TITLES: dict[type[BaseModel], str] = {
+    Recipe: "A recipe: YAML, or --set FIELD=VALUE",
+    Comparison: "A comparison: python -m flows.compare",
+    TargetSequence: "Several targets in turn: python -m flows.continual",
+    Machine: "The machine: --machine FIELD=VALUE",
+}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -25,6 +34,10 @@ class Described(NamedTuple):
     default: str
     description: str
     is_section: bool  # its own fields are listed as well
+
+    def holds_a_value(self) -> bool:
+        """Say whether it is set itself, and not only field by field."""
+        return not self.is_section or self.kind.startswith("list")
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], list[Described]]]:
@@ -59,8 +72,17 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
 
 def rows(model: type[BaseModel]) -> list[Described]:
     """Return every field that holds a value or a list, by dotted name."""
-    fields = [field for _, _, described in sections(model) for field in described]
-    return [field for field in fields if not field.is_section or field.kind.startswith("list")]
+    return [field for _, _, fields in sections(model) for field in fields if field.holds_a_value()]
+
+
+def parts() -> Iterator[tuple[type[BaseModel], str, type[BaseModel], list[Described]]]:
+    """Yield (the one of TITLES, dotted prefix, spec, fields) of every spec, each once."""
+    seen = set[type[BaseModel]]()
+    for top in TITLES:
+        for prefix, model, fields in sections(top):
+            if model not in seen:
+                seen.add(model)
+                yield top, prefix, model, fields
 
 
 def _specs_in(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
@@ -94,13 +116,15 @@ def _default(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print both tables."""
-    console = Console()
-    for title, model in (("recipe: YAML, or --set FIELD=VALUE", Recipe), ("--machine FIELD=VALUE", Machine)):
-        table = Table("field", "type", "default", "what it does", title=title, show_lines=False)
-        for field in rows(model):
-            table.add_row(field.name, field.kind, field.default, field.description)
-        console.print(table)
+    """Print every field that holds a value or a list: its name, type and default, and below them what it does."""
+    console, last = Console(), None
+    for top, _, _, fields in parts():
+        if top != last:
+            console.print(Text(f"\n{TITLES[top]}\n", style="bold underline"))
+        last = top
+        for field in filter(Described.holds_a_value, fields):
+            console.print(Text.assemble((field.name, "bold"), f"  {field.kind}; default: {field.default}"))
+            console.print(Padding(Text(field.description), (0, 0, 0, 4)))
 
 
 if __name__ == "__main__":

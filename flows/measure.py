@@ -8,7 +8,7 @@ python -m flows.measure BASE@http://host:8000/v1 TUNED@http://host:8000/v1 --ben
 
 TUNED may be the folder of an adapter, which is merged into BASE first. With --samples both are folders of lm-eval's
 logs, and no model is needed; NAME@URL is a model behind an OpenAI-compatible server, and no weights are needed.
-Exit codes with --margin: 0 nothing lost more, 1 something did, 3 cannot tell.
+Exit codes with --margin: 0 nothing lost more, 1 something did, 2 bad input, 3 cannot tell, 4 failed.
 """
 
 import sys
@@ -143,7 +143,8 @@ def measure_command(
         float | None,
         typer.Option(
             metavar="POINTS",
-            help="Gate: exit code 1 if a benchmark lost more points than this, 3 if it cannot tell, else 0",
+            help="Gate: exit code 1 if a benchmark, or the mean of several, lost more points than this, 3 if it cannot "
+            "tell, 4 if it failed, else 0",
         ),
     ] = None,
     machine: On = [],  # noqa: B006

@@ -21,7 +21,7 @@ from flows._conclude import Result, conclude, show
 from flows._named import name_flow_run
 from flows._plan import checked, print_plans
 from flows._temporary_server import prefect_server
-from flows.corpus import corpus, corpus_pipeline, show_corpus
+from flows.corpus import corpus_pipeline, make_corpus
 from tasks import record
 from tasks.check import check_corpus
 from tasks.evaluate import evaluate_base, evaluate_tuned
@@ -95,13 +95,16 @@ def mitigate_command(
 ) -> None:
     """Fine-tune on the target, rehearsing the base model's own text, and report what was learned and forgotten."""
     loaded, on = Recipe.load(recipe, set_), machine_of(machine)
-    with checked([loaded], on, corpus_pipeline if until else pipeline, only_plan=plan) as plans:
+    if until:
+        make_corpus(loaded, on, plan=plan)
+        return
+    with checked([loaded], on, pipeline, only_plan=plan) as plans:
         if plan:
             print_plans(plans, on, console)
             return
         with prefect_server():
-            result = corpus(loaded, on) if until else mitigate(loaded, on)
-    show_corpus(result) if until else show(result)
+            result = mitigate(loaded, on)
+    show(result)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def regress_command(
     machine: On = [],  # noqa: B006
     home: Home = None,
 ) -> None:
-    """Say whether a recipe got worse than its baseline. Exit codes: 0 no, 1 yes, 2 bad input, 3 cannot tell."""
+    """Say whether a recipe got worse than its baseline: exit code 0 no, 1 yes, 2 bad input, 3 cannot tell, 4 failed."""
     loaded, on = Recipe.load(recipe, set_), machine_of(machine)
     if approval:
         check_asked(is_champion=baseline == CHAMPION)

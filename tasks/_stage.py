@@ -35,6 +35,7 @@ class Planned(NamedTuple):
     key: str | None  # None: depends on a stage that has not run
     cached: bool
     inputs: tuple[Any, ...]
+    name: str  # for people, as `evaluate facts · tuned`
 
 
 planning: ContextVar[list[Planned] | None] = ContextVar("planning", default=None)
@@ -93,7 +94,8 @@ def stage(
 
         def call(*args: P.args, **kwargs: P.kwargs) -> Artifact:
             if (plan := planning.get()) is not None:
-                return _planned(plan, name, kind, inputs_of(args, kwargs))
+                step_run = record.StepRun(name, UNKNOWN, named(*args, **kwargs))
+                return _planned(plan, step_run, kind, inputs_of(args, kwargs))
             store, key = Store(home()), key_of(name, *inputs_of(args, kwargs))
             known, called = store.find(kind, key), record.StepRun(name, key, named(*args, **kwargs)).name()
             run_name = f"{called} {key}".replace("{", "{{").replace("}", "}}")  # Prefect reads it as a template
@@ -125,11 +127,12 @@ def artifacts_in(inputs: Iterable[Any]) -> Iterator[Artifact]:
         yield from (part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Artifact))
 
 
-def _planned(plan: list[Planned], name: str, kind: str, inputs: tuple[Any, ...]) -> Artifact:
+def _planned(plan: list[Planned], step_run: record.StepRun, kind: str, inputs: tuple[Any, ...]) -> Artifact:
+    name = step_run.stage
     known = all(value.content != UNKNOWN for value in artifacts_in(inputs))
     key = key_of(name, *inputs) if known else None
     cached = Store(home()).find(kind, key) if key else None
-    plan.append(Planned(name, key, cached is not None, inputs))
+    plan.append(Planned(name, key, cached is not None, inputs, step_run.name()))
     if cached:
         return cached
     how = digest_of([name, *map(repr, inputs)])  # tells what two variants will make apart before it has a key

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from cfsd.errors import BadInput
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.generate.prompts import Prompts
-from cfsd.generate.spec import AUTO, CHATS, CONTEXT_FREE, UNPROMPTED, GenerateSpec, ProbeSpec
+from cfsd.generate.spec import AUTO, CHATS, UNPROMPTED, GenerateSpec, ProbeSpec
 from cfsd.machine import Machine, home
 from cfsd.model.checkpoint import lacks_chat_template
 from cfsd.recipe import Recipe
@@ -112,7 +112,7 @@ def check_source(base: Artifact, recipe: Recipe) -> GenerateSpec:
     if settings.rows and CHATS in settings.sources():
         _check_template(base, settings.length)
     if settings.rows and settings.source != recipe.generate.source and planning.get() is None:
-        why = _why_no_chats(base, settings.length) if settings.source == CONTEXT_FREE else ""
+        why = recipe.why_no_chats() or _why_no_chats(base, settings.length)
         record.say(f"generate: source auto is {settings.source} here{why and f', as {why}'}")
     return settings
 

@@ -1,8 +1,10 @@
 """What the documents say of the code is true of it: fields, files, commands, links; actions are pinned."""
 
 import importlib.util
+import os
 import re
 import sqlite3
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -192,3 +194,16 @@ def test_the_examples_of_the_library_run(monkeypatch: pytest.MonkeyPatch, capsys
     for block in blocks(ROOT / "docs" / "how-to" / "library.md", "python"):
         exec(block, {})
     assert re.match(r"0\.0003 \['context-free'\] [0-9a-f]{16}\nvalue=-0\.25 low=-", capsys.readouterr().out)
+
+
+def test_the_command_prints_every_field_whole_in_a_narrow_terminal() -> None:
+    words = [sys.executable, "-m", "flows.fields"]
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True, check=True
+    )
+    printed = " ".join(done.stdout.split())
+    for model in (Recipe, Machine):
+        for field in rows(model):
+            assert field.name in done.stdout
+            assert " ".join(field.description.split()) in printed, field.name
+    assert "seeds_vary" in printed and "earlier_fraction" in printed  # of comparisons and of sequences

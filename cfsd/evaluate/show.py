@@ -71,7 +71,7 @@ class Show(Spec):
 
 
 class ShownPrompts(Prompts):
-    """The user's own prompts to show: as those of `evaluate.prompts`, and lines of text."""
+    """The user's own prompts to show: as those of `probe.modes`, and lines of text."""
 
     setting: ClassVar[str] = SETTING
 

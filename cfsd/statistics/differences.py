@@ -12,8 +12,8 @@ import numpy as np
 from scipy import special
 
 from cfsd.statistics import seeds
-from cfsd.statistics.figures import Figure, mean_of
-from cfsd.statistics.intervals import Z, interval_p, mcnemar_p, padded, ratio_p
+from cfsd.statistics.figures import Figure, figure_p, mean_of
+from cfsd.statistics.intervals import Z, mcnemar_p, padded, ratio_p
 from cfsd.statistics.units import Units, figure_of_units, is_share
 
 LEVEL = 0.05  # of what is called a difference, after adjusting for all that was compared
@@ -73,7 +73,7 @@ def difference(one: Parts, other: Parts) -> Difference:
     if joined := _joined(one, other):
         return _of_units(joined)
     figure = _independent(figure_of_units(one), figure_of_units(other))
-    return Difference(figure, _p_of(figure), paired=False)
+    return Difference(figure, figure_p(figure), paired=False)
 
 
 def _joined(one: Parts, other: Parts) -> list[Units]:
@@ -115,7 +115,7 @@ def _possible(figure: Figure, parts: Sequence[Units]) -> Figure:
 def _of_units(parts: list[Units]) -> Difference:
     figure = figure_of_units(parts)
     assert figure is not None, "no parts"
-    return Difference(figure, _p_of_part(parts[0]) if len(parts) == 1 else _p_of(figure), paired=True)
+    return Difference(figure, _p_of_part(parts[0]) if len(parts) == 1 else figure_p(figure), paired=True)
 
 
 def _p_of_part(part: Units) -> float | None:
@@ -126,12 +126,6 @@ def _p_of_part(part: Units) -> float | None:
         return ratio_p(part.sums[has_tokens], part.counts[has_tokens])
     sums = padded(part.sums, part.reach)
     return ratio_p(sums, np.ones(len(sums))) if part.reach else None
-
-
-def _p_of(figure: Figure) -> float | None:
-    if figure.low is None or figure.high is None:
-        return None
-    return interval_p(figure.value, figure.low, figure.high)
 
 
 def _value(parts: Parts) -> float:

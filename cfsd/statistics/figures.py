@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cfsd.statistics.intervals import Floats, Interval, Z, bootstrap_ratio, paired_share_bounds
+from cfsd.statistics.intervals import Floats, Interval, Z, bootstrap_ratio, interval_p, paired_share_bounds
 
 NATS = "nats/token"
 FRACTION = "fraction"
@@ -37,6 +37,13 @@ class Figure(BaseModel):
         if self.low is None or self.high is None:
             return self
         return self.model_copy(update={"low": max(self.low, least), "high": min(self.high, most)})
+
+
+def figure_p(figure: Figure) -> float | None:
+    """Return the two-sided p of 0 that the figure's interval comes to; None where there is none."""
+    if figure.low is None or figure.high is None:
+        return None
+    return interval_p(figure.value, figure.low, figure.high)
 
 
 def mean_per_token(sums: ArrayLike, counts: ArrayLike, *, seed: int) -> Figure:

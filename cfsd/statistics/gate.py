@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from scipy import special  # scipy.stats takes 0.7 s to import, and commands import this module
 
-from cfsd.statistics import multiplicity
 from cfsd.statistics.further_seeds import chance
+from cfsd.statistics.multiplicity import rejected
 
 Outcome = Literal["fail", "pass", "cannot tell"]
 Floats = NDArray[np.float64]
@@ -117,7 +117,7 @@ def judge(guarded: Sequence[Guarded]) -> Judgement:
     """
     scaled = [_in_logs(figure) if figure.as_ratio else figure for figure in guarded]
     p_values = [_p(figure) for figure in scaled]
-    parts = zip(scaled, p_values, holm(p_values), strict=True)
+    parts = zip(scaled, p_values, rejected(p_values, FAMILY_WISE), strict=True)
     order: list[Outcome] = ["fail", "cannot tell", "pass"]
     findings = sorted(
         (_finding(*part, len(guarded)) for part in parts), key=lambda finding: order.index(finding.outcome)
@@ -138,11 +138,6 @@ def _in_logs(figure: Guarded) -> Guarded:
             "margin": math.log(figure.margin),
         }
     )
-
-
-def holm(p_values: Sequence[float], level: float = FAMILY_WISE) -> list[bool]:
-    """Return which hypotheses are rejected so that any wrong rejection has at most probability `level`."""
-    return [p <= level for p in multiplicity.holm(p_values)]
 
 
 def margin_of(values: Sequence[float], *, least: float, least_spread: float = 0.0) -> float:

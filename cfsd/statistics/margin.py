@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from scipy import special  # scipy.stats takes 0.7 s to import, and commands import this module
 
-from cfsd.statistics.figures import FRACTION, MEAN, Figure
+from cfsd.statistics.figures import FRACTION, MEAN, Figure, figure_p
 from cfsd.statistics.forgetting import NO_SCORE, BenchmarkForgetting
-from cfsd.statistics.gate import FAMILY_WISE, Finding, Judgement, Outcome, holm
-from cfsd.statistics.intervals import Z, interval_p
+from cfsd.statistics.gate import FAMILY_WISE, Finding, Judgement, Outcome
+from cfsd.statistics.intervals import Z
+from cfsd.statistics.multiplicity import rejected
 
 LEAST_TIMES, MOST_TIMES = 1.1, 100  # times as many documents, that are proposed
 
@@ -25,14 +26,15 @@ def judge_losses(lost: Sequence[BenchmarkForgetting], mean: Figure | None, margi
     """
     guarded = [entry for entry in lost if not _why_unguarded(entry)]
     figures = {entry.benchmark: entry.forgetting for entry in guarded} | ({MEAN: mean} if mean else {})
-    p_values = [1.0 if e.p_value is None else e.p_value for e in guarded] + ([_p(mean)] if mean else [])
+    known = [entry.p_value for entry in guarded] + ([figure_p(mean)] if mean else [])
+    p_values = [1.0 if p is None else p for p in known]
     documents = [entry.num_documents for entry in guarded]
     counts = [*documents, *([sum(documents)] if mean else [])]
     scores = [(e.base, e.tuned) for e in guarded] + ([(0.0, mean.value)] if mean else [])
     found = [
         _finding(name, figure, margin, p, count, score, len(figures))
         for (name, figure), p, count, score in zip(
-            figures.items(), zip(p_values, holm(p_values), strict=True), counts, scores, strict=True
+            figures.items(), zip(p_values, rejected(p_values, FAMILY_WISE), strict=True), counts, scores, strict=True
         )
     ]
     order: list[Outcome] = ["fail", "cannot tell", "pass"]
@@ -49,12 +51,6 @@ def _why_unguarded(entry: BenchmarkForgetting) -> str:
     if not entry.higher_is_better:
         return "of which less is better"
     return NO_SCORE if entry.retention_note == NO_SCORE else ""
-
-
-def _p(figure: Figure) -> float:
-    if figure.low is None or figure.high is None:
-        return 1.0
-    return interval_p(figure.value, figure.low, figure.high)
 
 
 def _finding(

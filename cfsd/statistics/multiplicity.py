@@ -16,3 +16,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, left * p_values[i]))
         adjusted[i], left = largest, left - 1
     return adjusted
+
+
+def rejected(p_values: Sequence[float], level: float) -> list[bool]:
+    """Return which hypotheses Holm's procedure rejects: that any is rejected wrongly has at most probability `level`."""
+    return [p <= level for p in holm(p_values)]

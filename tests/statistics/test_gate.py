@@ -12,11 +12,11 @@ from cfsd.statistics.gate import (
     Guarded,
     document_noise,
     document_variance,
-    holm,
     judge,
     margin_factor_of,
     margin_of,
 )
+from cfsd.statistics.multiplicity import rejected
 
 SPREAD = 0.02
 
@@ -126,10 +126,10 @@ def test_the_worst_comes_first_and_decides() -> None:
 
 def test_holm_keeps_the_family_and_rejects_more_than_bonferroni() -> None:
     rng = np.random.default_rng(1)
-    wrong = [any(holm(list(rng.uniform(size=6)), 0.05)) for _ in range(4000)]
+    wrong = [any(rejected(list(rng.uniform(size=6)), 0.05)) for _ in range(4000)]
     assert np.mean(wrong) == pytest.approx(0.05, abs=0.012)
-    assert holm([0.001, 0.012, 0.5, 0.02], 0.05) == [True, True, False, True]
-    assert holm([0.02, 0.001], 0.02) == [True, True]  # Bonferroni would keep the first
+    assert rejected([0.001, 0.012, 0.5, 0.02], 0.05) == [True, True, False, True]
+    assert rejected([0.02, 0.001], 0.02) == [True, True]  # Bonferroni would keep the first
 
 
 @pytest.mark.parametrize("seeds", [5, 12])
