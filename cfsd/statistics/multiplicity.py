@@ -19,5 +19,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rejected(p_values: Sequence[float], level: float) -> list[bool]:
-    """Return which hypotheses Holm's procedure rejects: that any is rejected wrongly has at most probability `level`."""
+    """Return which hypotheses Holm's procedure rejects: a wrong rejection has at most probability `level`."""
     return [p <= level for p in holm(p_values)]
