@@ -18,7 +18,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.sample import Sample
-from cfsd.train.adapters import Trained, adapt, merge_adapter, trained_by
+from cfsd.train.adapters import Trained, adapt, merge_trained, trained_by
 from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
 from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.loss.token_loss import Stored
@@ -201,5 +201,5 @@ def merging_error(model: PreTrainedModel, methods: Methods) -> tuple[float, Trai
             parameter += 0.05
         wanted = adapted(input_ids=ids, use_cache=False).logits
         with tempfile.TemporaryDirectory() as folder:
-            found = merge_adapter(methods, adapted, Path(folder))(input_ids=ids, use_cache=False).logits
+            found = merge_trained(methods, adapted, Path(folder))(input_ids=ids, use_cache=False).logits
     return float((found - wanted).norm() / (wanted - plain).norm()), trained, idle

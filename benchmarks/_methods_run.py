@@ -10,7 +10,7 @@ from cfsd.overrides import override, parse_overrides, validated
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Store
-from flows._parallel import Found, Slots, take
+from flows._parallel import Slots, VariantResult, take
 from flows._temporary_server import prefect_server
 from flows.mitigate import pipeline
 from tasks import record
@@ -54,15 +54,15 @@ class Runner:
             found = {recipe.name: self._alone(recipe) for recipe in recipes}
         return [made if isinstance(made, RunRecord) else None for made in found.values()]
 
-    def _alone(self, recipe: Recipe) -> Found:
+    def _alone(self, recipe: Recipe) -> VariantResult:
         try:
-            content: Found = pipeline(recipe, self.machine)
+            content: VariantResult = pipeline(recipe, self.machine)
         except NotFinite as error:
             content = error
         self._say(recipe.name, content)
         return content
 
-    def _say(self, name: str, content: Found) -> None:
+    def _say(self, name: str, content: VariantResult) -> None:
         self.done += 1
         if isinstance(content, NotFinite):
             print(f"{name}: left out, {content}", flush=True)

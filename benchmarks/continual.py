@@ -19,7 +19,7 @@ from benchmarks._methods_run import Runner, in_one_flow
 from benchmarks._result import RESULTS
 from cfsd.machine import Machine, home
 from cfsd.recipe import Recipe
-from cfsd.report.files import Kept
+from cfsd.report.files import ReportSource
 from cfsd.report.run_record import RunRecord
 from cfsd.report.sequence.repeats import LINES, OverSeeds, described_repeats, write_repeats_files
 from cfsd.report.table import shown
@@ -73,7 +73,7 @@ def _over_seeds(name: str, way: TargetSequence, runner: Runner) -> OverSeeds:
         return run_record
 
     done = [in_turn(repeat, runner.machine, train) for repeat in way.repeats()]
-    kept = [(Kept(title=one.title, run_records=tuple(one.run_records)), one.measured) for one in done]
+    kept = [(ReportSource(title=one.title, run_records=tuple(one.run_records)), one.measured) for one in done]
     title, folder = f"{way.recipe.name}: {name}", home() / "studies" / "continual" / name
     return write_repeats_files(folder, runner.store, title, [way.way()], kept)[0]
 

@@ -44,7 +44,7 @@ from tasks._stage import gpu_slots
 
 ROOT = Path(__file__).parent.parent
 SECONDS_TO_END = STOP_SECONDS + 30  # a training that stops writes a checkpoint first
-Found = RunRecord | CfsdError
+VariantResult = RunRecord | CfsdError
 Tell = Callable[[str, str], None]  # a variant's name and a line that it wrote
 
 
@@ -55,7 +55,9 @@ def run_variants(recipes: Mapping[str, Recipe], machine: Machine, comparison: st
     """
     count = min(machine.resolved_devices(), len(recipes))
     if count == 1:
-        found: Mapping[str, Found] = {name: mitigate(recipe, machine).only() for name, recipe in recipes.items()}
+        found: Mapping[str, VariantResult] = {
+            name: mitigate(recipe, machine).only() for name, recipe in recipes.items()
+        }
     else:
         with Slots(count, machine, mitigate, comparison) as slots:
             found = slots.run(recipes)
@@ -101,8 +103,8 @@ class Slots:
 
     def run(
         self, recipes: Mapping[str, Recipe], spared: tuple[type[CfsdError], ...] = (),
-        told: Callable[[str, Found], None] = lambda _, __: None,
-    ) -> dict[str, Found]:  # fmt: skip
+        told: Callable[[str, VariantResult], None] = lambda _, __: None,
+    ) -> dict[str, VariantResult]:  # fmt: skip
         """Return what each recipe led to, in order; an error of a kind in `spared` takes the place of a run record.
 
         `told` gets each as it comes.
@@ -110,7 +112,7 @@ class Slots:
         Raises:
             CfsdError: The first other error, once the variants that were running have ended.
         """
-        waiting, found, first = deque(recipes.items()), dict[str, Found](), list[CfsdError]()
+        waiting, found, first = deque(recipes.items()), dict[str, VariantResult](), list[CfsdError]()
         self.width = max(map(len, recipes), default=0)
         while True:
             for process in self.processes if not first else ():
@@ -169,7 +171,7 @@ class _Process:
             self.requests.write(request.model_dump_json().encode() + b"\n")
             self.requests.flush()
 
-    def hear(self, tell: Tell) -> Found | None:
+    def hear(self, tell: Tell) -> VariantResult | None:
         """Pass on the lines that it wrote; return what its variant led to, None if that is still open."""
         found = None
         for line in self.answers.read():

@@ -40,7 +40,7 @@ from flows._temporary_server import prefect_server
 from tasks import record
 from tasks.adapter import merge_adapter
 from tasks.evaluate import check_benchmarks, evaluate_base, evaluate_tuned
-from tasks.fetch import check_model, fetch_model, told_apart
+from tasks.fetch import check_model, fetch_model, tokenizer_differences
 from tasks.generate import check_modes, sample_along
 from tasks.logs import check_logs
 from tasks.report import judge_margin
@@ -69,7 +69,7 @@ def measure(
         fetched = fetch_model(base, machine)
         models = fetched, _merged(base, fetched, adapter, machine) if adapter else fetch_model(tuned, machine)
         check_comparable(*models)
-        notes = told_apart(*models)
+        notes = tokenizer_differences(*models)
         for model in models:  # TUNED may attend to fewer tokens than BASE
             check_context(model, probe, "probe")
         probe.check_base(models[0])

@@ -54,7 +54,7 @@ def check_model(checkpoint: Checkpoint) -> None:
         examine(checkpoint)
 
 
-def told_apart(base: Artifact, tuned: Artifact) -> list[str]:
+def tokenizer_differences(base: Artifact, tuned: Artifact) -> list[str]:
     """Return, and say, where two models are put other prompts by their files: `cfsd.model.tokenizer_difference`."""
     from cfsd.model.tokenizer_difference import read_otherwise
 

@@ -45,11 +45,11 @@ def write_report(folder: Path, title: str, run_records: list[RunRecord], notes: 
 def _write_report(folder: Path, title: str, run_records: list[RunRecord], notes: Sequence[str]) -> Report:
     """Write all files and return what they say; see `cfsd.report.files`."""
     from cfsd.report.differences import lines_against, metrics_of
-    from cfsd.report.files import Kept, write_files
+    from cfsd.report.files import ReportSource, write_files
     from cfsd.report.summarise import headline
     from cfsd.report.verdict import best, remarks, two_sentences, variants_of, warnings
 
-    kept = Kept(title=title, notes=tuple(notes), run_records=tuple(run_records))
+    kept = ReportSource(title=title, notes=tuple(notes), run_records=tuple(run_records))
     (summaries, comparisons), files = write_files(folder, Store(home()), kept)
     name, verdict = best(variants_of(summaries), comparisons).name, " ".join(two_sentences(summaries, comparisons))
     beneath = (*lines_against(name, comparisons, only_found=False), *remarks(summaries, comparisons))
@@ -83,9 +83,9 @@ def judge_margin(folder: Path, summary: Summary, points: float) -> tuple[str, st
 
 def write_corpus_page(folder: Path, title: str, run_records: list[RunRecord]) -> Path:
     """Write the page that shows the corpora of `run_records`, and the run records, which lead to every row."""
-    from cfsd.report.files import Kept, write_corpus_files
+    from cfsd.report.files import ReportSource, write_corpus_files
 
-    return write_corpus_files(folder, Store(home()), Kept(title=title, run_records=tuple(run_records)))
+    return write_corpus_files(folder, Store(home()), ReportSource(title=title, run_records=tuple(run_records)))
 
 
 class InTurn(NamedTuple):
@@ -98,11 +98,11 @@ class InTurn(NamedTuple):
 
 def write_sequence(folder: Path, title: str, repeats: Sequence[InTurn], notes: Sequence[str]) -> Report:
     """Write the page of targets trained in turn, and of several repeats one over all; see `cfsd.report.sequence`."""
-    from cfsd.report.files import Kept
+    from cfsd.report.files import ReportSource
     from cfsd.report.sequence.files import described_sequence, write_sequence_files
     from cfsd.report.sequence.repeats import described_repeats, write_repeats_files
 
-    kept = [Kept(title=one.title, notes=tuple(notes), run_records=tuple(one.run_records)) for one in repeats]
+    kept = [ReportSource(title=one.title, notes=tuple(notes), run_records=tuple(one.run_records)) for one in repeats]
     if len(kept) == 1:
         remains, files = write_sequence_files(folder, Store(home()), kept[0], repeats[0].measured)
         return Report([], NOTHING, {}, files, described_sequence(title, notes, remains))

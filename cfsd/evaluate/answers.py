@@ -23,7 +23,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.trial import check_sampling
 from cfsd.machine import Machine, home
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.loading import Tokenization, load_tokenization, read_eos_ids
 from cfsd.model.sample import Sample
 from cfsd.store.artifact import Artifact, Draft, Store
@@ -90,7 +90,7 @@ def check_own(base: Artifact, spec: Show) -> None:
 
 def answer_length(base: Artifact, spec: Show) -> int:
     """Return the most tokens of an answer: as the spec says, or half of what the base attends to if that is less."""
-    return min(spec.length, max(1, context_of(base) // 2))
+    return min(spec.length, max(1, context_tokens(base) // 2))
 
 
 def asked_of(
@@ -100,7 +100,7 @@ def asked_of(
 
     Where a vocabulary has no words, there are twice as many of the others.
     """
-    room, length = context_of(base), answer_length(base, spec)
+    room, length = context_tokens(base), answer_length(base, spec)
     prompts = list(own_prompts(base, own, spec, said) if spec.has_own() else everyday(own, spec, room - length))
     more = 1 if prompts or not spec.rows else 2
     yield from prompts
@@ -114,7 +114,7 @@ def own_prompts(base: Artifact, own: Tokenization, spec: Show, said: Said) -> It
 
     Raises BadInput for one that is too long, that has no token, or that is a chat for a base without a template.
     """
-    room, length = context_of(base), answer_length(base, spec)
+    room, length = context_tokens(base), answer_length(base, spec)
     dropped, special = Counter[str](), special_tokens(own.tokenizer)
     for prompt in spec.prompts().read(said, dropped):
         asked = _asked(prompt, own)
@@ -190,7 +190,7 @@ class _Answering(NamedTuple):
         own = self.spec.temperature
         return own if own is not None else float(kind == TEXT)
 
-    def law(self, temperature: float) -> GenerateSpec:
+    def spec_at(self, temperature: float) -> GenerateSpec:
         """Return how tokens are taken; of the likeliest one alone, the random number decides nothing."""
         settings: dict[str, Any] = {"temperature": temperature} if temperature else {"top_k": 1}
         return GenerateSpec(rows=1, length=self.length, seed=self.spec.seed, **settings)
@@ -198,13 +198,13 @@ class _Answering(NamedTuple):
 
 def _answered(how: _Answering, asked: list[Asked], own: Tokenization, draft: Draft) -> list[dict[str, Any]]:
     samples: dict[int, Sample] = {}
-    fitting = [i for i, row in enumerate(asked) if len(row.ids) + how.length <= context_of(how.model)]
+    fitting = [i for i, row in enumerate(asked) if len(row.ids) + how.length <= context_tokens(how.model)]
     for temperature in sorted({how.temperature(asked[i].kind) for i in fitting}):
         of_it = [i for i in fitting if how.temperature(asked[i].kind) == temperature]
         for first in range(0, len(of_it), how.machine.sampling_rows):
             part = of_it[first : first + how.machine.sampling_rows]
             rows = Rows(part, [asked[i].ids for i in part], how.eos_ids, STREAM)
-            samples |= zip(part, sample(how.loaded, rows, how.law(temperature), where="what is shown"), strict=True)
+            samples |= zip(part, sample(how.loaded, rows, how.spec_at(temperature), where="what is shown"), strict=True)
             draft.journal.progress(len(samples), len(asked), "answers")
     return [_record(how, i, row, samples.get(i), own) for i, row in enumerate(asked)]
 

@@ -23,7 +23,7 @@ from cfsd.evaluate.spec import CHUNK
 from cfsd.evaluate.stage import load_models, per_token, size_of, write_result
 from cfsd.machine import Machine
 from cfsd.model.batching import arrange, pad
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.loading import load_tokenizer
 from cfsd.statistics.bins import quantile_edges
 from cfsd.store.artifact import Artifact, Draft
@@ -182,7 +182,7 @@ def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> Non
     """Raise BadInput when a row has more tokens than one of the models, by what they are called, attends to."""
     longest = max(map(len, rows))
     for name, model in models.items():
-        context = context_of(model)
+        context = context_tokens(model)
         if longest > context:
             raise BadInput(
                 f"a row of {longest} tokens does not fit {name}, which attends to {context} tokens; give "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cfsd.evaluate.stage import check_finite, load_models, write_result
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.likelihood import score_responses
 from cfsd.model.loading import load_tokenizer, read_start_token
 from cfsd.store.artifact import Artifact, Draft
@@ -23,7 +23,8 @@ def score_text(model: Artifact, text: Text, draft: Draft, machine: Machine) -> N
     folder = draft.store.path(model)
     (loaded,) = load_models([model], draft, machine)
     records = text_likelihoods(
-        loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens, context_of(model),
+        loaded, load_tokenizer(folder), text, read_start_token(folder), machine.micro_batch_tokens,
+        context_tokens(model),
         lambda done, total: draft.journal.progress(done, total, "windows"),
     )  # fmt: skip
     check_finite(records, "nll")

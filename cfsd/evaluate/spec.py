@@ -10,7 +10,7 @@ from cfsd.evaluate.show import Show
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
 from cfsd.model.checkpoint import lacks_chat_template
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 
@@ -79,7 +79,7 @@ def check_windows(base: Artifact, tuned: Artifact, spec: EvaluateSpec) -> None:
 
     A token is predicted better after more text, so that the same weights would seem to lose or gain.
     """
-    contexts = [context_of(model) for model in (base, tuned)]
+    contexts = [context_tokens(model) for model in (base, tuned)]
     least = min(contexts)
     for text in spec.texts:
         own = [min(text.window, context) for context in contexts]

@@ -20,7 +20,7 @@ from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
 from cfsd.generate.trial import check_sampling
 from cfsd.machine import Machine
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.loading import Tokenization, load_for_measuring, load_tokenization
 from cfsd.model.sample import Sample
 from cfsd.store.artifact import Artifact, Draft
@@ -68,7 +68,7 @@ def rewrite(base: Artifact, target: Artifact, spec: RewriteSpec, draft: Draft, m
     model = load_for_measuring(draft.store, base, machine.resolved_device())
     check_sampling(model)
     folder, tokens = draft.store.path(target), load_tokenization(draft.store.path(base))
-    writer = _Writer(model, tokens, spec, context_of(base))
+    writer = _Writer(model, tokens, spec, context_tokens(base))
     total = num_rows(folder, "train")
     for index, (first, block) in enumerate(blocks(folder, "train", TARGET.names, machine.sampling_rows)):
         if not shard_path(draft.folder, "train", index).exists():

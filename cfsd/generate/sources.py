@@ -26,7 +26,7 @@ from cfsd.generate.replay_rows import replay_rows
 from cfsd.generate.sampling import Rows, Turns
 from cfsd.generate.shard_job import Shard, ShardJob
 from cfsd.generate.spec import ProbeSpec
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.loading import Tokenization, load_tokenization
 from cfsd.spec import seed_of
 from cfsd.store.artifact import Artifact, Store
@@ -134,7 +134,7 @@ def _template(job: ShardJob, base: Tokenization, ids: list[int]) -> Rows:
 
 def check_template_fits(prefix: Sequence[int], base: Artifact, length: int, setting: str) -> None:
     """Raise BadInput where the base does not attend to the template's `prefix` and `length` tokens after it."""
-    context = context_of(base)
+    context = context_tokens(base)
     if len(prefix) + length > context:
         raise BadInput(
             f"the chat template's {len(prefix)} tokens and {setting} {length} do not fit "
@@ -212,7 +212,7 @@ def _replay(asked: Asked) -> Iterator[Start]:
 
 def _room(job: ShardJob) -> int:
     """Return how many tokens the base can attend to beside `spec.length`."""
-    return context_of(job.base) - job.spec.length
+    return context_tokens(job.base) - job.spec.length
 
 
 SOURCES = {

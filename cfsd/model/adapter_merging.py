@@ -42,14 +42,14 @@ def merge(base: Path, adapter: Adapter, folder: Path) -> dict[str, JsonValue]:
         merged = _merged(_adapted(model, adapter), adapter)
         save_model(merged, base, folder)
     config = adapter.config()
-    facts: dict[str, JsonValue] = {
+    metadata: dict[str, JsonValue] = {
         "adapter": adapter.label(),
         "adapter_type": config["peft_type"],
         "adapter_rank": config.get("r"),
         "adapter_base": adapter.named_base(),
         "parameters": sum(parameter.numel() for parameter in merged.parameters()),
     }
-    return facts | {"said": [*said]}
+    return metadata | {"said": [*said]}
 
 
 def _adapted(model: PreTrainedModel, adapter: Adapter) -> Any:

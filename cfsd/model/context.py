@@ -5,7 +5,7 @@ from cfsd.store.artifact import Artifact
 UNLIMITED = 1 << 30  # as good as: no row is as long
 
 
-def context_of(model: Artifact) -> int:
+def context_tokens(model: Artifact) -> int:
     """Return the most tokens that a fetched model attends to; UNLIMITED where its config names no limit."""
     context = model.metadata.get("context")
     return context if isinstance(context, int) else UNLIMITED

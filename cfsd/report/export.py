@@ -6,7 +6,7 @@ from pathlib import Path
 from cfsd.errors import BadInput
 from cfsd.model.folder import payload_of
 from cfsd.report.comparisons import comparisons_of
-from cfsd.report.files import Kept, check_store
+from cfsd.report.files import ReportSource, check_store
 from cfsd.report.model_card import has_card, model_card
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
@@ -14,7 +14,7 @@ from cfsd.store.artifact import Store
 from cfsd.store.new_folder import new_folder
 
 
-def chosen(kept: Kept, variant: str | None) -> RunRecord:
+def chosen(kept: ReportSource, variant: str | None) -> RunRecord:
     """Return the variant called so, or the only one that was trained. Raises BadInput naming those there are."""
     trained = {run_record.name: run_record for run_record in kept.run_records if has_card(run_record)}
     if not trained:
@@ -27,7 +27,7 @@ def chosen(kept: Kept, variant: str | None) -> RunRecord:
     return trained[variant]
 
 
-def export(store: Store, kept: Kept, run_record: RunRecord, to: Path) -> None:
+def export(store: Store, kept: ReportSource, run_record: RunRecord, to: Path) -> None:
     """Copy the variant's final model to the new folder `to` and write its card there as README.md.
 
     Copies, not links: whoever edits a published folder must not reach into the store.

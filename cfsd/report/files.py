@@ -29,7 +29,7 @@ Part = TypeVar("Part", bound=BaseModel)
 OLD_ROLES = {"chosen": "selected_target", "kept": "filtered", "selected": "selected_corpus"}
 
 
-class Kept(BaseModel):
+class ReportSource(BaseModel):
     """All that a report is made from besides the store: what was run, under which title."""
 
     model_config = ConfigDict(frozen=True)
@@ -39,19 +39,19 @@ class Kept(BaseModel):
     run_records: tuple[RunRecord, ...]
 
 
-def keep(folder: Path, kept: Kept) -> Path:
+def keep(folder: Path, kept: ReportSource) -> Path:
     """Write what the report in `folder` is made from, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_RECORDS, {"schema": SCHEMA, **kept.model_dump(mode="json")})
     return folder / RUN_RECORDS
 
 
-def read_kept(folder: Path) -> Kept:
+def read_kept(folder: Path) -> ReportSource:
     """Return what the report in `folder` was made from. Raises BadInput."""
     files = [folder / name for name in (RUN_RECORDS, OLD_FILE) if (folder / name).is_file()]
     if not files:
         raise BadInput(f"{folder} has no {RUN_RECORDS}; give a folder below reports/ of a data folder")
-    return read_part(files[0], Kept)
+    return read_part(files[0], ReportSource)
 
 
 def read_part(file: Path, model: type[Part]) -> Part:
@@ -90,7 +90,7 @@ class Numbers(NamedTuple):
     comparisons: Comparisons
 
 
-def write_files(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:
+def write_files(folder: Path, store: Store, kept: ReportSource) -> tuple[Numbers, list[Path]]:
     """Write everything that people open, from artifacts alone; return the figures and the files, the page first.
 
     Raises BadInput where the store lacks an artifact.
@@ -106,7 +106,7 @@ def write_files(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[P
     return found, [page, numbers, *pictures, *cards]
 
 
-def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list[Path]]:
+def write_numbers(folder: Path, store: Store, kept: ReportSource) -> tuple[Numbers, list[Path]]:
     """Write run records, summary.json and model cards; return the figures and the files but the run records.
 
     Raises BadInput where the store lacks an artifact.
@@ -127,12 +127,12 @@ def write_numbers(folder: Path, store: Store, kept: Kept) -> tuple[Numbers, list
     return Numbers(summaries, comparisons), files
 
 
-def only_corpora(kept: Kept) -> bool:
+def only_corpora(kept: ReportSource) -> bool:
     """Say whether nothing was trained or measured, so that the corpus page is all there is."""
     return not any("final" in run_record.artifacts or run_record.before.benchmarks for run_record in kept.run_records)
 
 
-def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
+def write_corpus_files(folder: Path, store: Store, kept: ReportSource) -> Path:
     """Write the page that shows the corpora, and return it. Raises BadInput where the store lacks an artifact."""
     check_store(store, kept)
     keep(folder, kept)
@@ -140,7 +140,7 @@ def write_corpus_files(folder: Path, store: Store, kept: Kept) -> Path:
     return folder / "corpus.html"
 
 
-def check_store(store: Store, kept: Kept) -> None:
+def check_store(store: Store, kept: ReportSource) -> None:
     """Raise BadInput where the store lacks an artifact of the report."""
     scores = [scores for r in kept.run_records for side in (r.before, r.after) for scores in side.artifacts()]
     made = [artifact for r in kept.run_records for artifact in r.made()]

@@ -20,7 +20,7 @@ from cfsd.model.loading import load_model, skeleton
 from cfsd.model.undisturbed import mode_kept
 from cfsd.store.digests import write_json
 from cfsd.train.methods import Methods
-from cfsd.train.methods.method import Adapter
+from cfsd.train.methods.method import TrainedAdapter
 
 FOLDER = "adapter"
 TRIAL = 16  # tokens
@@ -54,7 +54,9 @@ def check_layers(folder: Path, methods: Methods) -> None:
         _named(adapter, _all_linear_layers(model), model)
 
 
-def _named(adapter: Adapter, layers: dict[str, nn.Module], model: PreTrainedModel) -> tuple[list[str], list[str]]:
+def _named(
+    adapter: TrainedAdapter, layers: dict[str, nn.Module], model: PreTrainedModel
+) -> tuple[list[str], list[str]]:
     """Return the layers and the fused parameters that an adapter stands beside."""
     if adapter.kind == "osf":
         linear: dict[str, nn.Module] = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
@@ -65,7 +67,7 @@ def _named(adapter: Adapter, layers: dict[str, nn.Module], model: PreTrainedMode
     return modules, parameters + _experts(adapter.parameters, model)
 
 
-def _dividable(adapter: Adapter, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _dividable(adapter: TrainedAdapter, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the layers of which the share of directions that stays is one or more, as PEFT counts: rounded down.
 
     A gate of one row has none. Raises BadInput where `targets` name such a layer.
@@ -82,7 +84,7 @@ def _dividable(adapter: Adapter, layers: dict[str, nn.Module]) -> dict[str, nn.M
     return {name: layer for name, layer in layers.items() if name not in small}
 
 
-def _config(adapter: Adapter, model: PreTrainedModel) -> Any:
+def _config(adapter: TrainedAdapter, model: PreTrainedModel) -> Any:
     """Return PEFT's config. Without a task type PEFT passes all arguments of a call on as they are."""
     layers = _linear_layers(model)
     modules, parameters = _named(adapter, layers, model)
@@ -288,7 +290,7 @@ def _adapted(layer: Any) -> Any:
     return getattr(base, layer.parameter_name) if isinstance(layer, ParamWrapper) else base.weight
 
 
-def merge_adapter(methods: Methods, model: nn.Module, folder: Path, base: Path | None = None) -> PreTrainedModel:
+def merge_trained(methods: Methods, model: nn.Module, folder: Path, base: Path | None = None) -> PreTrainedModel:
     """Return the plain transformers model that computes what `model` does; write the adapter to `folder`/adapter.
 
     Where the base's layers were quantised, the adapter is merged into those in folder `base`, as they were before.

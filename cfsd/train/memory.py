@@ -7,7 +7,7 @@ bfloat16 on processors that compute in it, whose library lays tensors out anew. 
 from typing import Any, NamedTuple, Self
 
 from cfsd.machine import Machine
-from cfsd.train.methods.method import Adapter
+from cfsd.train.methods.method import TrainedAdapter
 from cfsd.train.spec import TrainSpec
 
 CHUNK = 256  # tokens whose logits exist at once on a CPU: 50 MB at SmolLM2's vocabulary
@@ -81,7 +81,7 @@ class Load(NamedTuple):
     sharded: bool = False
     checkpointing: bool = False
     bfloat16: bool = False
-    adapter: Adapter | None = None
+    adapter: TrainedAdapter | None = None
     optimizer: str = "adamw"
     anchor_copies: int = 0  # L2: 1; EWC: 2, with the Fisher matrix
     live_base: bool = False

@@ -27,7 +27,7 @@ from cfsd.spec import seed_of
 from cfsd.stages import ALONG
 from cfsd.store.artifact import CHECKPOINTS, Store
 from cfsd.store.journal import Journal
-from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, quantised_note, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, merge_trained, quantised_note, trained_by
 from cfsd.train.arguments import settle_sharding, training_arguments
 from cfsd.train.batches.loading import Batches, Share, batches_of
 from cfsd.train.batches.micro_batches import MicroBatch
@@ -44,7 +44,7 @@ from cfsd.train.watcher import Watcher
 DISTRIBUTIONS = "distributions"  # the folder beside the checkpoints, deleted with them
 
 
-class RehearsalTrainer(Trainer):
+class GlobalBatchTrainer(Trainer):
     """Trainer whose step is a global batch of micro-batches; the loss is already scaled over the whole batch."""
 
     def __init__(
@@ -148,7 +148,7 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     args.max_steps = len(data)
     penalties = penalties_of(spec.methods, base_folder, store.path(request.fisher) if request.fisher else None)
     settle_sharding(args, model)
-    trainer = RehearsalTrainer(trained, args, data, recorder, penalties, spec)
+    trainer = GlobalBatchTrainer(trained, args, data, recorder, penalties, spec)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < len(data) and recorder.stopped_at is None:
         raise Stopped(f"training stopped after step {trainer.state.global_step} of {len(data)}, which is saved")
@@ -245,13 +245,13 @@ def _data(store: Store, request: TrainRequest, scratch: Path, args: TrainingArgu
     return batches_of(store, request.mixture, spec, max_tokens, distributions, rank, world, mask=mask, of_target=along)
 
 
-def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> Rounding:
+def _save(trainer: GlobalBatchTrainer, spec: TrainSpec, base_folder: Path, folder: Path) -> Rounding:
     """Write the plain model, by the first process; beside it its float32 weights, where the base has fewer bits."""
     wrapped = trainer.model_wrapped
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return Rounding()
-    model = merge_adapter(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder, base_folder)
+    model = merge_trained(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder, base_folder)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)
@@ -264,7 +264,7 @@ def _save(trainer: RehearsalTrainer, spec: TrainSpec, base_folder: Path, folder:
     return rounding
 
 
-def _metadata(trainer: RehearsalTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
+def _metadata(trainer: GlobalBatchTrainer, data: Batches, continued_from: int) -> dict[str, JsonValue]:
     cuda = trainer.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     metadata = data.metadata(trainer.state.global_step) | {"continued_from_step": continued_from, "peak_memory": peak}

@@ -15,7 +15,7 @@ from cfsd.evaluate.perplexity import score_text, text_likelihoods, windows
 from cfsd.evaluate.spec import EvaluateSpec
 from cfsd.evaluate.text import Text
 from cfsd.machine import Machine
-from cfsd.model.context import context_of
+from cfsd.model.context import context_tokens
 from cfsd.model.loading import load_for_measuring, load_tokenizer, read_start_token
 from cfsd.report.run_record import RunRecord, Scores
 from cfsd.report.summarise import summarise
@@ -40,7 +40,7 @@ def measured(store: Store, model: Artifact, text: Text, max_tokens: int = 100) -
     folder = store.path(model)
     loaded, tokenizer = load_for_measuring(store, model, "cpu"), load_tokenizer(folder)
     start = read_start_token(folder)
-    return text_likelihoods(loaded, tokenizer, text, start, max_tokens, context_of(model), lambda *_: None)
+    return text_likelihoods(loaded, tokenizer, text, start, max_tokens, context_tokens(model), lambda *_: None)
 
 
 def test_every_token_is_scored_once(store: Store, base: Artifact, texts: Path) -> None:

@@ -19,7 +19,7 @@ from cfsd.evaluate.benchmark_size import size_of_benchmark
 from cfsd.overrides import override, read_yaml, validated
 from cfsd.recipe import Recipe
 from cfsd.report.comparisons import comparisons_of
-from cfsd.report.files import Kept, write_corpus_files, write_files, write_numbers
+from cfsd.report.files import ReportSource, write_corpus_files, write_files, write_numbers
 from cfsd.report.markdown import inert, plain
 from cfsd.report.model_card import model_card
 from cfsd.report.place import report_folder
@@ -152,7 +152,7 @@ def test_no_name_leads_out_of_the_data_folder(tmp_path: Path) -> None:
         named = run_record.model_copy(update={"name": name})
         folder = report_folder(home, name, [named])
         assert folder.parent == home / "reports"
-        _, files = write_numbers(folder, world.store, Kept(title=name, run_records=(named,)))
+        _, files = write_numbers(folder, world.store, ReportSource(title=name, run_records=(named,)))
         assert len(files) == 2
         assert all(file.resolve().parent == folder.resolve() for file in files)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -247,7 +247,7 @@ def test_a_browser_shows_what_people_and_models_wrote_and_runs_none_of_it(
     hostile: tuple[World, list[RunRecord]], browser: Any, tmp_path: Path
 ) -> None:
     world, run_records = hostile
-    kept = Kept(title=HOSTILE, notes=(HOSTILE,), run_records=tuple(run_records))
+    kept = ReportSource(title=HOSTILE, notes=(HOSTILE,), run_records=tuple(run_records))
     _, files = write_files(tmp_path / "report", world.store, kept)
     corpus = write_corpus_files(tmp_path / "corpus", world.store, kept)
     for file, literal in ((files[0], 20), (corpus, 3)):

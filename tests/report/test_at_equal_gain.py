@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cfsd.report.comparisons import comparisons_of
-from cfsd.report.files import Kept, write_files
+from cfsd.report.files import ReportSource, write_files
 from cfsd.report.matched_gain import matched_gains, methods_of
 from cfsd.report.run_record import RunRecord
 from cfsd.statistics.units import Units
@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any], str]:
     """Return the page of two sweeps and two variants beside them, its summary.json and the page's source."""
     folder, far = tmp_path_factory.mktemp("report"), world.trained("far", right=40, loss=0.2, kl=0.9)
-    write_files(folder, world.store, Kept(title="sweeps", run_records=(far, *variants(world))))
+    write_files(folder, world.store, ReportSource(title="sweeps", run_records=(far, *variants(world))))
     source = (folder / "report.html").read_text()
     return Page(source), json.loads((folder / "summary.json").read_text()), source
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from cfsd.report.compared import Comparisons
 from cfsd.report.comparisons import Repeats, compared, comparisons_of
 from cfsd.report.differences import MAX_LINES, differences_of, lines_against, metrics_of
-from cfsd.report.files import Kept, write_files, write_numbers
+from cfsd.report.files import ReportSource, write_files, write_numbers
 from cfsd.report.run_record import RunRecord
 from cfsd.report.scores import table
 from cfsd.report.summarise import summarise
@@ -76,7 +76,7 @@ def test_pairs_are_adjusted_by_holm_and_benchmarks_together(three: Comparisons) 
 
 
 def test_summary_json_of_schema_2_has_them_and_twice_the_verdict_is_the_same(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="t", run_records=tuple(world.variants()))
+    kept = ReportSource(title="t", run_records=tuple(world.variants()))
     first, again = (write_numbers(tmp_path / name, world.store, kept) for name in ("first", "again"))
     written = [[file.read_bytes() for file in files] for _, files in (first, again)]
     assert written[0] == written[1] and verdict(*first[0]) == verdict(*again[0])
@@ -155,7 +155,7 @@ def test_repeats_are_paired_by_seed(world: World) -> None:
 
 
 def test_page_terminal_card_and_metrics_show_the_same_differences(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="t", run_records=tuple(world.variants()))
+    kept = ReportSource(title="t", run_records=tuple(world.variants()))
     (summaries, comparisons), (page, _, _, *cards) = write_files(tmp_path, world.store, kept)
     read = Page(page.read_text())
     assert "differences" in read.headings()

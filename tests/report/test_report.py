@@ -23,7 +23,7 @@ from cfsd.report.figures.forest import forest_figures
 from cfsd.report.figures.frontier import frontier_figure
 from cfsd.report.figures.look import styles
 from cfsd.report.figures.svg import svg_of
-from cfsd.report.files import Kept, write_files
+from cfsd.report.files import ReportSource, write_files
 from cfsd.report.measures import MEASURES, Measure, ScoreTables
 from cfsd.report.report_page import write_report
 from cfsd.report.run_record import RunRecord, Scores, Step
@@ -414,7 +414,7 @@ def test_a_measure_in_the_table_of_measures_reaches_every_place(world: World, tm
     measure = Measure("worst_gain", worst_gain, mlflow="target/worst_gain", label="least gain of a row, nats/token")
     MEASURES.append(measure)
     try:
-        kept = Kept(title="t", run_records=(world.variants()[1],))
+        kept = ReportSource(title="t", run_records=(world.variants()[1],))
         ((made,), _), (page, numbers, _, card) = write_files(tmp_path, world.store, kept)
         console = Console(width=200, file=io.StringIO())
         print_summary([made], console)

@@ -10,7 +10,7 @@ import pytest
 
 from cfsd.errors import BadInput, StoreError
 from cfsd.report.export import chosen, export
-from cfsd.report.files import RUN_RECORDS, Kept, keep, read_kept, write_files
+from cfsd.report.files import RUN_RECORDS, ReportSource, keep, read_kept, write_files
 from cfsd.report.place import LONGEST, slug
 from cfsd.report.run_record import RunRecord
 from cfsd.store.artifact import Artifact
@@ -38,7 +38,7 @@ def test_titles_keep_places_of_their_own() -> None:
 
 
 def test_a_report_is_made_again_from_what_lies_in_it(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="Three", notes=("A note",), run_records=tuple(world.variants()))
+    kept = ReportSource(title="Three", notes=("A note",), run_records=tuple(world.variants()))
     _, files = write_files(tmp_path / "first", world.store, kept)
     names = ["report.html", "summary.json", "frontier.png", "model-card-finetune.md", "model-card-rehearse.md",
              "model-card-rehearse-more.md"]  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_report_of_an_older_version_can_be_made_again(world: World, tmp_path: 
 
     trails = {"schema": 1, "title": "t", "notes": ["n"], "trails": [as_it_was(run_record), as_it_was(measured)]}
     (tmp_path / "trails.json").write_text(json.dumps(trails))
-    assert read_kept(tmp_path) == Kept(title="t", notes=("n",), run_records=(run_record, measured))
+    assert read_kept(tmp_path) == ReportSource(title="t", notes=("n",), run_records=(run_record, measured))
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_what_the_store_lacks_is_named_before_anything_is_written(tmp_path: Path
     run_record = world.variants()[1]
     shutil.rmtree(world.store.path(run_record.after.benchmarks["cap"]))
     with pytest.raises(BadInput, match=f"lacks scores {run_record.after.benchmarks['cap'].key}"):
-        write_files(tmp_path / "out", world.store, Kept(title="t", run_records=(run_record,)))
+        write_files(tmp_path / "out", world.store, ReportSource(title="t", run_records=(run_record,)))
     assert not (tmp_path / "out").exists()
 
 
 def test_at_a_terminal(tmp_path: Path) -> None:
     world = World(tmp_path / "data")
-    keep(tmp_path / "run", Kept(title="Again", run_records=(world.variants()[1],)))
+    keep(tmp_path / "run", ReportSource(title="Again", run_records=(world.variants()[1],)))
 
     def call(flow: str, *words: object) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", f"flows.{flow}", *map(str, words), "--home", str(world.store.home)]
@@ -127,7 +127,7 @@ def test_an_exported_model_loads_and_is_nobody_elses(tmp_path: Path, model_folde
 
     world = World(tmp_path / "data")
     model = fetched(world.store, model_folder)  # its weights are links to outside of the store
-    kept = Kept(title="t", run_records=(trained(world, model),))
+    kept = ReportSource(title="t", run_records=(trained(world, model),))
     export(world.store, kept, chosen(kept, None), tmp_path / "out" / "mine")
     folder = tmp_path / "out" / "mine"
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in folder.iterdir())
@@ -145,7 +145,7 @@ def test_a_model_is_exported_into_an_empty_working_directory(
     world, here = World(tmp_path / "data"), tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    kept = Kept(title="t", run_records=(trained(world, fetched(world.store, model_folder)),))
+    kept = ReportSource(title="t", run_records=(trained(world, fetched(world.store, model_folder)),))
     export(world.store, kept, chosen(kept, None), Path())
     assert Path("README.md").exists() and Path("model.safetensors").exists()  # by the process that is in it
     assert not list(tmp_path.glob(".*")) and not list(here.glob(".*"))
@@ -163,7 +163,7 @@ def test_an_empty_folder_may_be_a_disk_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
-    kept = Kept(title="t", run_records=tuple(world.variants()))
+    kept = ReportSource(title="t", run_records=tuple(world.variants()))
     with pytest.raises(BadInput, match="give one of: 'finetune', 'rehearse', 'rehearse more'"):
         chosen(kept, None)
     with pytest.raises(BadInput, match="no variant 'x'"):
@@ -174,7 +174,7 @@ def test_an_export_asks_which_and_overwrites_nothing(world: World, tmp_path: Pat
         export(world.store, kept, kept.run_records[0], tmp_path)
     measured = kept.run_records[0].model_copy(update={"artifacts": {"base": world.base, "final": world.base}})
     with pytest.raises(BadInput, match="trained no model"):
-        chosen(Kept(title="t", run_records=(measured,)), None)
+        chosen(ReportSource(title="t", run_records=(measured,)), None)
 
 
 def test_a_damaged_model_is_not_published(tmp_path: Path) -> None:
@@ -182,11 +182,11 @@ def test_a_damaged_model_is_not_published(tmp_path: Path) -> None:
     run_record = world.variants()[0]
     (world.store.path(run_record.artifacts["final"]) / "name.txt").write_text("another one")
     with pytest.raises(StoreError, match="damaged"):
-        export(world.store, Kept(title="t", run_records=(run_record,)), run_record, tmp_path / "out")
+        export(world.store, ReportSource(title="t", run_records=(run_record,)), run_record, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_keeping_makes_the_folder_and_leaves_nothing_else(world: World, tmp_path: Path) -> None:
-    file = keep(tmp_path / "deep" / "folder", Kept(title="t", run_records=()))
-    assert read_kept(file.parent) == Kept(title="t", run_records=())
+    file = keep(tmp_path / "deep" / "folder", ReportSource(title="t", run_records=()))
+    assert read_kept(file.parent) == ReportSource(title="t", run_records=())
     assert [path.name for path in file.parent.iterdir()] == [RUN_RECORDS]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cfsd.errors import BadInput
-from cfsd.report.files import RUN_RECORDS, Kept, read_kept
+from cfsd.report.files import RUN_RECORDS, ReportSource, read_kept
 from cfsd.report.run_record import Measured, RunRecord
 from cfsd.report.scores import table
 from cfsd.report.sequence.files import SEQUENCE, read_measured, write_sequence_files, write_sequence_page
@@ -27,7 +27,7 @@ RIGHT = [88, 70, 60]  # of 100 documents after each stage; the first base has 90
 WATCHED = [[0.9, 0.2, 0.8], [0.8, 0.5, 0.7], [0.7, 0.6, 0.65]]  # per stage: start, on the way, end
 
 
-def sequence(world: World, losses: Any = LOSSES, *, watched: bool = True) -> tuple[Kept, Measured]:
+def sequence(world: World, losses: Any = LOSSES, *, watched: bool = True) -> tuple[ReportSource, Measured]:
     """Return three stages on one another, as flows.continual leaves them."""
     scored = [[world.responses(f"{t}{TARGETS[j]}", losses[t][j], EXACT[t][j]) for j in range(3)] for t in range(4)]
     run_records: list[RunRecord] = []
@@ -43,7 +43,7 @@ def sequence(world: World, losses: Any = LOSSES, *, watched: bool = True) -> tup
         after = plain.after.model_copy(update={"target": scored[t + 1][t]})
         run_records.append(plain.model_copy(update={"artifacts": artifacts, "before": before, "after": after}))
     probes = tuple(world.divergence(f"since {name}", 0.1 * t) for t, name in enumerate(TARGETS, 1))
-    return Kept(title="In turn", run_records=tuple(run_records)), Measured(
+    return ReportSource(title="In turn", run_records=tuple(run_records)), Measured(
         scored=tuple(map(tuple, scored)), probes=probes
     )
 
@@ -180,7 +180,7 @@ def test_nothing_is_claimed_that_was_not_found(made: tuple[Retention, Path], wor
     assert "“poems” was not found to be" in learned
 
 
-def repeats_of(world: World, seeds: int) -> list[tuple[Kept, Measured]]:
+def repeats_of(world: World, seeds: int) -> list[tuple[ReportSource, Measured]]:
     """Repeats whose last loss of the first target differs; the other figures are the same in each."""
     made = []
     for seed in range(seeds):

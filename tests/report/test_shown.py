@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from cfsd.errors import BadInput
 from cfsd.report.comparisons import comparisons_of
 from cfsd.report.figures.shown import shown_figure
-from cfsd.report.files import Kept, check_store, write_files
+from cfsd.report.files import ReportSource, check_store, write_files
 from cfsd.report.model_card import model_card
 from cfsd.report.run_record import RunRecord
 from cfsd.report.shown import ALIKE, AS_BASE, AS_EXPECTED, AT_ONCE, NO_ROOM, SHORTER, Answer, _answer, shown_answers
@@ -132,7 +132,7 @@ def test_no_room_for_an_answer_is_said(world: World, variants: list[RunRecord]) 
 
 
 def test_card_summary_and_picture(world: World, variants: list[RunRecord], tmp_path: Path) -> None:
-    kept = Kept(title="Shown", run_records=tuple(variants))
+    kept = ReportSource(title="Shown", run_records=tuple(variants))
     _, files = write_files(tmp_path, world.store, kept)
     assert [file.name for file in files][:4] == ["report.html", "summary.json", "frontier.png", "answers.png"]
     assert (tmp_path / "answers.png").read_bytes().startswith(b"\x89PNG")
@@ -167,6 +167,6 @@ def test_an_answer_that_is_gone_is_named(world: World, variants: list[RunRecord]
     known = variants[0].after.shown
     assert known
     gone = variants[0].after.model_copy(update={"shown": known.model_copy(update={"key": "f" * 16})})
-    kept = Kept(title="t", run_records=(variants[0].model_copy(update={"after": gone}),))
+    kept = ReportSource(title="t", run_records=(variants[0].model_copy(update={"after": gone}),))
     with pytest.raises(BadInput, match=f"lacks scores {'f' * 16}"):
         check_store(world.store, kept)

@@ -87,10 +87,10 @@ from accelerate.utils import DistributedType
 from cfsd.machine import Machine
 from cfsd.process.child import serve_request
 from cfsd.train.spec import TrainRequest
-from cfsd.train.trainer import RehearsalTrainer, fit
+from cfsd.train.trainer import GlobalBatchTrainer, fit
 
 # accelerate shards on accelerators alone: it is told that these processes have some
-begin, step = state.AcceleratorState.__init__, RehearsalTrainer.training_step
+begin, step = state.AcceleratorState.__init__, GlobalBatchTrainer.training_step
 
 def begun(self, *given, **named):
     shared = state.PartialState._shared_state
@@ -103,7 +103,7 @@ def cut(self, *given):
     assert self.is_fsdp_enabled
     return step(self, *given)
 
-state.AcceleratorState.__init__, RehearsalTrainer.training_step = begun, cut
+state.AcceleratorState.__init__, GlobalBatchTrainer.training_step = begun, cut
 Machine.resolved_sharding = lambda self: "shard"
 serve_request(lambda folder, text: fit(folder, TrainRequest.model_validate_json(text)))
 """

@@ -27,7 +27,7 @@ from cfsd.merge.stage import merge
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.special_tokens import settle_start_token
 from cfsd.spec import Spec
-from cfsd.train.adapters import KeepDirections, adapt, merge_adapter, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, merge_trained, trained_by
 from cfsd.train.methods import Methods
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import FILE
@@ -103,7 +103,7 @@ def test_the_settings_here_turn_every_method_on() -> None:
 def test_without_methods_nothing_happens(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(folders["llama"], "cpu")
     assert adapt(Methods(), model) is model
-    assert merge_adapter(Methods(), model, tmp_path) is model and not list(tmp_path.iterdir())
+    assert merge_trained(Methods(), model, tmp_path) is model and not list(tmp_path.iterdir())
     assert penalties_of(Methods(), folders["llama"], None) == []
 
 
@@ -301,7 +301,7 @@ def test_folding_keeps_the_function_and_the_adapter(
     before = logits(model)
     adapted = moved(adapt(on(name), model), size=0.05 if name == "lora" else 0.2)
     trained = logits(adapted)
-    plain = merge_adapter(on(name), adapted, tmp_path)
+    plain = merge_trained(on(name), adapted, tmp_path)
     assert (trained - before).abs().max() > 1e-2
     assert type(plain) is kind and set(plain.state_dict()) == keys
     assert torch.allclose(logits(plain), trained, atol=1e-5)
@@ -331,7 +331,7 @@ def test_options_of_lora_start_at_the_base_and_are_merged_exactly(
     trained = logits(moved(adapted))
     scaled = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
     assert scaled.scaling["default"] == pytest.approx({"DoRA": 1, "rank-stabilised": 6 / 3**0.5, "both": 3**0.5}[name])
-    plain = merge_adapter(methods, adapted, tmp_path)
+    plain = merge_trained(methods, adapted, tmp_path)
     assert (trained - before).abs().max() > 1e-2
     assert torch.allclose(logits(plain), trained, atol=1e-5)
     beside = PeftModel.from_pretrained(load_model(folders[family], "cpu"), str(tmp_path / "adapter"))
@@ -356,7 +356,7 @@ def test_weights_of_experts_get_matrices_on_top_of_the_layers_and_are_merged_exa
     adapted = adapt(methods, model)
     assert trained_by(model).share > 0.95 and torch.equal(logits(adapted), before)
     trained = logits(moved(adapted))
-    plain = merge_adapter(methods, adapted, tmp_path)
+    plain = merge_trained(methods, adapted, tmp_path)
     changed = {name.rpartition(".")[2] for name, p in plain.named_parameters() if not torch.equal(p, start[name])}
     assert {"gate_up_proj", "down_proj"} <= changed and (trained - before).abs().max() > 1e-2
     assert torch.allclose(logits(plain), trained, atol=1e-5)
@@ -384,7 +384,7 @@ def test_what_osft_adds_is_orthogonal_to_the_directions_that_stay(
         optimizer.step()
         if put_back:
             KeepDirections().on_optimizer_step(model=adapted)
-    plain, along = merge_adapter(on("osft"), adapted, tmp_path), []
+    plain, along = merge_trained(on("osft"), adapted, tmp_path), []
     for name, weight in plain.named_parameters():
         change = (weight - start[name]).detach().double()
         if weight.dim() < 2 or "embed" in name or "lm_head" in name:
@@ -431,7 +431,7 @@ def test_an_adapters_files_say_nothing_of_the_machine(folders: dict[str, Path], 
     for folder, place in ((folders["llama"], tmp_path / "one"), (elsewhere, tmp_path / "two")):
         torch.manual_seed(0)
         place.mkdir()
-        merge_adapter(on("lora"), adapt(on("lora"), load_model(folder, "cpu")), place)
+        merge_trained(on("lora"), adapt(on("lora"), load_model(folder, "cpu")), place)
         written.append({file.name: file.read_bytes() for file in (place / "adapter").iterdir()})
     assert written[0] == written[1]
     config = json.loads(written[0]["adapter_config.json"])

@@ -14,7 +14,7 @@ from cfsd.model.loading import load_model, load_quantised
 from cfsd.overrides import override, read_yaml, validated
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Store
-from cfsd.train.adapters import adapt, merge_adapter
+from cfsd.train.adapters import adapt, merge_trained
 from cfsd.train.memory import Load, Shapes, load_of, training_memory
 from cfsd.train.methods import Methods
 from cfsd.train.spec import OF_TORCH_AND_TRANSFORMERS, RehearsalSpec, TrainSpec
@@ -94,7 +94,7 @@ def test_a_quantised_base_is_trained_beside_and_merged_into_the_base_as_it_was(w
     assert 0.02 < away.norm() / whole.norm() < 0.25  # 0.1 of a normal distribution, and its few scales in 8 bits
     adapted: Any = moved(adapt(QLORA, quantised))
     assert {p.shape for p in adapted.parameters() if p.requires_grad} and adapted.model.is_quantized
-    merged = merge_adapter(QLORA, adapted, tmp_path, folder)
+    merged = merge_trained(QLORA, adapted, tmp_path, folder)
     start = dict(plain.named_parameters())
     for name, weight in merged.named_parameters():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_"

@@ -142,7 +142,7 @@ def rows_of_two_sources() -> list[Row]:
     return rows
 
 
-class Kept:
+class ReportSource:
     """The base's distributions, as the stage stores them, by row."""
 
     def __init__(self, base: Any, rows: list[Row]) -> None:
@@ -194,7 +194,7 @@ def test_a_batch_is_the_same_however_it_is_cut_packed_and_unpacked(name: str, lo
     model, base = training(toy(2, 11)), toy(3, 11)
     spec = RehearsalSpec(loss=loss, reference="base" if loss == "kl" else "stored")
     live = base if loss == "kl" or (methods.divergence() and not methods.divergence().stored) else None  # type: ignore[union-attr]
-    along: Any = Kept(base, rows) if methods.target_divergence.reference == "stored" else None
+    along: Any = ReportSource(base, rows) if methods.target_divergence.reference == "stored" else None
     found = []
     for most, packed in ((1000, True), (1000, False), (1, True), (24, True), (24, False)):
         for one in (model, base):

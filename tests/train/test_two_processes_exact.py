@@ -47,7 +47,7 @@ from cfsd.model.loading import load_model
 from cfsd.process.child import serve_request
 from cfsd.train.spec import TrainRequest
 
-own = trainer.RehearsalTrainer._backward
+own = trainer.GlobalBatchTrainer._backward
 trainer.load_model = lambda folder, device, _: load_model(folder, device, "float64")
 
 def averaged(self, *given):  # the mistake: DDP's mean over processes is taken for their sum
@@ -58,7 +58,7 @@ def averaged(self, *given):  # the mistake: DDP's mean over processes is taken f
 
 def work(folder, text):
     for name, request in json.loads(text).items():
-        trainer.RehearsalTrainer._backward = averaged if "planted" in name else own
+        trainer.GlobalBatchTrainer._backward = averaged if "planted" in name else own
         (folder / name).mkdir(exist_ok=True)
         trainer.fit(folder / name, TrainRequest.model_validate(request))
     return {}

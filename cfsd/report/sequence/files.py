@@ -8,7 +8,7 @@ from cfsd.report.changed_answers import changed_answers
 from cfsd.report.figures.curves import curve_figures
 from cfsd.report.figures.forest import forest_figures
 from cfsd.report.figures.svg import embedded
-from cfsd.report.files import SCHEMA, Kept, check_artifacts, read_part, write_numbers
+from cfsd.report.files import SCHEMA, ReportSource, check_artifacts, read_part, write_numbers
 from cfsd.report.provenance import provenance_of
 from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
@@ -45,7 +45,9 @@ def read_measured(folder: Path) -> Measured | None:
     return read_part(folder / SEQUENCE, Measured) if (folder / SEQUENCE).is_file() else None
 
 
-def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measured) -> tuple[Retention, list[Path]]:
+def write_sequence_files(
+    folder: Path, store: Store, kept: ReportSource, measured: Measured
+) -> tuple[Retention, list[Path]]:
     """Write everything that people open, from artifacts alone; return the figures and the files, the page first.
 
     Raises BadInput where the store lacks an artifact.
@@ -63,7 +65,7 @@ def write_sequence_files(folder: Path, store: Store, kept: Kept, measured: Measu
 
 
 def write_sequence_page(
-    path: Path, store: Store, kept: Kept, stages: list[Summary], measured: Measured, retention: Retention
+    path: Path, store: Store, kept: ReportSource, stages: list[Summary], measured: Measured, retention: Retention
 ) -> None:
     """Write the page of a sequence to `path`; `stages` are the summaries of the stages, each against its own base."""
     run_records, since = list(kept.run_records), list(retention.since_base)

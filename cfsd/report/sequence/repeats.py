@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from cfsd.report.files import SCHEMA, Kept, read_kept, read_part
+from cfsd.report.files import SCHEMA, ReportSource, read_kept, read_part
 from cfsd.report.place import slug
 from cfsd.report.rendering import rendered, write_page
 from cfsd.report.run_record import Measured
@@ -115,7 +115,7 @@ def _figures(cells: Cells, retention: Retention) -> dict[str, Figure]:
 
 
 def write_repeats_files(
-    folder: Path, store: Store, title: str, notes: Sequence[str], repeats: Sequence[tuple[Kept, Measured]]
+    folder: Path, store: Store, title: str, notes: Sequence[str], repeats: Sequence[tuple[ReportSource, Measured]]
 ) -> tuple[OverSeeds, list[Path]]:
     """Write a page over all seeds and, in a folder for each, the page of its sequence; the first is the page over all.
 
@@ -157,7 +157,7 @@ class Repeats(BaseModel):
     folders: tuple[str, ...]
 
 
-def read_repeats(folder: Path) -> tuple[Repeats, list[tuple[Kept, Measured]]] | None:
+def read_repeats(folder: Path) -> tuple[Repeats, list[tuple[ReportSource, Measured]]] | None:
     """Return what the page over seeds in `folder` was made from; None where there is none. Raises BadInput."""
     if not (folder / REPEATS).is_file():
         return None

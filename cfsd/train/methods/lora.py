@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from cfsd.train.methods.method import Adapter, Method
+from cfsd.train.methods.method import Method, TrainedAdapter
 
 
 class Lora(Method):
@@ -47,8 +47,8 @@ class Lora(Method):
         """Say whether there is a rank."""
         return self.rank > 0
 
-    def adapter(self) -> Adapter:
+    def adapter(self) -> TrainedAdapter:
         """Return the matrices to be trained."""
         settings = {"r": self.rank, "lora_alpha": self.alpha or self.rank, "lora_dropout": self.dropout}
         settings |= {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        return Adapter("lora", settings, self.targets, self.target_parameters, self.rank, quantise=self.quantise)
+        return TrainedAdapter("lora", settings, self.targets, self.target_parameters, self.rank, quantise=self.quantise)

@@ -31,7 +31,7 @@ class Pull(NamedTuple):
         return 1 if self.curvature is None else 2
 
 
-class Adapter(NamedTuple):
+class TrainedAdapter(NamedTuple):
     """What PEFT trains beside the base's weights in place of them, and adds to them at the end."""
 
     kind: Literal["lora", "osf"]
@@ -102,7 +102,7 @@ class Method(Spec, ABC):
         """Return what is added to the gradient of every global batch."""
         return None
 
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> TrainedAdapter | None:
         """Return what is trained in place of the base's weights."""
         return None
 
@@ -153,11 +153,11 @@ class MethodSet(Spec):
         """Return the penalties of the methods that are on."""
         return {name: pull for name, method in self.by_name().items() if (pull := method.pull())}
 
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> TrainedAdapter | None:
         """Return what is trained in place of the base's weights; None: they are trained themselves."""
         return next(iter(self.adapters().values()), None)
 
-    def adapters(self) -> dict[str, Adapter]:
+    def adapters(self) -> dict[str, TrainedAdapter]:
         """Return that by the name of the method, of which there is one at most."""
         return {name: adapter for name, method in self.by_name().items() if (adapter := method.adapter())}
 

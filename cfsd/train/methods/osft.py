@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from cfsd.train.methods.method import Adapter, Method
+from cfsd.train.methods.method import Method, TrainedAdapter
 
 
 class Osft(Method):
@@ -31,6 +31,6 @@ class Osft(Method):
         """Say whether a share stays."""
         return self.preserved > 0
 
-    def adapter(self) -> Adapter:
+    def adapter(self) -> TrainedAdapter:
         """Return the factors to be trained."""
-        return Adapter("osf", {"effective_rank": self.preserved}, self.targets, preserved=self.preserved)
+        return TrainedAdapter("osf", {"effective_rank": self.preserved}, self.targets, preserved=self.preserved)
