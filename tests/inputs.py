@@ -153,6 +153,7 @@ def pickled(folder: Path) -> None:
 def adapter(folder: Path) -> None:
     edited = {"peft_type": "LORA", "base_model_name_or_path": "./base", "r": 4}
     (folder / "model" / "adapter_config.json").write_text(json.dumps(edited))
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "adapter_model.safetensors")
 
 
 def more_tokens(folder: Path) -> None:
