@@ -5,6 +5,7 @@ from itertools import groupby
 
 from matplotlib.figure import Figure as Picture
 
+from benchmarks._interval_picture import write_ticks
 from cfsd.report.figures.look import styles
 from cfsd.report.figures.point import interval
 from cfsd.report.summary import Fig
@@ -36,6 +37,7 @@ def gain_picture(
         axes.grid(color="0.93")
         if head in logarithmic:
             axes.set_yscale("log")
+            write_ticks(axes.yaxis)
     handles, labels = panels[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return picture

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cfsd.report.summary import Fig
 
@@ -20,6 +22,7 @@ def interval_picture(
         axes.grid(axis="y", color="0.93")
         if head in logarithmic:
             axes.set_xscale("log")
+            write_ticks(axes.xaxis)
         else:
             axes.axvline(0, color="0.8", zorder=0)
         for line, row in enumerate(rows.values()):
@@ -28,3 +31,10 @@ def interval_picture(
                 axes.plot(ends, [line, line], color="C0", linewidth=2)
                 axes.plot(figure["value"], line, "o", color="C0")
     return picture
+
+
+def write_ticks(axis: Axis) -> None:
+    """Write 0.03, 0.1, 0.3 on a logarithmic axis: matplotlib's own labels lie on each other in a narrow panel."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

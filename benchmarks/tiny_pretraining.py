@@ -150,7 +150,7 @@ def _rate(done: float) -> float:
 
 # The command was `python -m cfsd.tiny` when these files were made; their bytes are in keys.
 _BENCHMARK = """\
-# String skill: is the answer exact, as in `{example}`? Written by `python -m benchmarks.tiny_pretraining --write-data`.
+# String skill: is the answer exact, as in `{example}`? Written by `python -m cfsd.tiny --write-data`.
 task: tiny_{name}
 dataset_path: json
 dataset_kwargs:
