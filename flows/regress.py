@@ -129,9 +129,10 @@ def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) ->
             "(--baseline FILE), or rename the recipe"
         )
     if known and needed:
-        benchmarks = {f"forgetting/{benchmark.name}" for benchmark in recipe.evaluate.benchmarks}
+        benchmarks = {f"forgetting/{benchmark.name}": benchmark.metric for benchmark in recipe.evaluate.benchmarks}
         chats = {"chat_kl"} if {AUTO, CHAT} & {mode.name for mode in recipe.probe.modes} else set()
-        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks)
+        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks.keys())
+        known.check_metrics(benchmarks)
     return known
 
 

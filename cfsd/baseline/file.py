@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -191,11 +191,23 @@ class Baseline(BaseModel):
             if (fresh := run.get(name)) is None:
                 continue
             sides = (figure.metric, fresh.metric) if figure.metric and fresh.metric else (figure.unit, fresh.unit)
-            if sides[0] != sides[1]:
-                raise BadInput(
-                    f"the baseline {self.name!r} has {name} as {sides[0]}, and this recipe measures it as {sides[1]}; "
-                    "set the metric back, or accept the change with --update-baseline"
-                )
+            self._check_alike(name, *sides)
+
+    def check_metrics(self, metrics: Mapping[str, str | None]) -> None:
+        """Raise BadInput, before anything is trained, where figures are to be of other metrics than the baseline's.
+
+        `metrics` are those that a recipe names, None: the benchmark's own, which is known once it is measured.
+        """
+        for name, metric in metrics.items():
+            if metric and name in self.figures and self.figures[name].metric:
+                self._check_alike(name, self.figures[name].metric, metric)
+
+    def _check_alike(self, name: str, known: str, fresh: str) -> None:
+        if known != fresh:
+            raise BadInput(
+                f"the baseline {self.name!r} has {name} as {known}, and this recipe measures it as {fresh}; set the "
+                "metric back, or accept the change with --update-baseline"
+            )
 
 
 def baseline_of(

@@ -67,6 +67,9 @@ def test_a_figure_of_another_metric_is_refused(recipe: Recipe) -> None:
     assert known.figures["forgetting/half"].metric == "acc" and guarded(known, of_metric("acc"))
     with pytest.raises(BadInput, match="forgetting/half as acc, and this recipe measures it as acc_norm"):
         guarded(known, of_metric("acc_norm"))
+    known.check_metrics({"forgetting/half": "acc", "forgetting/none": None, "forgetting/new": "f1"})
+    with pytest.raises(BadInput, match="forgetting/half as acc, and this recipe measures it as f1"):
+        known.check_metrics({"forgetting/half": "f1"})
     unnamed = {name: figure.model_copy(update={"metric": ""}) for name, figure in known.figures.items()}
     before = known.model_copy(update={"figures": unnamed})
     assert guarded(before, of_metric("acc_norm"))  # a file of before metrics were kept
