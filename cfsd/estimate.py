@@ -154,13 +154,16 @@ def _sampled(job: Job, inputs: Inputs) -> Work | None:
 
 
 def _probe(job: Job, inputs: Inputs) -> Work:
-    tokens = job.recipe.probe.rows * job.recipe.probe.length
-    return _read(job, tokens, 2, tokens)
+    return _along(job, job.recipe.probe)
 
 
 def _chat(job: Job, inputs: Inputs) -> Work:
     probe = job.recipe.probe
-    sample = next((probe.of(mode) for mode in probe.modes if mode.name == stages.CHAT), probe)
+    return _along(job, next((probe.of(mode) for mode in probe.modes if mode.name == stages.CHAT), probe))
+
+
+def _along(job: Job, sample: ProbeSpec | Prompts) -> Work:
+    """Return the work of a divergence: both models read the sample."""
     tokens = sample.rows * sample.length
     return _read(job, tokens, 2, tokens)
 

@@ -12,12 +12,12 @@ from prefect import flow
 
 from cfsd.comparison import Comparison
 from cfsd.machine import Machine
-from flows._cli import Home, On, Plan, Set, console, machine_of, start
+from flows._cli import Home, On, Plan, Set, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._named import name_flow_run
 from flows._parallel import run_variants
-from flows._plan import checked, print_plans
-from flows._temporary_server import prefect_server
+from flows._plan import checked
+from flows._plan_or_run import plan_or_run
 from flows.mitigate import pipeline
 from tasks import record
 
@@ -49,13 +49,8 @@ def compare_command(
     """Run every variant of a recipe and put them into one table, one figure and one report."""
     parts = [part.strip() for part in seeds_vary.split(",")] if seeds_vary else None
     loaded, on = Comparison.load(comparison, set_, seeds, parts), machine_of(machine)
-    with checked(loaded.recipes().values(), on, pipeline, only_plan=plan) as plans:
-        if plan:
-            print_plans(plans, on, console)
-            return
-        with prefect_server():
-            result = compare(loaded, on)
-    show(result)
+    if result := plan_or_run(loaded.recipes().values(), on, pipeline, lambda: compare(loaded, on), plan=plan):
+        show(result)
 
 
 if __name__ == "__main__":

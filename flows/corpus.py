@@ -17,8 +17,8 @@ from cfsd.store.artifact import Store
 from flows._cli import Home, On, Plan, Set, console, machine_of, start
 from flows._conclude import Result, link
 from flows._named import name_flow_run
-from flows._plan import checked, print_plans
-from flows._temporary_server import prefect_server
+from flows._plan import checked
+from flows._plan_or_run import plan_or_run
 from tasks import record
 from tasks.evaluate import check_benchmarks
 from tasks.fetch import fetch_model
@@ -94,13 +94,8 @@ def corpus_command(
 
 def make_corpus(recipe: Recipe, machine: Machine, *, plan: bool) -> None:
     """Make the corpus and print what it is, or only what that would take."""
-    with checked([recipe], machine, corpus_pipeline, only_plan=plan) as plans:
-        if plan:
-            print_plans(plans, machine, console)
-            return
-        with prefect_server():
-            result = corpus(recipe, machine)
-    show_corpus(result)
+    if result := plan_or_run([recipe], machine, corpus_pipeline, lambda: corpus(recipe, machine), plan=plan):
+        show_corpus(result)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from cfsd.machine import Machine
 from cfsd.recipe import Recipe
 from cfsd.report.run_record import RunRecord, controls_of, roles_of
 from cfsd.stages import FILTER
-from flows._cli import Home, On, Plan, Set, console, machine_of, start
+from flows._cli import Home, On, Plan, Set, machine_of, start
 from flows._conclude import Result, conclude, show
 from flows._named import name_flow_run
-from flows._plan import checked, print_plans
-from flows._temporary_server import prefect_server
+from flows._plan import checked
+from flows._plan_or_run import plan_or_run
 from flows.corpus import corpus_pipeline, make_corpus
 from tasks import record
 from tasks.check import check_corpus
@@ -98,13 +98,8 @@ def mitigate_command(
     if until:
         make_corpus(loaded, on, plan=plan)
         return
-    with checked([loaded], on, pipeline, only_plan=plan) as plans:
-        if plan:
-            print_plans(plans, on, console)
-            return
-        with prefect_server():
-            result = mitigate(loaded, on)
-    show(result)
+    if result := plan_or_run([loaded], on, pipeline, lambda: mitigate(loaded, on), plan=plan):
+        show(result)
 
 
 if __name__ == "__main__":

@@ -254,8 +254,8 @@ def push_command(
     remote.check()
     wanted, held = _chosen(entries(there), keys), set(remote.listed())
     sharing.forget({entry.place for entry in wanted} - held)
-    known = {IN_PART} if not again else set()  # in part: the rest is in this shared store, or in another one
-    chosen = [entry for entry in wanted if entry.state == "whole" or (entry.state in known and entry.place in held)]
+    rest_there = set() if again else held  # what is here in part has its rest in this shared store, or in another one
+    chosen = [e for e in wanted if e.state == "whole" or (e.state == IN_PART and e.place in rest_there)]
     left = [entry for entry in wanted if entry not in chosen and (keys or entry.state == "damaged")]
     for entry in left:
         _say(f"{entry.kind} {entry.key} is not pushed, as it is {NOT_PUSHED[entry.state]}")

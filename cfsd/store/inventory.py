@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,29 +78,31 @@ class Entry(NamedTuple):
 
 def entries(store: Store) -> list[Entry]:
     """Return everything in the store, by kind and time."""
-    found = [entry for folder in store.root.glob("*/*") if (entry := _entry(folder))]
+    kinds = {kind.resolve(): kind.name for kind in store.root.glob("*") if kind.is_dir()}  # one may lie on another disk
+    found = [entry for folder in store.root.glob("*/*") if (entry := _entry(folder, kinds))]
     return sorted(found, key=lambda entry: (entry.kind, entry.created, entry.key))
 
 
-def _entry(folder: Path) -> Entry | None:
+def _entry(folder: Path, kinds: Mapping[Path, str]) -> Entry | None:
     if folder.parent.name.startswith(".") or not (named := NAME.fullmatch(folder.name)):
         return None
     manifest = None if named[2] else read_manifest(folder, named[1])
     files = list(folder.rglob("*")) if folder.is_dir() else [folder]
     said = manifest.get("inputs", []) if manifest else read_json(folder / INPUTS) or []
-    inputs = {(i["kind"], i["key"]) for i in said} | {place for file in files for place in _led_into(file, folder)}
+    inputs = {(i["kind"], i["key"]) for i in said} | {
+        place for file in files for place in _led_into(file, folder, kinds)
+    }
     return Entry(folder.parent.name, named[1], folder, manifest, sum(map(_size, files)), sorted(inputs))
 
 
-def _led_into(file: Path, folder: Path) -> Iterator[Place]:
+def _led_into(file: Path, folder: Path, kinds: Mapping[Path, str]) -> Iterator[Place]:
     """Yield the other artifact of this store that a link in `folder` leads into, if it is one and does.
 
-    A kind's folder may itself be a link, to another disk. A link to nowhere counts by its names: its store has moved.
+    `kinds` are the folders of the store, where they really lie. A link to nowhere counts by its names: its store moved.
     """
     if not file.is_symlink():
         return
     target = Path(os.path.realpath(file))
-    kinds = {kind.resolve(): kind.name for kind in folder.parents[1].iterdir() if kind.is_dir()}
     for above in target.parents:
         kind = kinds.get(above.parent, "" if target.exists() else above.parent.name)
         if kind in kinds.values() and NAME.fullmatch(above.name):
