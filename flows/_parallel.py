@@ -40,7 +40,7 @@ from flows._explained import CONTINUE
 from flows._variant_process import MARK, READY, Answer, Request
 from flows.mitigate import mitigate, pipeline
 from tasks import record
-from tasks._stage import gpu_slots
+from tasks._gpu_slots import gpu_slots
 
 ROOT = Path(__file__).parent.parent
 SECONDS_TO_END = STOP_SECONDS + 30  # a training that stops writes a checkpoint first

@@ -36,7 +36,7 @@ from cfsd.store.artifact import Artifact, Store
 from cfsd.store.sharing import check_shared_store
 from cfsd.train.spec import check_sharding
 from tasks._cluster import check_cluster
-from tasks._stage import Planned, artifacts_in, planning
+from tasks._planned import Planned, artifacts_in, planning
 from tasks.fetch import check_model
 
 Pipeline = Callable[[Recipe, Machine], RunRecord]

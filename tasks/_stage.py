@@ -1,90 +1,78 @@
-"""One decorator for every stage: its key, the store first, the record, the retries. All caching is decided here."""
+"""Stage: how every step of a run is executed. Its key, the store first, the record, the retries.
+
+All caching is decided here.
+"""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
-from functools import partial
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Generic, ParamSpec
 
 from prefect import Task, task
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError
-from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from cfsd.errors import Crashed
 from cfsd.machine import Machine, home
-from cfsd.spec import digest_of
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from tasks import record
+from tasks._gpu_slots import gpu_slot
+from tasks._planned import UNKNOWN, artifacts_in, planned, planning
 
 P = ParamSpec("P")
-UNKNOWN = ""  # the content of an artifact that a plan has not made yet
-GPU_SLOT = "gpu"
-SOON = 5  # seconds after which a run says that it waits
 
 
-class Planned(NamedTuple):
-    """What a stage would do."""
+class Stage(Generic[P]):
+    """A call that returns the artifact of `work`, executed as a Prefect task only if the artifact is absent."""
 
-    stage: str
-    key: str | None  # None: depends on a stage that has not run
-    cached: bool
-    inputs: tuple[Any, ...]
-    name: str  # for people, as `evaluate facts · tuned`
-
-
-planning: ContextVar[list[Planned] | None] = ContextVar("planning", default=None)
-
-
-def stage(
-    name: str, kind: str, *, gpu: bool = False
-) -> Callable[[Callable[Concatenate[Draft, P], None]], Callable[P, Artifact]]:
-    """Turn `work(draft, *inputs, machine)` into a call that returns the artifact, executed only if it is absent.
-
-    Inputs that are artifacts count by content, specs by digest, a Machine not at all. An optional input, one that
-    `work` declares with the default None, is in no key while it is None: a stage that learns to take one more input
-    keeps its artifacts. Without that default a None is part of the key.
-    """
-
-    def decorate(work: Callable[Concatenate[Draft, P], None]) -> Callable[P, Artifact]:
+    def __init__(self, work: Callable[Concatenate[Draft, P], None], name: str, kind: str, *, gpu: bool) -> None:
+        self.work, self.stage, self.kind, self.gpu = work, name, kind, gpu
         signature = inspect.signature(work)
-        open_signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])  # without the draft
+        self.__name__, self.__qualname__, self.__doc__ = work.__name__, work.__qualname__, work.__doc__
+        self.__module__ = work.__module__
+        self.task = self._task()
 
-        def inputs_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-            return counted(open_signature, open_signature.bind(*args, **kwargs).arguments)
+    def __reduce__(self) -> str:
+        """Pickle the name that it has in its module: flows are sent to the workers of a cluster."""
+        return self.__qualname__
 
-        def named(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
-            inputs = open_signature.bind(*args, **kwargs).arguments.items()
-            return {argument: value for argument, value in inputs if not isinstance(value, Machine)}
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Artifact:
+        """Return the artifact: from the store, else made. In a plan, say what would be made."""
+        inputs = self._inputs(*args, **kwargs)
+        counted_inputs = counted(self.signature, inputs)
+        if (plan := planning.get()) is not None:
+            return planned(plan, record.StepRun(self.stage, UNKNOWN, named(inputs)), self.kind, counted_inputs)
+        store, key = Store(home()), key_of(self.stage, *counted_inputs)
+        known = store.find(self.kind, key)
+        executed = self._run_task(record.StepRun(self.stage, key, named(inputs)), known, *args, **kwargs)
+        made = store.find(self.kind, key)
+        assert made, "a stage that ended without an error leaves its artifact"
+        store.share(made, record.say)  # what was made while the shared store was away, or before there was one
+        record.keep_step(self.stage, store, made, named(inputs), executed=executed, gpu=self.gpu)
+        return made
 
+    def _inputs(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        return self.signature.bind(*args, **kwargs).arguments
+
+    def _run_task(self, step_run: record.StepRun, known: Artifact | None, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Run the Prefect task under the name of the step; say whether this call executed the work."""
+        run_name = f"{step_run.name()} {step_run.key}".replace("{", "{{").replace("}", "}}")  # a template, to Prefect
+        run = self.task.with_options(refresh_cache=known is None, task_run_name=run_name)
+        return bool(run(*args, **kwargs)["executed"]) and known is None
+
+    def _task(self) -> Task[P, dict[str, Any]]:
         def execute(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
-            values = (*args, *kwargs.values())
-            machine = next((value for value in values if isinstance(value, Machine)), Machine())
-            key = key_of(name, *inputs_of(args, kwargs))
+            made, executed = self._make(*args, **kwargs)
+            return {"artifact": made.model_dump(mode="json"), "executed": executed}
 
-            def do(draft: Draft) -> None:
-                with record.step(name, key, draft, named(*args, **kwargs), gpu=gpu), gpu_slot(machine, needed=gpu):
-                    work(draft, *args, **kwargs)
-                _say(name, draft.metadata)
+        def cache_key(_: TaskRunContext, inputs: dict[str, Any]) -> str:
+            return key_of(self.stage, *counted(self.signature, inputs))
 
-            made = Store(home()).make(
-                kind, key, do, environment=machine.environment(name), inputs=artifacts_in(values), say=record.say
-            )
-            return {"artifact": made[0].model_dump(mode="json"), "executed": made[1]}
-
-        def cache_key(_: TaskRunContext, bound: dict[str, Any]) -> str:
-            return key_of(name, *counted(open_signature, bound))
-
-        execute.__name__, execute.__doc__ = work.__name__, work.__doc__
-        execute.__signature__ = open_signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
-        prefect_task: Task[P, dict[str, Any]] = task(
-            name=name,
-            tags={"gpu"} if gpu else None,
+        execute.__name__, execute.__doc__ = self.__name__, self.__doc__
+        execute.__signature__ = self.signature.replace(return_annotation=dict[str, Any])  # type: ignore[attr-defined]
+        return task(
+            name=self.stage,
+            tags={"gpu"} if self.gpu else None,
             cache_key_fn=cache_key,
             persist_result=True,
             result_serializer="json",
@@ -92,27 +80,34 @@ def stage(
             retry_condition_fn=_worth_retrying,
         )(execute)
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> Artifact:
-            if (plan := planning.get()) is not None:
-                step_run = record.StepRun(name, UNKNOWN, named(*args, **kwargs))
-                return _planned(plan, step_run, kind, inputs_of(args, kwargs))
-            store, key = Store(home()), key_of(name, *inputs_of(args, kwargs))
-            known, called = store.find(kind, key), record.StepRun(name, key, named(*args, **kwargs)).name()
-            run_name = f"{called} {key}".replace("{", "{{").replace("}", "}}")  # Prefect reads it as a template
-            result = prefect_task.with_options(refresh_cache=known is None, task_run_name=run_name)(*args, **kwargs)
-            made = store.find(kind, key)
-            assert made, "a stage that ended without an error leaves its artifact"
-            executed = known is None and bool(result["executed"])
-            store.share(made, record.say)  # what was made while the shared store was away, or before there was one
-            record.keep_step(name, store, made, named(*args, **kwargs), executed=executed, gpu=gpu)
-            return made
+    def _make(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Artifact, bool]:
+        """Return the artifact, and whether this call made it rather than another process that was faster."""
+        inputs = self._inputs(*args, **kwargs)
+        machine = next((value for value in inputs.values() if isinstance(value, Machine)), Machine())
+        key = key_of(self.stage, *counted(self.signature, inputs))
 
-        call.__doc__ = work.__doc__
-        # named as in its module, by which pickle finds it: flows are sent to the workers of a cluster
-        call.__module__, call.__name__, call.__qualname__ = work.__module__, work.__name__, work.__qualname__
-        return call
+        def do(draft: Draft) -> None:
+            with (
+                record.step(self.stage, key, draft, named(inputs), gpu=self.gpu),
+                gpu_slot(machine, needed=self.gpu),
+            ):
+                self.work(draft, *args, **kwargs)
+            _say(self.stage, draft.metadata)
 
-    return decorate
+        return Store(home()).make(
+            self.kind, key, do,
+            environment=machine.environment(self.stage), inputs=artifacts_in(inputs.values()), say=record.say,
+        )  # fmt: skip
+
+
+def stage(name: str, kind: str, *, gpu: bool = False) -> Callable[[Callable[Concatenate[Draft, P], None]], Stage[P]]:
+    """Turn `work(draft, *inputs, machine)` into a call that returns the artifact, executed only if it is absent.
+
+    Inputs that are artifacts count by content, specs by digest, a Machine not at all. An optional input, one that
+    `work` declares with the default None, is in no key while it is None: a stage that learns to take one more input
+    keeps its artifacts. Without that default a None is part of the key.
+    """
+    return lambda work: Stage(work, name, kind, gpu=gpu)
 
 
 def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -121,22 +116,9 @@ def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[An
     return tuple(v for name, v in inputs.items() if name not in absent and not isinstance(v, Machine))
 
 
-def artifacts_in(inputs: Iterable[Any]) -> Iterator[Artifact]:
-    """Yield the artifacts among the inputs of a stage, those of a tuple one by one."""
-    for value in inputs:
-        yield from (part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Artifact))
-
-
-def _planned(plan: list[Planned], step_run: record.StepRun, kind: str, inputs: tuple[Any, ...]) -> Artifact:
-    name = step_run.stage
-    known = all(value.content != UNKNOWN for value in artifacts_in(inputs))
-    key = key_of(name, *inputs) if known else None
-    cached = Store(home()).find(kind, key) if key else None
-    plan.append(Planned(name, key, cached is not None, inputs, step_run.name()))
-    if cached:
-        return cached
-    how = digest_of([name, *map(repr, inputs)])  # tells what two variants will make apart before it has a key
-    return Artifact(kind=kind, key=key or UNKNOWN, content=UNKNOWN, metadata={"made_by": name, "how": how})
+def named(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that a record names: all but the machine."""
+    return {argument: value for argument, value in inputs.items() if not isinstance(value, Machine)}
 
 
 def inherited(model: Artifact) -> dict[str, Any]:
@@ -159,36 +141,3 @@ def _worth_retrying(_: Any, __: TaskRun, state: State[Any]) -> bool:
     except BaseException:
         return False
     return False
-
-
-@contextmanager
-def gpu_slot(machine: Machine, *, needed: bool) -> Iterator[None]:
-    """Hold as many of the server's `gpu` slots as this process sees GPUs, while a stage computes on them."""
-    if not needed or machine.resolved_device() != "cuda":
-        yield
-        return
-    slots = min(machine.visible_devices(), gpu_slots(machine))
-    held = partial(concurrency, GPU_SLOT, occupy=slots, strict=True, raise_on_lease_renewal_failure=False)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(timeout_seconds=SOON))
-        except AcquireConcurrencySlotTimeoutError:
-            record.say(f"waiting for other runs to free {slots} of the `{GPU_SLOT}` slots; those of a killed run are "
-                       f"free after five minutes (prefect gcl inspect {GPU_SLOT})")  # fmt: skip
-            stack.enter_context(held())
-        yield
-
-
-def gpu_slots(machine: Machine) -> int:
-    """Return how many `gpu` slots the server has: as many as the machine that made the limit, the first to ask, sees.
-
-    Raise it where more machines come: `prefect gcl update gpu --limit 8`.
-    """
-    with get_client(sync_client=True) as client:
-        try:
-            return client.read_global_concurrency_limit_by_name(GPU_SLOT).limit
-        except ObjectNotFound:
-            with suppress(ObjectAlreadyExists):  # another process made it just now
-                wanted = GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=machine.visible_devices())
-                client.create_global_concurrency_limit(wanted)
-            return client.read_global_concurrency_limit_by_name(GPU_SLOT).limit

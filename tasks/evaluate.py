@@ -23,7 +23,8 @@ from cfsd.stages import (
 )
 from cfsd.store.artifact import Artifact, Draft
 from tasks import record
-from tasks._stage import Planned, planning, stage
+from tasks._planned import Planned, planning
+from tasks._stage import stage
 
 # The role is in the key: a tuned model whose weights equal the base's is measured anew,
 # or a comparison with learning rate 0 would compare one artifact with itself.

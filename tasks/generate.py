@@ -15,7 +15,8 @@ from cfsd.store.artifact import Artifact, Draft, Store
 from cfsd.train.spec import Watched, WatchSpec
 from tasks import record
 from tasks._cluster import sampler_of
-from tasks._stage import planning, stage
+from tasks._planned import planning
+from tasks._stage import stage
 
 Say = Callable[[str], object]
 

@@ -24,7 +24,7 @@ from cfsd.filter.stage import Sums, filter_rows
 from cfsd.machine import Machine
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import CORPUS, TableWriter, batches, corpus_schema, read_rows, shards, table_of, write_shard
-from tasks._stage import Planned, planning
+from tasks._planned import Planned, planning
 from tasks.filter import filter_corpus
 
 TOKENS = [[0, 5], [0, 5, 6], [0, 5, 6], [0, 7, 8, 9], [0, 5, 6, 1], [0, 5]]

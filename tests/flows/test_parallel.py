@@ -110,7 +110,7 @@ def test_each_has_a_process_and_a_device_and_what_ends_one_spares_the_others(
     from prefect.context import FlowRunContext
 
     from flows._parallel import Slots
-    from tasks._stage import GPU_SLOT, gpu_slots
+    from tasks._gpu_slots import GPU_SLOT, gpu_slots
 
     def of(*names: str) -> dict[str, Recipe]:
         return {name: Recipe.load(recipe_file, [f"name={name}"]) for name in names}

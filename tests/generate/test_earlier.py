@@ -19,7 +19,7 @@ from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_for_measuring, load_tokenization
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import read_rows, shards
-from tasks._stage import Planned, planning
+from tasks._planned import Planned, planning
 from tasks.generate import generate_corpus
 from tests.conftest import fetched, write_rows
 

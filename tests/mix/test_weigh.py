@@ -247,7 +247,7 @@ def test_losses_of_another_target_are_never_used(store: Store, tmp_path: Path) -
 
 def test_losses_are_in_the_key_of_a_mixture_only_with_flow(world: World) -> None:
     from cfsd.store.tables import BATCHES
-    from tasks._stage import Planned, planning
+    from tasks._planned import Planned, planning
     from tasks.mix import mix_rows
     from tasks.weigh import weigh_target
 

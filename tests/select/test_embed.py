@@ -22,7 +22,7 @@ from cfsd.select.embed import BLOCK, EMBEDDING, MARK, embed, open_embedding
 from cfsd.select.spec import SelectSpec
 from cfsd.store.artifact import Artifact, Store, key_of
 from cfsd.store.tables import CORPUS, read_rows, shards, table_of, write_shard
-from tasks._stage import Planned, planning
+from tasks._planned import Planned, planning
 from tasks.select import select_corpus, select_target
 from tests.conftest import LETTERS, ROOT, fetched, save_model
 

@@ -23,7 +23,8 @@ from cfsd.select.spec import SelectSpec
 from cfsd.store.artifact import Artifact
 from cfsd.train.methods import Methods
 from cfsd.train.spec import TrainSpec, Watched
-from tasks._stage import Planned, counted, planning
+from tasks._planned import Planned, planning
+from tasks._stage import counted
 from tasks.check import check_corpus
 from tasks.evaluate import (
     evaluate_benchmark,
