@@ -30,6 +30,7 @@ from cfsd.target_sequence import TargetSequence
 from flows._cli import machine_of
 from flows._conclude import Result
 from flows._explained import explained
+from flows._known_baseline import CHAMPION
 from flows._menu import Chosen, menu
 from flows.approve import check_asked
 from flows.compare import compare
@@ -37,7 +38,7 @@ from flows.continual import continual
 from flows.corpus import corpus
 from flows.measure import asked_of, measure
 from flows.mitigate import mitigate
-from flows.regress import CHAMPION, regress
+from flows.regress import regress
 
 
 def _lines_of(field: str) -> str:

@@ -6,7 +6,6 @@ python -m flows.regress deployments/recipes/tiny.yaml --baseline champion
 """
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,40 +16,26 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from cfsd.baseline.file import (
-    Baseline,
-    UnreadableBaseline,
-    baseline_of,
-    check_place,
-    guarded,
-    read_baseline,
-    with_margins,
-    write_baseline,
-)
-from cfsd.errors import BadInput, CfsdError
-from cfsd.generate.spec import AUTO
+from cfsd.baseline.file import Baseline, guarded, with_margins, write_baseline
+from cfsd.errors import CfsdError
 from cfsd.machine import Machine, home
-from cfsd.overrides import override, validated
 from cfsd.recipe import Recipe
 from cfsd.report.markdown import plain
 from cfsd.report.place import card_name, report_folder, slug
-from cfsd.report.run_record import RunRecord
-from cfsd.stages import CHAT
-from cfsd.statistics.gate import LEAST_SEEDS, USUAL_SEEDS, Judgement, judge
-from cfsd.store.artifact import Store
+from cfsd.statistics.gate import LEAST_SEEDS, Judgement, judge
 from flows._cli import NO_VERDICT, Home, On, Set, machine_of, start
-from flows._conclude import Result, conclude
+from flows._conclude import conclude
+from flows._gate_runs import GateRuns, fresh_seeds, reseeded_by_name
+from flows._known_baseline import CHAMPION, baseline_file, known_baseline
 from flows._named import name_flow_run
 from flows._parallel import run_variants
 from flows._plan import checked
 from flows._temporary_server import prefect_server
-from flows._verdict import RESEEDED, found_trained, listed, origin, sentence_of, table, warnings
+from flows._verdict import listed, sentence_of, table, warnings
 from flows.approve import approve, check_asked
 from flows.mitigate import pipeline
 from tasks import record, registry
 
-BASELINES = Path("deployments") / "baselines"
-CHAMPION = "champion"  # in place of a file: the figures of the model version with this alias
 CANNOT_TELL = "Cannot tell"
 Seeds = Annotated[int, Field(ge=1)]
 
@@ -77,142 +62,72 @@ def regress(
     """
     name_flow_run(recipe, "gate")
     known = known_baseline(recipe, baseline, needed=not update_baseline)
-    numbers = fresh_seeds(known, baseline, seeds, update=update_baseline)
-    title = f"{recipe.name} gate"
-    recipes = reseeded_by_name(recipe, numbers)
+    seeds_to_run = fresh_seeds(known, baseline, seeds, update=update_baseline)
+    title = gate_title(recipe)
+    recipes = reseeded_by_name(recipe, seeds_to_run)
     with checked(recipes.values(), machine, pipeline), record.comparison(title) as run_id:
-        run_records = run_variants(recipes, machine, run_id)
-        result = conclude(title, run_records, [run_id])
-        runs = [registry.guarded_figures(run_record) for run_record in run_records]
-        seconds = [trained_seconds(run_record) for run_record in run_records]
-        found = found_trained(Store(home()), run_records)
-        replaces = origin(known) if known else ""
+        result = conclude(title, run_variants(recipes, machine, run_id), [run_id])
+        runs = GateRuns(recipe, seeds_to_run, result, run_id)
         if update_baseline or known is None:
-            made = baseline_of(recipe, numbers, runs, seconds, replaces)
-            edited = known.edited_margins() & set(made.figures) if known else set()
-            made = with_margins(made, known, edited) if known else made
-            sentence = _replace(made, baseline, recipe, result, run_id, approval=approval)
-            sentence += f"; margins that were edited are kept: {', '.join(sorted(edited))}" if edited else ""
-            sentence += "".join(f"; {note}" for note in found)
-            return _publish(title, run_records, run_id, sentence, listed(made))
-        judgement = judge(guarded(known, runs))
-        notes = warnings(known, recipe, seconds, runs[0]) + found
-        if baseline == CHAMPION and judgement.outcome == "pass":
-            enough = len(numbers) >= LEAST_SEEDS
-            successor = with_margins(baseline_of(recipe, numbers, runs, seconds, replaces), known) if enough else None
-            said = sentence_of(judgement, known)
-            version = _register(successor, recipe, result, run_id, said) if successor else None
-            notes.append(_succeed(recipe, version, enough=enough, approval=approval))
-        body = table(judgement, known, recipe, notes)
-        return _publish(title, run_records, run_id, sentence_of(judgement, known), body, judgement)
+            return _new_baseline(runs, known, baseline, approval=approval)
+        return _judged(runs, known, baseline, approval=approval)
 
 
-def known_baseline(recipe: Recipe, given: str | None, *, needed: bool = True) -> Baseline | None:
-    """Return the baseline to judge by or, where it is not `needed`, the one to replace, if there is one to be read.
-
-    Raises:
-        BadInput: There is none but it is needed, or it guards a figure that the recipe does not measure; the file
-            with the recipe's name is another recipe's; or a new one cannot be written where it is to be.
-    """
-    if not needed and given != CHAMPION:
-        check_place(baseline_file(recipe, given))
-    try:
-        known = _read(recipe, given, needed=needed)
-    except UnreadableBaseline:
-        if needed:
-            raise
-        return None
-    if known and given in (None, CHAMPION) and known.name != recipe.name:
-        place = f"the champion {registry.model_name(recipe.name)!r}" if given else str(baseline_file(recipe, given))
-        raise BadInput(
-            f"{place} is the baseline of {known.name!r}, not of {recipe.name!r}; name a file of this recipe's own "
-            "(--baseline FILE), or rename the recipe"
-        )
-    if known and needed:
-        benchmarks = {f"forgetting/{benchmark.name}": benchmark.metric for benchmark in recipe.evaluate.benchmarks}
-        chats = {"chat_kl"} if {AUTO, CHAT} & {mode.name for mode in recipe.probe.modes} else set()
-        known.check_measured({"target_gain", "probe_kl"} | chats | benchmarks.keys())
-        known.check_metrics(benchmarks)
-    return known
+def gate_title(recipe: Recipe) -> str:
+    """Return the title of a gate's report, which is its run's name in MLflow."""
+    return f"{recipe.name} gate"
 
 
-def _read(recipe: Recipe, given: str | None, *, needed: bool) -> Baseline | None:
-    if given == CHAMPION:
-        known = registry.champion(recipe.name)
-        if known is None and needed:
-            raise BadInput(
-                f"MLflow has no champion of {recipe.name!r} yet; make the first one: "
-                "--baseline champion --update-baseline"
-            )
-        return known
-    file = baseline_file(recipe, given)
-    return read_baseline(file) if needed or file.is_file() else None
+def _new_baseline(runs: GateRuns, known: Baseline | None, given: str | None, *, approval: bool) -> State[Any]:
+    """Put these runs in place of the `known` baseline; margins that were edited are kept."""
+    made = runs.baseline(known)
+    edited = known.edited_margins() & set(made.figures) if known else set()
+    made = with_margins(made, known, edited) if known else made
+    sentence = _replace(made, given, runs, approval=approval)
+    kept = [f"margins that were edited are kept: {', '.join(sorted(edited))}"] if edited else []
+    return _publish(runs, "; ".join([sentence, *kept, *runs.notes()]), listed(made))
 
 
-def baseline_file(recipe: Recipe, given: str | None) -> Path:
-    """Return the file of the recipe's baseline: the given one, else the one with the recipe's name."""
-    return Path(given) if given else BASELINES / f"{slug(recipe.name, 'recipe')}.json"
+def _judged(runs: GateRuns, known: Baseline, given: str | None, *, approval: bool) -> State[Any]:
+    """Judge these runs by the `known` baseline; what passes succeeds the champion, where the baseline is one."""
+    figures = runs.figures()
+    judgement = judge(guarded(known, figures))
+    sentence = sentence_of(judgement, known)
+    notes = warnings(known, runs.recipe, runs.seconds(), figures[0]) + runs.notes()
+    if given == CHAMPION and judgement.outcome == "pass":
+        notes.append(_successor(runs, known, sentence, approval=approval))
+    return _publish(runs, sentence, table(judgement, known, runs.recipe, notes), judgement)
 
 
-def fresh_seeds(known: Baseline | None, given: str | None, seeds: int | None, *, update: bool) -> range:
-    """Return the seeds to train with; a successor of the champion needs as many as a baseline.
-
-    Raises:
-        BadInput: Too few for a new baseline.
-    """
-    if update and seeds is not None and seeds < LEAST_SEEDS:
-        raise BadInput(f"--seeds {seeds} is too few for a baseline; give {LEAST_SEEDS} or more")
-    first = 0 if update or known is None else max(known.seeds) + 1
-    usual = LEAST_SEEDS if update or given == CHAMPION else USUAL_SEEDS
-    return range(first, first + (seeds or usual))
+def _successor(runs: GateRuns, known: Baseline, sentence: str, *, approval: bool) -> str:
+    """Make the runs that passed the champion, if there are enough of them; return a sentence on what came of it."""
+    if len(runs.seeds) < LEAST_SEEDS:
+        return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
+    version = _register(with_margins(runs.baseline(known), known), runs, sentence)
+    return _succeed(runs.recipe, version, approval=approval)
 
 
-def reseeded(recipe: Recipe, number: int) -> Recipe:
-    """Return the recipe with the seed `number` for corpus, order and training.
-
-    Target split and probe stay, so that all seeds are measured on the same documents. Every seed has a corpus of
-    its own, because another machine samples another one, too.
-    """
-    seeds = {f"{part}.seed": number for part in RESEEDED}
-    changed = override(recipe.model_dump(mode="json"), {**seeds, "name": f"{recipe.name}: seed={number}"})
-    return validated(Recipe, changed, f"seed {number}")
-
-
-def reseeded_by_name(recipe: Recipe, numbers: Iterable[int]) -> dict[str, Recipe]:
-    """Return the recipe once for each seed, by the name of its run."""
-    return {f"{recipe.name} seed={number}": reseeded(recipe, number) for number in numbers}
-
-
-def trained_seconds(run_record: RunRecord) -> float:
-    """Return the seconds that training took when it ran."""
-    return float(Store(home()).manifest(run_record.artifacts["tuned"])["seconds"])
-
-
-def _replace(
-    made: Baseline, given: str | None, recipe: Recipe, result: Result, run_id: str | None, *, approval: bool
-) -> str:
+def _replace(made: Baseline, given: str | None, runs: GateRuns, *, approval: bool) -> str:
     """Put a new baseline into its file, or make its model the champion; return a sentence that says so."""
     seeds = f"baseline of {len(made.seeds)} seeds"
     if given != CHAMPION:
-        file = baseline_file(recipe, given)
+        file = baseline_file(runs.recipe, given)
         instead = ", in place of one that could not be read" if file.is_file() and not made.provenance.replaces else ""
         write_baseline(file, made)
         return f"{seeds} written to {file}{instead}"
-    version = _register(made, recipe, result, run_id, f"first of its kind, {seeds}: nothing was judged")
-    return f"{seeds}: {_succeed(recipe, version, enough=True, approval=approval)}"
+    version = _register(made, runs, f"first of its kind, {seeds}: nothing was judged")
+    return f"{seeds}: {_succeed(runs.recipe, version, approval=approval)}"
 
 
-def _register(made: Baseline, recipe: Recipe, result: Result, run_id: str | None, verdict: str) -> int | None:
+def _register(made: Baseline, runs: GateRuns, verdict: str) -> int | None:
     """Register the model of the first fresh seed, not of the best one, as the candidate; return its version."""
-    first = result.run_records[0]
-    card = (result.folder / card_name(first.name)).read_text()
-    return registry.register(recipe.name, first.artifacts["final"], made, run_id, card=card, verdict=verdict)
+    first = runs.result.run_records[0]
+    card = (runs.result.folder / card_name(first.name)).read_text()
+    return registry.register(runs.recipe.name, first.artifacts["final"], made, runs.run_id, card=card, verdict=verdict)
 
 
-def _succeed(recipe: Recipe, version: int | None, *, enough: bool, approval: bool) -> str:
+def _succeed(recipe: Recipe, version: int | None, *, approval: bool) -> str:
     """Make a candidate the champion, with `approval` if a person says so; return a sentence on what came of it."""
-    if not enough:
-        return f"the champion stays: its successor's figures must be of {LEAST_SEEDS} seeds; leave --seeds out"
     if version is not None and approval:
         return approve(recipe.name, version)
     if version is None or registry.promote(recipe.name, version) is None:
@@ -220,21 +135,15 @@ def _succeed(recipe: Recipe, version: int | None, *, enough: bool, approval: boo
     return f"champion of {registry.model_name(recipe.name)!r} is version {version}"
 
 
-def _publish(
-    title: str,
-    run_records: list[RunRecord],
-    run_id: str | None,
-    sentence: str,
-    body: str,
-    judgement: Judgement | None = None,
-) -> State[Any]:
+def _publish(runs: GateRuns, sentence: str, body: str, judgement: Judgement | None = None) -> State[Any]:
     """Show the verdict on the terminal, in Prefect and in MLflow, and return the flow's state."""
-    folder = report_folder(home(), title, run_records)
+    title = gate_title(runs.recipe)
+    folder = report_folder(home(), title, runs.result.run_records)
     files = [folder / "verdict.md", *([folder / "verdict.json"] if judgement else [])]
     files[0].write_text(f"# {plain(title)}\n\n{plain(sentence)}\n\n{body}\n")
     if judgement:
         files[1].write_text(judgement.model_dump_json(indent=1))
-    record.conclusion(run_id, {}, files, verdict=sentence)
+    record.conclusion(runs.run_id, {}, files, verdict=sentence)
     create_markdown_artifact(files[0].read_text(), key=f"{slug(title)}-verdict", description=sentence)
     record.say(f"{body}\n\n{sentence}")
     record.say(str(files[0]))

@@ -118,7 +118,7 @@ def judged(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
     monkeypatch.setattr(flows.mitigate, "check_corpus", lambda *_: None, raising=False)
 
     def one(home: Path, seed: int, changes: tuple[str, ...] = ()) -> Judgement:
-        from flows.regress import reseeded
+        from flows._gate_runs import reseeded
 
         monkeypatch.setenv("CFSD_HOME", str(home))
         recipe = Recipe.load(ROOT / "deployments" / "recipes" / "tiny.yaml", list(changes))

@@ -27,8 +27,8 @@ FRESH = 5  # the seed after those of the baselines below
 
 def baseline_like(recipe: Recipe, home: Path, scale: dict[str, float]) -> Baseline:
     """Return a baseline whose seeds all but equal one real run, some figures `scale` times what it came to."""
+    from flows._gate_runs import reseeded
     from flows.mitigate import mitigate
-    from flows.regress import reseeded
 
     run = measured(Store(home), mitigate(reseeded(recipe, FRESH), CPU).only())
     seeds = [
@@ -41,8 +41,9 @@ def baseline_like(recipe: Recipe, home: Path, scale: dict[str, float]) -> Baseli
 @pytest.mark.slow
 def test_the_three_verdicts(recipe_file: Path, home: Path, server: str, run: Run, tmp_path: Path) -> None:
     from cfsd.report.summarise import summarise
+    from flows._gate_runs import reseeded
     from flows.mitigate import mitigate
-    from flows.regress import GotWorse, regress, reseeded
+    from flows.regress import GotWorse, regress
 
     recipe, file = Recipe.load(recipe_file), tmp_path / "baseline.json"
 
@@ -83,8 +84,8 @@ def test_without_a_baseline_nothing_runs(run: Run, recipe_file: Path, home: Path
 
 def test_what_changed_in_the_recipe_is_named_and_seeds_are_not(recipe_file: Path) -> None:
     from cfsd.baseline.file import Provenance
+    from flows._gate_runs import reseeded
     from flows._verdict import _abridged, changes
-    from flows.regress import reseeded
 
     recipe = Recipe.load(recipe_file)
     other = Recipe.load(recipe_file, ["train.rehearsal.weight=0"])
@@ -117,30 +118,30 @@ def test_what_the_recipe_does_not_measure_is_told_before_anything_runs(run: Run,
 def test_a_baseline_that_cannot_be_read_can_be_replaced_and_another_recipes_cannot(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import regress
+    from flows import _known_baseline
 
     recipe, shipped = Recipe.load(recipe_file), ROOT / "deployments" / "baselines" / "tiny.json"
     broken = tmp_path / "b.json"
     broken.write_text(shipped.read_text().replace('"margin_is": "factor"', '"margin_is": "quotient"'))
-    assert regress.known_baseline(recipe, str(broken), needed=False) is None
+    assert _known_baseline.known_baseline(recipe, str(broken), needed=False) is None
     (notes := tmp_path / "notes.txt").write_text("a thesis")
     with pytest.raises(BadInput, match=r"notes\.txt is there and is no baseline"):  # from the form as well
-        regress.known_baseline(recipe, str(notes), needed=False)
+        _known_baseline.known_baseline(recipe, str(notes), needed=False)
     with pytest.raises(BadInput, match=r"figures\.probe_kl\.margin_is: .*\ncorrect it, or make it anew"):
-        regress.known_baseline(recipe, str(broken))
+        _known_baseline.known_baseline(recipe, str(broken))
 
-    monkeypatch.setattr(regress, "BASELINES", tmp_path)
+    monkeypatch.setattr(_known_baseline, "BASELINES", tmp_path)
     for name in ("Тест", "Экзамен"):  # slugs of these kept no letter
         renamed = recipe.model_copy(update={"name": name})
-        shutil.copy(shipped, regress.baseline_file(renamed, None))
+        shutil.copy(shipped, _known_baseline.baseline_file(renamed, None))
         for needed in (True, False):
             with pytest.raises(BadInput, match=f"is the baseline of 'tiny', not of '{name}'"):
-                regress.known_baseline(renamed, None, needed=needed)
+                _known_baseline.known_baseline(renamed, None, needed=needed)
     assert len(list(tmp_path.glob("recipe-*.json"))) == 2
 
 
 def test_seeds_vary_all_but_what_is_measured_on(recipe_file: Path) -> None:
-    from flows.regress import reseeded
+    from flows._gate_runs import reseeded
 
     one, two = (reseeded(Recipe.load(recipe_file), number) for number in (1, 2))
     assert one.target == two.target and one.probe == two.probe
@@ -222,8 +223,10 @@ def test_the_champion_moves_on_pass_alone_shown_with_a_learning_rate_of_zero(
     from mlflow import MlflowClient
     from safetensors.numpy import load_file
 
+    from flows._gate_runs import reseeded
+    from flows._known_baseline import CHAMPION, known_baseline
     from flows.mitigate import mitigate
-    from flows.regress import CHAMPION, known_baseline, regress, reseeded
+    from flows.regress import regress
 
     name = f"still {home.parent.name}"  # one registry for all tests of a session
     still = Recipe.load(recipe_file, ["train.learning_rate=0", f"name={name}"])

@@ -18,8 +18,8 @@ from cfsd.errors import BadInput, CfsdError
 from cfsd.recipe import Recipe
 from cfsd.store.artifact import Artifact, Store
 from cfsd.store.inventory import Limits, collectable, references
+from flows._known_baseline import CHAMPION, known_baseline
 from flows.approve import Decision, approve, decide
-from flows.regress import CHAMPION, known_baseline
 from tasks import record, registry
 from tasks.record import client
 from tasks.record.server import server
