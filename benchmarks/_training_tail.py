@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._training_bench import LEARNING_RATE, Answer, Bench, request_of
+from cfsd.model.head import Head
 from cfsd.model.loading import load_model
 from cfsd.store.tables import corpus_schema, read_rows, shard_path, shards, write_shard
-from cfsd.train.loss.token_loss import Head, Reference, Stored, token_losses
+from cfsd.train.loss.token_loss import Reference, Stored, token_losses
 from cfsd.train.spec import TrainSpec
 from cfsd.train.trainer import fit
 

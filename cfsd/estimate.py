@@ -20,11 +20,11 @@ from cfsd.data.target_size import TargetSize, size_of_target
 from cfsd.evaluate.benchmark import Benchmark
 from cfsd.evaluate.benchmark_size import GENERATING, BenchmarkSize, size_of_benchmark
 from cfsd.evaluate.show import Show
-from cfsd.evaluate.spec import CHUNK
+from cfsd.evaluate.spec import BLOCK, CHUNK
 from cfsd.evaluate.text import Text
 from cfsd.generate.prompts import Prompts
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
-from cfsd.machine import Machine, home, room_for_a_copy
+from cfsd.machine import Machine, home, room_for_a_copy, room_for_two
 from cfsd.merge.spec import MergeSpec
 from cfsd.model.folder import count_parameters
 from cfsd.model.token_counts import Count, token_count
@@ -186,7 +186,8 @@ def _budget(job: Job, inputs: Inputs) -> Work:
         job.recipe.probe.rows * job.recipe.probe.length * (len(spec.budget) if isinstance(spec.budget, dict) else 1)
     )
     work = _read(job, tokens, 2, tokens)
-    return work._replace(passes=TRIES, calls=TRIES * work.calls, logits=TRIES * work.logits, moved=2 + TRIES)
+    passes = (1 + TRIES) / 2  # of both models: the base reads the rows once
+    return work._replace(passes=passes, calls=passes * work.calls, logits=TRIES * work.logits, moved=2 + TRIES)
 
 
 def _fisher(job: Job, inputs: Inputs) -> Work:
@@ -293,7 +294,7 @@ DIVERGENCES = (
     stages.EVALUATE_PROMPTS,
 )  # fmt: skip
 COPIES = {  # of the weights, with gradients and moments; of training `cfsd.train.memory` knows more
-    **dict.fromkeys(DIVERGENCES, 2), stages.FISHER: 3, stages.BUDGET: 4, stages.MERGE: 2,
+    **dict.fromkeys(DIVERGENCES, 1), stages.FISHER: 3, stages.BUDGET: 3, stages.MERGE: 2,
     **dict.fromkeys((*stages.SAMPLING, stages.EMBED, stages.WEIGH, stages.CHECK), 1),
     **dict.fromkeys((stages.ALONG, stages.REWRITE), 1),
     **dict.fromkeys((stages.EVALUATE, stages.EVALUATE_TEXT, stages.EVALUATE_TARGET, stages.SHOW), 1),
@@ -421,19 +422,21 @@ def _memory(stage: str, inputs: Inputs, job: Job) -> float | None:
     held = (2 if cuda and stage not in IN_FLOAT32 else 4) * weights
     vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
     if stage in DIVERGENCES:
-        return divergence_memory(0, vocabulary, machine) + held * copies
+        both = stage != stages.BUDGET and not cuda and room_for_two(held, "cpu")
+        head = 4 * vocabulary * (shapes.width if shapes else 0)  # of a base that was let go
+        return divergence_memory(0, vocabulary) + held * (copies + both) + head
     writes = stage in stages.SAMPLING or any(isinstance(value, Benchmark) and value.is_written() for value in inputs)
     if writes and not cuda and room_for_a_copy(held):
         copies += 1  # laid out for the products of writing: cfsd.generate.packed_weights
     return PROCESS_BYTES + held * copies + 4 * 2 * machine.micro_batch_tokens * vocabulary
 
 
-def divergence_memory(weights: float, vocabulary: int, machine: Machine) -> float:
+def divergence_memory(weights: float, vocabulary: int) -> float:
     """Return the bytes of a process that compares two models, the interpreter included.
 
-    Logits of both, once as they come and once those that count, and what the sums over a chunk of them are made of.
+    Logits of both for a block of tokens, and what the sums over a chunk of them, and the one before, are made of.
     """
-    return PROCESS_BYTES + 4 * (2 * weights + (4 * machine.micro_batch_tokens + 5 * CHUNK) * vocabulary)
+    return PROCESS_BYTES + 4 * (2 * weights + (2 * BLOCK + 10 * CHUNK) * vocabulary)
 
 
 def disk_bytes(recipe: Recipe, weights: float | None, left: Collection[str] = OF_DISK) -> float:

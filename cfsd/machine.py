@@ -21,6 +21,7 @@ HOME_VARIABLE = "CFSD_HOME"
 KEY_VARIABLE = "OPENAI_API_KEY"  # a server's key, never part of its URL
 COUNTED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 COPY_SHARE = 8  # a second copy of weights may take this part of all memory; not of what is free, which varies
+PAIR_SHARE = 3  # of two models one may take this part of all memory: another third is for hidden states and logits
 MEMORY_LIMIT, CPU_LIMIT = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")  # of a container
 CUDA = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"  # of every process that computes, as torch reads it
@@ -218,11 +219,23 @@ def usable_cores() -> int:
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
 
-def room_for_a_copy(size: float) -> bool:
-    """Say whether this machine, or this container, has the memory for a copy of weights of `size` bytes."""
+def whole_memory(device: str = "cpu") -> int:
+    """Return the bytes of memory of this machine or this container; for "cuda", of the GPU that this process uses."""
+    if device == "cuda":
+        return int(_torch().cuda.mem_get_info()[1])
     whole = int(psutil.virtual_memory().total)
     allowed = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.exists() else "max"
-    return COPY_SHARE * size <= (whole if allowed == "max" else min(whole, int(allowed)))
+    return whole if allowed == "max" else min(whole, int(allowed))
+
+
+def room_for_a_copy(size: float) -> bool:
+    """Say whether this machine, or this container, has the memory for a copy of weights of `size` bytes."""
+    return COPY_SHARE * size <= whole_memory()
+
+
+def room_for_two(size: float, device: str) -> bool:
+    """Say whether base and tuned model of `size` bytes each may stay in a device's memory, beside what they make."""
+    return PAIR_SHARE * size <= whole_memory(device)
 
 
 def peak_memory() -> int:

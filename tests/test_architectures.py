@@ -19,11 +19,12 @@ from cfsd.generate.trial import SLOWER, check_sampling, slower_path
 from cfsd.machine import Machine
 from cfsd.model.architecture import auxiliary_loss, context_of
 from cfsd.model.checkpoint import Checkpoint
+from cfsd.model.head import head_of
 from cfsd.select.embed import _means
 from cfsd.store.artifact import Store
 from cfsd.train.adapters import adapt, check_layers, trained_by
 from cfsd.train.dropout import check_layers_drop
-from cfsd.train.loss.objective import Objective, head_of, losses
+from cfsd.train.loss.objective import Objective, losses
 from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec, TrainSpec
 from tests.conftest import fetched, save_model

@@ -156,13 +156,15 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
 WIDE_VOCABULARY = """
 import json, psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from cfsd.evaluate.divergence import divergences
+from cfsd.evaluate.divergence import BasePredictions
 from cfsd.machine import peak_memory
 before = psutil.Process().memory_info().rss  # torch for CUDA takes half a gigabyte more than torch for CPUs
 config = LlamaConfig(**json.load(open("config.json")))
 base, tuned = (LlamaForCausalLM(config).eval() for _ in range(2))
 rows = torch.randint(0, config.vocab_size, (8, 64)).tolist()
-divergences(base, tuned, rows, 512, lambda done: None)
+known = BasePredictions(base, rows, 512)
+known.keep()
+known.divergences(tuned)
 print(peak_memory() - before)
 """
 
@@ -180,8 +182,7 @@ def test_a_divergence_over_a_wide_vocabulary_needs_what_is_planned(tmp_path: Pat
     assert run.returncode == 0, run.stderr
     shapes = Shapes.of_config(config)
     assert shapes
-    machine = Machine(device="cpu", micro_batch_tokens=512)
-    planned = divergence_memory(shapes.parameters(), shapes.vocabulary, machine) - PROCESS_BYTES
+    planned = divergence_memory(shapes.parameters(), shapes.vocabulary) - PROCESS_BYTES
     print(f"{int(run.stdout) / 1e9:.2f} GB, planned {planned / 1e9:.2f}")
     assert 1 / FACTOR < planned / int(run.stdout) < FACTOR
 

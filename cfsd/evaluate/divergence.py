@@ -5,7 +5,7 @@ along held-out responses of the target, not along the model's own. B rows, T tok
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 
 from cfsd.errors import BadInput
 from cfsd.evaluate.movement import Chunk, Movement
-from cfsd.evaluate.spec import CHUNK
+from cfsd.evaluate.spec import BLOCK, CHUNK
 from cfsd.evaluate.stage import load_models, per_token, size_of, write_result
 from cfsd.machine import Machine
-from cfsd.model.batching import arrange, pad
+from cfsd.model.batching import arrange
 from cfsd.model.context import context_tokens
+from cfsd.model.head import head_of
+from cfsd.model.hidden_states import Batch, States, states
 from cfsd.model.loading import load_tokenizer
 from cfsd.statistics.bins import quantile_edges
 from cfsd.store.artifact import Artifact, Draft
@@ -169,13 +171,19 @@ def _along(
     base: Artifact, tuned: Artifact, rows: list[dict[str, Any]], masks: Masks, draft: Draft, machine: Machine,
     movement: Movement | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    def progress(done: int) -> None:
-        draft.journal.progress(done, len(rows), "rows")
-
+    """Return `token_nats` of each row; one model after the other is loaded, where memory is too small for both."""
     token_rows = [row["token_ids"] for row in rows]
     check_fit(token_rows, {"the base": base, "the tuned model": tuned})
-    base_model, tuned_model = load_models([base, tuned], draft, machine)
-    return _in_batches(base_model, tuned_model, token_rows, machine.micro_batch_tokens, progress, masks, movement)
+
+    def progress(done: int) -> None:
+        draft.journal.progress(done, 2 * len(rows), "rows of base and tuned model")
+
+    (base_model,) = load_models([base], draft, machine)
+    predicted = BasePredictions(base_model, token_rows, machine.micro_batch_tokens, masks)
+    del base_model  # it is let go where memory is small
+    predicted.keep(progress)
+    (tuned_model,) = load_models([tuned], draft, machine)
+    return predicted.token_nats(tuned_model, lambda done: progress(len(rows) + done), movement)
 
 
 def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> None:
@@ -190,34 +198,6 @@ def check_fit(rows: Sequence[Sequence[int]], models: dict[str, Artifact]) -> Non
             )
 
 
-def divergences(
-    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], max_tokens: int,
-    on_progress: Callable[[int], None], masks: Masks = None, movement: Movement | None = None,
-) -> list[Divergence]:  # fmt: skip
-    """Return `divergence` of each row, measured in batches of at most `max_tokens`, padding included.
-
-    `movement` takes in every position.
-    """
-    return [*map(_sums, _in_batches(base, tuned, rows, max_tokens, on_progress, masks, movement))]
-
-
-def _in_batches(
-    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], max_tokens: int,
-    on_progress: Callable[[int], None], masks: Masks, movement: Movement | None,
-) -> list[Tensor]:  # fmt: skip
-    measured: dict[int, Tensor] = {}
-    for group in arrange([len(row) for row in rows], max_tokens):
-        of_group = [masks[i] for i in group] if masks else None
-        look = partial(_place, group, movement) if movement else None
-        measured |= zip(group, token_nats(base, tuned, [rows[i] for i in group], of_group, look), strict=True)
-        on_progress(len(measured))
-    return [measured[i] for i in range(len(rows))]
-
-
-def _place(group: list[int], movement: Movement, row_N: Sequence[int], place_N: Sequence[int], chunk: Chunk) -> None:
-    movement.add([group[row] for row in row_N], place_N, chunk)
-
-
 def divergence(
     base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None
 ) -> list[Divergence]:
@@ -226,40 +206,98 @@ def divergence(
     `kl` sums over the whole vocabulary at each position, `sampled` takes the token of the row; on rows
     that the base sampled their expectations are equal.
     """
-    return [*map(_sums, token_nats(base, tuned, rows, masks))]
+    return BasePredictions(base, rows, sum(map(len, rows)) * len(rows), masks).divergences(tuned)
 
 
-def _sums(nats_N3: Tensor) -> Divergence:
-    kl, base_nats, tuned_nats = nats_N3.sum(0).tolist()
-    return Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, len(nats_N3))
+class BasePredictions:
+    """What the base predicts along rows: models are measured against it one after another.
 
-
-@torch.inference_mode()
-def token_nats(
-    base: PreTrainedModel, tuned: PreTrainedModel, rows: list[list[int]], masks: Masks = None, look: Look | None = None
-) -> list[Tensor]:
-    """Return of each row, at its counted tokens, N x 3: the divergence, and log p of the token by base and tuned.
-
-    `look` sees the positions, chunk by chunk in order.
+    Batches are of at most `max_tokens`, padding included. Both models read the same batches by the same path, so that
+    equal weights are at 0 to the last bit.
     """
-    token_ids_BT = pad(rows).to(base.device)
-    counted_BT = pad(masks or [[True] * len(row) for row in rows], torch.bool)[:, 1:].to(base.device)
-    columns = counted_BT.any(0).nonzero()[:, 0]
-    models: list[Any] = [base, tuned]
-    logits = [model(input_ids=token_ids_BT, use_cache=False, logits_to_keep=columns).logits for model in models]
-    base_NV, tuned_NV = (part[counted_BT[:, columns]] for part in logits)
-    next_N = token_ids_BT[:, 1:][counted_BT]
-    places_N2 = counted_BT.nonzero()
-    parts = []
+
+    def __init__(self, base: PreTrainedModel, rows: Sequence[list[int]], max_tokens: int, masks: Masks = None) -> None:
+        """Take the tokens of `rows` that count: all but the first, or those of `masks`."""
+        self.groups = [*arrange([len(row) for row in rows], max_tokens)]
+        self.batches = [Batch.of([rows[i] for i in of], masks and [masks[i] for i in of]) for of in self.groups]
+        self.head_of, self.base = head_of(base), base
+        self.kept: list[States] = []
+
+    def keep(self, on_progress: Callable[[int], None] = lambda done: None) -> None:
+        """Read the rows now and let go of the base, which then need not stay in memory beside a tuned model.
+
+        Only its head stays, and a hidden state per token that counts. Nothing changes where the output is no linear
+        layer: whole distributions would have to be kept.
+        """
+        head, done = self.head_of(self.base), 0
+        if head is None:
+            return
+        for batch in self.batches:
+            self.kept.append(states(self.base, batch, self.head_of).to("cpu"))
+            on_progress(done := done + len(batch.token_ids_BT))
+        del self.base
+
+    def divergences(
+        self, tuned: PreTrainedModel, on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Divergence]:
+        """Return the divergence of `tuned` along each row."""
+        return [*map(_sums, self.token_nats(tuned, on_progress))]
+
+    @torch.inference_mode()
+    def token_nats(
+        self, tuned: PreTrainedModel, on_progress: Callable[[int], None] = lambda done: None,
+        movement: Movement | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Return of each row, at its counted tokens, N x 3: the divergence, and log p of the token by base and tuned.
+
+        `movement` takes in every position.
+        """
+        measured: dict[int, Tensor] = {}
+        head = head_of(tuned)
+        for place, (group, batch) in enumerate(zip(self.groups, self.batches, strict=True)):
+            base = self.kept[place] if self.kept else states(self.base, batch, self.head_of)
+            look = partial(_place, group, movement) if movement else None
+            nats_N3 = _compared(base, states(tuned, batch, head), batch, look)
+            measured |= zip(group, nats_N3.split(batch.counts()), strict=True)
+            on_progress(len(measured))
+        return [measured[i] for i in range(len(measured))]
+
+
+def _compared(base: States, tuned: States, batch: Batch, look: Look | None) -> Tensor:
+    """Return N x 3 of a batch; `look` sees the positions, chunk by chunk in order.
+
+    Logits are made of BLOCK tokens at a time: a product of fewer would read the head's weights more often.
+    """
+    device = tuned.hidden_ND.device
+    places_N2, next_N = batch.places_N2(), batch.next_N().to(device)
+    parts = [torch.zeros(0, 3, device=device)]
+    for first in range(0, len(next_N), BLOCK):
+        block = slice(first, first + BLOCK)
+        parts += _of_block(base.logits(block, device), tuned.logits(block, device), next_N[block],
+                           places_N2[block], look)  # fmt: skip
+    return torch.cat(parts).double().cpu()
+
+
+def _of_block(
+    base_NV: Tensor, tuned_NV: Tensor, next_N: Tensor, places_N2: Tensor, look: Look | None
+) -> Iterator[Tensor]:  # fmt: skip
     for base_CV, tuned_CV, next_C, places_C2 in zip(
         *(part.split(CHUNK) for part in (base_NV, tuned_NV, next_N, places_N2)), strict=True
     ):
         chunk = _chunk(base_CV, tuned_CV)
         of_next = [logprobs.gather(1, next_C[:, None])[:, 0] for logprobs in (chunk.base_NV, chunk.tuned_NV)]
-        parts.append(torch.stack([chunk.kl_N, *of_next], dim=-1))
         if look:
             look(places_C2[:, 0].tolist(), (places_C2[:, 1] + 1).tolist(), chunk)
-    return [*torch.cat(parts).double().cpu().split(counted_BT.sum(1).tolist())]
+        yield torch.stack([chunk.kl_N, *of_next], dim=-1)
+
+
+def _place(group: list[int], movement: Movement, row_N: Sequence[int], place_N: Sequence[int], chunk: Chunk) -> None:
+    movement.add([group[row] for row in row_N], place_N, chunk)
+
+
+def _sums(nats_N3: Tensor) -> Divergence:
+    kl, base_nats, tuned_nats = nats_N3.sum(0).tolist()
+    return Divergence(kl, base_nats - tuned_nats, -base_nats, -tuned_nats, len(nats_N3))
 
 
 def _chunk(base_NV: Tensor, tuned_NV: Tensor) -> Chunk:

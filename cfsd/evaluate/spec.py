@@ -14,6 +14,7 @@ from cfsd.model.context import context_tokens
 from cfsd.spec import Spec
 from cfsd.store.artifact import Artifact
 
+BLOCK = 256  # positions whose logits are made at once
 CHUNK = 32  # positions whose full distributions are in memory at once: of more, each pass over them takes new pages
 
 

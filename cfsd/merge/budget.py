@@ -10,7 +10,7 @@ import torch
 
 from cfsd.budget import MERGED_TO
 from cfsd.errors import NotFinite
-from cfsd.evaluate.divergence import Counted, counted_rows, divergences
+from cfsd.evaluate.divergence import BasePredictions, Counted, counted_rows
 from cfsd.generate.spec import UNPROMPTED
 from cfsd.machine import Machine
 from cfsd.merge.spec import MergeSpec
@@ -105,10 +105,11 @@ def _divergences_at(
     base: Path, tuned: Path, rows: Mapping[str, list[Counted]], journal: Journal, machine: Machine
 ) -> Callable[[float], dict[str, float]]:
     """Return the modes' divergences from the base as a function of alpha, in the precision of the saved model."""
+    device = machine.resolved_device()
+    predictions = _predictions(base, rows, device, machine.micro_batch_tokens)
     exact = (load_model(folder, "cpu", "float32") for folder in (base, exact_folder(tuned)))
     ends = [dict(model.named_parameters()) for model in exact]
-    device = machine.resolved_device()
-    base_model, merged = (load_model(folder, device).eval().requires_grad_(False) for folder in (base, tuned))
+    merged = load_model(tuned, device).eval().requires_grad_(False)
     formats, tries = stored_formats(base), count()
     total = sum(map(len, rows.values()))
 
@@ -116,8 +117,7 @@ def _divergences_at(
         def progress(done: int) -> None:
             journal.progress(before + done, total, f"rows at alpha {alpha:.2f}")
 
-        token_rows, masks = ([*of] for of in zip(*rows[mode], strict=True))
-        parts = divergences(base_model, merged, token_rows, machine.micro_batch_tokens, progress, masks)
+        parts = predictions[mode].divergences(merged, progress)
         nats = sum(part.kl for part in parts) / sum(part.num_tokens for part in parts)
         if not math.isfinite(nats):
             raise NotFinite(f"the divergence from the base is {nats} at alpha {alpha:g}; lower train.learning_rate")
@@ -134,3 +134,16 @@ def _divergences_at(
         return nats
 
     return measure
+
+
+def _predictions(
+    base: Path, rows: Mapping[str, list[Counted]], device: str, max_tokens: int
+) -> dict[str, BasePredictions]:
+    """Return what the base predicts along the rows of each mode: read once, whatever number of weights is tried."""
+    model = load_model(base, device).eval().requires_grad_(False)
+    predictions = {}
+    for mode, own in rows.items():
+        token_rows, masks = ([*of] for of in zip(*own, strict=True))
+        predictions[mode] = BasePredictions(model, token_rows, max_tokens, masks)
+        predictions[mode].keep()
+    return predictions

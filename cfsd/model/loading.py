@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cfsd.errors import BadInput
+from cfsd.machine import room_for_two
 from cfsd.model.causal import check_predictions
 from cfsd.model.folder import START, brief, payload_of, read_object, stored_formats
 from cfsd.model.special_tokens import end_tokens_of
@@ -74,11 +75,12 @@ _loaded: dict[tuple[Path, str, str], PreTrainedModel] = {}
 
 
 def load_for_measuring(store: Store, model: Artifact, device: str) -> PreTrainedModel:
-    """Return the model in evaluation mode. The last two stay loaded: base and tuned are measured in turn."""
+    """Return the model in evaluation mode. Where memory allows the last two stay loaded: they are measured in turn."""
     place = (store.path(model), model.content, device)
     if place not in _loaded:
-        while len(_loaded) > 1:
+        while _loaded and (len(_loaded) > 1 or not room_for_two(_size(next(iter(_loaded.values()))), device)):
             _loaded.pop(next(iter(_loaded)))
+            _return_memory()
         loaded = load_model(place[0], device).eval().requires_grad_(False)
         check_predictions(loaded, place[0])
         _loaded[place] = loaded
@@ -88,6 +90,14 @@ def load_for_measuring(store: Store, model: Artifact, device: str) -> PreTrained
 def release_models() -> None:
     """Give back the memory of the models that stayed loaded; another process is about to need it."""
     _loaded.clear()
+    _return_memory()
+
+
+def _size(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _return_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -1,13 +1,14 @@
 """Two estimators of one divergence: both are zero at the base, and agree in expectation on its own samples."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from cfsd.errors import BadInput, NotFinite
-from cfsd.evaluate.divergence import CHUNK, check_fit, divergence, score_probe
+from cfsd.evaluate.divergence import CHUNK, BasePredictions, check_fit, divergence, score_probe
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec, ProbeSpec
 from cfsd.generate.stage import probe
@@ -58,6 +59,33 @@ def test_it_is_the_sum_over_the_vocabulary_at_every_position(models: tuple[PreTr
 
 def test_equal_models_do_not_diverge_at_all(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     assert {(part.kl, part.sampled) for part in divergence(models[0], models[0], ROWS)} == {(0.0, 0.0)}
+
+
+class Flattened(LlamaForCausalLM):
+    """A model whose output is more than one linear layer."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Flatten the distributions."""
+        output = super().forward(*args, **named)
+        output.logits = 0.9 * output.logits
+        return output
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "flattened"])
+def test_the_base_can_go_before_the_tuned_model_comes(family: str, tmp_path: Path) -> None:
+    """What is kept of it gives the same bits; where its output is more than one linear layer, it stays."""
+    kind = {"flattened": "llama"}.get(family, family)
+    folders = [save_model(tmp_path / str(seed), family=kind, seed=seed) for seed in (0, 1)]
+    load = Flattened.from_pretrained if family == "flattened" else AutoModelForCausalLM.from_pretrained
+    base, tuned = (load(folder).eval() for folder in folders)
+    rows = [[token % base.config.vocab_size for token in row[:16]] for row in ROWS]
+    masks = [[place % 3 != 1 for place in range(len(row))] for row in rows]
+    live, kept = (BasePredictions(base, rows, 40, masks) for _ in range(2))
+    kept.keep()
+    assert [part.tolist() for part in live.token_nats(tuned)] == [part.tolist() for part in kept.token_nats(tuned)]
+    assert hasattr(kept, "base") == (family == "flattened") == (not kept.kept)
+    assert [part.num_tokens for part in kept.divergences(tuned)] == [sum(mask[1:]) for mask in masks]
+    assert {part.kl for part in kept.divergences(base)} == {0.0}
 
 
 def test_it_is_not_symmetric_and_starts_from_the_base(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cfsd.evaluate.divergence import CHUNK, divergences, score_probe
+from cfsd.evaluate.divergence import CHUNK, BasePredictions, score_probe
 from cfsd.evaluate.movement import CONTEXT, LIKELIEST, MAX_POSITIONS, MAX_TOKENS, Movement, token_text
 from cfsd.generate.spec import ProbeSpec
 from cfsd.generate.stage import probe
@@ -38,7 +38,7 @@ def models(folders: list[Path]) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def moved(models: tuple[PreTrainedModel, PreTrainedModel], masks: list[list[bool]] | None = None) -> Movement:
     movement = Movement(ROWS)
-    divergences(*models, ROWS, 200, lambda done: None, masks, movement)
+    BasePredictions(models[0], ROWS, 200, masks).token_nats(models[1], movement=movement)
     return movement
 
 

@@ -36,8 +36,9 @@ from transformers import (
 
 from cfsd.generate.sampling import Rows, sample
 from cfsd.generate.spec import GenerateSpec
+from cfsd.model.head import head_of
 from cfsd.train.batches.micro_batches import MicroBatch, Row, micro_batches_of
-from cfsd.train.loss.objective import Losses, Objective, head_of, losses
+from cfsd.train.loss.objective import Losses, Objective, losses
 from cfsd.train.loss.token_loss import Stored
 from cfsd.train.spec import RehearsalSpec
 

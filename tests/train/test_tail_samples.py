@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cfsd.generate.token_choice import tail_points
 from cfsd.model.distribution import distribution_of, likeliest
-from cfsd.train.loss.token_loss import Head, Reference, Stored, token_losses
+from cfsd.model.head import Head
+from cfsd.train.loss.token_loss import Reference, Stored, token_losses
 
 V, K = 7, 3
 BASE_V = torch.tensor([0.9, -0.3, 2.0, 0.1, -1.1, 1.4, -0.6], dtype=torch.float64)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfsd.errors import BadInput
 from cfsd.generate.token_choice import tail_points
+from cfsd.model.head import Head
 from cfsd.model.likelihood import token_logprobs
 from cfsd.model.loading import load_model
 from cfsd.store.artifact import Store
@@ -24,7 +25,7 @@ from cfsd.train.batches.stored_distributions import StoredDistributions, lay_out
 from cfsd.train.dropout import turn_off_dropout
 from cfsd.train.loss import token_loss
 from cfsd.train.loss.objective import Losses, Objective, losses
-from cfsd.train.loss.token_loss import Head, Reference, Stored, TargetLoss, token_losses
+from cfsd.train.loss.token_loss import Reference, Stored, TargetLoss, token_losses
 from cfsd.train.methods import Methods
 from cfsd.train.methods.method import AlongSpec
 from cfsd.train.spec import RehearsalSpec

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cfsd.model.head import Head
 from cfsd.train.loss import token_loss
-from cfsd.train.loss.token_loss import Head, Reference, Stored, TokenLosses, token_losses
+from cfsd.train.loss.token_loss import Reference, Stored, TokenLosses, token_losses
 
 N, D, V, K = 40, 16, 50, 8
 KINDS = ["nll", "kl", "sampled", "bucket"]

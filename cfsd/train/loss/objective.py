@@ -8,7 +8,6 @@ weight of its own does not change with lengths or batch layout, lambda_string = 
 (chain rule); Marek et al. 2026, arXiv:2605.26097, found it to keep more.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,18 +18,14 @@ from transformers import PreTrainedModel
 
 from cfsd.model.architecture import auxiliary_loss
 from cfsd.model.decoder import decoder_of
+from cfsd.model.head import Head, head_of
 from cfsd.model.undisturbed import mode_kept
 from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.dropout import has_dropout
 from cfsd.train.loss.packed import packed_forward, prepare_packed
-from cfsd.train.loss.token_loss import Head, Reference, TargetLoss, token_losses
+from cfsd.train.loss.token_loss import Reference, TargetLoss, token_losses
 from cfsd.train.methods import Methods
 from cfsd.train.spec import RehearsalSpec
-
-TRIAL = 16  # tokens of a row
-MAX_APART = 1e-4  # total variation of the distributions that the head and the model give; 1 is the most
-MAX_APART_HALF = 2e-2  # in 16 bits
-log = logging.getLogger(__name__)
 
 
 class Losses(NamedTuple):
@@ -219,46 +214,3 @@ def divergence_by_row(model: nn.Module, micro_batch: MicroBatch, spec: Rehearsal
     """Return the divergence of each row (B) from the base, in nats, as `losses` would sum it."""
     nats_B: Tensor = model(micro_batch=lambda: micro_batch, spec=spec, by_row=True)
     return nats_B
-
-
-@torch.no_grad()
-def head_of(model: PreTrainedModel) -> Any:
-    """Return a function that gives the output layer of a model like `model`, or None where that is not one layer.
-
-    The logits of a few tokens are compared with those of the layer.
-    """
-    config: Any = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
-
-    def head(model: PreTrainedModel) -> Head:
-        layer: Any = model.get_output_embeddings()
-        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
-
-    if isinstance(model.get_output_embeddings(), nn.Linear) and _gives_the_logits(model, head(model)):
-        return head
-    log.warning("%s: the output is more than one linear layer; all logits of a batch are held at once", type(model))
-    return lambda model: None
-
-
-def _gives_the_logits(model: PreTrainedModel, head: Head) -> bool:
-    """Compare the distributions after random tokens of the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    count = model.config.get_text_config(decoder=True).vocab_size
-    token_ids = torch.randint(count, (2, TRIAL), generator=generator).to(model.device)
-    with mode_kept(model):
-        model.eval()
-        wanted: Any = model(input_ids=token_ids, use_cache=False).logits
-        hidden: Any = getattr(decoder_of(model)(input_ids=token_ids, use_cache=False), "last_hidden_state", None)
-    assert head.weight_VD is not None
-    if hidden is None or hidden.shape[-1] != head.weight_VD.shape[1]:
-        return False
-    logits = nn.functional.linear(hidden * head.scale, head.weight_VD, head.bias_V)
-    if head.softcap is not None:
-        logits = (logits / head.softcap).tanh() * head.softcap
-    if logits.shape != wanted.shape:
-        return False
-    own, theirs = (part.to(torch.promote_types(part.dtype, torch.float32)).softmax(-1) for part in (logits, wanted))
-    apart = 0.5 * (own - theirs).abs().sum(-1).max()
-    halves = model.dtype.itemsize <= 2 or torch.is_autocast_enabled(model.device.type)
-    return bool(apart <= (MAX_APART_HALF if halves else MAX_APART))  # not with NaN

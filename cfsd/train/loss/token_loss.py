@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from cfsd.model.head import Head
 from cfsd.train.memory import CHUNK, CUDA_CHUNK
 
 
@@ -42,20 +42,6 @@ class Stored(NamedTuple):
     def part(self, rows: slice) -> "Stored":
         """Return some of the tokens."""
         return Stored(*(tensor[rows] for tensor in self))
-
-
-class Head(NamedTuple):
-    """The output layer as the model uses it: logits = limit(scale x weight hidden + bias)."""
-
-    weight_VD: Tensor | None  # None: the hidden states are the logits themselves
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def cast(self, dtype: torch.dtype) -> "Head":
-        """Return the layer with its weights in `dtype`."""
-        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight_VD, self.bias_V))
-        return self._replace(weight_VD=weight, bias_V=bias)
 
 
 class Reference(NamedTuple):
@@ -81,7 +67,7 @@ class Reference(NamedTuple):
         """Return the base's logits from its hidden states."""
         assert self.hidden_MD is not None
         used = self.head.cast(self.hidden_MD.dtype)
-        return _limited(_logits(self.hidden_MD, used).to(dtype), used.softcap)
+        return used.limited(used.product(self.hidden_MD).to(dtype))
 
 
 class TargetLoss(NamedTuple):
@@ -146,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
             used = head.cast(cast)
             size = CUDA_CHUNK if device == "cuda" else CHUNK
             for rows, compared, learned in _chunks(len(next_N), reference, target, size):
-                chunk = _Chunk(_logits(hidden_ND[rows].to(cast), used).to(exact), head.softcap, next_N[rows])
+                chunk = _Chunk(used.product(hidden_ND[rows].to(cast)).to(exact), head, next_N[rows])
                 for whole_N, part_C in zip(parts, chunk.measure(compared, learned), strict=True):
                     whole_N[rows] = part_C
                 if any(grad is not None for grad in grads):
@@ -163,17 +149,6 @@ class _ChunkedLoss(torch.autograd.Function):
         grads = [None if g is None else g.mul_(outer).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
         ctx.grads = []
         return (*grads, *[None] * 6)
-
-
-def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
-    """Return logits before the soft limit, in memory of their own."""
-    if head.weight_VD is None:
-        return hidden_CD.clone()
-    return linear(hidden_CD if head.scale == 1 else hidden_CD * head.scale, head.weight_VD, head.bias_V)
-
-
-def _limited(logits_CV: Tensor, softcap: float | None) -> Tensor:
-    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
 def _accumulate(grads: list[Tensor | None], rows: slice, slope_CV: Tensor, hidden_CD: Tensor, head: Head) -> None:
@@ -219,9 +194,9 @@ def _distribution(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
 class _Chunk:
     """One chunk's distribution p, its losses, and then, in place of p, the slope of the loss by the logits."""
 
-    def __init__(self, logits_CV: Tensor, softcap: float | None, next_C: Tensor) -> None:
-        self.softcap, self.next_C1 = softcap, next_C[:, None]
-        self.logits_CV = _limited(logits_CV, softcap)
+    def __init__(self, product_CV: Tensor, head: Head, next_C: Tensor) -> None:
+        self.softcap, self.next_C1 = head.softcap, next_C[:, None]
+        self.logits_CV = head.limited(product_CV)
         self.probs_CV, self.norm_C1 = _distribution(self.logits_CV)
         self.nll_C = (self.norm_C1 - self.logits_CV.gather(1, self.next_C1))[:, 0]
         # the slope is mass x p - a, a being amounts at ids, or a whole distribution
