@@ -226,6 +226,13 @@ def _training(job: Job, inputs: Inputs) -> Work:
     return Work(all_tokens, passed / all_tokens, calls, updates=updates, moved=2, seconds=PROCESS_SECONDS)
 
 
+def _rows_of_a_step(recipe: Recipe) -> int:
+    """Return how many rows a step trains on, as if no row of the corpus ended early."""
+    rehearses = recipe.generate.rows and recipe.train.rehearsal.weight
+    rehearsed = math.ceil(recipe.mix.rehearsal_tokens / recipe.generate.length) if rehearses else 0
+    return recipe.mix.target_rows + rehearsed
+
+
 def _watching(job: Job, steps: float) -> float:
     """Return the tokens that pass through the model to watch its training."""
     watch = job.recipe.train.watch
@@ -382,19 +389,20 @@ ON_CPU = Pace(0.75e-3, 1.5e-9, 5e-9)  # fitted to runs
 ON_CUDA = Pace(0.2e-3, 2e-11, 2e-11)
 
 
-def _pace(stage: str, machine: Machine) -> Pace:
-    """Return the pace of a stage, whose work GPUs divide where it is training or sampling."""
+def _pace(stage: str, machine: Machine, rows_of_a_step: int) -> Pace:
+    """Return the pace of a stage, whose work GPUs divide where it is training or sampling: no row among several."""
     if machine.resolved_device() != "cuda":
         return ON_CPU
     if stage == stages.TRAIN:
-        processes = machine.resolved_training_processes()
-        return ON_CUDA._replace(processes=processes, shards=processes if machine.resolved_sharding() == "shard" else 1)
+        held = machine.resolved_training_processes()
+        shards = held if machine.resolved_sharding() == "shard" else 1
+        return ON_CUDA._replace(processes=min(held, rows_of_a_step), shards=shards)
     return ON_CUDA._replace(processes=machine.resolved_processes() if stage in stages.SAMPLING else 1)
 
 
 def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> float:
     shapes, machine = shapes_of(job.recipe, job.base), job.machine
-    pace = _pace(stage, machine)
+    pace = _pace(stage, machine, _rows_of_a_step(job.recipe))
     if machine.resolved_device() != "cuda" and stage == stages.TRAIN and job.recipe.train.in_bfloat16(machine):
         rate *= _bfloat16_gain(machine)
     share = DECODED if work.decoded else REACHED

@@ -2,13 +2,15 @@
 
 from collections import Counter
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
 
 from cfsd.errors import BadInput
+from cfsd.model.batching import arrange
 from cfsd.train.batches.global_batches import GlobalBatch, Refresh, plan_batches
-from cfsd.train.batches.micro_batches import Row, micro_batches_of
+from cfsd.train.batches.micro_batches import Row, micro_batches_of, shared_out
 
 TARGET, REHEARSAL = 10, 24
 SOURCES = ["target"] * TARGET + ["context-free"] * REHEARSAL
@@ -105,6 +107,22 @@ def test_without_rehearsal_tokens_or_rows_there_is_none_and_the_target_stays() -
 def test_the_seed_alone_decides() -> None:
     assert plan() == plan()
     assert plan(seed=1) != plan()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("max_tokens", [1024, 4096, 16384])
+def test_ranks_share_a_batch_evenly_however_much_one_of_them_could_hold(world: int, max_tokens: int) -> None:
+    """In micro-batches of the largest size a batch of few rows was the first rank's alone."""
+    random = Random(0)
+    for target, rehearsed in ((8, 28), (16, 64), (32, 0)):
+        lengths = [random.randint(40, 700) for _ in range(target)] + [64] * rehearsed
+        groups = shared_out(lengths, max_tokens, world)
+        assert sorted(i for group in groups for i in group) == [*range(len(lengths))]
+        padded = [len(group) * max(lengths[i] for i in group) for group in groups]
+        assert max(padded) <= max_tokens
+        turns = [sum(padded[rank::world]) for rank in range(world)]
+        assert max(turns) <= 1.5 * max(sum(turns) / world, max(lengths)), turns
+        assert -(-len(groups) // world) == -(-len(arrange(lengths, max_tokens)) // world)  # no more turns
 
 
 class Asked:

@@ -3,6 +3,7 @@
 B rows, T tokens, M rehearsal tokens that count, K stored likeliest tokens.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,12 +71,28 @@ def micro_batches_of(
         totals[row.is_target()] += sum(row.supervised)
     seen = fresh or [False] * len(rows)
     groups = [
-        [(rows[i], seen[i]) for i in group] for group in arrange([len(row.token_ids) for row in rows], max_tokens)
+        [(rows[i], seen[i]) for i in group]
+        for group in shared_out([len(row.token_ids) for row in rows], max_tokens, world)
     ]
     share = [_micro_batch(group, totals, distributions, of_target) for group in groups[rank::world]]
     if len(share) < -(-len(groups) // world):  # ranks wait for each other at every micro-batch
-        share.append(_micro_batch(groups[0], totals, distributions, of_target).without_loss())
+        share.append(_micro_batch(groups[-1], totals, distributions, of_target).without_loss())  # of the shortest rows
     return share
+
+
+def shared_out(lengths: Sequence[int], max_tokens: int, world: int) -> list[list[int]]:
+    """Return positions grouped as `arrange` does, in groups so small that each of `world` ranks has work.
+
+    Ranks take as many turns as groups of `max_tokens` need, and the groups are as small as these turns allow: in
+    groups of `max_tokens` a batch of few rows would be the first rank's alone.
+    """
+    groups = arrange(lengths, max_tokens)
+    most = -(-len(groups) // world) * world
+    if world == 1:
+        return groups
+    sizes = range(max(lengths), max_tokens + 1)
+    smallest = bisect_left(sizes, True, key=lambda size: len(arrange(lengths, size)) <= most)
+    return arrange(lengths, sizes[smallest]) if smallest < len(sizes) else groups
 
 
 def _micro_batch(
