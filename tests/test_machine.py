@@ -10,6 +10,7 @@ import pytest
 
 from cfsd import machine as module
 from cfsd.machine import Machine
+from cfsd.train.spec import TrainSpec
 from tests.conftest import ROOT
 
 
@@ -54,3 +55,19 @@ def test_peak_memory_is_of_the_process_alone() -> None:
     program = "from cfsd.machine import peak_memory; mine = bytearray(b'1') * 2**28; print(peak_memory())"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 2**28 < int(run.stdout) < 2**29 < held.nbytes
+
+
+@pytest.mark.parametrize(("computes", "halves"), [(True, True), (False, False)])
+def test_bfloat16_is_the_default_of_gpus_that_compute_in_it(
+    monkeypatch: pytest.MonkeyPatch, computes: bool, halves: bool
+) -> None:
+    """Torch says of a T4 or V100 that it supports bfloat16, which it emulates."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or computes
+    )
+    assert Machine(device="cuda").halves() == halves
+    assert not Machine(device="cpu").halves()
+    spec = TrainSpec(seed=0)
+    assert spec.in_bfloat16(Machine(device="cuda")) == halves
+    assert spec.model_copy(update={"precision": "bfloat16"}).in_bfloat16(Machine(device="cuda"))

@@ -179,7 +179,9 @@ class TrainSpec(Spec):
     weight_decay: NonNegativeFloat = Field(0.0, description="Of the weights, decoupled, towards 0")
     clip_norm: PositiveFloat = Field(1.0, description="Largest norm of a global batch's gradient")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, float32 on CPU; weights and optimizer stay in float32"
+        "auto",
+        description="auto: bfloat16 on GPUs that compute in it (not T4, V100), else float32; weights and "
+        "optimizer stay in float32",
     )
     dropout: float | None = Field(
         None,
@@ -268,8 +270,8 @@ class TrainSpec(Spec):
         return self.rehearsal.needs_base() or (held is not None and held.stored is None)
 
     def in_bfloat16(self, machine: Machine) -> bool:
-        """Say whether the forward and backward passes are computed in bfloat16."""
-        return self.precision == "bfloat16" or (self.precision == "auto" and machine.resolved_device() == "cuda")
+        """Say whether the forward and backward passes are computed in bfloat16: by default where GPUs compute in it."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and machine.halves())
 
 
 class Watched(BaseModel):

@@ -66,3 +66,13 @@ def test_the_number_format_is_that_of_the_base(ends: tuple[Path, Path]) -> None:
     model.save_pretrained(ends[0])
     folder = merged(ends, 0.5)
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+
+
+def test_a_merge_needs_no_memory_of_a_gpu(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two models in float32 are 8 bytes a weight: the device only says in which format the result is measured."""
+    base, tuned = ends
+    merged = [tmp_path / device for device in ("cpu", "cuda")]
+    found = [merge(base, tuned, 0.5, folder, folder.name) for folder in merged]  # torch finds no GPU here
+    assert weights(merged[0]).keys() == weights(merged[1]).keys()
+    assert all(torch.equal(one, weights(merged[1])[name]) for name, one in weights(merged[0]).items())
+    assert found[1] != found[0] == {}  # on a GPU it is measured in bfloat16

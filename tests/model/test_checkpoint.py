@@ -1,10 +1,12 @@
 """A model's identity is its content; its start token is told, never guessed; pickles are refused."""
 
+import gc
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from cfsd.errors import BadInput
 from cfsd.model.checkpoint import SMOLLM2, Checkpoint
 from cfsd.model.fetching import smollm2_folder
 from cfsd.model.folder import payload_of
-from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token
+from cfsd.model.loading import load_for_measuring, load_tokenizer, read_eos_ids, read_start_token, release_models
 from cfsd.store.artifact import Artifact, Store
 from tests.conftest import fetched, save_model
 from tests.inputs import CHAT, save
@@ -204,6 +206,24 @@ def test_two_models_stay_loaded_and_equal_content_loads_once(store: Store, base:
     loaded = [load_for_measuring(store, model, "cpu") for model in (base, other, base, other)]
     assert loaded[0] is loaded[2] is not loaded[1] is loaded[3]
     assert not loaded[0].training
+
+
+def test_one_model_stays_loaded_where_memory_is_small(
+    store: Store, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and tuned model of 8 billion weights are 32 GB in 16 bits: a GPU of 24 GB measures one after the other."""
+    release_models()
+    other = fetched(store, save_model(tmp_path / "other", seed=1))
+    size = sum(parameter.nbytes for parameter in load_for_measuring(store, base, "cpu").parameters())
+    for memory, stays in ((3 * size, True), (3 * size - 1, False)):
+        monkeypatch.setattr("cfsd.machine.whole_memory", lambda device="cpu", memory=memory: memory)
+        release_models()
+        first = load_for_measuring(store, base, "cpu")
+        gone = ref(first)
+        del first
+        load_for_measuring(store, other, "cpu")
+        gc.collect()
+        assert (gone() is not None) == stays
 
 
 def test_the_packaged_model_is_found_without_importing_its_package() -> None:
