@@ -407,8 +407,9 @@ def _seconds(stage: str, work: Work, job: Job, weights: float, rate: float) -> f
         rate *= _bfloat16_gain(machine)
     share = DECODED if work.decoded else REACHED
     vocabulary, layers = (shapes.vocabulary, shapes.layers) if shapes else (50_000, USUAL_LAYERS)
+    passed = shapes.passed() if shapes and shapes.experts else weights
     return (
-        work.passes * work.tokens * 2 * weights / (rate * share * pace.processes)
+        work.passes * work.tokens * 2 * passed / (rate * share * pace.processes)
         + work.calls * layers * pace.call / pace.processes
         + work.updates * weights * pace.update / pace.shards
         + work.logits * vocabulary * pace.logit

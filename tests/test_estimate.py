@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu_memory import USABLE, ways_to_train
 from cfsd.estimate import CHECKED, KNOWN_SHAPES, PROCESS_BYTES, divergence_memory, estimate, job_of
@@ -185,6 +187,48 @@ def test_a_divergence_over_a_wide_vocabulary_needs_what_is_planned(tmp_path: Pat
     planned = divergence_memory(shapes.parameters(), shapes.vocabulary) - PROCESS_BYTES
     print(f"{int(run.stdout) / 1e9:.2f} GB, planned {planned / 1e9:.2f}")
     assert 1 / FACTOR < planned / int(run.stdout) < FACTOR
+
+
+EXPERTS: dict[str, dict[str, Any]] = {  # the sizes of Qwen3-30B-A3B, Mixtral 8x7B, OLMoE-1B-7B and GPT-OSS-20B
+    "qwen3_moe": {
+        "hidden_size": 2048, "num_hidden_layers": 48, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    },
+    "olmoe": {
+        "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 1024, "num_experts": 64,
+        "num_experts_per_tok": 8, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304,
+    },
+    "gpt_oss": {
+        "hidden_size": 2880, "num_hidden_layers": 24, "intermediate_size": 2880, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "vocab_size": 201088,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_mixtures_of_experts_are_planned_with_all_of_their_weights(kind: str) -> None:
+    """They were counted as dense models of one expert's size: a plan said that a tenth of the memory is enough."""
+    config = AutoConfig.for_model(kind, **EXPERTS[kind])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    real = model.num_parameters()
+    linear = sum(
+        layer.weight.numel()
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()
+    )
+    shapes = Shapes.of_config(config.to_dict())
+    assert shapes and shapes.parameters() == pytest.approx(real, rel=0.01)
+    quantised = TrainSpec.model_validate({"seed": 0, "methods": {"lora": {"rank": 16, "quantise": "nf4"}}})
+    load = load_of(quantised, Machine(device="cpu"))
+    assert training_memory(shapes, load).weights > 0.95 * 4 * (real - linear)
+    assert 2 * linear < shapes.passed() < real / 2
 
 
 @pytest.mark.parametrize(("room", "copies"), [(True, 1), (False, 0)])

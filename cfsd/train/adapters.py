@@ -24,6 +24,7 @@ from cfsd.train.methods.method import TrainedAdapter
 
 FOLDER = "adapter"
 TRIAL = 16  # tokens
+QUANTISABLE = 0.5  # of all weights, below which holding linear layers in 4 bits would not make a model fit
 SMALL = 0.01  # of all layers' weights: names of what is left out are not listed below this
 
 
@@ -52,6 +53,20 @@ def check_layers(folder: Path, methods: Methods) -> None:
     adapter, model = methods.adapter(), skeleton(folder)
     if adapter and model is not None:
         _named(adapter, _all_linear_layers(model), model)
+        if adapter.quantise:
+            _check_quantised(model)
+
+
+def _check_quantised(model: PreTrainedModel) -> None:
+    """Raise BadInput where most weights are in no linear layer, as those of experts: they would stay in 32 bits."""
+    linear = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)]
+    share = sum({id(weight): weight.numel() for weight in linear}.values()) / model.num_parameters()
+    if share < QUANTISABLE:
+        raise BadInput(
+            f"lora.quantise holds linear layers in 4 bits, but only {share:.0%} of this model's weights are in such layers "
+            "or in its embedding: experts are not, and stay in 32 bits; leave quantise out, with the memory that "
+            "`--plan` names, or take a dense model"
+        )
 
 
 def _named(

@@ -18,6 +18,7 @@ QUANTISED = 0.52  # bytes of a weight in 4 bits, with its share of the scales
 STATES = {"adamw": 2, "lion": 1, "ademamix": 3, "sgd": 0, "adafactor": 0}  # tensors of the weights' size
 LOGIT_BUFFERS = 4  # logits and distribution of a chunk, and of the one before, which is freed when the next is there
 BASE_BUFFERS = 2  # the live base's logits and distribution
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configs name their number
 EMBEDDING_TIED_BY_DEFAULT = ("gemma", "gpt2")
 
 
@@ -33,6 +34,10 @@ class Shapes(NamedTuple):
     tied: bool = False
     gated: bool = True
     head_size: int | None = None
+    experts: int = 0  # of each block, in one fused tensor and no linear layer; 0: a dense MLP
+    chosen: int = 0  # of the experts, for each token
+    expert_width: int = 0
+    shared_width: int = 0  # of the MLP that every token passes beside its experts
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> Self | None:
@@ -47,7 +52,7 @@ class Shapes(NamedTuple):
             width, layers, config.get("intermediate_size") or config.get("n_inner") or 4 * width,
             heads, config.get("num_key_value_heads") or heads, vocabulary,
             tied=config.get("tie_word_embeddings", kind.startswith(EMBEDDING_TIED_BY_DEFAULT)),
-            gated=kind != "gpt2", head_size=config.get("head_dim"),
+            gated=kind != "gpt2", head_size=config.get("head_dim"), **_experts(config),
         )  # fmt: skip
 
     def attention_widths(self) -> tuple[int, int]:
@@ -57,12 +62,25 @@ class Shapes(NamedTuple):
 
     def matrices(self) -> list[tuple[int, int]]:
         """Return inputs and outputs of each linear layer of a block."""
-        d, (q, kv), i = self.width, self.attention_widths(), self.intermediate
-        return [(d, q), (d, kv), (d, kv), (q, d), *[(d, i)] * (2 if self.gated else 1), (i, d)]
+        d, (q, kv) = self.width, self.attention_widths()
+        i = self.shared_width if self.experts else self.intermediate
+        return [(d, q), (d, kv), (d, kv), (q, d), *([*[(d, i)] * (2 if self.gated else 1), (i, d)] if i else [])]
 
     def block_parameters(self) -> int:
         """Return the weights of one block."""
-        return sum(a * b for a, b in self.matrices()) + 2 * self.width
+        return sum(a * b for a, b in self.matrices()) + 2 * self.width + self.expert_parameters(self.experts)
+
+    def expert_parameters(self, count: int) -> int:
+        """Return the weights of `count` experts of a block, and of what chooses among all of them."""
+        return count * 3 * self.width * self.expert_width + self.experts * self.width
+
+    def mlp_width(self) -> int:
+        """Return the width of what a token passes in the MLP of a block."""
+        return self.chosen * self.expert_width + self.shared_width if self.experts else self.intermediate
+
+    def passed(self) -> int:
+        """Return the weights that a token passes: of experts, those that are chosen for it."""
+        return self.parameters() - self.layers * 3 * (self.experts - self.chosen) * self.width * self.expert_width
 
     def embedding(self) -> int:
         """Return the weights of the token embedding, or of the output layer."""
@@ -71,6 +89,17 @@ class Shapes(NamedTuple):
     def parameters(self) -> int:
         """Return all weights."""
         return self.layers * self.block_parameters() + self.embedding() * (1 if self.tied else 2) + self.width
+
+
+def _experts(config: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of a mixture of experts, as families name them; as if every block had one."""
+    count = next((config[name] for name in EXPERTS if config.get(name)), 0)
+    if not count:
+        return {}
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size") or 0
+    shared = config.get("shared_expert_intermediate_size") or width * (config.get("n_shared_experts") or 0)
+    chosen = config.get("num_experts_per_tok") or 1
+    return {"experts": count, "chosen": chosen, "expert_width": width, "shared_width": shared}
 
 
 class Load(NamedTuple):
@@ -182,7 +211,7 @@ def _activations(shapes: Shapes, load: Load) -> float:
     stream = FLOAT * shapes.width * load.micro_batch_tokens
     saved = shapes.layers * stream + block if load.checkpointing else shapes.layers * block
     linear = HALF if load.bfloat16 else FLOAT
-    slopes = linear * load.micro_batch_tokens * (2 * shapes.intermediate + 2 * shapes.width)
+    slopes = linear * load.micro_batch_tokens * (2 * shapes.mlp_width() + 2 * shapes.width)
     around = 5 * stream  # embedding, last norm, the picked hidden states and their gradients
     return saved + slopes + around + _casts(shapes, load)
 
@@ -197,7 +226,7 @@ def _block_bytes(shapes: Shapes, load: Load) -> int:
     linear = HALF if load.bfloat16 else FLOAT
     norms = 2 * 3 * FLOAT * shapes.width + (2 * HALF * shapes.width if load.bfloat16 else 0)
     attention = 2 * sum(shapes.attention_widths())
-    mlp = (4 if shapes.gated else 3) * shapes.intermediate
+    mlp = (4 if shapes.gated else 3) * shapes.mlp_width()
     adapters = sum(_rank(load, *pair) for pair in shapes.matrices())
     return norms + linear * (attention + mlp + adapters)
 

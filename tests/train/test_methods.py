@@ -20,14 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
-from transformers import GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    GPT2LMHeadModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from cfsd.errors import BadInput
 from cfsd.merge.stage import merge
 from cfsd.model.loading import load_model, load_tokenizer
 from cfsd.model.special_tokens import settle_start_token
 from cfsd.spec import Spec
-from cfsd.train.adapters import KeepDirections, adapt, merge_trained, trained_by
+from cfsd.train.adapters import KeepDirections, adapt, check_layers, merge_trained, trained_by
 from cfsd.train.methods import Methods
 from cfsd.train.methods.ewc import FisherSpec
 from cfsd.train.methods.fisher import FILE
@@ -367,6 +374,19 @@ def test_weights_of_experts_get_matrices_on_top_of_the_layers_and_are_merged_exa
             Methods.model_validate({"lora": {"rank": 3, "use_dora": True, "target_parameters": chosen}}),
             mixture_of_experts(),
         )
+
+
+def test_a_base_of_experts_is_not_held_in_4_bits(tmp_path: Path) -> None:
+    """Experts are one fused tensor and no linear layer: 111 GB of a 30B model would stay in 32 bits, unsaid."""
+    quantised = Methods.model_validate({"lora": {"rank": 3, "quantise": "nf4"}})
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+    AutoConfig.for_model("llama", **small, intermediate_size=64).save_pretrained(tmp_path / "dense")
+    check_layers(tmp_path / "dense", quantised)
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    AutoConfig.for_model("qwen3_moe", **small, **experts).save_pretrained(tmp_path / "experts")
+    check_layers(tmp_path / "experts", Methods.model_validate({"lora": {"rank": 3}}))
+    with pytest.raises(BadInput, match=r"only \d+% of this model's weights are in such layers .* experts are not"):
+        check_layers(tmp_path / "experts", quantised)
 
 
 @pytest.mark.parametrize("put_back", [True, False])
