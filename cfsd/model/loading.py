@@ -147,13 +147,13 @@ def load_quantised(folder: Path, device: str, kind: str, computed_in: torch.dtyp
 
 
 def halve_layers(model: PreTrainedModel) -> None:
-    """Hold the matrices of linear layers in bfloat16: the same function under autocast, which casts them anyway.
+    """Hold the frozen matrices of linear layers in bfloat16: the same function under autocast, which casts them anyway.
 
     Embeddings, also where they are the output layer, norms and biases stay as they are.
     """
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     for layer in model.modules():
-        if type(layer) is nn.Linear and id(layer.weight) not in embeddings:
+        if type(layer) is nn.Linear and id(layer.weight) not in embeddings and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.bfloat16()
 
 

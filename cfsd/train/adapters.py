@@ -63,9 +63,9 @@ def _check_quantised(model: PreTrainedModel) -> None:
     share = sum({id(weight): weight.numel() for weight in linear}.values()) / model.num_parameters()
     if share < QUANTISABLE:
         raise BadInput(
-            f"lora.quantise holds linear layers in 4 bits, but only {share:.0%} of this model's weights are in such layers "
-            "or in its embedding: experts are not, and stay in 32 bits; leave quantise out, with the memory that "
-            "`--plan` names, or take a dense model"
+            f"lora.quantise holds linear layers in 4 bits, but only {share:.0%} of this model's weights are in such "
+            "layers or in its embedding: experts are not, and stay in 32 bits; leave quantise out, with the memory "
+            "that `--plan` names, or take a dense model"
         )
 
 
@@ -308,7 +308,7 @@ def _adapted(layer: Any) -> Any:
 def merge_trained(methods: Methods, model: nn.Module, folder: Path, base: Path | None = None) -> PreTrainedModel:
     """Return the plain transformers model that computes what `model` does; write the adapter to `folder`/adapter.
 
-    Where the base's layers were quantised, the adapter is merged into those in folder `base`, as they were before.
+    Where the base's layers were rounded for the training, the adapter is merged into those in folder `base`.
 
     The adapter has the same bytes on every machine. PEFT's own save would add the base's path, its version and a model
     card, and list targets in the order of a set.
@@ -327,8 +327,7 @@ def merge_trained(methods: Methods, model: nn.Module, folder: Path, base: Path |
         config[name] = sorted(config[name]) if config.get(name) else None
     del config["peft_version"]
     write_json(folder / FOLDER / "adapter_config.json", config)
-    if adapter.quantise:
-        assert base, "the quantised layers are not the base's"
+    if base:
         adapted = PeftModel.from_pretrained(load_model(base, "cpu", "float32"), str(folder / FOLDER))
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged

@@ -159,7 +159,7 @@ def training_memory(shapes: Shapes, load: Load) -> Memory:
     beside = added + shapes.layers * _kept_directions(shapes, load)
     exchanged = trained if load.processes > 1 and not load.sharded else 0  # DDP's buckets are a second copy
     return Memory(
-        weights=(FLOAT * (all_weights + beside) - _saved_by_quantising(shapes, load)) / shards,
+        weights=(FLOAT * (all_weights + beside) - _saved_by_rounding(shapes, load)) / shards,
         gradients=FLOAT * (trained / shards + exchanged),
         moments=_state_bytes(load.optimizer) * trained / shards,
         anchors=FLOAT * load.anchor_copies * trained / shards,
@@ -175,10 +175,14 @@ def _state_bytes(optimizer: str) -> float:
     return STATES[kind] * (1 if optimizer.endswith("8bit") else FLOAT)
 
 
-def _saved_by_quantising(shapes: Shapes, load: Load) -> float:
-    quantised = load.adapter is not None and load.adapter.quantise is not None
+def _saved_by_rounding(shapes: Shapes, load: Load) -> float:
+    """Return what the linear layers beside an adapter take less than in float32."""
     layers = shapes.layers * sum(a * b for a, b in shapes.matrices())
-    return (FLOAT - QUANTISED) * layers if quantised else 0.0
+    if load.adapter is None:
+        return 0.0
+    if load.adapter.quantise:
+        return (FLOAT - QUANTISED) * layers
+    return float((FLOAT - HALF) * layers) if load.adapter.halves(load.bfloat16) else 0.0
 
 
 def _rank(load: Load, *sides: int) -> int:
@@ -198,7 +202,7 @@ def _live_base(shapes: Shapes, load: Load) -> float:
     """Return the base's weights: under autocast its layers are held in half the bytes, its embedding is not."""
     if not load.live_base:
         return 0
-    if saved := _saved_by_quantising(shapes, load):  # quantised as the trained model is
+    if saved := _saved_by_rounding(shapes, load):  # rounded as the trained model is
         return FLOAT * shapes.parameters() - saved
     embedding = FLOAT * shapes.embedding() if load.bfloat16 and not load.sharded else 0
     wide = HALF if load.bfloat16 else FLOAT
@@ -237,7 +241,8 @@ def _casts(shapes: Shapes, load: Load) -> float:
     if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
         return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.adapter else ends)
-    return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 else 0
+    held = load.adapter is not None and load.adapter.halves(load.bfloat16)
+    return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 and not held else 0
 
 
 def _logits(shapes: Shapes, load: Load) -> float:

@@ -136,11 +136,13 @@ def fit(folder: Path, request: TrainRequest) -> dict[str, JsonValue]:
     data = _data(store, request, folder / CHECKPOINTS / DISTRIBUTIONS, args)
     args.warmup_steps = round(spec.warmup_fraction * len(data))
     base_folder = store.path(request.base)
-    model = _trained_base(base_folder, spec, args)
+    model = _trained_base(base_folder, spec, args, is_watched=request.watched is not None)
     put_back = turn_off_dropout(model) if spec.dropout == 0 else lambda: None
     trained = adapt(spec.methods, model)
     adapter = trained_by(model) if spec.methods.adapter() else None
     objective = _objective(model, spec, base_folder, args, sharded=machine.resolved_sharding() == "shard")
+    if _shrinks(spec, args):
+        _shrink(model, args)
     recorder = _recorder(folder, model, request, args, len(data))
     last = _resumed(folder, recorder, model, args)
     if recorder.stopped_at is not None:  # transformers takes a step before it looks at max_steps: leave none to take
@@ -166,9 +168,9 @@ def _objective(
 ) -> Objective:
     """Return the objective, attached to `model`. Raises BadInput for dropout where it would spoil a divergence."""
     live = _live_base(base_folder, spec, args)
-    objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods)
+    objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods, device=args.device)
     if args.bf16 and objective.base and not sharded:
-        halve_layers(objective.base)
+        _shrink(objective.base, args)
     check_dropout(spec, drops=objective.drops, sharded=sharded)
     return objective
 
@@ -200,13 +202,36 @@ def _as_trained(args: TrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def _trained_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel:
-    """Return the base as it is trained, or as an adapter is trained beside it."""
+def _trained_base(
+    folder: Path, spec: TrainSpec, args: TrainingArguments, *, is_watched: bool = False
+) -> PreTrainedModel:
+    """Return the base as it is trained, or as an adapter stands beside it.
+
+    It is on the CPU where a GPU is to hold less: halves of its layers, or its own shards, which FSDP moves layer by
+    layer. A watcher reads the whole model before that.
+    """
     adapter = spec.methods.adapter()
     if adapter is None or adapter.quantise is None:
-        return load_model(folder, args.device.type, "float32")
+        less = _shrinks(spec, args) or (args.fsdp and not is_watched)
+        return load_model(folder, "cpu" if less else args.device.type, "float32")
     computed_in = torch.bfloat16 if args.bf16 else torch.float32
     return load_quantised(folder, str(args.device), adapter.quantise, computed_in)
+
+
+def _shrinks(spec: TrainSpec, args: TrainingArguments) -> bool:
+    """Say whether the frozen layers beside an adapter are held in the format that they are computed in."""
+    adapter = spec.methods.adapter()
+    return adapter is not None and adapter.halves(args.bf16)
+
+
+def _shrink(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Halve the frozen layers, and bring the model to its device: a GPU never holds it in float32.
+
+    Not earlier: trials of a model, as that of its head, pass it outside of autocast.
+    """
+    halve_layers(model)
+    if getattr(model, "hf_quantizer", None) is None:
+        nn.Module.to(model, args.device)
 
 
 def _plain(model: PreTrainedModel, spec: TrainSpec, folder: Path) -> PreTrainedModel:
@@ -222,8 +247,13 @@ def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTra
     """
     if not spec.needs_base():
         return None
-    sharded = args.bf16 and args.fsdp
-    base = load_model(folder, args.device.type, "bfloat16") if sharded else _trained_base(folder, spec, args)
+    adapter = spec.methods.adapter()
+    if args.bf16 and args.fsdp:
+        base = load_model(folder, args.device.type, "bfloat16")
+    elif adapter and adapter.quantise:
+        base = _trained_base(folder, spec, args)
+    else:  # it shrinks to halves before it comes to a GPU
+        base = load_model(folder, "cpu" if args.bf16 else args.device.type, "float32")
     base.eval().requires_grad_(False)
     return base
 
@@ -251,7 +281,9 @@ def _save(trainer: GlobalBatchTrainer, spec: TrainSpec, base_folder: Path, folde
     state = trainer.accelerator.get_state_dict(wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return Rounding()
-    model = merge_trained(spec.methods, trainer.accelerator.unwrap_model(wrapped), folder, base_folder)
+    unwrapped, adapter = trainer.accelerator.unwrap_model(wrapped), spec.methods.adapter()
+    rounded = _shrinks(spec, trainer.args) or (adapter is not None and adapter.quantise)
+    model = merge_trained(spec.methods, unwrapped, folder, base_folder if rounded else None)
     if state is not None:
         model = load_model(base_folder, "cpu", "float32")
         model.load_state_dict(state)

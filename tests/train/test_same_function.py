@@ -26,16 +26,18 @@ from transformers import (
 
 from cfsd.model.loading import halve_layers
 from cfsd.store.artifact import Store
+from cfsd.train import trainer
 from cfsd.train.batches.micro_batches import MicroBatch, Row
 from cfsd.train.dropout import has_dropout, turn_off_dropout
 from cfsd.train.loss.objective import Objective, losses
+from cfsd.train.methods.method import TrainedAdapter
 from cfsd.train.spec import RehearsalSpec, TrainSpec
 from tests.conftest import save_model, write_rows
 from tests.train.test_objective import BUCKET, LIVE, NLL, SAMPLED, TEXTS, cut, every_text, rehearsal
-from tests.train.test_train import World, figures, signals_given_back, spec_with, trained, world_in
+from tests.train.test_train import World, figures, signals_given_back, spec_with, trained, world, world_in
 
 pytestmark = pytest.mark.processes
-__all__ = ["signals_given_back"]
+__all__ = ["signals_given_back", "world"]
 VOCABULARY, STORED = 4, 2  # tokens, and how many likeliest of them are stored
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -51,6 +53,30 @@ def model_of(family: str) -> Any:
     if family == "falcon":  # reads its probabilities from the config as it goes
         return FalconForCausalLM(FalconConfig(hidden_dropout=0.1, attention_dropout=0.1, **sizes))
     return LlamaForCausalLM(LlamaConfig(intermediate_size=32, initializer_range=0.5, **sizes))
+
+
+@pytest.mark.parametrize("rehearsal", [{"loss": "nll"}, {"loss": "kl", "reference": "base"}])
+def test_frozen_layers_in_bfloat16_train_the_same_adapter(
+    world: World, monkeypatch: pytest.MonkeyPatch, rehearsal: dict[str, Any]
+) -> None:
+    """Held in 32 bits they were cast anew in every pass, and the cast was kept: six bytes a weight in place of two."""
+    spec = spec_with(methods={"lora": {"rank": 4}}, precision="bfloat16", rehearsal=rehearsal)
+    key = rehearsal["loss"]
+    halved = []
+    halve = trainer.halve_layers
+    monkeypatch.setattr(trainer, "halve_layers", lambda model: (halve(model), halved.append(held_in_16_bits(model))))
+    small = trained(world, f"small {key}", world.mixture, spec)
+    monkeypatch.setattr(TrainedAdapter, "halves", lambda *_: False)
+    whole = trained(world, f"whole {key}", world.mixture, spec)
+    for file in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        assert (world.store.path(small) / file).read_bytes() == (world.store.path(whole) / file).read_bytes()
+    assert halved and min(halved) > 0.5
+
+
+def held_in_16_bits(model: Any) -> float:
+    """Return the share of the frozen weights that take two bytes."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(p.numel() for p in frozen if p.dtype == torch.bfloat16) / sum(p.numel() for p in frozen)
 
 
 class AtBase(NamedTuple):
@@ -207,9 +233,9 @@ def test_without_dropout_the_pull_of_the_base_is_nothing_at_the_first_step(dropp
 
 def test_a_small_corpus_is_rehearsed_once_a_step_and_that_is_said(tmp_path: Path) -> None:
     there = Store(tmp_path / "data"), save_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
-    world = world_in(*there, corpus_rows=4)
-    model = trained(world, "small", world.mixture)
-    held = world.mixture.metadata["rehearsal_tokens"]
+    little = world_in(*there, corpus_rows=4)
+    model = trained(little, "small", little.mixture)
+    held = little.mixture.metadata["rehearsal_tokens"]
     (line,) = model.metadata["said"]  # type: ignore[misc]
     assert f"each step rehearses the whole corpus once, {held} tokens in 4 rows" in str(line)
     assert "mix.rehearsal_tokens asks for 96" in str(line) and "raise generate.rows" in str(line)

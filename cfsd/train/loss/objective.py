@@ -48,11 +48,12 @@ class Objective:
 
     def __init__(
         self, model: PreTrainedModel, spec: RehearsalSpec, base: PreTrainedModel | None = None, *,
-        sharded: bool = False, methods: Methods | None = None,
+        sharded: bool = False, methods: Methods | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference.
 
-        Of `methods` count those that weigh the target's tokens, or hold them near the base.
+        `device`: where the model will be trained, if it is not there yet. Of `methods` count those that weigh the
+        target's tokens, or hold them near the base.
 
         Beside a live base rehearsal rows pass by themselves, in products of the same shapes as the base's: then both
         are equal to the last bit. Adam's first steps are of one size however small the slope is, and would follow the
@@ -62,7 +63,8 @@ class Objective:
         methods = methods or Methods()
         self.factor, self.held = methods.factor(), methods.divergence()
         self.head_of = head_of(model)
-        self.unpadded = prepare_packed(model) and (base is None or prepare_packed(base))
+        on_cpu = (device or model.device).type == "cpu"  # elsewhere kernels for padded rows are faster
+        self.unpadded = on_cpu and prepare_packed(model) and (base is None or prepare_packed(base))
         self.drops = has_dropout(model)
         self.apart = self.drops or (base is not None and not sharded)
         self.notes = self._notes()

@@ -42,6 +42,13 @@ class TrainedAdapter(NamedTuple):
     preserved: float = 0.0
     quantise: str | None = None  # the number format that the base's layers are held in meanwhile
 
+    def halves(self, bfloat16: bool) -> bool:
+        """Say whether the frozen layers are held in bfloat16 where they are computed in it.
+
+        DoRA adds to them before the product, so it reads their float32; OSFT takes them apart.
+        """
+        return bfloat16 and self.kind == "lora" and not self.quantise and not self.settings["use_dora"]
+
     def rank_at(self, smaller: int) -> int:
         """Return the rank beside a matrix whose smaller side is `smaller`."""
         return self.rank or smaller - int(smaller * self.preserved)
