@@ -31,7 +31,7 @@ def check_architecture(config: PretrainedConfig, name: str) -> list[str]:
     """
     for divided in (True, False):
         try:
-            changed = _changed_by_later(_small(config, divided))
+            changed = _changed_by_later(small_copy(config, divided))
         except Exception:  # sizes of some architectures depend on each other in ways that we do not know
             continue
         if not changed.finite:
@@ -89,7 +89,7 @@ def _changed_by_later(model: PreTrainedModel) -> _Changed:
     return _Changed(model(input_ids=ids_TT.to(model.device), use_cache=False).logits.float().cpu())
 
 
-def _small(config: PretrainedConfig, divided: bool) -> PreTrainedModel:
+def small_copy(config: PretrainedConfig, divided: bool) -> PreTrainedModel:
     """Return a random model with few layers, one of every kind at least, and, `divided`, with fewer heads."""
     small: Any = copy.deepcopy(config)
     layers = int(small.num_hidden_layers)

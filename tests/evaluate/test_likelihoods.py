@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from benchmarks._families import FAMILIES
 from cfsd.evaluate.harness.likelihoods import Pair, Request, can_share, likelihoods, rows_of
 
 VOCABULARY, CONTEXT = 40, 24
@@ -94,6 +95,18 @@ def alone(model: Any, request: Request) -> tuple[float, bool]:
     logprobs = model(torch.tensor([read])).logits[0, -len(wanted) :].log_softmax(-1)
     picked = logprobs.gather(1, torch.tensor(wanted)[:, None])
     return picked.sum().item(), logprobs.argmax(-1).tolist() == wanted
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_16_bits_share_where_those_in_32_do(name: str) -> None:
+    """Kernels with and without a mask round otherwise: on GPUs every context was read once for each choice, unsaid."""
+    assert can_share(made(name).bfloat16()) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_not_read_where_tokens_stand_shares_nothing(dtype: torch.dtype) -> None:
+    (mpt,) = (family for family in FAMILIES if family.name == "MPT")
+    assert not can_share(mpt.model().to(dtype))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from cfsd.model.architecture import sees_all
 from cfsd.model.batching import arrange, pad
+from cfsd.model.causal import small_copy
 
 CHUNK = 256  # positions whose whole distributions are in memory at once
 TRIAL = ([5, 6, 7, 8], [5, 6, 7, 9, 10], [5, 6, 11])  # of three branches
+EXACT = 4  # bytes of a number with which a trial tells rounding from a mistake
+SAME = 1e-5  # of 1 + the log-likelihood; of the families in `benchmarks/_families.py` 4e-7 at most, or 2e-3 and more
 Pair = tuple[list[int], list[int]]  # context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether each token of it is the likeliest
 
@@ -170,13 +173,18 @@ def _branches(model: PreTrainedModel, rows: Sequence[Row], longest: int) -> dict
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Say whether branches after one trunk are predicted as texts of their own; it is tried where layers see all."""
+    """Say whether branches after one trunk are predicted as texts of their own; it is tried where layers see all.
+
+    A model in 16 bits is tried as a small copy in 32: kernels with and without a mask round otherwise, by more than
+    a wrong model is wrong.
+    """
     if not sees_all(model.config.get_text_config().to_dict()):
         return False
     requests = [Request(text, text[-1:]) for text in TRIAL]
     whole, shared = (rows_of(requests, [0] * len(TRIAL), most) for most in (0, 64))
     try:
-        told = [likelihoods(model, requests, rows, lambda longest: 64) for rows in (whole, shared)]
+        tried = small_copy(model.config, divided=True) if model.dtype.itemsize < EXACT else model
+        told = [likelihoods(tried, requests, rows, lambda longest: 64) for rows in (whole, shared)]
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):  # a model that takes no such arguments
         return False
-    return all(abs(one - other) < 1e-3 * (1 + abs(one)) for (one, _), (other, _) in zip(*told, strict=True))
+    return all(abs(one - other) < SAME * (1 + abs(one)) for (one, _), (other, _) in zip(*told, strict=True))
