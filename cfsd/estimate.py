@@ -43,6 +43,7 @@ DECODED = 0.8  # where each token waits for the one before
 IN_BFLOAT16 = 0.7  # of a training step's time that goes to products, which some CPUs make faster in bfloat16
 TAIL_SECONDS = 3e-6  # of each sample of the tail that is stored with a token
 BYTES_PER_SECOND = 1.2e9  # weights that are read from the disk, or written
+CHECKPOINT = 3  # times the weights: they and AdamW's moments
 PROCESS_SECONDS = 5.0  # until a fresh process trains
 SCORING_SECONDS = 0.2  # of a benchmark, whatever its size
 DEQUANTISING_SECONDS = 1.2e-7  # of each weight of the packaged SmolLM2
@@ -223,7 +224,8 @@ def _training(job: Job, inputs: Inputs) -> Work:
     calls = steps * passes * (job.calls(targets / max(steps, 1)) + job.calls(rehearsed))
     all_tokens = max(targets + steps * rehearsed, 1)
     updates = 0 if recipe.train.methods.adapter() else steps
-    return Work(all_tokens, passed / all_tokens, calls, updates=updates, moved=2, seconds=PROCESS_SECONDS)
+    saved = 0 if recipe.train.methods.adapter() else CHECKPOINT * (steps // job.machine.checkpoint_steps)
+    return Work(all_tokens, passed / all_tokens, calls, updates=updates, moved=2 + saved, seconds=PROCESS_SECONDS)
 
 
 def _rows_of_a_step(recipe: Recipe) -> int:

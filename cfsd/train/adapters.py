@@ -1,7 +1,8 @@
 """Adapters: small matrices that PEFT trains beside the base's, and that are merged into them at the end."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -266,6 +267,21 @@ class Trained(NamedTuple):
             return None
         left_out = ", ".join(self.left_out)
         return f"{self.method} stands beside {self.share:.0%} of the layers' weights, not beside {left_out}"
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let `model` be its base within the block: adapters are passed by, and nothing drops out."""
+    beside: list[Any] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    with mode_kept(model):
+        model.eval()
+        for part in beside:  # PEFT's own switch would also freeze what is trained, within the pass that trains it
+            part._disable_adapters = True
+        try:
+            yield
+        finally:
+            for part in beside:
+                part._disable_adapters = False
 
 
 def quantised_note(methods: Methods) -> str | None:

@@ -200,10 +200,8 @@ def _kept_directions(shapes: Shapes, load: Load) -> int:
 
 def _live_base(shapes: Shapes, load: Load) -> float:
     """Return the base's weights: under autocast its layers are held in half the bytes, its embedding is not."""
-    if not load.live_base:
+    if not load.live_base or (load.adapter and load.adapter.keeps_the_base()):
         return 0
-    if saved := _saved_by_rounding(shapes, load):  # rounded as the trained model is
-        return FLOAT * shapes.parameters() - saved
     embedding = FLOAT * shapes.embedding() if load.bfloat16 and not load.sharded else 0
     wide = HALF if load.bfloat16 else FLOAT
     return wide * (shapes.parameters() - (shapes.embedding() if embedding else 0)) + embedding
@@ -241,6 +239,8 @@ def _casts(shapes: Shapes, load: Load) -> float:
     if load.sharded:  # two blocks, the next one being gathered; embedding and output layer stay gathered
         ends = shapes.embedding() * (1 if shapes.tied else 2)
         return wide * (2 * shapes.block_parameters() + ends) + FLOAT * (0 if load.adapter else ends)
+    if load.adapter and load.adapter.quantise:  # a block's at a time: bitsandbytes keeps the 4 bits for the way back
+        return wide * shapes.block_parameters()
     held = load.adapter is not None and load.adapter.halves(load.bfloat16)
     return HALF * shapes.layers * shapes.block_parameters() if load.bfloat16 and not held else 0
 

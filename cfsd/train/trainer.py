@@ -167,10 +167,10 @@ def _objective(
     model: PreTrainedModel, spec: TrainSpec, base_folder: Path, args: TrainingArguments, *, sharded: bool
 ) -> Objective:
     """Return the objective, attached to `model`. Raises BadInput for dropout where it would spoil a divergence."""
-    live = _live_base(base_folder, spec, args)
+    live = _live_base(model, base_folder, spec, args)
     objective = Objective(model, spec.rehearsal, live, sharded=sharded, methods=spec.methods, device=args.device)
-    if args.bf16 and objective.base and not sharded:
-        _shrink(objective.base, args)
+    if args.bf16 and live is not None and live is not model and not sharded:
+        _shrink(live, args)
     check_dropout(spec, drops=objective.drops, sharded=sharded)
     return objective
 
@@ -240,18 +240,21 @@ def _plain(model: PreTrainedModel, spec: TrainSpec, folder: Path) -> PreTrainedM
     return load_model(folder, model.device.type) if adapter and adapter.quantise else model
 
 
-def _live_base(folder: Path, spec: TrainSpec, args: TrainingArguments) -> PreTrainedModel | None:
+def _live_base(
+    model: PreTrainedModel, folder: Path, spec: TrainSpec, args: TrainingArguments
+) -> PreTrainedModel | None:
     """Return the base where its distribution is the reference, in the format that the trained model computes in.
 
-    That is float32 under autocast, or quantised; where weights are sharded, they are gathered in bfloat16, all of them.
+    That is `model` itself where its base is frozen, else float32 under autocast; where weights are sharded, they are
+    gathered in bfloat16, all of them.
     """
+    adapter = spec.methods.adapter()
     if not spec.needs_base():
         return None
-    adapter = spec.methods.adapter()
+    if adapter and adapter.keeps_the_base():
+        return model
     if args.bf16 and args.fsdp:
         base = load_model(folder, args.device.type, "bfloat16")
-    elif adapter and adapter.quantise:
-        base = _trained_base(folder, spec, args)
     else:  # it shrinks to halves before it comes to a GPU
         base = load_model(folder, "cpu" if args.bf16 else args.device.type, "float32")
     base.eval().requires_grad_(False)

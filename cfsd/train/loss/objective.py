@@ -9,6 +9,7 @@ weight of its own does not change with lengths or batch layout, lambda_string = 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from cfsd.model.architecture import auxiliary_loss
 from cfsd.model.decoder import decoder_of
 from cfsd.model.head import Head, head_of
 from cfsd.model.undisturbed import mode_kept
+from cfsd.train.adapters import without_adapters
 from cfsd.train.batches.micro_batches import MicroBatch
 from cfsd.train.dropout import has_dropout
 from cfsd.train.loss.packed import packed_forward, prepare_packed
@@ -52,6 +54,7 @@ class Objective:
     ) -> None:  # fmt: skip
         """Take over the forward pass of `model`; `base` is needed where its distribution is the live reference.
 
+        Where adapters are trained beside frozen weights, `base` may be `model` itself: it is the base without them.
         `device`: where the model will be trained, if it is not there yet. Of `methods` count those that weigh the
         target's tokens, or hold them near the base.
 
@@ -188,9 +191,10 @@ class Objective:
         """Return the base's distribution at tokens that count, from the base in memory."""
         assert self.base is not None
         rows_B = counted_BT.any(1)
-        hidden_MD, head = self._states(
-            self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (counted_BT[rows_B],)
-        )
+        with without_adapters(self.base) if self.base is self.model else nullcontext():
+            hidden_MD, head = self._states(
+                self.base, micro_batch.token_ids_BT[rows_B], micro_batch.real_BT[rows_B], (counted_BT[rows_B],)
+            )
         return Reference(hidden_MD=_autocast(hidden_MD), head=head)  # logits in the format of the model's own
 
 

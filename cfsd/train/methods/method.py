@@ -49,6 +49,10 @@ class TrainedAdapter(NamedTuple):
         """
         return bfloat16 and self.kind == "lora" and not self.quantise and not self.settings["use_dora"]
 
+    def keeps_the_base(self) -> bool:
+        """Say whether the base's weights stay in the trained model as they are, so that it is its own reference."""
+        return self.kind == "lora"
+
     def rank_at(self, smaller: int) -> int:
         """Return the rank beside a matrix whose smaller side is `smaller`."""
         return self.rank or smaller - int(smaller * self.preserved)
