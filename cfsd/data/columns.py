@@ -75,7 +75,8 @@ def _keys(field: str) -> Iterator[str]:
 def _text(path: tuple[str, ...], row: Located, notes: Counter[str]) -> str:
     value: Any = row.record.get(path[0])
     for key in path[1:]:
-        if value is None:
+        if value is None or value == []:  # nothing, as of a question without an answer
+            value = None
             break
         try:
             value = value[int(key)] if isinstance(value, list) else dict(value)[key]

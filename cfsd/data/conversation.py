@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from cfsd.data.records import Located, Record, text_of
-from cfsd.data.shapes import Shape, listed, texts_of
+from cfsd.data.shapes import Shape, check_shape, listed, texts_of
 from cfsd.errors import BadInput
 
 ROLES = {  # as ShareGPT and others call them
@@ -52,6 +52,7 @@ def read_row(shape: Shape, located: Located, notes: Counter[str]) -> tuple[str, 
     Raises BadInput naming the row and what cannot be read.
     """
     row = Located(f"target {located.place}", located.record)
+    check_shape(shape, row)
     try:
         return texts_of(shape, row, notes) if shape.kind == "texts" else conversation_of(shape, row, notes)
     except RecursionError:

@@ -25,7 +25,7 @@ def csv_records(contents: Contents, said: Said) -> Iterator[tuple[str, Any]]:
         line, header = next(rows, (1, []))
         _check_header(header, line, contents.suffix)
         for line, cells in rows:
-            if cells[0].removeprefix("\ufeff") == header[0] != cells[0]:
+            if _is_header(cells, header):
                 raise ValueError(f"line {line} is a header again: files were put one behind the other; give a folder")
             if len(cells) > len(header):
                 raise ValueError(f"line {line} has {len(cells)} cells, more than the {len(header)} columns")
@@ -33,6 +33,12 @@ def csv_records(contents: Contents, said: Said) -> Iterator[tuple[str, Any]]:
                 said.add(QUOTED, f"{str(contents.path)!r} line {line}")
             filled = [*cells, *[""] * (len(header) - len(cells))]
             yield f"line {line}", {name: cell for name, cell in zip(header, filled, strict=True) if name}
+
+
+def _is_header(cells: list[str], header: list[str]) -> bool:
+    """Say whether a row is the header of another file; in one column, where it may be a datum, only by its mark."""
+    same = [cells[0].removeprefix("\ufeff"), *cells[1:]] == header
+    return same and (len(header) > 1 or cells != header)
 
 
 def _rows(reader: Any) -> Iterator[tuple[int, list[str]]]:

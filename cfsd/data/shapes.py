@@ -12,6 +12,7 @@ from cfsd.errors import BadInput
 
 HEAD = 1000  # rows whose columns are known before the first one is read; what none of them has is an error
 PROMPT, RESPONSE = "prompt", "response"  # the defaults of target.prompt and target.response
+LEARNED = ("response", "completion", "output", "messages", "conversations")  # what known shapes learn
 CONTEXT = ("system", "system_prompt", "history", "tools")  # columns that some tools put beside a prompt
 UNREAD = "beside prompt and response, columns {} are not read"
 FOLLOWS = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -55,6 +56,19 @@ def shape_of(prompt: str, response: str, messages: str | None, rows: Sequence[Lo
     if (prompt, response) == (PROMPT, RESPONSE) and not {PROMPT, RESPONSE} <= set(known):
         return _recognised(known, rows)
     return _pair(prompt, response, known, rows, by_name=(prompt, response) == (PROMPT, RESPONSE))
+
+
+def check_shape(shape: Shape, row: Located) -> None:
+    """Raise BadInput for a row that lacks the column that is learned, and has that of another known shape."""
+    if not (shape.by_name or (shape.recognised and shape.kind == "messages")):
+        return
+    learned = {part.path[0] for part in shape.response if part.path} or {*shape.columns}
+    others = [name for name in LEARNED if name not in learned and row.record.get(name)]
+    if others and all(row.record.get(name) is None for name in learned):
+        raise BadInput(
+            f"{row.place} has no {', '.join(map(repr, sorted(learned)))}, by which the first rows are read, but has "
+            f"{others[0]!r}: rows of two shapes; give each shape a target of its own, or write them in one shape"
+        )
 
 
 def texts_of(shape: Shape, row: Located, notes: Counter[str]) -> tuple[str, str]:

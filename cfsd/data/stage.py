@@ -28,6 +28,10 @@ SHARED = "a token across the border of what is learned counts where it holds onl
 SPECIAL = "special tokens of this model that are written in the text are taken as these tokens"
 UNKNOWN = "characters that this tokenizer does not know become its unknown token"
 LOST = "characters that this tokenizer has no token for are left out"
+HELD_OUT_SEEN = (
+    "{} of {} held-out rows have an answer that training has too, after the same words: what is learned looks like "
+    "more than it is; keep the turns of a chat in one row, and near copies out of the target"
+)
 NO_RESPONSE = "with an empty response"
 MERGED = "whose response has no token of its own"
 LETTERS = 4  # of a token, on average at most: a text with more may be too long
@@ -62,6 +66,8 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     random.Random(f"split {target.seed}").shuffle(places)
     order, held_out = pa.array(places, pa.int64()), len(places) if target.measure_only else target.held_out
     parts = {"held_out": usable.take(order[:held_out]), "train": usable.take(order[held_out:])}
+    trained = _answers_in(parts["train"])
+    seen = sum(not trained.isdisjoint(_answers_of(row)) for row in _read(parts["held_out"])) if trained else 0
     for name, rows in parts.items():
         write_shard(draft.folder, name, 0, _numbered(rows))
         tokens_of = pc.list_value_length(rows["token_ids"])
@@ -69,8 +75,30 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     draft.metadata |= {
         "supervised_tokens": _sum(pc.list_flatten(parts["train"]["supervised"])),
         "dropped": dict(reading.dropped),
-        "said": list(reading.said()),
+        "said": [*reading.said(), *([HELD_OUT_SEEN.format(seen, parts["held_out"].num_rows)] if seen else [])],
+        **({"held_out_seen": seen} if seen else {}),
     }
+
+
+def _read(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in rows.to_batches(max_chunksize=BLOCK):
+        yield from batch.to_pylist()
+
+
+def _answers_in(rows: pa.Table) -> set[bytes]:
+    return {answer for row in _read(rows) for answer in _answers_of(row)}
+
+
+def _answers_of(row: dict[str, Any]) -> Iterator[bytes]:
+    """Yield what tells an answer of a row, and all that comes before it, from others: of a chat each turn's.
+
+    The last one is told by its words alone, whatever their case and spaces.
+    """
+    supervised = row["supervised"]
+    for end in (t for t, own in enumerate(supervised, 1) if own and not any(supervised[t : t + 1])):
+        yield _digest(row["token_ids"][:end])
+    words = "\0".join(" ".join(row[side].casefold().split()) for side in ("prompt", "response"))
+    yield blake2b(words.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _table(rows: Iterator[Row]) -> pa.Table:

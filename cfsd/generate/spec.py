@@ -14,6 +14,14 @@ from cfsd.store.artifact import Artifact
 
 Source = Literal["context-free", "template", "contextual", "replay", "earlier-prompts", "earlier-rows"]
 EARLIER: tuple[Source, ...] = ("earlier-prompts", "earlier-rows")  # of targets that the base was trained on
+WORDS: dict[Source, str] = {  # for people, as in a model card: where the texts are from
+    "context-free": "text that the base model wrote without a prompt",
+    "template": "chats of which the base model wrote both sides",
+    "contextual": "answers of the base model to prompts of the target",
+    "replay": "documents that were given",
+    "earlier-prompts": "answers of the base model to prompts of earlier targets",
+    "earlier-rows": "given texts of earlier targets",
+}
 WRITTEN: tuple[Source, ...] = ("replay", "earlier-rows")  # whose texts are there already
 SAMPLING = ("temperature", "top_p", "top_k", "min_length")
 SHARDS_PER_SOURCE = 1_000_000

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from cfsd.generate.spec import CONTEXT_FREE, WORDS
 from cfsd.report.compared import NOTHING, Comparisons
 from cfsd.report.differences import lines_against
 from cfsd.report.lineage import lineage, lines_of_tree
@@ -17,13 +18,14 @@ from cfsd.report.run_record import RunRecord
 from cfsd.report.shown import shown_answers
 from cfsd.report.summary import Summary
 from cfsd.report.table import forgotten_of, number, unit_of, variant_of
-from cfsd.report.verdict import verdict, warnings
+from cfsd.report.verdict import joined, verdict, warnings
 from cfsd.statistics import differences
 from cfsd.statistics.discoveries import DEFINITION, finding
 from cfsd.store.artifact import Store
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "word_perplexity": "perplexity"}  # the hub's names
+PATHS = ("path", "folder", "prompts")  # fields that may hold a path of this machine
 SETTINGS = ("learning_rate", "epochs", "schedule", "warmup_fraction", "weight_decay", "precision", "seed")
 
 
@@ -107,11 +109,9 @@ def _rehearsed(run_record: RunRecord) -> str:
         return ""
     sampled = run_record.artifacts.get("corpus", corpus).metadata
     biased = f", not an exact sample of it: {sampled['biased']}" if sampled.get("biased") else ""
-    source = str(sampled.get("source") or "context-free")
-    texts = {"replay": "documents given (replay)", "mixed": "text, partly sampled from the base model, partly given"}
-    return (
-        f"{corpus.metadata['rows']:,} rows of {texts.get(source, f'{source} text sampled from the base model')}{biased}"
-    )
+    source: Any = sampled.get("source") or CONTEXT_FREE
+    fractions = run_record.recipe.generate.fractions if run_record.recipe and source == "mixed" else {source: 1.0}
+    return f"{corpus.metadata['rows']:,} rows of {joined([WORDS[part] for part in sorted(fractions)])}{biased}"
 
 
 def _training(run_record: RunRecord, summary: Summary) -> dict[str, Any]:
@@ -132,12 +132,12 @@ def _training(run_record: RunRecord, summary: Summary) -> dict[str, Any]:
     return shown | {"training, seconds": number(costs["seconds"]) if "seconds" in costs else None}
 
 
-def _without_paths(content: Any) -> Any:
-    """Return `content` with absolute paths cut to their last part: a card is for everyone, a path is not."""
+def _without_paths(content: Any, field: str = "") -> Any:
+    """Return `content` with the absolute paths of its PATHS cut to their last part: a card is for everyone."""
     if isinstance(content, dict):
-        return {name: _without_paths(value) for name, value in content.items()}
+        return {name: _without_paths(value, name) for name, value in content.items()}
     if isinstance(content, list):
-        return [_without_paths(value) for value in content]
-    if isinstance(content, str) and re.match(r"(/|~|[A-Za-z]:\\)\S", content) and not re.search(r"[\n{]", content):
+        return [_without_paths(value, field) for value in content]
+    if field in PATHS and isinstance(content, str) and re.match(r"/|~|[A-Za-z]:\\", content):
         return PurePath(content.replace("\\", "/")).name
     return content

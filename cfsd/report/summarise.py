@@ -32,6 +32,7 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
     """
     before, after, tables = run_record.before, run_record.after, ScoreTables(store, run_record)
     figures = {measure.name: measure.figure(tables) for measure in MEASURES}
+    answers = answers_of(before.benchmarks, after.benchmarks)
     summary = Summary(
         name=run_record.name,
         digest=run_record.digest,
@@ -42,7 +43,8 @@ def summarise(store: Store, run_record: RunRecord, run_records: Sequence[RunReco
         chats=_chats(store, after.chat),
         moved=bins_along(store, after.probe),
         benchmarks={b.benchmark: b.model_dump(mode="json") for b in tables.benchmarks},
-        **answers_of(before.benchmarks, after.benchmarks),
+        answers=answers["answers"],
+        evaluation_warnings=[*answers["evaluation_warnings"], *_target_warnings(run_record)],
         shown=counted(store, before, after),
         corpus_warnings=_corpus_warnings(run_record),
         stability_gap=stability_gap(store, run_record),
@@ -78,6 +80,17 @@ def _corpus_warnings(run_record: RunRecord) -> list[str]:
     sources = {"corpus": corpus_warnings, "checked": warnings_of}
     artifacts = run_record.artifacts
     return [line for role, read in sources.items() if role in artifacts for line in read(artifacts[role].metadata)]
+
+
+def _target_warnings(run_record: RunRecord) -> list[str]:
+    target = run_record.artifacts.get("target")
+    seen = target.metadata.get("held_out_seen") if target else None
+    if target is None or not seen:
+        return []
+    return [
+        f"{seen} of {target.metadata['held_out_rows']} held-out rows have an answer that training has too, after the "
+        "same words: the target gain is larger than what was learned"
+    ]
 
 
 def _target_means(before: Scores, after: Scores) -> dict[str, float]:

@@ -21,14 +21,14 @@ T = TypeVar("T")
 POINTS = 100  # percentage points in a fraction of 1
 
 
-def number(value: float) -> str:
-    """Return `value` with three significant digits, without an exponent where that is readable."""
+def number(value: float, digits: int = 3) -> str:
+    """Return `value` with so many significant digits, without an exponent where that is readable."""
     if value == 0:
         return "0"
     if not 1e-5 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+        return f"{value:.{digits - 1}e}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def shown(figure: Fig, factor: float = 1) -> str:
@@ -93,7 +93,13 @@ def unit_called(name: str) -> Unit:
 def change_of_score(benchmark: dict[str, Any]) -> str:
     """Return the score of a `BenchmarkForgetting` before and after, in the benchmark's unit: `90.0 → 60.0`."""
     factor = unit_of(benchmark).factor
-    return f"{number(benchmark['base'] * factor)} → {number(benchmark['tuned'] * factor)}"
+    return " → ".join(told_apart(benchmark["base"] * factor, benchmark["tuned"] * factor))
+
+
+def told_apart(one: float, other: float) -> tuple[str, str]:
+    """Return two numbers with three significant digits, or with as many more, up to nine, as tell them apart."""
+    texts = [(number(one, digits), number(other, digits)) for digits in range(3, 10)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
 
 
 NATS_PER_TOKEN = Unit("nats/token", "nats/token", 1)

@@ -175,7 +175,14 @@ def _alone(variant: Variant) -> Iterator[str]:
         yield LEARNED[side_of(gain)].format(shown(gain))
     if moved := variant.moved:
         by = "did not move" if moved["value"] <= UNMOVED else f"moved {shown(moved)} nats per token"
-        yield f"{by} from the base" + (f" and {shown(variant.in_chats)} in chats" if variant.in_chats else "")
+        yield f"{by} from the base{_in_chats(variant.in_chats)}"
+
+
+def _in_chats(moved: Fig | None) -> str:
+    if moved is None:
+        return ""
+    few = " (too few answers for an interval)" if moved["low"] is None else ""
+    return f" and {shown(moved)} in chats{few}"
 
 
 def _compared(comparisons: Comparisons, one: Variant, other: Variant, *further: Variant) -> Iterator[str]:

@@ -180,6 +180,8 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a quote that is not closed": ("a.csv", b'a,b\n1,2\n"x,3\n4,5\n', r"row that begins in line 3 breaks off"),
     "a column twice": ("a.csv", b"a,b,a\n1,2,3\n", r"names the column 'a' twice"),
     "no names": ("a.csv", b",\n1,2\n", r"line 1, the header, names no column"),
+    "joined as they are": ("a.csv", b"a,b\n1,2\na,b\n3,4\n", r"line 3 is a header again.*give a folder"),
+    "joined tables of tabs": ("a.tsv", b"a\tb\n1\t2\na\tb\n3\t4\n", r"line 3 is a header again.*give a folder"),
     "joined": ("a.csv", b"a,b\n1,2\n\xef\xbb\xbfa,b\n3,4\n", r"line 3 is a header again.*give a folder"),
     "only a header": ("a.csv", b"prompt,response\n", r"holds no rows; rows with 'prompt' and 'response'"),
     "blank lines": ("a.jsonl", b"\n \n\r\n", r"holds no rows"),

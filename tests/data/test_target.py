@@ -382,3 +382,54 @@ def test_prompt_and_completion_are_taken_as_the_pair(store: Store, base: Artifac
     made = prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)))
     assert {(row["prompt"], row["response"]) for row in rows_of(store, made)} == {(f"{a}=", a) for a in "abcdefg"}
     assert made.metadata["said"] == ["columns 'prompt' and 'completion' are taken as the pair"]
+
+
+def test_held_out_answers_that_training_has_too_are_counted_and_said(store: Store, tmp_path: Path) -> None:
+    """A chat log with a row for each turn: each row begins another one. It looked like learning, of 32 % of answers."""
+    save(tmp_path / "model", template=CHAT)
+    base = fetched(store, tmp_path / "model")
+    chats = [
+        [{"role": role, "content": f"{role} {chat} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+        for chat in "abcdefghijkl"
+    ]
+    per_turn = [{"messages": chat[:last]} for chat in chats for last in (2, 4, 6)]
+    whole = [{"messages": chat} for chat in chats]
+    near = [{"prompt": f"{c}{space}", "response": f"is {c}"} for c in "abcdefghijkl" for space in (" ", "  ")]
+    for name, records, held_out, seen in (("turns", per_turn, 9, 9), ("whole", whole, 4, None), ("near", near, 8, 8)):
+        path = str(write(tmp_path / f"{name}.jsonl", records))
+        made = prepared(store, base, path=path, max_length=1000, held_out=held_out)
+        found: Any = made.metadata.get("held_out_seen")
+        assert (found is None) if seen is None else (seen // 2 <= found <= seen), name
+        said = [line for line in list(made.metadata["said"]) if "that training has too" in str(line)]
+        assert len(said) == (found is not None)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"prompt": "a", "response": "b"}] * 3 + [{"messages": [{"role": "user", "content": "a"}]}],
+         r"line 4 has no 'response', by which the first rows are read, but has 'messages': rows of two shapes"),
+        ([{"messages": [{"role": "user", "content": "a"}]}, {"conversations": [{"from": "human", "value": "a"}]}],
+         r"line 2 has no 'messages', .* but has 'conversations'"),
+        ([{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}],
+         r"line 2 has no 'output', .* but has 'response'"),
+    ],
+)  # fmt: skip
+def test_rows_of_two_shapes_are_refused(
+    store: Store, tmp_path: Path, records: list[dict[str, Any]], words: str
+) -> None:
+    """Half of the rows were left out, for an empty response that they do not have."""
+    save(tmp_path / "model", template=CHAT)
+    base = fetched(store, tmp_path / "model")
+    with pytest.raises(BadInput, match=words):
+        prepared(store, base, path=str(write(tmp_path / "rows.jsonl", records)), max_length=1000)
+
+
+def test_an_entry_of_an_empty_list_is_nothing(store: Store, base: Artifact, tmp_path: Path) -> None:
+    """Questions without an answer, as SQuAD 2 has them."""
+    records = [{"question": c, "answers": {"text": [c] if c in "adgj" else []}} for c in "abcdefghijkl"]
+    path = str(write(tmp_path / "rows.jsonl", records))
+    made = prepared(store, base, path=path, prompt="question", response="{answers[text][0]}", held_out=1)
+    assert made.metadata["dropped"] == {"with an empty response": 8}
+    with pytest.raises(BadInput, match=r"has no entry 'texts' in column 'answers'"):
+        prepared(store, base, path=path, prompt="question", response="{answers[texts][0]}")

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from cfsd.generate.spec import WRITTEN, Source
 from cfsd.recipe import Recipe
-from cfsd.report.model_card import has_card, model_card
+from cfsd.report.model_card import _without_paths, has_card, model_card
 from cfsd.report.run_record import RunRecord
 from cfsd.report.summarise import summarise
 from cfsd.report.table import shown
@@ -61,7 +62,8 @@ def test_it_states_what_was_measured_with_intervals_and_lineage(world: World) ->
     wanted = [
         shown(summary.target_gain), shown(summary.mean_forgetting, 100), shown(summary.probe_kl),
         shown(summary.benchmarks["cap"]["forgetting"], 100) + " points: worse", "| lora | rank 4 |",
-        "29 rows of context-free text", "torch 2.9.1", *(a.key for a in run_record.artifacts.values()),
+        "29 rows of text that the base model wrote without a prompt", "torch 2.9.1",
+        *(a.key for a in run_record.artifacts.values()),
     ]  # fmt: skip
     assert [text for text in wanted if text not in card] == []
     assert not re.search(r"\b(None|nan)\b", card)
@@ -87,18 +89,31 @@ def test_only_what_was_trained_has_a_card(world: World) -> None:
     assert not has_card(run_record.model_copy(update={"artifacts": {"base": world.base, "final": world.base}}))
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("replay", "29 rows of documents given (replay) with"),
-        ("mixed", "29 rows of text, partly sampled from the base model, partly given with"),
-    ],
-)
-def test_it_does_not_say_sampled_of_what_was_given(world: World, source: str, said: str) -> None:
+@pytest.mark.parametrize("source", [*get_args(Source), "mixed"])
+def test_it_says_where_the_texts_are_from(world: World, source: str) -> None:
+    """Of rows that a team had given it said that they were sampled, and of sampled ones that they were given."""
+    fractions = {"template": 0.5, "earlier-rows": 0.5} if source == "mixed" else {}
     run_record = variant(world)
+    assert run_record.recipe
+    generate = run_record.recipe.generate.model_copy(update={"source": source, "fractions": fractions})
+    recipe = run_record.recipe.model_copy(update={"generate": generate})
     corpus = run_record.artifacts["corpus"]
-    given = corpus.model_copy(update={"metadata": corpus.metadata | {"source": source}})
-    assert said in card_of(world, run_record.model_copy(update={"artifacts": run_record.artifacts | {"corpus": given}}))
+    named = corpus.model_copy(update={"metadata": corpus.metadata | {"source": source}})
+    card = card_of(
+        world,
+        run_record.model_copy(update={"recipe": recipe, "artifacts": run_record.artifacts | {"corpus": named}}),
+    )
+    (said,) = re.findall(r"while rehearsing 29 rows of ([^,]*),", card)
+    parts = fractions or {source: 1.0}
+    assert ("the base model" in said) == any(part not in WRITTEN for part in parts)
+    assert ("given" in said) == any(part in WRITTEN for part in parts)
+
+
+def test_a_text_that_looks_like_a_path_is_in_the_recipe_as_it_is(world: World) -> None:
+    said = {"rewrite_answer": r"/answer: (\S+)", "prompt": "/no_think {question}"}
+    content = {"target": {"path": "/home/a/rows.jsonl"} | said, "modes": [{"prompts": "~/p"}]}
+    cut = {"target": {"path": "rows.jsonl"} | said, "modes": [{"prompts": "p"}]}
+    assert _without_paths(content) == cut
 
 
 def test_rows_without_weight_were_not_rehearsed(world: World) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import JsonValue
@@ -30,7 +32,7 @@ from cfsd.report.run_record import RunRecord, Scores, Step
 from cfsd.report.scores import loss_fall
 from cfsd.report.summarise import headline, summarise
 from cfsd.report.summary import Summary
-from cfsd.report.table import number, shown, summary_frame
+from cfsd.report.table import number, shown, summary_frame, told_apart
 from cfsd.report.terminal import print_summary
 from cfsd.report.training import Panel
 from cfsd.report.verdict import two_sentences
@@ -445,6 +447,15 @@ def test_a_perplexity_benchmark_has_one_unit_under_one_name() -> None:
 )  # fmt: skip
 def test_number(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@given(st.floats(-1e4, 1e4), st.floats(1e-4, 1))
+def test_two_scores_that_differ_are_written_apart(one: float, difference: float) -> None:
+    """ "Became worse (6.53 → 6.53)" reads as a mistake."""
+    texts = told_apart(one, one + difference)
+    assert texts[0] != texts[1] and float(texts[0]) < float(texts[1])
+    assert told_apart(one, one) == (number(one), number(one))
+    assert told_apart(90.0, 60.04) == ("90.0", "60.0")
 
 
 def test_shown_with_and_without_interval() -> None:

@@ -399,3 +399,14 @@ def test_no_clause_of_the_first_sentence_is_cut_off() -> None:
         "distinguishable",
     ]
     assert [part for part in parts if part not in said] == [] and " more." not in said
+
+
+def test_a_divergence_in_chats_of_too_few_answers_says_so() -> None:
+    """Of one chat of 16 it stood in the first sentence like any other."""
+    one = summary("a", 0.1)
+    few, many = (
+        one.model_copy(update={"chat_kl": {"value": 0.03, "low": low, "high": high, "unit": "nats/token"}})
+        for low, high in ((None, None), (0.02, 0.04))
+    )
+    assert "and 0.0300 in chats (too few answers for an interval)" in two_sentences([few])[0]
+    assert "and 0.0300 [0.0200, 0.0400] in chats" in two_sentences([many])[0]
