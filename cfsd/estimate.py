@@ -353,10 +353,11 @@ def _bfloat16_gain(machine: Machine) -> float:
 def _measured_rate(threads: int, dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
     import torch
 
-    before, best, end = torch.get_num_threads(), math.inf, time.perf_counter() + seconds
+    before, best = torch.get_num_threads(), math.inf
     torch.set_num_threads(threads)
     one, other, out = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(3))
-    while time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:  # once at least, on however busy a machine
         started = time.perf_counter()
         torch.mm(one, other.t(), out=out)
         best = min(best, time.perf_counter() - started)

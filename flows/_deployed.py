@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cfsd.errors import BadEnvironment
@@ -42,7 +44,8 @@ def make_pools(url: str) -> None:
         known = {pool.name for pool in client.read_work_pools()}
         for name in sorted(POOLS.keys() - known):
             made = WorkPoolCreate(name=name, type="process", description=POOLS[name], base_job_template=template)
-            client.create_work_pool(made)
+            with suppress(ObjectAlreadyExists):  # by a worker that starts just now
+                client.create_work_pool(made)
         _automate(client, FILES / "automations" / "zombies.yaml")
 
 

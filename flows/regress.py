@@ -92,8 +92,9 @@ def _judged(runs: GateRuns, known: Baseline, given: str | None, *, approval: boo
     """Judge these runs by the `known` baseline; what passes succeeds the champion, where the baseline is one."""
     figures = runs.figures()
     judgement = judge(guarded(known, figures))
-    sentence = sentence_of(judgement, known)
-    notes = warnings(known, runs.recipe, runs.seconds(), figures[0]) + runs.notes()
+    found = runs.notes()
+    sentence = "; ".join([sentence_of(judgement, known), *found])  # all that a notification shows
+    notes = warnings(known, runs.recipe, runs.seconds(), figures[0]) + found
     if given == CHAMPION and judgement.outcome == "pass":
         notes.append(_successor(runs, known, sentence, approval=approval))
     return _publish(runs, sentence, table(judgement, known, runs.recipe, notes), judgement)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from cfsd.statistics import seeds
 from cfsd.statistics.figures import Figure, figure_p, mean_of
@@ -32,6 +32,7 @@ OF_SEEDS = (
     f"Repeats are paired by seed. With 2 to {seeds.FEWEST - 1} seeds a difference has no interval over seeds, and is "
     f"claimed only where every seed shows it; from {seeds.FEWEST} seeds on the interval counts documents and seeds."
 )
+LEAST_LOG_LEVEL = -690.0  # of numbers that can be told from 0
 Parts = Sequence[Units]
 
 
@@ -150,7 +151,11 @@ def _every_seed(each: Sequence[Difference]) -> float | None:
 
 
 def _of_many(values: Sequence[float], over_units: Sequence[Figure], *, paired: bool) -> Difference:
-    """Return the figure over 5 seeds or more, and its p: t with Satterthwaite's degrees of freedom."""
+    """Return the figure over 5 seeds or more, and its p: the level at which its interval ends at 0.
+
+    A t with Satterthwaite's degrees of freedom has tails that are far too thin where a few seeds happen to agree: of 15
+    variants that are alike it found a difference in 27 % of families at Holm's 5 %.
+    """
     unit = over_units[0].unit
     alone = [Figure(value=value, low=None, high=None, unit=unit) for value in values]
     averaged = over_units[0] if len(over_units) == 1 else None
@@ -159,13 +164,25 @@ def _of_many(values: Sequence[float], over_units: Sequence[Figure], *, paired: b
     if figure.low is None:
         return Difference(figure, None, paired)
     of_units, of_seeds = float(np.mean(reaches)) / Z, float(np.std(values, ddof=1)) / np.sqrt(len(values))
-    total = of_units**2 + of_seeds**2
-    if total == 0:
-        return Difference(figure, float(figure.value == 0), paired)
-    freedom = total**2 / (of_seeds**4 / (len(values) - 1)) if of_seeds else np.inf
-    deviate = -abs(figure.value) / np.sqrt(total)
-    p = 2 * float(special.stdtr(freedom, deviate) if np.isfinite(freedom) else special.ndtr(deviate))
-    return Difference(figure, p, paired)
+    return Difference(figure, level_at(abs(figure.value), of_units, of_seeds, len(values) - 1), paired)
+
+
+def level_at(distance: float, of_units: float, of_seeds: float, freedom: int) -> float:
+    """Return the level a at which hypot(z_a x of_units, t_a x of_seeds) is `distance`: where an interval ends at 0.
+
+    That is the interval of `cfsd.statistics.seeds`, whose two parts are standard errors here, at every level: 1 at
+    distance 0, and 0 where neither part scatters.
+    """
+    if of_units == of_seeds == 0:
+        return float(distance == 0)
+
+    def reach(log_level: float) -> float:
+        tail = np.exp(log_level) / 2
+        return float(np.hypot(special.ndtri(tail) * of_units, special.stdtrit(freedom, tail) * of_seeds) - distance)
+
+    if reach(LEAST_LOG_LEVEL) <= 0:
+        return 0.0
+    return float(np.exp(optimize.brentq(reach, LEAST_LOG_LEVEL, 0.0, xtol=1e-9))) if distance else 1.0
 
 
 def _reach(figure: Figure) -> float:

@@ -147,19 +147,21 @@ def sign_flip_p(changes: Floats, *, seed: int) -> float:
 
 
 def mean_change_p(changes: Floats, counts: Floats, reach: float | None, *, seed: int) -> float:
-    """Return the two-sided p that paired `changes` have a mean of 0: that of the permutation test.
+    """Return the two-sided p that paired `changes` have a mean of 0: the larger of a permutation test's and `ratio_p`.
 
-    Where it is at that test's resolution, it is `ratio_p` in its place: a change could otherwise not be found among
-    hundreds of tests that are adjusted for each other, however large it is. That is of scores with the documents that
+    Swapping signs takes the changes for symmetric. Where most documents gain a little and a few lose much, it calls a
+    mean of 0 better in 12 % of cases (100 documents, 5 % of which lose 0.95); `ratio_p` corrects for skew.
+    At the permutation test's resolution p is `ratio_p`: a change could otherwise not be found among hundreds of tests
+    that are adjusted for each other, however large it is. That is of scores with the documents that
     `bootstrap_change` adds (`reach`), or of sums over `counts` tokens (None), and never below 2^(1-n), the smallest p
     of a permutation test when n documents changed.
     """
     p = sign_flip_p(changes, seed=seed)
-    if p > RESOLUTION:
-        return p
     sums, of = (changes[counts > 0], counts[counts > 0]) if reach is None else (padded(changes, reach), None)
     below = ratio_p(sums, np.ones(len(sums)) if of is None else of)
-    return p if below is None else min(p, max(below, 2.0 ** (1 - np.count_nonzero(changes))))
+    if below is None:
+        return p
+    return max(below, p if p > RESOLUTION else 2.0 ** (1 - np.count_nonzero(changes)))
 
 
 def ratio_p(sums: Floats, counts: Floats) -> float | None:

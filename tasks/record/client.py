@@ -1,6 +1,7 @@
 """Access to MLflow's server, which may be away, and to the terminal."""
 
 import errno
+import logging
 import os
 import re
 import time
@@ -28,6 +29,7 @@ class Terminal(Console):
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
 
 
+log = logging.getLogger(__name__)
 console = Terminal(highlight=False, soft_wrap=True)
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -85,14 +87,19 @@ def tracked(action: "Callable[[Server], T]") -> T | None:
         if not _asked:
             with mlflow_lock(os.environ.get(VARIABLE, "")):
                 _asked.append(server().experiment)
+            if server().restored:
+                say("MLflow's experiment had been deleted; it is restored with its runs, as new ones go there")
         result = action(server())
         if _away:
             _away.clear()
             say("MLflow answers again")
         return result
-    except FAILURES as error:
+    except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(STATEMENT.sub('', str(error)).split())[:REASON_LENGTH]}"
-        if is_refusal(error):
+        if not isinstance(error, FAILURES):  # of a package that MLflow uses, as boto3's where a bucket is closed
+            say(f"MLflow fails at a part of what is recorded; the run goes on. {without_password(reason)}")
+            log.debug("in full", exc_info=error)
+        elif is_refusal(error):
             say(f"MLflow refuses a part of what is recorded; the run goes on. {without_password(reason)}")
         else:
             _gone(reason)

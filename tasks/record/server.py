@@ -102,6 +102,8 @@ def _remembered() -> dict[str, str]:
 class Server(MlflowClient):
     """A client of the tracking server that the environment names."""
 
+    restored = False  # whether our experiment had been deleted
+
     @cached_property
     def experiment(self) -> str:
         """Return the id of our experiment, which is made if it is missing; another machine may make it just then.
@@ -110,6 +112,9 @@ class Server(MlflowClient):
         """
         if known := self.get_experiment_by_name(EXPERIMENT):
             number = str(known.experiment_id)
+            if known.lifecycle_stage == "deleted":  # its name is taken all the same, and it takes no run
+                self.restore_experiment(number)
+                self.restored = True
             for name, value in TAGS.items():
                 if name not in known.tags or (name == VIEW_TAG and known.tags[name] != value):  # by an earlier version
                     self.set_experiment_tag(number, name, value)
@@ -145,8 +150,9 @@ class Server(MlflowClient):
             return
         listed = ", ".join(f"'{run}'" for run in remembered.values())
         for run in self.search_runs([self.experiment], f"attributes.run_id IN ({listed})"):
-            if run.info.status == "FINISHED":
-                self.steps[run.data.tags["cfsd.key"]] = Known(run.info.run_id, run.data.tags)
+            key = run.data.tags.get("cfsd.key")  # a tag that somebody may have deleted
+            if key and run.info.status == "FINISHED":
+                self.steps[key] = Known(run.info.run_id, run.data.tags)
 
     def know(self, key: str, run_id: str, tags: Mapping[str, str]) -> None:
         """Remember a step's run, in place of an earlier one, and what was put on it just now."""

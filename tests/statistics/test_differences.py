@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
-from cfsd.statistics.differences import LEVEL, difference, difference_over_seeds
+from cfsd.statistics.differences import LEVEL, difference, difference_over_seeds, level_at
 from cfsd.statistics.figures import FRACTION, NATS
 from cfsd.statistics.intervals import mcnemar_p, ratio_p
 from cfsd.statistics.multiplicity import holm
@@ -249,3 +249,26 @@ def test_an_interval_over_seeds_ends_where_scores_do() -> None:
     pairs = [([lost(right, ~right)], [lost(right, rng.random(300) < share)]) for share in kept]
     figure = difference_over_seeds(pairs).figure
     assert figure.low and 0.6 < figure.low < figure.value < 1 and figure.high == 1.0
+
+
+def test_the_p_over_seeds_is_the_level_at_which_the_interval_ends_at_0() -> None:
+    for of_units, of_seeds, seeds_less_one in ((1.0, 0.0, 4), (0.0, 1.0, 4), (0.3, 1.0, 4), (1.0, 0.4, 9)):
+        for level in (0.5, 0.05, 1e-4, 1e-9):
+            z, t = special.ndtri(1 - level / 2), special.stdtrit(seeds_less_one, 1 - level / 2)
+            distance = float(np.hypot(z * of_units, t * of_seeds))
+            assert level_at(distance, of_units, of_seeds, seeds_less_one) == pytest.approx(level, rel=1e-4)
+    assert (level_at(0, 1, 1, 4), level_at(0, 0, 0, 4), level_at(1, 0, 0, 4)) == (1, 1, 0)
+
+
+def test_among_many_variants_that_are_alike_hardly_any_is_called_different() -> None:
+    """With Satterthwaite's degrees of freedom 1.5 false differences were found among 990 pairs, where 0.05 are due."""
+    random, trials = np.random.default_rng(0), 400_000
+    for of_units in (0.15, 0.3, 1.0):
+        of_seeds = np.sqrt(random.chisquare(4, trials) / 4)
+        distance = np.abs(random.standard_normal(trials)) * np.hypot(of_units, 1)
+        for pairs in (10, 105, 990):
+            level = 0.05 / pairs
+            z, t = special.ndtri(1 - level / 2), special.stdtrit(4, 1 - level / 2)
+            near = np.flatnonzero(distance >= 0.9 * np.hypot(z * of_units, t * of_seeds))
+            found = [level_at(distance[i], of_units, of_seeds[i], 4) <= level for i in near]
+            assert pairs * sum(found) / trials <= 0.06
