@@ -305,6 +305,7 @@ def _guarded(baseline: Baseline, name: str, runs: Sequence[dict[str, Measured]])
         fresh=tuple(sum(weight * run[part].value for part, weight in parts.items()) for run in runs),
         document_variance=sum(weight**2 * _variance(baseline, part, runs) for part, weight in parts.items()),
         num_documents=min(len(runs[0][part].sums) for part in parts),
+        same_documents=not {*parts} & {*other_documents(baseline, runs[0])},
         as_ratio=name in SKEWED,
         least_spread=max(figure.least_spread, 0.0 if figure.parts else runs[0][name].least_spread),
         **figure.model_dump(include={"unit", "higher_is_better", "margin"}),

@@ -37,7 +37,8 @@ class Guarded(BaseModel):
     `as_ratio`: judged by its logarithm. `margin`: in `unit`, or a factor where `as_ratio`. `least_spread`: the smallest
     standard deviation between seeds that counts; for scores of 0 or 1 that of one document, since a few seeds may
     agree by chance. `document_variance`: squared standard error of the difference, of the logarithms' where
-    `as_ratio`, that comes from the choice of documents, 0 where it is unknown.
+    `as_ratio`, that comes from the choice of documents, 0 where it is unknown. `same_documents`: the fresh seeds are
+    measured on the baseline's.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +53,7 @@ class Guarded(BaseModel):
     least_spread: FiniteFloat = Field(0.0, ge=0)
     document_variance: FiniteFloat = Field(0.0, ge=0)
     num_documents: int = Field(ge=1)
+    same_documents: bool = True
 
 
 class Finding(BaseModel):
@@ -203,8 +205,15 @@ def _spread(figure: Guarded) -> float:
 
 
 def _p(figure: Guarded) -> float:
-    """Return the probability that further seeds of the baseline are all at least as bad as the least bad fresh one."""
-    return _chance(float(_worsenings(figure).min()), _spread(figure), len(figure.fresh), len(figure.baseline))
+    """Return the probability that further seeds of the baseline are all at least as bad as the least bad fresh one.
+
+    On other documents than the baseline's all fresh seeds are as much worse as these documents are harder, so that they
+    count as one, whose spread is that of documents, too. As seeds alone they failed 5 to 14 % of honest programs.
+    """
+    least = float(_worsenings(figure).min())
+    if figure.same_documents:
+        return _chance(least, _spread(figure), len(figure.fresh), len(figure.baseline))
+    return _chance(least, math.hypot(_spread(figure), math.sqrt(figure.document_variance)), 1, len(figure.baseline))
 
 
 def _chance(least: float, spread: float, fresh: int, baseline: int) -> float:

@@ -225,3 +225,23 @@ def test_rounding_is_no_worsening_where_nothing_varies() -> None:
 def test_documents_are_asked_for_where_no_number_of_seeds_would_do() -> None:
     wide = figure([0.1] * 5, [0.1], margin=0.001, document_variance=0.14**2)
     assert judge([wide]).findings[0].needed == "more than 6400 documents, or the baseline's own"
+
+
+@pytest.mark.parametrize("sd", [0.015, 0.045, 0.08])
+def test_on_other_documents_an_unchanged_program_fails_as_rarely(sd: float) -> None:
+    """Another probe is harder or easier for all fresh seeds alike: 5 to 14 % of honest programs failed."""
+    random, trials, documents = np.random.default_rng(3), 3000, 0.045
+    failed = dict.fromkeys((True, False), 0)
+    for _ in range(trials):
+        shift = random.normal(0, documents * np.sqrt(2))
+        known = np.exp(random.normal(0, sd, 5))
+        fresh = np.exp(random.normal(0, sd, 2) + shift)
+        measured = Guarded(
+            name="probe_kl", unit="nats/token", higher_is_better=False, baseline=tuple(known), fresh=tuple(fresh),
+            margin=margin_factor_of(list(known), least=1e-6), as_ratio=True, document_variance=2 * documents**2,
+            num_documents=256, same_documents=False,
+        )  # fmt: skip
+        for same in failed:
+            failed[same] += judge([measured.model_copy(update={"same_documents": same})]).outcome == "fail"
+    assert failed[False] / trials <= 0.01
+    assert sd > 0.045 or failed[True] > failed[False]
