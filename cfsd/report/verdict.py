@@ -28,7 +28,8 @@ from cfsd.report.table import (
     variant_of,
 )
 from cfsd.statistics import seeds
-from cfsd.statistics.discoveries import change_of
+from cfsd.statistics.differences import LEVEL, over_many_seeds
+from cfsd.statistics.discoveries import change_of, false_discovery
 from cfsd.statistics.figures import Figure
 from cfsd.statistics.forgetting import BenchmarkForgetting
 
@@ -235,7 +236,8 @@ def _benchmarks(variants: list[Variant], subject: str) -> list[str]:
     who = everyone if len(rest) == len(variants) else f" for {quoted(v.name for v in rest)}" if rest else ""
     unsettled = [e for v in variants for s in v.repeats for e in forgotten_of(s) if change_of(e) == "unsettled"]
     if rest or unsettled:
-        seeded = " in every seed" if any(len(v.repeats) > 1 for v in rest or variants) else ""
+        most = max(len(v.repeats) for v in rest or variants)
+        seeded = "" if most == 1 else " in every seed" if most < seeds.FEWEST else " over the seeds"
         but = "" if rest else "other " if any(_surely_worse(v.repeats) for v in variants) else "single "
         said.append(f"no {but}benchmark shows a loss{seeded}{who}")
     if unsettled:
@@ -254,11 +256,26 @@ def _change(variant: Variant) -> str:
 
 
 def _surely_worse(summaries: list[Summary]) -> list[str]:
-    """Return the benchmarks that every repeat found worse, under its false-discovery control, with their scores."""
-    worse = set.intersection(*({e.benchmark for e in forgotten_of(s) if change_of(e) == "worse"} for s in summaries))
+    """Return the benchmarks that are found worse under false-discovery control, with their scores.
+
+    Of few seeds each must find it; of FEWEST or more all count together, as each by itself would find less than one.
+    """
+    by_seed = [{e.benchmark: e for e in forgotten_of(summary)} for summary in summaries]
+    if len(summaries) >= seeds.FEWEST:
+        worse = _worse_together(by_seed)
+    else:
+        worse = set.intersection(*({n for n, e in own.items() if change_of(e) == "worse"} for own in by_seed))
     named = [name for name in summaries[0].benchmarks if name in worse]
     means = {name: _mean_scores([summary.benchmarks[name] for summary in summaries]) for name in named}
     return [f"{name} ({change_of_score(result)} {unit_of(result).score})" for name, result in means.items()]
+
+
+def _worse_together(by_seed: list[dict[str, BenchmarkForgetting]]) -> set[str]:
+    shared = [name for name in by_seed[0] if all(name in own for own in by_seed)]
+    found = {name: over_many_seeds([own[name].forgetting for own in by_seed]) for name in shared}
+    known = {name: difference.p_value for name, difference in found.items() if difference.p_value is not None}
+    adjusted = dict(zip(known, false_discovery(list(known.values())), strict=True))
+    return {name for name, q in adjusted.items() if q <= LEVEL and found[name].figure.value > 0}
 
 
 def _mean_scores(repeats: list[dict[str, Any]]) -> dict[str, Any]:

@@ -150,6 +150,11 @@ def _every_seed(each: Sequence[Difference]) -> float | None:
     return max(known) if alike else 1.0
 
 
+def over_many_seeds(figures: Sequence[Figure]) -> Difference:
+    """Return what several seeds, FEWEST at least, show together, each with its own interval over the same documents."""
+    return _of_many([figure.value for figure in figures], figures, paired=False)
+
+
 def _of_many(values: Sequence[float], over_units: Sequence[Figure], *, paired: bool) -> Difference:
     """Return the figure over 5 seeds or more, and its p: the level at which its interval ends at 0.
 

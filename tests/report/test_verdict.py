@@ -410,3 +410,19 @@ def test_a_divergence_in_chats_of_too_few_answers_says_so() -> None:
     )
     assert "and 0.0300 in chats (too few answers for an interval)" in two_sentences([few])[0]
     assert "and 0.0300 [0.0200, 0.0400] in chats" in two_sentences([many])[0]
+
+
+def test_five_seeds_find_together_what_not_each_of_them_finds() -> None:
+    """A mean loss of 9.5 points was "no loss in every seed", as one of five seeds had lost 1.5."""
+    losses = (0.105, 0.015, 0.14, 0.105, 0.11)
+
+    def repeats(losses: tuple[float, ...]) -> list[Summary]:
+        return [
+            with_benchmarks(summary(f"a seed={seed}", lost), facts=benchmark(lost, 0.06))
+            for seed, lost in enumerate(losses)
+        ]
+
+    assert "became worse at facts" in verdict(repeats(losses))
+    assert "became worse at facts" not in verdict(repeats(losses[:4]))
+    unsettled = verdict(repeats((0.02, -0.03, 0.01, -0.02, 0.03)))
+    assert "o benchmark shows a loss over the seeds" in unsettled
