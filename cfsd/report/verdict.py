@@ -36,6 +36,10 @@ from cfsd.statistics.forgetting import BenchmarkForgetting
 UNMOVED = 1e-6  # nats per token; float32 logits give as much for a model against itself
 ENOUGH = 0.95  # of the largest target gain
 ENOUGH_STEPS = 50  # for lambda to be steered in: in 31 the divergence ended far above the budget, in 62 near it
+ONE_SEED = (
+    f"Each variant was trained once: a difference is one of these models, and two trainings of one recipe differ, too, "
+    f"as a rule; {seeds.FEWEST} seeds compare the recipes (--seeds {seeds.FEWEST})."
+)
 FEW_SEEDS = (
     f"Fewer than {seeds.FEWEST} seeds give no interval over seeds: brackets in the verdict hold the intervals of all "
     "seeds, so that what is said of a variant, or of its difference from another one, holds for each of its seeds."
@@ -303,6 +307,8 @@ def remarks(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> lis
     variants = variants_of(summaries)
     repeats = {len(v.repeats) for v in variants} - {1}
     over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
+    if not repeats and comparisons.entries:
+        over = [ONE_SEED]
     compared = [*_unequal(variants, comparisons), *_of_comparisons(variants, comparisons)]
     return [*budget_lines(summaries), *compared, *over, *_equal_repeats(variants)]
 

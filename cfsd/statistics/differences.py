@@ -29,6 +29,7 @@ OF_BENCHMARKS = (
     f"found, at most {100 * LEVEL:g} % are expected to be wrong."
 )
 OF_SEEDS = (
+    "With one seed a difference is one of two models, not of their recipes. "
     f"Repeats are paired by seed. With 2 to {seeds.FEWEST - 1} seeds a difference has no interval over seeds, and is "
     f"claimed only where every seed shows it; from {seeds.FEWEST} seeds on the interval counts documents and seeds."
 )
