@@ -431,7 +431,7 @@ def _memory(stage: str, inputs: Inputs, job: Job) -> float | None:
     if weights is None or not copies:
         return None
     cuda = machine.resolved_device() == "cuda"
-    held = (2 if cuda and stage not in IN_FLOAT32 else 4) * weights
+    held = (2 if machine.halves() and stage not in IN_FLOAT32 else 4) * weights
     vocabulary = shapes.vocabulary if shapes else int(str(job.base.metadata.get("vocabulary", 50_000)))
     if stage in DIVERGENCES:
         both = stage != stages.BUDGET and not cuda and room_for_two(held, "cpu")

@@ -121,11 +121,8 @@ class Machine(BaseModel):
         return "cuda" if available or self.device == "cuda" else "cpu"
 
     def halves(self) -> bool:
-        """Say whether models are held, and trainings computed, in bfloat16 by default: on GPUs that compute in it.
-
-        Those before Ampere (T4, V100) emulate it; a GPU that is planned for from elsewhere is taken to be newer.
-        """
-        return self.resolved_device() == "cuda" and computes_in_bfloat16()
+        """Say whether models are measured, and trainings computed, in bfloat16 by default."""
+        return usual_precision(self.resolved_device()) == "bfloat16"
 
     def resolved_processes(self) -> int:
         """Return how many processes sample at the same time."""
@@ -226,10 +223,14 @@ def usable_cores() -> int:
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
 
-def computes_in_bfloat16() -> bool:
-    """Say whether the GPU at hand computes in bfloat16 itself; True where there is none."""
+def usual_precision(device: str) -> str:
+    """Return "bfloat16" on GPUs that compute in it, else "float32".
+
+    Those before Ampere (T4, V100) emulate it; a GPU that is planned for from elsewhere is taken to be newer.
+    """
     cuda = _torch().cuda
-    return not cuda.is_available() or bool(cuda.is_bf16_supported(including_emulation=False))
+    emulates = device == "cuda" and cuda.is_available() and not cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if device == "cuda" and not emulates else "float32"
 
 
 def whole_memory(device: str = "cpu") -> int:

@@ -1,7 +1,8 @@
 """GateRuns: a recipe trained once for each fresh seed, and what the gate reads of these runs."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from cfsd.baseline.file import Baseline, Measured, baseline_of
 from cfsd.errors import BadInput
@@ -17,7 +18,8 @@ from flows._verdict import RESEEDED, found_trained, origin
 from tasks import registry
 
 
-class GateRuns(NamedTuple):
+@dataclass(frozen=True)
+class GateRuns:
     """The runs of a recipe's `seeds`, concluded, and the run in MLflow above them."""
 
     recipe: Recipe
@@ -25,21 +27,24 @@ class GateRuns(NamedTuple):
     result: Result
     run_id: str | None
 
+    @cached_property
     def figures(self) -> list[dict[str, Measured]]:
         """Return the guarded figures of each run."""
         return [registry.guarded_figures(run_record) for run_record in self.result.run_records]
 
+    @cached_property
     def seconds(self) -> list[float]:
         """Return the seconds of each training."""
         return [trained_seconds(run_record) for run_record in self.result.run_records]
 
+    @cached_property
     def notes(self) -> list[str]:
         """Return what is to be said of trainings that were not made now."""
         return found_trained(Store(home()), self.result.run_records)
 
     def baseline(self, known: Baseline | None) -> Baseline:
         """Return these runs as a baseline, in place of a `known` one."""
-        return baseline_of(self.recipe, self.seeds, self.figures(), self.seconds(), origin(known) if known else "")
+        return baseline_of(self.recipe, self.seeds, self.figures, self.seconds, origin(known) if known else "")
 
 
 def trained_seconds(run_record: RunRecord) -> float:

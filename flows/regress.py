@@ -85,16 +85,16 @@ def _new_baseline(runs: GateRuns, known: Baseline | None, given: str | None, *, 
     made = with_margins(made, known, edited) if known else made
     sentence = _replace(made, given, runs, approval=approval)
     kept = [f"margins that were edited are kept: {', '.join(sorted(edited))}"] if edited else []
-    return _publish(runs, "; ".join([sentence, *kept, *runs.notes()]), listed(made))
+    return _publish(runs, "; ".join([sentence, *kept, *runs.notes]), listed(made))
 
 
 def _judged(runs: GateRuns, known: Baseline, given: str | None, *, approval: bool) -> State[Any]:
     """Judge these runs by the `known` baseline; what passes succeeds the champion, where the baseline is one."""
-    figures = runs.figures()
+    figures = runs.figures
     judgement = judge(guarded(known, figures))
-    found = runs.notes()
+    found = runs.notes
     sentence = "; ".join([sentence_of(judgement, known), *found])  # all that a notification shows
-    notes = warnings(known, runs.recipe, runs.seconds(), figures[0]) + found
+    notes = warnings(known, runs.recipe, runs.seconds, figures[0]) + found
     if given == CHAMPION and judgement.outcome == "pass":
         notes.append(_successor(runs, known, sentence, approval=approval))
     return _publish(runs, sentence, table(judgement, known, runs.recipe, notes), judgement)

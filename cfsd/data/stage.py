@@ -66,8 +66,7 @@ def prepare(base: Artifact, target: Target, draft: Draft) -> None:
     random.Random(f"split {target.seed}").shuffle(places)
     order, held_out = pa.array(places, pa.int64()), len(places) if target.measure_only else target.held_out
     parts = {"held_out": usable.take(order[:held_out]), "train": usable.take(order[held_out:])}
-    trained = _answers_in(parts["train"])
-    seen = sum(not trained.isdisjoint(_answers_of(row)) for row in _read(parts["held_out"])) if trained else 0
+    seen = _count_seen(parts["held_out"], parts["train"])
     for name, rows in parts.items():
         write_shard(draft.folder, name, 0, _numbered(rows))
         tokens_of = pc.list_value_length(rows["token_ids"])
@@ -85,8 +84,12 @@ def _read(rows: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _answers_in(rows: pa.Table) -> set[bytes]:
-    return {answer for row in _read(rows) for answer in _answers_of(row)}
+def _count_seen(held_out: pa.Table, train: pa.Table) -> int:
+    """Return how many held-out rows have an answer that training has; what is kept grows with the held-out rows."""
+    answers = [{*_answers_of(row)} for row in _read(held_out)]
+    wanted = set().union(*answers)
+    found = {answer for row in _read(train) for answer in _answers_of(row) if answer in wanted}
+    return sum(not own.isdisjoint(found) for own in answers)
 
 
 def _answers_of(row: dict[str, Any]) -> Iterator[bytes]:
@@ -94,9 +97,9 @@ def _answers_of(row: dict[str, Any]) -> Iterator[bytes]:
 
     The last one is told by its words alone, whatever their case and spaces.
     """
-    supervised = row["supervised"]
-    for end in (t for t, own in enumerate(supervised, 1) if own and not any(supervised[t : t + 1])):
-        yield _digest(row["token_ids"][:end])
+    ends_T = np.diff(np.append(row["supervised"], False).astype(np.int8)) == -1  # at the last token of each span
+    for last in np.flatnonzero(ends_T).tolist():
+        yield _digest(row["token_ids"][: last + 1])
     words = "\0".join(" ".join(row[side].casefold().split()) for side in ("prompt", "response"))
     yield blake2b(words.encode(errors="surrogatepass"), digest_size=16).digest()
 

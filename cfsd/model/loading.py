@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cfsd.errors import BadInput
-from cfsd.machine import computes_in_bfloat16, room_for_two
+from cfsd.machine import room_for_two, usual_precision
 from cfsd.model.causal import check_predictions
 from cfsd.model.folder import START, brief, payload_of, read_object, stored_formats
 from cfsd.model.special_tokens import end_tokens_of
@@ -105,7 +105,7 @@ def _return_memory() -> None:
 def load_model(folder: Path, device: str, precision: str | None = None) -> PreTrainedModel:
     """Return the model in `folder` on `device`; precision empty: bfloat16 on GPUs that compute in it, else float32."""
     quiet()
-    dtype = getattr(torch, precision or ("bfloat16" if device == "cuda" and computes_in_bfloat16() else "float32"))
+    dtype = getattr(torch, precision or usual_precision(device))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )

@@ -8,7 +8,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from cfsd.machine import computes_in_bfloat16
+from cfsd.machine import usual_precision
 from cfsd.model.folder import ROUNDED_AWAY, stored_formats
 
 EXACT = "float32"  # the folder beside rounded weights that holds them as they were trained
@@ -62,7 +62,7 @@ def rounding_of(
     """
     formats = stored_formats(base)
     by: Literal["saving", "measuring"] = "saving" if is_rounded(base) else "measuring"
-    if by == "measuring" and (device != "cuda" or not computes_in_bfloat16()):
+    if by == "measuring" and usual_precision(device) == "float32":
         return Rounding()
     undone, moved = 0.0, 0.0
     for name, parameter in model.named_parameters():

@@ -305,12 +305,16 @@ def _power(entries: list[BenchmarkForgetting]) -> str:
 def remarks(summaries: list[Summary], comparisons: Comparisons = NOTHING) -> list[str]:
     """Return what stands beneath the two sentences: a line per budget, how variants were compared, over seeds."""
     variants = variants_of(summaries)
-    repeats = {len(v.repeats) for v in variants} - {1}
-    over = [MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS] if repeats else []
-    if not repeats and comparisons.entries:
-        over = [ONE_SEED]
     compared = [*_unequal(variants, comparisons), *_of_comparisons(variants, comparisons)]
-    return [*budget_lines(summaries), *compared, *over, *_equal_repeats(variants)]
+    return [*budget_lines(summaries), *compared, *_of_seeds(variants, comparisons), *_equal_repeats(variants)]
+
+
+def _of_seeds(variants: list[Variant], comparisons: Comparisons) -> Iterator[str]:
+    """Yield what the number of seeds means for what was said."""
+    if repeats := {len(v.repeats) for v in variants} - {1}:
+        yield MANY_SEEDS if min(repeats) >= seeds.FEWEST else FEW_SEEDS
+    elif comparisons.entries:
+        yield ONE_SEED
 
 
 def _equal_repeats(variants: list[Variant]) -> Iterator[str]:

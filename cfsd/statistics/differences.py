@@ -179,8 +179,8 @@ def level_at(distance: float, of_units: float, of_seeds: float, freedom: int) ->
     That is the interval of `cfsd.statistics.seeds`, whose two parts are standard errors here, at every level: 1 at
     distance 0, and 0 where neither part scatters.
     """
-    if of_units == of_seeds == 0:
-        return float(distance == 0)
+    if distance == 0:
+        return 1.0
 
     def reach(log_level: float) -> float:
         tail = np.exp(log_level) / 2
@@ -188,7 +188,7 @@ def level_at(distance: float, of_units: float, of_seeds: float, freedom: int) ->
 
     if reach(LEAST_LOG_LEVEL) <= 0:
         return 0.0
-    return float(np.exp(optimize.brentq(reach, LEAST_LOG_LEVEL, 0.0, xtol=1e-9))) if distance else 1.0
+    return float(np.exp(optimize.brentq(reach, LEAST_LOG_LEVEL, 0.0, xtol=1e-9)))
 
 
 def _reach(figure: Figure) -> float:

@@ -202,9 +202,7 @@ def _as_trained(args: TrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def _trained_base(
-    folder: Path, spec: TrainSpec, args: TrainingArguments, *, is_watched: bool = False
-) -> PreTrainedModel:
+def _trained_base(folder: Path, spec: TrainSpec, args: TrainingArguments, *, is_watched: bool) -> PreTrainedModel:
     """Return the base as it is trained, or as an adapter stands beside it.
 
     It is on the CPU where a GPU is to hold less: halves of its layers, or its own shards, which FSDP moves layer by
